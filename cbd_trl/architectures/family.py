@@ -1,0 +1,211 @@
+"""A family's description, and the description resolved for one config."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .axes import Axes, parse_axes, tensor_shape
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where linear layers read a stream.
+
+    Args:
+        name: module whose input is the stream: a norm (the stream is then taken after normalising, before gain and
+            bias) or the reading linear layer itself.
+        axis: the readers' input axis, for example `"width"`, `"ffn"` or `"group.query.dim"`.
+        readers: modules whose weight reads the stream.
+        norm: whether `name` is a norm.
+    """
+
+    name: str
+    axis: tuple[str, ...]
+    readers: tuple[str, ...]
+    norm: bool
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tensors of some model types mean. Names inside a layer are relative to `layers.<i>.`.
+
+    Args:
+        model_types: `config.model_type` values described.
+        layers: path of the decoder stack.
+        depth_field: config field of the number of layers.
+        tensors: config -> {name: axes} outside the layers.
+        layer_tensors: config -> {name: axes} inside one layer.
+        sites: config -> sites inside one layer.
+        final_site: the site after the last layer, read by the head.
+        embedding, head: names of the embedding and head modules.
+        sizes: config -> size of every atomic dimension but "layer".
+        assign: writes sizes into a config (a copy).
+        shape_fields: {config field a user may set to choose a shape: dimension}; "layer" and "heads" (= group x query)
+            besides the atomic ones.
+        resolve: (sizes, {dimension: value given}) -> all sizes, filling in what the family ties together.
+        norm_type: "rms" (gain) or "layer" (centred, gain and bias).
+        eps_field: config field of the norms' epsilon.
+        shared_eps: weights whose output is normalised by a norm over another axis that shares the same epsilon
+            (Qwen3's q/k norms): growth has to rescale them with it.
+        per_layer_fields: config lists with one entry a layer.
+        check: raises ValueError on options that the surgery does not support.
+    """
+
+    model_types: tuple[str, ...]
+    layers: str
+    depth_field: str
+    tensors: Callable[[Any], dict[str, str]]
+    layer_tensors: Callable[[Any], dict[str, str]]
+    sites: tuple[Site, ...]
+    final_site: Site
+    embedding: str
+    head: str
+    sizes: Callable[[Any], dict[str, int]]
+    assign: Callable[[Any, Mapping[str, int]], None]
+    shape_fields: Mapping[str, str]
+    resolve: Callable[[Mapping[str, int], Mapping[str, int]], dict[str, int]]
+    norm_type: str
+    eps_field: str
+    check: Callable[[Any], None]
+    shared_eps: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    per_layer_fields: tuple[str, ...] = ("layer_types",)
+
+
+class Architecture:
+    """A family's description resolved for one config: the axes of every tensor, the sites, the sizes.
+
+    Args:
+        family: the family's description.
+        config: the model's config; it is never changed.
+    """
+
+    def __init__(self, family: Family, config: PretrainedConfig) -> None:
+        self.family = family
+        self.config = config
+        self.depth: int = getattr(config, family.depth_field)
+        self.sizes: dict[str, int] = family.sizes(config)
+        self.tied: bool = bool(config.tie_word_embeddings)
+
+    def __repr__(self) -> str:
+        return f"Architecture({self.config.model_type}, {self.shape})"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The shape in the family's own config fields."""
+        values = {**self.sizes, "layer": self.depth, "heads": self.sizes["group"] * self.sizes["query"]}
+        return {field: values[dim] for field, dim in self.family.shape_fields.items()}
+
+    def resolve_sizes(self, fields: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
+        """The depth and atomic sizes that config fields ask for; what is not asked for stays as it is here.
+
+        Raises:
+            ValueError: a field that is no shape field, no positive integer, or does not go with the others.
+        """
+        for field, value in fields.items():
+            if field not in self.family.shape_fields:
+                raise ValueError(
+                    f"{field!r} is not a shape field of {self.config.model_type}. Shape fields: "
+                    f"{', '.join(self.family.shape_fields)}."
+                )
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} must be a positive integer, got {value!r}.")
+        given = {self.family.shape_fields[field]: value for field, value in fields.items()}
+        depth = given.pop("layer", self.depth)
+        return depth, self.family.resolve(self.sizes, given)
+
+    def layer_name(self, layer: int, name: str) -> str:
+        return f"{self.family.layers}.{layer}.{name}"
+
+    def split_name(self, key: str) -> tuple[int | None, str]:
+        """`"model.layers.3.mlp.up_proj.weight"` -> `(3, "mlp.up_proj.weight")`; outside the layers `(None, key)`."""
+        start = self.family.layers + "."
+        if not key.startswith(start):
+            return None, key
+        layer, name = key[len(start) :].split(".", 1)
+        return int(layer), name
+
+    @cached_property
+    def tensors(self) -> dict[str, Axes]:
+        """Axes of every parameter, a tied head left out: `{state dict key: axes}`."""
+        outer = {key: parse_axes(text) for key, text in self.family.tensors(self.config).items()}
+        if self.tied:
+            outer.pop(f"{self.family.head}.weight", None)
+        inner = {key: parse_axes(text) for key, text in self.family.layer_tensors(self.config).items()}
+        layers = {self.layer_name(i, key): axes for i in range(self.depth) for key, axes in inner.items()}
+        return {**outer, **layers}
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """Every site of the model, the final one last."""
+
+        def placed(site: Site, layer: int) -> Site:
+            readers = tuple(self.layer_name(layer, reader) for reader in site.readers)
+            return Site(self.layer_name(layer, site.name), site.axis, readers, site.norm)
+
+        inside = tuple(placed(site, layer) for layer in range(self.depth) for site in self.family.sites)
+        return (*inside, self.family.final_site)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, a tied table counted once."""
+        return sum(math.prod(tensor_shape(axes, self.sizes)) for axes in self.tensors.values())
+
+    def resized(self, **sizes: int) -> "Architecture":
+        """The same architecture with other widths (atomic sizes) and norm epsilon untouched; depth stays."""
+        config = copy.deepcopy(self.config)
+        self.family.assign(config, {**self.sizes, **sizes})
+        return Architecture(self.family, config)
+
+    def with_layers(self, layers: Iterable[int]) -> "Architecture":
+        """The same architecture with these layers, in this order; per-layer lists of the config travel with them."""
+        layers = list(layers)
+        config = copy.deepcopy(self.config)
+        setattr(config, self.family.depth_field, len(layers))
+        for name in self.family.per_layer_fields:
+            entries = getattr(config, name, None)
+            if entries is not None:
+                setattr(config, name, [entries[layer] for layer in layers])
+        return Architecture(self.family, config)
+
+    def with_eps(self, eps: float) -> "Architecture":
+        config = copy.deepcopy(self.config)
+        setattr(config, self.family.eps_field, eps)
+        return Architecture(self.family, config)
+
+    @property
+    def eps(self) -> float:
+        return float(getattr(self.config, self.family.eps_field))
+
+
+def _families() -> tuple[Family, ...]:
+    from .gpt2 import GPT2
+    from .llama import LLAMA
+
+    return (LLAMA, GPT2)
+
+
+def supported_model_types() -> list[str]:
+    """`config.model_type` values that chains can be built from."""
+    return sorted(model_type for family in _families() for model_type in family.model_types)
+
+
+def describe(config: PretrainedConfig) -> Architecture:
+    """Resolve the description of a model's family for its config.
+
+    Raises:
+        ValueError: the model type or one of its options is not supported; the message lists what is.
+    """
+    for family in _families():
+        if config.model_type in family.model_types:
+            family.check(config)
+            return Architecture(family, config)
+    raise ValueError(
+        f"Model type {config.model_type!r} has no description of its tensors, so a chain cannot cut, grow or "
+        f"interpolate it. Supported model types: {', '.join(supported_model_types())}. "
+        "DistillTrainer itself takes any causal LM."
+    )

@@ -1,0 +1,74 @@
+"""Choosing how to interpolate by measured loss, when calibration text is given."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from tqdm.auto import tqdm
+
+from .model import build_model
+from .operators import MIXING_OPERATORS, OPERATORS, Pair, Plan
+from .solve_shape import blocks_for_depth
+
+_ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
+_BATCH = 4
+
+
+@torch.no_grad()
+def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> float:
+    """Loss of the target that `operator` makes, on calibration tokens (N, T): mean nats per predicted token."""
+    weights, architecture = OPERATORS[operator](pair, plan)
+    model = build_model(architecture, weights, torch.float32)
+    batches = tokens.split(_BATCH)
+    return sum(float(model(batch, labels=batch, use_cache=False).loss) * len(batch) for batch in batches) / len(tokens)
+
+
+def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> tuple[str, Plan]:
+    """The best of the operator's own candidates, `expand` and `slice`, by loss on calibration tokens (N, T).
+
+    For `nested` and `patch` the candidates vary which blocks are swapped, for mixing operators how much is mixed; both ends included.
+    """
+    candidates = [(operator, candidate) for candidate in _candidates(pair, plan, operator)]
+    candidates += [(end, dataclasses.replace(plan, alpha=None, swapped=None)) for end in ("expand", "slice")]
+    losses = [
+        mean_loss(pair, candidate, name, tokens)
+        for name, candidate in tqdm(candidates, desc="Calibrating", leave=False)
+    ]
+    return candidates[min(range(len(candidates)), key=losses.__getitem__)]
+
+
+def _candidates(pair: Pair, plan: Plan, operator: str) -> Iterator[Plan]:
+    mixes = operator in MIXING_OPERATORS and not (operator == "nested" and pair.equal_widths)
+    alphas: tuple[float | None, ...] = (None,)
+    if mixes:
+        alphas = (None, *_ALPHAS) if plan.alpha is None else (plan.alpha,)
+    for swapped in _swaps(pair, plan, operator):
+        for alpha in alphas:
+            yield dataclasses.replace(plan, alpha=alpha, swapped=swapped)
+
+
+def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | None]:
+    """The last blocks (the default), the first ones, and every other one, as far as they give the target's depth."""
+    if operator not in ("nested", "patch"):
+        yield None
+        return
+    last = frozenset(blocks_for_depth(pair.blocks, plan.target.depth))
+    mirrored = [list(block) for block in reversed(pair.blocks)]
+    count = len(pair.blocks)
+    orders = {last, frozenset(count - 1 - i for i in blocks_for_depth(_renumbered(mirrored), plan.target.depth))}
+    long = [i for i, block in enumerate(pair.blocks) if len(block) > 1]
+    chosen = [i for i in last if i in long]
+    if chosen:
+        spread = frozenset(long[round(j * (len(long) - 1) / max(len(chosen) - 1, 1))] for j in range(len(chosen)))
+        if sum(len(pair.blocks[i]) - 1 for i in spread) == sum(len(pair.blocks[i]) - 1 for i in chosen):
+            orders.add(spread)
+    yield from sorted(orders, key=sorted)
+
+
+def _renumbered(blocks: list[list[int]]) -> list[list[int]]:
+    """The same block lengths over 0, 1, 2, ..."""
+    numbered, start = [], 0
+    for block in blocks:
+        numbered.append(list(range(start, start + len(block))))
+        start += len(block)
+    return numbered

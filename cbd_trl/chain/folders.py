@@ -1,0 +1,169 @@
+"""An anchor's folder: checked against its record, written, copied; always under a temporary name first."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..surgery.blocks import check_blocks
+from .chain_json import check_order, check_record, library_versions, read_manifest, write_manifest
+from .records import DTYPES, MANIFEST, RESTORE, Anchor, Manifest, weight_files
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = True) -> None:
+    """Compare an anchor's folder with its record.
+
+    Args:
+        folder: the chain's folder.
+        hashes: whether to compare the files' sha256 too.
+
+    Raises:
+        ValueError: a file is missing, differs, or leads out of the chain; the config does not have the recorded shape.
+    """
+    root = folder.resolve()
+    # In the Hub's cache a snapshot's files are links to blobs that lie beside the snapshots.
+    if root.parent.name == "snapshots":
+        root = root.parent.parent
+    for name, digest in anchor.files.items():
+        file = anchor.path / name
+        if not file.resolve().is_relative_to(root):
+            raise ValueError(f"{file} is a link that leaves the chain's folder. Put the file itself there. {RESTORE}")
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, but {folder / MANIFEST} lists it. {RESTORE}")
+        if hashes and sha256_of(file) != digest:
+            raise ValueError(
+                f"{file} is damaged or was changed: its sha256 is not the one in {folder / MANIFEST}. {RESTORE}"
+            )
+    config = anchor.config()
+    if config.model_type != model_type:
+        raise ValueError(
+            f"{anchor.path / 'config.json'} is of model type {config.model_type!r}, {folder / MANIFEST} says "
+            f"{model_type!r}. {RESTORE}"
+        )
+    architecture = anchor.architecture()
+    found, recorded = (architecture.shape, architecture.num_parameters), (anchor.shape, anchor.num_parameters)
+    if found != recorded:
+        raise ValueError(
+            f"{anchor.path / 'config.json'} has the shape {found[0]} ({found[1]:,} parameters), but "
+            f"{folder / MANIFEST} records {recorded[0]} ({recorded[1]:,}). {RESTORE}"
+        )
+
+
+def check_block_map(folder: Path, anchor: Anchor, above: Anchor) -> None:
+    """Refuse a block map that does not split the layers of the anchor above (ValueError naming chain.json)."""
+    try:
+        check_blocks(anchor.block_map or [], anchor.architecture().depth, above.architecture().depth)
+    except ValueError as error:
+        raise ValueError(f"{folder / MANIFEST}: anchor {anchor.name!r}: {error} {RESTORE}") from error
+
+
+def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[Path], None]) -> Anchor:
+    """Write one anchor and record it in chain.json, which never lists a part of a model, whatever happens in between.
+
+    Args:
+        folder: the chain's folder, made if there is none.
+        record: `name`, `parent`, `block_map` and what is known of its training (fields of `Anchor`); shape, dtype and
+            sha256 are read from the files. Anchors recorded below the parent are taken out of chain.json: they were
+            cut from what is being replaced.
+        fill: writes the anchor's files into the folder it is given.
+
+    Returns:
+        The complete record.
+
+    Raises:
+        ValueError: the parent is not in the chain, `fill` wrote no model, or the record does not fit the files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    anchor = Anchor(**record)
+    above = _anchors_down_to(folder, anchor)
+    temporary = _fresh_folder(folder / f".tmp-{anchor.name}")
+    fill(temporary)
+    written = _completed(anchor, temporary, _hashes(temporary))
+    check_record(written, folder / MANIFEST)
+    check_order([*above, written], folder / MANIFEST)
+    model_type = written.config().model_type
+    if above:
+        check_block_map(folder, written, above[-1])
+        # First without the anchor, so that chain.json never lists a folder while it is being replaced.
+        write_manifest(folder, Manifest(model_type, library_versions(), above))
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
+    _move_folder(temporary, folder / anchor.name)
+    written = dataclasses.replace(written, path=folder / anchor.name)
+    write_manifest(folder, Manifest(model_type, library_versions(), (*above, written)))
+    return written
+
+
+def _anchors_down_to(folder: Path, anchor: Anchor) -> tuple[Anchor, ...]:
+    """The recorded anchors down to this one's parent."""
+    if anchor.parent is None:
+        return ()
+    anchors = read_manifest(folder).anchors
+    names = [other.name for other in anchors]
+    if anchor.parent not in names:
+        raise ValueError(
+            f"{folder / MANIFEST}: anchor {anchor.name!r} has the parent {anchor.parent!r}, which is not there. "
+            f"Anchors: {', '.join(names)}."
+        )
+    return anchors[: names.index(anchor.parent) + 1]
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def _fresh_folder(folder: Path) -> Path:
+    """An empty folder, what an earlier attempt left there removed."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _move_folder(source: Path, target: Path) -> None:
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
+    """The record with what the anchor's own files say: shape, number of parameters, dtype, sha256 of each file."""
+    from safetensors import safe_open
+
+    if "config.json" not in files or not weight_files(files):
+        raise ValueError(
+            f"{folder} was filled without config.json or model.safetensors: an anchor is a model as save_pretrained "
+            f"writes it. Files: {', '.join(files) or 'none'}."
+        )
+    found = dataclasses.replace(anchor, path=folder, files=files)
+    architecture = found.architecture()
+    with safe_open(folder / weight_files(files)[0], framework="pt") as weights:
+        kind = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+    dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(kind)
+    if dtype is None:
+        raise ValueError(
+            f"{folder / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES)}: convert the "
+            "model first."
+        )
+    return dataclasses.replace(
+        found, shape=architecture.shape, num_parameters=architecture.num_parameters, dtype=dtype
+    )
+
+
+def copy_anchor(anchor: Anchor, folder: Path) -> None:
+    """Copy the files of an anchor's record into another chain's folder."""
+    temporary = _fresh_folder(folder / f".tmp-{anchor.name}")
+    for name in anchor.files:
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(anchor.path / name, temporary / name)
+    _move_folder(temporary, folder / anchor.name)

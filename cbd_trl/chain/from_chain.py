@@ -1,0 +1,212 @@
+"""A model of any size between two anchors, without a teacher or a forward pass."""
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..architectures import Architecture
+from ..surgery.statistics import Statistics
+from ..surgery.weights import Weights
+from .calibrate import choose_plan
+from .calibration import token_blocks
+from .manifest import Anchor, Chain
+from .model import build_model
+from .operators import MIXING_OPERATORS, OPERATORS, Pair, Plan, default_alpha
+from .shapes import target_architecture
+from .solve_shape import solve_target
+
+CALIBRATION_TOKENS = 4096
+
+
+def from_chain(
+    chain: str | Path | Chain,
+    num_parameters: float | None = None,
+    *,
+    config: Mapping[str, int] | None = None,
+    operator: str = "nested",
+    alpha: float | None = None,
+    calibration_dataset: Dataset | None = None,
+    dtype: torch.dtype | str | None = None,
+    tolerance: float = 0.03,
+    save_directory: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PreTrainedModel:
+    """Make a stock transformers model of any size between the largest and the smallest anchor of a chain.
+
+    Args:
+        chain: a chain, its folder, or its Hub id.
+        num_parameters: size wanted (a tied table counts once); the nearest reachable shape on the line between the two neighbouring anchors
+            is made.
+        config: config fields to fix, for example `{"num_hidden_layers": 20}`; `num_parameters`, or else the line, decides the rest.
+        operator: "nested" (upper blocks for depth, least-squares cut mixed with the lower anchor for width), "patch" (blocks only),
+            "slice" (upper anchor alone), "expand" (lower anchor alone, grown exactly) or "linear" (arXiv 2605.07783).
+        alpha: weight of the lower anchor where the operator mixes, 0 to 1; None: from the size.
+        calibration_dataset: text in any SFT format on which blocks and alpha are chosen by measured loss, never worse there than the
+            better of `expand` and `slice`. None: no data and no forward pass.
+        dtype: of the result; None: that of the anchors.
+        tolerance: largest relative distance from `num_parameters`.
+        save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it `name_or_path` is
+            the anchor that the tokenizer loads from; trainers that reload a reference model by name (GRPO with beta > 0, DPO) need the directory.
+        revision, token: of a chain on the Hub.
+
+    Returns:
+        The model in eval mode; `model.config.cbd_trl` says what it was made from.
+
+    Raises:
+        ValueError: a size, shape, operator or alpha that cannot be had; the message says what can.
+    """
+    _check_arguments(num_parameters, config, operator, alpha)
+    if not isinstance(chain, Chain):
+        chain = Chain.from_pretrained(chain, revision=revision, token=token)
+    anchor = _own_shape(chain, num_parameters, config) if operator == "nested" and alpha is None else None
+    if anchor is not None:
+        model = anchor.load_model(dtype=_dtype(dtype, anchor))
+        provenance = _provenance(chain, [anchor], "anchor", None, anchor.architecture())
+        tokenizer_source = anchor
+    else:
+        upper, lower = chain.pair_for(num_parameters, config, tolerance)
+        model, provenance = _interpolate(
+            chain, upper, lower, num_parameters, config, operator, alpha, calibration_dataset, dtype, tolerance
+        )
+        tokenizer_source = upper
+    model.config.cbd_trl = provenance
+    if save_directory is not None:
+        _save(model, chain, Path(save_directory))
+    else:
+        model.config._name_or_path = model.name_or_path = str(tokenizer_source.path)
+    return model
+
+
+def _check_arguments(
+    num_parameters: float | None, config: Mapping[str, int] | None, operator: str, alpha: float | None
+) -> None:
+    if operator not in OPERATORS:
+        raise ValueError(f"Unknown operator {operator!r}. Operators: {', '.join(OPERATORS)}.")
+    if alpha is not None and operator not in MIXING_OPERATORS:
+        raise ValueError(
+            f"alpha={alpha} has no meaning for operator={operator!r}, which mixes nothing. Leave it out, or use "
+            f"{' or '.join(repr(name) for name in MIXING_OPERATORS)}."
+        )
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must lie between 0 (the upper anchor's side) and 1 (the lower anchor's).")
+    if num_parameters is None and not config:
+        raise ValueError(
+            "Nothing was asked for. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or both; `Chain.sizes()` lists what a "
+            "chain can make."
+        )
+
+
+def _own_shape(chain: Chain, num_parameters: float | None, config: Mapping[str, int] | None) -> Anchor | None:
+    """The anchor whose shape was asked for exactly, if any."""
+    for anchor in chain.anchors:
+        fields_match = all(anchor.shape.get(field) == value for field, value in (config or {}).items())
+        if num_parameters is not None:
+            if fields_match and anchor.num_parameters == int(num_parameters):
+                return anchor
+        elif fields_match and set(config or {}) == set(anchor.shape):
+            return anchor
+    return None
+
+
+def _interpolate(
+    chain: Chain, upper: Anchor, lower: Anchor, num_parameters: float | None, config: Mapping[str, int] | None, operator: str,
+    alpha: float | None, calibration_dataset: Dataset | None, dtype: torch.dtype | str | None, tolerance: float,
+) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+    blocks = lower.block_map
+    assert blocks is not None
+    upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
+    fields = solve_target(upper_architecture, lower_architecture, blocks, num_parameters, config, tolerance, operator)
+    plan = Plan(target_architecture(upper_architecture, fields), alpha)
+    pair = load_pair(upper, lower)
+    if calibration_dataset is not None:
+        tokens = token_blocks(calibration_dataset, chain.tokenizer(), CALIBRATION_TOKENS)
+        operator, plan = choose_plan(pair, plan, operator, tokens)
+    weights, architecture = OPERATORS[operator](pair, plan)
+    weights = _finite(weights, operator)
+    mixed = plan.alpha if plan.alpha is not None else default_alpha(operator, pair, plan.target)
+    model = build_model(architecture, weights, _dtype(dtype, upper))
+    model.generation_config = upper.load_generation_config()
+    provenance = _provenance(chain, [upper, lower], operator, mixed, architecture)
+    if plan.swapped is not None:
+        provenance["swapped_blocks"] = sorted(plan.swapped)
+    return model, provenance
+
+
+def load_pair(upper: Anchor, lower: Anchor) -> Pair:
+    """Two neighbouring anchors' weights in float32, and the upper one's statistics where a width differs."""
+    upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
+    assert lower.block_map is not None
+    differs = upper_architecture.sizes != lower_architecture.sizes
+    return Pair(
+        _float(upper.load_state_dict()),
+        upper_architecture,
+        _float(lower.load_state_dict()),
+        lower_architecture,
+        Statistics.load(upper.statistics_file) if differs else None,
+        lower.block_map,
+    )
+
+
+def _float(weights: Weights) -> Weights:
+    return {key: tensor.float() for key, tensor in weights.items()}
+
+
+def _finite(weights: Weights, operator: str) -> Weights:
+    for key, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"operator={operator!r} made a tensor that is not finite ({key}). Check the anchors' weights for NaN or infinity."
+            )
+    return weights
+
+
+def _dtype(dtype: torch.dtype | str | None, anchor: Anchor) -> torch.dtype:
+    wanted = anchor.dtype if dtype is None or dtype == "auto" else dtype
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype={dtype!r} is no floating-point type. Use for example torch.bfloat16, 'float32' or None."
+        )
+    return found
+
+
+def _provenance(
+    chain: Chain, anchors: list[Anchor], operator: str, alpha: float | None, architecture: Architecture
+) -> dict[str, Any]:
+    return {
+        "chain": chain.name_or_path,
+        "anchors": [anchor.name for anchor in anchors],
+        "operator": operator,
+        "alpha": alpha,
+        "shape": architecture.shape,
+        "num_parameters": architecture.num_parameters,
+    }
+
+
+def _save(model: PreTrainedModel, chain: Chain, directory: Path) -> None:
+    """Write model, tokenizer and provenance under a temporary name, then rename."""
+    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
+        raise ValueError(
+            f"save_directory={str(directory)!r} holds files that are no model. Choose an empty or new folder."
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = directory.parent / f".tmp-{directory.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        saved = copy.copy(model.config.cbd_trl)
+        model.config._name_or_path = model.name_or_path = str(directory)
+        model.save_pretrained(temporary)
+        chain.tokenizer().save_pretrained(temporary)
+        assert saved["shape"]
+        shutil.rmtree(directory, ignore_errors=True)
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,222 @@
+"""A chain on disk: opened and checked, copied, written anchor by anchor.
+
+DIR/chain.json                  what the chain is made of (see chain_json.py)
+DIR/<anchor>/                   a model folder as save_pretrained writes it, with tokenizer and statistics.safetensors
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .chain_json import read_manifest, write_manifest
+from .folders import check_block_map, copy_anchor, verify_anchor, write_anchor
+from .records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
+from .solve_shape import list_sizes
+
+__all__ = ["STATISTICS_FILE", "Anchor", "Chain", "write_anchor"]
+
+# What a chain may consist of: no pickles, no code.
+_HUB_PATTERNS = [MANIFEST, "*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
+
+
+class Chain:
+    """Anchors on disk, largest first, each distilled from the one above.
+
+    Args:
+        path: the chain's folder.
+        manifest: what its chain.json says.
+        name_or_path: what it was opened with, a Hub id or a path.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, name_or_path: str | None = None) -> None:
+        self.path = path
+        self.name_or_path = name_or_path if name_or_path is not None else str(path)
+        self.model_type = manifest.model_type
+        self.versions = dict(manifest.versions)
+        self.anchors = list(manifest.anchors)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{anchor.name} {anchor.num_parameters:,}" for anchor in self.anchors)
+        return f"Chain({str(self.path)!r}, {self.model_type}: {sizes})"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        verify: bool = True,
+    ) -> "Chain":
+        """Open a chain.
+
+        Args:
+            path_or_hub_id: a folder that build_chain wrote, or the id of a Hub repository that holds one.
+            revision: branch, tag or commit of the Hub repository.
+            token: Hub token.
+            verify: compare every file with the sha256 in chain.json (about a second per GB).
+
+        Raises:
+            ValueError: not a chain, damaged, edited, unfinished, or of an unknown schema version; the message names
+                the file.
+        """
+        folder = _local_folder(path_or_hub_id, revision, token)
+        manifest = read_manifest(folder)
+        above: Anchor | None = None
+        for anchor in manifest.anchors:
+            if not anchor.finished:
+                raise ValueError(
+                    f"{folder / MANIFEST}: anchor {anchor.name!r} is not finished. Run build_chain again with the "
+                    "same arguments."
+                )
+            verify_anchor(folder, anchor, manifest.model_type, hashes=verify)
+            if above is not None:
+                check_block_map(folder, anchor, above)
+            above = anchor
+        return cls(folder, manifest, str(path_or_hub_id))
+
+    @property
+    def source(self) -> Anchor:
+        """The anchor at the head of the chain."""
+        return self.anchors[0]
+
+    def __getitem__(self, name: str) -> Anchor:
+        """An anchor by name.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        for anchor in self.anchors:
+            if anchor.name == name:
+                return anchor
+        raise ValueError(
+            f"The chain in {self.path} has no anchor {name!r}. Anchors: {', '.join(a.name for a in self.anchors)}."
+        )
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that all anchors share.
+
+        Raises:
+            ValueError: none was stored.
+        """
+        if "tokenizer_config.json" not in self.source.files:
+            raise ValueError(
+                f"{self.source.path} holds no tokenizer_config.json: the chain was stored without a tokenizer. Build "
+                "it with processing_class=tokenizer."
+            )
+        return AutoTokenizer.from_pretrained(self.source.path, trust_remote_code=False, local_files_only=True)
+
+    def pair_for(
+        self, num_parameters: float | None = None, config: Mapping[str, Any] | None = None, tolerance: float = 0.03
+    ) -> tuple[Anchor, Anchor]:
+        """The two neighbouring anchors that a target lies between.
+
+        Args:
+            num_parameters: its size.
+            config: config fields it has.
+            tolerance: how far outside the chain, as a share, a size may lie and still count as the chain's end.
+
+        Raises:
+            ValueError: fewer than two anchors, or no pair around it; the message lists the pairs.
+        """
+        pairs = list(zip(self.anchors, self.anchors[1:], strict=False))
+        if not pairs:
+            raise ValueError(
+                f"The chain in {self.path} has one anchor, nothing lies between. Add a smaller one with build_chain."
+            )
+        by_size = [pair for pair in pairs if num_parameters is None or _holds(pair, num_parameters)]
+        if num_parameters is not None and not by_size:
+            # A size just past an end means that end.
+            ends = (pairs[0], self.anchors[0].num_parameters), (pairs[-1], self.anchors[-1].num_parameters)
+            by_size = [pair for pair, end in ends if abs(num_parameters - end) <= tolerance * end]
+        for pair in by_size:
+            if all(
+                pair[1].shape.get(name, 0) <= value <= pair[0].shape.get(name, value)
+                for name, value in (config or {}).items()
+            ):
+                return pair
+        offers = "; ".join(
+            f"{upper.name} to {lower.name}: {lower.num_parameters:,} to {upper.num_parameters:,} parameters, "
+            + ", ".join(f"{name} {lower.shape[name]} to {value}" for name, value in upper.shape.items())
+            for upper, lower in pairs
+        )
+        size = [f"num_parameters={num_parameters:,.0f}"] if num_parameters is not None else []
+        asked = ", ".join(size + [f"{name}={value}" for name, value in (config or {}).items()])
+        raise ValueError(
+            f"No two neighbouring anchors of the chain in {self.path} lie around {asked}. What lies between them: "
+            f"{offers}."
+        )
+
+    def sizes(self) -> list[dict[str, Any]]:
+        """What can be made between neighbouring anchors.
+
+        Returns:
+            One entry a pair: `upper`, `lower` (names), `num_parameters` [smallest, largest] and `shape`
+            {config field: values on offer}.
+        """
+        entries = []
+        for upper, lower in zip(self.anchors, self.anchors[1:], strict=False):
+            between = list_sizes(upper.architecture(), lower.architecture(), lower.block_map or [])
+            entries.append({"upper": upper.name, "lower": lower.name, **between})
+        return entries
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Copy the chain; chain.json is written last, so that a copy cut short is not taken for a chain.
+
+        Raises:
+            ValueError: the folder holds something other than a chain.
+        """
+        target = Path(save_directory).expanduser()
+        if target.resolve() == self.path.resolve():
+            return
+        if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).exists())):
+            raise ValueError(
+                f"{target} exists and is not a chain; nothing there is overwritten. Choose a new or an empty folder."
+            )
+        target.mkdir(parents=True, exist_ok=True)
+        (target / MANIFEST).unlink(missing_ok=True)
+        for anchor in self.anchors:
+            copy_anchor(anchor, target)
+        write_manifest(target, Manifest(self.model_type, self.versions, tuple(self.anchors)))
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
+        """Upload the chain's own files to a Hub repository, made if there is none.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        files = [MANIFEST, *(f"{anchor.name}/{name}" for anchor in self.anchors for name in anchor.files)]
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=self.path, allow_patterns=files, commit_message="Upload chain"
+        )
+        return str(commit)
+
+
+def _holds(pair: tuple[Anchor, Anchor], num_parameters: float) -> bool:
+    return pair[1].num_parameters <= num_parameters <= pair[0].num_parameters
+
+
+def _local_folder(path_or_hub_id: str | Path, revision: str | None, token: str | bool | None) -> Path:
+    """The chain's folder, downloaded first when a Hub id is given."""
+    folder = Path(path_or_hub_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if isinstance(path_or_hub_id, Path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path_or_hub_id):
+        raise ValueError(
+            f"There is no folder {folder}. Give the folder that build_chain wrote, or a Hub id such as 'me/my-chain'."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_hub_id, revision=revision, token=token, allow_patterns=_HUB_PATTERNS))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path_or_hub_id!r} is no folder here and could not be fetched from the Hub ({type(error).__name__}: "
+            f"{error}). Check the path, or the id, revision and token."
+        ) from error

@@ -1,0 +1,206 @@
+"""Operators: the rules that make a target's weights from two anchors. Pure functions, one table."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..architectures import Architecture
+from ..architectures.axes import dims_of, from_dims, to_dims
+from ..surgery.blocks import select_layers, spaced_layers, swap_blocks
+from ..surgery.cut import least_squares_cut, plain_cut, rms_ratio
+from ..surgery.grow import grow_depth, grow_width, zero_pad
+from ..surgery.norms import fold_norms, folds
+from ..surgery.statistics import Statistics
+from ..surgery.weights import Weights, reader_keys
+from .solve_shape import blocks_for_depth
+
+# Best of 0.25, 0.5, 0.75 was 0.25, 0.25, 0.5 at fractions 0.25, 0.49, 0.72 of the way down (SmolLM2-135M).
+NESTED_ALPHA_SCALE = 0.7
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two neighbouring anchors.
+
+    Args:
+        upper, lower: weights, the lower cut from the upper in shared coordinates.
+        upper_architecture, lower_architecture: what the weights mean.
+        statistics: the upper anchor's moments; None only where no width differs.
+        blocks: for each lower layer the upper layers it stands for.
+    """
+
+    upper: Weights
+    upper_architecture: Architecture
+    lower: Weights
+    lower_architecture: Architecture
+    statistics: Statistics | None
+    blocks: Sequence[Sequence[int]]
+
+    @property
+    def equal_widths(self) -> bool:
+        return self.upper_architecture.sizes == self.lower_architecture.sizes
+
+    def fraction(self, target: Architecture) -> float:
+        """(N_large - N) / (N_large - N_small) in parameters: 0 at the upper anchor, 1 at the lower one."""
+        large, small = self.upper_architecture.num_parameters, self.lower_architecture.num_parameters
+        return (large - target.num_parameters) / (large - small)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an operator is asked to make.
+
+    Args:
+        target: depth and widths.
+        alpha: weight of the lower anchor in the mix, 0 to 1; None = the operator's own rule.
+        swapped: lower layers replaced by their upper blocks; None = the last ones that give the target's depth.
+    """
+
+    target: Architecture
+    alpha: float | None = None
+    swapped: Collection[int] | None = None
+
+
+Operator = Callable[[Pair, Plan], tuple[Weights, Architecture]]
+
+
+def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | None:
+    """The weight that `operator` gives the lower anchor at this target, None where it mixes nothing."""
+    if operator == "linear":
+        return pair.fraction(target)
+    if operator == "nested" and not pair.equal_widths:
+        return NESTED_ALPHA_SCALE * pair.fraction(target)
+    return None
+
+
+def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """Whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one where they share coordinates.
+
+    New coordinates are the cut's at full strength; shared ones alpha * lower + (1 - alpha) * cut, both with norm gains folded into the
+    readers. A swapped block is the cut of its upper layers; an unswapped layer is mixed with the cut of the upper layer it came from.
+    """
+    if pair.equal_widths:
+        return patch(pair, plan)
+    alpha = plan.alpha
+    if alpha is None:
+        alpha = default_alpha("nested", pair, plan.target)
+        assert alpha is not None
+    widths = pair.upper_architecture.resized(**plan.target.sizes)
+    statistics = _needed(pair)
+    upper = fold_norms(pair.upper, pair.upper_architecture)
+    cut = least_squares_cut(upper, pair.upper_architecture, statistics, widths)
+    kept = [block[-1] for block in pair.blocks]
+    base, base_architecture = select_layers(cut, widths, kept)
+    lower = _in_target_gauge(pair, plan.target, kept)
+    mixed = {
+        key: _mix_prefix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha) for key in base
+    }
+    swapped = _swapped(pair, plan)
+    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, swapped)
+
+
+def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """Whole blocks of the upper anchor in place of lower layers (boomerang distillation, arXiv 2510.05064); equal widths only."""
+    if not pair.equal_widths or plan.target.sizes != pair.upper_architecture.sizes:
+        raise ValueError(
+            "operator='patch' swaps whole blocks between anchors of equal widths, and these differ "
+            f"({pair.upper_architecture.shape} and {pair.lower_architecture.shape}; target {plan.target.shape}). "
+            "Use operator='nested', which also interpolates widths."
+        )
+    return swap_blocks(
+        pair.lower, pair.lower_architecture, pair.upper, pair.upper_architecture, pair.blocks, _swapped(pair, plan)
+    )
+
+
+def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """The upper anchor alone: evenly spaced layers, least-squares cut in width."""
+    widths = pair.upper_architecture.resized(**plan.target.sizes)
+    weights = pair.upper
+    if widths.sizes != pair.upper_architecture.sizes:
+        weights = least_squares_cut(weights, pair.upper_architecture, _needed(pair), widths)
+    return select_layers(weights, widths, spaced_layers(widths.depth, plan.target.depth))
+
+
+def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """The lower anchor alone, grown exactly: the same logits at the target's size."""
+    target = pair.lower_architecture.resized(**plan.target.sizes)
+    return grow_depth(*grow_width(pair.lower, pair.lower_architecture, target), plan.target.depth)
+
+
+def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783): plain cut, zero padding, layers at equal relative depth."""
+    alpha = pair.fraction(plan.target) if plan.alpha is None else plan.alpha
+    depth = plan.target.depth
+
+    def at_relative_depth(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
+        layers = [round(i * (architecture.depth - 1) / max(depth - 1, 1)) for i in range(depth)]
+        return select_layers(weights, architecture, layers)
+
+    large, architecture = at_relative_depth(pair.upper, pair.upper_architecture)
+    target = architecture.resized(**plan.target.sizes)
+    large = plain_cut(large, architecture, target)
+    small, small_architecture = at_relative_depth(pair.lower, pair.lower_architecture)
+    small = zero_pad(small, small_architecture, target)
+    return {key: torch.lerp(large[key].float(), small[key].float(), alpha) for key in large}, target
+
+
+OPERATORS: dict[str, Operator] = {
+    "nested": nested,
+    "patch": patch,
+    "slice": slice_upper,
+    "expand": expand,
+    "linear": linear,
+}
+MIXING_OPERATORS = ("nested", "linear")
+
+
+def _needed(pair: Pair) -> Statistics:
+    if pair.statistics is None:
+        raise ValueError(
+            "Changing a width needs the upper anchor's statistics, which this chain does not hold. Build the chain again."
+        )
+    return pair.statistics
+
+
+def _swapped(pair: Pair, plan: Plan) -> Collection[int]:
+    return blocks_for_depth(pair.blocks, plan.target.depth) if plan.swapped is None else plan.swapped
+
+
+def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> Weights:
+    """The lower anchor's weights as they are to stand on the shared prefix of a target.
+
+    The target's norms divide the stream by the root mean square of more channels than the lower anchor's do; measured on the upper
+    anchor's stream, the two differ by the ratio of the prefixes' root mean squares, which is taken out here.
+    """
+    architecture, norm_type = pair.lower_architecture, pair.lower_architecture.family.norm_type
+    lower = {key: tensor.float() for key, tensor in fold_norms(pair.lower, architecture).items()}
+    statistics = _needed(pair)
+    for site in architecture.sites:
+        if not site.norm:
+            continue
+        layer, name = architecture.split_name(site.name)
+        above = site.name if layer is None else pair.upper_architecture.layer_name(kept[layer], name)
+        site_above = next(one for one in pair.upper_architecture.sites if one.name == above)
+        ratio = rms_ratio(statistics, site_above, norm_type, architecture.sizes["width"])
+        target_ratio = rms_ratio(statistics, site_above, norm_type, target.sizes["width"])
+        gain = f"{site.name}.weight"
+        if folds(site, architecture):
+            for reader in site.readers:
+                key, _ = reader_keys(reader, lower, architecture)
+                lower[key] = lower[key] / ratio
+            lower[gain] = lower[gain] * target_ratio
+        else:
+            lower[gain] = lower[gain] * (target_ratio / ratio)
+    return lower
+
+
+def _mix_prefix(
+    base: torch.Tensor, architecture: Architecture, lower: torch.Tensor, lower_architecture: Architecture, key: str, alpha: float
+) -> torch.Tensor:  # fmt: skip
+    axes = architecture.tensors[key]
+    array = to_dims(base.float(), axes, architecture.sizes).clone()
+    small = to_dims(lower, axes, lower_architecture.sizes)
+    region = tuple(slice(0, lower_architecture.sizes[dim]) for dim in dims_of(axes))
+    array[region] = torch.lerp(array[region], small, alpha)
+    return from_dims(array, axes)

@@ -1,0 +1,89 @@
+"""Config fields asked for -> the architecture cut from a larger one, or an error that says which shapes there are."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..architectures import Architecture
+from ..surgery.blocks import spaced_layers
+
+
+def width_follows_heads(architecture: Architecture) -> bool:
+    """Whether the family fixes width = heads x head size (GPT-2), so that width and heads are one choice."""
+    sizes = architecture.sizes
+    resolved = architecture.family.resolve(sizes, {"heads": 2 * sizes["group"] * sizes["query"]})
+    return resolved["width"] != sizes["width"]
+
+
+def needs_width_multiple_of_heads(architecture: Architecture) -> bool:
+    """Whether transformers refuses to save and load a width that is no multiple of the number of heads (Llama "
+    "does)."""
+    if width_follows_heads(architecture):
+        return True
+    heads = 2 * architecture.sizes["query"]
+    probe = architecture.resized(group=2, width=heads * architecture.sizes["dim"] + 1)
+    return heads > 1 and _config_complaint(probe) is not None
+
+
+def _config_complaint(architecture: Architecture) -> str | None:
+    """What transformers has against this shape, None if nothing."""
+    # The subclass check alone: validate() would also complain about fields that have nothing to do with the shape.
+    validate = getattr(architecture.config, "validate_architecture", None)
+    try:
+        if validate is not None:
+            validate()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def target_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architecture:
+    """The architecture that config fields ask for, cut from `upper`; fields left out stay as they are there.
+
+    Args:
+        upper: the architecture to cut from; its config's per-layer lists travel with the evenly spaced layers that
+            are kept.
+        fields: config fields of the family (`Architecture.shape` lists them) with their values.
+
+    Raises:
+        ValueError: no shape field, a value that is no positive integer or larger than in `upper`, or a shape that
+            transformers refuses.
+    """
+    depth, sizes = upper.resolve_sizes(fields)
+    _check_not_larger(upper, depth, sizes, fields)
+    target = upper.with_layers(spaced_layers(upper.depth, depth)).resized(**sizes)
+    complaint = _config_complaint(target)
+    if complaint is not None:
+        raise ValueError(_refused_width(target, complaint))
+    return target
+
+
+def _check_not_larger(upper: Architecture, depth: int, sizes: Mapping[str, int], fields: Mapping[str, Any]) -> None:
+    shape = upper.shape
+    for field, value in fields.items():
+        if value > shape[field]:
+            raise ValueError(
+                f"{field}={value} is larger than the {shape[field]} of the model it is cut from. Ask for at most "
+                f"{shape[field]}, "
+                "or put a larger anchor above."
+            )
+    wanted, had = {**sizes, "layer": depth}, {**upper.sizes, "layer": upper.depth}
+    for dim, value in wanted.items():
+        if value > had[dim]:
+            what = {"query": "query heads per key/value head"}.get(dim, dim)
+            raise ValueError(
+                f"The shape {dict(fields)} means {value} {what}, more than the {had[dim]} of the model it is cut "
+                "from. Cutting only "
+                f"removes: keep every dimension of {shape} or make it smaller."
+            )
+
+
+def _refused_width(target: Architecture, complaint: str) -> str:
+    """The message for a width that the config class refuses, with the nearest widths it takes."""
+    width, heads = target.sizes["width"], target.sizes["group"] * target.sizes["query"]
+    nearest = [value for value in (width // heads * heads, -(-width // heads) * heads) if value > 0]
+    return (
+        f"transformers refuses to save or load a {target.config.model_type} config of width {width} with {heads} "
+        f"heads: {complaint} "
+        f"Nearest widths for {heads} heads: {' and '.join(str(value) for value in nearest)}; or choose another number "
+        "of heads."
+    )

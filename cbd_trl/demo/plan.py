@@ -1,0 +1,134 @@
+"""What the demo does, as data; the tests run the same code on a plan of seconds."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from cbd_trl.report.sweep import Target, fingerprint
+from cbd_trl.trainers.distill_config import DistillConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Anchors, targets and sizes of a demo.
+
+    Args:
+        anchors: config fields of the lower anchors, largest first.
+        learning_rates: of each anchor's distillation.
+        targets: the sizes to make.
+        saved: which target, counted from 0, is saved as a model folder.
+        batch_size: packed rows in a step.
+        max_length: tokens in a packed row.
+        calibration_tokens: tokens behind each anchor's statistics.
+        held_out_blocks: blocks of `max_length` tokens that every loss is measured on.
+        prompt: what every size is asked.
+        answer_tokens: the most tokens of an answer.
+        corpus_rows: rows of the corpus to use; None for all.
+    """
+
+    anchors: tuple[Mapping[str, int], ...]
+    learning_rates: tuple[float, ...]
+    targets: tuple[Target, ...]
+    saved: int
+    batch_size: int = 4
+    max_length: int = 256
+    calibration_tokens: int = 8192
+    held_out_blocks: int = 12
+    prompt: str = "Give me three tips for a good night's sleep."
+    answer_tokens: int = 40
+    corpus_rows: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Tells apart plans whose results must not be mixed."""
+        return fingerprint(asdict(self))
+
+
+SMOLLM2 = Plan(
+    anchors=(
+        {"num_hidden_layers": 16},
+        {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
+    ),
+    learning_rates=(4e-4, 6e-4),
+    targets=(
+        Target(config={"num_hidden_layers": 28}),
+        Target(config={"num_hidden_layers": 24}),
+        Target(config={"num_hidden_layers": 20}),
+        Target(num_parameters=72e6),
+        Target(num_parameters=60e6),
+        Target(num_parameters=52e6),
+    ),
+    saved=4,
+)
+
+
+def default_steps(bf16: bool) -> int:
+    """Optimiser steps per anchor that keep the demo within its minutes on two cores.
+
+    Args:
+        bf16: whether training runs in bf16 mixed precision.
+    """
+    return 50 if bf16 else 30
+
+
+def bf16_pays() -> bool:
+    """Whether bf16 mixed precision is worth it here: measured, because CPUs without bf16 instructions emulate them.
+
+    Returns:
+        whether a matrix product in bf16 is clearly faster than in float32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+@torch.no_grad()
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    left, right = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+    torch.mm(left, right)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def training_args(plan: Plan, anchor: int, output: str, steps: int, seed: int, bf16: bool) -> DistillConfig:
+    """The arguments of one anchor's distillation.
+
+    Args:
+        plan: the demo's plan.
+        anchor: which lower anchor, counted from 0.
+        output: the chain's folder.
+        steps: optimiser steps.
+        seed: of the order of the rows.
+        bf16: mixed precision.
+    """
+    options: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": plan.batch_size,
+        "max_length": plan.max_length,
+        "packing": True,
+        "learning_rate": plan.learning_rates[anchor],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": min(10, steps // 2),
+        "adam_beta2": 0.95,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "bf16": bf16,
+        # Activations fit, and recomputing them would cost a forward pass a step.
+        "gradient_checkpointing": False,
+        "seed": seed,
+        "logging_steps": max(1, min(10, steps // 3)),
+        "save_steps": max(10, -(-steps // 3)),
+        "save_total_limit": 1,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": "none",
+    }
+    return DistillConfig(output, **options)

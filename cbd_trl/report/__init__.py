@@ -1,0 +1,1 @@
+"""What a chain is worth, measured: the sweep over sizes and operators, its tables and its picture."""

@@ -1,0 +1,77 @@
+"""Held-out loss: the same fixed token blocks for every model.
+
+Shapes: N blocks, T tokens in each.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cbd_trl.losses.reduction import cross_entropy
+
+
+def token_blocks(tokenizer: Any, texts: Iterable[str], length: int, count: int) -> Tensor:
+    """The first `count` blocks of `length` tokens of the texts, joined by the end-of-text token.
+
+    Args:
+        tokenizer: a transformers tokenizer; special tokens written in the texts are read as such.
+        texts: held-out texts, read in order until there are enough tokens.
+        length: T.
+        count: N.
+
+    Returns:
+        (N, T) int64.
+
+    Raises:
+        ValueError: if the texts are too short.
+    """
+    needed = length * count
+    ids: list[int] = []
+    for text in texts:
+        if len(ids) >= needed:
+            break
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids and ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+    if len(ids) < needed:
+        raise ValueError(
+            f"The held-out texts have {len(ids)} tokens, but {count} blocks of {length} tokens need {needed}: the "
+            "same number must be measured for every model. Give more texts, or ask for fewer or shorter blocks."
+        )
+    return torch.tensor(ids[:needed], dtype=torch.int64).view(count, length)
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -> float:
+    """Mean cross-entropy of the tokens of the blocks, each block's first one excepted.
+
+    Args:
+        model: a causal language model; its train or eval mode is as it was afterwards.
+        blocks: (N, T) int64 token ids, no padding.
+        batch_size: blocks in one forward pass.
+
+    Returns:
+        nats per predicted token, over all N x (T - 1) of them.
+
+    Raises:
+        ValueError: if there is nothing to predict.
+    """
+    if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
+        raise ValueError(
+            f"blocks has shape {tuple(blocks.shape)}, wanted (N, T) with N >= 1 and T >= 2: each block's first token "
+            "is only read, so a shorter one has nothing to predict."
+        )
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        for batch in blocks.split(batch_size):
+            batch = batch.to(model.device)
+            logits = model(input_ids=batch, use_cache=False).logits
+            total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).double().sum().item()
+    finally:
+        model.train(was_training)
+    return total / (blocks.shape[0] * (blocks.shape[1] - 1))

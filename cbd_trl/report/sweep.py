@@ -1,0 +1,218 @@
+"""The sweep: every operator at every size between the anchors, built, timed and measured on the same tokens."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cbd_trl.architectures import describe
+from cbd_trl.chain.from_chain import from_chain
+from cbd_trl.report.results import Results
+
+OPERATORS = ("nested", "linear", "slice", "expand")
+RANDOM = "random"
+
+Evaluate = Callable[[PreTrainedModel], float]
+Build = Callable[..., PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A size to make: what `from_chain` is asked for.
+
+    Args:
+        num_parameters: parameter count, the nearest reachable shape is taken.
+        config: config fields that are fixed.
+
+    Raises:
+        ValueError: if neither is given.
+    """
+
+    num_parameters: float | None = None
+    config: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_parameters is None and not self.config:
+            raise ValueError(
+                "A target of the sweep asks for nothing. Give Target(num_parameters=60e6), "
+                "Target(config={'num_hidden_layers': 20}), or both."
+            )
+
+    def __str__(self) -> str:
+        parts = [f"{name}={value}" for name, value in self.config.items()]
+        if self.num_parameters is not None:
+            parts.insert(0, f"{self.num_parameters / 1e6:.4g}M")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One model, built and measured.
+
+    Args:
+        num_parameters: parameters of the model, a tied table counted once.
+        shape: its shape in config fields.
+        loss: held-out loss, nats per token.
+        seconds: to build it, the files read included.
+    """
+
+    num_parameters: int
+    shape: dict[str, int]
+    loss: float
+    seconds: float
+
+
+def fingerprint(*parts: Any) -> str:
+    """A short name of what a measurement depends on.
+
+    Args:
+        parts: strings, bytes, tensors, or anything JSON can write.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            part = part.cpu().contiguous().numpy().tobytes()
+        elif isinstance(part, str):
+            part = part.encode()
+        elif not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True).encode()
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def random_model(like: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """A freshly initialised model of the same shape.
+
+    Args:
+        like: the model whose class and config are taken.
+        seed: of the initialisation; the caller's random state is left as it was.
+
+    Returns:
+        a model in eval mode, in the dtype of `like`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(like.config, dtype=like.dtype).eval()
+
+
+def sweep(
+    chain: Any,
+    targets: Sequence[Target],
+    operators: Sequence[str] = OPERATORS,
+    evaluate: Evaluate | None = None,
+    *,
+    results: Results | Path | str | None = None,
+    key: str = "",
+    seed: int = 0,
+    random: bool = True,
+    build: Build = from_chain,
+    on_step: Callable[[str, int, int], None] | None = None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Build and measure the anchors, every target with every operator, and a random model of every target's shape.
+
+    The first operator decides a target's shape; the others build exactly that shape.
+
+    Args:
+        chain: a `Chain`.
+        targets: the sizes.
+        operators: names of `from_chain`'s operators.
+        evaluate: model -> held-out loss in nats per token, the same tokens for every model.
+        results: a `Results`, or the file to keep them in: what it already holds is not measured again.
+        key: names what `evaluate` measures, such as a `fingerprint` of the held-out tokens; results with another one,
+            or of another chain, are measured anew.
+        seed: of the random models.
+        random: whether to measure random models.
+        build: `from_chain`, or a stand-in with its signature.
+        on_step: called before each measurement with what comes, its number from 0, and how many there are.
+
+    Returns:
+        {"anchors": [{"name", "num_parameters", "shape", "loss"}], "targets": [{"num_parameters", "shape", "seconds" of
+        the first operator, "loss": {operator: nats}, "seconds_by_operator": {operator: seconds}}]}, in this order.
+
+    Raises:
+        ValueError: without operators, or without `evaluate`.
+    """
+    if not operators or evaluate is None:
+        raise ValueError(
+            f"operators={list(operators)}, evaluate={evaluate}: a sweep needs at least one operator and a function "
+            "that measures a model, such as lambda model: held_out_loss(model, blocks)."
+        )
+    run = _Sweep(chain, evaluate, results, key, seed, build)
+    names = [*operators, *([RANDOM] if random else [])]
+    steps: list[tuple[Any, str | None]] = [(anchor, None) for anchor in chain.anchors]
+    steps += [(target, name) for target in targets for name in names]
+    anchors: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for number, (what, operator) in enumerate(steps):
+        label = what.name if operator is None else f"{what}, {operator}"
+        if on_step is not None:
+            on_step(label, number, len(steps))
+        if operator is None:
+            measured = run.anchor(what)
+            anchors.append({"name": what.name, **asdict(measured)})
+            continue
+        measured = run.target(what, operator, first=operators[0])
+        if operator == operators[0]:
+            rows.append({**asdict(measured), "loss": {}, "seconds_by_operator": {}})
+        rows[-1]["loss"][operator] = measured.loss
+        if operator != RANDOM:
+            rows[-1]["seconds_by_operator"][operator] = measured.seconds
+    return {"anchors": anchors, "targets": rows}
+
+
+class _Sweep:
+    """What all measurements of one sweep share."""
+
+    def __init__(
+        self, chain: Any, evaluate: Evaluate, results: Results | Path | str | None, key: str, seed: int, build: Build
+    ) -> None:
+        self.chain = chain
+        self.evaluate = evaluate
+        self.results = results if isinstance(results, Results) else Results(results)
+        self.key = fingerprint(key, [[anchor.name, anchor.files] for anchor in chain.anchors])
+        self.seed = seed
+        self.build = build
+
+    def anchor(self, anchor: Any) -> Measurement:
+        return self._once(["anchor", anchor.name], anchor.load_model)
+
+    def target(self, target: Target, operator: str, first: str) -> Measurement:
+        """Measure one target with one operator, in the shape that the first operator gives it."""
+        if operator == first:
+            return self._once(
+                [asdict(target), operator],
+                lambda: self.build(self.chain, target.num_parameters, config=dict(target.config), operator=operator),
+            )
+        shape = self.target(target, first, first).shape
+        if operator != RANDOM:
+            return self._once([shape, operator], lambda: self.build(self.chain, config=shape, operator=operator))
+        return self._once(
+            [shape, operator, self.seed],
+            lambda: random_model(self.build(self.chain, config=shape, operator=first), self.seed),
+        )
+
+    def _once(self, what: list[Any], make: Callable[[], PreTrainedModel]) -> Measurement:
+        key = fingerprint(self.key, what)
+        known = self.results.get(key)
+        if known is not None:
+            return Measurement(**known)
+        started = time.perf_counter()
+        model = make()
+        seconds = time.perf_counter() - started
+        measured = Measurement(
+            num_parameters=model.num_parameters(),
+            shape=describe(model.config).shape,
+            loss=self.evaluate(model),
+            seconds=round(seconds, 3),
+        )
+        self.results.put(key, asdict(measured))
+        return measured

@@ -1,0 +1,80 @@
+"""Depth: which layers are kept, which block each stands for, and putting layers of two models into one stack."""
+
+from collections.abc import Collection, Sequence
+
+from ..architectures import Architecture
+from .weights import Weights
+
+
+def spaced_layers(total: int, kept: int) -> list[int]:
+    """`kept` of `total` layers, evenly spaced; the first one and the last two stay (of one kept, the last alone).
+
+    Raises:
+        ValueError: `kept` is not between 1 and `total`.
+    """
+    if not 1 <= kept <= total:
+        raise ValueError(f"Cannot keep {kept} of {total} layers. Ask for 1 to {total}.")
+    # The last layers of a decoder do not stand in for each other, so the even spacing ends one layer early.
+    return [round(i * (total - 2) / max(kept - 2, 1)) for i in range(kept - 1)] + [total - 1]
+
+
+def blocks_of(kept_layers: Sequence[int]) -> list[list[int]]:
+    """Block i: the layers after the previous kept layer up to and including the i-th kept one."""
+    starts = [0, *[layer + 1 for layer in kept_layers[:-1]]]
+    return [list(range(start, layer + 1)) for start, layer in zip(starts, kept_layers, strict=True)]
+
+
+def check_blocks(blocks: Sequence[Sequence[int]], lower_depth: int, upper_depth: int) -> None:
+    """Every upper layer in exactly one block, in order, one block a lower layer.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if len(blocks) != lower_depth or [layer for block in blocks for layer in block] != list(range(upper_depth)):
+        raise ValueError(
+            f"The block map must split the upper model's {upper_depth} layers, in order, into {lower_depth} blocks of "
+            f"consecutive layers, got {[list(block) for block in blocks]}."
+        )
+    if not all(blocks):
+        raise ValueError("The block map has an empty block: every lower layer stands for at least one upper layer.")
+
+
+def select_layers(weights: Weights, architecture: Architecture, layers: Sequence[int]) -> tuple[Weights, Architecture]:
+    """The model made of these layers (repetition allowed), in this order, everything outside the layers as it is."""
+    picked = {key: tensor for key, tensor in weights.items() if architecture.split_name(key)[0] is None}
+    names = [name for layer, name in map(architecture.split_name, weights) if layer == 0]
+    for new, old in enumerate(layers):
+        for name in names:
+            picked[architecture.layer_name(new, name)] = weights[architecture.layer_name(old, name)]
+    return picked, architecture.with_layers(layers)
+
+
+def swap_blocks(
+    lower: Weights, lower_architecture: Architecture, upper: Weights, upper_architecture: Architecture,
+    blocks: Sequence[Sequence[int]], swapped: Collection[int],
+) -> tuple[Weights, Architecture]:  # fmt: skip
+    """The lower model with the blocks in `swapped` replaced by their layers of the upper model.
+
+    Boomerang distillation, arXiv 2510.05064.
+
+    Args:
+        lower, upper: weights of equal widths.
+        blocks: for each lower layer the upper layers it stands for.
+        swapped: indices of lower layers to replace.
+
+    Returns:
+        Weights and architecture; embedding, final norm and head are the lower model's.
+    """
+    check_blocks(blocks, lower_architecture.depth, upper_architecture.depth)
+    mixed = {key: tensor for key, tensor in lower.items() if lower_architecture.split_name(key)[0] is None}
+    names = [name for layer, name in map(lower_architecture.split_name, lower) if layer == 0]
+    positions: list[int] = []
+    for i, block in enumerate(blocks):
+        source, layers = (upper, list(block)) if i in swapped else (lower, [i])
+        for layer in layers:
+            for name in names:
+                key = lower_architecture.layer_name(len(positions), name)
+                mixed[key] = source[lower_architecture.layer_name(layer, name)]
+            # Per-layer config entries: an unswapped layer has those of the upper layer it was cut from.
+            positions.append(layer if i in swapped else block[-1])
+    return mixed, upper_architecture.with_layers(positions)

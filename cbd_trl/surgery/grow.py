@@ -1,0 +1,107 @@
+"""Exact growth: a wider or deeper model that computes the same logits."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..architectures import Architecture
+from ..architectures.axes import Axes, dims_of, from_dims, to_dims
+from .blocks import select_layers, spaced_layers
+from .weights import Weights
+
+
+def grow_width(weights: Weights, architecture: Architecture, target: Architecture) -> tuple[Weights, Architecture]:
+    """Grow every width to `target`'s; logits stay equal.
+
+    RMSNorm: new channels are written as zero, gains times sqrt(d_old / d_new), epsilon times d_old / d_new (Qwen3's
+    q/k norms share that epsilon, so q and k are scaled by sqrt(d_old / d_new) as well). LayerNorm: every new channel
+    is written as the mean of the old ones, new gains and biases are 0, old gains and epsilon scaled likewise. New
+    heads and neurons get zero output projections. What reads a new coordinate, and the inner weights of new heads and
+    neurons, repeat old ones, so that training can move away from zero.
+
+    Returns:
+        Weights, and the architecture with its new epsilon.
+    """
+    ratio = architecture.sizes["width"] / target.sizes["width"]
+    readers = _reader_axes(architecture)
+    norms = {site.name for site in architecture.sites if site.norm}
+    centred = architecture.family.norm_type == "layer"
+    shared = architecture.family.shared_eps(architecture.config)
+    grown = {}
+    for key, axes in architecture.tensors.items():
+        tensor, (module, kind) = weights[key], key.rsplit(".", 1)
+        array = to_dims(tensor, axes, architecture.sizes)
+        if module in norms:
+            fill = "zero" if centred else "repeat"
+            array = _extend(array, axes, "width", target.sizes["width"], fill)
+            array = array * math.sqrt(ratio) if kind == "weight" else array
+        else:
+            for dim in dict.fromkeys(dims_of(axes)):
+                array = _extend(array, axes, dim, target.sizes[dim], _fill(dim, axes, readers.get(module), centred))
+        if architecture.split_name(module)[1] in shared:
+            array = array * math.sqrt(ratio)
+        grown[key] = from_dims(array, axes)
+    return grown, target.with_eps(architecture.eps * ratio)
+
+
+def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tuple[Weights, Architecture]:
+    """Insert evenly spaced layers that add nothing; logits stay equal.
+
+    Output projections and biases of a new layer are zero; the rest of it is a copy of the layer after it.
+    """
+    old = spaced_layers(depth, architecture.depth)
+    following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
+    grown, deeper = select_layers(weights, architecture, following)
+    for layer in sorted(set(range(depth)) - set(old)):
+        _silence(grown, deeper, layer)
+    return grown, deeper
+
+
+def _silence(weights: Weights, architecture: Architecture, layer: int) -> None:
+    for site in architecture.family.sites:
+        if site.norm:
+            continue
+        for reader in site.readers:
+            for kind in ("weight", "bias"):
+                key = architecture.layer_name(layer, f"{reader}.{kind}")
+                if key in weights:
+                    weights[key] = torch.zeros_like(weights[key])
+
+
+def _reader_axes(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """{reading module: the axis it reads along}; a tied table counts as what writes the stream."""
+    return {reader: site.axis for site in architecture.sites for reader in site.readers}
+
+
+def _fill(dim: str, axes: Axes, read_axis: Sequence[str] | None, centred: bool) -> str:
+    reads = read_axis is not None and dim in read_axis
+    if dim == "width":
+        if reads:
+            return "repeat"
+        return "mean" if centred else "zero"
+    return "zero" if reads else "repeat"
+
+
+def _extend(array: torch.Tensor, axes: Axes, dim: str, size: int, fill: str) -> torch.Tensor:
+    position = dims_of(axes).index(dim)
+    old = array.shape[position]
+    if size == old:
+        return array
+    if fill == "repeat":
+        return array.index_select(position, torch.arange(size, device=array.device) % old)
+    new_shape = list(array.shape)
+    new_shape[position] = size - old
+    new = array.mean(position, keepdim=True).expand(new_shape) if fill == "mean" else array.new_zeros(new_shape)
+    return torch.cat([array, new], position)
+
+
+def zero_pad(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
+    """Every tensor padded with zeros to `target`'s widths: not exact; the Trans(theta_small) of arXiv 2605.07783."""
+    padded = {}
+    for key, axes in architecture.tensors.items():
+        array = to_dims(weights[key], axes, architecture.sizes)
+        for dim in dict.fromkeys(dims_of(axes)):
+            array = _extend(array, axes, dim, target.sizes[dim], "zero")
+        padded[key] = from_dims(array, axes)
+    return padded

@@ -1,0 +1,37 @@
+"""Putting a model's norms into one gauge: gains (and biases) moved into the layers that read them. Exact."""
+
+import torch
+
+from ..architectures import Architecture, Site
+from .weights import Weights, from_input_matrix, input_matrix, reader_keys
+
+
+def folds(site: Site, architecture: Architecture) -> bool:
+    """Whether a site's norm can be folded: not a final one with a tied head or with a bias that has nowhere to go."""
+    final = site is architecture.sites[-1]
+    return site.norm and not (final and (architecture.tied or architecture.family.norm_type == "layer"))
+
+
+def fold_norms(weights: Weights, architecture: Architecture) -> Weights:
+    """Multiply each norm's gain into its readers' weights, its bias into their biases: gains 1 and biases 0 remain.
+
+    A final norm keeps its gain where the head is tied to the embedding table, and gain and bias where it is a
+    LayerNorm (the head has no bias to take them).
+    """
+    folded = dict(weights)
+    for site in architecture.sites:
+        if not folds(site, architecture):
+            continue
+        gain = weights[f"{site.name}.weight"]
+        shift = weights.get(f"{site.name}.bias")
+        for reader in site.readers:
+            key, bias = reader_keys(reader, weights, architecture)
+            axes = architecture.tensors[key]
+            matrix = input_matrix(weights[key], axes, site.axis).double()
+            folded[key] = from_input_matrix(matrix * gain.double(), weights[key], axes, site.axis)
+            if shift is not None and bias is not None:
+                folded[bias] = (weights[bias].double() + matrix @ shift.double()).to(weights[bias].dtype)
+        folded[f"{site.name}.weight"] = torch.ones_like(gain)
+        if shift is not None:
+            folded[f"{site.name}.bias"] = torch.zeros_like(shift)
+    return folded

@@ -1,0 +1,1 @@
+"""Trainers: one config file and one trainer file per method, wiring only."""

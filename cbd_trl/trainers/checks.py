@@ -1,0 +1,99 @@
+"""What `DistillTrainer` refuses, before a token is trained on."""
+
+from typing import Any
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from cbd_trl.trainers.distill_config import DistillConfig
+
+
+def chosen_teacher(teacher: str | PreTrainedModel | None, args: DistillConfig) -> str | PreTrainedModel:
+    """The teacher, from the trainer's argument or from its config.
+
+    Args:
+        teacher: the trainer's `teacher_model`.
+        args: of the run.
+
+    Returns:
+        a model, path or Hub id.
+
+    Raises:
+        ValueError: if there is none, or two.
+    """
+    named = args.teacher_model_name_or_path
+    chosen = named if teacher is None else teacher
+    if chosen is None or (teacher is not None and named is not None):
+        raise ValueError(
+            "A teacher is needed, as `teacher_model` of the trainer or as `teacher_model_name_or_path` of the "
+            f"DistillConfig: {'neither was' if chosen is None else 'both were'} given. Give one of them."
+        )
+    return chosen
+
+
+def check_arguments(args: Any, processing_class: Any, others: dict[str, Any]) -> None:
+    """Refuse arguments that would be ignored or cannot work.
+
+    Args:
+        args: of the run.
+        processing_class: of the run.
+        others: further arguments for `trl.SFTTrainer`.
+
+    Raises:
+        TypeError: for the wrong kind of args or processing class.
+        ValueError: for options that contradict each other.
+    """
+    if not isinstance(args, DistillConfig):
+        raise TypeError(
+            f"args is a {type(args).__name__}: DistillTrainer needs a DistillConfig, which adds the teacher, the "
+            "divergence and the weights to SFTConfig."
+        )
+    if others.get("compute_loss_func") is not None:
+        raise ValueError(
+            "compute_loss_func would replace the distillation loss. Leave it out; the weights of the DistillConfig "
+            "shape the loss."
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise TypeError(
+            f"processing_class is a {type(processing_class).__name__}: DistillTrainer distils text models. Pass the "
+            "tokenizer of a text model."
+        )
+    checkpointing = args.gradient_checkpointing_kwargs
+    if args.swap_probability and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "swap_probability with gradient_checkpointing_kwargs={'use_reentrant': True}: reentrant checkpointing "
+            "fails where some layers get no gradient. Leave use_reentrant unset, or set swap_probability=0."
+        )
+
+
+def check_run(trainer: Any) -> None:
+    """Refuse what only shows once the student and the accelerator are there.
+
+    Args:
+        trainer: a `DistillTrainer` after the initialisation of `trl.SFTTrainer`.
+
+    Raises:
+        ValueError: for auxiliary losses, virtual tokens or kinds of parallelism that this loss does not have.
+    """
+    if trainer.aux_loss_enabled:
+        raise ValueError(
+            "The student is a mixture of experts with a load-balancing loss, which is not part of the distillation "
+            "loss. Set router_aux_loss_coef=0.0 in the DistillConfig to distil without it."
+        )
+    peft_config = getattr(trainer.model, "active_peft_config", None)
+    if getattr(peft_config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(peft_config).__name__} puts virtual tokens in front of the student's inputs, where the teacher "
+            "has none. Use an adapter that leaves the inputs alone, such as LoRA."
+        )
+    parallelism = trainer.accelerator.parallelism_config
+    if parallelism is not None and (parallelism.cp_enabled or getattr(parallelism, "sp_enabled", False)):
+        raise ValueError(
+            "Context and sequence parallelism split a row over processes, which this loss does not put together "
+            "again. Set cp_size and sp_size to 1 and shard with FSDP or DeepSpeed instead."
+        )
+    swap = trainer.args.swap_probability
+    if swap and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError(
+            f"swap_probability={swap} runs the teacher's layers inside the student, which FSDP and DeepSpeed shard "
+            "each on their own. Set swap_probability=0, or train with DDP or one process."
+        )

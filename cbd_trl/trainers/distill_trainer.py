@@ -1,0 +1,303 @@
+"""Off-policy distillation on SFT-shaped data: wiring only, the formulas are in `cbd_trl.losses`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from cbd_trl.losses.objective import DistillObjective
+from cbd_trl.losses.reduction import count_scored, normalise, scored_targets, select_scored, sums_per_row
+from cbd_trl.teachers.local import check_vocabularies, load_teacher, place_teacher
+from cbd_trl.trainers.batches import RowLengthsCollator, count_tokens, split_inputs
+from cbd_trl.trainers.checks import check_arguments, check_run, chosen_teacher
+from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.layer_pairs import LayerPairs
+from cbd_trl.trainers.meters import TokenCounter, TokenMeter
+from cbd_trl.trainers.model_card import describe_model, distillation_card, readable_name
+
+
+class DistillTrainer(SFTTrainer):
+    """Trains a student on a dataset to predict what a teacher predicts.
+
+    The loss is kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x mean cosine distance of the
+    layers, each a mean over the scored tokens of the optimiser step: gradient accumulation, packing and the number of
+    processes do not change it. Logged at every log event, as means over the tokens since the last one: `kd`, `ce`,
+    `hidden` (where weighted) and `teacher_ce`, on hybrid steps those of the hybrid; and `num_tokens`, the tokens seen
+    so far. Evaluation reports the same terms of the student alone, prefixed `eval_`, as means over the tokens of the whole evaluation set.
+
+    Args:
+        model: the student: a causal LM, or the path or Hub id of one.
+        teacher_model: the teacher, likewise. Given as a model it is frozen and put in eval mode. None: the one that
+            `args.teacher_model_name_or_path` names.
+        args: a `DistillConfig`.
+        train_dataset: any dataset format of `trl.SFTTrainer`.
+        eval_dataset: likewise, or a dict of them.
+        processing_class: the tokenizer; None for the student's.
+        teacher_processing_class: the teacher's tokenizer, only compared with the student's; None to look for it where
+            the teacher was loaded from.
+        block_map: for each student layer the consecutive teacher layers it stands for, used by the hidden-state term
+            and the hybrid steps. None: blocks as even as possible.
+        kwargs: everything else `trl.SFTTrainer` takes, `peft_config` among it, except `compute_loss_func`.
+
+    Raises:
+        ValueError: if the two models cannot be compared as asked; the message says what can be done.
+        TypeError: if an argument has the wrong type.
+    """
+
+    _tag_names = ["cbd_trl", "distill"]
+    _name = "Distill"
+    args: DistillConfig
+    model: Any
+    processing_class: Any
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: DistillConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        teacher_processing_class: PreTrainedTokenizerBase | None = None,
+        block_map: list[list[int]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = DistillConfig("distilled") if args is None else args
+        check_arguments(args, processing_class, kwargs)
+        teacher_model = chosen_teacher(teacher_model, args)
+        if args.swap_probability:
+            # The layers that are swapped out get no gradient on that step, and DDP must not wait for one.
+            args.ddp_find_unused_parameters = True
+        student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        check_run(self)
+        teacher = self._set_up_teacher(teacher_model, teacher_processing_class)
+        student = self.accelerator.unwrap_model(self.model)
+        self._pairs = LayerPairs(student, teacher, block_map, args)
+        self._student_name = student_name
+        self._teacher_text = describe_model(teacher, getattr(teacher.config, "_name_or_path", None))
+        self.teacher_model = place_teacher(teacher, self.accelerator)
+
+        # The loss is normalised by the tokens of the whole step, so the Trainer must count them.
+        self.model_accepts_loss_kwargs = True
+        if self.padding_free:
+            self.data_collator = RowLengthsCollator(**vars(self.data_collator))
+        self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
+        self.add_callback(TokenCounter())
+
+    def _set_up_teacher(
+        self, teacher_model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    ) -> PreTrainedModel:
+        args, student = self.args, self.accelerator.unwrap_model(self.model)
+        init_kwargs: Any = args.teacher_model_init_kwargs  # a string on the command line, a dict once parsed
+        teacher = load_teacher(
+            teacher_model,
+            student,
+            init_kwargs=init_kwargs,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+        shared_rows = check_vocabularies(
+            student,
+            teacher,
+            self.processing_class,
+            teacher_tokenizer=tokenizer,
+            teacher_name_or_path=teacher_model if isinstance(teacher_model, str) else None,
+            revision=args.teacher_model_revision,
+        )
+        self._objective = DistillObjective(
+            kd_weight=args.kd_weight,
+            ce_weight=args.ce_weight,
+            hidden_weight=args.hidden_weight or 0.0,
+            divergence=args.divergence,
+            temperature=args.temperature,
+            beta=args.beta,
+            shared_rows=shared_rows,
+        )
+        return teacher
+
+    def _token_terms(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Tensor], Any]:
+        """Every term at the scored positions, (N,) each, and the student's outputs."""
+        pairs = self._pairs
+        with torch.no_grad(), pairs.teacher_outputs.recording() as teacher_states:
+            teacher_NV = select_scored(self.teacher_model(**inputs).logits, labels)
+        with (
+            pairs.swapped(self.state.global_step) if self.model.training else nullcontext(),
+            pairs.student_outputs.recording() as student_states,
+        ):
+            outputs = model(**inputs)
+        hidden_N = pairs.distance(student_states, teacher_states, labels)
+        student_NV = select_scored(outputs.logits, labels)
+        return self._objective.terms(student_NV, teacher_NV, scored_targets(labels), hidden_N), outputs
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of one optimiser step, and how many tokens of them are scored.
+
+        Counted here, because the stock count includes the first token of each row for models whose class name does not
+        tell that they shift their labels (GPT-2), which would make the loss depend on packing.
+
+        Args:
+            epoch_iterator: of micro-batches.
+            num_batches: how many to take.
+            device: of the count.
+
+        Returns:
+            micro-batches, and the number of scored tokens that `compute_loss` divides by.
+        """
+        batches, stock_count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches or stock_count is None:
+            return batches, stock_count
+        count = count_scored(batches).to(device)
+        if self.args.average_tokens_across_devices:
+            count = self.accelerator.reduce(count, "sum") // self.get_tp_size()
+        return batches, count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, as a share of its optimiser step.
+
+        Args:
+            model: the student, as wrapped for training.
+            inputs: input_ids, labels, and attention_mask or position_ids; (B, T) each.
+            return_outputs: also return the student's outputs.
+            num_items_in_batch: scored tokens of the optimiser step; None for those of this micro-batch.
+
+        Returns:
+            scalar loss in nats, or (loss, outputs).
+        """
+        inputs, labels, _ = split_inputs(inputs)
+        terms, outputs = self._token_terms(model, inputs, labels)
+        loss_N = self._objective.combine(terms)
+        if self.model.training:
+            tokens = torch.tensor(float(loss_N.numel()), device=loss_N.device)
+            self._train_meter.add({name: term.sum() for name, term in terms.items()}, tokens)
+            self._token_counter.tokens += self.accelerator.reduce(count_tokens(inputs), "sum") // self.get_tp_size()
+        shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
+        loss = normalise(loss_N, num_items_in_batch, processes)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One evaluation batch: its rows are added to the meter that `evaluation_loop` reads.
+
+        Args:
+            model: the student.
+            inputs: as in `compute_loss`.
+            prediction_loss_only: leave out logits and labels.
+            ignore_keys: unused; logits are the only output.
+
+        Returns:
+            mean loss of the batch in nats, logits (B, T, V) or None, labels (B, T) or None.
+        """
+        inputs, labels, row_lengths = split_inputs(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            terms, outputs = self._token_terms(model, inputs, labels)
+            loss_N = self._objective.combine(terms)
+        terms = {"loss": loss_N, **terms, "tokens": torch.ones_like(loss_N)}
+        rows_RK = torch.stack([sums_per_row(term, labels, row_lengths) for term in terms.values()], dim=1)
+        # Row by row, because the last batch is filled up with rows already seen, and gathering drops those.
+        totals = dict(zip(terms, self.accelerator.gather_for_metrics(rows_RK).sum(0), strict=True))
+        self._eval_meter.add(totals, totals.pop("tokens"))
+        others = (None, None) if prediction_loss_only else (outputs.logits, labels)
+        return normalise(loss_N, None), *others
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The stock loop, with every loss as a mean over tokens instead of a mean of batch means.
+
+        Args:
+            dataloader: of the evaluation set.
+            description: shown while it runs.
+            prediction_loss_only: leave out predictions.
+            ignore_keys: unused.
+            metric_key_prefix: put before every metric.
+
+        Returns:
+            predictions and metrics.
+        """
+        self._eval_meter = TokenMeter()
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        metrics: Any = output.metrics
+        for name, value in self._eval_meter.means().items():
+            metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms since the last training log.
+
+        Args:
+            logs: what the Trainer logs.
+            start_time: of the training, in seconds.
+        """
+        if "loss" in logs:
+            logs.update(self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum")))
+            logs["num_tokens"] = int(self._token_counter.tokens)
+        super().log(logs, start_time)
+
+    @property
+    def _token_counter(self) -> TokenCounter:
+        # Looked up, because the Trainer may replace its callbacks by restored ones.
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, TokenCounter))
+
+    def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the card of the distilled model to the output folder.
+
+        Args:
+            model_name: title of the card; None for the name of the output folder.
+            dataset_name: Hub id of the training data.
+            tags: added to those of the trainer.
+        """
+        if not self.is_world_process_zero():
+            return
+        name, output_dir = self._student_name, str(self.args.output_dir)
+        own = ["generated_from_trainer", *self._tag_names]
+        card = distillation_card(
+            title=model_name or os.path.basename(os.path.normpath(output_dir)),
+            hub_model_id=self.hub_model_id,
+            dataset=dataset_name,
+            student=describe_model(self.model, name),
+            teacher=self._teacher_text,
+            base_model=name if name and readable_name(name) == name else None,
+            args=self.args,
+            tokens=int(self._token_counter.tokens),
+            tags=own + ([tags] if isinstance(tags, str) else list(tags or [])),
+        )
+        card.save(os.path.join(output_dir, "README.md"))

@@ -1,0 +1,148 @@
+"""Hybrid steps: for one forward, the teacher's frozen layers stand in for the last blocks of the student.
+
+Training what remains under the same loss teaches each student block to work in front of the teacher's, which is what a
+model between two anchors is made of (design section 3).
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+# Fields that must agree because a layer of the teacher gets the student's rotary embeddings and attention masks.
+_SHARED_FIELDS = ("model_type", "hidden_size", "head_dim", "rope_parameters", "sliding_window", "_attn_implementation")
+
+
+class TeacherBlock(nn.Module):
+    """The consecutive teacher layers one student layer stands for, called like that layer.
+
+    Args:
+        layers: decoder layers of the teacher.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the layers one after the other.
+
+        Args:
+            hidden_states: (B, T, D).
+            args: as the student passes them to its own layer.
+            kwargs: as the student passes them to its own layer.
+
+        Returns:
+            what the last layer returns: a tensor (B, T, D), or a tuple that starts with one.
+        """
+        output: Any = hidden_states
+        for layer in self.layers:
+            output = layer(output[0] if isinstance(output, tuple) else output, *args, **kwargs)
+        return output
+
+
+class Hybrid:
+    """Swaps the last blocks of a student for the teacher's, one forward at a time.
+
+    Args:
+        student: the module list of the student's layers.
+        teacher: the module list of the teacher's layers, frozen.
+        block_map: for each student layer the consecutive teacher layers it stands for.
+        probability: share of the optimiser steps that are taken on a hybrid.
+        seed: of the draws, which depend on it and on the step alone: every micro-batch of a step and every process
+            gets the same hybrid, and a resumed run the same as an uninterrupted one.
+
+    Raises:
+        ValueError: if no block stands for more than one layer.
+    """
+
+    def __init__(
+        self, student: nn.ModuleList, teacher: nn.ModuleList, block_map: list[list[int]], probability: float, seed: int
+    ) -> None:
+        self.blocks = {
+            i: TeacherBlock([teacher[j] for j in block]) for i, block in enumerate(block_map) if len(block) > 1
+        }
+        if not self.blocks:
+            raise ValueError(
+                f"swap_probability={probability}, but student and teacher have {len(student)} layers each: no student "
+                "layer stands for several of the teacher's. Set swap_probability=0 for a pair that differs in width."
+            )
+        self._student = student
+        self._probability = probability
+        self._seed = seed
+
+    def draw(self, step: int) -> list[int]:
+        """Which student layers are swapped at an optimiser step.
+
+        Args:
+            step: optimiser steps done so far.
+
+        Returns:
+            the last k layers that stand for several teacher layers, k uniform in 1..all; empty on a plain step.
+        """
+        generator = random.Random(f"{self._seed}:{step}")
+        if generator.random() >= self._probability:
+            return []
+        count = generator.randint(1, len(self.blocks))
+        return sorted(self.blocks)[-count:]
+
+    @contextmanager
+    def swapped(self, step: int) -> Iterator[list[int]]:
+        """Within it the student runs with the blocks of `draw(step)`; afterwards it is itself again.
+
+        Args:
+            step: optimiser steps done so far.
+
+        Yields:
+            the swapped layers.
+        """
+        indices = self.draw(step)
+        originals = {i: self._student[i] for i in indices}
+        try:
+            for i in indices:
+                self._student[i] = self.blocks[i]
+            yield indices
+        finally:
+            for i, layer in originals.items():
+                self._student[i] = layer
+
+
+def check_swappable(student_config: Any, teacher_config: Any, block_map: list[list[int]]) -> None:
+    """Refuse models whose layers cannot stand in for each other.
+
+    Args:
+        student_config: text config of the student.
+        teacher_config: text config of the teacher.
+        block_map: for each student layer the consecutive teacher layers it stands for.
+
+    Raises:
+        ValueError: naming the first field that differs, or the block whose layers attend differently.
+    """
+    for name in _SHARED_FIELDS:
+        ours, theirs = (_field(config, name) for config in (student_config, teacher_config))
+        if ours != theirs:
+            raise ValueError(
+                f"swap_probability needs two models of one chain that differ in depth alone, but {name} is {ours!r} "
+                f"in the student and {theirs!r} in the teacher: the teacher's layers cannot run inside the student. "
+                "Set swap_probability=0."
+            )
+    student_types, teacher_types = (
+        getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        for config in (student_config, teacher_config)
+    )
+    for i, block in enumerate(block_map):
+        types = {teacher_types[j] for j in block}
+        if types != {student_types[i]}:
+            raise ValueError(
+                f"swap_probability: student layer {i} uses {student_types[i]}, the teacher's layers {block} that it "
+                f"stands for use {sorted(types)}, and one call can carry only one attention mask. Set "
+                "swap_probability=0, or choose blocks of one layer type."
+            )
+
+
+def _field(config: Any, name: str) -> Any:
+    if name == "head_dim":
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return getattr(config, name, None)

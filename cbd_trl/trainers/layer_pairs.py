@@ -1,0 +1,120 @@
+"""Student layers beside the teacher layers they stand for: the hidden-state term and the hybrid steps."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cbd_trl.architectures import decoder_layers
+from cbd_trl.losses.hidden import mean_cosine_distance
+from cbd_trl.losses.reduction import select_scored
+from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
+from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.hybrid import Hybrid, check_swappable
+from cbd_trl.trainers.meters import LayerOutputs
+
+
+class LayerPairs:
+    """Pairs the layers of two models, if the arguments ask for anything that needs it.
+
+    Args:
+        student: the model being trained, not wrapped.
+        teacher: the frozen teacher, not wrapped.
+        block_map: for each student layer the consecutive teacher layers it stands for; None for blocks as even as
+            possible.
+        args: of the run; `hidden_weight`, `swap_probability` and `seed` are read.
+
+    Raises:
+        ValueError: if the two models cannot be paired as asked.
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        block_map: list[list[int]] | None,
+        args: DistillConfig,
+    ) -> None:
+        self.student_outputs, self.teacher_outputs = LayerOutputs(), LayerOutputs()
+        self.hybrid: Hybrid | None = None
+        if not (args.hidden_weight or args.swap_probability):
+            return
+        student_config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
+        if args.hidden_weight:
+            _check_widths(student_config.hidden_size, teacher_config.hidden_size, block_map, args.hidden_weight)
+        ours, theirs = decoder_layers(student), decoder_layers(teacher)
+        blocks = resolve_block_map(block_map, len(ours), len(theirs))
+        if args.swap_probability:
+            check_swappable(student_config, teacher_config, blocks)
+            self.hybrid = Hybrid(ours, theirs, blocks, args.swap_probability, args.seed)
+        if args.hidden_weight:
+            for i, block in enumerate(blocks):
+                self.student_outputs.watch(i, ours[i])
+                self.teacher_outputs.watch(i, theirs[block[-1]])
+            for i, swapped in (self.hybrid.blocks if self.hybrid else {}).items():
+                self.student_outputs.watch(i, swapped)
+
+    def swapped(self, step: int) -> AbstractContextManager:
+        """Within it the student is the hybrid of an optimiser step.
+
+        Args:
+            step: optimiser steps done so far.
+        """
+        return self.hybrid.swapped(step) if self.hybrid else nullcontext()
+
+    def distance(
+        self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int, Tensor], labels_BT: Tensor
+    ) -> Tensor | None:
+        """Mean cosine distance over the recorded layers at the N scored positions.
+
+        Args:
+            student_states: layer -> output (B, T, d).
+            teacher_states: layer -> output (B, T, D) of the last layer of its block.
+            labels_BT: token ids, -100 where the token is not scored.
+
+        Returns:
+            (N,) float32; None if no layer was recorded.
+        """
+        if not student_states:
+            return None
+        return mean_cosine_distance(
+            (select_scored(student_states[i], labels_BT), select_scored(teacher_states[i], labels_BT))
+            for i in sorted(student_states)
+        )
+
+
+def resolve_block_map(block_map: list[list[int]] | None, student_layers: int, teacher_layers: int) -> list[list[int]]:
+    """Check a block map, or make the even one.
+
+    Args:
+        block_map: for each student layer the consecutive teacher layers it stands for; None for blocks as even as
+            possible.
+        student_layers: depth of the student.
+        teacher_layers: depth of the teacher.
+
+    Returns:
+        a block map that covers every teacher layer once, in order.
+
+    Raises:
+        ValueError: if it does not, or the student is deeper than the teacher.
+    """
+    if student_layers > teacher_layers:
+        raise ValueError(
+            f"The student has {student_layers} layers and the teacher {teacher_layers}: hidden_weight and "
+            "swap_probability pair each student layer with one or more of the teacher's. Use a teacher that is at "
+            "least as deep, or set both to 0."
+        )
+    if block_map is None:
+        return blocks_of(spaced_layers(teacher_layers, student_layers))
+    check_blocks(block_map, student_layers, teacher_layers)
+    return [list(block) for block in block_map]
+
+
+def _check_widths(student: int, teacher: int, block_map: list[list[int]] | None, weight: float) -> None:
+    if student > teacher or (student != teacher and block_map is None):
+        raise ValueError(
+            f"hidden_weight={weight} compares hidden states, but the student has {student} channels and the teacher "
+            f"{teacher}: only models of one chain share channels, those of the narrower one being a prefix of the "
+            "teacher's. Set hidden_weight=0, or pass the pair's block_map if they are of one chain."
+        )

@@ -1,0 +1,107 @@
+"""The card that is saved beside a distilled model."""
+
+import os
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+from cbd_trl.trainers.distill_config import DistillConfig
+
+_TEXT = """---
+{data}
+---
+
+# {title}
+
+A language model distilled with `cbd_trl.DistillTrainer`{dataset}.
+
+| | |
+|---|---|
+| student | {student} |
+| teacher | {teacher} |
+| loss | {loss} |
+| hybrid steps | {hybrid} |
+| tokens seen | {tokens:,} |
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="{model_id}")
+print(generator("Once upon a time")[0]["generated_text"])
+```
+"""
+
+
+def describe_model(model: nn.Module, name: str | None) -> str:
+    """Name a model for a reader: never by a path that only exists on this machine.
+
+    Args:
+        model: any model.
+        name: path or Hub id it came from; None or 'None' for a model made in memory.
+
+    Returns:
+        such as "`Qwen/Qwen3-4B` (Qwen3ForCausalLM, 4,022,468,096 parameters)".
+    """
+    size = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    label = readable_name(name)
+    return f"`{label}` ({size})" if label else f"a model made in memory ({size})"
+
+
+def readable_name(name: str | None) -> str | None:
+    """A Hub id as it is, the last folder of a local path, None for a model without a name."""
+    if not name or name == "None":
+        return None
+    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.isdir(name) else name
+
+
+def distillation_card(
+    *,
+    title: str,
+    hub_model_id: str | None,
+    dataset: str | None,
+    student: str,
+    teacher: str,
+    base_model: str | None,
+    args: DistillConfig,
+    tokens: int,
+    tags: list[str],
+) -> ModelCard:
+    """The card of a distilled model.
+
+    Args:
+        title: name of the model.
+        hub_model_id: where it is pushed, if anywhere.
+        dataset: Hub id of the training data, if known.
+        student: from `describe_model`.
+        teacher: from `describe_model`.
+        base_model: Hub id of the student, if it came from there.
+        args: of the run.
+        tokens: tokens seen in training.
+        tags: of the card.
+
+    Returns:
+        a card ready to save.
+    """
+    data: dict[str, Any] = {"library_name": "transformers", "model_name": title, "tags": tags}
+    if base_model:
+        data["base_model"] = base_model
+    if dataset:
+        data["datasets"] = dataset
+    options = f"temperature {args.temperature:g}" + (f", beta {args.beta:g}" if args.divergence == "jsd" else "")
+    loss = [f"{args.kd_weight:g} x {args.divergence} ({options})", f"{args.ce_weight:g} x cross-entropy"]
+    loss.append(f"{args.hidden_weight or 0:g} x mean cosine distance of the layers")
+    swap = args.swap_probability or 0
+    return ModelCard(
+        _TEXT.format(
+            data=ModelCardData(**data).to_yaml().strip(),
+            title=title,
+            dataset=f" on `{dataset}`" if dataset else "",
+            student=student,
+            teacher=teacher,
+            loss=" + ".join(loss),
+            hybrid=f"{swap:.0%} of the steps" if swap else "none",
+            tokens=tokens,
+            model_id=hub_model_id or title,
+        )
+    )

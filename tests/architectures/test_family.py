@@ -1,0 +1,240 @@
+"""The description of a family against the models that transformers builds from the same config."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+
+from cbd_trl.architectures import describe, supported_model_types
+from cbd_trl.architectures.axes import tensor_shape
+from cbd_trl.surgery.weights import weights_of
+from tests.tiny import FAMILIES, tiny_model
+
+
+def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
+    return tiny_model(family, **overrides).config
+
+
+OPTIONS = [
+    *[("llama", {"attention_bias": a, "mlp_bias": m}) for a in (False, True) for m in (False, True)],
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
+    ("llama", {"head_dim": None}),
+    ("mistral", {}),
+    ("mistral", {"head_dim": None, "sliding_window": 8}),
+    ("qwen2", {}),
+    ("qwen3", {"attention_bias": False}),
+    ("qwen3", {"attention_bias": True}),
+    ("gpt2", {}),
+    ("gpt2", {"n_inner": 40}),
+]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("family", "options"), OPTIONS, ids=lambda value: str(value))
+def test_description_has_every_tensor_of_the_model(family, options, tied):
+    config = tiny_config(family, tie_word_embeddings=tied, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    architecture = describe(config)
+
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    if tied:
+        del shapes["lm_head.weight"]
+    assert {key: tensor_shape(axes, architecture.sizes) for key, axes in architecture.tensors.items()} == shapes
+    assert architecture.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert set(weights_of(model, architecture)) == set(architecture.tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_are_modules_and_their_readers_read_that_axis(family):
+    model = tiny_model(family, tie_word_embeddings=False)
+    architecture = describe(model.config)
+    modules = dict(model.named_modules())
+    read = set()
+    for site in architecture.sites:
+        assert site.name in modules
+        for reader in site.readers:
+            assert site.axis in architecture.tensors[f"{reader}.weight"]
+            read.add(reader)
+    tables = {"model.embed_tokens", "transformer.wte", "transformer.wpe"}
+    matrices = {key[: -len(".weight")] for key, axes in architecture.tensors.items() if len(axes) == 2}
+    assert matrices - tables == read
+    assert architecture.sites[-1] == architecture.family.final_site
+
+
+def test_unsupported_model_type_lists_the_supported_ones():
+    assert supported_model_types() == sorted(FAMILIES)
+    with pytest.raises(ValueError, match=r"'gpt_neox'.*Supported model types: gpt2, llama, mistral, qwen2, qwen3\."):
+        describe(GPTNeoXConfig())
+
+
+@pytest.mark.parametrize("option", ["add_cross_attention", "scale_attn_by_inverse_layer_idx"])
+def test_unsupported_gpt2_option_is_named(option):
+    with pytest.raises(ValueError, match=rf"{option}=True is not supported.*Supported: {option}=False"):
+        describe(tiny_config("gpt2", **{option: True}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_model_is_refused(family):
+    config = tiny_config(family)
+    config.quantization_config = {"quant_method": "gguf"}
+    with pytest.raises(ValueError, match=r"quantised.*Load it dequantised"):
+        describe(config)
+
+
+def test_uneven_heads_are_refused():
+    # Set afterwards: transformers refuses some of these itself when the config is made.
+    config = tiny_config("llama")
+    config.num_key_value_heads = 3
+    with pytest.raises(ValueError, match=r"num_attention_heads=4 is not a multiple of num_key_value_heads=3"):
+        describe(config)
+    config = tiny_config("gpt2")
+    config.n_embd = 30
+    with pytest.raises(ValueError, match=r"n_embd=30 is not a multiple of n_head=4"):
+        describe(config)
+
+
+def test_shape_speaks_the_familys_own_field_names():
+    assert describe(tiny_config("qwen3")).shape == {
+        "num_hidden_layers": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    assert describe(tiny_config("gpt2")).shape == {"n_layer": 4, "n_embd": 32, "n_inner": 128, "n_head": 4}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resolving_an_architectures_own_shape_changes_nothing(family):
+    architecture = describe(tiny_config(family))
+    assert architecture.resolve_sizes(architecture.shape) == (architecture.depth, architecture.sizes)
+    assert architecture.resolve_sizes({}) == (architecture.depth, architecture.sizes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "depth", "changed"),
+    [
+        ({"num_hidden_layers": 2}, 2, {}),
+        ({"hidden_size": 24}, 4, {"width": 24}),
+        ({"intermediate_size": 40, "hidden_size": 24}, 4, {"width": 24, "ffn": 40}),
+        ({"num_attention_heads": 2}, 4, {"group": 1}),
+        ({"num_attention_heads": 2, "num_key_value_heads": 2}, 4, {"query": 1}),
+        ({"num_attention_heads": 3, "num_key_value_heads": 1}, 4, {"group": 1, "query": 3}),
+    ],
+    ids=str,
+)
+def test_resolve_sizes_of_llama(fields, depth, changed):
+    architecture = describe(tiny_config("llama"))
+    assert architecture.resolve_sizes(fields) == (depth, {**architecture.sizes, **changed})
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "changed"),
+    [
+        ({}, {"n_embd": 24}, {"width": 24, "group": 3, "ffn": 96}),
+        ({}, {"n_head": 2}, {"width": 16, "group": 2, "ffn": 64}),
+        ({}, {"n_embd": 24, "n_inner": 50}, {"width": 24, "group": 3, "ffn": 50}),
+        ({"n_inner": 40}, {"n_embd": 24}, {"width": 24, "group": 3}),
+    ],
+    ids=str,
+)
+def test_resolve_sizes_of_gpt2_keeps_heads_and_width_together(config, fields, changed):
+    architecture = describe(tiny_config("gpt2", **config))
+    assert architecture.resolve_sizes(fields) == (4, {**architecture.sizes, **changed})
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        (
+            "llama",
+            {"head_dim": 4},
+            r"'head_dim' is not a shape field of llama\. Shape fields: num_hidden_layers, hidden",
+        ),
+        ("gpt2", {"hidden_size": 16}, r"'hidden_size' is not a shape field of gpt2\. Shape fields: n_layer, n_embd"),
+        ("llama", {"hidden_size": 0}, r"hidden_size must be a positive integer, got 0"),
+        ("llama", {"hidden_size": 24.0}, r"hidden_size must be a positive integer, got 24\.0"),
+        ("llama", {"num_hidden_layers": True}, r"num_hidden_layers must be a positive integer, got True"),
+        (
+            "llama",
+            {"num_attention_heads": 3},
+            r"num_attention_heads=3 is not a multiple of num_key_value_heads=2.*both",
+        ),
+        ("gpt2", {"n_embd": 30}, r"head size 8.*n_embd=30 with n_head=3.*Choose n_embd = 8 x n_head"),
+        ("gpt2", {"n_embd": 24, "n_head": 4}, r"n_embd=24 with n_head=4"),
+    ],
+    ids=str,
+)
+def test_resolve_sizes_refuses(family, fields, message):
+    with pytest.raises(ValueError, match=message):
+        describe(tiny_config(family)).resolve_sizes(fields)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resized_architecture_is_the_real_model_of_that_config(family):
+    architecture = describe(tiny_config(family))
+    smaller = architecture.resized(width=16, group=2, ffn=20) if family == "gpt2" else architecture.resized(
+        width=20, group=1, query=1, ffn=20
+    )  # fmt: skip
+    assert architecture.sizes["width"] == 32
+    model = AutoModelForCausalLM.from_config(smaller.config)
+    assert smaller.num_parameters == model.num_parameters()
+    # The head size must survive a config file, where transformers would derive another one from the new width.
+    again = describe(type(smaller.config).from_dict(json.loads(smaller.config.to_json_string())))
+    assert (again.sizes, again.depth) == (smaller.sizes, smaller.depth)
+
+
+def test_gpt2_width_without_its_heads_is_refused():
+    with pytest.raises(
+        ValueError, match=r"ties its width to its heads: n_embd=24 needs n_embd / 8 heads.*got n_head=4"
+    ):
+        describe(tiny_config("gpt2")).resized(width=24)
+
+
+def _sliding(family: str) -> PretrainedConfig:
+    return tiny_config(family, use_sliding_window=True, sliding_window=8, max_window_layers=2)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_per_layer_lists_travel_with_their_layers(family):
+    architecture = describe(_sliding(family))
+    full, sliding = "full_attention", "sliding_attention"
+    assert architecture.config.layer_types == [full, full, sliding, sliding]
+    picked = architecture.with_layers([0, 3, 3, 1, 2])
+    assert picked.depth == picked.config.num_hidden_layers == 5
+    assert picked.config.layer_types == [full, sliding, sliding, full, sliding]
+    assert architecture.config.layer_types == [full, full, sliding, sliding]
+    again = type(picked.config).from_dict(json.loads(picked.config.to_json_string()))
+    assert again.layer_types == picked.config.layer_types
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_layers(family):
+    architecture = describe(tiny_config(family))
+    for key in architecture.tensors:
+        layer, name = architecture.split_name(key)
+        assert (name if layer is None else architecture.layer_name(layer, name)) == key
+    assert {architecture.split_name(key)[0] for key in architecture.tensors} == {None, 0, 1, 2, 3}
+
+
+def test_description_never_changes_its_config():
+    config = tiny_config("llama")
+    before = config.to_dict()
+    architecture = describe(config)
+    architecture.resized(width=16).with_layers([0]).with_eps(0.5)
+    assert config.to_dict() == before
+    assert architecture.with_eps(0.5).eps == 0.5
+
+
+def test_parameter_count_of_a_known_model():
+    # SmolLM2-135M: 134,515,008 parameters with its tied table counted once.
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    assert describe(config).num_parameters == 134_515_008
+    untied = LlamaConfig(**{**config.to_dict(), "tie_word_embeddings": False})
+    assert describe(untied).num_parameters == 134_515_008 + math.prod((49152, 576))

@@ -1,0 +1,32 @@
+"""Finding the stack of decoder layers."""
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from cbd_trl.architectures import decoder_layers, describe
+from tests.tiny import FAMILIES, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoder_layers_are_the_described_ones(family):
+    model = tiny_model(family)
+    layers = decoder_layers(model)
+    assert layers is model.get_submodule(describe(model.config).family.layers)
+    assert len(layers) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_wrappers_are_looked_through(family):
+    model = tiny_model(family)
+    layers = decoder_layers(model)
+    # GPT-2's Conv1D stores its weight transposed, which peft wants to be told.
+    lora = LoraConfig(r=2, target_modules="all-linear", fan_in_fan_out=family == "gpt2")
+    assert decoder_layers(get_peft_model(model, lora)) is layers
+
+
+def test_model_without_a_stack_is_refused():
+    model = nn.Linear(2, 2)
+    model.config = tiny_model("llama").config
+    with pytest.raises(ValueError, match=r"No stack of 4 decoder layers.*Linear.*`hidden_weight=0` and `swap_prob"):
+        decoder_layers(model)

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from cbd_trl.losses.reduction import (
+    cross_entropy,
+    normalise,
+    scored_mask,
+    scored_targets,
+    select_scored,
+    sums_per_row,
+)
+
+LABELS = torch.tensor([[5, 1, 2, -100], [-100, -100, 3, 4]])
+
+
+def test_a_position_is_scored_when_the_next_token_has_a_label() -> None:
+    assert scored_mask(LABELS).tolist() == [[True, True, False], [False, True, True]]
+    assert scored_targets(LABELS).tolist() == [1, 2, 3, 4]
+    values = torch.arange(8.0).reshape(2, 4, 1)
+    assert select_scored(values, LABELS).flatten().tolist() == [0, 1, 5, 6]
+
+
+def test_cross_entropy_equals_the_model_loss_in_value_and_gradient() -> None:
+    logits = torch.randn(2, 4, 9, requires_grad=True)
+    twin = logits.detach().clone().requires_grad_()
+    loss = normalise(cross_entropy(select_scored(logits, LABELS), scored_targets(LABELS)), None)
+    expected = torch.nn.functional.cross_entropy(twin[:, :-1].reshape(-1, 9), LABELS[:, 1:].reshape(-1))
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(logits.grad, twin.grad)
+
+
+def test_cross_entropy_is_zero_for_a_certain_model_and_log_v_for_a_clueless_one() -> None:
+    certain = torch.tensor([[200.0, 0.0, 0.0]])
+    assert cross_entropy(certain, torch.tensor([0])).item() == 0.0
+    assert cross_entropy(torch.zeros(1, 4), torch.tensor([2])).item() == pytest.approx(1.3862944)
+
+
+def test_everything_masked_gives_zero_and_a_zero_gradient() -> None:
+    labels = torch.full((2, 4), -100)
+    logits = torch.randn(2, 4, 9, requires_grad=True)
+    loss = normalise(cross_entropy(select_scored(logits, labels), scored_targets(labels)), torch.tensor(0))
+    loss.backward()
+    assert loss.item() == 0.0 and logits.grad.abs().max() == 0
+
+
+def test_shares_of_a_step_add_up_to_the_mean() -> None:
+    terms = torch.arange(6.0)
+    whole = normalise(terms, None)
+    assert whole.item() == 2.5
+    assert (normalise(terms[:2], 6) + normalise(terms[2:], 6)).item() == pytest.approx(2.5)
+    averaged_by_ddp = (normalise(terms[:2], 6, 2) + normalise(terms[2:], 6, 2)) / 2
+    assert averaged_by_ddp.item() == pytest.approx(2.5)
+
+
+def test_sums_per_row_agree_for_padded_and_packed_rows() -> None:
+    terms = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    assert sums_per_row(terms, LABELS).tolist() == [3.0, 12.0]
+    packed = torch.tensor([[-100, 1, 2, -100, -100, 3, 4, -100]])  # rows of 3 and 4 tokens, and padding
+    assert sums_per_row(terms, packed, torch.tensor([3, 4])).tolist() == [3.0, 12.0]

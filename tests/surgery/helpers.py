@@ -1,0 +1,97 @@
+"""Models for proving surgery by function: every family, tied and untied, grouped heads, every bias, large epsilons."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures.axes import from_dims, select, to_dims
+from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.surgery.weights import Weights, weights_of
+from tests.tiny import FAMILIES, tiny_model
+
+# Style rule 7: the largest difference of logits, in units of their standard deviation.
+TOLERANCE = 1e-5
+
+CASES = [pytest.param(f, t, id=f"{f}-{'tied' if t else 'untied'}") for f in FAMILIES for t in (True, False)]
+every_case = pytest.mark.parametrize(("family", "tied"), CASES)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def full_model(family: str, tied: bool, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A randomised model with every bias its family can have, in float64.
+
+    float64 keeps rounding far below the tolerance; an epsilon of 0.01 makes a forgotten one visible.
+    """
+    options: dict[str, Any] = {"rms_norm_eps": 0.01}
+    if family == "llama":
+        options |= {"attention_bias": True, "mlp_bias": True}
+    if family == "qwen3":
+        options |= {"attention_bias": True}
+    if family == "gpt2":
+        options = {"layer_norm_epsilon": 0.01}
+    return tiny_model(family, seed=seed, tie_word_embeddings=tied, **{**options, **overrides}).double()
+
+
+def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:
+    architecture = describe(model.config)
+    return weights_of(model, architecture), architecture
+
+
+def build(weights: Weights, architecture: Architecture) -> PreTrainedModel:
+    """The stock model with these weights; every tensor must fit."""
+    dtype = next(iter(weights.values())).dtype
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(architecture.config), dtype=dtype)
+    left = model.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys
+    assert set(left.missing_keys) <= ({"lm_head.weight"} if architecture.tied else set())
+    model.tie_weights()
+    return model.eval()
+
+
+def tokens(rows: int = 4, length: int = 24, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(tokens()).logits
+
+
+def difference(model: PreTrainedModel, reference: PreTrainedModel) -> float:
+    """max |logits - reference's| / std(reference's)."""
+    expected = logits(reference)
+    return float((logits(model) - expected).abs().max() / expected.std())
+
+
+def moments(model: PreTrainedModel, architecture: Architecture, rows: int = 16) -> Statistics:
+    return collect_statistics(model, architecture, [{"input_ids": tokens(rows, seed=1)}], max_tokens=10**6)
+
+
+def changed(weights: Weights, other: Weights) -> set[str]:
+    """Names of the tensors in which two sets of weights differ."""
+    assert set(weights) == set(other)
+    return {key for key in weights if not torch.equal(weights[key], other[key])}
+
+
+def scaled(weights: Weights, architecture: Architecture, key: str, dim: str, index: int, factor: float) -> Weights:
+    """The weights with one entry along an atomic dimension of one tensor multiplied."""
+    axes = architecture.tensors[key]
+    array = to_dims(weights[key], axes, architecture.sizes).clone()
+    array.select([d for axis in axes for d in axis].index(dim), index).mul_(factor)
+    return {**weights, key: from_dims(array, axes)}
+
+
+def doubled(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
+    """The model with every channel, neuron and key/value group twice: what reads two copies gives half to each."""
+    wide = ("width", "ffn", "group")
+    index = {dim: torch.arange(2 * architecture.sizes[dim]) % architecture.sizes[dim] for dim in wide}
+    readers = {f"{reader}.weight" for site in architecture.sites for reader in site.readers}
+    copies = {
+        key: select(weights[key], axes, architecture.sizes, index) / (2 if key in readers else 1)
+        for key, axes in architecture.tensors.items()
+    }
+    return copies, architecture.resized(**{dim: 2 * architecture.sizes[dim] for dim in wide})

@@ -1,0 +1,168 @@
+"""The plain and the least-squares cut."""
+
+import pytest
+import torch
+
+from cbd_trl.surgery.cut import least_squares_cut, plain_cut
+from cbd_trl.surgery.weights import input_matrix
+from tests.surgery.helpers import (
+    TOLERANCE,
+    build,
+    changed,
+    described,
+    difference,
+    doubled,
+    every_case,
+    every_family,
+    full_model,
+    moments,
+    tokens,
+)
+
+NARROWER = {
+    "gpt2": {"ffn": {"ffn": 100}, "width": {"width": 24, "group": 3}},
+    "others": {"ffn": {"ffn": 40}, "width": {"width": 24}, "group": {"group": 1}, "query": {"query": 1}},
+}
+ONE_DIM = [
+    pytest.param(family, name, id=f"{family}-{name}")
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+    for name in NARROWER.get(family, NARROWER["others"])
+]
+
+
+def _narrower(family: str, *names: str) -> dict[str, int]:
+    table = NARROWER.get(family, NARROWER["others"])
+    return {dim: size for name in names or table for dim, size in table[name].items()}
+
+
+@every_family
+def test_a_cut_that_drops_copies_is_exact(family):
+    weights, architecture = described(full_model(family, tied=False))
+    reference = build(weights, architecture)
+    copies, wide = doubled(weights, architecture)
+    big = build(copies, wide)
+    assert difference(big, reference) <= TOLERANCE
+    cut = least_squares_cut(copies, wide, moments(big, wide), architecture, ridge=1e-9)
+    assert difference(build(cut, architecture), reference) <= TOLERANCE
+    assert difference(build(plain_cut(copies, wide, architecture), architecture), reference) > 0.5
+
+
+@every_family
+def test_the_ridge_moves_a_cut_away_from_exact(family):
+    weights, architecture = described(full_model(family, tied=False))
+    reference = build(weights, architecture)
+    copies, wide = doubled(weights, architecture)
+    statistics = moments(build(copies, wide), wide)
+    errors = [
+        difference(build(least_squares_cut(copies, wide, statistics, architecture, ridge), architecture), reference)
+        for ridge in (1e-9, 1e-4, 1e-1)
+    ]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("cut", [plain_cut, "least squares"], ids=["plain", "least squares"])
+@every_case
+def test_cutting_nothing_changes_nothing(family, tied, cut):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    if cut is plain_cut:
+        assert not changed(plain_cut(weights, architecture, architecture), weights)
+    else:
+        assert not changed(
+            least_squares_cut(weights, architecture, moments(model, architecture), architecture), weights
+        )
+
+
+def _expected_changes(architecture, name: str) -> set[str]:
+    """Tensors that the refit of one dimension may touch: the readers of the cut stream, and the gains before them."""
+    keys = set()
+    for site in architecture.sites:
+        # The output projection reads "group.query.dim", and GPT-2 loses heads with its width.
+        heads = name in ("group", "query") or (name == "width" and architecture.config.model_type == "gpt2")
+        if not {"width": name == "width", "ffn": name == "ffn", "group": heads}[site.axis[0]]:
+            continue
+        final = site is architecture.sites[-1]
+        readers = [architecture.family.embedding] if final and architecture.tied else site.readers
+        modules = (*readers, site.name) if site.norm else readers
+        keys |= {f"{module}.weight" for module in modules} | {f"{reader}.bias" for reader in readers}
+    return keys & set(architecture.tensors)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("family", "name"), ONE_DIM)
+def test_only_readers_of_what_is_cut_are_refitted(family, name, tied):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    target = architecture.resized(**_narrower(family, name))
+    cut = least_squares_cut(weights, architecture, moments(model, architecture), target)
+    plain = plain_cut(weights, architecture, target)
+    assert changed(cut, plain) == _expected_changes(architecture, name)
+
+
+@every_case
+def test_cut_models_run_and_nothing_is_changed_in_place(family, tied):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    before = {key: tensor.clone() for key, tensor in weights.items()}
+    target = architecture.resized(**_narrower(family))
+    cut = least_squares_cut(weights, architecture, moments(model, architecture), target)
+    assert build(cut, target)(tokens()).logits.isfinite().all()
+    assert {tensor.dtype for tensor in cut.values()} == {torch.float64}
+    assert not changed(weights, before)
+
+
+@every_family
+def test_low_precision_weights_keep_their_dtype(family):
+    model = full_model(family, True).to(torch.bfloat16)
+    weights, architecture = described(model)
+    target = architecture.resized(**_narrower(family))
+    cut = least_squares_cut(weights, architecture, moments(model, architecture), target)
+    assert {tensor.dtype for tensor in cut.values()} == {torch.bfloat16}
+    assert all(tensor.isfinite().all() for tensor in cut.values())
+
+
+@pytest.mark.parametrize("dim", ["ffn", "group"])
+@every_family
+def test_refitted_projections_equal_ordinary_least_squares(family, dim):
+    """On the calibration tokens, the cut projection gives the best fit of the full one's output from what is kept."""
+    if family == "gpt2" and dim == "group":
+        pytest.skip("GPT-2 cannot lose heads without width")
+    model = full_model(family, True)
+    weights, architecture = described(model)
+    target = architecture.resized(**_narrower(family, dim))
+    statistics = moments(model, architecture)
+    cut = least_squares_cut(weights, architecture, statistics, target, ridge=1e-12)
+
+    site = next(site for site in architecture.sites if site.axis[0] == dim)
+    reader, streams = site.readers[0], []
+    handle = model.get_submodule(reader).register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+    with torch.no_grad():
+        model(tokens(16, seed=1))
+        handle.remove()
+        full = model.get_submodule(reader)(streams[0]).flatten(0, 1)
+    axes = architecture.tensors[f"{reader}.weight"]
+    narrow = input_matrix(cut[f"{reader}.weight"], axes, site.axis)
+    # Groups and neurons are the outermost dimension, so what is kept is a prefix.
+    kept = streams[0].flatten(0, 1)[:, : narrow.shape[1]]
+    bias = cut.get(f"{reader}.bias")
+    fitted = kept @ narrow.T + (0 if bias is None else bias)
+    features = kept if bias is None else torch.cat([kept, torch.ones_like(kept[:, :1])], 1)
+    best = features @ torch.linalg.lstsq(features, full).solution
+    # The moments are stored in float32.
+    torch.testing.assert_close(fitted, best, rtol=0, atol=1e-3 * float(full.std()))
+
+
+@every_family
+def test_a_tied_table_moves_by_its_share(family):
+    model = full_model(family, tied=True)
+    weights, architecture = described(model)
+    target = architecture.resized(**_narrower(family, "width"))
+    statistics = moments(model, architecture)
+    key = f"{architecture.family.embedding}.weight"
+    none, half, whole = (
+        least_squares_cut(weights, architecture, statistics, target, tied_head_share=share)
+        for share in (0.0, 0.5, 1.0)
+    )
+    assert torch.equal(none[key], plain_cut(weights, architecture, target)[key])
+    torch.testing.assert_close(half[key], (none[key] + whole[key]) / 2)
+    assert changed(half, whole) == {key}

@@ -1,0 +1,115 @@
+"""Growing in width and depth leaves the logits equal."""
+
+import pytest
+import torch
+
+from cbd_trl.surgery.blocks import spaced_layers
+from cbd_trl.surgery.cut import plain_cut
+from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
+from tests.surgery.helpers import (
+    TOLERANCE,
+    build,
+    changed,
+    described,
+    difference,
+    every_case,
+    every_family,
+    full_model,
+)
+
+# GPT-2 has no width without its heads, and one query a group.
+WIDER = {
+    "gpt2": [{"ffn": 140}, {"width": 48, "group": 6}, {"width": 40, "group": 5, "ffn": 200}],
+    "others": [
+        {"width": 44},
+        {"width": 70},
+        {"ffn": 61},
+        {"group": 3},
+        {"query": 3},
+        {"width": 44, "ffn": 60, "group": 3, "query": 3},
+    ],
+}
+WIDTHS = [
+    pytest.param(family, tied, sizes, id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}")
+    for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+    for tied in (True, False)
+    for sizes in WIDER.get(family, WIDER["others"])
+]
+
+
+@pytest.mark.parametrize(("family", "tied", "sizes"), WIDTHS)
+def test_growing_width_leaves_the_logits_equal(family, tied, sizes):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    grown, wider = grow_width(weights, architecture, architecture.resized(**sizes))
+    assert {**architecture.sizes, **sizes} == wider.sizes
+    assert wider.eps == pytest.approx(architecture.eps * architecture.sizes["width"] / wider.sizes["width"])
+    assert difference(build(grown, wider), model) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sizes", WIDER["others"], ids="-".join)
+def test_new_coordinates_can_learn(sizes):
+    """What is grown does nothing yet, but its gradient is not zero."""
+    weights, architecture = described(full_model("llama", False))
+    model = build(*grow_width(weights, architecture, architecture.resized(**sizes)))
+    model(torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
+            new = parameter.grad.reshape(-1)[(parameter == 0).reshape(-1)]
+            assert not len(new) or (new != 0).any(), name
+
+
+@pytest.mark.parametrize("depth", [5, 7, 11])
+@every_case
+def test_growing_depth_leaves_the_logits_equal(family, tied, depth):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    grown, deeper = grow_depth(weights, architecture, depth)
+    assert deeper.depth == depth
+    assert difference(build(grown, deeper), model) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_growing_depth_takes_sliding_layers_along(family):
+    model = full_model(family, True, use_sliding_window=True, sliding_window=6, max_window_layers=2)
+    weights, architecture = described(model)
+    grown, deeper = grow_depth(weights, architecture, 7)
+    old = spaced_layers(7, 4)
+    assert [deeper.config.layer_types[layer] for layer in old] == architecture.config.layer_types
+    assert difference(build(grown, deeper), model) <= TOLERANCE
+
+
+@every_family
+def test_growing_to_the_same_shape_changes_nothing(family):
+    weights, architecture = described(full_model(family, True))
+    same, wider = grow_width(weights, architecture, architecture)
+    assert not changed(same, weights) and wider.eps == architecture.eps
+    deeper, _ = grow_depth(weights, architecture, architecture.depth)
+    assert not changed(deeper, weights)
+
+
+@every_family
+def test_cutting_layers_by_growing_is_refused(family):
+    weights, architecture = described(full_model(family, True))
+    with pytest.raises(ValueError, match=r"4 .*3 layers"):
+        grow_depth(weights, architecture, 3)
+
+
+@every_family
+def test_growing_changes_nothing_in_place(family):
+    weights, architecture = described(full_model(family, True))
+    before = {key: tensor.clone() for key, tensor in weights.items()}
+    target = architecture.resized(**WIDER.get(family, WIDER["others"])[-1])
+    grow_width(weights, architecture, target)
+    grow_depth(weights, architecture, 6)
+    assert not changed(weights, before)
+
+
+@every_family
+def test_zero_padding_is_undone_by_the_plain_cut_and_is_zero_elsewhere(family):
+    weights, architecture = described(full_model(family, False))
+    target = architecture.resized(**WIDER.get(family, WIDER["others"])[-1])
+    padded = zero_pad(weights, architecture, target)
+    assert not changed(plain_cut(padded, target, architecture), weights)
+    for key, tensor in padded.items():
+        assert tensor.count_nonzero() == weights[key].count_nonzero()

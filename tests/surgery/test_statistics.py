@@ -1,0 +1,146 @@
+"""Moments of the streams: equal to a naive twin, padding left out, stored and read back."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from tests.surgery.helpers import described, every_case, every_family, full_model, moments, tokens
+
+
+def _close(statistics: Statistics, other: Statistics) -> None:
+    assert set(statistics.means) == set(other.means) == set(statistics.seconds)
+    for site in other.means:
+        torch.testing.assert_close(statistics.mean(site), other.mean(site), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.second(site), other.second(site), rtol=1e-4, atol=1e-5)
+
+
+def _naive_streams(model, architecture, batch):
+    """{site: (tokens, D)}: inputs of the readers, behind a norm without its gain and bias. Nothing of ours is used."""
+    streams, handles = {}, []
+
+    def keep(name, tensor):
+        streams[name] = tensor.reshape(-1, tensor.shape[-1]).double()
+
+    for site in architecture.sites:
+        reader = model.get_submodule(site.readers[0])
+        handles.append(reader.register_forward_pre_hook(lambda _, inputs, name=site.name: keep(name, inputs[0])))
+    with torch.no_grad():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    for site in architecture.sites:
+        if site.norm:
+            norm = model.get_submodule(site.name)
+            bias = getattr(norm, "bias", None)
+            streams[site.name] = (streams[site.name] - (0 if bias is None else bias.detach())) / norm.weight.detach()
+    return streams
+
+
+@every_case
+def test_moments_equal_a_naive_computation(family, tied):
+    model = full_model(family, tied)
+    _, architecture = described(model)
+    batch = {"input_ids": tokens(3, 10)}
+    statistics = collect_statistics(model, architecture, [batch], max_tokens=1)
+    streams = _naive_streams(model, architecture, batch)
+    assert statistics.tokens == 30
+    assert set(statistics.means) == {site.name for site in architecture.sites}
+    for name, stream in streams.items():
+        second = sum(torch.outer(row, row) for row in stream) / 30
+        torch.testing.assert_close(statistics.mean(name), stream.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.second(name), second, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.variances(name), second.diagonal(), rtol=1e-4, atol=1e-5)
+        assert statistics.means[name].dtype == statistics.seconds[name].dtype == torch.float32
+
+
+@every_family
+def test_padding_counts_for_nothing(family):
+    model = full_model(family, True)
+    _, architecture = described(model)
+    rows = tokens(3, 12)
+    lengths = [12, 7, 1]
+    mask = torch.tensor([[1] * length + [0] * (12 - length) for length in lengths])
+    padded = collect_statistics(model, architecture, [{"input_ids": rows, "attention_mask": mask}], 10**6)
+    alone = [{"input_ids": row[None, :length]} for row, length in zip(rows, lengths, strict=True)]
+    expected = collect_statistics(model, architecture, alone, 10**6)
+    assert padded.tokens == expected.tokens == 20
+    _close(padded, expected)
+
+
+def test_collecting_stops_after_the_batch_that_reaches_the_count():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    batches = [{"input_ids": tokens(1, 10, seed)} for seed in range(4)]
+    few = collect_statistics(model, architecture, iter(batches), max_tokens=11)
+    assert few.tokens == 20
+    _close(few, collect_statistics(model, architecture, batches[:2], 10**6))
+
+
+@every_family
+def test_collecting_leaves_the_model_as_it_was(family):
+    model = full_model(family, True).train()
+    _, architecture = described(model)
+    batch = {"input_ids": tokens(), "labels": torch.full((4, 24), -100)}
+    with_labels = collect_statistics(model, architecture, [batch], 10**6)
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    _close(with_labels, collect_statistics(model.eval(), architecture, [{"input_ids": tokens()}], 10**6))
+    assert not model.training
+
+
+def test_a_failing_batch_leaves_no_hooks_behind():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    with pytest.raises(IndexError):
+        collect_statistics(model, architecture, [{"input_ids": torch.full((1, 3), 10**6)}], 10)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [[], [{"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.zeros(2, 3, dtype=torch.long)}]],
+    ids=["no batch", "padding only"],
+)
+def test_no_tokens_is_an_error(batches):
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    with pytest.raises(ValueError, match=r"calibration text holds no token.*Give a dataset"):
+        collect_statistics(model, architecture, batches, 10)
+
+
+@every_family
+def test_statistics_survive_saving(family, tmp_path):
+    model = full_model(family, False)
+    _, architecture = described(model)
+    statistics = moments(model, architecture, rows=1)
+    statistics.save(tmp_path / "statistics.safetensors")
+    loaded = Statistics.load(tmp_path / "statistics.safetensors")
+    assert loaded.tokens == statistics.tokens == 24
+    assert set(loaded.means) == set(statistics.means)
+    assert set(loaded.seconds) == set(statistics.seconds)
+    assert all(torch.equal(loaded.means[site], statistics.means[site]) for site in statistics.means)
+    assert all(torch.equal(loaded.seconds[site], statistics.seconds[site]) for site in statistics.seconds)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "found"), [({"cbd_trl_statistics": "0", "tokens": "5"}, "'0'"), ({}, "None"), (None, "None")]
+)
+def test_another_version_is_refused(metadata, found, tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    save_file({"model.norm.mean": torch.zeros(2)}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"statistics\.safetensors holds no .* version 1 \(found {found}\).*Build"):
+        Statistics.load(path)
+
+
+def test_reindexing_picks_rows_and_columns():
+    full = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
+    packed = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    statistics = Statistics(
+        {"a": torch.tensor([7.0, 8.0, 9.0]), "b": torch.zeros(1)}, {"a": packed, "b": torch.ones(1)}, 3
+    )
+    assert torch.equal(statistics.second("a"), full.double())
+    picked = statistics.reindexed({"a": torch.tensor([2, 0])})
+    assert set(picked.means) == {"a"}
+    assert picked.mean("a").tolist() == [9.0, 7.0]
+    assert picked.second("a").tolist() == [[6.0, 3.0], [3.0, 1.0]]

@@ -1,0 +1,87 @@
+"""Tiny models with random gains, biases and norms: freshly initialised ones (gains 1, biases 0) hide bugs."""
+
+from typing import Any
+
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+_SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GPT2_SHAPE = {
+    "vocab_size": 64,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 8, "sliding_window": 6}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
+}
+FAMILIES = list(_FAMILIES)
+
+
+def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa", **overrides: Any) -> PreTrainedModel:
+    """A causal LM of 4 layers, width 32 and 64 vocabulary rows, the same for the same seed.
+
+    Args:
+        family: one of `FAMILIES`.
+        seed: of the weights: standard deviation 0.2, gains around 1.
+        attn_implementation: sdpa or eager.
+        overrides: config fields, by the family's own names.
+
+    Returns:
+        the model, float32, in eval mode.
+    """
+    config_class, model_class, own = _FAMILIES[family]
+    shape = _GPT2_SHAPE if family == "gpt2" else _SHAPE
+    config = config_class(**{**shape, **own, **overrides})
+    model = model_class._from_config(config, attn_implementation=attn_implementation)
+    randomise(model, seed)
+    return model.eval()
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draw every parameter anew: gains around 1, everything else around 0, standard deviation 0.2.
+
+    Args:
+        model: changed in place.
+        seed: of the draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
+            parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))

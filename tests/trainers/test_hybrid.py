@@ -1,0 +1,110 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cbd_trl.architectures import decoder_layers
+from cbd_trl.surgery.blocks import blocks_of, spaced_layers
+from cbd_trl.trainers.hybrid import Hybrid, check_swappable
+from tests.tiny import FAMILIES, tiny_model
+from tests.training import assert_same_gradient, make_trainer, one_step
+
+BLOCKS = blocks_of(spaced_layers(6, 3))
+IDS = torch.randint(0, 64, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def pair(family: str, seed: int = 1) -> tuple:
+    depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    teacher = tiny_model(family, seed=seed + 1, **{depth: 6}).requires_grad_(False)
+    return tiny_model(family, seed=seed, **{depth: 3}), teacher
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_hybrid_is_the_student_with_its_last_blocks_from_the_teacher(family: str) -> None:
+    student, teacher = pair(family)
+    hybrid = Hybrid(decoder_layers(student), decoder_layers(teacher), BLOCKS, 1.0, seed=0)
+    step = next(step for step in range(50) if len(hybrid.draw(step)) == 1)
+    (swapped,) = hybrid.draw(step)
+    patched = copy.deepcopy(student)
+    name = next(n for n, module in patched.named_modules() if module is decoder_layers(patched))
+    stack = [[layer] for layer in decoder_layers(patched)]
+    stack[swapped] = [decoder_layers(teacher)[j] for j in BLOCKS[swapped]]
+    patched.set_submodule(name, nn.ModuleList(layer for block in stack for layer in block))
+    depth = patched.config.num_hidden_layers = sum(map(len, stack))
+    if getattr(patched.config, "layer_types", None):
+        patched.config.layer_types = ["full_attention"] * depth
+    keys = list(student.state_dict())
+    with torch.no_grad():
+        with hybrid.swapped(step):
+            logits = student(input_ids=IDS, use_cache=False).logits
+        expected = patched(input_ids=IDS, use_cache=False).logits
+    assert depth > 3 and (logits - expected).abs().max() <= 1e-5 * expected.std()
+    assert list(student.state_dict()) == keys
+
+
+def test_the_student_is_restored_when_the_forward_fails() -> None:
+    student, teacher = pair("llama")
+    before = list(decoder_layers(student))
+    hybrid = Hybrid(decoder_layers(student), decoder_layers(teacher), BLOCKS, 1.0, seed=0)
+    with pytest.raises(RuntimeError, match="out of memory"), hybrid.swapped(0):
+        raise RuntimeError("out of memory")
+    assert all(a is b for a, b in zip(before, decoder_layers(student), strict=True))
+
+
+def test_the_draw_depends_on_seed_and_step_alone() -> None:
+    student, teacher = (decoder_layers(model) for model in pair("llama"))
+    draws = [Hybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
+    assert draws == [Hybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
+    assert draws != [Hybrid(student, teacher, BLOCKS, 0.5, seed=8).draw(step) for step in range(400)]
+    multi = [i for i, block in enumerate(BLOCKS) if len(block) > 1]
+    assert 0.4 < sum(map(bool, draws)) / 400 < 0.6
+    assert {tuple(draw) for draw in draws if draw} == {tuple(multi[-k:]) for k in range(1, len(multi) + 1)}
+    assert all(Hybrid(student, teacher, BLOCKS, 0.0, seed=7).draw(step) == [] for step in range(20))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_checkpointing_changes_nothing_and_the_teacher_gets_no_gradient(family: str) -> None:
+    runs = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(family, swap_probability=1.0, hidden_weight=1.0, gradient_checkpointing=checkpointing)
+        keys = list(trainer.model.state_dict())
+        runs.append(one_step(trainer))
+        assert all(parameter.grad is None for parameter in trainer.teacher_model.parameters())
+        assert list(trainer.model.state_dict()) == keys and not trainer.teacher_model.training
+    assert_same_gradient(runs[1][1], runs[0][1])
+    stacks = {name.split(".")[2] for name in runs[0][1] if ".h." in name or ".layers." in name}
+    assert len(stacks) < 2, "the swapped layer gets no gradient"
+
+
+def test_equal_depths_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"have 4 layers each: .*Set swap_probability=0"):
+        make_trainer(student=tiny_model("llama", seed=1), swap_probability=0.5)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "field"),
+    [
+        ("gpt2", {}, "model_type"),
+        ("llama", {"hidden_size": 64, "head_dim": 16}, "hidden_size"),
+        ("llama", {"head_dim": 16}, "head_dim"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}, "rope_parameters"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(family: str, overrides: dict, field: str) -> None:
+    with pytest.raises(ValueError, match=rf"but {field} is .*Set swap_probability=0"):
+        make_trainer(teacher=tiny_model(family, seed=2, **overrides), swap_probability=0.5)
+
+
+def test_blocks_of_mixed_attention_are_refused() -> None:
+    student = tiny_model("qwen2", num_hidden_layers=2).config
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    teacher = tiny_model("qwen2", num_hidden_layers=3, layer_types=kinds, use_sliding_window=True).config
+    teacher.sliding_window = student.sliding_window
+    with pytest.raises(ValueError, match=r"student layer 1 uses full_attention, the teacher's layers \[1, 2\]"):
+        check_swappable(student, teacher, [[0], [1, 2]])
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    with pytest.raises(ValueError, match="Leave use_reentrant unset"):
+        make_trainer(swap_probability=0.5, gradient_checkpointing_kwargs={"use_reentrant": True})

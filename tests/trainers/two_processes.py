@@ -1,0 +1,45 @@
+"""One step and one evaluation, run by `test_token_exact.py` in one process and under torchrun in two."""
+
+import sys
+from typing import Any
+
+import torch
+
+from tests.training import make_trainer, one_step, text_rows
+
+_CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hybrid": {"swap_probability": 1.0},
+    "packed": {"packing": True, "max_length": 20},
+}
+
+
+def measure(processes: int) -> dict[str, tuple]:
+    """For each case the training log, the gradients and the evaluation.
+
+    Args:
+        processes: how many share the four training rows of a step.
+    """
+    results = {}
+    for name, case in _CASES.items():
+        trainer = make_trainer(
+            # Four rows, or the two that they are packed into.
+            per_device_train_batch_size=(2 if "packing" in case else 4) // processes,
+            per_device_eval_batch_size=2,
+            eval_dataset=text_rows((1, 12, 2, 9, 4), seed=3),
+            hidden_weight=1.0,
+            **case,
+        )
+        metrics = trainer.evaluate()
+        _, grads = one_step(trainer)
+        logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        results[name] = logs, grads, metrics
+    return results
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    outcome = measure(processes=2)
+    if torch.distributed.get_rank() == 0:
+        torch.save(outcome, sys.argv[1])
+    torch.distributed.destroy_process_group()
