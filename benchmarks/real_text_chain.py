@@ -1,9 +1,11 @@
-"""The chain of the model card: SmolLM2-135M on real text, 135M -> 85M (16 layers) -> 44M (384 wide), and the sizes between.
+"""The chain of the model card: SmolLM2-135M on real text, 135M -> 85M (16 layers) -> 44M (384 wide), and the sizes
+between.
 
-    python benchmarks/real_text_chain.py --source DIR --gsm8k gsm8k_train.jsonl --wikitext wikitext2_valid.txt --output runs/real
+    python benchmarks/real_text_chain.py --source DIR --gsm8k gsm8k_train.jsonl --wikitext wikitext2_valid.txt
+    --output runs/real
 
-Builds the chain (resumes when run again), then measures every operator at every target on held-out text: the last tenth of each of the two
-texts, which no anchor and no calibration saw.
+Builds the chain (resumes when run again), then measures every operator at every target on held-out text: the last
+tenth of each of the two texts, which no anchor and no calibration saw.
 """
 
 import argparse
@@ -14,7 +16,6 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from cbd_trl import DistillConfig, build_chain
 

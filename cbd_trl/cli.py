@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments behind the program's name; None for those of the process.
 
     Returns:
-        the exit code: 0 when all went well, 1 when the command could not do what was asked, 2 when the flags are wrong,
+        the exit code: 0 when all went well, 1 when the command could not do what was asked, 2 for wrong flags,
         130 when it was interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -1,5 +1,6 @@
 """What each subcommand of `cbd-trl` does: flags and YAML into a call of the library."""
 
+import dataclasses
 import difflib
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +112,7 @@ def _evaluation_rows(script: ScriptArguments, args: Any) -> Any:
     assert script.dataset_name is not None
     if Path(script.dataset_name).is_file():
         raise ValueError(
-            f"--eval_strategy {args.eval_strategy}: {script.dataset_name} is one file and has no split to evaluate on. "
+            f"--eval_strategy {args.eval_strategy}: {script.dataset_name} is a file, without a split to evaluate on. "
             "Use a dataset with splits, or --eval_strategy no."
         )
     return load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)

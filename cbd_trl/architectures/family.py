@@ -103,6 +103,8 @@ class Architecture:
     def resolve_sizes(self, fields: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
         """The depth and atomic sizes that config fields ask for; what is not asked for stays as it is here.
 
+        What the family ties together follows: key/value groups take their query heads with them, GPT-2's width its heads.
+
         Raises:
             ValueError: a field that is no shape field, no positive integer, or does not go with the others.
         """

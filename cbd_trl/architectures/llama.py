@@ -22,14 +22,15 @@ def _layer_tensors(config: Any) -> dict[str, str]:
         "mlp.up_proj.weight": "ffn width",
         "mlp.down_proj.weight": "width ffn",
     }
-    attention_bias = bool(getattr(config, "attention_bias", False))
+    # Only where the family reads the option: a config may carry stray fields.
+    attention_bias = config.model_type in ("llama", "qwen3") and config.attention_bias
     if attention_bias or config.model_type == "qwen2":
         tensors["self_attn.q_proj.bias"] = "group.query.dim"
         tensors["self_attn.k_proj.bias"] = "group.dim"
         tensors["self_attn.v_proj.bias"] = "group.dim"
     if attention_bias:
         tensors["self_attn.o_proj.bias"] = "width"
-    if getattr(config, "mlp_bias", False):
+    if config.model_type == "llama" and config.mlp_bias:
         tensors |= {"mlp.gate_proj.bias": "ffn", "mlp.up_proj.bias": "ffn", "mlp.down_proj.bias": "width"}
     if config.model_type == "qwen3":
         tensors |= {"self_attn.q_norm.weight": "dim", "self_attn.k_norm.weight": "dim"}

@@ -26,7 +26,8 @@ def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> fl
 def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> tuple[str, Plan]:
     """The best of the operator's own candidates, `expand` and `slice`, by loss on calibration tokens (N, T).
 
-    For `nested` and `patch` the candidates vary which blocks are swapped, for mixing operators how much is mixed; both ends included.
+    For `nested` and `patch` the candidates vary which blocks are swapped, for mixing operators how much is mixed;
+    both ends included.
     """
     candidates = [(operator, candidate) for candidate in _candidates(pair, plan, operator)]
     candidates += [(end, dataclasses.replace(plan, alpha=None, swapped=None)) for end in ("expand", "slice")]

@@ -1,6 +1,6 @@
 """Calibration text: rows of any SFT dataset format as blocks of tokens."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from trl.data_utils import apply_chat_template, is_conversational
 BLOCK_LENGTH = 512
 
 
-def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text_field: str = "text") -> str:
+def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text_field: str = "text") -> str:
     """One row of a language-modelling or prompt-completion dataset, plain or conversational, as text.
 
     Raises:
@@ -28,8 +28,9 @@ def row_text(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, text_fi
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return str(row["prompt"] + row["completion"])
     raise ValueError(
-        f"A dataset row has the columns {sorted(row)}, and none of the SFT formats: {text_field!r}, 'messages', or 'prompt' and "
-        "'completion' (or 'input_ids', already tokenised). Rename the columns or set `dataset_text_field`."
+        f"A dataset row has the columns {sorted(row)}, and none of the SFT formats: {text_field!r}, 'messages', or "
+        "'prompt' and 'completion' (or 'input_ids', already tokenised). Rename the columns or set "
+        "`dataset_text_field`."
     )
 
 
@@ -46,9 +47,12 @@ def _token_rows(
 
 
 def token_blocks(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, max_tokens: int,
-    block_length: int = BLOCK_LENGTH, text_field: str = "text",
-) -> torch.Tensor:  # fmt: skip
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    block_length: int = BLOCK_LENGTH,
+    text_field: str = "text",
+) -> torch.Tensor:
     """The first `max_tokens` tokens of a dataset, rows one after the other, as (N, block length) int64.
 
     Raises:

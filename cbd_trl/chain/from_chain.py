@@ -43,18 +43,22 @@ def from_chain(
 
     Args:
         chain: a chain, its folder, or its Hub id.
-        num_parameters: size wanted (a tied table counts once); the nearest reachable shape on the line between the two neighbouring anchors
-            is made.
-        config: config fields to fix, for example `{"num_hidden_layers": 20}`; `num_parameters`, or else the line, decides the rest.
-        operator: "nested" (upper blocks for depth, least-squares cut mixed with the lower anchor for width), "patch" (blocks only),
-            "slice" (upper anchor alone), "expand" (lower anchor alone, grown exactly) or "linear" (arXiv 2605.07783).
+        num_parameters: size wanted (a tied table counts once); the nearest reachable shape on the line between the
+            two neighbouring anchors is made.
+        config: config fields to fix, for example `{"num_hidden_layers": 20}`; `num_parameters`, or else the line,
+            decides the rest.
+        operator: "nested" (upper blocks for depth, least-squares cut mixed with the lower anchor for width), "patch"
+            (blocks only), "slice" (upper anchor alone), "expand" (lower anchor alone, grown exactly) or "linear"
+            (arXiv 2605.07783).
         alpha: weight of the lower anchor where the operator mixes, 0 to 1; None: from the size.
-        calibration_dataset: text in any SFT format on which blocks and alpha are chosen by measured loss, never worse there than the
+        calibration_dataset: text in any SFT format on which blocks and alpha are chosen by measured loss, never worse
+            there than the
             better of `expand` and `slice`. None: no data and no forward pass.
         dtype: of the result; None: that of the anchors.
         tolerance: largest relative distance from `num_parameters`.
-        save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it `name_or_path` is
-            the anchor that the tokenizer loads from; trainers that reload a reference model by name (GRPO with beta > 0, DPO) need the directory.
+        save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it
+            `name_or_path` is the anchor that the tokenizer loads from; trainers that reload a reference model by name
+            (GRPO with beta > 0, DPO) need the directory.
         revision, token: of a chain on the Hub.
 
     Returns:
@@ -99,8 +103,8 @@ def _check_arguments(
         raise ValueError(f"alpha={alpha} must lie between 0 (the upper anchor's side) and 1 (the lower anchor's).")
     if num_parameters is None and not config:
         raise ValueError(
-            "Nothing was asked for. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or both; `Chain.sizes()` lists what a "
-            "chain can make."
+            "Nothing was asked for. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or both; "
+            "`Chain.sizes()` lists what a chain can make."
         )
 
 
@@ -117,9 +121,17 @@ def _own_shape(chain: Chain, num_parameters: float | None, config: Mapping[str, 
 
 
 def _interpolate(
-    chain: Chain, upper: Anchor, lower: Anchor, num_parameters: float | None, config: Mapping[str, int] | None, operator: str,
-    alpha: float | None, calibration_dataset: Dataset | None, dtype: torch.dtype | str | None, tolerance: float,
-) -> tuple[PreTrainedModel, dict[str, Any]]:  # fmt: skip
+    chain: Chain,
+    upper: Anchor,
+    lower: Anchor,
+    num_parameters: float | None,
+    config: Mapping[str, int] | None,
+    operator: str,
+    alpha: float | None,
+    calibration_dataset: Dataset | None,
+    dtype: torch.dtype | str | None,
+    tolerance: float,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     blocks = lower.block_map
     assert blocks is not None
     upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
@@ -163,7 +175,8 @@ def _finite(weights: Weights, operator: str) -> Weights:
     for key, tensor in weights.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
-                f"operator={operator!r} made a tensor that is not finite ({key}). Check the anchors' weights for NaN or infinity."
+                f"operator={operator!r} made a tensor that is not finite ({key}). Check the anchors' weights for NaN "
+                "or infinity."
             )
     return weights
 

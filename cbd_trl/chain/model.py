@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +27,7 @@ def build_model(
     """
     config = copy.deepcopy(architecture.config)
     config.dtype = dtype
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [cls.__name__]
     state = {key: tensor.to(dtype) for key, tensor in weights.items()}
     with _quiet():

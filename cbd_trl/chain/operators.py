@@ -75,10 +75,12 @@ def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | No
 
 
 def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """Whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one where they share coordinates.
+    """Whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one
+    where they share coordinates.
 
-    New coordinates are the cut's at full strength; shared ones alpha * lower + (1 - alpha) * cut, both with norm gains folded into the
-    readers. A swapped block is the cut of its upper layers; an unswapped layer is mixed with the cut of the upper layer it came from.
+    New coordinates are the cut's at full strength; shared ones alpha * lower + (1 - alpha) * cut, both with norm
+    gains folded into the readers. A swapped block is the cut of its upper layers; an unswapped layer is mixed with
+    the cut of the upper layer it came from.
     """
     if pair.equal_widths:
         return patch(pair, plan)
@@ -101,7 +103,8 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """Whole blocks of the upper anchor in place of lower layers (boomerang distillation, arXiv 2510.05064); equal widths only."""
+    """Whole blocks of the upper anchor in place of lower layers (boomerang distillation, arXiv 2510.05064); equal
+    widths only."""
     if not pair.equal_widths or plan.target.sizes != pair.upper_architecture.sizes:
         raise ValueError(
             "operator='patch' swaps whole blocks between anchors of equal widths, and these differ "
@@ -129,7 +132,8 @@ def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783): plain cut, zero padding, layers at equal relative depth."""
+    """theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783): plain cut, zero
+    padding, layers at equal relative depth."""
     alpha = pair.fraction(plan.target) if plan.alpha is None else plan.alpha
     depth = plan.target.depth
 
@@ -158,7 +162,8 @@ MIXING_OPERATORS = ("nested", "linear")
 def _needed(pair: Pair) -> Statistics:
     if pair.statistics is None:
         raise ValueError(
-            "Changing a width needs the upper anchor's statistics, which this chain does not hold. Build the chain again."
+            "Changing a width needs the upper anchor's statistics, which this chain does not hold. Build the chain "
+            "again."
         )
     return pair.statistics
 
@@ -170,8 +175,9 @@ def _swapped(pair: Pair, plan: Plan) -> Collection[int]:
 def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> Weights:
     """The lower anchor's weights as they are to stand on the shared prefix of a target.
 
-    The target's norms divide the stream by the root mean square of more channels than the lower anchor's do; measured on the upper
-    anchor's stream, the two differ by the ratio of the prefixes' root mean squares, which is taken out here.
+    The target's norms divide the stream by the root mean square of more channels than the lower anchor's do; measured
+    on the upper anchor's stream, the two differ by the ratio of the prefixes' root mean squares, which is taken out
+    here.
     """
     architecture, norm_type = pair.lower_architecture, pair.lower_architecture.family.norm_type
     lower = {key: tensor.float() for key, tensor in fold_norms(pair.lower, architecture).items()}
@@ -196,8 +202,13 @@ def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> W
 
 
 def _mix_prefix(
-    base: torch.Tensor, architecture: Architecture, lower: torch.Tensor, lower_architecture: Architecture, key: str, alpha: float
-) -> torch.Tensor:  # fmt: skip
+    base: torch.Tensor,
+    architecture: Architecture,
+    lower: torch.Tensor,
+    lower_architecture: Architecture,
+    key: str,
+    alpha: float,
+) -> torch.Tensor:
     axes = architecture.tensors[key]
     array = to_dims(base.float(), axes, architecture.sizes).clone()
     small = to_dims(lower, axes, lower_architecture.sizes)

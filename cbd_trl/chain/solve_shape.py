@@ -112,9 +112,14 @@ def _sums(block_map: Blocks) -> list[set[int]]:
 
 
 def solve_target(
-    upper: Architecture, lower: Architecture, block_map: Blocks, num_parameters: float | None = None,
-    config: Mapping[str, Any] | None = None, tolerance: float = 0.03, operator: str = "nested",
-) -> dict[str, int]:  # fmt: skip
+    upper: Architecture,
+    lower: Architecture,
+    block_map: Blocks,
+    num_parameters: float | None = None,
+    config: Mapping[str, Any] | None = None,
+    tolerance: float = 0.03,
+    operator: str = "nested",
+) -> dict[str, int]:
     """The shape of a target between two anchors: the fields given exactly, the others on the line or near it.
 
     Args:

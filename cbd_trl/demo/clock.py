@@ -52,9 +52,18 @@ class Clock:
 
 
 def predict(
-    sizes: list[int], targets: int, operators: int, *, speed: float, bf16: bool, steps: int, step_tokens: int,
-    calibration_tokens: int, held_out_tokens: int, answer_tokens: int,
-) -> dict[str, float]:  # fmt: skip
+    sizes: list[int],
+    targets: int,
+    operators: int,
+    *,
+    speed: float,
+    bf16: bool,
+    steps: int,
+    step_tokens: int,
+    calibration_tokens: int,
+    held_out_tokens: int,
+    answer_tokens: int,
+) -> dict[str, float]:
     """Seconds of every stage of the demo.
 
     Args:

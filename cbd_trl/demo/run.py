@@ -1,6 +1,7 @@
 """The demo: distil a chain from a real model, make and measure models of other sizes, write the report."""
 
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,8 @@ class _quiet:
     """Within it transformers shows no bars: hundreds of weights load in a blink, and one bar is enough."""
 
     def __enter__(self) -> None:
+        # TRL's configs set the old name; transformers warns about it on every config, the user can do nothing.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
         self._shown = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
 

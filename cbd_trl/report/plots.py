@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -82,7 +83,8 @@ def plot_sweep(
     for name in formats:
         written.append(Path(path).with_suffix(f".{name}"))
         # Without a date, and with fixed ids, the same sweep gives the same SVG.
-        figure.savefig(written[-1], dpi=150, metadata={"Date": None} if name == "svg" else None)
+        with rc_context({"svg.hashsalt": "cbd_trl"}):
+            figure.savefig(written[-1], dpi=150, metadata={"Date": None} if name == "svg" else None)
     return written
 
 
@@ -136,9 +138,12 @@ def _draw_operators(axes: Axes, anchors: Any, targets: Any, names: Sequence[str]
                 axes.plot([xs[-1], _x(upper, anchors)], [ys[-1], upper["loss"]], **ends)
             for x in (x for x, y in zip(xs, ys, strict=True) if _off(y, limit)):
                 axes.annotate(
-                    "", xy=(x, 1.0), xytext=(x, 0.955), xycoords=("data", "axes fraction"),
+                    "",
+                    xy=(x, 1.0),
+                    xytext=(x, 0.955),
+                    xycoords=("data", "axes fraction"),
                     arrowprops={"arrowstyle": "-|>", "color": "#666666", "lw": 1.4},
-                )  # fmt: skip
+                )
 
 
 def _draw_anchors(axes: Axes, anchors: Any) -> None:
@@ -148,9 +153,15 @@ def _draw_anchors(axes: Axes, anchors: Any) -> None:
     axes.plot(xs, ys, color="black", marker="*", markersize=17, linestyle="none", label="anchors", zorder=6)
     for x, anchor in zip(xs, anchors, strict=True):
         axes.annotate(
-            f"{anchor['name']}\n{anchor['loss']:.2f}", (x, anchor["loss"]), xytext=(0, -13),
-            textcoords="offset points", ha="center", va="top", fontsize=9, zorder=7,
-        )  # fmt: skip
+            f"{anchor['name']}\n{anchor['loss']:.2f}",
+            (x, anchor["loss"]),
+            xytext=(0, -13),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=9,
+            zorder=7,
+        )
     axes.margins(x=0.08)
 
 

@@ -7,12 +7,16 @@ from typing import Any
 from rich.table import Table
 
 _SHORT = {
-    "num_hidden_layers": "layers", "n_layer": "layers",
-    "hidden_size": "wide", "n_embd": "wide",
-    "num_attention_heads": "heads", "n_head": "heads",
+    "num_hidden_layers": "layers",
+    "n_layer": "layers",
+    "hidden_size": "wide",
+    "n_embd": "wide",
+    "num_attention_heads": "heads",
+    "n_head": "heads",
     "num_key_value_heads": "kv",
-    "intermediate_size": "ffn", "n_inner": "ffn",
-}  # fmt: skip
+    "intermediate_size": "ffn",
+    "n_inner": "ffn",
+}
 
 
 @dataclass(frozen=True)

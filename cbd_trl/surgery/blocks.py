@@ -7,7 +7,9 @@ from .weights import Weights
 
 
 def spaced_layers(total: int, kept: int) -> list[int]:
-    """`kept` of `total` layers, evenly spaced; the first one and the last two stay (of one kept, the last alone).
+    """`kept` of `total` layers, evenly spaced; the first one and the last two stay.
+
+    Of two kept, these are the first and the last; of one, it is the last.
 
     Raises:
         ValueError: `kept` is not between 1 and `total`.
@@ -50,9 +52,13 @@ def select_layers(weights: Weights, architecture: Architecture, layers: Sequence
 
 
 def swap_blocks(
-    lower: Weights, lower_architecture: Architecture, upper: Weights, upper_architecture: Architecture,
-    blocks: Sequence[Sequence[int]], swapped: Collection[int],
-) -> tuple[Weights, Architecture]:  # fmt: skip
+    lower: Weights,
+    lower_architecture: Architecture,
+    upper: Weights,
+    upper_architecture: Architecture,
+    blocks: Sequence[Sequence[int]],
+    swapped: Collection[int],
+) -> tuple[Weights, Architecture]:
     """The lower model with the blocks in `swapped` replaced by their layers of the upper model.
 
     Boomerang distillation, arXiv 2510.05064.

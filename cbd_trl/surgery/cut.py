@@ -17,16 +17,25 @@ TIED_HEAD_SHARE = 0.5
 
 
 def plain_cut(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """The first coordinates of every axis; `target` differs from `architecture` in widths only."""
+    """The first coordinates of every axis.
+
+    Raises:
+        ValueError: `target` is wider or has another depth.
+    """
+    _check_narrower(architecture, target)
     return {
         key: prefix(weights[key], axes, architecture.sizes, target.sizes) for key, axes in architecture.tensors.items()
     }
 
 
 def least_squares_cut(
-    weights: Weights, architecture: Architecture, statistics: Statistics, target: Architecture,
-    ridge: float = RIDGE, tied_head_share: float = TIED_HEAD_SHARE,
-) -> Weights:  # fmt: skip
+    weights: Weights,
+    architecture: Architecture,
+    statistics: Statistics,
+    target: Architecture,
+    ridge: float = RIDGE,
+    tied_head_share: float = TIED_HEAD_SHARE,
+) -> Weights:
     """The plain cut with every reading layer refitted to the stream it used to read.
 
     With f the features that the cut model still has and y what is missing from the full stream, y ~ Y f + c in least
@@ -48,12 +57,22 @@ def least_squares_cut(
     Returns:
         Weights of `target`.
     """
+    _check_narrower(architecture, target)
     refitted = dict(weights)
     for site in architecture.sites:
         kept = prefix_index(site.axis, architecture.sizes, target.sizes)
         if len(kept) < len(statistics.means[site.name]):
             _refit_site(refitted, weights, architecture, statistics, site, kept, ridge, tied_head_share)
     return _cut_rest(refitted, architecture, target)
+
+
+def _check_narrower(architecture: Architecture, target: Architecture) -> None:
+    wider = [dim for dim, size in target.sizes.items() if size > architecture.sizes[dim]]
+    if wider or target.depth != architecture.depth:
+        raise ValueError(
+            f"Cannot cut {architecture.shape} to {target.shape}: a cut keeps the depth and makes nothing larger "
+            f"(larger: {', '.join(wider) or 'nothing'}). Select layers with `select_layers`, grow with `grow_width`."
+        )
 
 
 def rms_ratio(statistics: Statistics, site: Site, norm_type: str, kept: int) -> float:
@@ -76,13 +95,20 @@ class _Refit:
 
 
 def _regress(
-    mean: torch.Tensor, second: torch.Tensor, gain: torch.Tensor, shift: torch.Tensor, kept: torch.Tensor,
-    centred: bool, intercept: bool, ridge: float,
-) -> _Refit:  # fmt: skip
+    mean: torch.Tensor,
+    second: torch.Tensor,
+    gain: torch.Tensor,
+    shift: torch.Tensor,
+    kept: torch.Tensor,
+    centred: bool,
+    intercept: bool,
+    ridge: float,
+) -> _Refit:
     """Least squares of what a cut stream misses on what it has.
 
-    The full stream is u = gain x + shift with moments (mean, second) of x. The features are f = u[kept], or, where the cut norm centres
-    over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has the rows gain mu at `kept`.
+    The full stream is u = gain x + shift with moments (mean, second) of x. The features are f = u[kept], or, where
+    the cut norm centres over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has
+    the rows gain mu at `kept`.
     """
     dropped = torch.ones(len(mean), dtype=torch.bool)
     dropped[kept] = False
@@ -112,9 +138,15 @@ def _regress(
 
 
 def _refit_site(
-    refitted: Weights, weights: Weights, architecture: Architecture, statistics: Statistics, site: Site, kept: torch.Tensor,
-    ridge: float, tied_head_share: float,
-) -> None:  # fmt: skip
+    refitted: Weights,
+    weights: Weights,
+    architecture: Architecture,
+    statistics: Statistics,
+    site: Site,
+    kept: torch.Tensor,
+    ridge: float,
+    tied_head_share: float,
+) -> None:
     """Write one site's readers, and its norm's gain, into `refitted`."""
     mean, second = statistics.mean(site.name), statistics.second(site.name)
     gain, shift, centred = torch.ones_like(mean), torch.zeros_like(mean), False

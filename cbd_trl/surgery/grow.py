@@ -49,7 +49,15 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     """Insert evenly spaced layers that add nothing; logits stay equal.
 
     Output projections and biases of a new layer are zero; the rest of it is a copy of the layer after it.
+
+    Raises:
+        ValueError: `depth` is smaller than the model's.
     """
+    if depth < architecture.depth:
+        raise ValueError(
+            f"Cannot grow {architecture.depth} layers to {depth}. Ask for at least {architecture.depth}, or take layers "
+            "away with `select_layers`."
+        )
     old = spaced_layers(depth, architecture.depth)
     following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
     grown, deeper = select_layers(weights, architecture, following)

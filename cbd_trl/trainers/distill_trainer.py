@@ -30,7 +30,8 @@ class DistillTrainer(SFTTrainer):
     layers, each a mean over the scored tokens of the optimiser step: gradient accumulation, packing and the number of
     processes do not change it. Logged at every log event, as means over the tokens since the last one: `kd`, `ce`,
     `hidden` (where weighted) and `teacher_ce`, on hybrid steps those of the hybrid; and `num_tokens`, the tokens seen
-    so far. Evaluation reports the same terms of the student alone, prefixed `eval_`, as means over the tokens of the whole evaluation set.
+    so far. Evaluation reports the same terms of the student alone, prefixed `eval_`, as means over the tokens of the
+    whole evaluation set.
 
     Args:
         model: the student: a causal LM, or the path or Hub id of one.

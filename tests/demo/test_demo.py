@@ -58,7 +58,9 @@ def test_demo_writes_everything_and_a_second_run_redoes_only_what_is_missing(out
 
     assert report == json.loads((output / "report.json").read_text())
     assert {"anchors", "targets", "seconds"} <= report.keys()
-    assert len(report["anchors"]) == 3 and all({"name", "num_parameters", "loss"} <= a.keys() for a in report["anchors"])
+    assert len(report["anchors"]) == 3 and all(
+        {"name", "num_parameters", "loss"} <= a.keys() for a in report["anchors"]
+    )
     for target in report["targets"]:
         assert {"num_parameters", "shape", "seconds", "loss"} <= target.keys()
         assert list(target["loss"]) == OPERATORS
@@ -130,5 +132,3 @@ def test_other_settings_in_the_same_folder_are_refused(output):
 def test_no_steps_are_refused(output):
     with pytest.raises(ValueError, match="--steps 0: an anchor needs at least one step"):
         demo(output, steps=0)
-
-

@@ -145,6 +145,9 @@ def test_layer_types_of_swapped_blocks_are_the_upper_layers(family):
     _, mixed = swap_blocks(lower, lower_architecture, weights, architecture, BLOCKS, [2, 3])
     # Layers 0, 2 (of the lower model), then 3, 4, 5 of the upper one.
     assert mixed.config.layer_types == ["full_attention"] * 3 + ["sliding_attention"] * 2
+    # Layer 2 of the lower model is layer 4 of the upper one, the last of its block.
+    _, mixed = swap_blocks(lower, lower_architecture, weights, architecture, BLOCKS, [3])
+    assert mixed.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
     everything, whole = swap_blocks(lower, lower_architecture, weights, architecture, BLOCKS, range(4))
     assert torch.equal(logits(build(everything, whole)), logits(upper))
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from cbd_trl.surgery.cut import least_squares_cut, plain_cut
-from cbd_trl.surgery.weights import input_matrix
+from cbd_trl.architectures import describe
+from cbd_trl.architectures.axes import prefix_index
+from cbd_trl.surgery.cut import least_squares_cut, plain_cut, rms_ratio
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.weights import input_matrix, weights_of
 from tests.surgery.helpers import (
     TOLERANCE,
     build,
@@ -18,6 +21,7 @@ from tests.surgery.helpers import (
     moments,
     tokens,
 )
+from tests.tiny import tiny_model
 
 NARROWER = {
     "gpt2": {"ffn": {"ffn": 100}, "width": {"width": 24, "group": 3}},
@@ -153,6 +157,64 @@ def test_refitted_projections_equal_ordinary_least_squares(family, dim):
 
 
 @every_family
+def test_refitted_readers_of_norms_equal_ordinary_least_squares(family):
+    """The same for what reads a norm; the features are the kept channels as the narrow norm leaves them."""
+    model = full_model(family, tied=False)
+    weights, architecture = described(model)
+    target = architecture.resized(**_narrower(family, "width"))
+    cut = least_squares_cut(weights, architecture, moments(model, architecture), target, ridge=1e-12)
+    for site in (site for site in architecture.sites if site.norm):
+        streams = []
+        handle = model.get_submodule(site.readers[0]).register_forward_pre_hook(
+            lambda _, inputs, streams=streams: streams.append(inputs[0].detach().flatten(0, 1))
+        )
+        with torch.no_grad():
+            model(tokens(16, seed=1))
+        handle.remove()
+        gain = weights[f"{site.name}.weight"]
+        shift = weights.get(f"{site.name}.bias", torch.zeros_like(gain))
+        kept = ((streams[0] - shift) / gain)[:, :24]
+        if family == "gpt2":
+            kept = kept - kept.mean(-1, keepdim=True)
+        kept = kept * gain[:24] + shift[:24]
+        biased = all(f"{reader}.bias" in weights for reader in site.readers)
+        features = torch.cat([kept, torch.ones_like(kept[:, :1])], 1) if biased else kept
+        for reader in site.readers:
+            axes = architecture.tensors[f"{reader}.weight"]
+            full = streams[0] @ input_matrix(weights[f"{reader}.weight"], axes, site.axis).T
+            fitted = kept @ input_matrix(cut[f"{reader}.weight"], axes, site.axis).T
+            if f"{reader}.bias" in weights:
+                full, fitted = full + weights[f"{reader}.bias"], fitted + cut[f"{reader}.bias"]
+            best = features @ torch.linalg.lstsq(features, full).solution
+            # GPT-2 loses heads with its width: their outputs are gone.
+            outputs = next(axis for axis in axes if axis != site.axis)
+            best = best[:, prefix_index(outputs, architecture.sizes, target.sizes)]
+            torch.testing.assert_close(fitted, best, rtol=0, atol=1e-3 * float(full.std()))
+
+
+@every_family
+def test_rms_ratio_is_that_of_the_streams(family):
+    """The model's own normalised streams: what a norm of the kept channels divides by, over what the full one does."""
+    model = full_model(family, True)
+    _, architecture = described(model)
+    statistics = moments(model, architecture)
+    for name in (site.name for site in architecture.sites if site.norm):
+        seen = []
+        handle = model.get_submodule(name).register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            model(tokens(16, seed=1))
+        handle.remove()
+        norm = model.get_submodule(name)
+        stream = ((seen[0] - getattr(norm, "bias", torch.zeros(()))) / norm.weight).detach()
+        kept = stream[..., :24]
+        if family == "gpt2":
+            kept = kept - kept.mean(-1, keepdim=True)
+        site = next(site for site in architecture.sites if site.name == name)
+        ratio = rms_ratio(statistics, site, architecture.family.norm_type, 24)
+        assert ratio == pytest.approx(float((kept.pow(2).mean() / stream.pow(2).mean()).sqrt()), rel=1e-4)
+
+
+@every_family
 def test_a_tied_table_moves_by_its_share(family):
     model = full_model(family, tied=True)
     weights, architecture = described(model)
@@ -166,3 +228,16 @@ def test_a_tied_table_moves_by_its_share(family):
     assert torch.equal(none[key], plain_cut(weights, architecture, target)[key])
     torch.testing.assert_close(half[key], (none[key] + whole[key]) / 2)
     assert changed(half, whole) == {key}
+
+
+@pytest.mark.parametrize("cut", ["plain", "least squares"])
+def test_a_cut_makes_nothing_larger(cut):
+    model = tiny_model("llama")
+    architecture = describe(model.config)
+    weights = weights_of(model, architecture)
+    wider = architecture.resized(width=40)
+    with pytest.raises(ValueError, match="a cut keeps the depth and makes nothing larger \\(larger: width\\)"):
+        if cut == "plain":
+            plain_cut(weights, architecture, wider)
+        else:
+            least_squares_cut(weights, architecture, Statistics({}, {}, 1), wider)

@@ -1,0 +1,180 @@
+"""What is to be built, checked before any long work: every anchor's shape, arguments and text, and what an earlier
+run finished."""
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..architectures import Architecture
+from ..surgery.blocks import spaced_layers
+from ..trainers.distill_config import DistillConfig
+from .manifest import Anchor, Chain
+from .records import MANIFEST
+from .shapes import target_architecture
+from .solve_shape import solve_anchor
+
+# Measured on SmolLM2-135M: the hidden-state term keeps anchors interpolable, and hybrid steps gain 0.05-0.20 nats at
+# every size between.
+HIDDEN_WEIGHT = 2.0
+SWAP_PROBABILITY = 0.5
+_OWN_OPTIONS = ("args", "dataset")
+_RECORDED_ARGUMENTS = (
+    "kd_weight",
+    "divergence",
+    "beta",
+    "temperature",
+    "ce_weight",
+    "hidden_weight",
+    "swap_probability",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "max_steps",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_length",
+    "packing",
+    "seed",
+    "bf16",
+    "fp16",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One lower anchor to be made.
+
+    Args:
+        name: its name in the chain.
+        architecture: its shape, as cut from the anchor above.
+        kept: layers of the anchor above that it starts from.
+        args: training arguments, chain defaults filled in.
+        dataset: text it is distilled on.
+    """
+
+    name: str
+    architecture: Architecture
+    kept: list[int]
+    args: DistillConfig
+    dataset: Any
+
+    def training_record(self) -> dict[str, Any]:
+        """The arguments that decide what is trained, as JSON values, with a fingerprint of them."""
+        values = {name: getattr(self.args, name) for name in _RECORDED_ARGUMENTS}
+        record = {
+            name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()
+        }
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+        return {**record, "fingerprint": digest}
+
+
+def anchor_name(num_parameters: int) -> str:
+    """`134515008` -> `"135M"`."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if num_parameters >= scale:
+            value = num_parameters / scale
+            return f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
+    return str(num_parameters)
+
+
+def plan_chain(
+    source: Architecture, anchors: Sequence[Mapping[str, Any] | float], args: DistillConfig, dataset: Any
+) -> list[Step]:
+    """Resolve every anchor asked for, from the source down.
+
+    Raises:
+        ValueError: no anchors, or one that cannot be cut from the one above it.
+    """
+    if not anchors:
+        raise ValueError(
+            "No anchors were asked for. Give at least one, for example anchors=[{'num_hidden_layers': 16}] or "
+            "anchors=[0.6]."
+        )
+    steps: list[Step] = []
+    upper, names = source, [anchor_name(source.num_parameters)]
+    for position, anchor in enumerate(anchors):
+        options = dict(anchor) if isinstance(anchor, Mapping) else {}
+        own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
+        fields = options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
+        target = target_architecture(upper, fields)
+        if target.num_parameters >= upper.num_parameters:
+            raise ValueError(
+                f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "
+                f"({upper.num_parameters:,}). List anchors from large to small."
+            )
+        stem = anchor_name(target.num_parameters)
+        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names)
+        names.append(f"{stem}-{taken + 1}" if taken else stem)
+        depth_only = target.sizes == upper.sizes
+        steps.append(
+            Step(
+                name=names[-1],
+                architecture=target,
+                kept=spaced_layers(upper.depth, target.depth),
+                args=_with_chain_defaults(own.get("args", args), depth_only),
+                dataset=own.get("dataset", dataset),
+            )
+        )
+        upper = target
+    return steps
+
+
+def _size(anchor: Any, position: int) -> float:
+    is_number = isinstance(anchor, int | float) and not isinstance(anchor, bool)
+    if not is_number or not math.isfinite(anchor) or anchor <= 0:
+        raise ValueError(
+            f"anchors[{position}] is {anchor!r}. Give a dict of config fields, a parameter count above 1, or a ratio "
+            "to the anchor above."
+        )
+    return float(anchor)
+
+
+def _with_chain_defaults(args: DistillConfig, depth_only: bool) -> DistillConfig:
+    args = copy.deepcopy(args)
+    if args.hidden_weight is None:
+        args.hidden_weight = HIDDEN_WEIGHT
+    if args.swap_probability is None:
+        args.swap_probability = SWAP_PROBABILITY if depth_only else 0.0
+    return args
+
+
+def finished_anchors(
+    output_dir: Path, source: Architecture, source_name: str, steps: Sequence[Step]
+) -> dict[int, Anchor]:
+    """Anchors that an earlier run finished, by position (0 is the source).
+
+    Raises:
+        ValueError: the folder holds a chain that was built from something else or with other settings.
+    """
+    if not (output_dir / MANIFEST).exists():
+        return {}
+    anchors = Chain.from_pretrained(output_dir).anchors
+    way_out = "Choose another output_dir, or delete that folder to build anew."
+    recorded = anchors[0].training.get("source")
+    if anchors[0].shape != source.shape or (recorded and source_name and recorded != source_name):
+        raise ValueError(
+            f"{output_dir} already holds a chain of another source ({recorded or 'unnamed'}, {anchors[0].shape}; "
+            f"asked for: {source_name or 'unnamed'}, {source.shape}). {way_out}"
+        )
+    if len(anchors) > len(steps) + 1:
+        names = ", ".join(anchor.name for anchor in anchors)
+        raise ValueError(
+            f"{output_dir} already holds a chain of more anchors ({names}) than are asked for now. {way_out}"
+        )
+    for anchor, step in zip(anchors[1:], steps, strict=False):
+        wanted = step.training_record()
+        changed = [name for name, value in wanted.items() if anchor.training.get(name) != value]
+        if anchor.shape != step.architecture.shape or changed:
+            raise ValueError(
+                f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
+                f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}. {way_out}"
+            )
+    return dict(enumerate(anchors))

@@ -1,0 +1,72 @@
+"""The model at the head of a chain, wherever it is: in memory, in a folder or on the Hub."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Looked at piece by piece, so that nothing big is loaded before everything small is checked.
+
+    Args:
+        place: a model, a path or a Hub id.
+        revision, token: of a Hub id.
+    """
+
+    place: str | Path | PreTrainedModel
+    revision: str | None = None
+    token: str | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.place.name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
+
+    def config(self) -> PretrainedConfig:
+        """Its config, without the weights.
+
+        Raises:
+            ValueError: nothing of that name can be read.
+        """
+        if isinstance(self.place, PreTrainedModel):
+            return self.place.config
+        try:
+            return AutoConfig.from_pretrained(self.place, revision=self.revision, token=self.token)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"The source {self.name!r} is no model folder and could not be fetched from the Hub ({error}). Give a "
+                "model, the path of a folder with config.json, or a Hub id."
+            ) from error
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer.
+
+        Raises:
+            ValueError: there is none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.name, revision=self.revision, token=self.token)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"No tokenizer could be loaded from the source ({self.name!r}: {error}). Pass `processing_class`."
+            ) from error
+
+    def model(self, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
+        """The model itself; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype."""
+        if isinstance(self.place, PreTrainedModel):
+            return self.place
+        given = json.loads(init_kwargs) if isinstance(init_kwargs, str) else (init_kwargs or {})
+        options = {"dtype": torch.float32, "revision": self.revision, "token": self.token, **given}
+        # Safetensors only: no pickle is read, whatever the repository holds.
+        return AutoModelForCausalLM.from_pretrained(self.place, use_safetensors=True, **options)

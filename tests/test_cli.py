@@ -1,0 +1,202 @@
+"""The command line: what it runs, what it refuses, and how it says so."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbd_trl import Chain
+from cbd_trl.cli import COMMANDS, main
+from cbd_trl.cli_arguments import parse_anchors, parse_count, parse_shape
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
+
+TRAINING = [
+    *("--max_steps", "2", "--per_device_train_batch_size", "2", "--max_length", "16", "--report_to", "none"),
+    *("--use_cpu", "--bf16", "false", "--gradient_checkpointing", "false", "--dataloader_pin_memory", "false"),
+    *("--save_strategy", "no", "--disable_tqdm", "true"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A source with its tokenizer, and text in a file."""
+    path = tmp_path_factory.mktemp("cli")
+    tiny_model("llama", num_hidden_layers=6, tie_word_embeddings=True).save_pretrained(path / "source")
+    tiny_tokenizer().save_pretrained(path / "source")
+    lines = [" ".join(f"w{(5 * i + 3 * j) % 54}" for j in range(12)) for i in range(40)]
+    (path / "rows.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (path / "rows.txt").write_text("\n\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chain(folder):
+    """A chain made by the command `build`, its anchors in YAML."""
+    (folder / "build.yaml").write_text(
+        f"source: {folder / 'source'}\n"
+        f"dataset_name: {folder / 'rows.jsonl'}\n"
+        "anchors:\n"
+        "  - num_hidden_layers: 4\n"
+        "    args: {learning_rate: 3.0e-4, warmup_steps: 1}\n"
+        "  - {hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 24}\n"
+        "calibration_tokens: 64\n"
+        "learning_rate: 1.0e-3\n"
+        "max_steps: 1\n"
+    )
+    flags = ["--config", str(folder / "build.yaml"), *TRAINING, "--output_dir", str(folder / "chain")]
+    assert main(["build", *flags]) == 0
+    return folder / "chain"
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {name} " in shown for name in COMMANDS)
+    assert main([]) == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tarin"]])
+def test_top_level_imports_nothing_heavy(arguments):
+    code = f"import sys; from cbd_trl.cli import main; main({arguments}); print({{'torch', 'trl'}} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("demo", ["--output", "--steps", "--wheel", "--seed"]),
+        ("build", ["--source", "--anchors", "--dataset_name", "--swap_probability", "--learning_rate"]),
+        ("init", ["--num-parameters", "--output", "--shape", "--operator", "--alpha", "--dtype", "--tolerance"]),
+        ("distill", ["--teacher_model_name_or_path", "--divergence", "--use_peft", "--dataset_name"]),
+    ],
+)
+def test_help_of_a_command_lists_its_flags(command, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in flags) and "--config" in shown
+
+
+def test_build_reads_yaml_and_flags_win(chain):
+    built = Chain.from_pretrained(chain)
+    assert [anchor.shape["num_hidden_layers"] for anchor in built.anchors] == [6, 4, 4]
+    assert built.anchors[1].training["learning_rate"] == 3e-4
+    assert built.anchors[2].training["learning_rate"] == 1e-3
+    assert {anchor.training["max_steps"] for anchor in built.anchors[1:]} == {2}
+
+
+def test_init_writes_a_normal_model_folder(chain, tmp_path, capsys):
+    flags = ["--shape", '{"num_hidden_layers": 5}', "--operator", "slice", "--dtype", "bfloat16"]
+    assert main(["init", str(chain), *flags, "--output", str(tmp_path / "model")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert model.config.num_hidden_layers == 5
+    assert model.config.cbd_trl["operator"] == "slice"
+    assert str(model.dtype) == "torch.bfloat16"
+    AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert "operator slice" in capsys.readouterr().out
+
+
+def test_init_by_size_with_calibration_text_and_yaml(chain, folder, tmp_path):
+    anchors = Chain.from_pretrained(chain).anchors
+    size = (anchors[1].num_parameters + anchors[2].num_parameters) / 2
+    (tmp_path / "init.yaml").write_text(
+        f"chain: {chain}\nnum_parameters: {size}\ntolerance: 0.3\nshape:\n  num_attention_heads: 4\n"
+    )
+    flags = ["--config", str(tmp_path / "init.yaml"), "--calibration_dataset", str(folder / "rows.txt")]
+    assert main(["init", *flags, "--output", str(tmp_path / "model")]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert abs(model.num_parameters() / size - 1) <= 0.3
+    assert model.config.num_attention_heads == 4
+
+
+def test_distill_trains_a_lora_student(folder, tmp_path):
+    source = str(folder / "source")
+    flags = ["--model_name_or_path", source, "--teacher_model_name_or_path", source, "--use_peft", "--lora_r", "2"]
+    flags += ["--dataset_name", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / "student"), *TRAINING]
+    assert main(["distill", *flags]) == 0
+    assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["biuld"], 2, r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, init, distill"),
+        (["init"], 2, "The chain is missing: cbd-trl init CHAIN"),
+        (["init", "chain"], 2, "--output is missing"),
+        (["init", "chain", "--ouptut", "x"], 2, r"no flag '--ouptut'. Did you mean --output\?"),
+        (["init", "chain", "--output", "x", "--operator", "best"], 2, "invalid choice: 'best'"),
+        (["init", "chain", "--output", "x", "--alpha", "much"], 2, "argument --alpha: invalid"),
+        (["init", "chain", "--output", "x", "--num-parameters", "many"], 1, "'many' is no number of parameters"),
+        (["init", "no/such/chain", "--output", "x", "--num-parameters", "1M"], 1, "no folder no/such/chain"),
+        (["build", "--dataset_name", "x", "--use_cpu"], 2, "--source is missing"),
+        (["build", "--source", "x", "--dataset_name", "y", "--use_cpu"], 1, "--anchors is missing"),
+        (
+            ["distill", "--use_cpu"],
+            2,
+            "--model_name_or_path, --teacher_model_name_or_path, --dataset_name are missing",
+        ),
+        (["distill", "--use_cpu", "--temperature", "0"], 1, "temperature=0.0: it divides the logits"),
+        (["demo", "--config", "no.yaml"], 2, "config file cannot be read"),
+        (["demo", "--config"], 2, "--config needs the path"),
+    ],
+)
+def test_errors_are_one_line_with_a_code(arguments, code, message, capsys):
+    assert main(arguments) == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+
+
+def test_unknown_training_argument_of_an_anchor_is_named(folder, capsys):
+    anchors = '{"num_hidden_layers": 4, "args": {"lerning_rate": 1}}'
+    flags = ["--source", "x", "--dataset_name", "y", "--use_cpu", "--anchors", anchors]
+    assert main(["build", *flags]) == 1
+    assert "['lerning_rate'] are no fields of DistillConfig" in capsys.readouterr().err
+
+
+def test_a_file_of_another_kind_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "rows.xml").write_text("<x/>")
+    flags = [
+        "--source",
+        str(folder / "source"),
+        "--anchors",
+        "0.6",
+        "--dataset_name",
+        str(tmp_path / "rows.xml"),
+        "--use_cpu",
+    ]
+    assert main(["build", *flags]) == 1
+    assert "must end in .jsonl, .json, .csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("138e6", 138e6), ("138M", 138e6), ("1.2b", 1.2e9), ("85_000", 85000), ("0.6", 0.6), (7, 7.0)]
+)
+def test_parse_count(text, count):
+    assert parse_count(text) == pytest.approx(count)
+
+
+def test_parse_anchors_takes_objects_sizes_ratios_and_lists():
+    expected = [{"num_hidden_layers": 16}, 44e6, 0.5]
+    assert parse_anchors(['{"num_hidden_layers": 16}', "44M", "0.5"]) == expected
+    assert parse_anchors(['[{"num_hidden_layers": 16}, 44e6, 0.5]']) == expected
+    assert parse_anchors([{"num_hidden_layers": 16}, 44e6, 0.5]) == expected
+    with pytest.raises(ValueError, match=r"'\{num_hidden_layers: 16\}' is not JSON.*double quotes"):
+        parse_anchors(["{num_hidden_layers: 16}"])
+    with pytest.raises(ValueError, match="'deep' is neither config fields nor a size"):
+        parse_anchors(["deep"])
+
+
+def test_parse_shape():
+    assert (
+        parse_shape('{"num_hidden_layers": 20}') == {"num_hidden_layers": 20} == parse_shape({"num_hidden_layers": 20})
+    )
+    assert parse_shape(None) is None
+    with pytest.raises(ValueError, match="'20' is not an object of config fields"):
+        parse_shape("20")
