@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .axes import Axes, parse_axes, tensor_shape
+from cbd_trl.architectures.axes import Axes, parse_axes, tensor_shape
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Architecture:
     def resolve_sizes(self, fields: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
         """The depth and atomic sizes that config fields ask for; what is not asked for stays as it is here.
 
-        What the family ties together follows: key/value groups take their query heads with them, GPT-2's width its heads.
+        What the family ties together follows: key/value groups take their query heads, GPT-2's width its heads.
 
         Raises:
             ValueError: a field that is no shape field, no positive integer, or does not go with the others.
@@ -185,8 +185,8 @@ class Architecture:
 
 
 def _families() -> tuple[Family, ...]:
-    from .gpt2 import GPT2
-    from .llama import LLAMA
+    from cbd_trl.architectures.gpt2 import GPT2
+    from cbd_trl.architectures.llama import LLAMA
 
     return (LLAMA, GPT2)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .family import Family, Site
+from cbd_trl.architectures.family import Family, Site
 
 
 def _tensors(config: Any) -> dict[str, str]:

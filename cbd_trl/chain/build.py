@@ -1,6 +1,7 @@
 """Building a chain: sort the source once, then cut and distil each anchor from the one above it."""
 
 import copy
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,19 +14,19 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..architectures import describe
-from ..surgery.blocks import blocks_of, select_layers
-from ..surgery.cut import least_squares_cut
-from ..surgery.sort import importance, sort_weights
-from ..surgery.statistics import Statistics, collect_statistics
-from ..surgery.weights import weights_of
-from ..trainers.distill_config import DistillConfig
-from ..trainers.distill_trainer import DistillTrainer
-from .calibration import token_blocks
-from .manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
-from .model import build_model
-from .plan import Step, anchor_name, finished_anchors, plan_chain
-from .source import Source
+from cbd_trl.architectures import describe
+from cbd_trl.chain.calibration import calibration_length, token_blocks
+from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
+from cbd_trl.chain.source import Source
+from cbd_trl.surgery.blocks import blocks_of, select_layers
+from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.sort import importance, sort_weights
+from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.surgery.weights import weights_of
+from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.distill_trainer import DistillTrainer
 
 _CALIBRATION_BATCH = 4
 
@@ -79,7 +80,8 @@ def build_chain(
         state.print(f"[1/{len(steps) + 1}] sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)")
         model: Any = origin.model(args.model_init_kwargs)
         model.to(args.device)
-        blocks = token_blocks(dataset, tokenizer, calibration_tokens, text_field=args.dataset_text_field)
+        length = calibration_length(model.config)
+        blocks = token_blocks(dataset, tokenizer, calibration_tokens, length, args.dataset_text_field)
         upper = _write_source(output_dir, model, origin.name, tokenizer, blocks)
         del model
     for number, step in enumerate(steps, start=1):
@@ -132,6 +134,21 @@ def _initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
     return build_model(step.architecture, cut, dtype, name_or_path=str(upper.path))
 
 
+def _work_folder(output_dir: Path, upper: Anchor, step: Step) -> Path:
+    """Where an anchor's checkpoints are; those of a run with other settings are removed, not gone on from."""
+    work = output_dir / ".work" / step.name
+    state = PartialState()
+    if state.is_main_process:
+        made_from = {"upper": upper.files, "kept": step.kept, "shape": step.architecture.shape}
+        settings, file = json.dumps({**made_from, **step.training_record()}), work / "settings.json"
+        if file.exists() and file.read_text() != settings:
+            shutil.rmtree(work)
+        work.mkdir(parents=True, exist_ok=True)
+        file.write_text(settings)
+    state.wait_for_everyone()
+    return work
+
+
 def _distil_anchor(
     output_dir: Path,
     upper: Anchor,
@@ -140,7 +157,7 @@ def _distil_anchor(
     eval_dataset: Dataset | None,
     calibration_tokens: int,
 ) -> Anchor:
-    work = output_dir / ".work" / step.name
+    work = _work_folder(output_dir, upper, step)
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
     student = _initial_student(upper, step)
@@ -155,7 +172,7 @@ def _distil_anchor(
         processing_class=tokenizer,
         block_map=blocks_of(step.kept),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
     losses = _last_losses(trainer.state.log_history)
     if eval_dataset is not None:
         losses |= {
@@ -166,7 +183,8 @@ def _distil_anchor(
     trained: Any = build_model(step.architecture, weights, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)
-    blocks = token_blocks(step.dataset, tokenizer, calibration_tokens, text_field=args.dataset_text_field)
+    length = calibration_length(trained.config)
+    blocks = token_blocks(step.dataset, tokenizer, calibration_tokens, length, args.dataset_text_field)
     statistics = collect_statistics(trained, step.architecture, _calibration_batches(blocks), blocks.numel())
     record = {
         "name": step.name,

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import torch
 from tqdm.auto import tqdm
 
-from .model import build_model
-from .operators import MIXING_OPERATORS, OPERATORS, Pair, Plan
-from .solve_shape import blocks_for_depth
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, Plan
+from cbd_trl.chain.solve_shape import blocks_for_depth
 
 _ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 _BATCH = 4

@@ -5,10 +5,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 
 BLOCK_LENGTH = 512
+
+
+def calibration_length(config: PretrainedConfig) -> int:
+    """Tokens in a calibration block: no more than the model has positions for."""
+    return min(BLOCK_LENGTH, int(config.max_position_embeddings))
 
 
 def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text_field: str = "text") -> str:
@@ -63,10 +68,11 @@ def token_blocks(
         tokens.extend(ids)
         if len(tokens) >= max_tokens:
             break
+    tokens = tokens[:max_tokens]
     length = min(block_length, len(tokens))
     if length < 2:
         raise ValueError(
             f"The dataset holds {len(tokens)} tokens, too few to calibrate on. Give a dataset with text in it."
         )
-    count = min(len(tokens), max(max_tokens, length)) // length
+    count = len(tokens) // length
     return torch.tensor(tokens[: count * length]).view(count, length)

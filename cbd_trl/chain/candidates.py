@@ -8,9 +8,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..architectures import Architecture
-from ..architectures.axes import axis_length, parse_axes
-from .shapes import needs_width_multiple_of_heads, width_follows_heads
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import axis_length, parse_axes
+from cbd_trl.chain.shapes import needs_width_multiple_of_heads, width_follows_heads
 
 # Widths and FFN widths that kernels like; 64 candidates each are enough to hit any size with the FFN as the fine dial.
 _MULTIPLE = 8

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .records import DTYPES, MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.chain.records import DTYPES, MANIFEST, RESTORE, Anchor, Manifest, weight_files
 
 SCHEMA_VERSION = 1
 # A name starts with a letter, digit or underscore: no hidden folders, no "..".

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..surgery.blocks import check_blocks
-from .chain_json import check_order, check_record, library_versions, read_manifest, write_manifest
-from .records import DTYPES, MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.chain.chain_json import check_order, check_record, library_versions, read_manifest, write_manifest
+from cbd_trl.chain.records import DTYPES, MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.surgery.blocks import check_blocks
 
 
 def sha256_of(path: Path) -> str:

@@ -1,6 +1,6 @@
 """A model of any size between two anchors, without a teacher or a forward pass."""
 
-import copy
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from ..architectures import Architecture
-from ..surgery.statistics import Statistics
-from ..surgery.weights import Weights
-from .calibrate import choose_plan
-from .calibration import token_blocks
-from .manifest import Anchor, Chain
-from .model import build_model
-from .operators import MIXING_OPERATORS, OPERATORS, Pair, Plan, default_alpha
-from .shapes import target_architecture
-from .solve_shape import solve_target
+from cbd_trl.architectures import Architecture
+from cbd_trl.chain.calibrate import choose_plan
+from cbd_trl.chain.calibration import calibration_length, token_blocks
+from cbd_trl.chain.manifest import Anchor, Chain
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, Plan, default_alpha
+from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.chain.solve_shape import solve_target
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.weights import Weights
 
 CALIBRATION_TOKENS = 4096
 
@@ -52,8 +52,7 @@ def from_chain(
             (arXiv 2605.07783).
         alpha: weight of the lower anchor where the operator mixes, 0 to 1; None: from the size.
         calibration_dataset: text in any SFT format on which blocks and alpha are chosen by measured loss, never worse
-            there than the
-            better of `expand` and `slice`. None: no data and no forward pass.
+            there than the better of `expand` and `slice`. None: no data and no forward pass.
         dtype: of the result; None: that of the anchors.
         tolerance: largest relative distance from `num_parameters`.
         save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it
@@ -62,28 +61,43 @@ def from_chain(
         revision, token: of a chain on the Hub.
 
     Returns:
-        The model in eval mode; `model.config.cbd_trl` says what it was made from.
+        The model in eval mode; `model.config.cbd_trl` says what it was made from. Where `nested` without alpha comes
+        to an anchor's own shape, it is that anchor.
 
     Raises:
         ValueError: a size, shape, operator or alpha that cannot be had; the message says what can.
     """
     _check_arguments(num_parameters, config, operator, alpha)
+    directory = None if save_directory is None else Path(save_directory).expanduser().resolve()
+    if directory is not None:
+        _check_replaceable(directory)
     if not isinstance(chain, Chain):
         chain = Chain.from_pretrained(chain, revision=revision, token=token)
-    anchor = _own_shape(chain, num_parameters, config) if operator == "nested" and alpha is None else None
+    own_rule = operator == "nested" and alpha is None
+    anchor = _own_shape(chain, num_parameters, config) if own_rule else None
+    if anchor is None:
+        upper, lower = chain.pair_for(num_parameters, config, tolerance)
+        fields = solve_target(
+            upper.architecture(),
+            lower.architecture(),
+            lower.block_map or [],
+            num_parameters,
+            config,
+            tolerance,
+            operator,
+        )
+        # Asked for with other words (a rounded size, some of its fields), an anchor's shape still means that anchor.
+        anchor = next((end for end in (upper, lower) if end.shape == fields), None) if own_rule else None
     if anchor is not None:
         model = anchor.load_model(dtype=_dtype(dtype, anchor))
         provenance = _provenance(chain, [anchor], "anchor", None, anchor.architecture())
         tokenizer_source = anchor
     else:
-        upper, lower = chain.pair_for(num_parameters, config, tolerance)
-        model, provenance = _interpolate(
-            chain, upper, lower, num_parameters, config, operator, alpha, calibration_dataset, dtype, tolerance
-        )
+        model, provenance = _interpolate(chain, upper, lower, fields, operator, alpha, calibration_dataset, dtype)
         tokenizer_source = upper
     model.config.cbd_trl = provenance
-    if save_directory is not None:
-        _save(model, chain, Path(save_directory))
+    if directory is not None:
+        _save(model, chain, directory)
     else:
         model.config._name_or_path = model.name_or_path = str(tokenizer_source.path)
     return model
@@ -124,26 +138,23 @@ def _interpolate(
     chain: Chain,
     upper: Anchor,
     lower: Anchor,
-    num_parameters: float | None,
-    config: Mapping[str, int] | None,
+    fields: Mapping[str, int],
     operator: str,
     alpha: float | None,
     calibration_dataset: Dataset | None,
     dtype: torch.dtype | str | None,
-    tolerance: float,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    blocks = lower.block_map
-    assert blocks is not None
-    upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
-    fields = solve_target(upper_architecture, lower_architecture, blocks, num_parameters, config, tolerance, operator)
+    upper_architecture = upper.architecture()
     plan = Plan(target_architecture(upper_architecture, fields), alpha)
     pair = load_pair(upper, lower)
     if calibration_dataset is not None:
-        tokens = token_blocks(calibration_dataset, chain.tokenizer(), CALIBRATION_TOKENS)
+        length = calibration_length(upper_architecture.config)
+        tokens = token_blocks(calibration_dataset, chain.tokenizer(), CALIBRATION_TOKENS, length)
         operator, plan = choose_plan(pair, plan, operator, tokens)
     weights, architecture = OPERATORS[operator](pair, plan)
     weights = _finite(weights, operator)
-    mixed = plan.alpha if plan.alpha is not None else default_alpha(operator, pair, plan.target)
+    mixed = default_alpha(operator, pair, plan.target)
+    mixed = plan.alpha if mixed is not None and plan.alpha is not None else mixed
     model = build_model(architecture, weights, _dtype(dtype, upper))
     model.generation_config = upper.load_generation_config()
     provenance = _provenance(chain, [upper, lower], operator, mixed, architecture)
@@ -204,22 +215,39 @@ def _provenance(
     }
 
 
+def _check_replaceable(directory: Path) -> None:
+    """Refuse anything but an empty folder or a model that from_chain saved: what is there is replaced as a whole."""
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    config = directory / "config.json"
+    if (
+        not config.is_file()
+        or "cbd_trl" not in json.loads(config.read_text(encoding="utf-8"))
+        or any(entry.is_dir() for entry in directory.iterdir())
+    ):
+        raise ValueError(
+            f"save_directory={str(directory)!r} holds something other than a model that from_chain saved. Choose an "
+            "empty or new folder."
+        )
+
+
 def _save(model: PreTrainedModel, chain: Chain, directory: Path) -> None:
     """Write model, tokenizer and provenance under a temporary name, then rename."""
-    if directory.exists() and any(directory.iterdir()) and not (directory / "config.json").exists():
-        raise ValueError(
-            f"save_directory={str(directory)!r} holds files that are no model. Choose an empty or new folder."
-        )
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".tmp-{directory.name}-{os.getpid()}"
+    temporary, before = (directory.parent / f".{kind}-{directory.name}-{os.getpid()}" for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        saved = copy.copy(model.config.cbd_trl)
         model.config._name_or_path = model.name_or_path = str(directory)
         model.save_pretrained(temporary)
         chain.tokenizer().save_pretrained(temporary)
-        assert saved["shape"]
-        shutil.rmtree(directory, ignore_errors=True)
-        temporary.rename(directory)
+        if directory.exists():
+            directory.rename(before)
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if before.exists():
+                before.rename(directory)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .chain_json import read_manifest, write_manifest
-from .folders import check_block_map, copy_anchor, verify_anchor, write_anchor
-from .records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
-from .solve_shape import list_sizes
+from cbd_trl.chain.chain_json import read_manifest, write_manifest
+from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, write_anchor
+from cbd_trl.chain.records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
+from cbd_trl.chain.solve_shape import list_sizes
 
 __all__ = ["STATISTICS_FILE", "Anchor", "Chain", "write_anchor"]
 

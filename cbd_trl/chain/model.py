@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from ..architectures import Architecture
-from ..surgery.weights import Weights
+from cbd_trl.architectures import Architecture
+from cbd_trl.surgery.weights import Weights
 
 
 def build_model(

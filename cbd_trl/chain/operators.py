@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import Architecture
-from ..architectures.axes import dims_of, from_dims, to_dims
-from ..surgery.blocks import select_layers, spaced_layers, swap_blocks
-from ..surgery.cut import least_squares_cut, plain_cut, rms_ratio
-from ..surgery.grow import grow_depth, grow_width, zero_pad
-from ..surgery.norms import fold_norms, folds
-from ..surgery.statistics import Statistics
-from ..surgery.weights import Weights, reader_keys
-from .solve_shape import blocks_for_depth
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import dims_of, from_dims, to_dims
+from cbd_trl.chain.solve_shape import blocks_for_depth
+from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
+from cbd_trl.surgery.cut import least_squares_cut, plain_cut, rms_ratio
+from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
+from cbd_trl.surgery.norms import fold_norms, folds
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.weights import Weights, reader_keys
 
 # Best of 0.25, 0.5, 0.75 was 0.25, 0.25, 0.5 at fractions 0.25, 0.49, 0.72 of the way down (SmolLM2-135M).
 NESTED_ALPHA_SCALE = 0.7

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..architectures import Architecture
-from ..surgery.blocks import spaced_layers
-from ..trainers.distill_config import DistillConfig
-from .manifest import Anchor, Chain
-from .records import MANIFEST
-from .shapes import target_architecture
-from .solve_shape import solve_anchor
+from cbd_trl.architectures import Architecture
+from cbd_trl.chain.manifest import Anchor, Chain
+from cbd_trl.chain.records import MANIFEST
+from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.chain.solve_shape import solve_anchor
+from cbd_trl.surgery.blocks import spaced_layers
+from cbd_trl.trainers.distill_config import DistillConfig
 
 # Measured on SmolLM2-135M: the hidden-state term keeps anchors interpolable, and hybrid steps gain 0.05-0.20 nats at
 # every size between.
@@ -42,6 +42,7 @@ _RECORDED_ARGUMENTS = (
     "gradient_accumulation_steps",
     "max_length",
     "packing",
+    "packing_strategy",
     "seed",
     "bf16",
     "fp16",

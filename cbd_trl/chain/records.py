@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from ..architectures import Architecture, describe
-from ..surgery.weights import Weights
-from .model import build_model
+from cbd_trl.architectures import Architecture, describe
+from cbd_trl.chain.model import build_model
+from cbd_trl.surgery.weights import Weights
 
 MANIFEST = "chain.json"
 STATISTICS_FILE = "statistics.safetensors"

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..architectures import Architecture
-from ..surgery.blocks import spaced_layers
+from cbd_trl.architectures import Architecture
+from cbd_trl.surgery.blocks import spaced_layers
 
 
 def width_follows_heads(architecture: Architecture) -> bool:

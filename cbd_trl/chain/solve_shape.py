@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from ..architectures import Architecture
-from ..surgery.blocks import check_blocks
-from .candidates import Candidate, Grid, candidates, heads_for_width, widths
-from .shapes import target_architecture
+from cbd_trl.architectures import Architecture
+from cbd_trl.chain.candidates import Candidate, Grid, candidates, heads_for_width, widths
+from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.surgery.blocks import check_blocks
 
 Blocks = Sequence[Sequence[int]]
 

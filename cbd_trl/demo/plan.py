@@ -23,7 +23,8 @@ class Plan:
         batch_size: packed rows in a step.
         max_length: tokens in a packed row.
         calibration_tokens: tokens behind each anchor's statistics.
-        held_out_blocks: blocks of `max_length` tokens that every loss is measured on.
+        held_out_blocks: blocks that every loss is measured on.
+        held_out_length: tokens in each of them.
         prompt: what every size is asked.
         answer_tokens: the most tokens of an answer.
         corpus_rows: rows of the corpus to use; None for all.
@@ -36,7 +37,8 @@ class Plan:
     batch_size: int = 4
     max_length: int = 256
     calibration_tokens: int = 8192
-    held_out_blocks: int = 12
+    held_out_blocks: int = 10
+    held_out_length: int = 256
     prompt: str = "Give me three tips for a good night's sleep."
     answer_tokens: int = 40
     corpus_rows: int | None = None
@@ -114,6 +116,8 @@ def training_args(plan: Plan, anchor: int, output: str, steps: int, seed: int, b
         "per_device_train_batch_size": plan.batch_size,
         "max_length": plan.max_length,
         "packing": True,
+        # Full rows: every step has the same number of tokens, and attention stays within 256 of them.
+        "packing_strategy": "wrapped",
         "learning_rate": plan.learning_rates[anchor],
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 2),

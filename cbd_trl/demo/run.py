@@ -73,7 +73,7 @@ class Demo:
         self.console = console or Console()
         self.results = Results(self.output / "results.json")
         self.settings = self._settings(steps, seed)
-        self.seconds_before: float = self.results.get("seconds") or 0.0
+        self.costs_before = self.results.get("costs") or {"seconds": 0.0, "peak_memory_gb": 0.0}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def _settings(self, steps: int | None, seed: int | None) -> Settings:
@@ -110,7 +110,7 @@ class Demo:
         folder = self._source()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.rows, held_out = split(self.tokenizer, self.plan.corpus_rows)
-        self.blocks = token_blocks(self.tokenizer, held_out, self.plan.max_length, self.plan.held_out_blocks)
+        self.blocks = token_blocks(self.tokenizer, held_out, self.plan.held_out_length, self.plan.held_out_blocks)
         self.clock = self._predict(folder)
         chain = self._build(folder)
         report = self._sweep(chain)
@@ -118,12 +118,10 @@ class Demo:
         saved = self._save(chain, report)
         self.clock.stop()
         report |= {
-            "seconds": self._total_seconds(),
+            **self._costs(),
             "seconds_this_run": round(time.perf_counter() - self.started, 1),
-            "peak_memory_gb": round(peak_memory(), 2),
             "source": HUB_ID,
             **vars(self.settings),
-            "tokens_per_step": self.plan.batch_size * self.plan.max_length,
             "held_out_tokens": self.blocks.numel(),
             "prompt": self.plan.prompt,
             "answers": answers,
@@ -138,10 +136,8 @@ class Demo:
             self.console.rule(f"[bold]{title}")
             return
         self.clock.start(stage)
-        times = (
-            f"about {format_seconds(self.clock.seconds(stage))}, all done in about {format_seconds(self.clock.left())}"
-        )
-        self.console.rule(f"[bold]{title}[/bold] ({times})")
+        times = f"{format_seconds(self.clock.seconds(stage))} of {format_seconds(self.clock.left())} left"
+        self.console.rule(f"[bold]{title}[/bold] (about {times})")
 
     def _source(self) -> Path:
         self._stage(f"The source: SmolLM2-135M-Instruct from {self.wheel or 'the Hub'}")
@@ -204,7 +200,7 @@ class Demo:
                 continue
             if number > built:
                 shape = describe_shape(plan.anchors[number - 1])
-                self._stage(f"Anchor {number} of {len(anchors)}: distil {shape}", f"anchor {number}")
+                self._stage(f"Anchor {number} of {len(anchors)}: {shape}", f"anchor {number}")
             chain = build_chain(
                 source,
                 anchors if built == len(anchors) else anchors[:number],
@@ -214,11 +210,11 @@ class Demo:
                 processing_class=self.tokenizer,
                 calibration_tokens=plan.calibration_tokens,
             )
-            self._total_seconds()
+            self._costs()
         return chain
 
     def _sweep(self, chain: Chain) -> dict[str, Any]:
-        self._stage("Every size, every operator: build and measure", "sweep")
+        self._stage("Every size, every operator", "sweep")
         with _progress(self.console) as progress:
             task = progress.add_task("", total=None)
 
@@ -235,8 +231,10 @@ class Demo:
                 on_step=show,
             )
             progress.update(task, description="measured", completed=progress.tasks[0].total)
+        for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
+            entry["tokens_seen"] = anchor.tokens_seen
         self.results.put("sweep done", True)
-        self._total_seconds()
+        self._costs()
         return report
 
     def _answers(self, chain: Chain, report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -270,11 +268,14 @@ class Demo:
             self.results.put("saved", key)
         return folder
 
-    def _total_seconds(self) -> float:
-        """Seconds of this run and of the earlier ones it resumes, as far as they were kept."""
-        total = round(self.seconds_before + time.perf_counter() - self.started, 1)
-        self.results.put("seconds", total)
-        return total
+    def _costs(self) -> dict[str, float]:
+        """Seconds, and the most memory in GB, of this run and the earlier ones that it resumes; kept for the next."""
+        costs = {
+            "seconds": round(self.costs_before["seconds"] + time.perf_counter() - self.started, 1),
+            "peak_memory_gb": round(max(self.costs_before["peak_memory_gb"], peak_memory()), 2),
+        }
+        self.results.put("costs", costs)
+        return costs
 
 
 def _on(model: Any, device: torch.device) -> PreTrainedModel:

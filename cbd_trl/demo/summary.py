@@ -40,8 +40,9 @@ def costs(report: Mapping[str, Any]) -> str:
     kept = report["seconds"] - report["seconds_this_run"]
     earlier = f" ({format_seconds(kept)} of it in earlier runs)" if kept >= 1 else ""
     precision = "bf16 mixed precision" if report["bf16"] else "float32"
+    tokens = max(anchor["tokens_seen"] for anchor in report["anchors"])
     return (
-        f"{report['steps']} steps of {report['tokens_per_step']} tokens per anchor in {precision}; "
+        f"{report['steps']} steps (about {round(tokens, -3):,} tokens) per anchor in {precision}; "
         f"{format_seconds(report['seconds'])}{earlier}, at most {report['peak_memory_gb']:.1f} GB of memory."
     )
 

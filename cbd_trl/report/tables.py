@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 _SHORT = {
@@ -17,6 +18,8 @@ _SHORT = {
     "intermediate_size": "ffn",
     "n_inner": "ffn",
 }
+# The order in which a shape is told.
+_ORDER = ("layers", "wide", "heads", "ffn")
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,20 @@ class Row:
     best: frozenset[int]
 
 
-def describe_shape(shape: Mapping[str, int]) -> str:
+def describe_shape(shape: Mapping[str, int], short: bool = False) -> str:
     """A shape in a few words, such as `16 layers, 384 wide, 6/2 heads, ffn 1024`.
 
     Args:
         shape: config fields.
+        short: `16×384, 6/2 heads, ffn 1024`.
     """
     parts = {_SHORT.get(name, name): value for name, value in shape.items()}
     groups = parts.pop("kv", None)
-    words = []
+    parts = {name: parts[name] for name in sorted(parts, key=lambda name: (*_ORDER, name).index(name))}
+    if short and "layers" in parts and "wide" in parts:
+        words = [f"{parts.pop('layers')}×{parts.pop('wide')}"]
+    else:
+        words = []
     for name, value in parts.items():
         if name == "ffn":
             words.append(f"ffn {value}")
@@ -61,11 +69,12 @@ def format_count(num_parameters: float) -> str:
     return f"{num_parameters:.0f}"
 
 
-def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
+def table_rows(report: Mapping[str, Any], short: bool = False) -> tuple[list[str], list[Row]]:
     """Header and lines of a sweep, largest model first.
 
     Args:
         report: what `sweep` returned.
+        short: shapes in fewer words, anchors with a star instead of their name.
 
     Returns:
         the titles of the columns, and one `Row` per anchor and target.
@@ -74,16 +83,14 @@ def table_rows(report: Mapping[str, Any]) -> tuple[list[str], list[Row]]:
     header = ["parameters", "shape", *names, "seconds"]
     lines: list[tuple[int, Row]] = []
     for anchor in report["anchors"]:
-        cells = [
-            format_count(anchor["num_parameters"]),
-            f"{anchor['name']} (anchor): {describe_shape(anchor['shape'])}",
-        ]
+        count, shape = format_count(anchor["num_parameters"]), describe_shape(anchor["shape"], short)
+        cells = [f"★ {count}", shape] if short else [count, f"{anchor['name']} (anchor): {shape}"]
         cells += [f"{anchor['loss']:.3f}", *[""] * (len(names) - 1)] if names else []
         lines.append((anchor["num_parameters"], Row([*cells, ""], anchor=True, best=frozenset())))
     for target in report["targets"]:
         losses = [target["loss"].get(name) for name in names]
         lowest = min(loss for loss in losses if loss is not None)
-        cells = [format_count(target["num_parameters"]), describe_shape(target["shape"])]
+        cells = [format_count(target["num_parameters"]), describe_shape(target["shape"], short)]
         cells += ["" if loss is None else f"{loss:.3f}" for loss in losses]
         best = frozenset(2 + column for column, loss in enumerate(losses) if loss == lowest)
         row = Row([*cells, f"{target['seconds']:.1f}"], anchor=False, best=best)
@@ -99,9 +106,12 @@ def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
         report: what `sweep` returned.
         title: above the table.
     """
-    header, rows = table_rows(report)
+    header, rows = table_rows(report, short=True)
     table = Table(
-        title=title or None, caption="held-out loss in nats per token; seconds to build the first operator's model"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=title or None,
+        caption="★ anchor. Held-out loss in nats per token; seconds to build the first operator's model.",
     )
     for column, name in enumerate(header):
         table.add_column(name, justify="left" if name == "shape" else "right", overflow="fold", no_wrap=column != 1)

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
-from ..architectures import Architecture
-from .weights import Weights
+from cbd_trl.architectures import Architecture
+from cbd_trl.surgery.weights import Weights
 
 
 def spaced_layers(total: int, kept: int) -> list[int]:

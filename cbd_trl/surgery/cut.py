@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import Architecture, Site
-from ..architectures.axes import prefix, prefix_index
-from .statistics import Statistics
-from .weights import Weights, from_input_matrix, input_matrix, reader_keys
+from cbd_trl.architectures import Architecture, Site
+from cbd_trl.architectures.axes import prefix, prefix_index
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, reader_keys
 
 RIDGE = 1e-3
 TIED_HEAD_SHARE = 0.5

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import torch
 
-from ..architectures import Architecture
-from ..architectures.axes import Axes, dims_of, from_dims, to_dims
-from .blocks import select_layers, spaced_layers
-from .weights import Weights
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import Axes, dims_of, from_dims, to_dims
+from cbd_trl.surgery.blocks import select_layers, spaced_layers
+from cbd_trl.surgery.weights import Weights
 
 
 def grow_width(weights: Weights, architecture: Architecture, target: Architecture) -> tuple[Weights, Architecture]:
@@ -55,7 +55,7 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     """
     if depth < architecture.depth:
         raise ValueError(
-            f"Cannot grow {architecture.depth} layers to {depth}. Ask for at least {architecture.depth}, or take layers "
+            f"Cannot grow {architecture.depth} layers to {depth}. Ask for {architecture.depth} or more, or take layers "
             "away with `select_layers`."
         )
     old = spaced_layers(depth, architecture.depth)

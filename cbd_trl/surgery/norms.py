@@ -2,8 +2,8 @@
 
 import torch
 
-from ..architectures import Architecture, Site
-from .weights import Weights, from_input_matrix, input_matrix, reader_keys
+from cbd_trl.architectures import Architecture, Site
+from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, reader_keys
 
 
 def folds(site: Site, architecture: Architecture) -> bool:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..architectures import Architecture, Site
-from ..architectures.axes import Sizes, dims_of, select
-from .statistics import Statistics
-from .weights import Weights, input_matrix, reader_keys
+from cbd_trl.architectures import Architecture, Site
+from cbd_trl.architectures.axes import Sizes, dims_of, select
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..architectures import Architecture, Site
+from cbd_trl.architectures import Architecture, Site
 
 FORMAT_VERSION = "1"
 

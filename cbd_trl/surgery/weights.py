@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..architectures import Architecture
-from ..architectures.axes import Axes
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import Axes
 
 Weights = dict[str, torch.Tensor]
 

@@ -33,7 +33,7 @@ def test_prediction_at_the_stated_speed_is_within_the_promise():
             steps=default_steps(bf16),
             step_tokens=SMOLLM2.batch_size * SMOLLM2.max_length,
             calibration_tokens=SMOLLM2.calibration_tokens,
-            held_out_tokens=SMOLLM2.held_out_blocks * SMOLLM2.max_length,
+            held_out_tokens=SMOLLM2.held_out_blocks * SMOLLM2.held_out_length,
             answer_tokens=SMOLLM2.answer_tokens,
         )
         assert list(seconds) == ["anchor 1", "anchor 2", "sweep", "answers"]

@@ -1,0 +1,88 @@
+"""Pairs of anchors with random weights, and the arguments of a chain that is built in a second."""
+
+import functools
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from cbd_trl import DistillConfig
+from cbd_trl.architectures import Architecture
+from cbd_trl.chain.operators import Pair
+from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.surgery.blocks import blocks_of, spaced_layers
+from cbd_trl.surgery.weights import weights_of
+from tests.surgery.helpers import described, full_model, moments
+from tests.tiny import randomise, tiny_model
+from tests.training import make_config, text_rows
+
+UPPER_DEPTH, LOWER_DEPTH = 6, 4
+BLOCKS = blocks_of(spaced_layers(UPPER_DEPTH, LOWER_DEPTH))
+_NARROW = {
+    "gpt2": {"n_embd": 16, "n_inner": 40, "n_head": 2},
+    "others": {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
+}
+_BETWEEN = {
+    "gpt2": {"n_embd": 24, "n_inner": 88, "n_head": 3},
+    "others": {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+# The two anchors of the tiny chain below its source: depth alone, then width alone.
+CHAIN_ANCHORS: list[dict[str, Any]] = [
+    {"num_hidden_layers": LOWER_DEPTH},
+    {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
+]
+
+
+def depth_of(family: str, layers: int) -> dict[str, int]:
+    return {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
+
+
+def widths_of(family: str, table: dict[str, dict[str, int]]) -> dict[str, int]:
+    return table.get(family, table["others"])
+
+
+@functools.cache
+def random_pair(family: str, tied: bool, what: str) -> Pair:
+    """Two anchors that differ in "depth", "width" or "both", each with random weights of its own, in float64."""
+    upper = full_model(family, tied, seed=1, **depth_of(family, UPPER_DEPTH))
+    upper_weights, upper_architecture = described(upper)
+    fields = depth_of(family, LOWER_DEPTH) if what != "width" else {}
+    fields |= widths_of(family, _NARROW) if what != "depth" else {}
+    lower_architecture = target_architecture(upper_architecture, fields)
+    lower = type(upper)(lower_architecture.config).double()
+    randomise(lower, seed=2)
+    statistics = None if what == "depth" else moments(upper, upper_architecture)
+    blocks = [[layer] for layer in range(UPPER_DEPTH)] if what == "width" else BLOCKS
+    lower_weights = weights_of(lower, lower_architecture)
+    return Pair(upper_weights, upper_architecture, lower_weights, lower_architecture, statistics, blocks)
+
+
+def between(pair: Pair, depth: int | None = None) -> Architecture:
+    """A target of a random pair: 5 of 4 to 6 layers, and widths between."""
+    family = pair.upper_architecture.config.model_type
+    fields = widths_of(family, _BETWEEN) if not pair.equal_widths else {}
+    if pair.upper_architecture.depth != pair.lower_architecture.depth:
+        fields = {**fields, **depth_of(family, 5 if depth is None else depth)}
+    return target_architecture(pair.upper_architecture, fields)
+
+
+def chain_rows(rows: int = 24, seed: int = 0) -> Dataset:
+    """Text of random words, 6 to 14 a row."""
+    return text_rows([6 + (5 * i) % 9 for i in range(rows)], seed=seed)
+
+
+def chain_config(**overrides: Any) -> DistillConfig:
+    """Three steps an anchor, a checkpoint after each."""
+    return make_config(**{"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "seed": 3, **overrides})
+
+
+def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def chain_source() -> PreTrainedModel:
+    """A random Llama of 6 layers with a tied table and a generation config of its own."""
+    source = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=UPPER_DEPTH)
+    source.generation_config.update(do_sample=True, temperature=0.7)
+    return source

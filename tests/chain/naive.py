@@ -1,0 +1,119 @@
+"""Naive twins of the mixing operators: plain loops over tensors, root mean squares taken from the streams themselves."""
+
+import torch
+from transformers import PreTrainedModel
+
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import tensor_shape
+from cbd_trl.chain.operators import Pair
+from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.norms import fold_norms
+from cbd_trl.surgery.weights import Weights
+from tests.surgery.helpers import tokens
+
+# Which upper layer stands at each place of a target, and which lower layer is mixed in (None: a swapped block).
+_NESTED_LAYERS = {"width": [(i, i) for i in range(6)], "both": [(0, 0), (2, 1), (3, None), (4, None), (5, None)]}
+_LINEAR_LAYERS = {
+    "depth": ([0, 1, 2, 4, 5], [0, 1, 2, 2, 3]),
+    "width": (list(range(6)), list(range(6))),
+    "both": ([0, 1, 2, 4, 5], [0, 1, 2, 2, 3]),
+}
+
+
+def _kind(pair: Pair) -> str:
+    if pair.equal_widths:
+        return "depth"
+    return "width" if pair.upper_architecture.depth == pair.lower_architecture.depth else "both"
+
+
+def _split(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A prefix of every axis is then what two anchors share: GPT-2's q, k and v get an axis of their own."""
+    return tensor.reshape(*tensor.shape[:-1], 3, -1) if ".c_attn." in key else tensor
+
+
+def _region(small: torch.Tensor) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in small.shape)
+
+
+def _at(architecture: Architecture, key: str, layer: int) -> str:
+    """The same tensor in another layer."""
+    return architecture.layer_name(layer, architecture.split_name(key)[1])
+
+
+@torch.no_grad()
+def _root_mean_squares(model: PreTrainedModel, architecture: Architecture, width: int) -> dict[str, float]:
+    """Of the first `width` channels over that of all, for what each norm puts out before gain and bias."""
+    ratios = {}
+    for name in (site.name for site in architecture.sites if site.norm):
+        seen: list[torch.Tensor] = []
+        norm = model.get_submodule(name)
+        handle = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+        model(tokens(16, seed=1))
+        handle.remove()
+        stream = (seen[0] - getattr(norm, "bias", torch.zeros(()))) / norm.weight
+        kept = stream[..., :width]
+        if architecture.family.norm_type == "layer":
+            kept = kept - kept.mean(-1, keepdim=True)
+        ratios[name] = float((kept.pow(2).mean() / stream.pow(2).mean()).sqrt())
+    return ratios
+
+
+def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedModel) -> Weights:
+    """The lower anchor as a norm over the target's width has to see it.
+
+    A norm of the target over d channels makes the shared ones r(lower) / r(d) times as large as the lower anchor's
+    norm did, r(n) being the root mean square of the first n channels; the target's gain of r(d) in all folded norms
+    leaves 1 / r(lower) for the readers.
+    """
+    architecture = pair.lower_architecture
+    folded = fold_norms(pair.lower, architecture)
+    at_lower = _root_mean_squares(upper_model, pair.upper_architecture, architecture.sizes["width"])
+    at_target = _root_mean_squares(upper_model, pair.upper_architecture, target.sizes["width"])
+    rescaled = dict(folded)
+    for site in architecture.sites:
+        if not site.norm:
+            continue
+        layer, name = architecture.split_name(site.name)
+        above = site.name if layer is None else pair.upper_architecture.layer_name(pair.blocks[layer][-1], name)
+        keeps_gain = layer is None and (architecture.tied or architecture.family.norm_type == "layer")
+        if keeps_gain:
+            rescaled[f"{site.name}.weight"] = folded[f"{site.name}.weight"] * at_target[above] / at_lower[above]
+            continue
+        rescaled[f"{site.name}.weight"] = folded[f"{site.name}.weight"] * at_target[above]
+        for reader in site.readers:
+            rescaled[f"{reader}.weight"] = folded[f"{reader}.weight"] / at_lower[above]
+    return rescaled
+
+
+def nested_twin(pair: Pair, target: Architecture, alpha: float, upper_model: PreTrainedModel) -> Weights:
+    """New coordinates from the least-squares cut, shared ones alpha * lower + (1 - alpha) * cut."""
+    upper = fold_norms(pair.upper, pair.upper_architecture)
+    narrow = pair.upper_architecture.resized(**target.sizes)
+    cut = least_squares_cut(upper, pair.upper_architecture, pair.statistics, narrow)
+    lower = _rescaled_lower(pair, target, upper_model)
+    twin = {}
+    for key in target.tensors:
+        layer = target.split_name(key)[0]
+        above, below = (None, 0) if layer is None else _NESTED_LAYERS[_kind(pair)][layer]
+        array = _split(key, cut[key if above is None else _at(target, key, above)]).clone()
+        if below is not None:
+            small = _split(key, lower[key if layer is None else _at(target, key, below)])
+            region = _region(small)
+            array[region] = alpha * small + (1 - alpha) * array[region]
+        twin[key] = array.reshape(tensor_shape(target.tensors[key], target.sizes))
+    return twin
+
+
+def linear_twin(pair: Pair, target: Architecture, alpha: float) -> Weights:
+    """alpha * zero-padded small + (1 - alpha) * plainly cut large, layers at equal relative depth."""
+    large_layers, small_layers = _LINEAR_LAYERS[_kind(pair)]
+    twin = {}
+    for key, axes in target.tensors.items():
+        layer = target.split_name(key)[0]
+        large = pair.upper[key if layer is None else _at(target, key, large_layers[layer])]
+        small = pair.lower[key if layer is None else _at(target, key, small_layers[layer])]
+        empty = _split(key, torch.zeros(tensor_shape(axes, target.sizes), dtype=torch.float64))
+        padded, cut = empty.clone(), _split(key, large)[_region(empty)]
+        padded[_region(_split(key, small))] = _split(key, small)
+        twin[key] = (alpha * padded + (1 - alpha) * cut).reshape(tensor_shape(axes, target.sizes))
+    return twin
