@@ -12,17 +12,38 @@ import argparse
 import json
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel
 
-from cbd_trl import DistillConfig, build_chain
+from cbd_trl import Chain, DistillConfig, build_chain, from_chain
+from cbd_trl.report.losses import held_out_loss, token_blocks
+from cbd_trl.report.plots import plot_sweep
+from cbd_trl.report.results import Results, write_text
+from cbd_trl.report.sweep import OPERATORS, RANDOM, fingerprint, random_model
+from cbd_trl.report.tables import markdown_table
 
 ANCHORS = (
     {"num_hidden_layers": 16},
     {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
 )
+DEPTHS = (28, 26, 24, 22, 20, 18)
+# Widths are multiples of the 9 heads, which transformers asks of a Llama: those nearest to 528 and 480, and four more.
+WIDTHS = ((549, 1472), (531, 1408), (504, 1344), (477, 1280), (450, 1200), (432, 1152))
+BLOCK_LENGTH = 256
+
+
+def targets() -> list[dict[str, int]]:
+    """Config fields of every target, largest first."""
+    narrow = {"num_hidden_layers": 16, "num_attention_heads": 9, "num_key_value_heads": 3}
+    return [{"num_hidden_layers": depth, "hidden_size": 576, "intermediate_size": 1536} for depth in DEPTHS] + [
+        {**narrow, "hidden_size": width, "intermediate_size": ffn} for width, ffn in WIDTHS
+    ]
 
 
 def gsm8k_rows(path: Path) -> list[str]:
@@ -74,6 +95,45 @@ def arguments(steps: int, learning_rate: float, seed: int, bf16: bool) -> Distil
     )
 
 
+def make_target(chain: Chain, fields: dict[str, int], operator: str) -> PreTrainedModel:
+    if operator == RANDOM:
+        return random_model(from_chain(chain, config=fields, operator="expand"))
+    return from_chain(chain, config=fields, operator=operator)
+
+
+def measure(chain: Chain, texts: dict[str, torch.Tensor], results: Results) -> dict[str, dict[str, Any]]:
+    """Every anchor and every operator at every target, on every text: `{text: report}` as `plot_sweep` takes it."""
+    key = fingerprint(*texts.values(), [anchor.files for anchor in chain.anchors])
+    reports: dict[str, dict[str, Any]] = {name: {"anchors": [], "targets": []} for name in texts}
+
+    def once(what: list[Any], make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        name = fingerprint(key, what)
+        if results.get(name) is None:
+            started = time.perf_counter()
+            model = make()
+            seconds = time.perf_counter() - started
+            losses = {text: held_out_loss(model, blocks) for text, blocks in texts.items()}
+            print(what, {text: round(loss, 3) for text, loss in losses.items()}, f"{seconds:.1f} s", flush=True)
+            results.put(name, {"num_parameters": model.num_parameters(), "seconds": seconds, "loss": losses})
+        return results.get(name)
+
+    for anchor in chain.anchors:
+        found = once(["anchor", anchor.name], anchor.load_model)
+        for text, report in reports.items():
+            entry = {"name": anchor.name, "shape": anchor.shape, "num_parameters": found["num_parameters"]}
+            report["anchors"].append({**entry, "loss": found["loss"][text]})
+    for fields in targets():
+        for operator in (*OPERATORS, RANDOM):
+            found = once([fields, operator], partial(make_target, chain, fields, operator))
+            for report in reports.values():
+                if operator == OPERATORS[0]:
+                    entry = {"num_parameters": found["num_parameters"], "shape": fields, "seconds": found["seconds"]}
+                    report["targets"].append({**entry, "loss": {}})
+            for text, report in reports.items():
+                report["targets"][-1]["loss"][operator] = found["loss"][text]
+    return reports
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True)
@@ -82,16 +142,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--depth-steps", type=int, default=250)
     parser.add_argument("--width-steps", type=int, default=250)
+    parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bf16 mixed precision")
     options = parser.parse_args()
 
-    gsm8k, _ = split(gsm8k_rows(options.gsm8k))
-    wikitext, _ = split(wikitext_rows(options.wikitext))
+    gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
+    wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
     steps = (options.depth_steps, options.width_steps)
     args = [arguments(n, rate, options.seed, not options.fp32) for n, rate in zip(steps, (4e-4, 6e-4), strict=True)]
     start = time.perf_counter()
-    build_chain(
+    chain = build_chain(
         options.source,
         [{**anchor, "args": one} for anchor, one in zip(ANCHORS, args, strict=True)],
         dataset=training_dataset(gsm8k, wikitext, options.seed),
@@ -99,6 +160,19 @@ def main() -> None:
         args=args[0],
     )
     print(f"chain built in {(time.perf_counter() - start) / 60:.1f} minutes")
+
+    tokenizer = AutoTokenizer.from_pretrained(options.source)
+    held_out = {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}
+    texts = {
+        name: token_blocks(tokenizer, rows, BLOCK_LENGTH, options.held_out_blocks) for name, rows in held_out.items()
+    }
+    reports = measure(chain, texts, Results(options.output / "results.json"))
+    write_text(options.output / "report.json", json.dumps(reports, indent=1))
+    for name, report in reports.items():
+        stem = options.output / name.lower().replace("-", "")
+        plot_sweep(report, stem.with_suffix(".png"), title=f"SmolLM2-135M chain, held-out {name}", formats=("png",))
+        write_text(stem.with_suffix(".md"), markdown_table(report))
+        print(f"{name}\n{markdown_table(report)}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A model of any size between two anchors, without a teacher or a forward pass."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,17 @@ def _check_arguments(
             "Nothing was asked for. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or both; "
             "`Chain.sizes()` lists what a chain can make."
         )
+    is_number = isinstance(num_parameters, Real) and not isinstance(num_parameters, bool)
+    if num_parameters is not None and not (is_number and 0 < num_parameters < math.inf):
+        raise ValueError(
+            f"num_parameters={num_parameters!r} must be a positive number of parameters, for example 138e6 or "
+            "138_000_000."
+        )
+    for field, value in (config or {}).items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"config: {field} must be a positive integer, got {value!r}. `Chain.sizes()` lists values."
+            )
 
 
 def _own_shape(chain: Chain, num_parameters: float | None, config: Mapping[str, int] | None) -> Anchor | None:
