@@ -70,11 +70,12 @@ def training_dataset(gsm8k: list[str], wikitext: list[str], seed: int) -> Datase
     return rows.shuffle(seed=seed)
 
 
-def arguments(steps: int, learning_rate: float, seed: int, bf16: bool) -> DistillConfig:
+def arguments(steps: int, learning_rate: float, swap: float, seed: int, bf16: bool) -> DistillConfig:
     return DistillConfig(
         output_dir="unused",
         max_steps=steps,
         learning_rate=learning_rate,
+        swap_probability=swap,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=10,
@@ -140,8 +141,9 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--depth-steps", type=int, default=250)
+    parser.add_argument("--depth-steps", type=int, default=400)
     parser.add_argument("--width-steps", type=int, default=250)
+    parser.add_argument("--swap-probability", type=float, default=0.25, help="of the depth pair")
     parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bf16 mixed precision")
@@ -149,8 +151,10 @@ def main() -> None:
 
     gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
     wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
-    steps = (options.depth_steps, options.width_steps)
-    args = [arguments(n, rate, options.seed, not options.fp32) for n, rate in zip(steps, (4e-4, 6e-4), strict=True)]
+    args = [
+        arguments(options.depth_steps, 4e-4, options.swap_probability, options.seed, not options.fp32),
+        arguments(options.width_steps, 6e-4, 0.0, options.seed, not options.fp32),
+    ]
     start = time.perf_counter()
     chain = build_chain(
         options.source,

@@ -72,7 +72,12 @@ def build_chain(
     architecture = describe(origin.config())
     steps = plan_chain(architecture, anchors, args, dataset)
     tokenizer = processing_class if processing_class is not None else origin.tokenizer()
-    done = finished_anchors(output_dir, architecture, origin.name, steps)
+    source_record = {"source": origin.name, "fingerprint": origin.fingerprint()}
+    done = finished_anchors(output_dir, architecture, source_record, steps)
+    if not done:
+        _check_text(dataset, args, tokenizer)
+    for step in steps[max(len(done) - 1, 0) :]:
+        _check_text(step.dataset, step.args, tokenizer)
     state = PartialState()
 
     upper = done.get(0)
@@ -82,7 +87,7 @@ def build_chain(
         model.to(args.device)
         length = calibration_length(model.config)
         blocks = token_blocks(dataset, tokenizer, calibration_tokens, length, args.dataset_text_field)
-        upper = _write_source(output_dir, model, origin.name, tokenizer, blocks)
+        upper = _write_source(output_dir, model, source_record, tokenizer, blocks)
         del model
     for number, step in enumerate(steps, start=1):
         if number in done:
@@ -95,13 +100,22 @@ def build_chain(
     return Chain.from_pretrained(output_dir)
 
 
+def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a dataset that gives no tokens before the first anchor is trained, not after it."""
+    token_blocks(dataset, tokenizer, 2, text_field=args.dataset_text_field)
+
+
 def _calibration_batches(blocks: torch.Tensor) -> Any:
     batches = [{"input_ids": batch} for batch in blocks.split(_CALIBRATION_BATCH)]
     return tqdm(batches, desc="Collecting statistics", disable=not PartialState().is_local_main_process, leave=False)
 
 
 def _write_source(
-    output_dir: Path, model: PreTrainedModel, name: str, tokenizer: PreTrainedTokenizerBase, blocks: torch.Tensor
+    output_dir: Path,
+    model: PreTrainedModel,
+    source_record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: torch.Tensor,
 ) -> Anchor:
     architecture = describe(model.config)
     weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
@@ -115,7 +129,7 @@ def _write_source(
         "block_map": None,
         "tokens_seen": 0,
         "losses": {},
-        "training": {"source": name},
+        "training": source_record,
     }
     sorted_model = build_model(architecture, weights, model.dtype)
     sorted_model.generation_config = model.generation_config

@@ -148,9 +148,15 @@ def _with_chain_defaults(args: DistillConfig, depth_only: bool) -> DistillConfig
 
 
 def finished_anchors(
-    output_dir: Path, source: Architecture, source_name: str, steps: Sequence[Step]
+    output_dir: Path, source: Architecture, source_record: Mapping[str, Any], steps: Sequence[Step]
 ) -> dict[int, Anchor]:
     """Anchors that an earlier run finished, by position (0 is the source).
+
+    Args:
+        output_dir: the chain's folder.
+        source: what is asked for now.
+        source_record: its name and fingerprint, as they are to stand in chain.json; compared where both are known.
+        steps: the anchors asked for now.
 
     Raises:
         ValueError: the folder holds a chain that was built from something else or with other settings.
@@ -159,11 +165,12 @@ def finished_anchors(
         return {}
     anchors = Chain.from_pretrained(output_dir).anchors
     way_out = "Choose another output_dir, or delete that folder to build anew."
-    recorded = anchors[0].training.get("source")
-    if anchors[0].shape != source.shape or (recorded and source_name and recorded != source_name):
+    recorded = anchors[0].training
+    differs = any(recorded.get(key) and value and recorded[key] != value for key, value in source_record.items())
+    if anchors[0].shape != source.shape or differs:
         raise ValueError(
-            f"{output_dir} already holds a chain of another source ({recorded or 'unnamed'}, {anchors[0].shape}; "
-            f"asked for: {source_name or 'unnamed'}, {source.shape}). {way_out}"
+            f"{output_dir} already holds a chain of another source ({dict(recorded)}, {anchors[0].shape}; asked for: "
+            f"{dict(source_record)}, {source.shape}). {way_out}"
         )
     if len(anchors) > len(steps) + 1:
         names = ", ".join(anchor.name for anchor in anchors)

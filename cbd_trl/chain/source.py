@@ -1,5 +1,6 @@
 """The model at the head of a chain, wherever it is: in memory, in a folder or on the Hub."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,16 @@ class Source:
     @property
     def name(self) -> str:
         return str(self.place.name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
+
+    def fingerprint(self) -> str | None:
+        """sha256 of the weights of a model in memory, whose name may say nothing; None for a path or a Hub id."""
+        if not isinstance(self.place, PreTrainedModel):
+            return None
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.place.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def config(self) -> PretrainedConfig:
         """Its config, without the weights.

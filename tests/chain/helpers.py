@@ -3,13 +3,14 @@
 import functools
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from cbd_trl import DistillConfig
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.operators import Pair
+from cbd_trl.chain.operators import OPERATORS, Pair
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.weights import weights_of
@@ -31,6 +32,16 @@ _BETWEEN = {
 CHAIN_ANCHORS: list[dict[str, Any]] = [
     {"num_hidden_layers": LOWER_DEPTH},
     {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
+]
+
+# Targets of the tiny chain: between its first two anchors, and between the last two.
+DEEP = {"num_hidden_layers": 5}
+WIDE = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES = [pytest.param("patch", DEEP, id="patch-depth")] + [
+    pytest.param(operator, shape, id=f"{operator}-{kind}")
+    for operator in OPERATORS
+    if operator != "patch"
+    for kind, shape in (("depth", DEEP), ("width", WIDE))
 ]
 
 

@@ -1,4 +1,4 @@
-"""Naive twins of the mixing operators: plain loops over tensors, root mean squares taken from the streams themselves."""
+"""Naive twins of the mixing operators: plain loops over tensors, root mean squares taken from the streams."""
 
 import torch
 from transformers import PreTrainedModel

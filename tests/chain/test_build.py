@@ -1,0 +1,223 @@
+"""Building a chain: what is written, and that it equals what the parts would make."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Tokenizer
+
+from cbd_trl import Chain, build_chain, from_chain
+from cbd_trl.architectures import describe
+from cbd_trl.chain.calibration import token_blocks
+from cbd_trl.surgery.blocks import select_layers
+from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.sort import importance
+from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.surgery.weights import weights_of
+from tests.chain.helpers import BLOCKS, CHAIN_ANCHORS, chain_config, chain_rows, chain_source, depth_of, same_weights
+from tests.surgery.helpers import TOLERANCE, full_model, logits
+from tests.tokenizer import tiny_tokenizer
+
+
+def build(folder, source=None, anchors=CHAIN_ANCHORS, **options):
+    """The chain of the `chain` fixture, unless told otherwise."""
+    options = {"dataset": chain_rows(), "args": chain_config(), "calibration_tokens": 256, **options}
+    options.setdefault("processing_class", tiny_tokenizer())
+    return build_chain(chain_source() if source is None else source, anchors, output_dir=folder, **options)
+
+
+def test_the_first_anchor_is_the_source_sorted(chain):
+    anchor, source = chain.anchors[0], chain_source()
+    expected = logits(source.double())
+    assert (logits(anchor.load_model(dtype=torch.float64)) - expected).abs().max() <= TOLERANCE * expected.std()
+    weights, architecture = anchor.load_state_dict(), anchor.architecture()
+    assert not same_weights(weights, weights_of(source, architecture))
+    scores = importance(weights, architecture, Statistics.load(anchor.statistics_file))
+    for score in (scores.width, scores.ffn, scores.group):
+        assert (score[..., :-1] >= score[..., 1:] * (1 - 1e-5)).all()
+
+
+def test_what_chain_json_tells(chain, chain_folder):
+    body = json.loads((chain_folder / "chain.json").read_text())
+    assert body["schema_version"] == 1 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
+    source, deep, wide = body["anchors"]
+    assert [entry["parent"] for entry in body["anchors"]] == [None, source["name"], deep["name"]]
+    assert [entry["name"] for entry in body["anchors"]] == ["49K", "33K", "8.8K"]
+    assert [entry["num_parameters"] for entry in body["anchors"]] == [
+        AutoModelForCausalLM.from_pretrained(anchor.path).num_parameters() for anchor in chain.anchors
+    ]
+    assert [entry["block_map"] for entry in body["anchors"]] == [None, BLOCKS, [[0], [1], [2], [3]]]
+    assert source["shape"] == describe(chain_source().config).shape
+    assert deep["shape"] == {**source["shape"], **CHAIN_ANCHORS[0]}
+    assert wide["shape"] == {**deep["shape"], **CHAIN_ANCHORS[1]}
+    assert source["tokens_seen"] == 0 and source["losses"] == {}
+    for entry in (deep, wide):
+        # Three steps of four rows of 6 to 14 words and an end.
+        assert 3 * 4 * 7 <= entry["tokens_seen"] <= 3 * 4 * 15
+        assert {"loss", "kd", "ce", "hidden", "teacher_ce", "eval_loss", "eval_kd"} <= entry["losses"].keys()
+        assert entry["training"]["learning_rate"] == 1e-2 and entry["training"]["max_steps"] == 3
+    for entry in body["anchors"]:
+        assert entry["finished"] and entry["dtype"] == "float32"
+        assert {"config.json", "model.safetensors", "statistics.safetensors", "tokenizer.json"} <= entry[
+            "files"
+        ].keys()
+
+
+def test_each_anchor_is_a_model_folder(chain):
+    for anchor in chain.anchors:
+        assert logits(AutoModelForCausalLM.from_pretrained(anchor.path)).isfinite().all()
+        assert AutoTokenizer.from_pretrained(anchor.path).chat_template == tiny_tokenizer().chat_template
+        assert GenerationConfig.from_pretrained(anchor.path).temperature == 0.7
+
+
+def test_the_evaluation_loss_is_that_of_the_stored_anchor(chain):
+    rows = [tiny_tokenizer()(row["text"] + " </s>", return_tensors="pt")["input_ids"] for row in chain_rows(4, seed=9)]
+    for anchor in chain.anchors[1:]:
+        model = anchor.load_model()
+        with torch.no_grad():
+            losses = [(model(ids, labels=ids).loss, ids.shape[1] - 1) for ids in rows]
+        mean = sum(float(loss) * count for loss, count in losses) / sum(count for _, count in losses)
+        assert anchor.losses["eval_ce"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_the_statistics_are_those_of_the_stored_anchor(chain):
+    blocks = token_blocks(chain_rows(), tiny_tokenizer(), 256, 64)
+    for anchor in chain.anchors:
+        stored = Statistics.load(anchor.statistics_file)
+        assert stored.tokens == blocks.numel()
+        anew = collect_statistics(anchor.load_model(), anchor.architecture(), [{"input_ids": blocks}], 10**6)
+        assert stored.means.keys() == anew.means.keys() == {site.name for site in anchor.architecture().sites}
+        for site in anew.means:
+            torch.testing.assert_close(stored.means[site], anew.means[site], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(stored.seconds[site], anew.seconds[site], rtol=1e-3, atol=1e-4)
+
+
+def test_an_anchor_starts_as_the_cut_of_the_one_above(tmp_path):
+    """Nothing is learned at learning rate 0, so what is stored is what training starts from."""
+    chain = build(tmp_path / "chain", args=chain_config(learning_rate=0.0))
+    upper, deep, wide = chain.anchors
+    expected, architecture = select_layers(upper.load_state_dict(), upper.architecture(), [0, 2, 4, 5])
+    assert same_weights(deep.load_state_dict(), expected)
+    statistics = Statistics.load(deep.statistics_file)
+    cut = least_squares_cut(deep.load_state_dict(), architecture, statistics, wide.architecture())
+    assert same_weights(wide.load_state_dict(), cut)
+
+
+def test_depth_and_width_at_once(tmp_path):
+    anchors = [{**CHAIN_ANCHORS[0], **CHAIN_ANCHORS[1]}]
+    upper, lower = build(tmp_path / "chain", anchors=anchors, args=chain_config(learning_rate=0.0)).anchors
+    assert lower.block_map == BLOCKS and lower.training["swap_probability"] == 0.0
+    narrow = upper.architecture().resized(**lower.architecture().sizes)
+    statistics = Statistics.load(upper.statistics_file)
+    cut = least_squares_cut(upper.load_state_dict(), upper.architecture(), statistics, narrow)
+    expected = select_layers(cut, narrow, [0, 2, 4, 5])[0]
+    for key, tensor in lower.load_state_dict().items():
+        torch.testing.assert_close(tensor, expected[key])
+
+
+def test_anchors_learn(tmp_path):
+    """More steps bring an anchor nearer to its teacher."""
+    options = {"anchors": CHAIN_ANCHORS[:1], "eval_dataset": chain_rows(4, seed=9)}
+    few, many = (
+        build(tmp_path / str(steps), args=chain_config(max_steps=steps, save_strategy="no"), **options).anchors[1]
+        for steps in (1, 25)
+    )
+    assert many.losses["eval_kd"] < 0.8 * few.losses["eval_kd"]
+    assert many.tokens_seen > 20 * few.tokens_seen
+
+
+def test_chain_defaults_are_in_force_and_the_callers_arguments_untouched(chain, tmp_path):
+    assert [anchor.training["hidden_weight"] for anchor in chain.anchors[1:]] == [2.0, 2.0]
+    assert [anchor.training["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 0.0]
+    args = chain_config(hidden_weight=0.0, swap_probability=0.0, max_steps=1)
+    anchor = build(tmp_path / "chain", anchors=CHAIN_ANCHORS[:1], args=args).anchors[1]
+    assert (anchor.training["hidden_weight"], anchor.training["swap_probability"]) == (0.0, 0.0)
+    assert "hidden" not in anchor.losses and "hidden" in chain.anchors[1].losses
+    args = chain_config(max_steps=1)
+    before = args.to_dict()
+    build(tmp_path / "other", anchors=CHAIN_ANCHORS[:1], args=args)
+    assert args.to_dict() == before
+
+
+def test_an_anchor_may_have_arguments_and_text_of_its_own(chain, tmp_path):
+    short = chain_rows(8, seed=4)
+    own = {**CHAIN_ANCHORS[1], "args": chain_config(max_steps=1, hidden_weight=0.5), "dataset": short}
+    built = build(tmp_path / "chain", anchors=[CHAIN_ANCHORS[0], own])
+    assert same_weights(built.anchors[1].load_state_dict(), chain.anchors[1].load_state_dict())
+    record = built.anchors[2]
+    assert (record.training["max_steps"], record.training["hidden_weight"]) == (1, 0.5)
+    assert Statistics.load(record.statistics_file).tokens == token_blocks(short, tiny_tokenizer(), 256, 64).numel()
+    assert record.tokens_seen < built.anchors[1].tokens_seen
+
+
+def test_anchors_as_sizes(tmp_path):
+    source = chain_source()
+    total = source.num_parameters()
+    chain = build(tmp_path / "chain", source, [0.7, total * 0.3], args=chain_config(max_steps=1, save_strategy="no"))
+    assert chain.anchors[1].num_parameters == pytest.approx(0.7 * total, rel=0.15)
+    assert chain.anchors[1].shape["num_hidden_layers"] == 4 and chain.anchors[1].shape["hidden_size"] == 32
+    assert chain.anchors[2].num_parameters == pytest.approx(0.3 * total, rel=0.15)
+
+
+@pytest.mark.parametrize("what", ["memory", "folder", "folder as bfloat16"])
+def test_dtype(what, tmp_path):
+    """A model in memory keeps its dtype; a folder is read in float32, as TRL does, unless told otherwise."""
+    source = chain_source().bfloat16()
+    args = chain_config(max_steps=1, model_init_kwargs={"dtype": "bfloat16"} if what == "folder as bfloat16" else None)
+    if what != "memory":
+        source.save_pretrained(tmp_path / "source")
+        tiny_tokenizer().save_pretrained(tmp_path / "source")
+    chain = build(
+        tmp_path / "chain",
+        source if what == "memory" else str(tmp_path / "source"),
+        args=args,
+        processing_class=tiny_tokenizer() if what == "memory" else None,
+    )
+    dtype = "float32" if what == "folder" else "bfloat16"
+    assert [anchor.dtype for anchor in chain.anchors] == [dtype] * 3
+    assert from_chain(chain, config={"num_hidden_layers": 5}).dtype == getattr(torch, dtype)
+    if what != "memory":
+        assert chain.anchors[0].training["source"] == str(tmp_path / "source")
+
+
+def test_a_source_in_memory_is_left_as_it_was(tmp_path):
+    source = chain_source().train()
+    build(tmp_path / "chain", source, CHAIN_ANCHORS[:1], args=chain_config(max_steps=1))
+    assert same_weights(dict(source.state_dict()), dict(chain_source().state_dict()))
+    assert source.training and source.config.to_dict() == chain_source().config.to_dict()
+    assert all(parameter.requires_grad for parameter in source.parameters())
+
+
+def qwen2_tokenizer():
+    """AutoTokenizer reads whatever lies beside a Qwen2 model as one of these, so it must be one."""
+    vocabulary = ["<|endoftext|>", *"w0123456789Ġ"]
+    return Qwen2Tokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[])
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen2", "qwen3"])
+def test_other_families(family, tied, tmp_path):
+    source = full_model(family, tied, **depth_of(family, 6)).float()
+    width = {"n_embd": 16} if family == "gpt2" else CHAIN_ANCHORS[1]
+    args = chain_config(max_steps=1, save_strategy="no")
+    tokenizer = qwen2_tokenizer() if family == "qwen2" else tiny_tokenizer()
+    anchors = [depth_of(family, 4), width]
+    chain = build(tmp_path / "chain", source, anchors, args=args, processing_class=tokenizer)
+    expected = logits(source.double())
+    first = chain.anchors[0].load_model(dtype=torch.float64)
+    assert (logits(first) - expected).abs().max() <= TOLERANCE * expected.std()
+    between = {"n_embd": 24} if family == "gpt2" else {"hidden_size": 24}
+    for config in (depth_of(family, 5), between):
+        model = from_chain(chain, config=config, save_directory=tmp_path / "made")
+        assert type(model) is type(source) and logits(model).isfinite().all()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+        assert torch.equal(logits(loaded), logits(model))
+        for field, value in config.items():
+            assert getattr(loaded.config, field) == value
+
+
+def test_what_comes_back_is_the_chain_on_disk(tmp_path):
+    built = build(tmp_path / "chain", anchors=[{"num_hidden_layers": 4}], args=chain_config(max_steps=1))
+    opened = Chain.from_pretrained(tmp_path / "chain")
+    assert [vars(anchor) for anchor in built.anchors] == [vars(anchor) for anchor in opened.anchors]
+    assert not list((tmp_path / "chain" / ".work").glob("*"))
