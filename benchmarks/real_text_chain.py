@@ -22,11 +22,12 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from cbd_trl import Chain, DistillConfig, build_chain, from_chain
-from cbd_trl.report.losses import held_out_loss, token_blocks
+from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.plots import plot_sweep
 from cbd_trl.report.results import Results, write_text
 from cbd_trl.report.sweep import OPERATORS, RANDOM, fingerprint, random_model
 from cbd_trl.report.tables import markdown_table
+from cbd_trl.report.text import held_out_blocks
 
 ANCHORS = (
     {"num_hidden_layers": 16},
@@ -168,7 +169,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.source)
     held_out = {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}
     texts = {
-        name: token_blocks(tokenizer, rows, BLOCK_LENGTH, options.held_out_blocks) for name, rows in held_out.items()
+        name: held_out_blocks(tokenizer, rows, BLOCK_LENGTH, options.held_out_blocks)
+        for name, rows in held_out.items()
     }
     reports = measure(chain, texts, Results(options.output / "results.json"))
     write_text(options.output / "report.json", json.dumps(reports, indent=1))

@@ -9,18 +9,16 @@ from tqdm.auto import tqdm
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, Plan
 from cbd_trl.chain.solve_shape import blocks_for_depth
+from cbd_trl.losses.held_out import held_out_loss
 
 _ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
-_BATCH = 4
 
 
-@torch.no_grad()
 def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> float:
     """Loss of the target that `operator` makes, on calibration tokens (N, T): mean nats per predicted token."""
     weights, architecture = OPERATORS[operator](pair, plan)
     model = build_model(architecture, weights, torch.float32)
-    batches = tokens.split(_BATCH)
-    return sum(float(model(batch, labels=batch, use_cache=False).loss) * len(batch) for batch in batches) / len(tokens)
+    return held_out_loss(model, tokens)
 
 
 def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> tuple[str, Plan]:

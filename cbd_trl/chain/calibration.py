@@ -1,10 +1,9 @@
 """Calibration text: rows of any SFT dataset format as blocks of tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
 
@@ -39,9 +38,7 @@ def row_text(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, text_field
     )
 
 
-def _token_rows(
-    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, text_field: str
-) -> Iterator[list[int]]:
+def _token_rows(dataset: Iterable[Any], tokenizer: PreTrainedTokenizerBase, text_field: str) -> Iterator[list[int]]:
     for row in dataset:
         if "input_ids" in row:
             yield list(row["input_ids"])
@@ -52,7 +49,7 @@ def _token_rows(
 
 
 def token_blocks(
-    dataset: Dataset | IterableDataset,
+    dataset: Iterable[Any],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int,
     block_length: int = BLOCK_LENGTH,

@@ -21,10 +21,11 @@ from cbd_trl.demo.corpus import split
 from cbd_trl.demo.plan import SMOLLM2, Plan, bf16_pays, default_steps, training_args
 from cbd_trl.demo.source import HUB_ID, prepare_source
 from cbd_trl.demo.summary import write_report
-from cbd_trl.report.losses import held_out_loss, token_blocks
+from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
 from cbd_trl.report.tables import describe_shape, format_count
+from cbd_trl.report.text import held_out_blocks
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Demo:
         folder = self._source()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.rows, held_out = split(self.tokenizer, self.plan.corpus_rows)
-        self.blocks = token_blocks(self.tokenizer, held_out, self.plan.held_out_length, self.plan.held_out_blocks)
+        self.blocks = held_out_blocks(self.tokenizer, held_out, self.plan.held_out_length, self.plan.held_out_blocks)
         self.clock = self._predict(folder)
         chain = self._build(folder)
         report = self._sweep(chain)

@@ -55,8 +55,8 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     """
     if depth < architecture.depth:
         raise ValueError(
-            f"Cannot grow {architecture.depth} layers to {depth}. Ask for {architecture.depth} or more, or take layers "
-            "away with `select_layers`."
+            f"Cannot grow {architecture.depth} layers to {depth}. Ask for {architecture.depth} or more, or keep fewer "
+            "with `select_layers`."
         )
     old = spaced_layers(depth, architecture.depth)
     following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cbd_trl.report.losses import held_out_loss, token_blocks
+from cbd_trl.losses.held_out import held_out_loss
 from tests.tiny import tiny_model
 
 
@@ -31,15 +31,3 @@ def test_held_out_loss_leaves_the_mode_as_it_was(blocks):
 def test_blocks_without_anything_to_predict_are_refused(shape):
     with pytest.raises(ValueError, match=r"wanted \(N, T\) with N >= 1 and T >= 2"):
         held_out_loss(tiny_model("llama"), torch.zeros(shape, dtype=torch.int64))
-
-
-def test_token_blocks_join_texts_by_the_end_token(tokenizer):
-    blocks = token_blocks(tokenizer, ["w0 w1", "w2 </s>", "w3 w4 w5"], length=3, count=2)
-    ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("w0", "w1", "w2", "w3", "</s>")}
-    assert blocks.dtype == torch.int64
-    assert blocks.tolist() == [[ids["w0"], ids["w1"], ids["</s>"]], [ids["w2"], ids["</s>"], ids["w3"]]]
-
-
-def test_too_little_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"have 4 tokens, but 2 blocks of 3 tokens need 6.*Give more texts"):
-        token_blocks(tokenizer, ["w0 w1 w2"], length=3, count=2)

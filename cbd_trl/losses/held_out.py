@@ -3,45 +3,11 @@
 Shapes: N blocks, T tokens in each.
 """
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.losses.reduction import cross_entropy
-
-
-def token_blocks(tokenizer: Any, texts: Iterable[str], length: int, count: int) -> Tensor:
-    """The first `count` blocks of `length` tokens of the texts, joined by the end-of-text token.
-
-    Args:
-        tokenizer: a transformers tokenizer; special tokens written in the texts are read as such.
-        texts: held-out texts, read in order until there are enough tokens.
-        length: T.
-        count: N.
-
-    Returns:
-        (N, T) int64.
-
-    Raises:
-        ValueError: if the texts are too short.
-    """
-    needed = length * count
-    ids: list[int] = []
-    for text in texts:
-        if len(ids) >= needed:
-            break
-        ids += tokenizer(text, add_special_tokens=False)["input_ids"]
-        if ids and ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)
-    if len(ids) < needed:
-        raise ValueError(
-            f"The held-out texts have {len(ids)} tokens, but {count} blocks of {length} tokens need {needed}: the "
-            "same number must be measured for every model. Give more texts, or ask for fewer or shorter blocks."
-        )
-    return torch.tensor(ids[:needed], dtype=torch.int64).view(count, length)
 
 
 @torch.no_grad()
