@@ -182,32 +182,3 @@ class Architecture:
     @property
     def eps(self) -> float:
         return float(getattr(self.config, self.family.eps_field))
-
-
-def _families() -> tuple[Family, ...]:
-    from cbd_trl.architectures.gpt2 import GPT2
-    from cbd_trl.architectures.llama import LLAMA
-
-    return (LLAMA, GPT2)
-
-
-def supported_model_types() -> list[str]:
-    """`config.model_type` values that chains can be built from."""
-    return sorted(model_type for family in _families() for model_type in family.model_types)
-
-
-def describe(config: PretrainedConfig) -> Architecture:
-    """Resolve the description of a model's family for its config.
-
-    Raises:
-        ValueError: the model type or one of its options is not supported; the message lists what is.
-    """
-    for family in _families():
-        if config.model_type in family.model_types:
-            family.check(config)
-            return Architecture(family, config)
-    raise ValueError(
-        f"Model type {config.model_type!r} has no description of its tensors, so a chain cannot cut, grow or "
-        f"interpolate it. Supported model types: {', '.join(supported_model_types())}. "
-        "DistillTrainer itself takes any causal LM."
-    )

@@ -30,7 +30,7 @@ def held_out_blocks(tokenizer: Any, texts: Iterable[str], length: int, count: in
     blocks = token_blocks(rows, tokenizer, length * count, length)
     if tuple(blocks.shape) != (count, length):
         raise ValueError(
-            f"The held-out texts fill {len(blocks)} blocks of {blocks.shape[1]} tokens, but {count} blocks of {length} "
-            "tokens are needed: the same number for every model. Give more texts, or ask for fewer or shorter blocks."
+            f"The held-out texts fill {len(blocks)} blocks of {blocks.shape[1]} tokens, {count} blocks of {length} "
+            "are needed: the same number for every model. Give more texts, or ask for fewer or shorter blocks."
         )
     return blocks

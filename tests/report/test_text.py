@@ -14,5 +14,5 @@ def test_held_out_blocks_join_texts_by_the_end_token(tokenizer):
 
 
 def test_too_little_text_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"but 2 blocks of 3 tokens are needed.*Give more texts"):
+    with pytest.raises(ValueError, match=r"2 blocks of 3 are needed.*Give more texts"):
         held_out_blocks(tokenizer, ["w0 w1 w2"], length=3, count=2)

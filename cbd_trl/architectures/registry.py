@@ -1,0 +1,31 @@
+"""The families there are: one row each."""
+
+from transformers import PretrainedConfig
+
+from cbd_trl.architectures.family import Architecture
+from cbd_trl.architectures.gpt2 import GPT2
+from cbd_trl.architectures.llama import LLAMA
+
+FAMILIES = (LLAMA, GPT2)
+
+
+def supported_model_types() -> list[str]:
+    """`config.model_type` values that chains can be built from."""
+    return sorted(model_type for family in FAMILIES for model_type in family.model_types)
+
+
+def describe(config: PretrainedConfig) -> Architecture:
+    """Resolve the description of a model's family for its config.
+
+    Raises:
+        ValueError: the model type or one of its options is not supported; the message lists what is.
+    """
+    for family in FAMILIES:
+        if config.model_type in family.model_types:
+            family.check(config)
+            return Architecture(family, config)
+    raise ValueError(
+        f"Model type {config.model_type!r} has no description of its tensors, so a chain cannot cut, grow or "
+        f"interpolate it. Supported model types: {', '.join(supported_model_types())}. "
+        "DistillTrainer itself takes any causal LM."
+    )
