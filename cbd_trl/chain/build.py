@@ -22,6 +22,7 @@ from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import blocks_of, select_layers
 from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from cbd_trl.surgery.weights import weights_of
@@ -85,8 +86,7 @@ def build_chain(
         state.print(f"[1/{len(steps) + 1}] sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)")
         model: Any = origin.model(args.model_init_kwargs)
         model.to(args.device)
-        length = calibration_length(model.config)
-        blocks = token_blocks(dataset, tokenizer, calibration_tokens, length, args.dataset_text_field)
+        blocks = _calibration_blocks(model.config, dataset, args, tokenizer, calibration_tokens)
         upper = _write_source(output_dir, model, source_record, tokenizer, blocks)
         del model
     for number, step in enumerate(steps, start=1):
@@ -103,6 +103,12 @@ def build_chain(
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a dataset that gives no tokens before the first anchor is trained, not after it."""
     token_blocks(dataset, tokenizer, 2, text_field=args.dataset_text_field)
+
+
+def _calibration_blocks(
+    config: Any, dataset: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int
+) -> torch.Tensor:
+    return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args.dataset_text_field)
 
 
 def _calibration_batches(blocks: torch.Tensor) -> Any:
@@ -174,9 +180,21 @@ def _distil_anchor(
     work = _work_folder(output_dir, upper, step)
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
-    student = _initial_student(upper, step)
-    teacher = upper.load_model()
+    student: Any = _initial_student(upper, step)
+    teacher: Any = upper.load_model()
     generation_config = copy.deepcopy(teacher.generation_config)
+    blocks = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    checkpoint = get_last_checkpoint(work)
+    if checkpoint is None:
+        batches = [{"input_ids": batch.to(args.device)} for batch in blocks.split(_CALIBRATION_BATCH)]
+        refit_layers(
+            student.to(args.device),
+            teacher.to(args.device),
+            step.architecture,
+            blocks_of(step.kept),
+            batches,
+            progress=PartialState().is_local_main_process,
+        )
     trainer = DistillTrainer(
         model=student,
         teacher_model=teacher,
@@ -186,7 +204,7 @@ def _distil_anchor(
         processing_class=tokenizer,
         block_map=blocks_of(step.kept),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work))
+    trainer.train(resume_from_checkpoint=checkpoint)
     losses = _last_losses(trainer.state.log_history)
     if eval_dataset is not None:
         losses |= {
@@ -197,8 +215,6 @@ def _distil_anchor(
     trained: Any = build_model(step.architecture, weights, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)
-    length = calibration_length(trained.config)
-    blocks = token_blocks(step.dataset, tokenizer, calibration_tokens, length, args.dataset_text_field)
     statistics = collect_statistics(trained, step.architecture, _calibration_batches(blocks), blocks.numel())
     record = {
         "name": step.name,
