@@ -86,7 +86,7 @@ def _add_moments(
     sums: dict[str, torch.Tensor], rows: torch.Tensor, stream: torch.Tensor, target: torch.Tensor
 ) -> None:
     gap = target - stream
-    # What reads the stream sees it normalised: a token counts by its error relative to its size, or the few tokens with
+    # What reads the stream sees it normalised: a token counts by its relative error, or the few tokens with
     # enormous activations would be all that is fitted.
     weight = 1.0 / target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12)
     weighted = rows * weight
