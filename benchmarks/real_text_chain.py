@@ -103,7 +103,7 @@ def make_target(chain: Chain, fields: dict[str, int], operator: str) -> PreTrain
     return from_chain(chain, config=fields, operator=operator)
 
 
-def measure(chain: Chain, texts: dict[str, torch.Tensor], results: Results) -> dict[str, dict[str, Any]]:
+def measure(chain: Chain, texts: dict[str, torch.Tensor], results: Results, bf16: bool) -> dict[str, dict[str, Any]]:
     """Every anchor and every operator at every target, on every text: `{text: report}` as `plot_sweep` takes it."""
     key = fingerprint(*texts.values(), [anchor.files for anchor in chain.anchors])
     reports: dict[str, dict[str, Any]] = {name: {"anchors": [], "targets": []} for name in texts}
@@ -114,7 +114,8 @@ def measure(chain: Chain, texts: dict[str, torch.Tensor], results: Results) -> d
             started = time.perf_counter()
             model = make()
             seconds = time.perf_counter() - started
-            losses = {text: held_out_loss(model, blocks) for text, blocks in texts.items()}
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+                losses = {text: held_out_loss(model, blocks) for text, blocks in texts.items()}
             print(what, {text: round(loss, 3) for text, loss in losses.items()}, f"{seconds:.1f} s", flush=True)
             results.put(name, {"num_parameters": model.num_parameters(), "seconds": seconds, "loss": losses})
         return results.get(name)
@@ -142,12 +143,12 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--depth-steps", type=int, default=400)
-    parser.add_argument("--width-steps", type=int, default=250)
+    parser.add_argument("--depth-steps", type=int, default=300)
+    parser.add_argument("--width-steps", type=int, default=200)
     parser.add_argument("--swap-probability", type=float, default=0.25, help="of the depth pair")
     parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fp32", action="store_true", help="train in float32 instead of bf16 mixed precision")
+    parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
     options = parser.parse_args()
 
     gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
@@ -172,7 +173,7 @@ def main() -> None:
         name: held_out_blocks(tokenizer, rows, BLOCK_LENGTH, options.held_out_blocks)
         for name, rows in held_out.items()
     }
-    reports = measure(chain, texts, Results(options.output / "results.json"))
+    reports = measure(chain, texts, Results(options.output / "results.json"), not options.fp32)
     write_text(options.output / "report.json", json.dumps(reports, indent=1))
     for name, report in reports.items():
         stem = options.output / name.lower().replace("-", "")
