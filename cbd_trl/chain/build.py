@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,8 @@ def _distil_anchor(
     anchor = _write(output_dir, record, trained.cpu(), tokenizer, statistics)
     if PartialState().is_main_process:
         shutil.rmtree(work, ignore_errors=True)
+        with suppress(OSError):
+            work.parent.rmdir()
     return anchor
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,12 @@ _RECORDED_ARGUMENTS = (
     "swap_probability",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
     "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "max_grad_norm",
     "optim",
     "max_steps",
     "num_train_epochs",
@@ -69,12 +74,15 @@ class Step:
 
     def training_record(self) -> dict[str, Any]:
         """The arguments that decide what is trained, as JSON values, with a fingerprint of them."""
-        values = {name: getattr(self.args, name) for name in _RECORDED_ARGUMENTS}
-        record = {
-            name: value if isinstance(value, int | float | None) else str(value) for name, value in values.items()
-        }
+        record = {name: _json_value(getattr(self.args, name)) for name in _RECORDED_ARGUMENTS}
         digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
         return {**record, "fingerprint": digest}
+
+
+def _json_value(value: Any) -> int | float | str | None:
+    if isinstance(value, Enum):
+        value = value.value
+    return value if isinstance(value, int | float | str | None) else json.dumps(value, sort_keys=True, default=str)
 
 
 def anchor_name(num_parameters: int) -> str:
@@ -138,7 +146,12 @@ def _size(anchor: Any, position: int) -> float:
     return float(anchor)
 
 
-def _with_chain_defaults(args: DistillConfig, depth_only: bool) -> DistillConfig:
+def _with_chain_defaults(args: Any, depth_only: bool) -> DistillConfig:
+    if not isinstance(args, DistillConfig):
+        raise TypeError(
+            f"The args of an anchor are a {type(args).__name__}: a DistillConfig is needed, it has every default. "
+            "Give args=DistillConfig(...)."
+        )
     args = copy.deepcopy(args)
     if args.hidden_weight is None:
         args.hidden_weight = HIDDEN_WEIGHT

@@ -135,9 +135,9 @@ def test_anchors_learn(tmp_path):
     options = {"anchors": CHAIN_ANCHORS[:1], "eval_dataset": chain_rows(4, seed=9)}
     few, many = (
         build(tmp_path / str(steps), args=chain_config(max_steps=steps, save_strategy="no"), **options).anchors[1]
-        for steps in (1, 25)
+        for steps in (1, 50)
     )
-    assert many.losses["eval_kd"] < 0.8 * few.losses["eval_kd"]
+    assert many.losses["eval_kd"] < 0.9 * few.losses["eval_kd"]
     assert many.tokens_seen > 20 * few.tokens_seen
 
 
@@ -236,3 +236,14 @@ def test_what_comes_back_is_the_chain_on_disk(tmp_path):
     opened = Chain.from_pretrained(tmp_path / "chain")
     assert [vars(anchor) for anchor in built.anchors] == [vars(anchor) for anchor in opened.anchors]
     assert not list((tmp_path / "chain" / ".work").glob("*"))
+
+
+def test_the_record_of_the_arguments_is_plain_json(chain):
+    training = chain.anchors[1].training
+    assert training["lr_scheduler_type"] == "linear" and training["adam_beta2"] == 0.999
+
+
+def test_an_anchors_args_must_be_a_config(tmp_path):
+    with pytest.raises(TypeError, match="args of an anchor are a dict: a DistillConfig is needed"):
+        build(tmp_path / "chain", anchors=[{"num_hidden_layers": 4, "args": {"max_steps": 1}}])
+    assert not (tmp_path / "chain").exists()
