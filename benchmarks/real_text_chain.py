@@ -33,9 +33,9 @@ ANCHORS = (
     {"num_hidden_layers": 16},
     {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
 )
-DEPTHS = (28, 26, 24, 22, 20, 18)
-# Widths are multiples of the 9 heads, which transformers asks of a Llama: those nearest to 528 and 480, and four more.
-WIDTHS = ((549, 1472), (531, 1408), (504, 1344), (477, 1280), (450, 1200), (432, 1152))
+DEPTHS = (28, 26, 24, 20, 18)
+# Multiples of the 9 heads, which transformers asks of a Llama: those nearest to 528 and 480, and three more.
+WIDTHS = ((549, 1472), (531, 1408), (504, 1344), (477, 1280), (432, 1152))
 BLOCK_LENGTH = 256
 
 

@@ -15,8 +15,8 @@ from cbd_trl.surgery.norms import fold_norms, folds
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, reader_keys
 
-# Best of 0.25, 0.5, 0.75 was 0.25, 0.25, 0.5 at fractions 0.25, 0.49, 0.72 of the way down (SmolLM2-135M).
-NESTED_ALPHA_SCALE = 0.7
+# Of 0.25, 0.5, 0.75 and 1 the best alpha was 0.5, 0.75 and 1 at 0.32, 0.61 and 0.81 of the way down (SmolLM2-135M).
+NESTED_ALPHA_POWER = 0.75
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | No
     if operator == "linear":
         return pair.fraction(target)
     if operator == "nested" and not pair.equal_widths:
-        return NESTED_ALPHA_SCALE * pair.fraction(target)
+        return pair.fraction(target) ** NESTED_ALPHA_POWER
     return None
 
 
@@ -78,9 +78,10 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """Whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one
     where they share coordinates.
 
-    New coordinates are the cut's at full strength; shared ones alpha * lower + (1 - alpha) * cut, both with norm
-    gains folded into the readers. A swapped block is the cut of its upper layers; an unswapped layer is mixed with
-    the cut of the upper layer it came from.
+    Every output that the lower anchor has is alpha * lower + (1 - alpha) * cut, with what the cut reads from new
+    coordinates in its part; new outputs are the cut's at full strength. Both have their norm gains folded into the
+    readers. A swapped block is the cut of its upper layers; an unswapped layer is mixed with the cut of the upper
+    layer it came from.
     """
     if pair.equal_widths:
         return patch(pair, plan)
@@ -95,9 +96,7 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     kept = [block[-1] for block in pair.blocks]
     base, base_architecture = select_layers(cut, widths, kept)
     lower = _in_target_gauge(pair, plan.target, kept)
-    mixed = {
-        key: _mix_prefix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha) for key in base
-    }
+    mixed = {key: _mix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha) for key in base}
     swapped = _swapped(pair, plan)
     return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, swapped)
 
@@ -201,7 +200,7 @@ def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> W
     return lower
 
 
-def _mix_prefix(
+def _mix(
     base: torch.Tensor,
     architecture: Architecture,
     lower: torch.Tensor,
@@ -209,9 +208,26 @@ def _mix_prefix(
     key: str,
     alpha: float,
 ) -> torch.Tensor:
+    """One tensor of the target: the outputs that the lower anchor has are mixed, the others are the cut's.
+
+    Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts 1 - alpha on mixed outputs.
+    """
     axes = architecture.tensors[key]
     array = to_dims(base.float(), axes, architecture.sizes).clone()
     small = to_dims(lower, axes, lower_architecture.sizes)
-    region = tuple(slice(0, lower_architecture.sizes[dim]) for dim in dims_of(axes))
-    array[region] = torch.lerp(array[region], small, alpha)
+    dims, inputs = dims_of(axes), _input_dims(architecture, key)
+    shared = {dim: slice(0, lower_architecture.sizes[dim]) for dim in dims}
+    outputs = tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)
+    padded = torch.zeros_like(array[outputs])
+    padded[tuple(shared[dim] if dim in inputs else slice(None) for dim in dims)] = small
+    array[outputs] = torch.lerp(array[outputs], padded, alpha)
     return from_dims(array, axes)
+
+
+def _input_dims(architecture: Architecture, key: str) -> tuple[str, ...]:
+    """The dimensions along which a tensor reads; a tied head reads through the final norm's gain and bias."""
+    module, kind = key.rsplit(".", 1)
+    if architecture.tied and module == architecture.family.final_site.name:
+        return ("width",)
+    reads = {reader: site.axis for site in architecture.sites for reader in site.readers}
+    return reads.get(module, ()) if kind == "weight" else ()

@@ -35,6 +35,15 @@ def _region(small: torch.Tensor) -> tuple[slice, ...]:
     return tuple(slice(0, size) for size in small.shape)
 
 
+def _input_axis(key: str, target: Architecture) -> int | None:
+    """Which axis of the split tensor is read along: PyTorch's linear layers the last, GPT-2's Conv1D the first."""
+    if target.tied and key.startswith(("model.norm.", "transformer.ln_f.")):
+        return 0
+    if key.endswith(("_proj.weight", "lm_head.weight")) and ".c_proj." not in key:
+        return 1
+    return 0 if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else None
+
+
 def _at(architecture: Architecture, key: str, layer: int) -> str:
     """The same tensor in another layer."""
     return architecture.layer_name(layer, architecture.split_name(key)[1])
@@ -86,7 +95,7 @@ def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedMod
 
 
 def nested_twin(pair: Pair, target: Architecture, alpha: float, upper_model: PreTrainedModel) -> Weights:
-    """New coordinates from the least-squares cut, shared ones alpha * lower + (1 - alpha) * cut."""
+    """New outputs from the least-squares cut; shared ones alpha * lower + (1 - alpha) * cut, inputs new to lower at 0."""
     upper = fold_norms(pair.upper, pair.upper_architecture)
     narrow = pair.upper_architecture.resized(**target.sizes)
     cut = least_squares_cut(upper, pair.upper_architecture, pair.statistics, narrow)
@@ -98,8 +107,12 @@ def nested_twin(pair: Pair, target: Architecture, alpha: float, upper_model: Pre
         array = _split(key, cut[key if above is None else _at(target, key, above)]).clone()
         if below is not None:
             small = _split(key, lower[key if layer is None else _at(target, key, below)])
-            region = _region(small)
-            array[region] = alpha * small + (1 - alpha) * array[region]
+            padded, region = torch.zeros_like(array), list(_region(small))
+            padded[tuple(region)] = small
+            if (axis := _input_axis(key, target)) is not None:
+                region[axis] = slice(None)
+            outputs = tuple(region)
+            array[outputs] = alpha * padded[outputs] + (1 - alpha) * array[outputs]
         twin[key] = array.reshape(tensor_shape(target.tensors[key], target.sizes))
     return twin
 

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.chain.operators import NESTED_ALPHA_SCALE
+from cbd_trl.chain.operators import NESTED_ALPHA_POWER
 from tests.chain.helpers import DEEP, SHAPES, WIDE, chain_rows, same_weights
 from tests.surgery.helpers import logits
 
@@ -49,7 +49,7 @@ def test_provenance(chain, operator, shape):
     assert {**told["shape"], **shape} == told["shape"]
     upper, lower = (chain[name].num_parameters for name in names)
     fraction = (upper - model.num_parameters()) / (upper - lower)
-    alpha = {"linear": fraction, "nested": NESTED_ALPHA_SCALE * fraction if shape is WIDE else None}.get(operator)
+    alpha = {"linear": fraction, "nested": fraction**NESTED_ALPHA_POWER if shape is WIDE else None}.get(operator)
     assert told["alpha"] == (None if alpha is None else pytest.approx(alpha))
 
 

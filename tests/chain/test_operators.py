@@ -8,7 +8,7 @@ import torch
 from cbd_trl.architectures import describe
 from cbd_trl.chain.operators import (
     MIXING_OPERATORS,
-    NESTED_ALPHA_SCALE,
+    NESTED_ALPHA_POWER,
     OPERATORS,
     Pair,
     Plan,
@@ -205,9 +205,9 @@ def test_alpha_follows_the_size(what):
     fraction = (large - target.num_parameters) / (large - small)
     assert 0.1 < fraction < 0.9
     assert default_alpha("linear", pair, target) == pytest.approx(fraction)
-    assert default_alpha("nested", pair, target) == pytest.approx(0.7 * fraction)
-    assert NESTED_ALPHA_SCALE == 0.7
-    for name, alpha in (("linear", fraction), ("nested", 0.7 * fraction)):
+    assert default_alpha("nested", pair, target) == pytest.approx(fraction**0.75)
+    assert NESTED_ALPHA_POWER == 0.75
+    for name, alpha in (("linear", fraction), ("nested", fraction**0.75)):
         weights, _ = OPERATORS[name](pair, Plan(target))
         assert same_weights(weights, OPERATORS[name](pair, Plan(target, alpha=alpha))[0])
         assert not same_weights(weights, OPERATORS[name](pair, Plan(target, alpha=alpha / 2))[0])
