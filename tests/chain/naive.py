@@ -95,7 +95,7 @@ def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedMod
 
 
 def nested_twin(pair: Pair, target: Architecture, alpha: float, upper_model: PreTrainedModel) -> Weights:
-    """New outputs from the least-squares cut; shared ones alpha * lower + (1 - alpha) * cut, inputs new to lower at 0."""
+    """New outputs from the cut; shared ones alpha * lower + (1 - alpha) * cut, the lower one reading nothing new."""
     upper = fold_norms(pair.upper, pair.upper_architecture)
     narrow = pair.upper_architecture.resized(**target.sizes)
     cut = least_squares_cut(upper, pair.upper_architecture, pair.statistics, narrow)
