@@ -73,7 +73,7 @@ def default_steps(bf16: bool) -> int:
     Args:
         bf16: whether training runs in bf16 mixed precision.
     """
-    return 60 if bf16 else 30
+    return 75 if bf16 else 36
 
 
 def bf16_pays() -> bool:
