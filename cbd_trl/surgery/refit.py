@@ -33,7 +33,7 @@ def refit_layers(
     Layer by layer from the first: with h the input of the output projection W, s the layer's output in the student
     (whose layers below are refitted already) and t the teacher's stream at the end of the block on the channels they
     share, W moves by E[(t - s) h^T] (E[h h^T] + ridge)^-1 and its bias, where it has one, by the mean that is left.
-    Tokens are weighted by 1 / |t|^2.
+    Tokens are weighted by 1 / |t|.
 
     Args:
         student: a model cut from the teacher, in depth, width or both; changed in place.
@@ -86,9 +86,9 @@ def _add_moments(
     sums: dict[str, torch.Tensor], rows: torch.Tensor, stream: torch.Tensor, target: torch.Tensor
 ) -> None:
     gap = target - stream
-    # What reads the stream sees it normalised: a token counts by its relative error, or the few tokens with
-    # enormous activations would be all that is fitted.
-    weight = 1.0 / target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12)
+    # What reads the stream sees it normalised, so large tokens must not be all that is fitted. But 1 / |t|^2
+    # loses the size of the few enormous ones (attention sinks), which upper blocks build on.
+    weight = target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
     weighted = rows * weight
     parts = {"hh": rows.T @ weighted, "gh": gap.T @ weighted, "h": weighted.sum(0), "g": (gap * weight).sum(0)}
     parts["n"] = weight.sum()

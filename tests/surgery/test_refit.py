@@ -80,7 +80,7 @@ def test_a_model_that_lost_nothing_stays_as_it_is(family):
 
 
 def test_the_first_layer_is_the_weighted_least_squares_solution():
-    """Against a naive fit of the first layer: rows scaled by 1 / |t|, ridge as extra rows."""
+    """Against a naive fit of the first layer: rows scaled by 1 / sqrt(|t|), ridge as extra rows."""
     teacher, student, architecture, blocks = cut_pair("llama")
     batch = tokens(24, seed=1)
     down = decoder_layers(student)[1].mlp.down_proj
@@ -90,7 +90,7 @@ def test_the_first_layer_is_the_weighted_least_squares_solution():
     handle.remove()
     old, bias = down.weight.detach().clone(), down.bias.detach().clone()
     hidden, gap = inputs[0].flatten(0, 1), (target - output).flatten(0, 1)
-    scale = 1 / target.flatten(0, 1).pow(2).mean(-1, keepdim=True).sqrt()
+    scale = 1 / target.flatten(0, 1).pow(2).mean(-1, keepdim=True).sqrt().sqrt()
     # Only layer 1 differs from its block (layer 0 is kept whole), so the fit of layer 0 changes nothing.
     weight = scale[:, 0] ** 2 / (scale**2).sum()
     centred = hidden - weight @ hidden
