@@ -9,9 +9,10 @@ COMMANDS = {
     "demo": "distil a real 135M model into a chain, make six other sizes from it, measure and draw them",
     "build": "distil a chain of anchors from a source model",
     "init": "make a model of any size from a chain",
+    "cache": "write what a teacher predicts for a dataset to disk, to train without the teacher",
     "distill": "train a student on a dataset to predict what a teacher predicts",
 }
-USAGE = "usage: cbd-trl {demo,build,init,distill} [flags]"
+USAGE = "usage: cbd-trl {demo,build,init,cache,distill} [flags]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, flags: list[str]) -> int:
     from cbd_trl import cli_commands
+    from cbd_trl.cli_parsing import UsageError
 
     try:
         cli_commands.COMMANDS[name](flags)
-    except cli_commands.UsageError as error:
+    except UsageError as error:
         print(f"cbd-trl {name}: {error} See cbd-trl {name} --help.", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:

@@ -127,6 +127,49 @@ class InitArguments:
     revision: str | None = field(default=None, metadata={"help": "Revision of a chain on the Hub."})
 
 
+@dataclass
+class CacheArguments:
+    """Arguments of `cbd-trl cache`, besides those of ScriptArguments, SFTConfig and ModelConfig.
+
+    Args:
+        kind: what is kept of each prediction.
+        k: tokens or draws of a position.
+        temperature: the log-probabilities are taken at.
+        value_bits: of a log-probability.
+        batch_size: rows in one forward pass.
+        hidden_dtype: of hidden states.
+        logprobs: file of log-probabilities to import instead of asking the teacher.
+    """
+
+    kind: str = field(
+        default="top_k",
+        metadata={
+            "help": "top_k: the k most likely tokens and the mass of all others. sampled: k draws, for an unbiased "
+            "forward KL. hidden: the last hidden state, from which everything can be computed.",
+            "choices": ["top_k", "sampled", "hidden"],
+        },
+    )
+    k: int = field(default=64, metadata={"help": "Tokens (top_k) or draws (sampled) kept at each position."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "The log-probabilities are taken at: that of the training to come."}
+    )
+    value_bits: int = field(
+        default=16, metadata={"help": "16 for quantised log-probabilities, 32 for exact ones.", "choices": [16, 32]}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows in one forward pass of the teacher."})
+    hidden_dtype: str | None = field(
+        default=None,
+        metadata={"help": "dtype of hidden states: float32, bfloat16 or float16. Not set: that of the teacher."},
+    )
+    logprobs: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON-lines file of log-probabilities, such as vLLM's outputs, to make the cache of. The teacher "
+            "(--model_name_or_path) then gives its tokenizer and vocabulary alone, and no dataset is read."
+        },
+    )
+
+
 def parse_count(text: str | float) -> float:
     """A parameter count as people write it.
 

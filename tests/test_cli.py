@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl import Chain
+from cbd_trl.cache import TeacherCache
 from cbd_trl.cli import COMMANDS, main
 from cbd_trl.cli_arguments import parse_anchors, parse_count, parse_shape
 from tests.tiny import tiny_model
@@ -72,6 +73,7 @@ def test_top_level_imports_nothing_heavy(arguments):
         ("demo", ["--output", "--steps", "--wheel", "--seed"]),
         ("build", ["--source", "--anchors", "--dataset_name", "--swap_probability", "--learning_rate"]),
         ("init", ["--num-parameters", "--output", "--shape", "--operator", "--alpha", "--dtype", "--tolerance"]),
+        ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--kind", "--temperature", "--logprobs"]),
         ("distill", ["--teacher_model_name_or_path", "--divergence", "--use_peft", "--dataset_name"]),
     ],
 )
@@ -123,10 +125,50 @@ def test_distill_trains_a_lora_student(folder, tmp_path):
     assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
 
 
+def test_cache_writes_what_training_reads(folder, tmp_path, capsys):
+    source, cache = str(folder / "source"), str(tmp_path / "cache")
+    flags = ["--model_name_or_path", source, "--dataset_name", str(folder / "rows.jsonl"), "--output_dir", cache]
+    flags += ["--k", "7", "--temperature", "2.0", *TRAINING]
+    assert main(["cache", *flags]) == 0
+    shown = capsys.readouterr().out
+    written = TeacherCache.open(cache, verify=True)
+    assert (written.settings.teacher, written.settings.k, written.settings.temperature) == ("source", 7, 2.0)
+    assert re.search(rf"^{len(written)} rows, {written.manifest.tokens} tokens, \d+ bytes per token in ", shown)
+    assert f"teacher_cache={cache!r}" in shown
+    tokenizer = tiny_tokenizer()
+    lines = [json.loads(line)["text"] for line in (folder / "rows.jsonl").read_text().splitlines()]
+    written.check_rows(tokenizer(line + "</s>")["input_ids"][:16] for line in lines)
+    assert main(["cache", *flags, "--k", "8"]) == 1
+    assert "made in another way: k is 7, asked for 8" in capsys.readouterr().err
+    student = ["--model_name_or_path", source, "--teacher_cache", cache, "--output_dir", str(tmp_path / "student")]
+    student += ["--dataset_name", str(folder / "rows.jsonl"), *TRAINING]
+    assert main(["distill", *student, "--temperature", "2.0"]) == 0
+    assert (tmp_path / "student" / "model.safetensors").is_file()
+    assert main(["distill", *student]) == 1
+    assert "Set temperature=2.0, or write a cache with --temperature 1.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "flag", "value"), [("sampled", "seed", 5), ("hidden", "dtype", "bfloat16")])
+def test_cache_of_another_kind(folder, tmp_path, kind, flag, value):
+    flags = ["--model_name_or_path", str(folder / "source"), "--dataset_name", str(folder / "rows.jsonl"), *TRAINING]
+    flags += ["--kind", kind, "--seed" if flag == "seed" else "--hidden_dtype", str(value)]
+    assert main(["cache", *flags, "--output_dir", str(tmp_path)]) == 0
+    assert getattr(TeacherCache.open(tmp_path).settings, flag) == value
+
+
+def test_cache_imports_log_probabilities(folder, tmp_path):
+    entries = [None, {"7": {"logprob": -1.0}, "8": {"logprob": -2.0}}]
+    (tmp_path / "vllm.jsonl").write_text(json.dumps({"prompt_token_ids": [7, 8], "prompt_logprobs": entries}))
+    flags = ["--model_name_or_path", str(folder / "source"), "--logprobs", str(tmp_path / "vllm.jsonl"), "--k", "2"]
+    assert main(["cache", *flags, "--output_dir", str(tmp_path / "cache"), *TRAINING]) == 0
+    settings = TeacherCache.open(tmp_path / "cache").settings
+    assert (settings.teacher, settings.vocabulary_rows, settings.k) == ("source", 64, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["biuld"], 2, r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, init, distill"),
+        (["biuld"], 2, r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, init, cache, distill"),
         (["init"], 2, "The chain is missing: cbd-trl init CHAIN"),
         (["init", "chain"], 2, "--output is missing"),
         (["init", "chain", "--ouptut", "x"], 2, r"no flag '--ouptut'. Did you mean --output\?"),
@@ -142,6 +184,14 @@ def test_distill_trains_a_lora_student(folder, tmp_path):
             "--model_name_or_path, --teacher_model_name_or_path, --dataset_name are missing",
         ),
         (["distill", "--use_cpu", "--temperature", "0"], 1, "temperature=0.0: it divides the logits"),
+        (["cache", "--use_cpu"], 2, "--model_name_or_path is missing"),
+        (["cache", "--use_cpu", "--model_name_or_path", "x"], 2, "--dataset_name is missing"),
+        (["cache", "--use_cpu", "--kind", "all"], 2, "invalid choice: 'all'"),
+        (
+            ["cache", "--use_cpu", "--model_name_or_path", "x", "--logprobs", "y", "--kind", "sampled"],
+            2,
+            "--logprobs with --kind sampled --temperature 1.0: a file of log-probabilities makes a cache of kind",
+        ),
         (["demo", "--config", "no.yaml"], 2, "config file cannot be read"),
         (["demo", "--config"], 2, "--config needs the path"),
     ],

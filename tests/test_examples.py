@@ -7,7 +7,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_trl.cli_commands import _Parser
+from cbd_trl.cli_parsing import _Parser
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -1,119 +1,236 @@
-"""Divergences between the next-token distributions of a student and a teacher.
+"""Divergences between the next-token distributions of a student and a teacher, and their gradients.
 
-Shapes: N scored tokens, V vocabulary rows. Every function takes raw logits of both models and returns nats per token.
+Shapes: N scored tokens, V vocabulary rows, K draws, E events (all tokens, or the kept ones and a tail: `events.py`).
+Every divergence takes float log-probabilities of the same E events, which sum to one, and returns nats per token that
+are >= 0 and exactly 0 for equal inputs. The teacher is a constant. In the formulas p is the teacher, q the student.
 A new divergence is one function and one row of `DIVERGENCES`.
 """
 
 import difflib
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cbd_trl.losses.divergence_kernels import (
+    adaptive_kl_kernel,
+    forward_kl_kernel,
+    mixture_kernel,
+    per_token,
+    reverse_kl_kernel,
+    total_variation_kernel,
+)
 
-def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, beta: float = 0.0) -> Tensor:
-    """KL(teacher || student): the student covers everything the teacher finds likely.
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def tempered_log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / T).
+
+    Gradients with respect to the logits shrink as 1 / T^2. The objective, not the divergence, multiplies by T^2 to
+    keep its weight beside the cross-entropy (Hinton et al. 2015, arXiv 1503.02531, section 2).
 
     Args:
-        student_NV: logits, (N, V), any float dtype.
-        teacher_NV: logits, (N, V), any float dtype.
-        temperature: divides both logits; the result is scaled by its square (see `_tempered`).
-        beta: unused; here so that every divergence is called alike.
+        logits_NV: logits, (N, V), any float dtype.
+        temperature: above 0.
 
     Returns:
-        (N,) float32, nats per token, >= 0 and exactly 0 for equal logits.
+        (N, V) float32, nats.
     """
-    return _tempered(_kl_to_student, student_NV, teacher_NV, temperature)
+    logits_NV = logits_NV.float()
+    return F.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
 
 
-def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, beta: float = 1.0) -> Tensor:
-    """KL(student || teacher): the student keeps to what the teacher finds likely (Gu et al. 2023, arXiv 2306.08543).
+def forward_kl(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+    """KL(p || q): the student covers everything the teacher finds likely (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
-        student_NV: logits, (N, V), any float dtype.
-        teacher_NV: logits, (N, V), any float dtype.
-        temperature: divides both logits; the result is scaled by its square (see `_tempered`).
-        beta: unused; here so that every divergence is called alike.
+        student_log_NE: log-probabilities, (N, E).
+        teacher_log_NE: log-probabilities, (N, E); -inf for impossible events, which add nothing.
 
     Returns:
-        (N,) float32, nats per token, >= 0 and exactly 0 for equal logits.
+        (N,) float32, nats per token; the largest float32 stands for infinity, where only the student has -inf.
     """
-    return _tempered(_kl_to_teacher, student_NV, teacher_NV, temperature)
+    return per_token(forward_kl_kernel, student_log_NE, teacher_log_NE)
 
 
-def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+def reverse_kl(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+    """KL(q || p): the student keeps to what the teacher finds likely (Gu et al. 2023, arXiv 2306.08543).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E); -inf for impossible events, which add nothing.
+        teacher_log_NE: log-probabilities, (N, E); raised to at least `TEACHER_LOG_FLOOR`, because an event that only
+            the teacher rules out would make the value infinite.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    return per_token(reverse_kl_kernel, student_log_NE, teacher_log_NE)
+
+
+def jsd(student_log_NE: Tensor, teacher_log_NE: Tensor, beta: float = 0.5) -> Tensor:
     """Generalised Jensen-Shannon divergence (Agarwal et al. 2023, arXiv 2306.13649, eq. 1), with TRL's `beta`.
 
-    beta * KL(teacher || M) + (1 - beta) * KL(student || M) with M = beta * teacher + (1 - beta) * student. The formula
-    is 0 at both ends; as in TRL, beta 0 means forward KL and beta 1 reverse KL instead.
+    beta * KL(p || m) + (1 - beta) * KL(q || m) with m = beta * p + (1 - beta) * q. The formula is 0 at both ends; as
+    in TRL, beta 0 means forward KL and beta 1 reverse KL instead.
 
     Args:
-        student_NV: logits, (N, V), any float dtype.
-        teacher_NV: logits, (N, V), any float dtype.
-        temperature: divides both logits; the result is scaled by its square (see `_tempered`).
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
         beta: the teacher's share of the mixture, in [0, 1].
 
     Returns:
-        (N,) float32, nats per token, >= 0 and exactly 0 for equal logits.
+        (N,) float32, nats per token.
     """
     if beta == 0.0:
-        return forward_kl(student_NV, teacher_NV, temperature)
+        return forward_kl(student_log_NE, teacher_log_NE)
     if beta == 1.0:
-        return reverse_kl(student_NV, teacher_NV, temperature)
-
-    def inner(student_log_NV: Tensor, teacher_log_NV: Tensor) -> Tensor:
-        gap_NV = teacher_log_NV - student_log_NV
-        from_student_NV = student_log_NV.exp() * _log_mixture_ratio(gap_NV, beta)
-        from_teacher_NV = teacher_log_NV.exp() * _log_mixture_ratio(-gap_NV, 1.0 - beta)
-        return -(beta * from_teacher_NV + (1.0 - beta) * from_student_NV).sum(-1)
-
-    return _tempered(inner, student_NV, teacher_NV, temperature)
+        return reverse_kl(student_log_NE, teacher_log_NE)
+    return per_token(
+        partial(mixture_kernel, share=beta, forward=beta, reverse=1.0 - beta), student_log_NE, teacher_log_NE
+    )
 
 
-Divergence = Callable[[Tensor, Tensor, float, float], Tensor]
-DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd}
+def skew_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, skew: float = 0.1) -> Tensor:
+    """Skew KL, KL(p || skew * p + (1 - skew) * q): never above -log(skew) (Ko et al. 2024, arXiv 2402.03898, SKL).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+        skew: the teacher's share of the mixture, in [0, 1); 0 is the forward KL.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if skew == 0.0:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    return per_token(partial(mixture_kernel, share=skew, forward=1.0, reverse=0.0), student_log_NE, teacher_log_NE)
 
 
-def get_divergence(name: str) -> Divergence:
-    """Look up a divergence of `DIVERGENCES`.
+def skew_reverse_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, skew: float = 0.1) -> Tensor:
+    """Skew reverse KL, KL(q || (1 - skew) * p + skew * q): never above -log(skew) (Ko et al., arXiv 2402.03898, SRKL).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+        skew: the student's share of the mixture, in [0, 1); 0 is the reverse KL.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if skew == 0.0:
+        return reverse_kl(student_log_NE, teacher_log_NE)
+    return per_token(
+        partial(mixture_kernel, share=1.0 - skew, forward=0.0, reverse=1.0), student_log_NE, teacher_log_NE
+    )
+
+
+def adaptive_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, head_share: float = 0.5) -> Tensor:
+    """Forward and reverse KL, weighted by where the student is off (Wu et al. 2024, arXiv 2404.02657, AKL).
+
+    The head is the teacher's most likely events, up to the one whose mass brings their sum to `head_share`. With g_h
+    and g_t the sums of |p - q| over head and tail, constants for the gradient:
+    (g_h * forward KL + g_t * reverse KL) / (g_h + g_t). Deviation: the authors' code leaves the event that reaches the
+    share out of the head, unless it is the first one. Not an f-divergence: merging events may raise it.
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf as in `forward_kl`.
+        teacher_log_NE: log-probabilities, (N, E), -inf as in `reverse_kl`.
+        head_share: the teacher's mass in the head, in (0, 1]; 1 is the forward KL.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if head_share == 1.0:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    return per_token(partial(adaptive_kl_kernel, head_share=head_share), student_log_NE, teacher_log_NE)
+
+
+def total_variation(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+    """1/2 sum |p - q| (Wen et al. 2023, f-DISTILL, arXiv 2307.15190, TVD).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+
+    Returns:
+        (N,) float32, no unit, in [0, 1].
+    """
+    return per_token(total_variation_kernel, student_log_NE, teacher_log_NE)
+
+
+def sampled_forward_kl(student_log_NK: Tensor, teacher_log_NK: Tensor) -> Tensor:
+    """Estimate of the forward KL from K draws from the teacher (Anshumann et al. 2025, arXiv 2503.16870).
+
+    The mean of log p - log q over draws with replacement. Unbiased in value and gradient, but no divergence: it may be
+    negative. Only the forward KL has this form, because it is an expectation under the teacher.
+
+    Args:
+        student_log_NK: log-probabilities of the drawn tokens, (N, K), normalised over the whole vocabulary.
+        teacher_log_NK: the same of the teacher.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    return (teacher_log_NK.float() - student_log_NK.float()).mean(-1)
+
+
+@dataclass(frozen=True)
+class DivergenceRow:
+    """One divergence: its function, and the option it has beside the two distributions."""
+
+    function: Callable[..., Tensor]
+    option: str | None = None
+
+
+DIVERGENCES: dict[str, DivergenceRow] = {
+    "forward_kl": DivergenceRow(forward_kl),
+    "reverse_kl": DivergenceRow(reverse_kl),
+    "jsd": DivergenceRow(jsd, "beta"),
+    "skew_kl": DivergenceRow(skew_kl, "skew"),
+    "skew_reverse_kl": DivergenceRow(skew_reverse_kl, "skew"),
+    "adaptive_kl": DivergenceRow(adaptive_kl, "head_share"),
+    "total_variation": DivergenceRow(total_variation),
+}
+
+
+def get_divergence(name: str, **options: float) -> Divergence:
+    """A divergence of `DIVERGENCES` with its option bound.
+
+    Args:
+        name: a key of the table.
+        options: beta, skew, head_share; those that the divergence does not have are left unused.
+
+    Returns:
+        a function of (student_log_NE, teacher_log_NE).
+
+    Raises:
+        ValueError: for an unknown name; the message lists those that exist.
+    """
+    row = _row(name)
+    return partial(row.function, **{key: value for key, value in options.items() if key == row.option})
+
+
+def divergence_option(name: str) -> str | None:
+    """The option that a divergence of `DIVERGENCES` has: beta, skew, head_share or None.
 
     Args:
         name: a key of the table.
 
     Returns:
-        a function of (student_NV, teacher_NV, temperature, beta).
+        the option's name.
 
     Raises:
         ValueError: for an unknown name; the message lists those that exist.
     """
+    return _row(name).option
+
+
+def _row(name: str) -> DivergenceRow:
     if name not in DIVERGENCES:
         close = difflib.get_close_matches(str(name), DIVERGENCES, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ValueError(f"Unknown divergence {name!r}: there are {', '.join(DIVERGENCES)}.{hint}")
     return DIVERGENCES[name]
-
-
-def _tempered(
-    divergence: Callable[[Tensor, Tensor], Tensor], student_NV: Tensor, teacher_NV: Tensor, temperature: float
-) -> Tensor:
-    # The only place where temperature acts. Gradients with respect to the logits shrink as 1 / T^2, so the result is
-    # multiplied by T^2 to keep its weight beside the cross-entropy (Hinton et al. 2015, arXiv 1503.02531, section 2).
-    student_log_NV = F.log_softmax(student_NV.float() / temperature, dim=-1)
-    teacher_log_NV = F.log_softmax(teacher_NV.float() / temperature, dim=-1)
-    return divergence(student_log_NV, teacher_log_NV) * temperature**2
-
-
-def _kl_to_student(student_log_NV: Tensor, teacher_log_NV: Tensor) -> Tensor:
-    return F.kl_div(student_log_NV, teacher_log_NV, reduction="none", log_target=True).sum(-1)
-
-
-def _kl_to_teacher(student_log_NV: Tensor, teacher_log_NV: Tensor) -> Tensor:
-    return F.kl_div(teacher_log_NV, student_log_NV, reduction="none", log_target=True).sum(-1)
-
-
-def _log_mixture_ratio(gap: Tensor, share: float) -> Tensor:
-    # log((1 - share) + share * exp(gap)): exactly 0 at gap 0, and no overflow on either side.
-    above = gap + torch.log1p((1.0 - share) * torch.expm1(-gap.clamp(min=0)))
-    below = torch.log1p(share * torch.expm1(gap.clamp(max=0)))
-    return torch.where(gap > 0, above, below)

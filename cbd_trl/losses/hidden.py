@@ -1,13 +1,17 @@
-"""Distance between hidden states of a student and a teacher of one chain.
+"""Distances between hidden states of a student and a teacher.
 
 Shapes: N scored tokens, d student width, D teacher width, L student layers.
 """
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Below this mean square a teacher's state counts as all zero: the residual streams of trained models lie far above.
+_FLOOR = 1e-6
 
 
 def cosine_distance(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -26,6 +30,77 @@ def cosine_distance(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
     Raises:
         ValueError: if the teacher is narrower than the student.
     """
+    student_unit_Nd = F.normalize(student_Nd.float(), dim=-1)
+    teacher_unit_Nd = F.normalize(_prefix(student_Nd, teacher_ND), dim=-1)
+    return (student_unit_Nd - teacher_unit_Nd).square().sum(-1) / 2
+
+
+def normalised_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
+    """Mean squared difference on the channels both models have, in units of the teacher's mean square there.
+
+    The hidden-state loss of TinyBERT (Jiao et al. 2020, arXiv 1909.10351, equation 8), here divided by the mean square
+    of the teacher's state of the same token: 0 for equal states, 1 for a student's state of zeros, and no token weighs
+    more because its state is large, as an attention sink's is. Unlike the cosine it sees the size of the state.
+
+    Args:
+        student_Nd: hidden states, (N, d), any float dtype.
+        teacher_ND: hidden states, (N, D) with D >= d, any float dtype.
+
+    Returns:
+        (N,) float32, at least 0.
+
+    Raises:
+        ValueError: if the teacher is narrower than the student.
+    """
+    teacher_Nd = _prefix(student_Nd, teacher_ND)
+    size_N = teacher_Nd.square().mean(-1).clamp(min=_FLOOR)
+    return (student_Nd.float() - teacher_Nd).square().mean(-1) / size_N
+
+
+HiddenLoss = Callable[[Tensor, Tensor], Tensor]
+HIDDEN_LOSSES: dict[str, HiddenLoss] = {"cosine": cosine_distance, "mse": normalised_mse}
+
+
+def get_hidden_loss(name: str) -> HiddenLoss:
+    """Look up a distance of `HIDDEN_LOSSES`.
+
+    Args:
+        name: a key of the table.
+
+    Returns:
+        a function of (student_Nd, teacher_ND).
+
+    Raises:
+        ValueError: for an unknown name; the message lists those that exist.
+    """
+    if name not in HIDDEN_LOSSES:
+        close = difflib.get_close_matches(str(name), HIDDEN_LOSSES, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"Unknown hidden loss {name!r}: there are {', '.join(HIDDEN_LOSSES)}.{hint}")
+    return HIDDEN_LOSSES[name]
+
+
+def mean_hidden_distance(pairs: Iterable[tuple[Tensor, Tensor]], loss: str = "cosine") -> Tensor:
+    """Mean over layers of a distance.
+
+    Args:
+        pairs: for each of L student layers its states (N, d) and those of the teacher layer it stands for (N, D).
+        loss: a key of `HIDDEN_LOSSES`.
+
+    Returns:
+        (N,) float32, at least 0.
+
+    Raises:
+        ValueError: if there is no layer, the teacher is narrower than the student, or the loss is unknown.
+    """
+    distance = get_hidden_loss(loss)
+    distances_LN = [distance(student_Nd, teacher_ND) for student_Nd, teacher_ND in pairs]
+    if not distances_LN:
+        raise ValueError("No layer to compare: the mean over layers needs at least one pair of hidden states.")
+    return torch.stack(distances_LN).mean(0)
+
+
+def _prefix(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
     width = student_Nd.shape[-1]
     if teacher_ND.shape[-1] < width:
         raise ValueError(
@@ -33,24 +108,4 @@ def cosine_distance(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
             "distance is taken on the student's channels, a prefix of the teacher's. Use a teacher that is at least "
             "as wide, or set hidden_weight=0."
         )
-    student_unit_Nd = F.normalize(student_Nd.float(), dim=-1)
-    teacher_unit_Nd = F.normalize(teacher_ND[..., :width].float(), dim=-1)
-    return (student_unit_Nd - teacher_unit_Nd).square().sum(-1) / 2
-
-
-def mean_cosine_distance(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """Mean over layers of `cosine_distance`.
-
-    Args:
-        pairs: for each of L student layers its states (N, d) and those of the teacher layer it stands for (N, D).
-
-    Returns:
-        (N,) float32, in [0, 2].
-
-    Raises:
-        ValueError: if there is no layer, or the teacher is narrower than the student.
-    """
-    distances_LN = [cosine_distance(student_Nd, teacher_ND) for student_Nd, teacher_ND in pairs]
-    if not distances_LN:
-        raise ValueError("No layer to compare: the mean over layers needs at least one pair of hidden states.")
-    return torch.stack(distances_LN).mean(0)
+    return teacher_ND[..., :width].float()

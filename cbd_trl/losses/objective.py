@@ -1,6 +1,6 @@
 """The distillation objective: which terms there are and how they add up, per token.
 
-Shapes: N scored tokens, V_s and V_t vocabulary rows of student and teacher.
+Shapes: N scored tokens, V_s vocabulary rows of the student.
 """
 
 from dataclasses import dataclass
@@ -8,74 +8,84 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbd_trl.losses.divergences import get_divergence
+from cbd_trl.losses.divergences import Divergence, tempered_log_probs
 from cbd_trl.losses.reduction import cross_entropy
+from cbd_trl.losses.signals import Statement
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of the terms at one step.
+
+    Attributes:
+        kd: of the divergence.
+        ce: of the cross-entropy on the data's tokens.
+        hidden: of the hidden-state distance.
+    """
+
+    kd: float
+    ce: float
+    hidden: float = 0.0
 
 
 @dataclass(frozen=True)
 class DistillObjective:
-    """kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x hidden distance, per token.
+    """The divergence and the cross-entropy of the objective.
 
     Attributes:
-        kd_weight: weight of the divergence.
-        ce_weight: weight of the cross-entropy on the data's tokens.
-        hidden_weight: weight of the hidden-state distance.
-        divergence: a name in `cbd_trl.losses.divergences.DIVERGENCES`.
-        temperature: divides both models' logits in the divergence.
-        beta: of the jsd.
+        divergence: what `cbd_trl.losses.divergences.get_divergence` returned.
+        temperature: divides both models' logits in the divergence, which is multiplied by its square: gradients with
+            respect to the logits shrink as 1 / T^2, and its weight beside the cross-entropy is to keep its meaning
+            (Hinton et al. 2015, arXiv 1503.02531, section 2).
+        top_k: compare the teacher's k most likely tokens and one bucket for all others; None for all tokens.
         shared_rows: vocabulary rows that both models have; None for all.
     """
 
-    kd_weight: float
-    ce_weight: float
-    hidden_weight: float
-    divergence: str = "forward_kl"
+    divergence: Divergence
     temperature: float = 1.0
-    beta: float = 0.5
+    top_k: int | None = None
     shared_rows: int | None = None
 
-    def terms(self, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor, hidden_N: Tensor | None) -> dict:
-        """Every term of the loss, and the teacher's own cross-entropy.
+    def terms(self, student_NV: Tensor, teacher: Statement, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+        """Every term that reads logits, and the teacher's own cross-entropy.
 
         A term of weight 0 is computed without gradient, because it is logged all the same. The divergence is taken
         between the distributions over the shared rows, the cross-entropies over each model's own rows.
 
         Args:
-            student_NV: logits, (N, V_s).
-            teacher_NV: logits, (N, V_t).
+            student_NV: logits, (N, V_s) float32.
+            teacher: what it says at the same positions.
             targets_N: token ids, (N,).
-            hidden_N: hidden-state distance, (N,); None when it is not taken.
+            weights: of this step.
 
         Returns:
-            {"kd", "ce", "teacher_ce", and "hidden" if given}: (N,) float32, nats per token (hidden: no unit).
+            {"kd", "ce", "teacher_ce"}: (N,) float32, nats per token.
         """
-        rows = self.shared_rows
-        divergence = get_divergence(self.divergence)
-        terms: dict[str, Tensor] = {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_weight > 0):
-            terms["kd"] = divergence(student_NV[:, :rows], teacher_NV[:, :rows], self.temperature, self.beta)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.ce_weight > 0):
-            terms["ce"] = cross_entropy(student_NV, targets_N)
-        if hidden_N is not None:
-            terms["hidden"] = hidden_N
+        rows = student_NV.shape[1] if self.shared_rows is None else self.shared_rows
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and (weights.kd > 0 or weights.ce > 0)):
+            student_log_NV = tempered_log_probs(student_NV[:, :rows], self.temperature)
+        with torch.set_grad_enabled(grad and weights.kd > 0):
+            kd_N = teacher.compare(student_log_NV, self.divergence, self.temperature, self.top_k) * self.temperature**2
+        with torch.set_grad_enabled(grad and weights.ce > 0):
+            if self.temperature == 1.0 and rows == student_NV.shape[1]:
+                ce_N = -student_log_NV.gather(1, targets_N[:, None])[:, 0]
+            else:
+                ce_N = cross_entropy(student_NV, targets_N)
         with torch.no_grad():
-            terms["teacher_ce"] = cross_entropy(teacher_NV, targets_N)
-        return terms
+            return {"kd": kd_N, "ce": ce_N, "teacher_ce": teacher.cross_entropy(targets_N)}
 
-    def combine(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms that have a weight.
 
-        Args:
-            terms: what `terms` returned.
+def combine(terms: dict[str, Tensor], weights: Weights) -> Tensor:
+    """The weighted sum of the terms that have a weight.
 
-        Returns:
-            (N,) float32.
+    Args:
+        terms: "kd", "ce" and perhaps "hidden", (N,) each.
+        weights: of this step.
 
-        Raises:
-            ValueError: if every weight of a present term is 0.
-        """
-        weights = {"kd": self.kd_weight, "ce": self.ce_weight, "hidden": self.hidden_weight}
-        parts = [weight * terms[name] for name, weight in weights.items() if weight > 0 and name in terms]
-        if not parts:
-            raise ValueError(f"Nothing to minimise: the weights are {weights}. Set at least one of them above 0.")
-        return torch.stack(parts).sum(0)
+    Returns:
+        (N,) float32.
+    """
+    each = {"kd": weights.kd, "ce": weights.ce, "hidden": weights.hidden}
+    parts = [weight * terms[name] for name, weight in each.items() if weight > 0 and name in terms]
+    return torch.stack(parts).sum(0) if parts else torch.zeros_like(terms["ce"])

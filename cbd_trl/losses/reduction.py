@@ -76,14 +76,15 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
-def normalise(per_token_N: Tensor, num_items: Tensor | int | None, num_processes: int = 1) -> Tensor:
+def normalise(total: Tensor, tokens: int, num_items: Tensor | int | None, num_processes: int = 1) -> Tensor:
     """The loss of a micro-batch: its token sum over the tokens of the whole optimiser step.
 
     Summed over micro-batches, and averaged over processes as DDP does, this is the mean over all scored tokens of the
     step, whatever the accumulation, packing or number of processes.
 
     Args:
-        per_token_N: (N,) nats per token.
+        total: scalar, nats, summed over the scored tokens of this micro-batch.
+        tokens: how many they are.
         num_items: scored tokens of the optimiser step, over all processes that `num_processes` counts; None for those
             of this micro-batch.
         num_processes: how many processes share `num_items`.
@@ -91,8 +92,8 @@ def normalise(per_token_N: Tensor, num_items: Tensor | int | None, num_processes
     Returns:
         scalar; 0, with a gradient of 0, where nothing is scored.
     """
-    items = torch.as_tensor(per_token_N.numel() if num_items is None else num_items, device=per_token_N.device)
-    return per_token_N.sum() / items.clamp(min=1) * num_processes
+    items = torch.as_tensor(tokens if num_items is None else num_items, device=total.device)
+    return total / items.clamp(min=1) * num_processes
 
 
 def sums_per_row(per_token_N: Tensor, labels_BT: Tensor, row_lengths_R: Tensor | None = None) -> Tensor:

@@ -1,15 +1,19 @@
-"""A teacher that runs in the training processes: loading, checking and placing it."""
+"""Teachers that run in the training processes: loading and placing them, and what they say."""
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from accelerate import Accelerator
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+import torch
+from accelerate import Accelerator, cpu_offload
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cbd_trl.teachers.tokenizers import check_same_tokenizer, find_tokenizer, shared_vocabulary
-
-logger = logging.get_logger(__name__)
+from cbd_trl.architectures.backbone import check_head, open_forward, output_head
+from cbd_trl.losses.head import product_dtype
+from cbd_trl.losses.reduction import select_scored
+from cbd_trl.losses.signals import HiddenSignal, MixtureSignal, Signal
+from cbd_trl.teachers.batch import Batch
 
 
 def load_teacher(
@@ -28,7 +32,7 @@ def load_teacher(
         teacher: a causal LM, or the path or Hub id of one.
         student: the model being trained, which gives the defaults of dtype and attention implementation: equal
             attention keeps packed rows apart in both models alike.
-        init_kwargs: of `from_pretrained`, for a path or Hub id.
+        init_kwargs: of `from_pretrained`, for a path or Hub id; `quantization_config` among them.
         revision: of a Hub id.
         trust_remote_code: let a Hub model run its own code.
 
@@ -36,7 +40,8 @@ def load_teacher(
         the teacher, not yet on a device.
 
     Raises:
-        ValueError: if it is the student or shares parameters with it, or if options for loading come with a model.
+        ValueError: if it is the student or shares parameters with it, if options for loading come with a model, or if
+            its logits are not a plain head of its last hidden state.
         TypeError: if it is neither a model nor a string.
     """
     if isinstance(teacher, str):
@@ -49,7 +54,7 @@ def load_teacher(
     elif not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher_model is a {type(teacher).__name__}: it must be a causal language model, or the path "
-            "or Hub id of one."
+            "or Hub id of one (or a list of them)."
         )
     elif init_kwargs or revision:
         raise ValueError(
@@ -60,80 +65,139 @@ def load_teacher(
     if any(id(parameter) in owned for parameter in teacher.parameters()):
         raise ValueError(
             "The teacher shares parameters with the student: freezing the one would freeze the other. Give a copy, "
-            "such as `copy.deepcopy(model)`."
+            "such as `copy.deepcopy(model)`, or set self_distillation=True to learn from the student's own base."
         )
     teacher.eval()
     teacher.requires_grad_(False)
+    open_forward(teacher)
+    check_head(teacher)
     return teacher
 
 
-def check_vocabularies(
-    student: nn.Module,
-    teacher: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-    teacher_name_or_path: str | None = None,
-    revision: str | None = None,
-) -> int:
-    """Check that both models speak the tokenizer of the data.
+class Teacher(Protocol):
+    """What the trainer asks of every teacher."""
 
-    Without `teacher_tokenizer` the teacher's is looked for where it was loaded from; for a model given in memory, only
-    on this machine. Where none is found, only the number of rows can be checked.
+    def place(self, accelerator: Accelerator, offload: bool = False) -> None:
+        """See `LocalTeacher.place`."""
 
-    Args:
-        student: the model being trained.
-        teacher: the loaded teacher.
-        tokenizer: makes the training data.
-        teacher_tokenizer: the teacher's own, if known.
-        teacher_name_or_path: what the teacher was loaded from; None for a model given in memory.
-        revision: of a Hub id.
-
-    Returns:
-        the number of vocabulary rows that both models have.
-
-    Raises:
-        ValueError: if the tokenizers differ, or a model has too few rows.
-    """
-    if teacher_tokenizer is None:
-        in_memory = teacher_name_or_path is None
-        place = getattr(teacher.config, "_name_or_path", None) if in_memory else teacher_name_or_path
-        teacher_tokenizer = find_tokenizer(place, revision, local_only=in_memory)
-        if teacher_tokenizer is None and not in_memory:
-            logger.warning(
-                f"No tokenizer was found beside the teacher {teacher_name_or_path}: it is taken to be the student's. "
-                "Pass `teacher_processing_class` to have them compared."
-            )
-    if teacher_tokenizer is not None:
-        check_same_tokenizer(tokenizer, teacher_tokenizer)
-    highest = max(tokenizer.get_vocab().values()) + 1
-    return shared_vocabulary(_vocabulary_rows(student), _vocabulary_rows(teacher), highest)
+    def says(self, batch: Batch, student: nn.Module) -> Signal:
+        """See `LocalTeacher.says`."""
 
 
-def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """Put the teacher where the student is: on its device, sharded alike, under the same mixed precision.
+class LocalTeacher:
+    """A frozen causal LM.
 
     Args:
-        teacher: frozen, in eval mode.
-        accelerator: the trainer's.
+        model: what `load_teacher` returned.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._placed: nn.Module = model
+
+    def place(self, accelerator: Accelerator, offload: bool = False) -> None:
+        """Put the teacher where the student is: on its device, sharded alike, under the same mixed precision.
+
+        Args:
+            accelerator: the trainer's.
+            offload: keep the parameters in the CPU's memory and bring each layer to the device when it runs.
+        """
+        if offload:
+            cpu_offload(self.model, execution_device=accelerator.device)
+        if accelerator.state.deepspeed_plugin is not None:
+            from trl.models.utils import prepare_deepspeed
+
+            placed = prepare_deepspeed(self.model, accelerator)
+        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            from trl.models.utils import prepare_fsdp
+
+            placed = prepare_fsdp(self.model, accelerator)
+        else:
+            placed = accelerator.prepare_model(self.model, device_placement=not offload, evaluation_mode=True)
+        placed.eval()
+        self._placed = placed
+
+    def says(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+        """What the teacher says at the scored positions of a batch.
+
+        Args:
+            batch: of B rows of T tokens.
+            student: as wrapped for training; only a teacher that lives in it needs it.
+
+        Returns:
+            its last hidden states at the N scored positions, and its head.
+        """
+        return read_hidden(self._placed, self.model, batch)
+
+
+class EnsembleTeacher:
+    """Several teachers whose next-token distributions are averaged (Baby Llama, arXiv 2308.02019).
+
+    Args:
+        members: the teachers.
+        weights: of their distributions, summing to 1.
+    """
+
+    def __init__(self, members: Sequence[LocalTeacher], weights: Sequence[float]) -> None:
+        self.members = members
+        self._weights = weights
+
+    def place(self, accelerator: Accelerator, offload: bool = False) -> None:
+        """See `LocalTeacher.place`."""
+        for member in self.members:
+            member.place(accelerator, offload)
+
+    def says(self, batch: Batch, student: nn.Module) -> MixtureSignal:
+        """See `LocalTeacher.says`."""
+        return MixtureSignal([member.says(batch, student) for member in self.members], self._weights)
+
+
+class OwnBaseTeacher:
+    """The student with its adapter switched off: what it was before it was trained.
+
+    Args:
+        student: a PEFT model, not wrapped.
+    """
+
+    def __init__(self, student: Any) -> None:
+        self._student = student
+
+    def place(self, accelerator: Accelerator, offload: bool = False) -> None:
+        """The student is placed by the trainer."""
+
+    def says(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+        """See `LocalTeacher.says`. In eval mode: dropout is for the student, and so is gradient checkpointing."""
+        was_training = student.training
+        student.eval()
+        try:
+            with self._student.disable_adapter():
+                return read_hidden(student, self._student.get_base_model(), batch)
+        finally:
+            student.train(was_training)
+
+
+@torch.no_grad()
+def read_hidden(placed: nn.Module, model: Any, batch: Batch) -> HiddenSignal:
+    """Run a model up to its last hidden state and keep the scored positions.
+
+    Args:
+        placed: the model to call, wrapped or not.
+        model: the causal LM itself, its forward opened.
+        batch: of B rows of T tokens.
 
     Returns:
-        the model to call.
+        hidden states (N, D) and head, both in the dtype in which they are multiplied.
     """
-    if accelerator.state.deepspeed_plugin is not None:
-        from trl.models.utils import prepare_deepspeed
-
-        placed = prepare_deepspeed(teacher, accelerator)
-    elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
-        from trl.models.utils import prepare_fsdp
-
-        placed = prepare_fsdp(teacher, accelerator)
-    else:
-        placed = accelerator.prepare_model(teacher, evaluation_mode=True)
-    placed.eval()
-    return placed
+    return placed(**batch.inputs, inside=_ReadHidden(model, batch.labels_BT))
 
 
-def _vocabulary_rows(model: Any) -> int:
-    # Not config.vocab_size: the logits have one column per row of the output embedding.
-    return model.get_output_embeddings().weight.shape[0]
+@dataclass(frozen=True)
+class _ReadHidden:
+    model: Any
+    labels_BT: Tensor
+
+    def __call__(self, hidden_BTD: Tensor) -> HiddenSignal:
+        hidden_ND = select_scored(hidden_BTD, self.labels_BT.to(hidden_BTD.device))
+        with output_head(self.model, keep=True) as head:
+            dtype = product_dtype(head, hidden_ND.device)
+            return HiddenSignal(hidden_ND.to(dtype), head.to(dtype))

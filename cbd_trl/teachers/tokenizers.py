@@ -1,6 +1,12 @@
 """Do a student and a teacher read and write the same tokens?"""
 
+from typing import Any
+
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Letters with accents, digits, spaces, a newline and another script: what normalisers, pre-tokenizers and merges
 # disagree about although the vocabularies are equal.
@@ -86,3 +92,51 @@ def shared_vocabulary(student_rows: int, teacher_rows: int, tokens: int) -> int:
             "different ones."
         )
     return shared
+
+
+def check_vocabularies(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_name_or_path: str | None = None,
+    revision: str | None = None,
+) -> int:
+    """Check that both models speak the tokenizer of the data.
+
+    Without `teacher_tokenizer` the teacher's is looked for where it was loaded from; for a model given in memory, only
+    on this machine. Where none is found, only the number of rows can be checked.
+
+    Args:
+        student: the model being trained.
+        teacher: the loaded teacher.
+        tokenizer: makes the training data.
+        teacher_tokenizer: the teacher's own, if known.
+        teacher_name_or_path: what the teacher was loaded from; None for a model given in memory.
+        revision: of a Hub id.
+
+    Returns:
+        the number of vocabulary rows that both models have.
+
+    Raises:
+        ValueError: if the tokenizers differ, or a model has too few rows.
+    """
+    if teacher_tokenizer is None:
+        in_memory = teacher_name_or_path is None
+        place = getattr(teacher.config, "_name_or_path", None) if in_memory else teacher_name_or_path
+        teacher_tokenizer = find_tokenizer(place, revision, local_only=in_memory)
+        if teacher_tokenizer is None and not in_memory:
+            logger.warning(
+                f"No tokenizer was found beside the teacher {teacher_name_or_path}: it is taken to be the student's. "
+                "Pass `teacher_processing_class` to have them compared."
+            )
+    if teacher_tokenizer is not None:
+        check_same_tokenizer(tokenizer, teacher_tokenizer)
+    highest = max(tokenizer.get_vocab().values()) + 1
+    return shared_vocabulary(vocabulary_rows(student), vocabulary_rows(teacher), highest)
+
+
+def vocabulary_rows(model: Any) -> int:
+    """How many logits a model has per position: rows of its output embedding, which config.vocab_size need not be."""
+    return model.get_output_embeddings().weight.shape[0]

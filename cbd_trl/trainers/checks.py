@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 
 from cbd_trl.trainers.distill_config import DistillConfig
 
 
-def chosen_teacher(teacher: str | PreTrainedModel | None, args: DistillConfig) -> str | PreTrainedModel:
+def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
     """The teacher, from the trainer's argument or from its config.
 
     Args:
@@ -15,17 +15,24 @@ def chosen_teacher(teacher: str | PreTrainedModel | None, args: DistillConfig) -
         args: of the run.
 
     Returns:
-        a model, path or Hub id.
+        a model, path or Hub id, a list of them, or None where `args` names a cache or the student's own base.
 
     Raises:
         ValueError: if there is none, or two.
     """
     named = args.teacher_model_name_or_path
-    chosen = named if teacher is None else teacher
-    if chosen is None or (teacher is not None and named is not None):
+    elsewhere = "teacher_cache" if args.teacher_cache else "self_distillation" if args.self_distillation else None
+    if teacher is not None and (named is not None or elsewhere):
+        other = elsewhere or "teacher_model_name_or_path"
         raise ValueError(
-            "A teacher is needed, as `teacher_model` of the trainer or as `teacher_model_name_or_path` of the "
-            f"DistillConfig: {'neither was' if chosen is None else 'both were'} given. Give one of them."
+            f"A teacher was given as `teacher_model` of the trainer and as {other} of the DistillConfig: both were "
+            "given, and there can be one. Give one of them."
+        )
+    chosen = named if teacher is None else teacher
+    if (chosen is None and not elsewhere) or (isinstance(chosen, list | tuple) and not chosen):
+        raise ValueError(
+            "A teacher is needed: neither was `teacher_model` of the trainer given nor, in the DistillConfig, "
+            "`teacher_model_name_or_path`, `teacher_cache` or `self_distillation`. Give one of them."
         )
     return chosen
 
@@ -57,6 +64,13 @@ def check_arguments(args: Any, processing_class: Any, others: dict[str, Any]) ->
             f"processing_class is a {type(processing_class).__name__}: DistillTrainer distils text models. Pass the "
             "tokenizer of a text model."
         )
+    for name, neutral in (("hidden_schedule", "constant"), ("hidden_loss", "cosine")):
+        value = getattr(args, name)
+        if value != neutral and not args.uses_hidden:
+            raise ValueError(
+                f"{name}={value!r} shapes the hidden-state term, which has no weight: it would be ignored. Set "
+                f"hidden_weight above 0, or leave {name} out."
+            )
     checkpointing = args.gradient_checkpointing_kwargs
     if args.swap_probability and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
         raise ValueError(
@@ -91,8 +105,15 @@ def check_run(trainer: Any) -> None:
             "Context and sequence parallelism split a row over processes, which this loss does not put together "
             "again. Set cp_size and sp_size to 1 and shard with FSDP or DeepSpeed instead."
         )
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if trainer.args.teacher_offload and sharded:
+        raise ValueError(
+            "teacher_offload=True brings the teacher's layers to the device one by one, and FSDP and DeepSpeed shard "
+            "them over the devices: there can be one of the two. Leave teacher_offload out, and let FSDP or DeepSpeed "
+            "offload parameters if memory is short."
+        )
     swap = trainer.args.swap_probability
-    if swap and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if swap and sharded:
         raise ValueError(
             f"swap_probability={swap} runs the teacher's layers inside the student, which FSDP and DeepSpeed shard "
             "each on their own. Set swap_probability=0, or train with DDP or one process."

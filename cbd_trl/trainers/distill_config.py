@@ -1,12 +1,15 @@
 """Arguments of `DistillTrainer`."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
-from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
+from cbd_trl.losses.divergences import DIVERGENCES
+from cbd_trl.losses.hidden import HIDDEN_LOSSES
+from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.schedule import SCHEDULES, WeightSchedule
+from cbd_trl.trainers.config_checks import check_config
 
 
 @dataclass
@@ -19,21 +22,39 @@ class DistillConfig(SFTConfig):
     Args:
         teacher_model_name_or_path: path or Hub id of the teacher, used when the trainer is given none.
         teacher_model_init_kwargs: keyword arguments of `AutoModelForCausalLM.from_pretrained` for a teacher given as a
-            path or Hub id; a dict, or a JSON string on the command line. Unless named here, dtype and attention
-            implementation are the student's.
+            path or Hub id, `quantization_config` among them; a dict, or a JSON string on the command line. Unless
+            named here, dtype and attention implementation are the student's.
         teacher_model_revision: revision of a teacher (and its tokenizer) given as a Hub id.
+        teacher_weights: weights of several teachers, whose distributions are averaged; scaled to sum to 1. None:
+            equal.
+        teacher_cache: folder that `cbd-trl cache` wrote: no teacher is loaded.
+        teacher_offload: keep the teacher in the CPU's memory and bring each layer to the device when it runs.
+        self_distillation: the teacher is the student's own base, its adapter switched off. Needs a `peft_config`.
         kd_weight: weight of the divergence between teacher and student.
-        divergence: `forward_kl`, `reverse_kl` or `jsd`.
+        kd_schedule: how that weight changes over the run: `constant`, `linear` or `cosine`.
+        kd_weight_end: the weight at the end of the run. None: 0.
+        divergence: `forward_kl`, `reverse_kl`, `jsd`, `skew_kl`, `skew_reverse_kl`, `adaptive_kl`, `total_variation`.
         beta: of `jsd`: 0 is forward KL, 1 reverse KL, as in TRL.
+        skew: of `skew_kl` and `skew_reverse_kl`: how much of the one distribution is mixed into the other.
+        head_share: of `adaptive_kl`: the teacher's mass that counts as the head of its distribution.
         temperature: divides the logits of both models in the divergence, which is multiplied by its square (Hinton et
             al. 2015) so that its weight keeps its meaning.
+        top_k: compare the teacher's k most likely tokens and one bucket for all others. None: every token.
         ce_weight: weight of the cross-entropy on the tokens of the dataset.
-        hidden_weight: weight of the mean cosine distance between each student layer's output and that of the last
-            layer of its block in the teacher. Needs models of equal width or of one chain. None: 0, or what
-            `build_chain` sets.
+        ce_schedule: how that weight changes over the run, likewise.
+        ce_weight_end: the weight at the end of the run. None: 0.
+        hidden_weight: weight of the mean distance between each student layer's output and that of the last layer of
+            its block in the teacher. Needs models of equal width or of one chain, or `hidden_projector`. None: 0, or
+            what `build_chain` sets.
+        hidden_schedule: how that weight changes over the run, likewise.
+        hidden_weight_end: the weight at the end of the run. None: 0.
+        hidden_loss: `cosine` distance, or `mse`: squared distance over the square of the teacher's state.
+        hidden_projector: compare through a learned matrix per layer, for models that do not share channels. It is
+            trained along, kept in checkpoints, and no part of the student.
         swap_probability: share of the optimiser steps on which a random number of the last student blocks is replaced
             by the teacher's frozen blocks. Needs two models of one chain that differ in depth alone. None: 0, or what
             `build_chain` sets.
+        loss_chunk_size: tokens whose logits are held at a time. None: what suits the vocabulary and the device.
 
     Raises:
         ValueError: for a value that has no meaning, or an SFT option that this loss does not have.
@@ -56,9 +77,36 @@ class DistillConfig(SFTConfig):
         default=None,
         metadata={"help": "Revision of a teacher (and its tokenizer) given as a Hub id."},
     )
+    teacher_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of several teachers, whose distributions are averaged; scaled to sum to 1. Not set: "
+            "equal."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder that `cbd-trl cache` wrote: no teacher is loaded."},
+    )
+    teacher_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep the teacher in the CPU's memory and bring each layer to the device when it runs."},
+    )
+    self_distillation: bool = field(
+        default=False,
+        metadata={"help": "The teacher is the student's own base, its adapter switched off. Needs a PEFT student."},
+    )
     kd_weight: float = field(
         default=1.0,
         metadata={"help": "Weight of the divergence between teacher and student."},
+    )
+    kd_schedule: str = field(
+        default="constant",
+        metadata={"help": "How kd_weight changes over the run.", "choices": list(SCHEDULES)},
+    )
+    kd_weight_end: float | None = field(
+        default=None,
+        metadata={"help": "kd_weight at the end of the run, where it has a schedule. Not set: 0."},
     )
     divergence: str = field(
         default="forward_kl",
@@ -71,6 +119,17 @@ class DistillConfig(SFTConfig):
         default=0.5,
         metadata={"help": "Of the divergence `jsd`: 0 is forward KL, 1 reverse KL."},
     )
+    skew: float = field(
+        default=0.1,
+        metadata={
+            "help": "Of the divergences `skew_kl` and `skew_reverse_kl`: how much of the one distribution is mixed "
+            "into the other."
+        },
+    )
+    head_share: float = field(
+        default=0.5,
+        metadata={"help": "Of `adaptive_kl`: the teacher's mass that counts as the head of its distribution."},
+    )
     temperature: float = field(
         default=1.0,
         metadata={
@@ -78,16 +137,53 @@ class DistillConfig(SFTConfig):
             "its weight keeps its meaning."
         },
     )
+    top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Compare the teacher's k most likely tokens and one bucket for all others. Not set: every token."
+        },
+    )
     ce_weight: float = field(
         default=0.5,
         metadata={"help": "Weight of the cross-entropy on the tokens of the dataset."},
     )
+    ce_schedule: str = field(
+        default="constant",
+        metadata={"help": "How ce_weight changes over the run.", "choices": list(SCHEDULES)},
+    )
+    ce_weight_end: float | None = field(
+        default=None,
+        metadata={"help": "ce_weight at the end of the run, where it has a schedule. Not set: 0."},
+    )
     hidden_weight: float | None = field(
         default=None,
         metadata={
-            "help": "Weight of the mean cosine distance between each student layer's output and that of the last "
-            "layer of its block in the teacher. Needs models of equal width or of one chain. Not set: 0, or what "
-            "`build_chain` sets."
+            "help": "Weight of the mean distance between each student layer's output and that of the last layer of "
+            "its block in the teacher. Needs models of equal width or of one chain, or hidden_projector. Not set: 0, "
+            "or what `build_chain` sets."
+        },
+    )
+    hidden_schedule: str = field(
+        default="constant",
+        metadata={"help": "How hidden_weight changes over the run.", "choices": list(SCHEDULES)},
+    )
+    hidden_weight_end: float | None = field(
+        default=None,
+        metadata={"help": "hidden_weight at the end of the run, where it has a schedule. Not set: 0."},
+    )
+    hidden_loss: str = field(
+        default="cosine",
+        metadata={
+            "help": "Distance of hidden states: `cosine`, or `mse`, the squared distance over the square of the "
+            "teacher's state.",
+            "choices": list(HIDDEN_LOSSES),
+        },
+    )
+    hidden_projector: bool = field(
+        default=False,
+        metadata={
+            "help": "Compare hidden states through a learned matrix per layer, for models that do not share channels. "
+            "It is trained along, kept in checkpoints, and no part of the student."
         },
     )
     swap_probability: float | None = field(
@@ -99,44 +195,42 @@ class DistillConfig(SFTConfig):
         },
     )
 
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose logits are held at a time. Not set: what suits the vocabulary and the device."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check every value, so that a mistake is seen before a model is loaded."""
         super().__post_init__()
-        self._check_weights()
-        get_divergence(self.divergence)
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"temperature={self.temperature}: it divides the logits, so it must be above 0 and finite."
-            )
-        if not 0 <= self.beta <= 1:
-            raise ValueError(
-                f"beta={self.beta}: it is the teacher's share of the jsd mixture, so it must lie between 0 (forward "
-                "KL) and 1 (reverse KL)."
-            )
-        if self.swap_probability is not None and not 0 <= self.swap_probability <= 1:
-            raise ValueError(
-                f"swap_probability={self.swap_probability}: it is the share of steps taken on hybrids, so it must lie "
-                "between 0 and 1."
-            )
-        for name, value, neutral in (
-            ("loss_type", self.loss_type, "nll"),
-            ("label_smoothing_factor", self.label_smoothing_factor, 0),
-        ):
-            if value != neutral:
-                raise ValueError(
-                    f"{name}={value!r} changes the loss of SFT, which distillation does not use: it would be ignored. "
-                    f"Leave it at {neutral!r}; the divergence, temperature and weights shape this loss."
-                )
+        check_config(self)
 
-    def _check_weights(self) -> None:
-        weights = {name: getattr(self, name) for name in ("kd_weight", "ce_weight", "hidden_weight")}
-        for name, value in weights.items():
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(
-                    f"{name}={value}: a weight of the loss must be finite and at least 0 (0 switches the term off)."
-                )
-        if not any(weights.values()):
-            raise ValueError(
-                f"kd_weight, ce_weight and hidden_weight are {list(weights.values())}: nothing is left to minimise. "
-                "Set at least one of them above 0."
+    def schedules(self) -> dict[str, WeightSchedule]:
+        """The weight of each term over the run.
+
+        Returns:
+            kd, ce and hidden.
+        """
+        return {
+            term: WeightSchedule(
+                getattr(self, f"{term}_weight") or 0.0,
+                getattr(self, f"{term}_weight_end") or 0.0,
+                getattr(self, f"{term}_schedule"),
             )
+            for term in ("kd", "ce", "hidden")
+        }
+
+    def weights(self, progress: float) -> Weights:
+        """The weights at a point of the run.
+
+        Args:
+            progress: share of the optimiser steps done, in [0, 1].
+        """
+        return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
+
+    @property
+    def uses_hidden(self) -> bool:
+        """Whether the hidden-state term has a weight at any time of the run."""
+        return self.schedules()["hidden"].highest > 0

@@ -10,33 +10,40 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
-from trl import SFTTrainer
 
-from cbd_trl.losses.objective import DistillObjective
-from cbd_trl.losses.reduction import count_scored, normalise, scored_targets, select_scored, sums_per_row
-from cbd_trl.teachers.local import check_vocabularies, load_teacher, place_teacher
-from cbd_trl.trainers.batches import RowLengthsCollator, count_tokens, split_inputs
+from cbd_trl.losses.divergences import get_divergence
+from cbd_trl.losses.objective import DistillObjective, Weights, combine
+from cbd_trl.losses.reduction import count_scored, normalise, sums_per_row
+from cbd_trl.teachers.batch import Batch
+from cbd_trl.teachers.cached import CachedTeacher
+from cbd_trl.trainers.batches import RowLengthsCollator
 from cbd_trl.trainers.checks import check_arguments, check_run, chosen_teacher
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 from cbd_trl.trainers.model_card import describe_model, distillation_card, readable_name
+from cbd_trl.trainers.projector_trainer import ProjectorTrainer
+from cbd_trl.trainers.step_loss import StepLoss
+from cbd_trl.trainers.teacher_setup import TeacherModel, read_from_cache, set_up_teacher
+
+_TERMS = ("kd", "ce", "hidden", "teacher_ce")
 
 
-class DistillTrainer(SFTTrainer):
+class DistillTrainer(ProjectorTrainer):
     """Trains a student on a dataset to predict what a teacher predicts.
 
-    The loss is kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x mean cosine distance of the
-    layers, each a mean over the scored tokens of the optimiser step: gradient accumulation, packing and the number of
-    processes do not change it. Logged at every log event, as means over the tokens since the last one: `kd`, `ce`,
-    `hidden` (where weighted) and `teacher_ce`, on hybrid steps those of the hybrid; and `num_tokens`, the tokens seen
-    so far. Evaluation reports the same terms of the student alone, prefixed `eval_`, as means over the tokens of the
-    whole evaluation set.
+    The loss is kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x mean distance of the layers, each
+    a mean over the scored tokens of the optimiser step: gradient accumulation, packing and the number of processes do
+    not change it. The logits of a whole batch are never in memory. Logged at every log event, as means over the tokens
+    since the last one: `kd`, `ce`, `hidden` (where weighted) and `teacher_ce`, on hybrid steps those of the hybrid;
+    the weights, where they have a schedule; and `num_tokens`, the tokens seen so far. Evaluation reports the same
+    terms of the student alone, prefixed `eval_`, as means over the tokens of the whole evaluation set.
 
     Args:
         model: the student: a causal LM, or the path or Hub id of one.
-        teacher_model: the teacher, likewise. Given as a model it is frozen and put in eval mode. None: the one that
-            `args.teacher_model_name_or_path` names.
+        teacher_model: the teacher, likewise, or a list of teachers. Given as a model it is frozen and put in eval
+            mode.
+            None: what `args` names: `teacher_model_name_or_path`, `teacher_cache` or `self_distillation`.
         args: a `DistillConfig`.
         train_dataset: any dataset format of `trl.SFTTrainer`.
         eval_dataset: likewise, or a dict of them.
@@ -61,7 +68,7 @@ class DistillTrainer(SFTTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        teacher_model: str | PreTrainedModel | None = None,
+        teacher_model: TeacherModel = None,
         args: DistillConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -87,64 +94,60 @@ class DistillTrainer(SFTTrainer):
             **kwargs,
         )
         check_run(self)
-        teacher = self._set_up_teacher(teacher_model, teacher_processing_class)
-        student = self.accelerator.unwrap_model(self.model)
-        self._pairs = LayerPairs(student, teacher, block_map, args)
-        self._student_name = student_name
-        self._teacher_text = describe_model(teacher, getattr(teacher.config, "_name_or_path", None))
-        self.teacher_model = place_teacher(teacher, self.accelerator)
+        student: Any = self.accelerator.unwrap_model(self.model)
+        setup = set_up_teacher(teacher_model, student, args, self.processing_class, teacher_processing_class)
+        self._student = student.get_base_model() if hasattr(student, "get_base_model") else student
+        self._pairs = LayerPairs(student, setup.model, block_map, args)
+        if self._pairs.projectors is not None:
+            self.projectors = self._pairs.projectors.to(self.accelerator.device)
+        self._student_name, self._teacher_text = student_name, setup.text
+        self._objective = DistillObjective(
+            get_divergence(args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share),
+            temperature=args.temperature,
+            top_k=args.top_k,
+            shared_rows=setup.shared_rows,
+        )
+        self.teacher_model = setup.model
+        self._teacher = setup.teacher
+        self._teacher.place(self.accelerator, args.teacher_offload)
 
         # The loss is normalised by the tokens of the whole step, so the Trainer must count them.
         self.model_accepts_loss_kwargs = True
         if self.padding_free:
             self.data_collator = RowLengthsCollator(**vars(self.data_collator))
+        if isinstance(setup.teacher, CachedTeacher):
+            evaluation = self.eval_dataset
+            datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+            self.data_collator = read_from_cache(setup.teacher, self.data_collator, datasets)
         self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
         self.add_callback(TokenCounter())
 
-    def _set_up_teacher(
-        self, teacher_model: str | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-    ) -> PreTrainedModel:
-        args, student = self.args, self.accelerator.unwrap_model(self.model)
-        init_kwargs: Any = args.teacher_model_init_kwargs  # a string on the command line, a dict once parsed
-        teacher = load_teacher(
-            teacher_model,
-            student,
-            init_kwargs=init_kwargs,
-            revision=args.teacher_model_revision,
-            trust_remote_code=args.trust_remote_code,
-        )
-        shared_rows = check_vocabularies(
-            student,
-            teacher,
-            self.processing_class,
-            teacher_tokenizer=tokenizer,
-            teacher_name_or_path=teacher_model if isinstance(teacher_model, str) else None,
-            revision=args.teacher_model_revision,
-        )
-        self._objective = DistillObjective(
-            kd_weight=args.kd_weight,
-            ce_weight=args.ce_weight,
-            hidden_weight=args.hidden_weight or 0.0,
-            divergence=args.divergence,
-            temperature=args.temperature,
-            beta=args.beta,
-            shared_rows=shared_rows,
-        )
-        return teacher
+    @property
+    def _weights(self) -> Weights:
+        return self.args.weights(self.state.global_step / max(self.state.max_steps, 1))
 
-    def _token_terms(self, model: nn.Module, inputs: dict[str, Any], labels: Tensor) -> tuple[dict[str, Tensor], Any]:
-        """Every term at the scored positions, (N,) each, and the student's outputs."""
+    def _run(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
+        """What `StepLoss` returns for a batch."""
         pairs = self._pairs
         with torch.no_grad(), pairs.teacher_outputs.recording() as teacher_states:
-            teacher_NV = select_scored(self.teacher_model(**inputs).logits, labels)
+            signal = self._teacher.says(batch, model)
         with (
             pairs.swapped(self.state.global_step) if self.model.training else nullcontext(),
             pairs.student_outputs.recording() as student_states,
         ):
-            outputs = model(**inputs)
-        hidden_N = pairs.distance(student_states, teacher_states, labels)
-        student_NV = select_scored(outputs.logits, labels)
-        return self._objective.terms(student_NV, teacher_NV, scored_targets(labels), hidden_N), outputs
+            step_loss = StepLoss(
+                student=self._student,
+                labels_BT=batch.labels_BT,
+                teacher=signal,
+                objective=self._objective,
+                weights=self._weights,
+                pairs=pairs,
+                student_states=student_states,
+                teacher_states=teacher_states,
+                chunk=self.args.loss_chunk_size,
+                with_logits=with_logits,
+            )
+            return model(**batch.inputs, inside=step_loss)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -188,16 +191,16 @@ class DistillTrainer(SFTTrainer):
         Returns:
             scalar loss in nats, or (loss, outputs).
         """
-        inputs, labels, _ = split_inputs(inputs)
-        terms, outputs = self._token_terms(model, inputs, labels)
-        loss_N = self._objective.combine(terms)
+        batch = Batch.split(inputs)
+        outputs = self._run(model, batch, with_logits=return_outputs)
+        scored = outputs["ce"].numel()
         if self.model.training:
-            tokens = torch.tensor(float(loss_N.numel()), device=loss_N.device)
-            self._train_meter.add({name: term.sum() for name, term in terms.items()}, tokens)
-            self._token_counter.tokens += self.accelerator.reduce(count_tokens(inputs), "sum") // self.get_tp_size()
+            sums = {name: outputs[name].sum() for name in _TERMS if name in outputs}
+            self._train_meter.add(sums, torch.tensor(float(scored), device=outputs["ce"].device))
+            self._token_counter.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
-        loss = normalise(loss_N, num_items_in_batch, processes)
+        loss = normalise(outputs["total"], scored, num_items_in_batch, processes)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -218,17 +221,19 @@ class DistillTrainer(SFTTrainer):
         Returns:
             mean loss of the batch in nats, logits (B, T, V) or None, labels (B, T) or None.
         """
-        inputs, labels, row_lengths = split_inputs(self._prepare_inputs(inputs))
+        batch = Batch.split(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
-            terms, outputs = self._token_terms(model, inputs, labels)
-            loss_N = self._objective.combine(terms)
+            outputs = self._run(model, batch, with_logits=not prediction_loss_only)
+        terms = {name: outputs[name] for name in _TERMS if name in outputs}
+        loss_N = combine(terms, self._weights)
         terms = {"loss": loss_N, **terms, "tokens": torch.ones_like(loss_N)}
-        rows_RK = torch.stack([sums_per_row(term, labels, row_lengths) for term in terms.values()], dim=1)
+        labels, lengths = batch.labels_BT, batch.row_lengths_R
+        rows_RK = torch.stack([sums_per_row(term, labels, lengths) for term in terms.values()], dim=1)
         # Row by row, because the last batch is filled up with rows already seen, and gathering drops those.
         totals = dict(zip(terms, self.accelerator.gather_for_metrics(rows_RK).sum(0), strict=True))
         self._eval_meter.add(totals, totals.pop("tokens"))
-        others = (None, None) if prediction_loss_only else (outputs.logits, labels)
-        return normalise(loss_N, None), *others
+        others = (None, None) if prediction_loss_only else (outputs["logits"], labels)
+        return normalise(loss_N.sum(), loss_N.numel(), None), *others
 
     def evaluation_loop(
         self,
@@ -268,8 +273,15 @@ class DistillTrainer(SFTTrainer):
         """
         if "loss" in logs:
             logs.update(self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum")))
+            logs.update(self._scheduled_weights())
             logs["num_tokens"] = int(self._token_counter.tokens)
         super().log(logs, start_time)
+
+    def _scheduled_weights(self) -> dict[str, float]:
+        # Logged once the step is counted: its own weights, so that they explain its loss.
+        weights = self.args.weights((self.state.global_step - 1) / max(self.state.max_steps, 1))
+        schedules = self.args.schedules().items()
+        return {f"{term}_weight": getattr(weights, term) for term, how in schedules if how.shape != "constant"}
 
     @property
     def _token_counter(self) -> TokenCounter:

@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures import decoder_layers
-from cbd_trl.losses.hidden import mean_cosine_distance
+from cbd_trl.losses.hidden import mean_hidden_distance
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import Hybrid, check_swappable
 from cbd_trl.trainers.meters import LayerOutputs
+from cbd_trl.trainers.projectors import Projectors
 
 
 class LayerPairs:
@@ -20,10 +21,10 @@ class LayerPairs:
 
     Args:
         student: the model being trained, not wrapped.
-        teacher: the frozen teacher, not wrapped.
+        teacher: the frozen teacher, not wrapped; None where it has no layers of its own to compare with.
         block_map: for each student layer the consecutive teacher layers it stands for; None for blocks as even as
             possible.
-        args: of the run; `hidden_weight`, `swap_probability` and `seed` are read.
+        args: of the run.
 
     Raises:
         ValueError: if the two models cannot be paired as asked.
@@ -32,23 +33,28 @@ class LayerPairs:
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         block_map: list[list[int]] | None,
         args: DistillConfig,
     ) -> None:
         self.student_outputs, self.teacher_outputs = LayerOutputs(), LayerOutputs()
         self.hybrid: Hybrid | None = None
-        if not (args.hidden_weight or args.swap_probability):
+        self.projectors: Projectors | None = None
+        self._loss = args.hidden_loss
+        if teacher is None or not (args.uses_hidden or args.swap_probability):
             return
         student_config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
-        if args.hidden_weight:
-            _check_widths(student_config.hidden_size, teacher_config.hidden_size, block_map, args.hidden_weight)
+        widths = student_config.hidden_size, teacher_config.hidden_size
+        if args.hidden_projector:
+            self.projectors = Projectors(student_config.num_hidden_layers, *widths, seed=args.seed)
+        elif args.uses_hidden:
+            _check_widths(*widths, block_map)
         ours, theirs = decoder_layers(student), decoder_layers(teacher)
         blocks = resolve_block_map(block_map, len(ours), len(theirs))
         if args.swap_probability:
             check_swappable(student_config, teacher_config, blocks)
             self.hybrid = Hybrid(ours, theirs, blocks, args.swap_probability, args.seed)
-        if args.hidden_weight:
+        if args.uses_hidden:
             for i, block in enumerate(blocks):
                 self.student_outputs.watch(i, ours[i])
                 self.teacher_outputs.watch(i, theirs[block[-1]])
@@ -66,7 +72,7 @@ class LayerPairs:
     def distance(
         self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int, Tensor], labels_BT: Tensor
     ) -> Tensor | None:
-        """Mean cosine distance over the recorded layers at the N scored positions.
+        """Mean distance over the recorded layers at the N scored positions.
 
         Args:
             student_states: layer -> output (B, T, d).
@@ -78,10 +84,19 @@ class LayerPairs:
         """
         if not student_states:
             return None
-        return mean_cosine_distance(
-            (select_scored(student_states[i], labels_BT), select_scored(teacher_states[i], labels_BT))
-            for i in sorted(student_states)
+        return mean_hidden_distance(
+            (
+                (
+                    self._projected(i, select_scored(student_states[i], labels_BT)),
+                    select_scored(teacher_states[i], labels_BT),
+                )
+                for i in sorted(student_states)
+            ),
+            self._loss,
         )
+
+    def _projected(self, layer: int, student_Nd: Tensor) -> Tensor:
+        return student_Nd if self.projectors is None else self.projectors(layer, student_Nd)
 
 
 def resolve_block_map(block_map: list[list[int]] | None, student_layers: int, teacher_layers: int) -> list[list[int]]:
@@ -111,10 +126,11 @@ def resolve_block_map(block_map: list[list[int]] | None, student_layers: int, te
     return [list(block) for block in block_map]
 
 
-def _check_widths(student: int, teacher: int, block_map: list[list[int]] | None, weight: float) -> None:
+def _check_widths(student: int, teacher: int, block_map: list[list[int]] | None) -> None:
     if student > teacher or (student != teacher and block_map is None):
         raise ValueError(
-            f"hidden_weight={weight} compares hidden states, but the student has {student} channels and the teacher "
-            f"{teacher}: only models of one chain share channels, those of the narrower one being a prefix of the "
-            "teacher's. Set hidden_weight=0, or pass the pair's block_map if they are of one chain."
+            f"hidden_weight compares hidden states, but the student has {student} channels and the teacher {teacher}: "
+            "only models of one chain share channels, those of the narrower one being a prefix of the teacher's. Pass "
+            "the pair's block_map if they are of one chain, learn a map between them with hidden_projector=True, or "
+            "set hidden_weight=0."
         )

@@ -6,7 +6,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from cbd_trl.losses.divergences import divergence_option
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.projectors import without_projectors
 
 _TEXT = """---
 {data}
@@ -43,9 +45,39 @@ def describe_model(model: nn.Module, name: str | None) -> str:
     Returns:
         such as "`Qwen/Qwen3-4B` (Qwen3ForCausalLM, 4,022,468,096 parameters)".
     """
-    size = f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters"
+    # A checkpoint's card is written while the projectors are still there.
+    parameters = without_projectors(dict(model.named_parameters())).values()
+    size = f"{type(model).__name__}, {sum(p.numel() for p in parameters):,} parameters"
     label = readable_name(name)
     return f"`{label}` ({size})" if label else f"a model made in memory ({size})"
+
+
+def describe_loss(args: DistillConfig) -> str:
+    """The objective in one line.
+
+    Args:
+        args: of the run.
+
+    Returns:
+        such as "1 x forward_kl (temperature 2) + 0.5 x cross-entropy".
+    """
+    options = [f"temperature {args.temperature:g}"]
+    if option := divergence_option(args.divergence):
+        options.append(f"{option} {getattr(args, option):g}")
+    if args.top_k:
+        options.append(f"top {args.top_k} and tail")
+    hidden = f"{'normalised squared' if args.hidden_loss == 'mse' else 'cosine'} distance of the layers"
+    names = {
+        "kd": f"{args.divergence} ({', '.join(options)})",
+        "ce": "cross-entropy",
+        "hidden": f"mean {hidden}" + (" through learned projectors" if args.hidden_projector else ""),
+    }
+    weights = {
+        term: f"{how.start:g}" + ("" if how.shape == "constant" else f" to {how.end:g} ({how.shape})")
+        for term, how in args.schedules().items()
+        if how.highest
+    }
+    return " + ".join(f"{weight} x {names[term]}" for term, weight in weights.items())
 
 
 def readable_name(name: str | None) -> str | None:
@@ -88,9 +120,6 @@ def distillation_card(
         data["base_model"] = base_model
     if dataset:
         data["datasets"] = dataset
-    options = f"temperature {args.temperature:g}" + (f", beta {args.beta:g}" if args.divergence == "jsd" else "")
-    loss = [f"{args.kd_weight:g} x {args.divergence} ({options})", f"{args.ce_weight:g} x cross-entropy"]
-    loss.append(f"{args.hidden_weight or 0:g} x mean cosine distance of the layers")
     swap = args.swap_probability or 0
     return ModelCard(
         _TEXT.format(
@@ -99,7 +128,7 @@ def distillation_card(
             dataset=f" on `{dataset}`" if dataset else "",
             student=student,
             teacher=teacher,
-            loss=" + ".join(loss),
+            loss=describe_loss(args),
             hybrid=f"{swap:.0%} of the steps" if swap else "none",
             tokens=tokens,
             model_id=hub_model_id or title,

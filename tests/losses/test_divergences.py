@@ -1,100 +1,359 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cbd_trl.losses.divergences import DIVERGENCES, forward_kl, get_divergence, jsd, reverse_kl
+from cbd_trl.losses import divergence_kernels
+from cbd_trl.losses.divergences import (
+    DIVERGENCES,
+    adaptive_kl,
+    divergence_option,
+    forward_kl,
+    get_divergence,
+    jsd,
+    reverse_kl,
+    sampled_forward_kl,
+    skew_kl,
+    skew_reverse_kl,
+    tempered_log_probs,
+    total_variation,
+)
+from cbd_trl.losses.events import top_k_log_probs
 
 NAMES = list(DIVERGENCES)
+OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6}
+F_DIVERGENCES = [name for name in NAMES if name != "adaptive_kl"]
 # Two tokens: probabilities 1/2 against 3/4.
-STUDENT = torch.tensor([[0.0, 0.0]])
-TEACHER = torch.tensor([[math.log(3.0), 0.0]])
+STUDENT = torch.tensor([[0.5, 0.5]]).log()
+TEACHER = torch.tensor([[0.75, 0.25]]).log()
+IMPOSSIBLE = float("-inf")
 
 
-def logits(seed: int, n: int = 7, v: int = 11, scale: float = 3.0) -> torch.Tensor:
+def logits(seed: int, n: int = 7, v: int = 11, scale: float = 3.0) -> Tensor:
     return torch.randn(n, v, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def log_probs(seed: int, n: int = 7, v: int = 11, scale: float = 3.0) -> Tensor:
+    return logits(seed, n, v, scale).log_softmax(-1)
+
+
+def logs(*probabilities: float) -> Tensor:
+    return torch.tensor([probabilities]).log()
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS, {"beta": 0.0, "skew": 0.0, "head_share": 1.0}, {"beta": 1.0}])
 @pytest.mark.parametrize("name", NAMES)
-def test_exactly_zero_when_equal_with_no_gradient(name: str, beta: float) -> None:
+def test_exactly_zero_when_equal_with_no_gradient(name: str, options: dict) -> None:
     student = logits(0).requires_grad_()
-    value = DIVERGENCES[name](student, student.detach().clone(), 2.0, beta)
+    student_log = tempered_log_probs(student, 2.0)
+    value = get_divergence(name, **options)(student_log, student_log.detach().clone())
     assert value.shape == (7,) and value.dtype == torch.float32
     assert (value == 0).all()
     value.sum().backward()
     assert student.grad is not None and student.grad.abs().max() < 1e-6
 
 
+def _kl(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
 def test_hand_computed_values() -> None:
-    forward = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    reverse = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
-    mixture = (0.625, 0.375)
-    middle = 0.5 * (0.75 * math.log(0.75 / mixture[0]) + 0.25 * math.log(0.25 / mixture[1]))
-    middle += 0.5 * (0.5 * math.log(0.5 / mixture[0]) + 0.5 * math.log(0.5 / mixture[1]))
-    assert forward_kl(STUDENT, TEACHER).item() == pytest.approx(forward, rel=1e-6)
-    assert reverse_kl(STUDENT, TEACHER).item() == pytest.approx(reverse, rel=1e-6)
-    assert jsd(STUDENT, TEACHER, beta=0.5).item() == pytest.approx(middle, rel=1e-5)
+    expected = {
+        forward_kl: _kl(0.75, 0.5),
+        reverse_kl: _kl(0.5, 0.75),
+        jsd: 0.5 * _kl(0.75, 0.625) + 0.5 * _kl(0.5, 0.625),
+        partial(jsd, beta=0.2): 0.2 * _kl(0.75, 0.55) + 0.8 * _kl(0.5, 0.55),
+        skew_kl: _kl(0.75, 0.525),  # 0.1 * 3/4 + 0.9 * 1/2
+        partial(skew_kl, skew=0.6): _kl(0.75, 0.65),
+        skew_reverse_kl: _kl(0.5, 0.725),  # 0.9 * 3/4 + 0.1 * 1/2
+        partial(skew_reverse_kl, skew=0.6): _kl(0.5, 0.6),
+        # Head: the first token, off by as much as the second.
+        adaptive_kl: 0.5 * _kl(0.75, 0.5) + 0.5 * _kl(0.5, 0.75),
+        total_variation: 0.25,
+    }
+    for function, value in expected.items():
+        assert function(STUDENT, TEACHER).item() == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_scored_gives_an_empty_value_and_a_zero_gradient(name: str) -> None:
-    student = logits(0)[:0].requires_grad_()
-    value = DIVERGENCES[name](student, logits(1)[:0], 1.0, 0.5)
+    student = log_probs(0)[:0].requires_grad_()
+    value = get_divergence(name)(student, log_probs(1)[:0])
     assert value.shape == (0,)
     value.sum().backward()
 
 
-def _naive(name: str, student: torch.Tensor, teacher: torch.Tensor, temperature: float, beta: float) -> torch.Tensor:
-    s, t = F.softmax(student / temperature, -1), F.softmax(teacher / temperature, -1)
+def _naive_head(p: Tensor, share: float) -> Tensor:
+    # Sorts everything: an event is in the head while the more likely ones do not reach the share.
+    ordered, order = p.sort(-1, descending=True)
+    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, ordered.cumsum(-1) - ordered < share)
 
-    def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+
+def _naive(name: str, student_log: Tensor, teacher_log: Tensor, beta: float, skew: float, head_share: float) -> Tensor:
+    s, t = student_log.exp(), teacher_log.exp()
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
         return (p * (p.log() - q.log())).sum(-1)
 
-    if name == "jsd":
-        m = beta * t + (1 - beta) * s
-        value = beta * kl(t, m) + (1 - beta) * kl(s, m)
-    else:
-        value = kl(t, s) if name == "forward_kl" else kl(s, t)
-    return value * temperature**2
+    mixture = beta * t + (1 - beta) * s
+    off, head = (s - t).abs().detach(), _naive_head(t, head_share)
+    share = (off * head).sum(-1) / off.sum(-1)
+    return {
+        "forward_kl": lambda: kl(t, s),
+        "reverse_kl": lambda: kl(s, t),
+        "jsd": lambda: beta * kl(t, mixture) + (1 - beta) * kl(s, mixture),
+        "skew_kl": lambda: kl(t, skew * t + (1 - skew) * s),
+        "skew_reverse_kl": lambda: kl(s, (1 - skew) * t + skew * s),
+        "adaptive_kl": lambda: share * kl(t, s) + (1 - share) * kl(s, t),
+        "total_variation": lambda: (s - t).abs().sum(-1) / 2,
+    }[name]()
+
+
+def _assert_equal_to_the_twin(name: str, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
+    ours, twin = student.clone().requires_grad_(), student.double().requires_grad_()
+    teacher_log = tempered_log_probs(teacher, temperature)
+    value = get_divergence(name, **OPTIONS)(tempered_log_probs(ours, temperature), teacher_log)
+    # The twin's teacher is the same rounded numbers: where p is nearly q the rounding is most of the value.
+    expected = _naive(name, (twin / temperature).log_softmax(-1), teacher_log.double(), **OPTIONS)
+    torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
+    slopes = torch.linspace(-1.0, 2.0, len(value))
+    value.backward(slopes)
+    expected.backward(slopes.double())
+    assert ours.grad is not None and twin.grad is not None
+    torch.testing.assert_close(ours.grad.double(), twin.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("name", NAMES)
 def test_naive_twin_agrees_in_value_and_gradient(name: str, temperature: float) -> None:
-    ours, twin = logits(2).requires_grad_(), logits(2).double().requires_grad_()
-    teacher = logits(3)
-    value = DIVERGENCES[name](ours, teacher, temperature, 0.3)
-    expected = _naive(name, twin, teacher.double(), temperature, 0.3)
-    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
-    value.sum().backward()
-    expected.sum().backward()
+    _assert_equal_to_the_twin(name, logits(2), logits(3), temperature)
+    near = logits(2) + 1e-2 * logits(3)
+    _assert_equal_to_the_twin(name, near, logits(2), temperature)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_derivative_is_that_of_the_formula_before_any_softmax(name: str) -> None:
+    # The softmax takes out of a gradient what is in proportion to q, and would hide a mistake there.
+    ours, twin = log_probs(2).requires_grad_(), log_probs(2).double().requires_grad_()
+    get_divergence(name, **OPTIONS)(ours, log_probs(3)).sum().backward()
+    _naive(name, twin, log_probs(3).double(), **OPTIONS).sum().backward()
+    assert ours.grad is not None and twin.grad is not None
     torch.testing.assert_close(ours.grad.double(), twin.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_blocks_of_rows_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for elements in (1, 33):
+        monkeypatch.setattr(divergence_kernels, "_BLOCK_ELEMENTS", elements)
+        _assert_equal_to_the_twin(name, logits(4), logits(5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_never_negative_even_for_nearly_equal_pairs(name: str) -> None:
+    for seed in range(20):
+        teacher = logits(seed, v=50)
+        for step in (1e-4, 1e-2, 1.0):
+            student_log = (teacher + step * logits(seed + 100, v=50)).log_softmax(-1)
+            assert (get_divergence(name)(student_log, teacher.log_softmax(-1)) >= 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_never_negative_and_zero_when_equal_for_top_k_events(name: str) -> None:
+    divergence = get_divergence(name)
+    for k in (1, 2, 5, 10, 11):
+        student_log, teacher_log = log_probs(6, n=40), log_probs(7, n=40)
+        indices = teacher_log.topk(k).indices
+        kept = top_k_log_probs(teacher_log, indices)
+        assert (divergence(top_k_log_probs(student_log, indices), kept) > 0).all()
+        assert (divergence(kept.clone(), kept) == 0).all()
+
+
+@pytest.mark.parametrize("name", F_DIVERGENCES)
+def test_merging_events_never_raises_an_f_divergence(name: str) -> None:
+    divergence = get_divergence(name, **OPTIONS)
+    student_log, teacher_log = log_probs(8, n=40), log_probs(9, n=40)
+    coarser = torch.zeros(40)
+    # From one kept token to all of them: each partition refines the one before (data processing inequality).
+    for k in (1, 2, 5, 9, 11):
+        indices = teacher_log.topk(k).indices
+        value = divergence(top_k_log_probs(student_log, indices), top_k_log_probs(teacher_log, indices))
+        assert (value >= coarser - 1e-6).all()
+        coarser = value
+    torch.testing.assert_close(coarser, divergence(student_log, teacher_log))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_extreme_logits_stay_finite(name: str) -> None:
+    student = torch.tensor([[500.0, -500.0, 0.0], [0.0, 0.0, 500.0]], requires_grad=True)
+    teacher = torch.tensor([[-500.0, 500.0, 0.0], [500.0, -500.0, -500.0]])
+    value = get_divergence(name, **OPTIONS)(tempered_log_probs(student), tempered_log_probs(teacher))
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert torch.isfinite(value).all() and (value > 0.1).all()
+    assert torch.isfinite(gradient).all()
+
+
+def test_extreme_values_by_hand() -> None:
+    student, teacher = torch.tensor([[0.0, -1000.0]]), torch.tensor([[-1000.0, 0.0]])
+    assert forward_kl(student, teacher).item() == 1000.0
+    # Below the floor a teacher's probability counts as the smallest float32.
+    assert reverse_kl(student, teacher).item() == pytest.approx(149 * math.log(2.0))
+    # Disjoint: bounded by the share of the other one in the mixture.
+    assert skew_kl(student, teacher, 0.1).item() == pytest.approx(-math.log(0.1), rel=1e-5)
+    assert skew_reverse_kl(student, teacher, 0.1).item() == pytest.approx(-math.log(0.1), rel=1e-5)
+    assert jsd(student, teacher).item() == pytest.approx(math.log(2.0), rel=1e-5)
+    assert total_variation(student, teacher).item() == 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_event_impossible_for_both_changes_nothing(name: str) -> None:
+    def with_gradient(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = student.clone().requires_grad_()
+        value = get_divergence(name, **OPTIONS)(student.log_softmax(-1), teacher.log_softmax(-1))
+        return value, torch.autograd.grad(value.sum(), student)[0]
+
+    value, gradient = with_gradient(logits(10), logits(11))
+    impossible = torch.full((7, 2), IMPOSSIBLE)
+    padded, padded_gradient = with_gradient(
+        torch.cat([logits(10), impossible], -1), torch.cat([logits(11), impossible], -1)
+    )
+    torch.testing.assert_close(padded, value)
+    torch.testing.assert_close(padded_gradient, F.pad(gradient, (0, 2)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_event_impossible_for_the_teacher_stays_finite(name: str) -> None:
+    student = torch.zeros(1, 3, requires_grad=True)
+    teacher_log = logs(0.5, 0.5, 0.0)
+    value = get_divergence(name, **OPTIONS)(student.log_softmax(-1), teacher_log)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    assert torch.isfinite(value).all() and torch.isfinite(gradient).all()
+    assert gradient[0, 2] > 0  # descent takes mass from what the teacher rules out
+
+
+def test_values_with_an_event_impossible_for_one() -> None:
+    student, teacher = logs(1 / 3, 1 / 3, 1 / 3), logs(0.5, 0.5, 0.0)
+    assert forward_kl(student, teacher).item() == pytest.approx(math.log(1.5))
+    expected = 2 / 3 * math.log(2 / 3) + (149 * math.log(2.0) - math.log(3.0)) / 3
+    assert reverse_kl(student, teacher).item() == pytest.approx(expected)
+    # The mixture has 1/2 * 1/3 there.
+    middle = 0.5 * math.log(0.5 / (5 / 12)) + 0.5 * (2 / 3 * math.log((1 / 3) / (5 / 12)) + math.log(2.0) / 3)
+    assert jsd(student, teacher).item() == pytest.approx(middle, rel=1e-5)
+    assert jsd(teacher, student).item() == pytest.approx(middle, rel=1e-5)
+    assert total_variation(teacher, student).item() == pytest.approx(1 / 3)
+    assert skew_kl(teacher, student, 0.1).item() == pytest.approx(
+        2 / 3 * math.log((1 / 3) / (1 / 30 + 0.45)) + math.log(10.0) / 3, rel=1e-5
+    )
+    assert skew_reverse_kl(teacher, student, 0.1).item() == pytest.approx(math.log(0.5 / 0.35), rel=1e-5)
+    assert forward_kl(teacher, student).item() > 1e37  # infinite
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_diverged_model_is_not_hidden(name: str) -> None:
+    student_log = log_probs(0)
+    student_log[2, 3] = float("nan")
+    assert get_divergence(name)(student_log, log_probs(1)).isnan().tolist() == [row == 2 for row in range(7)]
+
+
 def test_beta_ends_are_forward_and_reverse_kl_as_in_trl() -> None:
-    student, teacher = logits(4, scale=1.0), logits(5, scale=1.0)
+    student, teacher = log_probs(4, scale=1.0), log_probs(5, scale=1.0)
     assert torch.equal(jsd(student, teacher, beta=0.0), forward_kl(student, teacher))
     assert torch.equal(jsd(student, teacher, beta=1.0), reverse_kl(student, teacher))
     torch.testing.assert_close(jsd(student, teacher, beta=1e-3) / 1e-3, forward_kl(student, teacher), rtol=0.1, atol=0)
 
 
-def test_extreme_logits_stay_finite() -> None:
-    student = torch.tensor([[500.0, -500.0, 0.0]], requires_grad=True)
-    teacher = torch.tensor([[-500.0, 500.0, 0.0]])
-    for function in DIVERGENCES.values():
-        value = function(student, teacher, 1.0, 0.3)
-        assert torch.isfinite(value).all()
-        (gradient,) = torch.autograd.grad(value.sum(), student)
-        assert torch.isfinite(gradient).all()
+@pytest.mark.parametrize(("skewed", "plain"), [(skew_kl, forward_kl), (skew_reverse_kl, reverse_kl)])
+def test_without_skew_the_kl_remains(skewed, plain) -> None:
+    student, teacher = log_probs(4, scale=1.0), log_probs(5, scale=1.0)
+    assert torch.equal(skewed(student, teacher, skew=0.0), plain(student, teacher))
+    torch.testing.assert_close(skewed(student, teacher, skew=1e-5), plain(student, teacher), rtol=1e-3, atol=1e-5)
+    assert (skewed(student, teacher, skew=0.5) < plain(student, teacher)).all()
 
 
-def test_low_precision_is_computed_in_float32() -> None:
-    student, teacher = logits(6).bfloat16(), logits(7).bfloat16()
-    assert torch.equal(forward_kl(student, teacher), forward_kl(student.float(), teacher.float()))
+def test_adaptive_kl_weighs_by_where_the_student_is_off() -> None:
+    teacher = logs(0.6, 0.2, 0.1, 0.1)
+    in_head = logs(0.4, 0.4, 0.1, 0.1)  # head: the first token; off by 0.2 there and by 0.2 in the tail
+    in_tail = logs(0.6, 0.1, 0.2, 0.1)
+    both = 0.5 * forward_kl(in_head, teacher) + 0.5 * reverse_kl(in_head, teacher)
+    torch.testing.assert_close(adaptive_kl(in_head, teacher), both)
+    torch.testing.assert_close(adaptive_kl(in_tail, teacher), reverse_kl(in_tail, teacher))
+    # The second token joins the head when 0.6 is not enough, and with it everything that is off.
+    torch.testing.assert_close(adaptive_kl(in_head, teacher, head_share=0.7), forward_kl(in_head, teacher))
+    # The first is always in it.
+    torch.testing.assert_close(adaptive_kl(in_head, teacher, head_share=0.01), both)
+    torch.testing.assert_close(adaptive_kl(in_tail, teacher, head_share=1.0), forward_kl(in_tail, teacher))
 
 
-def test_unknown_name_lists_what_exists() -> None:
-    with pytest.raises(ValueError, match=r"Unknown divergence 'forwardkl': there are forward_kl, .*Did you mean"):
-        get_divergence("forwardkl")
+@pytest.mark.parametrize("kept", [1, 2, 64])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_looking_at_more_events_until_the_head_is_covered_equals_sorting_all(kept: int, share: float) -> None:
+    # From sure to nearly uniform, so that rows are covered at different times.
+    teacher_log = torch.cat([log_probs(12, n=4, v=100, scale=scale) for scale in (8.0, 2.0, 0.1)])
+    values = logits(13, n=12, v=100).abs()
+    head = _naive_head(teacher_log.double().exp(), share)
+    found = divergence_kernels._head_sum(values, teacher_log, share, kept)
+    torch.testing.assert_close(found, (values * head).sum(-1))
+
+
+def test_one_draw_has_the_forward_kl_as_its_expectation_in_value_and_gradient() -> None:
+    ours, twin = logits(14).requires_grad_(), logits(14).requires_grad_()
+    teacher_log = log_probs(15)
+    # Every token as a draw of its own, weighted by how often it is drawn.
+    every = [sampled_forward_kl(ours.log_softmax(-1)[:, [v]], teacher_log[:, [v]]) for v in range(11)]
+    expectation = (torch.stack(every, -1) * teacher_log.exp()).sum(-1)
+    expected = forward_kl(twin.log_softmax(-1), teacher_log)
+    torch.testing.assert_close(expectation, expected)
+    expectation.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, twin.grad)
+
+
+def test_several_draws_are_averaged_and_may_be_negative() -> None:
+    value = sampled_forward_kl(logs(0.5, 0.25), logs(0.25, 0.125))
+    assert value.item() == pytest.approx(-math.log(2.0))
+    assert sampled_forward_kl(logs(0.5, 0.25), logs(0.25, 0.5)).item() == pytest.approx(0.0)
+
+
+def test_the_temperature_divides_the_logits_and_low_precision_is_computed_in_float32() -> None:
+    torch.testing.assert_close(tempered_log_probs(logits(6), 2.0), (logits(6) / 2.0).log_softmax(-1))
+    low = logits(6).bfloat16()
+    assert torch.equal(tempered_log_probs(low, 1.0), low.float().log_softmax(-1))
+    student, teacher = log_probs(6).bfloat16(), log_probs(7).bfloat16()
+    for name in NAMES:
+        assert torch.equal(
+            get_divergence(name)(student, teacher), get_divergence(name)(student.float(), teacher.float())
+        )
+    assert sampled_forward_kl(student, teacher).dtype == torch.float32
+
+
+def test_a_name_binds_its_own_option_and_ignores_the_others() -> None:
+    student, teacher = log_probs(4), log_probs(5)
+    defaults = {name: get_divergence(name)(student, teacher) for name in NAMES}
+    for name in NAMES:
+        for option, setting in OPTIONS.items():
+            value = get_divergence(name, **{option: setting})(student, teacher)
+            assert torch.equal(value, defaults[name]) == (option != divergence_option(name))
+    assert [divergence_option(name) for name in ("jsd", "skew_kl", "adaptive_kl")] == ["beta", "skew", "head_share"]
+    assert divergence_option("forward_kl") is None
+
+
+@pytest.mark.parametrize("look_up", [get_divergence, divergence_option])
+def test_unknown_name_lists_what_exists(look_up) -> None:
+    with pytest.raises(
+        ValueError, match=r"Unknown divergence 'forwardkl': there are forward_kl, .*Did you mean 'forw"
+    ):
+        look_up("forwardkl")
+
+
+def test_different_events_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(7, 11\) and the teacher of \(7, 12\): .*the same events"):
+        forward_kl(log_probs(0), log_probs(1, v=12))
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    value = forward_kl(log_probs(0).requires_grad_(), log_probs(1)).sum()
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"kept for one backward pass. Compute the divergence again"):
+        value.backward()

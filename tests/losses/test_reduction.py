@@ -23,7 +23,8 @@ def test_a_position_is_scored_when_the_next_token_has_a_label() -> None:
 def test_cross_entropy_equals_the_model_loss_in_value_and_gradient() -> None:
     logits = torch.randn(2, 4, 9, requires_grad=True)
     twin = logits.detach().clone().requires_grad_()
-    loss = normalise(cross_entropy(select_scored(logits, LABELS), scored_targets(LABELS)), None)
+    terms = cross_entropy(select_scored(logits, LABELS), scored_targets(LABELS))
+    loss = normalise(terms.sum(), terms.numel(), None)
     expected = torch.nn.functional.cross_entropy(twin[:, :-1].reshape(-1, 9), LABELS[:, 1:].reshape(-1))
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -40,17 +41,18 @@ def test_cross_entropy_is_zero_for_a_certain_model_and_log_v_for_a_clueless_one(
 def test_everything_masked_gives_zero_and_a_zero_gradient() -> None:
     labels = torch.full((2, 4), -100)
     logits = torch.randn(2, 4, 9, requires_grad=True)
-    loss = normalise(cross_entropy(select_scored(logits, labels), scored_targets(labels)), torch.tensor(0))
+    terms = cross_entropy(select_scored(logits, labels), scored_targets(labels))
+    loss = normalise(terms.sum(), terms.numel(), torch.tensor(0))
     loss.backward()
     assert loss.item() == 0.0 and logits.grad.abs().max() == 0
 
 
 def test_shares_of_a_step_add_up_to_the_mean() -> None:
-    terms = torch.arange(6.0)
-    whole = normalise(terms, None)
+    whole = normalise(torch.tensor(15.0), 6, None)
     assert whole.item() == 2.5
-    assert (normalise(terms[:2], 6) + normalise(terms[2:], 6)).item() == pytest.approx(2.5)
-    averaged_by_ddp = (normalise(terms[:2], 6, 2) + normalise(terms[2:], 6, 2)) / 2
+    parts = torch.tensor(1.0), torch.tensor(14.0)
+    assert sum(normalise(part, 3, 6) for part in parts).item() == pytest.approx(2.5)
+    averaged_by_ddp = sum(normalise(part, 3, 6, 2) for part in parts) / 2
     assert averaged_by_ddp.item() == pytest.approx(2.5)
 
 

@@ -5,17 +5,18 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from cbd_trl.teachers.local import check_vocabularies, load_teacher, place_teacher
-from cbd_trl.teachers.tokenizers import check_same_tokenizer, find_tokenizer, shared_vocabulary
+from cbd_trl.teachers.local import LocalTeacher, load_teacher
+from cbd_trl.teachers.tokenizers import check_same_tokenizer, check_vocabularies, find_tokenizer, shared_vocabulary
 from tests.tiny import tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer
 
 
 def test_a_model_becomes_frozen_and_stays_in_eval_mode() -> None:
     model = tiny_model("llama").train()
-    teacher = place_teacher(load_teacher(model, tiny_model("llama", seed=1)), Accelerator(cpu=True))
-    assert teacher is model and not teacher.training
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    teacher = LocalTeacher(load_teacher(model, tiny_model("llama", seed=1)))
+    teacher.place(Accelerator(cpu=True))
+    assert teacher.model is model and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_path_loads_in_the_dtype_and_attention_of_the_student(tmp_path) -> None:

@@ -160,7 +160,7 @@ def test_hidden_states_of_unequal_width_need_a_block_map() -> None:
     student = tiny_model(
         "llama", seed=1, num_hidden_layers=2, hidden_size=24, num_attention_heads=3, num_key_value_heads=3
     )
-    with pytest.raises(ValueError, match=r"24 channels and the teacher 32: .*pass the pair's block_map"):
+    with pytest.raises(ValueError, match=r"24 channels and the teacher 32: .*Pass the pair's block_map"):
         make_trainer(student=student, hidden_weight=1.0)
     logs, _ = one_step(make_trainer(student=student, hidden_weight=1.0, block_map=[[0, 1], [2, 3]]))
     assert 0 < logs["hidden"] < 2
@@ -183,7 +183,7 @@ def test_a_block_map_changes_the_hidden_term() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(ValueError, match="neither was given"):
+    with pytest.raises(ValueError, match="neither was `teacher_model`"):
         DistillTrainer(tiny_model("llama"), args=make_config(), train_dataset=text_rows())
     with pytest.raises(ValueError, match="both were given"):
         make_trainer(teacher_model_name_or_path="somewhere")

@@ -1,0 +1,42 @@
+"""Markdown tables of the benchmarks."""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import torch
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers.
+
+    Args:
+        header: titles.
+        lines: cells.
+    """
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *lines)) + "\n"
+
+
+def machine(threads: int) -> str:
+    """One line on what the numbers were measured with.
+
+    Args:
+        threads: of torch.
+    """
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+    return f"{_processor()}, {threads} threads, {torch.get_default_dtype()}; {packages}\n"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as 10^9."""
+    return f"{count / 1e9:.2f}"

@@ -1,0 +1,160 @@
+"""A causal LM up to its last hidden state, from inside its own forward.
+
+DDP, FSDP and DeepSpeed hook the forward of the model they wrap: parameters are whole, and gradients watched, only
+within it. So what replaces the dense logits has to run there too.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cbd_trl.losses.head import Head
+
+# How many tokens the own logits of a model are compared with `Head` on.
+_PROBE_LENGTH = 4
+
+
+def open_forward(model: nn.Module) -> None:
+    """Let `model(**inputs, inside=f)` return f(last hidden state (B, T, D)) instead of logits.
+
+    Without `inside` the forward is what it was. To be called on the causal LM itself, before anything wraps it.
+
+    Args:
+        model: a causal LM with a `base_model`.
+    """
+    if getattr(model.forward, "opened", False):
+        return
+    own = model.__dict__.get("forward")
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *args: Any, inside: Callable[[Tensor], Any] | None = None, **kwargs: Any) -> Any:
+        if inside is not None:
+            return _run_inside(inside, self.base_model(*args, **kwargs).last_hidden_state)
+        # The class's forward is looked up on the model that is called, so that a deep copy calls its own.
+        return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
+
+    forward.opened = True  # type: ignore[attr-defined]
+    model.forward = types.MethodType(forward, model)
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Let a quantised model run in eval mode now and be trained later.
+
+    On CPUs with bfloat16 instructions bitsandbytes packs 4-bit weights at the first forward in eval mode, after which
+    no gradient passes them, silently: an evaluation during training would end it.
+
+    Args:
+        model: changed in place; nothing happens where nothing is quantised so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+# Where the forward is compiled the graph ends here: what runs inside differs from batch to batch.
+@torch.compiler.disable
+def _run_inside(inside: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Any:
+    return inside(hidden_BTD)
+
+
+@contextmanager
+def output_head(model: Any, keep: bool = False) -> Iterator[Head]:
+    """The head of a causal LM, whole, with the logit transforms its config asks for.
+
+    Within the model's forward where it is sharded. Offloaded parameters (accelerate) are brought to their device,
+    partitioned ones (ZeRO-3, FSDP 2) gathered, for the time of the context.
+
+    Args:
+        model: a causal LM, not wrapped.
+        keep: yield copies of what is only there for a time, to be used later.
+
+    Yields:
+        a head that shares the model's parameters.
+
+    Raises:
+        ValueError: if the output embedding is quantised.
+    """
+    module = model.get_output_embeddings()
+    offloaded = has_offloaded_params(module)
+    with align_module_device(module), _gathered(module):
+        weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
+        if weight is None or not weight.is_floating_point():
+            kind = "no matrix" if weight is None else f"quantised ({weight.dtype})"
+            raise ValueError(
+                f"The output head of {type(model).__name__} is {kind}, but the loss multiplies by its weight. Leave "
+                "it out of the quantisation, such as with llm_int8_skip_modules=['lm_head']."
+            )
+        if keep and (offloaded or hasattr(module.weight, "ds_id") or _in_fsdp(model)):
+            weight, bias = weight.clone(), None if bias is None else bias.clone()
+        config = model.config.get_text_config()
+        yield Head(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Refuse a model whose logits are not its head of its last hidden state: the loss would silently be another one.
+
+    Args:
+        model: a causal LM with an opened forward, not wrapped.
+
+    Raises:
+        ValueError: if the two differ on a few tokens.
+    """
+    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
+        return  # offloaded or sharded already: nothing to compare with here
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(1, 1 + _PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
+    try:
+        own = model(input_ids=ids, use_cache=False).logits[0].float()
+        with output_head(model) as head:
+            hidden = model(input_ids=ids, use_cache=False, inside=lambda hidden: hidden[0])
+            ours = head.logits(hidden.to(head.weight_VD.device, head.weight_VD.dtype)).to(own.device)
+    finally:
+        model.train(was_training)
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.std().item()):
+        raise ValueError(
+            f"The logits of {type(model).__name__} are not its output embedding times its last hidden state, with the "
+            "logit scale and soft-capping of its config, which is how the loss computes them without holding all of "
+            "them in memory. Distil a model with a plain head."
+        )
+
+
+def _logit_scale(config: Any) -> float:
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if (scale := getattr(config, name, None)) is not None:
+            return float(scale)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    # Granite and MiniCPM divide by it, HyperCLOVA X multiplies.
+    return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
+
+
+@contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    partitioned = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _in_fsdp(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule) or any("_fsdp" in name for name in vars(model))

@@ -1,0 +1,8 @@
+"""What a teacher says about a data set, on disk: written once, read by every training without a teacher in memory."""
+
+from cbd_trl.cache.reader import MissingRowError, TeacherCache
+from cbd_trl.cache.shards import CachedRow
+from cbd_trl.cache.vllm import import_logprobs
+from cbd_trl.cache.write_cache import write_cache
+
+__all__ = ["CachedRow", "MissingRowError", "TeacherCache", "import_logprobs", "write_cache"]

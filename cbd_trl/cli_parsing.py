@@ -1,0 +1,111 @@
+"""Reads the flags, the YAML file and the rows that the subcommands of `cbd-trl` have in common."""
+
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trl import TrlParser
+
+_FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+class UsageError(ValueError):
+    """The flags are wrong, as against what they ask for."""
+
+
+class _Parser(TrlParser):
+    """TrlParser with errors of one line: the stock usage text of a training command is 300 flags long."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.rstrip(".") + ".")
+
+    def known_flags(self) -> list[str]:
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+def parse_flags(
+    name: str,
+    description: str,
+    types: list[Any],
+    flags: list[str],
+    positional: dict[str, str] | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> list[Any]:
+    """The dataclasses filled from flags and YAML, and the namespace of the positional arguments if there are any.
+
+    Args:
+        name: of the command.
+        description: of the command.
+        types: dataclasses to fill.
+        flags: as typed.
+        positional: names and help of positional arguments.
+        defaults: of flags, instead of those of the dataclasses.
+
+    Raises:
+        UsageError: for unknown flags, values of the wrong type, or a config file that cannot be read.
+    """
+    parser = _Parser(
+        types, prog=f"cbd-trl {name}", description=description, epilog="Flags can stand in a YAML file: --config FILE."
+    )
+    for argument, text in (positional or {}).items():
+        parser.add_argument(argument, nargs="?", help=text)
+    parser.set_defaults_with_config(**(defaults or {}))
+    if "--config" in flags and flags.index("--config") == len(flags) - 1:
+        raise UsageError("--config needs the path of a YAML file.")
+    # TrlParser reads `--config FILE` only.
+    flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    try:
+        *parsed, remaining = parser.parse_args_and_config(flags, return_remaining_strings=True)
+    except OSError as error:
+        raise UsageError(f"The config file cannot be read: {error}.") from error
+    if remaining:
+        _refuse_unknown(remaining, parser.known_flags())
+    return parsed
+
+
+def _refuse_unknown(remaining: list[str], known: list[str]) -> NoReturn:
+    unknown = next((text for text in remaining if text.startswith("--")), remaining[0])
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
+    raise UsageError(f"There is no flag {unknown!r}.{f' Did you mean {near[0]}?' if near else ''}")
+
+
+def require(**values: Any) -> None:
+    """Refuse flags that were left out.
+
+    Args:
+        values: of the flags by name, None where a flag is missing.
+
+    Raises:
+        UsageError: naming those.
+    """
+    missing = [f"--{name}" for name, value in values.items() if value is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.")
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
+    """A dataset from a local file or from the Hub.
+
+    Args:
+        name: a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz behind), or what `datasets.load_dataset`
+            takes. A text file gives one row per line that is not blank.
+        config: configuration of a dataset on the Hub.
+        split: of a dataset on the Hub; a file has one split, which is all of it.
+        streaming: read while training.
+
+    Raises:
+        ValueError: for a local file of another kind.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    if not path.is_file():
+        return load_dataset(name, name=config, split=split, streaming=streaming)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = _FILE_KINDS.get(suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"{name} is not a dataset file that can be read: its name must end in {', '.join(_FILE_KINDS)}."
+        )
+    rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+    return rows.filter(lambda row: bool(row["text"].strip())) if kind == "text" else rows

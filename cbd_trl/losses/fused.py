@@ -1,0 +1,134 @@
+"""The head of the student and the objective in one function that never holds all logits.
+
+Shapes: N scored tokens, d student width, V vocabulary rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbd_trl.losses.head import Head, product_dtype
+from cbd_trl.losses.objective import DistillObjective, Weights, combine
+from cbd_trl.losses.signals import Signal
+
+# Logits of one model in one chunk. On a CPU about what its caches are good for, on a GPU what fills it; with the few
+# buffers that a divergence and its gradient need this is 0.2 and 1.5 GB.
+_CHUNK_ELEMENTS = {"cpu": 2**23}
+_CHUNK_ELEMENTS_GPU = 2**26
+
+
+def default_chunk(rows: int, device: torch.device) -> int:
+    """Tokens whose logits are held at a time.
+
+    Args:
+        rows: of the vocabulary.
+        device: that computes them.
+
+    Returns:
+        at least 1; the more, the smaller the vocabulary.
+    """
+    return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_GPU) // rows)
+
+
+@torch.compiler.disable
+def fused_terms(
+    hidden_Nd: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    teacher: Signal,
+    objective: DistillObjective,
+    weights: Weights,
+    chunk: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Project to the vocabulary, compare with the teacher and differentiate, chunk of tokens by chunk of tokens.
+
+    Equal in value and gradient to `objective.terms` on all logits at once (the idea of chunking head and loss
+    together: Liger, arXiv 2410.10989, section 3.2). Logits and log-probabilities are float32, and so is the sum of the
+    head's gradient over the chunks, whatever the dtype of the products.
+
+    Args:
+        hidden_Nd: the student's last hidden states at the scored positions, (N, d).
+        head: of the student; under autocast its product is taken in autocast's dtype.
+        targets_N: token ids, (N,).
+        teacher: what it says at the same positions.
+        objective: the terms.
+        weights: of the terms at this step.
+        chunk: tokens at a time; None for `default_chunk`.
+
+    Returns:
+        the sum over tokens of the weighted terms (scalar float32, differentiable once), and every term per token (N,)
+        without gradient.
+    """
+    device = hidden_Nd.device
+    dtype = product_dtype(head, device)
+    size = chunk or default_chunk(head.rows, device)
+    # What the chunks need beside tensors that are differentiated.
+    work = (head.scale, head.softcap, targets_N, teacher, objective, weights, size, dtype, torch.is_grad_enabled())
+    with torch.autocast(device.type, enabled=False):
+        total, *terms = _FusedTerms.apply(hidden_Nd, head.weight_VD, head.bias_V, work)
+    return total, dict(zip(_TERMS, terms, strict=True))
+
+
+_TERMS = ("kd", "ce", "teacher_ce")
+
+
+class _FusedTerms(torch.autograd.Function):
+    # Gradients are computed in the forward pass, where the logits of a chunk are at hand, and scaled in the backward.
+
+    @staticmethod
+    def forward(ctx: Any, hidden_Nd: Tensor, weight_Vd: Tensor, bias_V: Tensor | None, work: tuple) -> Any:
+        scale, softcap, targets_N, teacher, objective, weights, size, dtype, training = work
+        head = Head(weight_Vd, bias_V, scale, softcap).to(dtype)
+        inputs_Nd = hidden_Nd.to(dtype)
+        needs = [needed and training for needed in ctx.needs_input_grad[:3]]
+        gradients = [
+            torch.zeros_like(tensor, dtype=torch.float32 if i else dtype) if tensor is not None and needed else None
+            for i, (needed, tensor) in enumerate(zip(needs, (hidden_Nd, weight_Vd, bias_V), strict=True))
+        ]
+        terms: list[dict[str, Tensor]] = []
+        total = hidden_Nd.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(inputs_Nd), size):
+            part = slice(start, start + size)
+            projected_nV = head.project(inputs_Nd[part]).requires_grad_(any(needs))
+            with torch.set_grad_enabled(any(needs)):
+                found = objective.terms(head.bound(projected_nV), teacher.at(part), targets_N[part], weights)
+                loss = combine(found, weights).sum()
+            if loss.requires_grad:
+                (slope_nV,) = torch.autograd.grad(loss, projected_nV)
+                _add_gradients(gradients, slope_nV, inputs_Nd[part], head.weight_VD, part)
+            terms.append({name: term.detach() for name, term in found.items()})
+            total += loss.detach()
+        ctx.gradients = gradients
+        ctx.dtypes = [t.dtype if t is not None else None for t in (hidden_Nd, weight_Vd, bias_V)]
+        empty = hidden_Nd.new_zeros(0, dtype=torch.float32)
+        per_token = [torch.cat([empty, *(found[name] for found in terms)]) for name in _TERMS]
+        ctx.mark_non_differentiable(*per_token)
+        return total, *per_token
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, *unused: Any) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The fused loss was differentiated twice: its gradients are kept for one backward pass. Compute the "
+                "loss again instead of using retain_graph=True."
+            )
+        # In place: the gradient of the head is as large as the head.
+        scaled = [None if g is None else g.mul_(slope) for g in ctx.gradients]
+        ctx.gradients = None
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+
+
+def _add_gradients(
+    gradients: list[Tensor | None], slope_nV: Tensor, inputs_nd: Tensor, weight_Vd: Tensor, part: slice
+) -> None:
+    hidden_Nd, head_Vd, bias_V = gradients
+    if hidden_Nd is not None:
+        torch.mm(slope_nV, weight_Vd, out=hidden_Nd[part])
+    if head_Vd is not None:
+        if slope_nV.dtype == head_Vd.dtype:
+            head_Vd.addmm_(slope_nV.T, inputs_nd)
+        else:
+            head_Vd += slope_nV.T @ inputs_nd
+    if bias_V is not None:
+        bias_V += slope_nV.sum(0, dtype=torch.float32)

@@ -1,0 +1,178 @@
+"""Learned projectors of the hidden-state term, for models that share no channels.
+
+Shapes: B rows, T tokens, d student width, D teacher width, L compared layer pairs.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+from transformers import PreTrainedModel
+
+NAME = "distill_projectors"
+FILE = "projectors.safetensors"
+
+
+class Projectors(nn.Module):
+    """One linear map from student to teacher width for each compared pair of layers.
+
+    The regressor of FitNets (Romero et al. 2015, arXiv 1412.6550, equation 3) in the linear form of TinyBERT's W_h
+    (Jiao et al. 2020, arXiv 1909.10351, equation 8). It starts as an orthogonal map, which keeps the size of a state
+    where the teacher is at least as wide; neither paper says how it starts.
+
+    Args:
+        pairs: L, the number of compared layer pairs.
+        student_width: d.
+        teacher_width: D.
+        seed: of the start; the global random state is left alone.
+
+    Raises:
+        ValueError: if any of the three sizes is below 1.
+    """
+
+    def __init__(self, pairs: int, student_width: int, teacher_width: int, seed: int = 0) -> None:
+        super().__init__()
+        for name, size in (("pairs", pairs), ("student_width", student_width), ("teacher_width", teacher_width)):
+            if size < 1:
+                raise ValueError(
+                    f"{name}={size}: projectors map the student's hidden states to the teacher's for each compared "
+                    "pair of layers, so all sizes must be at least 1. Set hidden_weight=0 to compare no layer."
+                )
+        generator = torch.Generator().manual_seed(seed)
+        self.layers = nn.ModuleList()
+        for _ in range(pairs):
+            layer: Any = skip_init(nn.Linear, student_width, teacher_width, bias=False, dtype=torch.float32)
+            nn.init.orthogonal_(layer.weight, generator=generator)
+            self.layers.append(layer)
+
+    def forward(self, index: int, hidden: Tensor) -> Tensor:
+        """Project the states of one student layer.
+
+        Args:
+            index: of the layer pair.
+            hidden: (..., d), any float dtype.
+
+        Returns:
+            (..., D), in the dtype of the projector, or of autocast within it.
+        """
+        layer: Any = self.layers[index]
+        return layer(hidden.to(layer.weight.dtype))
+
+
+@contextmanager
+def attached(student: nn.Module, projectors: Projectors) -> Iterator[None]:
+    """Within it the projectors are a submodule of the student, so that whatever trains the student trains them.
+
+    They sit on the innermost causal LM under the name `distill_projectors`, and its `save_pretrained` leaves them out.
+    A hook on the state dict would do so too, but FSDP 1 refuses a state dict that lacks one of its parameters, for
+    which reason a student wrapped by it can only be saved while they are attached.
+
+    Args:
+        student: a causal LM, or a PEFT model around one; without the wrapper that trains it.
+        projectors: attached on entry and taken off on exit, whatever happens in between.
+
+    Raises:
+        ValueError: if the student already has something of that name.
+    """
+    model = _innermost(student)
+    if hasattr(model, NAME):
+        raise ValueError(
+            f"{type(model).__name__} already has an attribute '{NAME}': another trainer may be training it, or left "
+            f"its projectors there. Let that run finish first, or `del model.{NAME}`."
+        )
+    ignored = model._keys_to_ignore_on_save
+    # By number and not from their state dict, where FSDP may have put a flat parameter in place of the weights.
+    keys = {f"{NAME}.layers.{index}.weight" for index in range(len(projectors.layers))}
+    model._keys_to_ignore_on_save = {*(ignored or ()), *keys}
+    model.add_module(NAME, projectors)
+    try:
+        yield
+    finally:
+        delattr(model, NAME)
+        model._keys_to_ignore_on_save = ignored
+
+
+def without_projectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of the student, wrapped or not, as if no projectors were attached.
+
+    Args:
+        state_dict: left as it is.
+
+    Returns:
+        the other entries, in their order.
+    """
+    return {key: value for key, value in state_dict.items() if _own_key(key) is None}
+
+
+def save_projectors(source: Projectors | Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write projectors to `projectors.safetensors`.
+
+    Args:
+        source: the projectors, or a state dict of the student they are attached to.
+        folder: of the checkpoint; made if need be.
+
+    Raises:
+        ValueError: if a state dict holds no projectors.
+    """
+    if isinstance(source, Projectors):
+        tensors = source.state_dict()
+    else:
+        tensors = {own: value for key, value in source.items() if (own := _own_key(key)) is not None}
+    if not tensors:
+        raise ValueError(
+            f"No projectors to save to {folder}: no key of the state dict contains '{NAME}.'. Pass the projectors "
+            "themselves, or a state dict of the student taken while they are attached."
+        )
+    file = Path(folder) / FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{FILE}.tmp")
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary)
+    os.replace(temporary, file)
+
+
+def load_projectors(projectors: Projectors, folder: str | Path) -> None:
+    """Read projectors that `save_projectors` wrote.
+
+    Args:
+        projectors: overwritten in place, on their device and in their dtype.
+        folder: of the checkpoint.
+
+    Raises:
+        ValueError: if the file is missing, or holds projectors of other layers or widths.
+    """
+    file = Path(folder) / FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {FILE}, but this run learns projectors for its hidden-state term: the checkpoint is of "
+            "a run without them. Resume from a checkpoint of a run with the same arguments, or start anew."
+        )
+    tensors = load_file(file)
+    found, wanted = _shapes(tensors), _shapes(projectors.state_dict())
+    if found != wanted:
+        raise ValueError(
+            f"{file} holds projectors {found}, this run needs {wanted} (teacher width, student width): the "
+            "checkpoint is of other models. Resume with those it was made with, or start anew."
+        )
+    projectors.load_state_dict(tensors)
+
+
+def _innermost(student: nn.Module) -> PreTrainedModel:
+    # A PEFT wrapper's own method, which nn.Module does not declare.
+    wrapper: Any = student
+    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+
+
+def _own_key(key: str) -> str | None:
+    # The part after the attribute's name, behind whatever prefixes the wrappers put before it.
+    _, found, own = f".{key}".partition(f".{NAME}.")
+    return own if found else None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensors[key].shape) for key in sorted(tensors)}

@@ -1,0 +1,69 @@
+"""The loss of one micro-batch, computed inside the student's forward from its last hidden states."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from cbd_trl.architectures.backbone import output_head
+from cbd_trl.losses.fused import fused_terms
+from cbd_trl.losses.head import product_dtype
+from cbd_trl.losses.objective import DistillObjective, Weights
+from cbd_trl.losses.reduction import scored_targets, select_scored
+from cbd_trl.losses.signals import Signal
+from cbd_trl.trainers.layer_pairs import LayerPairs
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """What `model(**inputs, inside=...)` runs: the fused head and divergence, and the hidden-state term.
+
+    Attributes:
+        student: the causal LM itself, not wrapped.
+        labels_BT: token ids, -100 where the token is not scored.
+        teacher: what it says at the scored positions.
+        objective: the terms on logits.
+        weights: of all terms at this step.
+        pairs: the layers that are compared.
+        student_states: layer -> output (B, T, d), filled while the student runs.
+        teacher_states: layer -> output (B, T, D) of the teacher.
+        chunk: tokens whose logits are held at a time; None to choose.
+        with_logits: also return all logits, for metrics.
+    """
+
+    student: Any
+    labels_BT: Tensor
+    teacher: Signal
+    objective: DistillObjective
+    weights: Weights
+    pairs: LayerPairs
+    student_states: Mapping[int, Tensor]
+    teacher_states: Mapping[int, Tensor]
+    chunk: int | None = None
+    with_logits: bool = False
+
+    def __call__(self, hidden_BTd: Tensor) -> dict[str, Tensor]:
+        """Compute the loss.
+
+        Args:
+            hidden_BTd: last hidden states of the student, (B, T, d).
+
+        Returns:
+            "total", the weighted sum over the scored tokens, with gradient; "kd", "ce", "teacher_ce" and, where it is
+            taken, "hidden": (N,) without; "logits" (B, T, V) if asked for.
+        """
+        labels_BT = self.labels_BT.to(hidden_BTd.device)
+        hidden_Nd = select_scored(hidden_BTd, labels_BT)
+        with output_head(self.student) as head:
+            total, terms = fused_terms(
+                hidden_Nd, head, scored_targets(labels_BT), self.teacher, self.objective, self.weights, self.chunk
+            )
+            outputs = {**terms}
+            if self.with_logits:
+                outputs["logits"] = head.logits(hidden_BTd.to(product_dtype(head, hidden_BTd.device))).detach()
+        hidden_N = self.pairs.distance(self.student_states, self.teacher_states, labels_BT)
+        if hidden_N is not None:
+            total = total + self.weights.hidden * hidden_N.sum()
+            outputs["hidden"] = hidden_N.detach()
+        return {"total": total, **outputs}
