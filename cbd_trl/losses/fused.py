@@ -3,6 +3,7 @@
 Shapes: N scored tokens, d student width, V vocabulary rows.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from cbd_trl.losses.head import Head, product_dtype
 from cbd_trl.losses.objective import DistillObjective, Weights, combine
 from cbd_trl.losses.signals import Signal
 
-# Logits of one model in one chunk. On a CPU about what its caches are good for, on a GPU what fills it; with the few
-# buffers that a divergence and its gradient need this is 0.2 and 1.5 GB.
-_CHUNK_ELEMENTS = {"cpu": 2**23}
+# Logits of one model that are held at a time. On a CPU 64 MB: large enough that the allocator hands them back, where the
+# many smaller ones of an earlier version left gigabytes of holes. On a GPU what fills it.
+_CHUNK_ELEMENTS = {"cpu": 2**24}
 _CHUNK_ELEMENTS_GPU = 2**26
+# Of them, what is compared at a time: on a CPU about what its caches are good for, on a GPU all.
+_BLOCK_ELEMENTS = {"cpu": 2**19}
 
 
 def default_chunk(rows: int, device: torch.device) -> int:
@@ -86,25 +89,29 @@ class _FusedTerms(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=torch.float32 if i else dtype) if tensor is not None and needed else None
             for i, (needed, tensor) in enumerate(zip(needs, (hidden_Nd, weight_Vd, bias_V), strict=True))
         ]
-        terms: list[dict[str, Tensor]] = []
-        total = hidden_Nd.new_zeros((), dtype=torch.float32)
+        # Written into, not gathered: small tensors that stay would lie between the large ones that go, and the holes of a
+        # C allocator's heap add up to gigabytes.
+        terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _TERMS}
         for start in range(0, len(inputs_Nd), size):
             part = slice(start, start + size)
-            projected_nV = head.project(inputs_Nd[part]).requires_grad_(any(needs))
-            with torch.set_grad_enabled(any(needs)):
-                found = objective.terms(head.bound(projected_nV), teacher.at(part), targets_N[part], weights)
-                loss = combine(found, weights).sum()
-            if loss.requires_grad:
-                (slope_nV,) = torch.autograd.grad(loss, projected_nV)
-                _add_gradients(gradients, slope_nV, inputs_Nd[part], head.weight_VD, part)
-            terms.append({name: term.detach() for name, term in found.items()})
-            total += loss.detach()
+            projected_nV = head.project(inputs_Nd[part])
+            said, targets_n = teacher.at(part), targets_N[part]
+            for rows in _blocks(projected_nV):
+                leaf_bV = projected_nV[rows].detach().requires_grad_(any(needs))
+                with torch.set_grad_enabled(any(needs)):
+                    found = objective.terms(head.bound(leaf_bV), said.rows(rows), targets_n[rows], weights)
+                    loss = combine(found, weights).sum()
+                if loss.requires_grad:
+                    # The logits have done their work: the slope takes their place.
+                    projected_nV[rows] = torch.autograd.grad(loss, leaf_bV)[0]
+                for name, term_N in terms.items():
+                    term_N[part][rows] = found[name].detach()
+            if any(needs) and (weights.kd or weights.ce):
+                _add_gradients(gradients, projected_nV, inputs_Nd[part], head.weight_VD, part)
         ctx.gradients = gradients
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden_Nd, weight_Vd, bias_V)]
-        empty = hidden_Nd.new_zeros(0, dtype=torch.float32)
-        per_token = [torch.cat([empty, *(found[name] for found in terms)]) for name in _TERMS]
-        ctx.mark_non_differentiable(*per_token)
-        return total, *per_token
+        ctx.mark_non_differentiable(*terms.values())
+        return combine(terms, weights).sum(), *terms.values()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, *unused: Any) -> Any:
@@ -117,6 +124,13 @@ class _FusedTerms(torch.autograd.Function):
         scaled = [None if g is None else g.mul_(slope) for g in ctx.gradients]
         ctx.gradients = None
         return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+
+
+def _blocks(projected_nV: Tensor) -> Iterator[slice]:
+    tokens, rows = projected_nV.shape
+    size = max(1, _BLOCK_ELEMENTS.get(projected_nV.device.type, projected_nV.numel()) // rows)
+    for start in range(0, tokens, size):
+        yield slice(start, start + size)
 
 
 def _add_gradients(

@@ -38,6 +38,9 @@ class Statement(Protocol):
     def cross_entropy(self, targets_N: Tensor) -> Tensor:
         """The teacher's own cross-entropy at temperature 1, (N,) nats per token."""
 
+    def rows(self, rows: slice) -> "Statement":
+        """What is said at some of the N positions."""
+
 
 class Signal(Protocol):
     """What a teacher says at all scored positions of a micro-batch."""
@@ -59,6 +62,10 @@ class Logits:
         self._weights = weights
         # At temperature 1 the divergence and the cross-entropy read the same log-probabilities.
         self._known: dict[tuple[float, int], Tensor] = {}
+
+    def rows(self, rows: slice) -> "Logits":
+        """See `Statement`."""
+        return Logits([logits_NV[rows] for logits_NV in self._logits], self._weights)
 
     def log_probs(self, temperature: float, rows: int) -> Tensor:
         """Log of the weighted mean of the teachers' distributions over the first rows, (N, rows)."""
@@ -149,7 +156,11 @@ class TopKSignal:
 
     def at(self, part: slice) -> "TopKSignal":
         """See `Signal`."""
-        return TopKSignal(self.indices_NK[part], self.log_probs_NK[part], self.tail_N[part], self.target_N[part])
+        return self.rows(part)
+
+    def rows(self, rows: slice) -> "TopKSignal":
+        """See `Statement`."""
+        return TopKSignal(self.indices_NK[rows], self.log_probs_NK[rows], self.tail_N[rows], self.target_N[rows])
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
         """See `Statement`. The temperature is the one the entries were taken at; the first `top_k` are used."""
@@ -184,7 +195,11 @@ class SampledSignal:
 
     def at(self, part: slice) -> "SampledSignal":
         """See `Signal`."""
-        return SampledSignal(self.indices_NK[part], self.log_probs_NK[part], self.target_N[part])
+        return self.rows(part)
+
+    def rows(self, rows: slice) -> "SampledSignal":
+        """See `Statement`."""
+        return SampledSignal(self.indices_NK[rows], self.log_probs_NK[rows], self.target_N[rows])
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
         """See `Statement`. Forward KL whatever the divergence: it alone can be estimated from draws without bias."""

@@ -44,7 +44,7 @@ ELSEWHERE = {
     "teacher_model_init_kwargs": "test_distill_trainer.py",
     "teacher_model_revision": "test_local.py",
     "teacher_weights": "test_teachers.py",
-    "teacher_cache": "test_cached_batches.py",
+    "teacher_cache": "test_cached_teacher.py",
     "teacher_offload": "test_teachers.py",
     "self_distillation": "test_teachers.py",
     "divergence": "below",
