@@ -51,16 +51,18 @@ def make_trainer(
     Args:
         family: of both.
         student: instead of the tiny one.
-        teacher: instead of the tiny one.
+        teacher: instead of the tiny one, which there is unless `overrides` name another teacher.
         overrides: fields of `DistillConfig`, or arguments of `DistillTrainer`.
     """
     depth = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
     names = ("train_dataset", "eval_dataset", "processing_class", "block_map", "peft_config", "compute_metrics")
     arguments: dict[str, Any] = {"train_dataset": text_rows(), "processing_class": tiny_tokenizer()}
     arguments |= {name: overrides.pop(name) for name in names if name in overrides}
+    if teacher is None and not (overrides.get("self_distillation") or overrides.get("teacher_cache")):
+        teacher = tiny_model(family, seed=2)
     return DistillTrainer(
         tiny_model(family, seed=1, **depth) if student is None else student,
-        tiny_model(family, seed=2) if teacher is None else teacher,
+        teacher,
         make_config(**overrides),
         **arguments,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 from cbd_trl.losses.head import Head
 
@@ -53,6 +53,7 @@ def keep_trainable(model: nn.Module) -> None:
     Args:
         model: changed in place; nothing happens where nothing is quantised so.
     """
+    module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -83,7 +84,8 @@ def output_head(model: Any, keep: bool = False) -> Iterator[Head]:
     """
     module = model.get_output_embeddings()
     offloaded = has_offloaded_params(module)
-    with align_module_device(module), _gathered(module):
+    # ZeRO-3 gathers what a forward reads, and again for its gradient. Gathering here would give it back too early.
+    with align_module_device(module):
         weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
         if weight is None or not weight.is_floating_point():
             kind = "no matrix" if weight is None else f"quantised ({weight.dtype})"
@@ -138,20 +140,11 @@ def _logit_scale(config: Any) -> float:
     return float(scaling) if config.model_type == "hyperclovax" else 1.0 / float(scaling)
 
 
-@contextmanager
-def _gathered(module: nn.Module) -> Iterator[None]:
-    partitioned = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        yield
-
-
 def _whole(parameter: Tensor | None) -> Tensor | None:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # FSDP has not gathered it, because its module is never called: nor would it average the gradient.
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _in_fsdp(model: nn.Module) -> bool:

@@ -13,8 +13,8 @@ from cbd_trl.losses.head import Head, product_dtype
 from cbd_trl.losses.objective import DistillObjective, Weights, combine
 from cbd_trl.losses.signals import Signal
 
-# Logits of one model that are held at a time. On a CPU 64 MB: large enough that the allocator hands them back, where the
-# many smaller ones of an earlier version left gigabytes of holes. On a GPU what fills it.
+# Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
+# fills it.
 _CHUNK_ELEMENTS = {"cpu": 2**24}
 _CHUNK_ELEMENTS_GPU = 2**26
 # Of them, what is compared at a time: on a CPU about what its caches are good for, on a GPU all.
@@ -89,8 +89,8 @@ class _FusedTerms(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=torch.float32 if i else dtype) if tensor is not None and needed else None
             for i, (needed, tensor) in enumerate(zip(needs, (hidden_Nd, weight_Vd, bias_V), strict=True))
         ]
-        # Written into, not gathered: small tensors that stay would lie between the large ones that go, and the holes of a
-        # C allocator's heap add up to gigabytes.
+        # Written into, not gathered: small tensors that stay would lie between the large ones that go, and the holes
+        # of the C allocator's heap add up to gigabytes.
         terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _TERMS}
         for start in range(0, len(inputs_Nd), size):
             part = slice(start, start + size)

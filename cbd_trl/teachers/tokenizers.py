@@ -139,4 +139,6 @@ def check_vocabularies(
 
 def vocabulary_rows(model: Any) -> int:
     """How many logits a model has per position: rows of its output embedding, which config.vocab_size need not be."""
-    return model.get_output_embeddings().weight.shape[0]
+    weight = model.get_output_embeddings().weight
+    # ZeRO-3 leaves an empty parameter behind, and tells what its shape was.
+    return getattr(weight, "ds_shape", weight.shape)[0]

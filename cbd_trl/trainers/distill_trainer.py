@@ -21,7 +21,7 @@ from cbd_trl.trainers.checks import check_arguments, check_run, chosen_teacher
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.meters import TokenCounter, TokenMeter
-from cbd_trl.trainers.model_card import describe_model, distillation_card, readable_name
+from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card, readable_name
 from cbd_trl.trainers.projector_trainer import ProjectorTrainer
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherModel, read_from_cache, set_up_teacher
@@ -259,6 +259,11 @@ class DistillTrainer(ProjectorTrainer):
         output = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not sharded:
+            # accelerate 1.15 takes a model it evaluated for one that is wrapped already: training it afterwards would
+            # be without DDP, each process on its own.
+            vars(self.model).pop("_is_accelerate_prepared", None)
         metrics: Any = output.metrics
         for name, value in self._eval_meter.means().items():
             metrics[f"{metric_key_prefix}_{name}"] = value
@@ -302,6 +307,7 @@ class DistillTrainer(ProjectorTrainer):
             return
         name, output_dir = self._student_name, str(self.args.output_dir)
         own = ["generated_from_trainer", *self._tag_names]
+        best_step = self.state.best_global_step if self.args.load_best_model_at_end else None
         card = distillation_card(
             title=model_name or os.path.basename(os.path.normpath(output_dir)),
             hub_model_id=self.hub_model_id,
@@ -311,6 +317,8 @@ class DistillTrainer(ProjectorTrainer):
             base_model=name if name and readable_name(name) == name else None,
             args=self.args,
             tokens=int(self._token_counter.tokens),
-            tags=own + ([tags] if isinstance(tags, str) else list(tags or [])),
+            # An upload hands over the tags of the model, which are the trainer's once more.
+            tags=[*dict.fromkeys(own + ([tags] if isinstance(tags, str) else list(tags or [])))],
+            results=describe_results(self.state.log_history, best_step),
         )
         card.save(os.path.join(output_dir, "README.md"))

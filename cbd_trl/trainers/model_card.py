@@ -1,6 +1,7 @@
 """The card that is saved beside a distilled model."""
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -22,10 +23,11 @@ A language model distilled with `cbd_trl.DistillTrainer`{dataset}.
 |---|---|
 | student | {student} |
 | teacher | {teacher} |
+| data | {data_text} |
 | loss | {loss} |
 | hybrid steps | {hybrid} |
 | tokens seen | {tokens:,} |
-
+{results}
 ```python
 from transformers import pipeline
 
@@ -33,6 +35,15 @@ generator = pipeline("text-generation", model="{model_id}")
 print(generator("Once upon a time")[0]["generated_text"])
 ```
 """
+
+# Logged terms, by what they are called on the card. The distance of the layers alone is not in nats.
+_RESULTS = {
+    "loss": "loss",
+    "kd": "divergence from the teacher",
+    "ce": "cross-entropy",
+    "hidden": "distance of the layers (no unit)",
+    "teacher_ce": "cross-entropy of the teacher",
+}
 
 
 def describe_model(model: nn.Module, name: str | None) -> str:
@@ -47,7 +58,7 @@ def describe_model(model: nn.Module, name: str | None) -> str:
     """
     # A checkpoint's card is written while the projectors are still there.
     parameters = without_projectors(dict(model.named_parameters())).values()
-    size = f"{type(model).__name__}, {sum(p.numel() for p in parameters):,} parameters"
+    size = f"{type(model).__name__}, {sum(getattr(p, 'ds_numel', p.numel()) for p in parameters):,} parameters"
     label = readable_name(name)
     return f"`{label}` ({size})" if label else f"a model made in memory ({size})"
 
@@ -80,6 +91,35 @@ def describe_loss(args: DistillConfig) -> str:
     return " + ".join(f"{weight} x {names[term]}" for term, weight in weights.items())
 
 
+def describe_results(history: Sequence[Mapping[str, Any]], last_step: int | None = None) -> str:
+    """The last losses of training and of every evaluation set, as a table.
+
+    Args:
+        history: log entries of the run, in order.
+        last_step: of the model that is kept, where it is not the last one; later entries are left out.
+
+    Returns:
+        Markdown between blank lines; empty if nothing was logged.
+    """
+    columns: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for entry in history:
+        for key in entry:
+            prefix = key.removesuffix("loss")
+            known = prefix == "" or (prefix.startswith("eval_") and prefix != key)
+            if known and (last_step is None or entry.get("step", 0) <= last_step):
+                columns[prefix] = (f"{prefix.removesuffix('_') or 'training'}, step {entry.get('step', 0):,}", entry)
+    if not columns:
+        return ""
+    lines = ["| nats per token | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for name, text in _RESULTS.items():
+        values = [entry.get(f"{prefix}{name}") for prefix, (_, entry) in columns.items()]
+        if any(value is not None for value in values):
+            cells = ("" if value is None else f"{value:.4g}" for value in values)
+            lines.append(f"| {text} | " + " | ".join(cells) + " |")
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def readable_name(name: str | None) -> str | None:
     """A Hub id as it is, the last folder of a local path, None for a model without a name."""
     if not name or name == "None":
@@ -98,6 +138,7 @@ def distillation_card(
     args: DistillConfig,
     tokens: int,
     tags: list[str],
+    results: str,
 ) -> ModelCard:
     """The card of a distilled model.
 
@@ -111,6 +152,7 @@ def distillation_card(
         args: of the run.
         tokens: tokens seen in training.
         tags: of the card.
+        results: from `describe_results`.
 
     Returns:
         a card ready to save.
@@ -128,9 +170,11 @@ def distillation_card(
             dataset=f" on `{dataset}`" if dataset else "",
             student=student,
             teacher=teacher,
+            data_text=f"`{dataset}`" if dataset else "not named",
             loss=describe_loss(args),
             hybrid=f"{swap:.0%} of the steps" if swap else "none",
             tokens=tokens,
+            results=results,
             model_id=hub_model_id or title,
         )
     )

@@ -168,7 +168,8 @@ def _cached(base: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) 
     cache = TeacherCache.open(args.teacher_cache)
     settings = cache.manifest.settings
     cache.check(vocabulary_rows=vocabulary_rows(base), tokenizer=tokenizer)
-    if settings.kind != "hidden" and args.kd_weight and settings.temperature != args.temperature:
+    uses_kd = args.schedules()["kd"].highest > 0
+    if settings.kind != "hidden" and uses_kd and settings.temperature != args.temperature:
         raise ValueError(
             f"temperature={args.temperature}, but the cache {args.teacher_cache} holds probabilities at temperature "
             f"{settings.temperature}, and only the whole distribution could be tempered anew. Set temperature="

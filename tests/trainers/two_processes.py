@@ -4,13 +4,18 @@ import sys
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from tests.training import make_trainer, one_step, text_rows
 
+_ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 _CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "hybrid": {"swap_probability": 1.0},
     "packed": {"packing": True, "max_length": 20},
+    "projectors": {"hidden_projector": True},
+    "lora": {"peft_config": _ADAPTER},
+    "own base": {"peft_config": _ADAPTER, "self_distillation": True},
 }
 
 
@@ -22,6 +27,7 @@ def measure(processes: int) -> dict[str, tuple]:
     """
     results = {}
     for name, case in _CASES.items():
+        torch.manual_seed(0)  # adapters start at random
         trainer = make_trainer(
             # Four rows, or the two that they are packed into.
             per_device_train_batch_size=(2 if "packing" in case else 4) // processes,
