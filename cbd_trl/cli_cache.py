@@ -77,7 +77,7 @@ def _import_cache(arguments: CacheArguments, args: Any, model: ModelConfig) -> A
     from transformers import AutoConfig, AutoTokenizer
 
     from cbd_trl.cache import import_logprobs
-    from cbd_trl.trainers.model_card import readable_name
+    from cbd_trl.names import readable_name
 
     if arguments.kind != "top_k" or arguments.temperature != 1.0:
         raise UsageError(

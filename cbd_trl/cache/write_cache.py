@@ -21,6 +21,7 @@ from cbd_trl.cache.rows import prepared_rows, token_rows
 from cbd_trl.cache.shards import stored_bytes
 from cbd_trl.cache.writer import CacheWriter
 from cbd_trl.losses.head import Head
+from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer
 
 
@@ -84,7 +85,7 @@ def write_cache(
         settings = Settings(
             **_chosen(kind, k, temperature, value_bits, seed, dtype, predictor.head),
             vocabulary_rows=predictor.head.rows,
-            teacher=_shareable_name(name),
+            teacher=readable_name(name),
             teacher_fingerprint=teacher_fingerprint(model),
             tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         )
@@ -225,10 +226,3 @@ def _chosen(
     kept = min(k, head.rows) if kind == "top_k" else k
     values = {"k": kept, "temperature": float(temperature), "value_bits": value_bits}
     return {"kind": kind, **values, "seed": seed if kind == "sampled" else None}
-
-
-def _shareable_name(name: str | None) -> str | None:
-    # Imported here because the card needs the trainer's config, and the trainer reads caches.
-    from cbd_trl.trainers.model_card import readable_name
-
-    return readable_name(name)

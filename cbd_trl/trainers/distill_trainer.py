@@ -7,29 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.losses.objective import DistillObjective, Weights, combine
-from cbd_trl.losses.reduction import count_scored, normalise, sums_per_row
+from cbd_trl.losses.objective import TERMS, DistillObjective, Weights
+from cbd_trl.losses.reduction import count_scored, normalise
+from cbd_trl.names import readable_name
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
 from cbd_trl.trainers.batches import RowLengthsCollator
 from cbd_trl.trainers.checks import check_arguments, check_run, chosen_teacher
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.evaluation_trainer import EvaluationTrainer
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.meters import TokenCounter, TokenMeter
-from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card, readable_name
-from cbd_trl.trainers.projector_trainer import ProjectorTrainer
+from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherModel, read_from_cache, set_up_teacher
 
-_TERMS = ("kd", "ce", "hidden", "teacher_ce")
 
-
-class DistillTrainer(ProjectorTrainer):
+class DistillTrainer(EvaluationTrainer):
     """Trains a student on a dataset to predict what a teacher predicts.
 
     The loss is kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x mean distance of the layers, each
@@ -119,7 +116,7 @@ class DistillTrainer(ProjectorTrainer):
             evaluation = self.eval_dataset
             datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
             self.data_collator = read_from_cache(setup.teacher, self.data_collator, datasets)
-        self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
+        self._train_meter = TokenMeter()
         self.add_callback(TokenCounter())
 
     @property
@@ -195,79 +192,13 @@ class DistillTrainer(ProjectorTrainer):
         outputs = self._run(model, batch, with_logits=return_outputs)
         scored = outputs["ce"].numel()
         if self.model.training:
-            sums = {name: outputs[name].sum() for name in _TERMS if name in outputs}
+            sums = {name: outputs[name].sum() for name in TERMS if name in outputs}
             self._train_meter.add(sums, torch.tensor(float(scored), device=outputs["ce"].device))
             self._token_counter.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
         loss = normalise(outputs["total"], scored, num_items_in_batch, processes)
         return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """One evaluation batch: its rows are added to the meter that `evaluation_loop` reads.
-
-        Args:
-            model: the student.
-            inputs: as in `compute_loss`.
-            prediction_loss_only: leave out logits and labels.
-            ignore_keys: unused; logits are the only output.
-
-        Returns:
-            mean loss of the batch in nats, logits (B, T, V) or None, labels (B, T) or None.
-        """
-        batch = Batch.split(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self._run(model, batch, with_logits=not prediction_loss_only)
-        terms = {name: outputs[name] for name in _TERMS if name in outputs}
-        loss_N = combine(terms, self._weights)
-        terms = {"loss": loss_N, **terms, "tokens": torch.ones_like(loss_N)}
-        labels, lengths = batch.labels_BT, batch.row_lengths_R
-        rows_RK = torch.stack([sums_per_row(term, labels, lengths) for term in terms.values()], dim=1)
-        # Row by row, because the last batch is filled up with rows already seen, and gathering drops those.
-        totals = dict(zip(terms, self.accelerator.gather_for_metrics(rows_RK).sum(0), strict=True))
-        self._eval_meter.add(totals, totals.pop("tokens"))
-        others = (None, None) if prediction_loss_only else (outputs["logits"], labels)
-        return normalise(loss_N.sum(), loss_N.numel(), None), *others
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """The stock loop, with every loss as a mean over tokens instead of a mean of batch means.
-
-        Args:
-            dataloader: of the evaluation set.
-            description: shown while it runs.
-            prediction_loss_only: leave out predictions.
-            ignore_keys: unused.
-            metric_key_prefix: put before every metric.
-
-        Returns:
-            predictions and metrics.
-        """
-        self._eval_meter = TokenMeter()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.accelerator.num_processes > 1 and self.model_wrapped is self.model and not sharded:
-            # accelerate 1.15 takes a model it evaluated for one that is wrapped already: training it afterwards would
-            # be without DDP, each process on its own.
-            vars(self.model).pop("_is_accelerate_prepared", None)
-        metrics: Any = output.metrics
-        for name, value in self._eval_meter.means().items():
-            metrics[f"{metric_key_prefix}_{name}"] = value
-        return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms since the last training log.

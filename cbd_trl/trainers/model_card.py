@@ -1,6 +1,5 @@
 """The card that is saved beside a distilled model."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
 from cbd_trl.losses.divergences import divergence_option
+from cbd_trl.names import readable_name
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.projectors import without_projectors
 
@@ -118,13 +118,6 @@ def describe_results(history: Sequence[Mapping[str, Any]], last_step: int | None
             cells = ("" if value is None else f"{value:.4g}" for value in values)
             lines.append(f"| {text} | " + " | ".join(cells) + " |")
     return "\n" + "\n".join(lines) + "\n"
-
-
-def readable_name(name: str | None) -> str | None:
-    """A Hub id as it is, the last folder of a local path, None for a model without a name."""
-    if not name or name == "None":
-        return None
-    return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.isdir(name) else name
 
 
 def distillation_card(
