@@ -1,7 +1,10 @@
 """A teacher that was asked beforehand: what it said is read from a cache, and nothing is loaded."""
 
+from collections.abc import Sequence
+
 from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedModel
 
 from cbd_trl.cache import TeacherCache
 from cbd_trl.losses.reduction import select_scored
@@ -19,6 +22,11 @@ class CachedTeacher:
     def __init__(self, cache: TeacherCache) -> None:
         self.cache = cache
         self._head = cache.head() if cache.manifest.settings.kind == "hidden" else None
+
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """None."""
+        return []
 
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """Only the head of cached hidden states has a place."""

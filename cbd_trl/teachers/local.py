@@ -77,6 +77,10 @@ def load_teacher(
 class Teacher(Protocol):
     """What the trainer asks of every teacher."""
 
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """The causal LMs that run beside the student."""
+
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """See `LocalTeacher.place`."""
 
@@ -94,6 +98,11 @@ class LocalTeacher:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._placed: nn.Module = model
+
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """The teacher."""
+        return [self.model]
 
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """Put the teacher where the student is: on its device, sharded alike, under the same mixed precision.
@@ -142,6 +151,11 @@ class EnsembleTeacher:
         self.members = members
         self._weights = weights
 
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """The teachers."""
+        return [member.model for member in self.members]
+
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """See `LocalTeacher.place`."""
         for member in self.members:
@@ -161,6 +175,11 @@ class OwnBaseTeacher:
 
     def __init__(self, student: Any) -> None:
         self._student = student
+
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """None: it is the student."""
+        return []
 
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """The student is placed by the trainer."""

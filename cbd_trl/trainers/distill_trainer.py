@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.objective import TERMS, DistillObjective, Weights
@@ -22,6 +23,7 @@ from cbd_trl.trainers.evaluation_trainer import EvaluationTrainer
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
+from cbd_trl.trainers.row_attention import attention_by_row
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherModel, read_from_cache, set_up_teacher
 
@@ -118,6 +120,32 @@ class DistillTrainer(EvaluationTrainer):
             self.data_collator = read_from_cache(setup.teacher, self.data_collator, datasets)
         self._train_meter = TokenMeter()
         self.add_callback(TokenCounter())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer.
+
+        Args:
+            args: as there.
+            kwargs: as there.
+        """
+        with self._attention():
+            return super().train(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in `EvaluationTrainer`.
+
+        Args:
+            args: as there.
+            kwargs: as there.
+        """
+        with self._attention():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def _attention(self) -> AbstractContextManager:
+        # Elsewhere FlashAttention is there for packed rows, and a compiled graph would break at every row.
+        if not self.padding_free or self.accelerator.device.type != "cpu" or self.args.torch_compile:
+            return nullcontext()
+        return attention_by_row([self._student, *self._teacher.models])
 
     @property
     def _weights(self) -> Weights:
