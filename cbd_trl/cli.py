@@ -1,9 +1,10 @@
 """The command `cbd-trl`: picks the subcommand; nothing heavy is imported before it is known."""
 
-import difflib
 import os
 import sys
 from collections.abc import Sequence
+
+from cbd_trl.names import did_you_mean
 
 COMMANDS = {
     "demo": "distil a real 135M model into a chain, make six other sizes from it, measure and draw them",
@@ -80,9 +81,7 @@ def _help() -> str:
 
 
 def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    return f"cbd-trl: there is no command {name!r}. {hint}There are: {', '.join(COMMANDS)}."
+    return f"cbd-trl: there is no command {name!r}.{did_you_mean(name, COMMANDS)} There are: {', '.join(COMMANDS)}."
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ def distill(flags: list[str]) -> None:
     from cbd_trl.trainers.distill_config import DistillConfig
 
     description = (
-        "Train a student (--model_name_or_path) on a dataset to predict what --teacher_model_name_or_path does, or "
-        "what --teacher_cache says it did."
+        "Train a student (--model_name_or_path) on a dataset to predict what --teacher_model_name_or_path does, "
+        "what --teacher_cache says it did, or what its own base does (--self_distillation with --use_peft)."
     )
     script, args, model = parse_flags(
         "distill",
@@ -152,11 +152,11 @@ def distill(flags: list[str]) -> None:
         defaults={"output_dir": "distilled"},
     )
     teacher = args.teacher_model_name_or_path or args.teacher_cache or args.self_distillation
-    require(
-        model_name_or_path=model.model_name_or_path,
-        teacher_model_name_or_path=teacher or None,
-        dataset_name=script.dataset_name,
-    )
+    require(model_name_or_path=model.model_name_or_path, dataset_name=script.dataset_name)
+    if not teacher:
+        raise UsageError(
+            "A teacher is missing: name one with --teacher_model_name_or_path, --teacher_cache or --self_distillation."
+        )
     from trl import get_peft_config, get_quantization_config
 
     from cbd_trl.trainers.distill_trainer import DistillTrainer

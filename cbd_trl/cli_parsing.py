@@ -1,10 +1,11 @@
 """Reads the flags, the YAML file and the rows that the subcommands of `cbd-trl` have in common."""
 
-import difflib
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trl import TrlParser
+
+from cbd_trl.names import did_you_mean
 
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -65,8 +66,7 @@ def parse_flags(
 
 def _refuse_unknown(remaining: list[str], known: list[str]) -> NoReturn:
     unknown = next((text for text in remaining if text.startswith("--")), remaining[0])
-    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.6)
-    raise UsageError(f"There is no flag {unknown!r}.{f' Did you mean {near[0]}?' if near else ''}")
+    raise UsageError(f"There is no flag {unknown!r}.{did_you_mean(unknown, known)}")
 
 
 def require(**values: Any) -> None:

@@ -43,7 +43,7 @@ def import_logprobs(
         output_dir: folder of the cache; run again, it adds the rows that are not there.
         processing_class: tokenizer of the teacher; None to have training check the tokens of each row alone.
         vocabulary_rows: V of the teacher; None for the tokenizer's highest id plus one.
-        teacher: Hub id of the teacher, for people.
+        teacher: Hub id of the teacher; rows of another are refused.
         k: tokens to keep of a position.
         value_bits: 16 or 32, as in `write_cache`.
 
@@ -68,7 +68,8 @@ def import_logprobs(
         kind="top_k",
         vocabulary_rows=vocabulary_rows,
         teacher=teacher,
-        teacher_fingerprint="imported",
+        # Its weights are not at hand: its name is all that tells it from another.
+        teacher_fingerprint=f"imported:{teacher}",
         tokenizer_fingerprint=None if processing_class is None else tokenizer_fingerprint(processing_class),
         k=min(k, vocabulary_rows),
         temperature=1.0,

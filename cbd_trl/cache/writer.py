@@ -43,6 +43,7 @@ class CacheWriter:
         self._head = head
         self._tokens: list[np.ndarray] = []
         self._predictions: list[CachedRow] = []
+        self._rows_wanted: int | None = None
         self._manifest = self._open()
         self._keys = {key for shard in self._manifest.shards for key in _keys(self.folder / shard.file)}
 
@@ -78,11 +79,18 @@ class CacheWriter:
         return row_key(token_ids) in self._keys
 
     def begin(self, new_rows: int | None) -> None:
-        """Say how many rows will be added: from here to `finish` the cache is marked as unfinished.
+        """Say how many rows will be added. A new cache is marked as unfinished from here to `finish`.
+
+        A complete one stays so until the first new shard is written: an addition that fails before leaves it usable.
 
         Args:
             new_rows: rows to add; None where a stream does not tell.
         """
+        self._rows_wanted = None if new_rows is None else self._manifest.rows + new_rows
+        if not self._manifest.complete:
+            self._mark_unfinished()
+
+    def _mark_unfinished(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         digest = None
         if self._head is not None:
@@ -92,8 +100,7 @@ class CacheWriter:
             data = safetensors_torch.save(tensors, metadata={"format": "pt"})
             digest = hashlib.sha256(data).hexdigest()
             write_atomically(self.folder / HEAD_FILE, data)
-        wanted = None if new_rows is None else self._manifest.rows + new_rows
-        self._update(complete=False, rows_wanted=wanted, head_sha256=digest)
+        self._update(complete=False, rows_wanted=self._rows_wanted, head_sha256=digest)
 
     def add(self, token_rows: list[np.ndarray], predictions: list[CachedRow]) -> None:
         """Add a batch of rows; a shard is written once it is full.
@@ -127,6 +134,8 @@ class CacheWriter:
         shards = self._manifest.shards
         shard, highest = write_shard(self.folder, len(shards), self.settings, self._tokens, self._predictions)
         self._tokens, self._predictions = [], []
+        if self._manifest.complete:
+            self._mark_unfinished()
         self._update(shards=(*shards, shard), highest_id=max(highest, self._manifest.highest_id))
 
     def _update(self, **changes: object) -> None:

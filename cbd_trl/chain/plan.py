@@ -17,6 +17,7 @@ from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_anchor
 from cbd_trl.surgery.blocks import spaced_layers
+from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
 
 # Measured on SmolLM2-135M: the hidden-state term keeps anchors interpolable, and hybrid steps gain 0.05-0.20 nats at
@@ -24,13 +25,32 @@ from cbd_trl.trainers.distill_config import DistillConfig
 HIDDEN_WEIGHT = 2.0
 SWAP_PROBABILITY = 0.5
 _OWN_OPTIONS = ("args", "dataset")
+_TEACHER_ARGUMENTS = (
+    "teacher_model_name_or_path",
+    "teacher_model_init_kwargs",
+    "teacher_model_revision",
+    "teacher_weights",
+    "teacher_cache",
+    "self_distillation",
+)
 _RECORDED_ARGUMENTS = (
     "kd_weight",
+    "kd_schedule",
+    "kd_weight_end",
     "divergence",
     "beta",
+    "skew",
+    "head_share",
     "temperature",
+    "top_k",
     "ce_weight",
+    "ce_schedule",
+    "ce_weight_end",
     "hidden_weight",
+    "hidden_schedule",
+    "hidden_weight_end",
+    "hidden_loss",
+    "hidden_projector",
     "swap_probability",
     "learning_rate",
     "lr_scheduler_type",
@@ -100,7 +120,8 @@ def plan_chain(
     """Resolve every anchor asked for, from the source down.
 
     Raises:
-        ValueError: no anchors, or one that cannot be cut from the one above it.
+        ValueError: no anchors, one that cannot be cut from the one above it, or arguments that name a teacher or
+            contradict the chain's defaults.
     """
     if not anchors:
         raise ValueError(
@@ -152,11 +173,18 @@ def _with_chain_defaults(args: Any, depth_only: bool) -> DistillConfig:
             f"The args of an anchor are a {type(args).__name__}: a DistillConfig is needed, it has every default. "
             "Give args=DistillConfig(...)."
         )
+    if named := [name for name in _TEACHER_ARGUMENTS if getattr(args, name)]:
+        raise ValueError(
+            f"The args of a chain set {' and '.join(named)}, but the teacher of each anchor is the anchor above it: "
+            "there can be one. Leave them out, and give the first teacher as `source`."
+        )
     args = copy.deepcopy(args)
     if args.hidden_weight is None:
         args.hidden_weight = HIDDEN_WEIGHT
     if args.swap_probability is None:
-        args.swap_probability = SWAP_PROBABILITY if depth_only else 0.0
+        # Hybrids run the teacher's layers on the student's states, which a projector lets drift apart.
+        args.swap_probability = SWAP_PROBABILITY if depth_only and not args.hidden_projector else 0.0
+    check_config(args)
     return args
 
 
@@ -191,11 +219,16 @@ def finished_anchors(
             f"{output_dir} already holds a chain of more anchors ({names}) than are asked for now. {way_out}"
         )
     for anchor, step in zip(anchors[1:], steps, strict=False):
-        wanted = step.training_record()
-        changed = [name for name, value in wanted.items() if anchor.training.get(name) != value]
+        changed = _changed_arguments(anchor.training, step.training_record())
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
                 f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}. {way_out}"
             )
     return dict(enumerate(anchors))
+
+
+def _changed_arguments(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Recorded arguments that differ; one that an older version did not have was at its default."""
+    defaults = {name: _json_value(field.default) for name, field in DistillConfig.__dataclass_fields__.items()}
+    return [name for name in _RECORDED_ARGUMENTS if recorded.get(name, defaults[name]) != wanted[name]]

@@ -6,7 +6,6 @@ are >= 0 and exactly 0 for equal inputs. The teacher is a constant. In the formu
 A new divergence is one function and one row of `DIVERGENCES`.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +21,36 @@ from cbd_trl.losses.divergence_kernels import (
     reverse_kl_kernel,
     total_variation_kernel,
 )
+from cbd_trl.names import did_you_mean
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+# Where one distribution has less than about this share of a mixture, float32 rounds the other's to 1 and the formula
+# divides by 0. At that point the mixture is the other distribution.
+_LEAST_SHARE = 1e-6
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A function of the log-probabilities of student and teacher, (N, E) each.
+
+    Attributes:
+        function: returns (N,) float32.
+        temperature_power: its gradients with respect to the logits shrink as 1 / T to this power, where the two
+            distributions are close: 2 where the divergence is of second order in their difference, 1 of first.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    temperature_power: int = 2
+
+    def __call__(self, student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+        """The divergence of every token, (N,) float32."""
+        return self.function(student_log_NE, teacher_log_NE)
 
 
 def tempered_log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / T).
 
-    Gradients with respect to the logits shrink as 1 / T^2. The objective, not the divergence, multiplies by T^2 to
-    keep its weight beside the cross-entropy (Hinton et al. 2015, arXiv 1503.02531, section 2).
+    Gradients with respect to the logits shrink with T. The objective, not the divergence, makes up for it, to keep
+    its weight beside the cross-entropy (Hinton et al. 2015, arXiv 1503.02531, section 2).
 
     Args:
         logits_NV: logits, (N, V), any float dtype.
@@ -79,14 +99,14 @@ def jsd(student_log_NE: Tensor, teacher_log_NE: Tensor, beta: float = 0.5) -> Te
     Args:
         student_log_NE: log-probabilities, (N, E), -inf allowed.
         teacher_log_NE: log-probabilities, (N, E), -inf allowed.
-        beta: the teacher's share of the mixture, in [0, 1].
+        beta: the teacher's share of the mixture, in [0, 1]; within 1e-6 of 1 it counts as 1.
 
     Returns:
         (N,) float32, nats per token.
     """
     if beta == 0.0:
         return forward_kl(student_log_NE, teacher_log_NE)
-    if beta == 1.0:
+    if beta > 1.0 - _LEAST_SHARE:
         return reverse_kl(student_log_NE, teacher_log_NE)
     return per_token(
         partial(mixture_kernel, share=beta, forward=beta, reverse=1.0 - beta), student_log_NE, teacher_log_NE
@@ -115,12 +135,12 @@ def skew_reverse_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, skew: float 
     Args:
         student_log_NE: log-probabilities, (N, E), -inf allowed.
         teacher_log_NE: log-probabilities, (N, E), -inf allowed.
-        skew: the student's share of the mixture, in [0, 1); 0 is the reverse KL.
+        skew: the student's share of the mixture, in [0, 1); 0, as which all below 1e-6 count, is the reverse KL.
 
     Returns:
         (N,) float32, nats per token.
     """
-    if skew == 0.0:
+    if skew < _LEAST_SHARE:
         return reverse_kl(student_log_NE, teacher_log_NE)
     return per_token(
         partial(mixture_kernel, share=1.0 - skew, forward=0.0, reverse=1.0), student_log_NE, teacher_log_NE
@@ -179,10 +199,11 @@ def sampled_forward_kl(student_log_NK: Tensor, teacher_log_NK: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class DivergenceRow:
-    """One divergence: its function, and the option it has beside the two distributions."""
+    """One divergence: its function, its option beside the two distributions, and `Divergence.temperature_power`."""
 
     function: Callable[..., Tensor]
     option: str | None = None
+    temperature_power: int = 2
 
 
 DIVERGENCES: dict[str, DivergenceRow] = {
@@ -192,7 +213,7 @@ DIVERGENCES: dict[str, DivergenceRow] = {
     "skew_kl": DivergenceRow(skew_kl, "skew"),
     "skew_reverse_kl": DivergenceRow(skew_reverse_kl, "skew"),
     "adaptive_kl": DivergenceRow(adaptive_kl, "head_share"),
-    "total_variation": DivergenceRow(total_variation),
+    "total_variation": DivergenceRow(total_variation, temperature_power=1),
 }
 
 
@@ -210,7 +231,8 @@ def get_divergence(name: str, **options: float) -> Divergence:
         ValueError: for an unknown name; the message lists those that exist.
     """
     row = _row(name)
-    return partial(row.function, **{key: value for key, value in options.items() if key == row.option})
+    own = {key: value for key, value in options.items() if key == row.option}
+    return Divergence(partial(row.function, **own), row.temperature_power)
 
 
 def divergence_option(name: str) -> str | None:
@@ -230,7 +252,6 @@ def divergence_option(name: str) -> str | None:
 
 def _row(name: str) -> DivergenceRow:
     if name not in DIVERGENCES:
-        close = difflib.get_close_matches(str(name), DIVERGENCES, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(name, DIVERGENCES)
         raise ValueError(f"Unknown divergence {name!r}: there are {', '.join(DIVERGENCES)}.{hint}")
     return DIVERGENCES[name]

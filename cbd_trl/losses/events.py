@@ -1,7 +1,8 @@
 """Fewer events than tokens: the kept tokens and one event for all others, or draws.
 
 Shapes: N scored tokens, V vocabulary rows, K kept tokens or draws. Both models' log-probabilities over the same K + 1
-events sum to one again, so a divergence of them is a true one, and never above that of the whole vocabulary.
+events sum to one again, so a divergence of them is a true one. That of an f-divergence is never above its value on
+the whole vocabulary.
 """
 
 from typing import Any

@@ -70,10 +70,10 @@ def fused_terms(
     work = (head.scale, head.softcap, targets_N, teacher, objective, weights, size, dtype, torch.is_grad_enabled())
     with torch.autocast(device.type, enabled=False):
         total, *terms = _FusedTerms.apply(hidden_Nd, head.weight_VD, head.bias_V, work)
-    return total, dict(zip(_TERMS, terms, strict=True))
+    return total, dict(zip(_LOGIT_TERMS, terms, strict=True))
 
 
-_TERMS = ("kd", "ce", "teacher_ce")
+_LOGIT_TERMS = ("kd", "ce", "teacher_ce")
 
 
 class _FusedTerms(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _FusedTerms(torch.autograd.Function):
         ]
         # Written into, not gathered: small tensors that stay would lie between the large ones that go, and the holes
         # of the C allocator's heap add up to gigabytes.
-        terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _TERMS}
+        terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _LOGIT_TERMS}
         for start in range(0, len(inputs_Nd), size):
             part = slice(start, start + size)
             projected_nV = head.project(inputs_Nd[part])

@@ -3,12 +3,13 @@
 Shapes: N scored tokens, d student width, D teacher width, L student layers.
 """
 
-import difflib
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from cbd_trl.names import did_you_mean
 
 # Below this mean square a teacher's state counts as all zero: the residual streams of trained models lie far above.
 _FLOOR = 1e-6
@@ -74,8 +75,7 @@ def get_hidden_loss(name: str) -> HiddenLoss:
         ValueError: for an unknown name; the message lists those that exist.
     """
     if name not in HIDDEN_LOSSES:
-        close = difflib.get_close_matches(str(name), HIDDEN_LOSSES, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = did_you_mean(name, HIDDEN_LOSSES)
         raise ValueError(f"Unknown hidden loss {name!r}: there are {', '.join(HIDDEN_LOSSES)}.{hint}")
     return HIDDEN_LOSSES[name]
 

@@ -37,9 +37,9 @@ class DistillObjective:
 
     Attributes:
         divergence: what `cbd_trl.losses.divergences.get_divergence` returned.
-        temperature: divides both models' logits in the divergence, which is multiplied by its square: gradients with
-            respect to the logits shrink as 1 / T^2, and its weight beside the cross-entropy is to keep its meaning
-            (Hinton et al. 2015, arXiv 1503.02531, section 2).
+        temperature: T, divides both models' logits in the divergence. Its gradients with respect to the logits shrink
+            as 1 / T^2 (total variation: 1 / T), so it is multiplied by that power of T: its weight beside the
+            cross-entropy is to keep its meaning (Hinton et al. 2015, arXiv 1503.02531, section 2).
         top_k: compare the teacher's k most likely tokens and one bucket for all others; None for all tokens.
         shared_rows: vocabulary rows that both models have; None for all.
     """
@@ -69,7 +69,8 @@ class DistillObjective:
         with torch.set_grad_enabled(grad and (weights.kd > 0 or weights.ce > 0)):
             student_log_NV = tempered_log_probs(student_NV[:, :rows], self.temperature)
         with torch.set_grad_enabled(grad and weights.kd > 0):
-            kd_N = teacher.compare(student_log_NV, self.divergence, self.temperature, self.top_k) * self.temperature**2
+            kd_N = teacher.compare(student_log_NV, self.divergence, self.temperature, self.top_k)
+            kd_N = kd_N * self.temperature**self.divergence.temperature_power
         with torch.set_grad_enabled(grad and weights.ce > 0):
             if self.temperature == 1.0 and rows == student_NV.shape[1]:
                 ce_N = -student_log_NV.gather(1, targets_N[:, None])[:, 0]

@@ -1,9 +1,10 @@
 """How the weight of a loss term changes over the run."""
 
-import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from cbd_trl.names import did_you_mean
 
 # Share of the way from start to end, at a progress in [0, 1].
 _SHARES: dict[str, Callable[[float], float]] = {
@@ -35,8 +36,7 @@ class WeightSchedule:
     def __post_init__(self) -> None:
         """Check every value."""
         if self.shape not in _SHARES:
-            close = difflib.get_close_matches(str(self.shape), SCHEDULES, n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(self.shape, SCHEDULES)
             raise ValueError(f"Unknown schedule {self.shape!r}: there are {', '.join(SCHEDULES)}.{hint}")
         for name, value in (("start", self.start), ("end", self.end)):
             if not (math.isfinite(value) and value >= 0):

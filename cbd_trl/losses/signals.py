@@ -32,7 +32,7 @@ class Statement(Protocol):
             top_k: compare the teacher's k most likely tokens and one bucket for all others; None for all tokens.
 
         Returns:
-            (N,) float32, nats per token, before the factor T^2.
+            (N,) float32, nats per token, before the factor of the temperature.
         """
 
     def cross_entropy(self, targets_N: Tensor) -> Tensor:

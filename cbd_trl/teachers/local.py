@@ -29,7 +29,7 @@ def load_teacher(
     A model given in memory is used as it is: its parameters stop asking for gradients and it stays in eval mode.
 
     Args:
-        teacher: a causal LM, or the path or Hub id of one.
+        teacher: a causal LM, or the path or Hub id of one. Of a PEFT model, the base with its active adapters.
         student: the model being trained, which gives the defaults of dtype and attention implementation: equal
             attention keeps packed rows apart in both models alike.
         init_kwargs: of `from_pretrained`, for a path or Hub id; `quantization_config` among them.
@@ -41,7 +41,7 @@ def load_teacher(
 
     Raises:
         ValueError: if it is the student or shares parameters with it, if options for loading come with a model, or if
-            its logits are not a plain head of its last hidden state.
+            its logits are not a plain head of its last hidden state, or it has virtual tokens in front of its inputs.
         TypeError: if it is neither a model nor a string.
     """
     if isinstance(teacher, str):
@@ -67,11 +67,26 @@ def load_teacher(
             "The teacher shares parameters with the student: freezing the one would freeze the other. Give a copy, "
             "such as `copy.deepcopy(model)`, or set self_distillation=True to learn from the student's own base."
         )
+    teacher = _without_wrapper(teacher)
     teacher.eval()
     teacher.requires_grad_(False)
     open_forward(teacher)
     check_head(teacher)
     return teacher
+
+
+def _without_wrapper(teacher: Any) -> PreTrainedModel:
+    """The causal LM inside a PEFT model, whose adapters are in its layers."""
+    if not hasattr(teacher, "get_base_model"):
+        return teacher
+    adapter = getattr(teacher, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"The teacher has a {type(adapter).__name__}, which puts virtual tokens in front of its inputs, where the "
+            "student has none. Give a teacher without it, or with an adapter that leaves the inputs alone, such as "
+            "LoRA."
+        )
+    return teacher.get_base_model()
 
 
 class Teacher(Protocol):

@@ -59,6 +59,13 @@ def check_arguments(args: Any, processing_class: Any, others: dict[str, Any]) ->
             "compute_loss_func would replace the distillation loss. Leave it out; the weights of the DistillConfig "
             "shape the loss."
         )
+    optimizer = (others.get("optimizers") or (None,))[0]
+    if args.hidden_projector and optimizer is not None:
+        raise ValueError(
+            f"hidden_projector=True with optimizers=({type(optimizer).__name__}, ...): an optimizer made before the "
+            "projectors would never train them. Pass `optimizer_cls_and_kwargs=(class, options)` instead, or leave "
+            "hidden_projector out."
+        )
     if isinstance(processing_class, ProcessorMixin):
         raise TypeError(
             f"processing_class is a {type(processing_class).__name__}: DistillTrainer distils text models. Pass the "

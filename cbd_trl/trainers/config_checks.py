@@ -6,7 +6,7 @@ from typing import Any
 from cbd_trl.losses.divergences import DIVERGENCES, divergence_option, get_divergence
 from cbd_trl.losses.hidden import get_hidden_loss
 
-_TERMS = ("kd", "ce", "hidden")
+_WEIGHTED_TERMS = ("kd", "ce", "hidden")
 # Ways to name a teacher in the config; the trainer's `teacher_model` is one more.
 _TEACHERS = ("teacher_model_name_or_path", "teacher_cache", "self_distillation")
 
@@ -36,7 +36,7 @@ def check_config(config: Any) -> None:
 
 
 def _check_weights(config: Any) -> None:
-    for name in (f"{term}_weight{end}" for term in _TERMS for end in ("", "_end")):
+    for name in (f"{term}_weight{end}" for term in _WEIGHTED_TERMS for end in ("", "_end")):
         value = getattr(config, name)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise ValueError(
@@ -96,11 +96,12 @@ def _check_divergence(config: Any) -> None:
                 f"{name}={value} is an option of {' and '.join(having)}, which divergence={config.divergence!r} does "
                 f"not have: it would be ignored. Set divergence={having[0]!r}, or leave {name} out."
             )
-    for name in ("top_k", "loss_chunk_size"):
+    for name, absent in (("top_k", "to compare every token"), ("loss_chunk_size", "to have it chosen")):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(
-                f"{name}={value}: it is a number of tokens, so it must be at least 1. Leave it out for all."
+                f"{name}={value}: it is a number of tokens, so it must be a whole number of at least 1. Leave it out "
+                f"{absent}."
             )
 
 

@@ -26,7 +26,7 @@ class DistillConfig(SFTConfig):
             named here, dtype and attention implementation are the student's.
         teacher_model_revision: revision of a teacher (and its tokenizer) given as a Hub id.
         teacher_weights: weights of several teachers, whose distributions are averaged; scaled to sum to 1. None:
-            equal.
+            equal. Python only: several teachers are passed as a list.
         teacher_cache: folder that `cbd-trl cache` wrote: no teacher is loaded.
         teacher_offload: keep the teacher in the CPU's memory and bring each layer to the device when it runs.
         self_distillation: the teacher is the student's own base, its adapter switched off. Needs a `peft_config`.
@@ -38,7 +38,7 @@ class DistillConfig(SFTConfig):
         skew: of `skew_kl` and `skew_reverse_kl`: how much of the one distribution is mixed into the other.
         head_share: of `adaptive_kl`: the teacher's mass that counts as the head of its distribution.
         temperature: divides the logits of both models in the divergence, which is multiplied by its square (Hinton et
-            al. 2015) so that its weight keeps its meaning.
+            al. 2015; `total_variation`: by itself) so that its weight keeps its meaning.
         top_k: compare the teacher's k most likely tokens and one bucket for all others. None: every token.
         ce_weight: weight of the cross-entropy on the tokens of the dataset.
         ce_schedule: how that weight changes over the run, likewise.
@@ -81,7 +81,7 @@ class DistillConfig(SFTConfig):
         default=None,
         metadata={
             "help": "Weights of several teachers, whose distributions are averaged; scaled to sum to 1. Not set: "
-            "equal."
+            "equal. Python only: several teachers are passed as a list."
         },
     )
     teacher_cache: str | None = field(

@@ -41,7 +41,17 @@ class LayerPairs:
         self.hybrid: Hybrid | None = None
         self.projectors: Projectors | None = None
         self._loss = args.hidden_loss
-        if teacher is None or not (args.uses_hidden or args.swap_probability):
+        if teacher is None:
+            if block_map is not None:
+                raise ValueError(
+                    "block_map pairs the layers of the student with those of one teacher, and a teacher_cache or "
+                    "several teachers have none to pair: it would be ignored. Leave it out, or give one teacher."
+                )
+            return
+        if not (args.uses_hidden or args.swap_probability):
+            if block_map is not None:
+                # Not used now, but wrong all the same.
+                resolve_block_map(block_map, len(decoder_layers(student)), len(decoder_layers(teacher)))
             return
         student_config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
         widths = student_config.hidden_size, teacher_config.hidden_size
@@ -116,9 +126,9 @@ def resolve_block_map(block_map: list[list[int]] | None, student_layers: int, te
     """
     if student_layers > teacher_layers:
         raise ValueError(
-            f"The student has {student_layers} layers and the teacher {teacher_layers}: hidden_weight and "
-            "swap_probability pair each student layer with one or more of the teacher's. Use a teacher that is at "
-            "least as deep, or set both to 0."
+            f"The student has {student_layers} layers and the teacher {teacher_layers}: hidden_weight, "
+            "swap_probability and block_map pair each student layer with one or more of the teacher's. Use a teacher "
+            "that is at least as deep, or set both to 0 and leave block_map out."
         )
     if block_map is None:
         return blocks_of(spaced_layers(teacher_layers, student_layers))

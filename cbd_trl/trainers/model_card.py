@@ -36,13 +36,13 @@ print(generator("Once upon a time")[0]["generated_text"])
 ```
 """
 
-# Logged terms, by what they are called on the card. The distance of the layers alone is not in nats.
+# Logged terms, by what they are called on the card. A unit only where it is the same for every divergence and weight.
 _RESULTS = {
     "loss": "loss",
     "kd": "divergence from the teacher",
-    "ce": "cross-entropy",
+    "ce": "cross-entropy (nats)",
     "hidden": "distance of the layers (no unit)",
-    "teacher_ce": "cross-entropy of the teacher",
+    "teacher_ce": "cross-entropy of the teacher (nats)",
 }
 
 
@@ -110,7 +110,7 @@ def describe_results(history: Sequence[Mapping[str, Any]], last_step: int | None
                 columns[prefix] = (f"{prefix.removesuffix('_') or 'training'}, step {entry.get('step', 0):,}", entry)
     if not columns:
         return ""
-    lines = ["| nats per token | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines = ["| per token | " + " | ".join(title for title, _ in columns.values()) + " |"]
     lines.append("|---" * (1 + len(columns)) + "|")
     for name, text in _RESULTS.items():
         values = [entry.get(f"{prefix}{name}") for prefix, (_, entry) in columns.items()]

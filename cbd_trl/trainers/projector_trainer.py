@@ -45,9 +45,26 @@ class ProjectorTrainer(SFTTrainer):
         Args:
             args: as there.
             kwargs: as there.
+
+        Raises:
+            ValueError: for an optimizer that does not know the projectors.
         """
         with self._with_projectors():
+            self._check_optimizer()
             return super().train(*args, **kwargs)
+
+    def _check_optimizer(self) -> None:
+        # FSDP and DeepSpeed replace parameters: there is no telling which one is which.
+        if self.optimizer is None or not self._own_file:
+            return
+        assert self.projectors is not None
+        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        if any(id(parameter) not in trained for parameter in self.projectors.parameters()):
+            raise ValueError(
+                "hidden_projector=True, but the trainer has an optimizer already, which does not hold the projectors: "
+                "they would never be trained. Let `train` make it (set trainer.optimizer to None), of the class given "
+                "as `optimizer_cls_and_kwargs`."
+            )
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """As in the Trainer: the student alone.

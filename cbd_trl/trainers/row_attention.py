@@ -47,14 +47,15 @@ def attend_by_row(
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     bounds, outputs = cu_seq_lens_q.tolist(), []
     for start, end in pairwise(bounds):
-        states = (tensor[:, :, start:end] for tensor in (query, key, value))
-        block = _block(attention_mask, start, end)
-        outputs.append(sdpa_attention_forward(module, *states, block, *args, **kwargs)[0])
+        row = slice(start, end)
+        states = query[:, :, row], key[:, :, row], value[:, :, row]
+        output, _ = sdpa_attention_forward(module, *states, _block(attention_mask, row), *args, **kwargs)
+        outputs.append(output)
     return torch.cat(outputs, dim=1), None
 
 
-def _block(mask: Tensor, start: int, end: int) -> Tensor | None:
-    block = mask[..., start:end, start:end]
+def _block(mask: Tensor, row: slice) -> Tensor | None:
+    block = mask[..., row, row]
     if block.dtype == torch.bool and torch.equal(block, torch.ones_like(block).tril_()):
         return None  # plainly causal, which SDPA does faster without a mask
     return block

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import output_head
@@ -52,6 +53,9 @@ class StepLoss:
         Returns:
             "total", the weighted sum over the scored tokens, with gradient; "kd", "ce", "teacher_ce" and, where it is
             taken, "hidden": (N,) without; "logits" (B, T, V) if asked for.
+
+        Raises:
+            RuntimeError: if the hidden-state term would be weighted but not trained.
         """
         labels_BT = self.labels_BT.to(hidden_BTd.device)
         hidden_Nd = select_scored(hidden_BTd, labels_BT)
@@ -64,6 +68,18 @@ class StepLoss:
                 outputs["logits"] = head.logits(hidden_BTd.to(product_dtype(head, hidden_BTd.device))).detach()
         hidden_N = self.pairs.distance(self.student_states, self.teacher_states, labels_BT)
         if hidden_N is not None:
+            self._check_gradient(hidden_N, total)
             total = total + self.weights.hidden * hidden_N.sum()
             outputs["hidden"] = hidden_N.detach()
         return {"total": total, **outputs}
+
+    def _check_gradient(self, hidden_N: Tensor, total: Tensor) -> None:
+        # A hybrid may well have no trained layer on one of its steps.
+        expected = torch.is_grad_enabled() and self.weights.hidden > 0 and self.pairs.hybrid is None
+        if expected and total.requires_grad and not hidden_N.requires_grad:
+            raise RuntimeError(
+                f"The hidden-state term has weight {self.weights.hidden:g} but no gradient, though the rest of the "
+                "loss has one: it would train nothing. Reentrant gradient checkpointing hides it: set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}. If all layers are frozen, set "
+                "hidden_weight=0."
+            )

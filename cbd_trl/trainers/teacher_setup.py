@@ -168,8 +168,7 @@ def _cached(base: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) 
     cache = TeacherCache.open(args.teacher_cache)
     settings = cache.manifest.settings
     cache.check(vocabulary_rows=vocabulary_rows(base), tokenizer=tokenizer)
-    uses_kd = args.schedules()["kd"].highest > 0
-    if settings.kind != "hidden" and uses_kd and settings.temperature != args.temperature:
+    if settings.kind != "hidden" and settings.temperature != args.temperature:
         raise ValueError(
             f"temperature={args.temperature}, but the cache {args.teacher_cache} holds probabilities at temperature "
             f"{settings.temperature}, and only the whole distribution could be tempered anew. Set temperature="
@@ -187,4 +186,6 @@ def _cached(base: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) 
             f"Lower top_k, or write a cache with --k {args.top_k}."
         )
     rows = min(vocabulary_rows(base), settings.vocabulary_rows)
-    return TeacherSetup(CachedTeacher(cache), None, rows, f"`{settings.teacher}`, from a {settings.kind} cache")
+    held = {"top_k": f"top {settings.k} and tail", "sampled": f"{settings.k} draws", "hidden": "hidden states"}
+    name = f"`{settings.teacher}`" if settings.teacher else "a model made in memory"
+    return TeacherSetup(CachedTeacher(cache), None, rows, f"{name}, from a cache ({held[settings.kind]})")

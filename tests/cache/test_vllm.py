@@ -131,7 +131,7 @@ def test_imported_and_local_rows_do_not_mix(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [line([7, 8], [None, GOOD])])
     load(file, tmp_path / "cache", k=2)
     rows = Dataset.from_dict({"input_ids": [[9, 8]]})
-    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported', asked for"):
+    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:None', asked for"):
         write_cache(
             tiny_model("llama"),
             rows,
@@ -140,3 +140,22 @@ def test_imported_and_local_rows_do_not_mix(tmp_path):
             args=make_args(tmp_path),
             processing_class=tiny_tokenizer(),
         )
+
+
+def test_imports_of_two_teachers_do_not_mix(tmp_path):
+    file = write_lines(tmp_path / "rows.jsonl", [line([7, 8], [None, GOOD])])
+    load(file, tmp_path / "cache", k=2, teacher="org/one")
+    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:org/one', asked for 'imported:org/two'"):
+        load(file, tmp_path / "cache", k=2, teacher="org/two")
+    assert load(file, tmp_path / "cache", k=2, teacher="org/one").rows == 1
+
+
+def test_a_bad_line_of_an_addition_leaves_the_cache_as_it_was(tmp_path):
+    load(write_lines(tmp_path / "rows.jsonl", [line([7, 8], [None, GOOD])]), tmp_path / "cache", k=2)
+    before = (tmp_path / "cache" / "cache.json").read_bytes()
+    more = write_lines(tmp_path / "more.jsonl", [line([8, 7], [None, GOOD]), line([7, 9], [None, GOOD])])
+    with pytest.raises(ValueError, match="line 2: "):
+        load(more, tmp_path / "cache", k=2)
+    assert (tmp_path / "cache" / "cache.json").read_bytes() == before
+    TeacherCache.open(tmp_path / "cache", verify=True).check_rows([[7, 8]])
+    assert load(write_lines(more, [line([8, 7], [None, GOOD])]), tmp_path / "cache", k=2).rows == 2

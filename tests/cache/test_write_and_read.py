@@ -125,6 +125,35 @@ def test_a_killed_write_goes_on_to_the_same_bytes(tmp_path, monkeypatch, kind):
     assert {file.name: file.read_bytes() for file in broken.iterdir()} == files
 
 
+@pytest.mark.parametrize("kind", ["top_k", "hidden"])
+def test_a_failed_addition_leaves_a_complete_cache_usable(tmp_path, monkeypatch, kind):
+    rows, more = token_dataset(5), token_dataset(15, seed=1)
+    write(tmp_path, rows, kind=kind)
+    predict, calls, fails_at = predict_module.Predictor.predict, [], [1]
+
+    def fails(self, *args):
+        calls.append(1)
+        if len(calls) == fails_at[0]:
+            raise ValueError("not finite")
+        return predict(self, *args)
+
+    monkeypatch.setattr(predict_module.Predictor, "predict", fails)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="not finite"):
+        write(tmp_path, more, kind=kind)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    TeacherCache.open(tmp_path, verify=True).check_rows(rows["input_ids"])
+    # Behind the first new shard it is unfinished, and what is missing is named.
+    monkeypatch.setattr(writer_module, "SHARD_TOKENS", 5)
+    fails_at[0] = 3
+    with pytest.raises(ValueError, match="not finite"):
+        write(tmp_path, more, kind=kind)
+    with pytest.raises(ValueError, match=r"incomplete: it holds 8 of 20 rows"):
+        TeacherCache.open(tmp_path)
+    write(tmp_path, more, kind=kind)
+    TeacherCache.open(tmp_path, verify=True).check_rows([*rows["input_ids"], *more["input_ids"]])
+
+
 def test_more_rows_are_added_and_known_ones_left_alone(tmp_path):
     first, second = token_dataset(5), token_dataset(4, seed=1)
     write(tmp_path, first)

@@ -257,6 +257,23 @@ def test_a_diverged_model_is_not_hidden(name: str) -> None:
     assert get_divergence(name)(student_log, log_probs(1)).isnan().tolist() == [row == 2 for row in range(7)]
 
 
+@pytest.mark.parametrize("share", [1e-300, 1e-20, 1e-9, 5e-8, 9e-7, 2e-6])
+def test_shares_of_almost_0_stay_finite(share: float) -> None:
+    student = torch.tensor([[90.0, 0.0, -90.0], [1.0, 0.0, -1.0]], requires_grad=True)
+    student_log, teacher_log = student.log_softmax(-1), torch.tensor([[-90.0, 0.0, 90.0], [0.0, 0.0, 0.0]])
+    teacher_log = teacher_log.log_softmax(-1)
+    for value_N in (
+        skew_kl(student_log, teacher_log, share),
+        skew_reverse_kl(student_log, teacher_log, share),
+        jsd(student_log, teacher_log, share),
+        jsd(student_log, teacher_log, 1.0 - share),
+    ):
+        (gradient,) = torch.autograd.grad(value_N.sum(), student, retain_graph=True)
+        assert torch.isfinite(value_N).all() and torch.isfinite(gradient).all()
+    expected = reverse_kl(student_log, teacher_log)[1].item()
+    assert skew_reverse_kl(student_log, teacher_log, share)[1].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_beta_ends_are_forward_and_reverse_kl_as_in_trl() -> None:
     student, teacher = log_probs(4, scale=1.0), log_probs(5, scale=1.0)
     assert torch.equal(jsd(student, teacher, beta=0.0), forward_kl(student, teacher))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cbd_trl.losses.divergences import get_divergence, reverse_kl, tempered_log_probs
+from cbd_trl.losses.divergences import DIVERGENCES, get_divergence, reverse_kl, tempered_log_probs
 from cbd_trl.losses.objective import DistillObjective, Weights, combine
 from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.losses.signals import Logits
@@ -22,10 +22,11 @@ def test_terms_are_taken_on_the_shared_rows_and_at_the_temperature(temperature: 
     torch.testing.assert_close(terms["teacher_ce"], cross_entropy(TEACHER, TARGETS))
 
 
-def test_the_square_of_the_temperature_keeps_the_gradient_of_a_small_difference() -> None:
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_factor_of_the_temperature_keeps_the_gradient_of_a_small_difference(name: str) -> None:
     def slope(temperature: float) -> torch.Tensor:
         student = (TEACHER * 1e-2).requires_grad_()
-        objective = DistillObjective(get_divergence("forward_kl"), temperature)
+        objective = DistillObjective(get_divergence(name), temperature)
         objective.terms(student, Logits([TEACHER * 2e-2]), TARGETS, Weights(1.0, 0.0))["kd"].sum().backward()
         return student.grad
 

@@ -15,7 +15,8 @@ from cbd_trl import DistillTrainer
 from cbd_trl.losses.hidden import HIDDEN_LOSSES
 from cbd_trl.trainers.projectors import FILE, NAME
 from tests.tiny import FAMILIES, tiny_model
-from tests.training import assert_same_gradient, make_trainer, one_step, text_rows
+from tests.tokenizer import tiny_tokenizer
+from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
 
 FADING = {
     **{"kd_weight": 1.0, "kd_schedule": "linear", "kd_weight_end": 0.2},
@@ -266,3 +267,34 @@ def test_the_seed_decides_how_projectors_start() -> None:
     starts = [projecting(seed=seed).projectors for seed in (1, 1, 2)]
     one, same, other = (next(iter(start.parameters())) for start in starts if start is not None)
     assert torch.equal(one, same) and not torch.equal(one, other)
+
+
+def test_an_optimizer_that_does_not_hold_the_projectors_is_refused() -> None:
+    student = narrow()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"optimizers=\(SGD, \.\.\.\): .* Pass `optimizer_cls_and_kwargs="):
+        DistillTrainer(
+            student, tiny_model("llama", seed=2), make_config(hidden_weight=1.0, hidden_projector=True),
+            train_dataset=text_rows(), processing_class=tiny_tokenizer(), optimizers=(optimizer, None),
+        )  # fmt: skip
+    trainer = projecting()
+    trainer.create_optimizer()
+    with pytest.raises(ValueError, match="an optimizer already, which does not hold the projectors"):
+        trainer.train()
+    assert not hasattr(trainer.model, NAME)
+    trainer.optimizer = None
+    trainer.train()
+
+
+def test_a_hidden_term_without_a_gradient_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(hidden_weight=1.0, eval_dataset=text_rows())
+    distance = trainer._pairs.distance
+
+    def cut(*args: Any) -> Tensor | None:
+        found = distance(*args)
+        return None if found is None else found.detach()
+
+    monkeypatch.setattr(trainer._pairs, "distance", cut)
+    trainer.evaluate()
+    with pytest.raises(RuntimeError, match=r"weight 1 but no gradient, .* gradient_checkpointing_kwargs=\{'use_"):
+        trainer.train()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -200,6 +200,10 @@ def test_caches_that_would_mislead_are_refused(tmp_path: Path) -> None:
     late = {"kd_weight": 0.0, "kd_schedule": "linear", "kd_weight_end": 1.0}
     with pytest.raises(ValueError, match=r"temperature=2\.0, but the cache .* Set temperature=1\.0"):
         make_trainer(teacher_cache=str(tmp_path), temperature=2.0, **late)
+    with pytest.raises(ValueError, match=r"temperature=2\.0, but the cache .* Set temperature=1\.0"):
+        make_trainer(teacher_cache=str(tmp_path), temperature=2.0, kd_weight=0.0)
+    with pytest.raises(ValueError, match=r"block_map pairs .* a teacher_cache or several teachers have none to pair"):
+        make_trainer(teacher_cache=str(tmp_path), block_map=[[0, 1], [2, 3]])
     with pytest.raises(ValueError, match=r"teacher_processing_class .* a teacher_cache knows its own"):
         DistillTrainer(
             student(), args=make_config(teacher_cache=str(tmp_path)), **rows, teacher_processing_class=tiny_tokenizer()
@@ -271,3 +275,36 @@ def test_a_model_whose_logits_are_not_its_head_is_refused(role: str) -> None:
         ValueError, match=r"logits of _Shifted are not its output embedding.* Distil a model with a pl"
     ):
         make_trainer(**{role: odd})
+
+
+def test_a_teacher_with_an_adapter_is_the_merged_one() -> None:
+    torch.manual_seed(0)
+    adapted = get_peft_model(tiny_model("llama", seed=2), lora(lora_dropout=0.5))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    logs, grads = one_step(make_trainer(teacher=adapted, hidden_weight=1.0))
+    expected, theirs = one_step(make_trainer(teacher=merged, hidden_weight=1.0))
+    plain, _ = one_step(make_trainer(hidden_weight=1.0))
+    assert_same_gradient(grads, theirs, rtol=1e-4)
+    assert logs["kd"] == pytest.approx(expected["kd"], rel=1e-4)
+    assert abs(logs["kd"] - plain["kd"]) > 0.01 * plain["kd"]
+    assert not any(parameter.requires_grad for parameter in adapted.parameters())
+
+
+def test_a_teacher_with_virtual_tokens_is_refused() -> None:
+    how = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"The teacher has a PromptTuningConfig, .* Give a teacher without it"):
+        make_trainer(teacher=get_peft_model(tiny_model("llama", seed=2), how))
+
+
+def test_a_block_map_that_is_wrong_or_useless_is_refused() -> None:
+    two = [tiny_model("llama", seed=seed) for seed in (2, 3)]
+    with pytest.raises(ValueError, match=r"block_map pairs .* Leave it out, or give one teacher"):
+        make_trainer(teacher=two, block_map=[[0, 1], [2, 3]])
+    make_trainer(block_map=[[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match="The block map must split the upper model's 4 layers"):
+        make_trainer(block_map=[[0, 1], [3]])
+    make_trainer(student=student(), self_distillation=True, peft_config=lora(), block_map=[[0], [1]])

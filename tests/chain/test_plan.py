@@ -1,0 +1,85 @@
+"""The arguments of a chain's anchors: what is recorded, what is refused, what an older record means."""
+
+from types import SimpleNamespace
+
+import pytest
+from trl import SFTConfig
+
+from cbd_trl import DistillConfig
+from cbd_trl.architectures import describe
+from cbd_trl.chain import plan
+from cbd_trl.chain.plan import finished_anchors, plan_chain
+from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
+
+# Where the teacher comes from (refused in a chain), and how memory is used: neither decides what is trained.
+NOT_RECORDED = {
+    *("teacher_model_name_or_path", "teacher_model_init_kwargs", "teacher_model_revision", "teacher_weights"),
+    *("teacher_cache", "self_distillation", "teacher_offload", "loss_chunk_size"),
+}
+
+
+@pytest.fixture(scope="module")
+def source():
+    return describe(chain_source().config)
+
+
+def planned(source, **overrides):
+    return plan_chain(source, CHAIN_ANCHORS, chain_config(**overrides), chain_rows())
+
+
+def test_every_own_field_is_recorded_or_named_as_one_that_is_not(source):
+    own = set(DistillConfig.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
+    recorded = planned(source)[0].training_record().keys()
+    assert own - recorded == NOT_RECORDED
+
+
+@pytest.fixture
+def older(source, tmp_path, monkeypatch):
+    """A chain of a version that had fewer arguments, finished with the defaults of today."""
+    recent = ("kd_schedule", "kd_weight_end", "skew", "head_share", "top_k", "hidden_loss", "hidden_projector")
+    records = [{**step.training_record(), "fingerprint": "older"} for step in planned(source)]
+    for name in recent:
+        for record in records:
+            del record[name]
+    steps = planned(source)
+    anchors = [SimpleNamespace(name="source", shape=source.shape, training={})]
+    anchors += [
+        SimpleNamespace(name=step.name, shape=step.architecture.shape, training=record)
+        for step, record in zip(steps, records, strict=True)
+    ]
+    (tmp_path / plan.MANIFEST).write_text("{}")
+    monkeypatch.setattr(plan.Chain, "from_pretrained", lambda folder: SimpleNamespace(anchors=anchors))
+    return tmp_path
+
+
+def test_an_argument_that_an_older_chain_did_not_have_was_at_its_default(source, older):
+    assert len(finished_anchors(older, source, {}, planned(source))) == 3
+    with pytest.raises(ValueError, match=r"changed arguments: \['top_k', 'hidden_loss'\]"):
+        finished_anchors(older, source, {}, planned(source, top_k=8, hidden_loss="mse", hidden_weight=2.0))
+
+
+def test_a_projector_goes_without_hybrids(source):
+    steps = planned(source, hidden_projector=True, hidden_weight=1.0)
+    assert [step.args.swap_probability for step in steps] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"teacher_cache": "cache"}, "teacher_cache"),
+        ({"self_distillation": True}, "self_distillation"),
+        ({"teacher_model_name_or_path": "x"}, "teacher_model_name_or_path"),
+        ({"teacher_model_init_kwargs": {"dtype": "float32"}}, "teacher_model_init_kwargs"),
+        ({"teacher_model_revision": "main"}, "teacher_model_revision"),
+        ({"teacher_weights": [1.0]}, "teacher_weights"),
+    ],
+)
+def test_a_teacher_of_its_own_is_refused(source, fields, named):
+    with pytest.raises(ValueError, match=rf"args of a chain set {named}, but .* is the anchor above it.*as `source`"):
+        planned(source, **fields)
+
+
+def test_defaults_are_checked_beside_what_was_asked_for(source, monkeypatch):
+    monkeypatch.setattr(plan, "SWAP_PROBABILITY", 1.5)
+    with pytest.raises(ValueError, match=r"swap_probability=1\.5: it is the share of steps"):
+        planned(source)
