@@ -118,7 +118,7 @@ class DistillTrainer(EvaluationTrainer):
             evaluation = self.eval_dataset
             datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
             self.data_collator = read_from_cache(setup.teacher, self.data_collator, datasets)
-        self._train_meter = TokenMeter()
+        self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
         self.add_callback(TokenCounter())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
