@@ -86,6 +86,7 @@ def main() -> None:
     add_inputs(parser)
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of about 1k tokens")
     parser.add_argument("--held-out-tokens", type=int, default=10_000)
+    parser.add_argument("--kind", default="top_k", choices=("top_k", "sampled", "hidden"), help="of the cache")
     parser.add_argument("--divergence", default="forward_kl")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -94,7 +95,8 @@ def main() -> None:
     rows, held_out = workload.rows_for(options.steps), held_out_rows(workload, options.held_out_tokens)
     results = Results(workload.output / "cache.json")
     settings = f"steps={options.steps} {options.divergence} seed={options.seed} held_out={len(held_out)}"
-    bytes_per_token = ensure_cache(workload, rows, workload.output / "teacher-cache")
+    folder = workload.output / f"teacher-cache-{options.kind}"
+    bytes_per_token = ensure_cache(workload, rows, folder, options.kind)
     teacher = workload.load_teacher()
 
     def kl_of(name: str, cache: Path | None) -> float:
@@ -116,7 +118,7 @@ def main() -> None:
     kl = {
         "untrained": kl_of("untrained", None),
         "online": kl_of("online", None),
-        "cached": kl_of("cached", workload.output / "teacher-cache"),
+        options.kind: kl_of(options.kind, folder),
     }
     tokens = sum(map(len, held_out)) - len(held_out)
     lines = [[name, f"{value:.4f}", f"{value - kl['online']:+.4f}"] for name, value in kl.items()]
