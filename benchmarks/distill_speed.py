@@ -42,6 +42,8 @@ Measured = dict[str, dict[str, dict[str, Any]]]
 def key(name: str, order: str, options: argparse.Namespace) -> str:
     """Where a measurement is kept: everything that makes it what it is."""
     settings = f"warm_up={options.warm_up} timed={options.steps}"
+    if name in CACHED:
+        settings += f" kind={options.kind}"
     return f"{name} {order} {settings} threads={options.threads} seed={options.seed}"
 
 
@@ -123,11 +125,12 @@ def main() -> None:
     parser.add_argument(
         "--cache", action="store_true", help="also ours-cached; the cache is written if it is not there"
     )
+    parser.add_argument("--kind", default="top_k", choices=("top_k", "sampled", "hidden"), help="of the cache")
     parser.add_argument("--child", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     workload = workload_from(options)
-    cache: Path = workload.output / "speed-cache"
+    cache: Path = workload.output / f"speed-cache-{options.kind}"
     run = Run(workload, options.warm_up, options.steps, cache)
     if options.child:
         write_text(workload.output / "child.json", json.dumps(CONTESTANTS[options.child](run)))
@@ -140,7 +143,7 @@ def main() -> None:
         names = [name for name in names if name not in CACHED]
     workload.prepare()
     if set(CACHED) & set(names):
-        ensure_cache(workload, workload.rows_for(run.steps), cache)
+        ensure_cache(workload, workload.rows_for(run.steps), cache, options.kind)
     text = report(measure(options, names), names)
     write_text(options.output / "speed.md", machine(options.threads) + "\n" + text)
     print(text)
