@@ -73,44 +73,9 @@ def set_up_teacher(
     if args.teacher_cache:
         return _cached(base, args, tokenizer)
     if args.self_distillation:
-        if base is student:
-            raise ValueError(
-                "self_distillation=True learns from the student's base with its adapter switched off, but the student "
-                "has no adapter. Pass a `peft_config`, or name a teacher."
-            )
-        _check_base_stays(student.active_peft_config)
-        text = f"its own base, {describe_model(base, getattr(base.config, '_name_or_path', None))}"
-        return TeacherSetup(OwnBaseTeacher(student), base, vocabulary_rows(base), text)
-    assert named is not None
+        return _own_base(base, student)
     every = [named] if isinstance(named, str) or not isinstance(named, Sequence) else list(named)
-    weights = _ensemble_weights(args, len(every))
-    models, rows = [], []
-    for one in every:
-        init_kwargs: Any = args.teacher_model_init_kwargs  # a string on the command line, a dict once parsed
-        model = load_teacher(
-            one,
-            student,
-            init_kwargs=init_kwargs,
-            revision=args.teacher_model_revision,
-            trust_remote_code=args.trust_remote_code,
-        )
-        rows.append(
-            check_vocabularies(
-                student,
-                model,
-                tokenizer,
-                teacher_tokenizer=teacher_tokenizer,
-                teacher_name_or_path=one if isinstance(one, str) else None,
-                revision=args.teacher_model_revision,
-            )
-        )
-        models.append(model)
-    members = [LocalTeacher(model) for model in models]
-    texts = [describe_model(model, getattr(model.config, "_name_or_path", None)) for model in models]
-    if len(members) == 1:
-        return TeacherSetup(members[0], models[0], rows[0], texts[0])
-    text = " + ".join(f"{weight:.3g} x {text}" for weight, text in zip(weights, texts, strict=True))
-    return TeacherSetup(EnsembleTeacher(members, weights), None, min(rows), text)
+    return _loaded(every, student, args, tokenizer, teacher_tokenizer)
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
@@ -132,6 +97,53 @@ def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[An
             columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
             teacher.cache.check_rows(row for one in dataset.select_columns(columns) for row in example_rows(one))
     return CachedTeacherCollator(collator, teacher.cache)
+
+
+def _own_base(base: Any, student: Any) -> TeacherSetup:
+    if base is student:
+        raise ValueError(
+            "self_distillation=True learns from the student's base with its adapter switched off, but the student has "
+            "no adapter. Pass a `peft_config`, or name a teacher."
+        )
+    _check_base_stays(student.active_peft_config)
+    text = f"its own base, {describe_model(base, getattr(base.config, '_name_or_path', None))}"
+    return TeacherSetup(OwnBaseTeacher(student), base, vocabulary_rows(base), text)
+
+
+def _loaded(
+    every: Sequence[Any],
+    student: Any,
+    args: DistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> TeacherSetup:
+    weights = _ensemble_weights(args, len(every))
+    init_kwargs: Any = args.teacher_model_init_kwargs  # a string on the command line, a dict once parsed
+    models, rows = [], []
+    for one in every:
+        model = load_teacher(
+            one,
+            student,
+            init_kwargs=init_kwargs,
+            revision=args.teacher_model_revision,
+            trust_remote_code=args.trust_remote_code,
+        )
+        shared_rows = check_vocabularies(
+            student,
+            model,
+            tokenizer,
+            teacher_tokenizer=teacher_tokenizer,
+            teacher_name_or_path=one if isinstance(one, str) else None,
+            revision=args.teacher_model_revision,
+        )
+        models.append(model)
+        rows.append(shared_rows)
+    members = [LocalTeacher(model) for model in models]
+    texts = [describe_model(model, getattr(model.config, "_name_or_path", None)) for model in models]
+    if len(members) == 1:
+        return TeacherSetup(members[0], models[0], rows[0], texts[0])
+    text = " + ".join(f"{weight:.3g} x {text}" for weight, text in zip(weights, texts, strict=True))
+    return TeacherSetup(EnsembleTeacher(members, weights), None, min(rows), text)
 
 
 def _ensemble_weights(args: DistillConfig, teachers: int) -> list[float]:
