@@ -107,32 +107,20 @@ def without_projectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         the other entries, in their order.
     """
-    return {key: value for key, value in state_dict.items() if _own_key(key) is None}
+    return {key: value for key, value in state_dict.items() if not _is_theirs(key)}
 
 
-def save_projectors(source: Projectors | Mapping[str, Tensor], folder: str | Path) -> None:
+def save_projectors(projectors: Projectors, folder: str | Path) -> None:
     """Write projectors to `projectors.safetensors`.
 
     Args:
-        source: the projectors, or a state dict of the student they are attached to.
+        projectors: on any device.
         folder: of the checkpoint; made if need be.
-
-    Raises:
-        ValueError: if a state dict holds no projectors.
     """
-    if isinstance(source, Projectors):
-        tensors = source.state_dict()
-    else:
-        tensors = {own: value for key, value in source.items() if (own := _own_key(key)) is not None}
-    if not tensors:
-        raise ValueError(
-            f"No projectors to save to {folder}: no key of the state dict contains '{NAME}.'. Pass the projectors "
-            "themselves, or a state dict of the student taken while they are attached."
-        )
     file = Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{FILE}.tmp")
-    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, temporary)
+    save_file({key: value.detach().contiguous() for key, value in projectors.state_dict().items()}, temporary)
     os.replace(temporary, file)
 
 
@@ -168,10 +156,9 @@ def _innermost(student: nn.Module) -> PreTrainedModel:
     return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
 
 
-def _own_key(key: str) -> str | None:
-    # The part after the attribute's name, behind whatever prefixes the wrappers put before it.
-    _, found, own = f".{key}".partition(f".{NAME}.")
-    return own if found else None
+def _is_theirs(key: str) -> bool:
+    # Behind whatever prefixes the wrappers put before the attribute's name.
+    return f".{NAME}." in f".{key}"
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

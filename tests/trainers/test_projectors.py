@@ -5,7 +5,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.losses.hidden import mean_hidden_distance
@@ -157,21 +156,6 @@ def test_saved_and_loaded_they_are_the_same(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "checkpoint-1") == [FILE]
     load_projectors(loaded, tmp_path / "checkpoint-1")
     assert_same(saved, loaded)
-
-
-def test_a_state_dict_of_the_wrapped_student_saves_the_same_file(tmp_path: Path) -> None:
-    model, projectors = student(lora=True), Projectors(2, 16, 32)
-    with attached(model, projectors):
-        save_projectors({f"module.{key}": value for key, value in model.state_dict().items()}, tmp_path / "one")
-    save_projectors(projectors, tmp_path / "other")
-    one, other = load_file(tmp_path / "one" / FILE), load_file(tmp_path / "other" / FILE)
-    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-def test_a_state_dict_without_them_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"No projectors to save .*no key .* contains 'distill_projectors\.'"):
-        save_projectors(student().state_dict(), tmp_path)
-    assert not os.listdir(tmp_path)
 
 
 def test_a_checkpoint_without_them_is_refused(tmp_path: Path) -> None:
