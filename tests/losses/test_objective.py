@@ -6,7 +6,8 @@ from cbd_trl.losses.objective import DistillObjective, Weights, combine
 from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.losses.signals import Logits
 
-STUDENT, TEACHER = torch.randn(6, 12), torch.randn(6, 10)
+DRAW = torch.Generator().manual_seed(0)
+STUDENT, TEACHER = torch.randn(6, 12, generator=DRAW), torch.randn(6, 10, generator=DRAW)
 TARGETS = torch.arange(6)
 REVERSE = get_divergence("reverse_kl")
 
