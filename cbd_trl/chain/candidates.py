@@ -1,9 +1,12 @@
 """Every shape on offer between two corner shapes, with its number of parameters in closed form.
 
 The line between the corners is where depth, width and FFN width stand at the same fraction of the way from the small
-corner (0) to the large one (1). A candidate's `strain` says how far its dimensions are apart on that way.
+corner (0) to the large one (1). A candidate's `strain` says how far its dimensions are apart on that way. Depth and
+width climb the line as a staircase, so that neither shrinks as the size grows; the FFN width is the fine dial, which
+starts over at every stair.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +18,8 @@ from cbd_trl.chain.shapes import needs_width_multiple_of_heads, width_follows_he
 # Widths and FFN widths that kernels like; 64 candidates each are enough to hit any size with the FFN as the fine dial.
 _MULTIPLE = 8
 _MOST_WIDTHS = 64
+# Strain that a relative error of the size is worth: 0.5 % off the size for a tenth of the way nearer to the line.
+_STRAIN_OF_SIZE = 20.0
 # A width off the multiple must bring the shape this much nearer to the line to be preferred.
 _ODD_WIDTH_STRAIN = 0.05
 
@@ -26,13 +31,16 @@ class Candidate:
     Args:
         depth, sizes: number of layers and every atomic size.
         num_parameters: a tied table counted once.
-        strain: root mean square distance of its dimensions' fractions from their mean (0: on the line).
+        strain: root mean square distance of its dimensions' fractions from their mean (0: on the line), at the FFN
+            width that would give the size asked for exactly; for the part of the size that no FFN width gives, more.
+        on_stair: whether depth and width are a stair of the staircase along the line.
     """
 
     depth: int
     sizes: dict[str, int]
     num_parameters: int
     strain: float
+    on_stair: bool
 
 
 class ParameterCount:
@@ -74,7 +82,7 @@ class Grid:
     depths: Sequence[int]
     fixed: Mapping[str, int]
 
-    def fraction(self, dim: str, value: int) -> float | None:
+    def fraction(self, dim: str, value: float) -> float | None:
         """How far along from the small to the large corner, None where they agree."""
         low, high = (self.low_depth, self.upper.depth) if dim == "layer" else (self.low[dim], self.upper.sizes[dim])
         return None if high == low else (value - low) / (high - low)
@@ -89,7 +97,9 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
     """All shapes of the grid; where the FFN width is free, those nearest to `num_parameters` (or to the line when it "
     "is None)."""
     count = ParameterCount(grid.upper)
-    for sizes in _widths_and_heads(grid):
+    choices = list(_widths_and_heads(grid))
+    stairs = _stairs(grid, sorted({sizes["width"] for sizes in choices}))
+    for sizes in choices:
         empty = {**sizes, "ffn": 0}
         outer, layer = count.outer(empty), count.layer(empty)
         neuron = count.layer({**sizes, "ffn": 1}) - layer
@@ -98,9 +108,31 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
                 wanted = _ffn_on_line(grid, depth, sizes)
             else:
                 wanted = ((num_parameters - outer) / depth - layer) / neuron
-            for ffn in _ffn_near(grid, wanted):
+            # Judged before rounding to an FFN width on offer, or neighbouring stairs would take turns.
+            dial = _ffn_in_range(grid, wanted)
+            strain = _strain(grid, depth, {**sizes, "ffn": dial})
+            if num_parameters is not None:
+                missed = outer + depth * (layer + dial * neuron) - num_parameters
+                strain += _STRAIN_OF_SIZE * abs(missed) / num_parameters
+            for ffn in _ffn_near(grid, dial):
                 shape = {**sizes, "ffn": ffn}
-                yield Candidate(depth, shape, outer + depth * (layer + ffn * neuron), _strain(grid, depth, shape))
+                total = outer + depth * (layer + ffn * neuron)
+                yield Candidate(depth, shape, total, strain, (depth, sizes["width"]) in stairs)
+
+
+def _stairs(grid: Grid, widths: Sequence[int]) -> set[tuple[int, int]]:
+    """The staircase: pairs of depth and width of which one is the nearest on offer to the other's fraction of the
+    way, and a corner wherever both would change at once. Without a fine dial every pair is on it."""
+    if len(grid.depths) == 1 or len(widths) <= 1 or "ffn" in grid.fixed or grid.fraction("ffn", 0) is None:
+        return {(depth, width) for depth in grid.depths for width in widths}
+
+    def nearest(values: Sequence[int], dim: str, fraction: float | None) -> int:
+        return min(values, key=lambda value: abs((grid.fraction(dim, value) or 0.0) - (fraction or 0.0)))
+
+    stairs = {(depth, nearest(widths, "width", grid.fraction("layer", depth))) for depth in grid.depths}
+    stairs |= {(nearest(grid.depths, "layer", grid.fraction("width", width)), width) for width in widths}
+    climb = sorted(stairs)
+    return stairs | {(above[0], below[1]) for below, above in itertools.pairwise(climb)}
 
 
 def widths(grid: Grid) -> list[int]:
@@ -172,6 +204,13 @@ def _ffn_on_line(grid: Grid, depth: int, sizes: Mapping[str, int]) -> float:
     return grid.low["ffn"] + along * (grid.upper.sizes["ffn"] - grid.low["ffn"])
 
 
+def _ffn_in_range(grid: Grid, wanted: float) -> float:
+    """The FFN width nearest to the wanted one, before rounding."""
+    if "ffn" in grid.fixed:
+        return grid.fixed["ffn"]
+    return min(max(wanted, grid.low["ffn"]), grid.upper.sizes["ffn"])
+
+
 def _ffn_near(grid: Grid, wanted: float) -> Iterable[int]:
     """The FFN widths just below and above the wanted one that are on offer."""
     if "ffn" in grid.fixed:
@@ -184,7 +223,7 @@ def _ffn_near(grid: Grid, wanted: float) -> Iterable[int]:
     return {below, min(below + step, high)}
 
 
-def _strain(grid: Grid, depth: int, sizes: Mapping[str, int]) -> float:
+def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
     fractions = [
         grid.fraction("layer", depth),
         grid.fraction("width", sizes["width"]),

@@ -13,8 +13,6 @@ Blocks = Sequence[Sequence[int]]
 
 # Operators that replace whole blocks; the others can keep any number of layers.
 _BLOCK_OPERATORS = ("nested", "patch")
-# Strain that a relative error of the size is worth: 0.5 % off the size for a tenth of the way nearer to the line.
-_STRAIN_OF_SIZE = 20.0
 # An anchor further than this from the size asked for is no answer (only at the small end of what can be cut).
 _ANCHOR_TOLERANCE = 0.25
 
@@ -205,7 +203,8 @@ def _grid(
 
 
 def _nearest(options: Sequence[Candidate], wanted: float, tolerance: float) -> Candidate:
-    """Within the tolerance the best trade of size against distance from the line; else the nearest size."""
+    """Within the tolerance the one of least strain, on the staircase along the line if any is; else the nearest
+    size."""
 
     def error(option: Candidate) -> float:
         return abs(option.num_parameters - wanted) / wanted
@@ -213,7 +212,7 @@ def _nearest(options: Sequence[Candidate], wanted: float, tolerance: float) -> C
     within = [option for option in options if error(option) <= tolerance]
     if not within:
         return min(options, key=error)
-    return min(within, key=lambda option: option.strain + _STRAIN_OF_SIZE * error(option))
+    return min(within, key=lambda option: (not option.on_stair, option.strain, error(option)))
 
 
 def _fields(upper: Architecture, option: Candidate) -> dict[str, int]:

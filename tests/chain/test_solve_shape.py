@@ -68,6 +68,25 @@ def test_an_anchors_size_gives_its_shape(family, what):
         assert solve_target(upper, lower, blocks, config=anchor.shape) == anchor.shape
 
 
+@pytest.mark.parametrize("operator", ["nested", "slice"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", ["width", "both"])
+def test_depth_width_and_heads_never_shrink_as_the_size_grows(family, what, operator):
+    """The FFN width is the fine dial: it starts over where another dimension goes one step up."""
+    upper, lower, blocks = anchors(family, what)
+    found = [
+        solve_target(upper, lower, blocks, wanted, operator=operator) for wanted in sizes_between(upper, lower, 80)
+    ]
+    sizes = [target_architecture(upper, fields).num_parameters for fields in found]
+    assert sizes == sorted(sizes) and len(set(sizes)) > 40
+    for field, dim in upper.family.shape_fields.items():
+        values = [fields[field] for fields in found]
+        if dim != "ffn":
+            assert values == sorted(values)
+            if what == "both":
+                assert {lower.shape[field], upper.shape[field]} <= set(values)
+
+
 def test_depth_pairs_give_the_nearest_depth():
     upper, lower, blocks = anchors("llama", "depth")
     per_layer = (upper.num_parameters - lower.num_parameters) // 5
