@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
     checksum = body.pop("checksum")
     if checksum != _checksum(body):
         raise ValueError(f"{file} was edited or damaged: its content does not give its own checksum. {RESTORE}")
-    return Manifest(body["model_type"], body["versions"], tuple(anchors))
+    return Manifest(body["model_type"], body["versions"], tuple(anchors), checksum)
 
 
 _MANIFEST_KEYS: dict[str, tuple[type, ...]] = {

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,30 @@ def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = 
     Raises:
         ValueError: a file is missing, differs, or leads out of the chain; the config does not have the recorded shape.
     """
+    verify_files(folder, anchor, list(anchor.files), hashes)
+    verify_config(folder, anchor, model_type)
+
+
+def verify_files(folder: Path, anchor: Anchor, names: Sequence[str], hashes: bool = True) -> None:
+    """Compare some of an anchor's files with its record (see `verify_anchor`)."""
     root = folder.resolve()
     # In the Hub's cache a snapshot's files are links to blobs that lie beside the snapshots.
     if root.parent.name == "snapshots":
         root = root.parent.parent
-    for name, digest in anchor.files.items():
+    for name in names:
         file = anchor.path / name
         if not file.resolve().is_relative_to(root):
             raise ValueError(f"{file} is a link that leaves the chain's folder. Put the file itself there. {RESTORE}")
         if not file.is_file():
             raise ValueError(f"{file} is missing, but {folder / MANIFEST} lists it. {RESTORE}")
-        if hashes and sha256_of(file) != digest:
+        if hashes and sha256_of(file) != anchor.files[name]:
             raise ValueError(
                 f"{file} is damaged or was changed: its sha256 is not the one in {folder / MANIFEST}. {RESTORE}"
             )
+
+
+def verify_config(folder: Path, anchor: Anchor, model_type: str) -> None:
+    """Compare an anchor's config with its record (see `verify_anchor`)."""
     config = anchor.config()
     if config.model_type != model_type:
         raise ValueError(
@@ -162,6 +172,7 @@ def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
 
 def copy_anchor(anchor: Anchor, folder: Path) -> None:
     """Copy the files of an anchor's record into another chain's folder."""
+    anchor.need(*anchor.files)
     temporary = _fresh_folder(folder / f".tmp-{anchor.name}")
     for name in anchor.files:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,9 @@
 """A model of any size between two anchors, without a teacher or a forward pass."""
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +11,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from cbd_trl.architectures import Architecture
 from cbd_trl.chain.calibrate import choose_plan
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, Plan, default_alpha
-from cbd_trl.chain.shapes import target_architecture
-from cbd_trl.chain.solve_shape import solve_target
+from cbd_trl.chain.operators import OPERATORS, Pair, Plan, default_alpha
+from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights
 
@@ -63,117 +59,79 @@ def from_chain(
         revision, token: of a chain on the Hub.
 
     Returns:
-        The model in eval mode; `model.config.cbd_trl` says what it was made from. Where `nested` without alpha comes
-        to an anchor's own shape, it is that anchor.
+        The model in eval mode; `model.config.cbd_trl` says what it was made from. At an anchor's own shape it is that
+        anchor (see `find_target`).
 
     Raises:
         ValueError: a size, shape, operator or alpha that cannot be had; the message says what can.
     """
-    _check_arguments(num_parameters, config, operator, alpha)
+    request = Request(num_parameters, config, operator, alpha, tolerance)
     directory = None if save_directory is None else Path(save_directory).expanduser().resolve()
     if directory is not None:
-        _check_replaceable(directory)
+        check_replaceable(directory)
     if not isinstance(chain, Chain):
         chain = Chain.from_pretrained(chain, revision=revision, token=token)
-    own_rule = operator == "nested" and alpha is None
-    anchor = _own_shape(chain, num_parameters, config) if own_rule else None
-    if anchor is None:
-        upper, lower = chain.pair_for(num_parameters, config, tolerance)
-        fields = solve_target(
-            upper.architecture(),
-            lower.architecture(),
-            lower.block_map or [],
-            num_parameters,
-            config,
-            tolerance,
-            operator,
-        )
-        # Asked for with other words (a rounded size, some of its fields), an anchor's shape still means that anchor.
-        anchor = next((end for end in (upper, lower) if end.shape == fields), None) if own_rule else None
-    if anchor is not None:
-        model = anchor.load_model(dtype=_dtype(dtype, anchor))
-        provenance = _provenance(chain, [anchor], "anchor", None, anchor.architecture())
-        tokenizer_source = anchor
-    else:
-        model, provenance = _interpolate(chain, upper, lower, fields, operator, alpha, calibration_dataset, dtype)
-        tokenizer_source = upper
-    model.config.cbd_trl = provenance
+    target = find_target(chain, request)
+    tokens = None if calibration_dataset is None else calibration_tokens(target, calibration_dataset)
+    model = make_model(chain, request, target, tokens, dtype)
     if directory is not None:
-        _save(model, chain, directory)
-    else:
-        model.config._name_or_path = model.name_or_path = str(tokenizer_source.path)
+        save_model(model, target.anchors[0], directory)
     return model
 
 
-def _check_arguments(
-    num_parameters: float | None, config: Mapping[str, int] | None, operator: str, alpha: float | None
-) -> None:
-    if operator not in OPERATORS:
-        raise ValueError(f"Unknown operator {operator!r}. Operators: {', '.join(OPERATORS)}.")
-    if alpha is not None and operator not in MIXING_OPERATORS:
-        raise ValueError(
-            f"alpha={alpha} has no meaning for operator={operator!r}, which mixes nothing. Leave it out, or use "
-            f"{' or '.join(repr(name) for name in MIXING_OPERATORS)}."
-        )
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha} must lie between 0 (the upper anchor's side) and 1 (the lower anchor's).")
-    if num_parameters is None and not config:
-        raise ValueError(
-            "Nothing was asked for. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or both; "
-            "`Chain.sizes()` lists what a chain can make."
-        )
-    is_number = isinstance(num_parameters, Real) and not isinstance(num_parameters, bool)
-    if num_parameters is not None and not (is_number and 0 < num_parameters < math.inf):
-        raise ValueError(
-            f"num_parameters={num_parameters!r} must be a positive number of parameters, for example 138e6 or "
-            "138_000_000."
-        )
-    for field, value in (config or {}).items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"config: {field} must be a positive integer, got {value!r}. `Chain.sizes()` lists values."
-            )
+def calibration_tokens(target: Target, dataset: Dataset) -> torch.Tensor | None:
+    """What decides about a target, (N, T) int64: the first tokens of a dataset. None for an anchor: there is nothing
+    to decide."""
+    if target.operator == ANCHOR:
+        return None
+    upper = target.anchors[0]
+    return token_blocks(dataset, upper.load_tokenizer(), CALIBRATION_TOKENS, calibration_length(upper.config()))
 
 
-def _own_shape(chain: Chain, num_parameters: float | None, config: Mapping[str, int] | None) -> Anchor | None:
-    """The anchor whose shape was asked for exactly, if any."""
-    for anchor in chain.anchors:
-        fields_match = all(anchor.shape.get(field) == value for field, value in (config or {}).items())
-        if num_parameters is not None:
-            if fields_match and anchor.num_parameters == int(num_parameters):
-                return anchor
-        elif fields_match and set(config or {}) == set(anchor.shape):
-            return anchor
-    return None
-
-
-def _interpolate(
+def make_model(
     chain: Chain,
-    upper: Anchor,
-    lower: Anchor,
-    fields: Mapping[str, int],
-    operator: str,
-    alpha: float | None,
-    calibration_dataset: Dataset | None,
+    request: Request,
+    target: Target,
+    tokens: torch.Tensor | None,
     dtype: torch.dtype | str | None,
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    upper_architecture = upper.architecture()
-    plan = Plan(target_architecture(upper_architecture, fields), alpha)
-    pair = load_pair(upper, lower)
-    if calibration_dataset is not None:
-        length = calibration_length(upper_architecture.config)
-        tokens = token_blocks(calibration_dataset, chain.tokenizer(), CALIBRATION_TOKENS, length)
-        operator, plan = choose_plan(pair, plan, operator, tokens)
-    weights, architecture = OPERATORS[operator](pair, plan)
-    weights = _finite(weights, operator)
-    mixed = default_alpha(operator, pair, plan.target)
-    mixed = plan.alpha if mixed is not None and plan.alpha is not None else mixed
-    model = build_model(architecture, weights, _dtype(dtype, upper))
-    model.generation_config = upper.load_generation_config()
-    provenance = _provenance(chain, [upper, lower], operator, mixed, architecture)
-    if plan.swapped is not None:
-        provenance["swapped_blocks"] = sorted(plan.swapped)
-    return model, provenance
+    pair: Pair | None = None,
+) -> PreTrainedModel:
+    """The model of a target, in eval mode, named after the anchor that its tokenizer loads from.
+
+    Args:
+        tokens: calibration text (N, T), or None.
+        pair: the target's anchors where they are loaded already.
+    """
+    upper = target.anchors[0]
+    wanted = target_dtype(dtype, upper)
+    # The model's name leads here to the tokenizer.
+    upper.need(*upper.small_files)
+    told: dict[str, Any] = {
+        "chain": chain.name_or_path,
+        "revision": chain.revision,
+        "anchors": [anchor.name for anchor in target.anchors],
+        "operator": target.operator,
+        "alpha": target.alpha,
+        "shape": target.architecture.shape,
+        "num_parameters": target.architecture.num_parameters,
+    }
+    if target.operator == ANCHOR:
+        model = upper.load_model(dtype=wanted)
+    else:
+        pair = pair or load_pair(*target.anchors)
+        operator, plan = request.operator, Plan(target.architecture, request.alpha)
+        if tokens is not None:
+            operator, plan = choose_plan(pair, plan, operator, tokens)
+            alpha = default_alpha(operator, pair, plan.target)
+            told |= {"operator": operator, "alpha": alpha if plan.alpha is None or alpha is None else plan.alpha}
+            told["calibration_tokens"] = tokens.numel()
+        weights, architecture = OPERATORS[operator](pair, plan)
+        model = build_model(architecture, _finite(weights, operator), wanted, name_or_path=str(upper.path))
+        model.generation_config = upper.load_generation_config()
+        if plan.swapped is not None:
+            told["swapped_blocks"] = sorted(plan.swapped)
+    model.config.cbd_trl = told
+    return model
 
 
 def load_pair(upper: Anchor, lower: Anchor) -> Pair:
@@ -205,30 +163,7 @@ def _finite(weights: Weights, operator: str) -> Weights:
     return weights
 
 
-def _dtype(dtype: torch.dtype | str | None, anchor: Anchor) -> torch.dtype:
-    wanted = anchor.dtype if dtype is None or dtype == "auto" else dtype
-    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"dtype={dtype!r} is no floating-point type. Use for example torch.bfloat16, 'float32' or None."
-        )
-    return found
-
-
-def _provenance(
-    chain: Chain, anchors: list[Anchor], operator: str, alpha: float | None, architecture: Architecture
-) -> dict[str, Any]:
-    return {
-        "chain": chain.name_or_path,
-        "anchors": [anchor.name for anchor in anchors],
-        "operator": operator,
-        "alpha": alpha,
-        "shape": architecture.shape,
-        "num_parameters": architecture.num_parameters,
-    }
-
-
-def _check_replaceable(directory: Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Refuse anything but an empty folder or a model that from_chain saved: what is there is replaced as a whole."""
     if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
         return
@@ -244,15 +179,15 @@ def _check_replaceable(directory: Path) -> None:
         )
 
 
-def _save(model: PreTrainedModel, chain: Chain, directory: Path) -> None:
-    """Write model, tokenizer and provenance under a temporary name, then rename."""
+def save_model(model: PreTrainedModel, anchor: Anchor, directory: Path) -> None:
+    """Write model, the anchor's tokenizer and provenance under a temporary name, then rename."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary, before = (directory.parent / f".{kind}-{directory.name}-{os.getpid()}" for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.config._name_or_path = model.name_or_path = str(directory)
         model.save_pretrained(temporary)
-        chain.tokenizer().save_pretrained(temporary)
+        anchor.load_tokenizer().save_pretrained(temporary)
         if directory.exists():
             directory.rename(before)
         try:

@@ -9,17 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, write_anchor
+from cbd_trl.chain.hub import HubChain
 from cbd_trl.chain.records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
 from cbd_trl.chain.solve_shape import list_sizes
 
 __all__ = ["STATISTICS_FILE", "Anchor", "Chain", "write_anchor"]
-
-# What a chain may consist of: no pickles, no code.
-_HUB_PATTERNS = [MANIFEST, "*.safetensors", "*.json", "*.txt", "*.jinja", "*.model"]
 
 
 class Chain:
@@ -29,11 +27,16 @@ class Chain:
         path: the chain's folder.
         manifest: what its chain.json says.
         name_or_path: what it was opened with, a Hub id or a path.
+        revision: the commit of a chain on the Hub; None for a folder.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, name_or_path: str | None = None) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, name_or_path: str | None = None, revision: str | None = None
+    ) -> None:
         self.path = path
         self.name_or_path = name_or_path if name_or_path is not None else str(path)
+        self.revision = revision
+        self.checksum = manifest.checksum
         self.model_type = manifest.model_type
         self.versions = dict(manifest.versions)
         self.anchors = list(manifest.anchors)
@@ -52,30 +55,39 @@ class Chain:
     ) -> "Chain":
         """Open a chain.
 
+        Of a chain on the Hub chain.json alone is fetched; the files of an anchor come when they are first used, all
+        from that same commit.
+
         Args:
             path_or_hub_id: a folder that build_chain wrote, or the id of a Hub repository that holds one.
             revision: branch, tag or commit of the Hub repository.
             token: Hub token.
-            verify: compare every file with the sha256 in chain.json (about a second per GB).
+            verify: compare every file with the sha256 in chain.json (about a second per GB); on the Hub when it is
+                first used.
 
         Raises:
             ValueError: not a chain, damaged, edited, unfinished, or of an unknown schema version; the message names
                 the file.
         """
-        folder = _local_folder(path_or_hub_id, revision, token)
-        manifest = read_manifest(folder)
+        folder, name = _local_folder(path_or_hub_id), str(path_or_hub_id)
+        if folder is None:
+            hub = HubChain(name, revision, token, verify)
+            chain = cls(hub.folder, hub.manifest(), name, hub.commit)
+        else:
+            chain = cls(folder, read_manifest(folder), name)
         above: Anchor | None = None
-        for anchor in manifest.anchors:
+        for anchor in chain.anchors:
             if not anchor.finished:
                 raise ValueError(
-                    f"{folder / MANIFEST}: anchor {anchor.name!r} is not finished. Run build_chain again with the "
+                    f"{chain.path / MANIFEST}: anchor {anchor.name!r} is not finished. Run build_chain again with the "
                     "same arguments."
                 )
-            verify_anchor(folder, anchor, manifest.model_type, hashes=verify)
-            if above is not None:
-                check_block_map(folder, anchor, above)
+            if folder is not None:
+                verify_anchor(folder, anchor, chain.model_type, hashes=verify)
+                if above is not None:
+                    check_block_map(folder, anchor, above)
             above = anchor
-        return cls(folder, manifest, str(path_or_hub_id))
+        return chain
 
     @property
     def source(self) -> Anchor:
@@ -101,12 +113,7 @@ class Chain:
         Raises:
             ValueError: none was stored.
         """
-        if "tokenizer_config.json" not in self.source.files:
-            raise ValueError(
-                f"{self.source.path} holds no tokenizer_config.json: the chain was stored without a tokenizer. Build "
-                "it with processing_class=tokenizer."
-            )
-        return AutoTokenizer.from_pretrained(self.source.path, trust_remote_code=False, local_files_only=True)
+        return self.source.load_tokenizer()
 
     def pair_for(
         self, num_parameters: float | None = None, config: Mapping[str, Any] | None = None, tolerance: float = 0.03
@@ -189,6 +196,8 @@ class Chain:
         """
         from huggingface_hub import HfApi
 
+        for anchor in self.anchors:
+            anchor.need(*anchor.files)
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         files = [MANIFEST, *(f"{anchor.name}/{name}" for anchor in self.anchors for name in anchor.files)]
@@ -202,8 +211,8 @@ def _holds(pair: tuple[Anchor, Anchor], num_parameters: float) -> bool:
     return pair[1].num_parameters <= num_parameters <= pair[0].num_parameters
 
 
-def _local_folder(path_or_hub_id: str | Path, revision: str | None, token: str | bool | None) -> Path:
-    """The chain's folder, downloaded first when a Hub id is given."""
+def _local_folder(path_or_hub_id: str | Path) -> Path | None:
+    """The chain's folder; None where a Hub id is given."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -211,12 +220,4 @@ def _local_folder(path_or_hub_id: str | Path, revision: str | None, token: str |
         raise ValueError(
             f"There is no folder {folder}. Give the folder that build_chain wrote, or a Hub id such as 'me/my-chain'."
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path_or_hub_id, revision=revision, token=token, allow_patterns=_HUB_PATTERNS))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path_or_hub_id!r} is no folder here and could not be fetched from the Hub ({type(error).__name__}: "
-            f"{error}). Check the path, or the id, revision and token."
-        ) from error
+    return None

@@ -104,15 +104,24 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """Whole blocks of the upper anchor in place of lower layers (boomerang distillation, arXiv 2510.05064); equal
     widths only."""
-    if not pair.equal_widths or plan.target.sizes != pair.upper_architecture.sizes:
-        raise ValueError(
-            "operator='patch' swaps whole blocks between anchors of equal widths, and these differ "
-            f"({pair.upper_architecture.shape} and {pair.lower_architecture.shape}; target {plan.target.shape}). "
-            "Use operator='nested', which also interpolates widths."
-        )
+    check_patch(pair, plan.target)
     return swap_blocks(
         pair.lower, pair.lower_architecture, pair.upper, pair.upper_architecture, pair.blocks, _swapped(pair, plan)
     )
+
+
+def check_patch(pair: Pair, target: Architecture) -> None:
+    """Refuse widths that differ, which `patch` cannot make.
+
+    Raises:
+        ValueError: any width does.
+    """
+    if not pair.equal_widths or target.sizes != pair.upper_architecture.sizes:
+        raise ValueError(
+            "operator='patch' swaps whole blocks between anchors of equal widths, and these differ "
+            f"({pair.upper_architecture.shape} and {pair.lower_architecture.shape}; target {target.shape}). "
+            "Use operator='nested', which also interpolates widths."
+        )
 
 
 def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:

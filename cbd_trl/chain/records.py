@@ -1,14 +1,21 @@
 """What is known of an anchor and of a chain, and loading an anchor's files."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.chain.model import build_model
@@ -37,6 +44,7 @@ class Anchor:
         finished: whether its training reached the end.
         files: file name -> sha256 of every file of the folder.
         path: the folder.
+        prepare: brings files of the folder that are not here yet; None where all are (see `HubChain`).
     """
 
     name: str
@@ -51,6 +59,21 @@ class Anchor:
     finished: bool = True
     files: dict[str, str] = field(default_factory=dict, repr=False)
     path: Path = field(default=Path(), repr=False)
+    prepare: "Callable[[Anchor, Sequence[str]], None] | None" = field(default=None, repr=False, compare=False)
+
+    def need(self, *names: str) -> None:
+        """Have these files in its folder: whatever reads one calls this first.
+
+        Raises:
+            ValueError: a file of a chain on the Hub cannot be fetched or is not what chain.json says.
+        """
+        if self.prepare is not None:
+            self.prepare(self, [name for name in names if name in self.files])
+
+    @property
+    def small_files(self) -> list[str]:
+        """All but the tensors: config, tokenizer, chat template, generation config."""
+        return [name for name in self.files if not name.endswith(".safetensors")]
 
     def config(self) -> PretrainedConfig:
         """The model's config.
@@ -58,6 +81,7 @@ class Anchor:
         Raises:
             ValueError: config.json cannot be read.
         """
+        self.need("config.json")
         try:
             # Never code from a chain: the families are transformers' own.
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
@@ -86,6 +110,7 @@ class Anchor:
                 f"{self.path / STATISTICS_FILE} was not stored with the anchor, and cutting its width needs it. "
                 f"{RESTORE}"
             )
+        self.need(STATISTICS_FILE)
         return self.path / STATISTICS_FILE
 
     def load_state_dict(self) -> Weights:
@@ -96,6 +121,7 @@ class Anchor:
         """
         from safetensors.torch import load_file
 
+        self.need(*weight_files(self.files))
         found: Weights = {}
         for name in weight_files(self.files):
             found |= load_file(self.path / name)
@@ -122,8 +148,23 @@ class Anchor:
     def load_generation_config(self) -> GenerationConfig:
         """The stored generation config, or what the model config says where none was stored."""
         if "generation_config.json" in self.files:
+            self.need("generation_config.json")
             return GenerationConfig.from_pretrained(self.path, local_files_only=True)
         return GenerationConfig.from_model_config(self.config())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer stored with it.
+
+        Raises:
+            ValueError: none was stored.
+        """
+        if "tokenizer_config.json" not in self.files:
+            raise ValueError(
+                f"{self.path} holds no tokenizer_config.json: the chain was stored without a tokenizer. Build it with "
+                "processing_class=tokenizer."
+            )
+        self.need(*self.small_files)
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
 
 
 @dataclass(frozen=True)
@@ -134,11 +175,13 @@ class Manifest:
         model_type: the family's `config.model_type`.
         versions: library -> version that wrote it.
         anchors: largest first.
+        checksum: of chain.json, and so of every file of the chain; empty before it is written.
     """
 
     model_type: str
     versions: dict[str, str]
     anchors: tuple[Anchor, ...]
+    checksum: str = ""
 
 
 def weight_files(files: Mapping[str, str]) -> list[str]:

@@ -352,34 +352,6 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path, what):
         Chain.from_pretrained(folder)
 
 
-def test_hub_chain_is_read_from_the_cache_with_links_to_blobs(original, tmp_path, monkeypatch):
-    snapshot, blobs = tmp_path / "models--me--chain" / "snapshots" / "abc", tmp_path / "models--me--chain" / "blobs"
-    blobs.mkdir(parents=True)
-    for i, file in enumerate(path for path in original.rglob("*") if path.is_file()):
-        shutil.copyfile(file, blobs / str(i))
-        link = snapshot / file.relative_to(original)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        os.symlink(blobs / str(i), link)
-    asked = {}
-
-    def download(repo_id, **options):
-        asked.update(repo_id=repo_id, **options)
-        return str(snapshot)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    chain = Chain.from_pretrained("me/chain", revision="v1", token="secret")
-    assert (asked["repo_id"], asked["revision"], asked["token"]) == ("me/chain", "v1", "secret")
-    assert not any(pattern.endswith(("bin", "py", "pkl", "pt", "*")) for pattern in asked["allow_patterns"])
-    assert chain.name_or_path == "me/chain" and chain.source.load_model().name_or_path == str(snapshot / "large")
-
-
-def test_hub_failure_says_what_was_tried():
-    with pytest.raises(
-        ValueError, match=r"'me/no-such-chain' is no folder here and could not be fetched from the Hub"
-    ):
-        Chain.from_pretrained("me/no-such-chain")
-
-
 def test_push_uploads_the_chains_own_files(original, monkeypatch):
     calls = {}
 
