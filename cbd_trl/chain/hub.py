@@ -78,6 +78,6 @@ class HubChain:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self._repo_id!r} at commit {self.commit}: {', '.join(missing)} could not be fetched from the Hub "
-                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here ({type(error).__name__}: {error}). Ask "
-                "for it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
+                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here ({type(error).__name__}: {error}). "
+                "Ask for it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
             ) from error
