@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cbd_trl.chain.build import build_chain
+    from cbd_trl.chain.describe_targets import describe_targets
     from cbd_trl.chain.from_chain import from_chain
+    from cbd_trl.chain.make_targets import make_targets
     from cbd_trl.chain.manifest import Chain
     from cbd_trl.trainers.distill_config import DistillConfig
     from cbd_trl.trainers.distill_trainer import DistillTrainer
 
-__all__ = ["Chain", "DistillConfig", "DistillTrainer", "build_chain", "from_chain"]
+__all__ = [
+    "Chain",
+    "DistillConfig",
+    "DistillTrainer",
+    "build_chain",
+    "describe_targets",
+    "from_chain",
+    "make_targets",
+]
 
 __version__ = "0.1.0"
 
@@ -22,7 +32,9 @@ _HOMES = {
     "DistillConfig": "cbd_trl.trainers.distill_config",
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",
     "build_chain": "cbd_trl.chain.build",
+    "describe_targets": "cbd_trl.chain.describe_targets",
     "from_chain": "cbd_trl.chain.from_chain",
+    "make_targets": "cbd_trl.chain.make_targets",
 }
 
 

@@ -9,7 +9,7 @@ from cbd_trl.names import did_you_mean
 COMMANDS = {
     "demo": "distil a real 135M model into a chain, make six other sizes from it, measure and draw them",
     "build": "distil a chain of anchors from a source model",
-    "init": "make a model of any size from a chain",
+    "init": "make models of any size from a chain",
     "cache": "write what a teacher predicts for a dataset to disk, to train without the teacher",
     "distill": "train a student on a dataset to predict what a teacher predicts",
 }

@@ -76,27 +76,48 @@ class InitArguments:
     """Arguments of `cbd-trl init`.
 
     Args:
-        output: folder of the model.
+        output: folder of the model, or of the folders of several.
         num_parameters: size wanted.
+        sizes: several sizes wanted.
+        dry_run: tell what would be made, and make nothing.
         shape: config fields that are fixed.
         operator: how the target's weights are made.
         alpha: weight of the lower anchor in a mix.
         dtype: of the model.
         tolerance: largest relative distance from `num_parameters`.
-        calibration_dataset: text that decides how much is mixed.
+        calibration_data: text that decides how much is mixed.
         revision: of a chain on the Hub.
     """
 
-    output: str | None = field(default=None, metadata={"help": "Folder that the model is written to. Required."})
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that the model is written to; with --sizes, each model to a folder in it named after its "
+            "size (100M). Required, but for a dry run."
+        },
+    )
     num_parameters: str | None = field(
         default=None,
         metadata={"help": "Parameters wanted: 138e6, 138M or 1.2B. A tied table counts once."},
+    )
+    sizes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several numbers of parameters, 100M,120M,140M, made in one pass. Run again, finished models are "
+            "kept."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print shape, parameters, memory and cost of inference of what would be made, and make nothing."
+        },
     )
     shape: str | None = field(
         default=None,
         metadata={
             "help": "Config fields that are fixed, as JSON: '{\"num_hidden_layers\": 20}'. In YAML a mapping. Alone, "
-            "or with --num-parameters, which then decides the rest."
+            "or with --num-parameters or --sizes, which then decide the rest."
         },
     )
     operator: str = field(
@@ -117,7 +138,7 @@ class InitArguments:
     tolerance: float = field(
         default=0.03, metadata={"help": "Largest distance from --num-parameters, as a share of it."}
     )
-    calibration_dataset: str | None = field(
+    calibration_data: str | None = field(
         default=None,
         metadata={
             "help": "Text (a .jsonl, .json, .csv, .parquet or .txt file, or a dataset's Hub id) by whose loss the "
@@ -188,6 +209,22 @@ def parse_count(text: str | float) -> float:
     if match is None:
         raise ValueError(f"{text!r} is no number of parameters: write 138e6, 138M or 1.2B.")
     return float(match[1]) * _UNITS[match[2].lower()]
+
+
+def parse_sizes(values: list[Any] | str | float) -> list[float]:
+    """The sizes of `--sizes`, or of YAML.
+
+    Args:
+        values: counts, several of them in one text with commas between.
+
+    Returns:
+        the numbers, in their order.
+
+    Raises:
+        ValueError: for what is no count.
+    """
+    items = values if isinstance(values, list) else [values]
+    return [parse_count(part) for item in items for part in str(item).split(",") if part.strip()]
 
 
 def parse_anchors(values: list[Any] | str | float | dict[str, Any] | None) -> list[dict[str, Any] | float]:

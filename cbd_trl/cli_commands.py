@@ -10,12 +10,10 @@ from trl import ModelConfig, ScriptArguments
 from cbd_trl.cli_arguments import (
     BuildArguments,
     DemoArguments,
-    InitArguments,
     parse_anchors,
-    parse_count,
-    parse_shape,
 )
 from cbd_trl.cli_cache import cache
+from cbd_trl.cli_init import init
 from cbd_trl.cli_parsing import UsageError, load_rows, parse_flags, require
 
 
@@ -97,39 +95,6 @@ def build(flags: list[str]) -> None:
         f"The chain is in {args.output_dir}. A size from it: "
         f"cbd-trl init {args.output_dir} --num-parameters N --output DIR"
     )
-
-
-def init(flags: list[str]) -> None:
-    """cbd-trl init.
-
-    Args:
-        flags: as typed.
-    """
-    description = "Make a model of any size between the anchors of a chain, without a teacher and without training."
-    positional = {"chain": "The chain: a folder that build wrote, or a Hub id. Required."}
-    arguments, places = parse_flags("init", description, [InitArguments], flags, positional)
-    if places.chain is None:
-        raise UsageError("The chain is missing: cbd-trl init CHAIN --num-parameters N --output DIR.")
-    require(output=arguments.output)
-    size = None if arguments.num_parameters is None else parse_count(arguments.num_parameters)
-    from cbd_trl.chain.from_chain import from_chain
-
-    rows = arguments.calibration_dataset
-    model = from_chain(
-        places.chain,
-        size,
-        config=parse_shape(arguments.shape),
-        operator=arguments.operator,
-        alpha=arguments.alpha,
-        dtype=arguments.dtype,
-        tolerance=arguments.tolerance,
-        calibration_dataset=None if rows is None else load_rows(rows),
-        revision=arguments.revision,
-        save_directory=arguments.output,
-    )
-    made = model.config.cbd_trl
-    print(f"{model.num_parameters():,} parameters, {made['shape']}: operator {made['operator']} of {made['anchors']}.")
-    print(f"Written to {arguments.output}: AutoModelForCausalLM.from_pretrained({arguments.output!r}) loads it.")
 
 
 def distill(flags: list[str]) -> None:

@@ -72,7 +72,10 @@ def test_top_level_imports_nothing_heavy(arguments):
     [
         ("demo", ["--output", "--steps", "--wheel", "--seed"]),
         ("build", ["--source", "--anchors", "--dataset_name", "--swap_probability", "--learning_rate"]),
-        ("init", ["--num-parameters", "--output", "--shape", "--operator", "--alpha", "--dtype", "--tolerance"]),
+        (
+            "init",
+            ["--num-parameters", "--output", "--shape", "--operator", "--alpha", "--dtype", "--sizes", "--dry-run"],
+        ),
         ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--kind", "--temperature", "--logprobs"]),
         ("distill", ["--teacher_model_name_or_path", "--divergence", "--use_peft", "--dataset_name"]),
     ],
@@ -110,7 +113,7 @@ def test_init_by_size_with_calibration_text_and_yaml(chain, folder, tmp_path):
     (tmp_path / "init.yaml").write_text(
         f"chain: {chain}\nnum_parameters: {size}\ntolerance: 0.3\nshape:\n  num_attention_heads: 4\n"
     )
-    flags = ["--config", str(tmp_path / "init.yaml"), "--calibration_dataset", str(folder / "rows.txt")]
+    flags = ["--config", str(tmp_path / "init.yaml"), "--calibration-data", str(folder / "rows.txt")]
     assert main(["init", *flags, "--output", str(tmp_path / "model")]) == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert abs(model.num_parameters() / size - 1) <= 0.3

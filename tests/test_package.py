@@ -10,7 +10,9 @@ import pytest
 
 import cbd_trl
 
-PUBLIC_NAMES = ["Chain", "DistillConfig", "DistillTrainer", "build_chain", "from_chain"]
+PUBLIC_NAMES = [
+    *("Chain", "DistillConfig", "DistillTrainer", "build_chain", "describe_targets", "from_chain", "make_targets"),
+]
 ROOT = Path(__file__).parents[1]
 
 

@@ -281,6 +281,6 @@ def _too_far(
     given = f" with {dict(fields)}" if fields else ""
     return (
         f"No reachable size{given} is within tolerance={tolerance:g} of num_parameters={wanted:,.0f}. Nearest: "
-        f"{' and '.join(sides)}. Ask for one of these, raise "
+        f"{' and '.join(sides)}. Ask for one of these{',' if fields else ' or'} raise "
         f"tolerance{', or leave fields of config free' if fields else ''}."
     )

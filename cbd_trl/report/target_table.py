@@ -1,0 +1,56 @@
+"""What targets would be like, as a table for the terminal."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from cbd_trl.chain.describe_targets import TargetSummary
+from cbd_trl.chain.target import ANCHOR
+from cbd_trl.report.tables import describe_shape, format_count
+
+_CAPTION = (
+    "Parameters: in the token table, an untied head and learned positions + in all else; a tied table counts once. "
+    "alpha: share of the lower anchor. KV cache: for each token of context and row. FLOPs: of a forward pass for each "
+    "token, two for every weight of a matrix multiplied with, the head included; T: tokens attended to."
+)
+
+
+def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
+    """One line a target, in the order given.
+
+    Args:
+        summaries: from `describe_targets`.
+        title: above the table.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title or None, caption=_CAPTION)
+    for name in ("asked", "parameters", "embedding + other", "shape", "made by", "between", "weights"):
+        table.add_column(name, justify="left" if name in ("shape", "made by", "between") else "right")
+    for name in ("KV cache", "FLOPs"):
+        table.add_column(name, justify="right")
+    for summary in summaries:
+        table.add_row(*_cells(summary))
+    return table
+
+
+def _cells(summary: TargetSummary) -> list[str]:
+    parts = (summary.embedding_parameters, summary.other_parameters)
+    mixed = "" if summary.alpha is None else f", alpha {summary.alpha:.2f}"
+    return [
+        "" if summary.asked is None else format_count(summary.asked),
+        format_count(summary.num_parameters),
+        " + ".join(map(format_count, parts)),
+        describe_shape(summary.shape, short=True),
+        "the anchor itself" if summary.operator == ANCHOR else summary.operator + mixed,
+        " and ".join(summary.anchors),
+        f"{_bytes(summary.weight_bytes)} {summary.dtype}",
+        _bytes(summary.cache_bytes),
+        f"{format_count(summary.flops)} + {format_count(summary.attention_flops)} × T",
+    ]
+
+
+def _bytes(count: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
