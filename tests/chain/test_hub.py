@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.manifest import STATISTICS_FILE
+from cbd_trl.cli import main
 from tests.chain.helpers import DEEP, WIDE, same_weights
 from tests.chain.hub_server import Hub, serving
 from tests.tokenizer import tiny_tokenizer
@@ -158,11 +159,21 @@ def test_sizes_tokenizer_and_a_copy_of_the_whole(hub, chain, tmp_path):
     assert [anchor.files for anchor in copy.anchors] == [anchor.files for anchor in chain.anchors]
 
 
-def test_the_command_finds_the_hub_by_its_own_setting(hub, chain, tmp_path):
+def test_the_command_takes_a_hub_id_and_a_revision(hub, chain, tmp_path):
+    flags = ["me/chain", "--shape", json.dumps(WIDE), "--revision", "v1", "--output", str(tmp_path / "model")]
+    assert main(["init", *flags]) == 0
+    told = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.cbd_trl
+    assert (told["chain"], told["revision"]) == ("me/chain", hub.references["me/chain"]["v1"])
+    assert not any(name.startswith(chain.source.name) for name in hub.fetched())
+
+
+def test_the_hub_is_found_by_its_own_environment_variables(hub, chain, tmp_path):
     environment = {
         **os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_CACHE": str(tmp_path / "other-cache"), "HF_HUB_OFFLINE": "0"
     }  # fmt: skip
-    flags = ["me/chain", "--shape", json.dumps(WIDE), "--revision", "v1", "--output", str(tmp_path / "model")]
-    subprocess.run([sys.executable, "-m", "cbd_trl.cli", "init", *flags], env=environment, check=True, timeout=60)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 24
-    assert not any(name.startswith(chain.source.name) for name in hub.fetched())
+    code = "from cbd_trl import Chain; print(len(Chain.from_pretrained('me/chain').source.load_state_dict()))"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert int(run.stdout) == len(chain.source.load_state_dict())
+    assert (tmp_path / "other-cache" / "models--me--chain").is_dir()
