@@ -143,8 +143,8 @@ def _write_source(
     return _write(output_dir, record, sorted_model, tokenizer, statistics)
 
 
-def _initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
-    """The least-squares cut of the upper anchor over the kept layers."""
+def initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
+    """The least-squares cut of the upper anchor over the kept layers, not yet refitted."""
     architecture = upper.architecture()
     weights = upper.load_state_dict()
     cut, cut_architecture = select_layers(weights, architecture, step.kept)
@@ -181,7 +181,7 @@ def _distil_anchor(
     work = _work_folder(output_dir, upper, step)
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
-    student: Any = _initial_student(upper, step)
+    student: Any = initial_student(upper, step)
     teacher: Any = upper.load_model()
     generation_config = copy.deepcopy(teacher.generation_config)
     blocks = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)

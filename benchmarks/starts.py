@@ -1,0 +1,127 @@
+"""The starts that are compared: models of one shape, made in every way there is."""
+
+import math
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+from cbd_trl import Chain, DistillConfig, DistillTrainer, from_chain
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import axis_length
+from cbd_trl.chain.build import initial_student
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.plan import plan_chain
+from cbd_trl.report.sweep import random_model
+from cbd_trl.surgery.blocks import blocks_of, select_layers
+from cbd_trl.surgery.cut import plain_cut
+from cbd_trl.surgery.refit import refit_layers
+from cbd_trl.surgery.weights import Weights, reader_keys
+
+TARGET = {
+    "num_hidden_layers": 16,
+    "hidden_size": 432,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1152,
+}
+OPERATORS = ("nested", "slice", "expand", "linear")
+SUBCLONE, DIRECT, SCRATCH = "subclone", "direct", "scratch"
+STARTS = (*OPERATORS, SUBCLONE, DIRECT, SCRATCH)
+_REFIT_BATCH = 4
+
+
+def outer_layers(total: int, kept: int) -> list[int]:
+    """The first and the last layers of `total`, half of `kept` each: those in the middle are dropped.
+
+    Weight subcloning, arXiv 2312.09299: the blocks in the middle change the stream least. One more of the first where
+    `kept` is odd.
+
+    Raises:
+        ValueError: more are to be kept than there are.
+    """
+    if kept > total:
+        raise ValueError(
+            f"Cannot keep {kept} of {total} layers. The benchmark's target is cut from the source, so its shape needs "
+            "at most as many layers."
+        )
+    first = (kept + 1) // 2
+    return [*range(first), *range(total - kept + first, total)]
+
+
+def subclone(weights: Weights, architecture: Architecture, fields: dict[str, int]) -> tuple[Weights, Architecture]:
+    """Weight subcloning (Samragh et al. 2023, arXiv 2312.09299) of a sorted model.
+
+    The most important channels, neurons and heads are kept as they are; a layer that reads d of the D inputs it had is
+    multiplied by sqrt(D / d), which keeps the spread of its outputs; layers in the middle are dropped.
+
+    Deviations: important is what the chain sorts by, root mean square activation times the size of what reads it (the
+    paper: mean absolute activation). A tied table counts as the layer it is at the head, so it is multiplied too.
+
+    Args:
+        weights: of the model, most important coordinates first.
+        architecture: what they mean.
+        fields: config fields of the target, no deeper and no wider.
+
+    Returns:
+        Weights and architecture of the target.
+    """
+    depth, sizes = architecture.resolve_sizes(fields)
+    picked, shallow = select_layers(weights, architecture, outer_layers(architecture.depth, depth))
+    target = shallow.resized(**sizes)
+    cut = plain_cut(picked, shallow, target)
+    for site in target.sites:
+        scale = math.sqrt(axis_length(site.axis, shallow.sizes) / axis_length(site.axis, target.sizes))
+        for reader in site.readers:
+            key, _ = reader_keys(reader, cut, target)
+            cut[key] = cut[key] * scale
+    return cut, target
+
+
+def make_start(name: str, chain: Chain, seed: int) -> PreTrainedModel:
+    """An untrained start in the target's shape (that of direct distillation: `direct_trainer`).
+
+    Args:
+        name: an operator, "subclone" or "scratch".
+        chain: a built chain, its source sorted.
+        seed: of the random initialisation.
+    """
+    if name in OPERATORS:
+        return from_chain(chain, config=TARGET, operator=name)
+    if name == SCRATCH:
+        # Any start's config but that of `expand`, which has another epsilon, is that of a plain model.
+        return random_model(from_chain(chain, config=TARGET, operator="slice"), seed)
+    weights, target = subclone(chain.source.load_state_dict(), chain.source.architecture(), TARGET)
+    return build_model(target, weights, next(iter(weights.values())).dtype)
+
+
+def sft_trainer(
+    model: PreTrainedModel, args: DistillConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> SFTTrainer:
+    """Plain cross-entropy: `args` is read as the SFTConfig that it is."""
+    return SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+
+
+def direct_trainer(
+    chain: Chain, args: DistillConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, calibration: torch.Tensor
+) -> DistillTrainer:
+    """One-shot distillation: the target cut and refitted from the source itself, as build_chain starts an anchor, and
+    trained by the loss with which build_chain trains one.
+
+    Args:
+        chain: only its source is used.
+        args: training arguments; the chain's defaults are filled in.
+        dataset: training text.
+        tokenizer: of the chain.
+        calibration: (N, T) int64 token blocks of the training text for the refit.
+    """
+    [step] = plan_chain(chain.source.architecture(), [TARGET], args, dataset)
+    student, blocks = initial_student(chain.source, step), blocks_of(step.kept)
+    teacher: Any = chain.source.load_model()
+    batches = [{"input_ids": batch.to(args.device)} for batch in calibration.split(_REFIT_BATCH)]
+    refit_layers(student.to(args.device), teacher.to(args.device), step.architecture, blocks, batches)
+    return DistillTrainer(
+        student, teacher, step.args, train_dataset=dataset, processing_class=tokenizer, block_map=blocks
+    )
