@@ -239,6 +239,13 @@ def test_other_families(family, tied, tmp_path):
         assert torch.equal(logits(loaded), logits(model))
         for field, value in config.items():
             assert getattr(loaded.config, field) == value
+        for operator in ("slice", "expand", "linear"):
+            other = from_chain(chain, config=config, operator=operator, dtype=torch.float64)
+            assert logits(other).isfinite().all() and not torch.equal(logits(other), logits(model))
+    # Grown, the smallest anchor stays what it was. from_chain grows in float32 (tests/surgery proves it in float64).
+    grown = from_chain(chain, config=between, operator="expand", dtype=torch.float64)
+    expected = logits(chain.anchors[2].load_model(dtype=torch.float64))
+    assert (logits(grown) - expected).abs().max() <= 1e-4 * expected.std()
 
 
 def test_what_comes_back_is_the_chain_on_disk(tmp_path):
