@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from cbd_trl import DistillConfig, DistillTrainer
-from tests.tiny import tiny_model
+from tests.tiny import own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 LENGTHS = (3, 9, 5, 12)
@@ -54,7 +54,7 @@ def make_trainer(
         teacher: instead of the tiny one, which there is unless `overrides` name another teacher.
         overrides: fields of `DistillConfig`, or arguments of `DistillTrainer`.
     """
-    depth = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
+    depth = own_names(family, num_hidden_layers=2)
     names = ("train_dataset", "eval_dataset", "processing_class", "block_map", "peft_config", "compute_metrics")
     arguments: dict[str, Any] = {"train_dataset": text_rows(), "processing_class": tiny_tokenizer()}
     arguments |= {name: overrides.pop(name) for name in names if name in overrides}

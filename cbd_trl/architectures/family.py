@@ -1,6 +1,7 @@
 """A family's description, and the description resolved for one config."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from cbd_trl.architectures.axes import Axes, parse_axes, tensor_shape
+from cbd_trl.architectures.axes import Axes, axis_length, parse_axes, tensor_shape
+
+# What torch gives a LayerNorm that is made without one.
+TORCH_LAYER_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,14 @@ class Family:
             besides the atomic ones.
         resolve: (sizes, {dimension: value given}) -> all sizes, filling in what the family ties together.
         norm_type: "rms" (gain) or "layer" (centred, gain and bias).
-        eps_field: config field of the norms' epsilon.
+        eps_field: config field of the norms' epsilon; None where the config has none and it is torch's default.
         shared_eps: weights whose output is normalised by a norm over another axis that shares the same epsilon
             (Qwen3's q/k norms): growth has to rescale them with it.
         per_layer_fields: config lists with one entry a layer.
         check: raises ValueError on options that the surgery does not support.
+        when: which configs of its model types it describes.
+        fused: {stored tensor of a layer: the tensors of `layer_tensors` that its rows hold, one after the other}.
+        file_names: {name in a safetensors file: name in the model} where transformers renames between the two.
     """
 
     model_types: tuple[str, ...]
@@ -70,10 +77,13 @@ class Family:
     shape_fields: Mapping[str, str]
     resolve: Callable[[Mapping[str, int], Mapping[str, int]], dict[str, int]]
     norm_type: str
-    eps_field: str
+    eps_field: str | None
     check: Callable[[Any], None]
     shared_eps: Callable[[Any], tuple[str, ...]] = lambda config: ()
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    when: Callable[[Any], bool] = lambda config: True
+    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    file_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Architecture:
@@ -133,13 +143,30 @@ class Architecture:
 
     @cached_property
     def tensors(self) -> dict[str, Axes]:
-        """Axes of every parameter, a tied head left out: `{state dict key: axes}`."""
+        """Axes of every parameter, a tied head left out: `{key: axes}`.
+
+        Keys are those of the model's state dict, save that the parts of a fused tensor have keys of their own.
+        """
         outer = {key: parse_axes(text) for key, text in self.family.tensors(self.config).items()}
         if self.tied:
             outer.pop(f"{self.family.head}.weight", None)
         inner = {key: parse_axes(text) for key, text in self.family.layer_tensors(self.config).items()}
         layers = {self.layer_name(i, key): axes for i in range(self.depth) for key, axes in inner.items()}
         return {**outer, **layers}
+
+    @cached_property
+    def stored(self) -> dict[str, tuple[str, slice]]:
+        """Where the model keeps each tensor: `{key: (state dict key, rows)}`, in the order of the rows."""
+        places = {key: (key, slice(None)) for key in self.tensors}
+        for layer in range(self.depth):
+            for name, parts in self.family.fused.items():
+                start = 0
+                for part in parts:
+                    key = self.layer_name(layer, part)
+                    stop = start + axis_length(self.tensors[key][0], self.sizes)
+                    places[key] = (self.layer_name(layer, name), slice(start, stop))
+                    start = stop
+        return places
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -175,10 +202,18 @@ class Architecture:
         return Architecture(self.family, config)
 
     def with_eps(self, eps: float) -> "Architecture":
+        """The same architecture with another norm epsilon.
+
+        Raises:
+            ValueError: the family's config has no field for it.
+        """
+        if self.family.eps_field is None:
+            raise ValueError(f"{self.config.model_type} always has a norm epsilon of {self.eps}; got {eps}.")
         config = copy.deepcopy(self.config)
         setattr(config, self.family.eps_field, eps)
         return Architecture(self.family, config)
 
     @property
     def eps(self) -> float:
-        return float(getattr(self.config, self.family.eps_field))
+        field = self.family.eps_field
+        return TORCH_LAYER_NORM_EPS if field is None else float(getattr(self.config, field))

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cbd_trl.architectures.family import Family, Site
+from cbd_trl.architectures.heads import WidthOfHeads
+
+_WIDTH = WidthOfHeads("GPT-2", "n_embd", "n_head")
 
 
 def _tensors(config: Any) -> dict[str, str]:
@@ -35,11 +38,6 @@ def _layer_tensors(config: Any) -> dict[str, str]:
 
 
 def _sizes(config: Any) -> dict[str, int]:
-    if config.n_embd % config.n_head:
-        raise ValueError(
-            f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}: GPT-2 splits its width evenly into "
-            "heads. Choose a multiple."
-        )
     return {
         "vocab": config.vocab_size,
         "position": config.n_positions,
@@ -47,34 +45,24 @@ def _sizes(config: Any) -> dict[str, int]:
         "ffn": config.n_inner if config.n_inner is not None else 4 * config.n_embd,
         "group": config.n_head,
         "query": 1,
-        "dim": config.n_embd // config.n_head,
+        "dim": _WIDTH.head_size(config.n_embd, config.n_head),
         "part": 3,
     }
 
 
 def _assign(config: Any, sizes: Mapping[str, int]) -> None:
-    if sizes["width"] != sizes["group"] * sizes["dim"]:
-        raise ValueError(
-            f"GPT-2 ties its width to its heads: n_embd={sizes['width']} needs n_embd / {sizes['dim']} heads of size "
-            f"{sizes['dim']}, got n_head={sizes['group']}. Choose n_embd = {sizes['dim']} x n_head."
-        )
+    _WIDTH.check(sizes)
     config.n_embd = sizes["width"]
     config.n_head = sizes["group"]
     config.n_inner = sizes["ffn"]
 
 
 def _resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
-    width, dim = given.get("width"), sizes["dim"]
-    heads = given.get("heads", sizes["group"] if width is None else width // dim)
-    width = heads * dim if width is None else width
-    if width != heads * dim:
-        raise ValueError(
-            f"GPT-2 ties its width to its heads (head size {dim}): got n_embd={width} with n_head={heads}. "
-            f"Choose n_embd = {dim} x n_head."
-        )
+    resolved = _WIDTH.resolve(sizes, given)
     # A plain GPT-2 has an FFN four times its width; keep that ratio unless told otherwise.
-    ffn = given.get("ffn", 4 * width if sizes["ffn"] == 4 * sizes["width"] else sizes["ffn"])
-    return {**sizes, "width": width, "group": heads, "ffn": ffn}
+    if "ffn" not in given and sizes["ffn"] == 4 * sizes["width"]:
+        resolved["ffn"] = 4 * resolved["width"]
+    return resolved
 
 
 def _check(config: Any) -> None:
@@ -84,8 +72,6 @@ def _check(config: Any) -> None:
                 f"GPT-2 with {option}=True is not supported: its layers cannot be moved or cut without changing what "
                 f"they compute. Supported: {option}=False."
             )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError("The model is quantised; weights are cut and mixed in floating point. Load it dequantised.")
 
 
 GPT2 = Family(

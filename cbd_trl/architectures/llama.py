@@ -80,14 +80,6 @@ def _resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, in
     return resolved
 
 
-def _check(config: Any) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "The model is quantised; weights are cut and mixed in floating point. Load it dequantised "
-            "(for GGUF: `from_pretrained(..., gguf_file=..., dtype=torch.float32)` and remove the quantisation marks)."
-        )
-
-
 LLAMA = Family(
     model_types=("llama", "mistral", "qwen2", "qwen3"),
     layers="model.layers",
@@ -115,6 +107,6 @@ LLAMA = Family(
     resolve=_resolve,
     norm_type="rms",
     eps_field="rms_norm_eps",
-    check=_check,
+    check=lambda config: None,
     shared_eps=lambda config: ("self_attn.q_proj", "self_attn.k_proj") if config.model_type == "qwen3" else (),
 )

@@ -26,7 +26,7 @@ from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
-from cbd_trl.surgery.weights import weights_of
+from cbd_trl.surgery.weights import split_fused, weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 
@@ -212,7 +212,7 @@ def _distil_anchor(
             key: value for key, value in trainer.evaluate().items() if key.endswith(("loss", "_kd", "_ce", "_hidden"))
         }
     weights = trainer.accelerator.get_state_dict(trainer.model)
-    weights = {key: tensor.detach().cpu() for key, tensor in weights.items() if key in step.architecture.tensors}
+    weights = {key: tensor.cpu() for key, tensor in split_fused(weights, step.architecture).items()}
     trained: Any = build_model(step.architecture, weights, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)

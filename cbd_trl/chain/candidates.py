@@ -143,17 +143,16 @@ def widths(grid: Grid) -> list[int]:
     if low == high:
         return [high]
     if width_follows_heads(grid.upper):
-        step = grid.upper.sizes["dim"]
-    elif needs_width_multiple_of_heads(grid.upper):
+        return [width for width in range(low, high + 1, grid.upper.sizes["dim"]) if heads_for_width(grid, width)]
+    if needs_width_multiple_of_heads(grid.upper):
         return [
             width
             for width in range(max(low, 1), high + 1)
             if any(width % _num_heads(s) == 0 for s in heads_for_width(grid, width))
         ]
-    else:
-        step = grid.multiple("width")
-        while (high - low) // step > _MOST_WIDTHS and low % (2 * step) == high % (2 * step) == 0:
-            step *= 2
+    step = grid.multiple("width")
+    while (high - low) // step > _MOST_WIDTHS and low % (2 * step) == high % (2 * step) == 0:
+        step *= 2
     return [width for width in range(low, high + 1, step) if width > 0]
 
 
@@ -175,7 +174,11 @@ def heads_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
     "thing that varies."""
     high = grid.upper.sizes
     if width_follows_heads(grid.upper):
-        pairs = [{"group": width // high["dim"], "query": 1}]
+        queries = [
+            query for query in range(grid.low["query"], high["query"] + 1) if width % (query * high["dim"]) == 0
+        ]
+        pairs = [{"group": width // (query * high["dim"]), "query": query} for query in queries]
+        pairs = [pair for pair in pairs if max(grid.low["group"], 1) <= pair["group"] <= high["group"]]
     else:
         along = grid.fraction("width", width)
         free = along is None or grid.fixed.keys() & {"group", "heads"}

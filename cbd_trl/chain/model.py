@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.weights import Weights, join_fused
 
 
 def build_model(
@@ -21,7 +21,7 @@ def build_model(
 
     Args:
         architecture: what the weights mean; its config is copied.
-        weights: `{state dict key: tensor}` without a tied head.
+        weights: `{key: tensor}` with the keys of `architecture.tensors`.
         dtype: of the returned parameters.
         name_or_path: recorded as `model.name_or_path`, where tokenizers and reference models are looked up.
     """
@@ -29,7 +29,7 @@ def build_model(
     config.dtype = dtype
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [cls.__name__]
-    state = {key: tensor.to(dtype) for key, tensor in weights.items()}
+    state = {key: tensor.to(dtype) for key, tensor in join_fused(weights, architecture).items()}
     with _quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
         model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

@@ -19,7 +19,7 @@ from transformers import (
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.weights import Weights, split_fused
 
 MANIFEST = "chain.json"
 STATISTICS_FILE = "statistics.safetensors"
@@ -114,7 +114,7 @@ class Anchor:
         return self.path / STATISTICS_FILE
 
     def load_state_dict(self) -> Weights:
-        """The weights under the model's own keys, in the stored dtype; a tied head is left out.
+        """The weights in the stored dtype, under the keys of `Architecture.tensors`.
 
         Raises:
             ValueError: the files lack a tensor that the config says the model has.
@@ -125,14 +125,15 @@ class Anchor:
         found: Weights = {}
         for name in weight_files(self.files):
             found |= load_file(self.path / name)
-        wanted = self.architecture().tensors
-        missing = sorted(wanted.keys() - found.keys())
+        architecture = self.architecture()
+        found = {architecture.family.file_names.get(name, name): tensor for name, tensor in found.items()}
+        missing = sorted({name for name, _ in architecture.stored.values()} - found.keys())
         if missing:
             raise ValueError(
                 f"{self.path / weight_files(self.files)[0]} lacks {missing[:5]}, which config.json says it has. "
                 f"{RESTORE}"
             )
-        return {key: found[key] for key in wanted}
+        return split_fused(found, architecture)
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model in eval mode.

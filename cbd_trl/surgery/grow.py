@@ -16,7 +16,9 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
 
     RMSNorm: new channels are written as zero, gains times sqrt(d_old / d_new), epsilon times d_old / d_new (Qwen3's
     q/k norms share that epsilon, so q and k are scaled by sqrt(d_old / d_new) as well). LayerNorm: every new channel
-    is written as the mean of the old ones, new gains and biases are 0, old gains and epsilon scaled likewise. New
+    is written as the mean of the old ones, new gains and biases are 0, old gains and epsilon scaled likewise. Where
+    the epsilon is fixed (OPT) everything that writes the stream is multiplied by sqrt(d_new / d_old) instead, which
+    leaves its root mean square what it was, and a final norm that a tied head reads is divided by it. New
     heads and neurons get zero output projections. What reads a new coordinate, and the inner weights of new heads and
     neurons, repeat old ones, so that training can move away from zero.
 
@@ -24,6 +26,8 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
         Weights, and the architecture with its new epsilon.
     """
     ratio = architecture.sizes["width"] / target.sizes["width"]
+    fixed_eps = architecture.family.eps_field is None
+    stretch = 1 / math.sqrt(ratio) if fixed_eps else 1.0
     readers = _reader_axes(architecture)
     norms = {site.name for site in architecture.sites if site.norm}
     centred = architecture.family.norm_type == "layer"
@@ -36,13 +40,17 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
             fill = "zero" if centred else "repeat"
             array = _extend(array, axes, "width", target.sizes["width"], fill)
             array = array * math.sqrt(ratio) if kind == "weight" else array
+            if architecture.tied and module == architecture.family.final_site.name:
+                array = array / stretch
         else:
             for dim in dict.fromkeys(dims_of(axes)):
                 array = _extend(array, axes, dim, target.sizes[dim], _fill(dim, axes, readers.get(module), centred))
+            if "width" in dims_of(axes) and "width" not in readers.get(module, ()):
+                array = array * stretch
         if architecture.split_name(module)[1] in shared:
             array = array * math.sqrt(ratio)
         grown[key] = from_dims(array, axes)
-    return grown, target.with_eps(architecture.eps * ratio)
+    return grown, target if fixed_eps else target.with_eps(architecture.eps * ratio)
 
 
 def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tuple[Weights, Architecture]:

@@ -7,16 +7,18 @@ from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, re
 
 
 def folds(site: Site, architecture: Architecture) -> bool:
-    """Whether a site's norm can be folded: not a final one with a tied head or with a bias that has nowhere to go."""
-    final = site is architecture.sites[-1]
-    return site.norm and not (final and (architecture.tied or architecture.family.norm_type == "layer"))
+    """Whether a site's norm can be folded: not a final one with a tied head, nor one whose bias has nowhere to go."""
+    if not site.norm or (site is architecture.sites[-1] and architecture.tied):
+        return False
+    biased = f"{site.name}.bias" in architecture.tensors
+    return not biased or all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
 
 
 def fold_norms(weights: Weights, architecture: Architecture) -> Weights:
     """Multiply each norm's gain into its readers' weights, its bias into their biases: gains 1 and biases 0 remain.
 
-    A final norm keeps its gain where the head is tied to the embedding table, and gain and bias where it is a
-    LayerNorm (the head has no bias to take them).
+    A final norm keeps its gain where the head is tied to the embedding table, and every norm keeps gain and bias where
+    it has a bias and a reader has none to take it.
     """
     folded = dict(weights)
     for site in architecture.sites:

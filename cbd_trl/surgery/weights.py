@@ -19,14 +19,27 @@ def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
     """
     state = model.state_dict()
     tied_head = {f"{architecture.family.head}.weight"} if architecture.tied else set()
-    missing = sorted(set(architecture.tensors) - set(state))
-    unknown = sorted(set(state) - set(architecture.tensors) - tied_head)
+    wanted = {name for name, _ in architecture.stored.values()}
+    missing, unknown = sorted(wanted - set(state)), sorted(set(state) - wanted - tied_head)
     if missing or unknown:
         raise ValueError(
             f"The weights are not those of a plain {architecture.config.model_type} model: missing {missing[:5]}, "
             f"unknown {unknown[:5]}. Merge adapters (`merge_and_unload`) and remove added modules first."
         )
-    return {key: state[key].detach() for key in architecture.tensors}
+    return split_fused(state, architecture)
+
+
+def split_fused(state: Mapping[str, torch.Tensor], architecture: Architecture) -> Weights:
+    """A model's state dict as weights (views); what the architecture does not know is left out."""
+    return {key: state[name][rows].detach() for key, (name, rows) in architecture.stored.items()}
+
+
+def join_fused(weights: Weights, architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Inverse of `split_fused`: weights as the model's state dict."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for key, (name, _) in architecture.stored.items():
+        parts.setdefault(name, []).append(weights[key])
+    return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def input_matrix(weight: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> torch.Tensor:

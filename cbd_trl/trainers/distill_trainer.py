@@ -23,7 +23,7 @@ from cbd_trl.trainers.evaluation_trainer import EvaluationTrainer
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
-from cbd_trl.trainers.row_attention import attention_by_row
+from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherModel, read_from_cache, set_up_teacher
 
@@ -114,6 +114,7 @@ class DistillTrainer(EvaluationTrainer):
         self.model_accepts_loss_kwargs = True
         if self.padding_free:
             self.data_collator = RowLengthsCollator(**vars(self.data_collator))
+            self._check_rows_apart()
         if isinstance(setup.teacher, CachedTeacher):
             evaluation = self.eval_dataset
             datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
@@ -140,6 +141,13 @@ class DistillTrainer(EvaluationTrainer):
         """
         with self._attention():
             return super().evaluation_loop(*args, **kwargs)
+
+    def _check_rows_apart(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return  # no model can be asked outside of a training step
+        with self._attention():
+            for model in (self._student, *self._teacher.models):
+                check_rows_apart(model)
 
     def _attention(self) -> AbstractContextManager:
         # Elsewhere FlashAttention is there for packed rows, and a compiled graph would break at every row.

@@ -1,16 +1,19 @@
 """The description of a family against the models that transformers builds from the same config."""
 
+import copy
 import json
 import math
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PretrainedConfig
 
 from cbd_trl.architectures import describe, supported_model_types
 from cbd_trl.architectures.axes import tensor_shape
 from cbd_trl.surgery.weights import weights_of
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, LONGROPE, WIDTH_OF_HEADS, tiny_model
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
@@ -29,6 +32,12 @@ OPTIONS = [
     ("qwen3", {"attention_bias": True}),
     ("gpt2", {}),
     ("gpt2", {"n_inner": 40}),
+    *[("gpt_neox", {"attention_bias": b, "use_parallel_residual": p}) for b in (False, True) for p in (False, True)],
+    ("opt", {"enable_bias": False}),
+    ("opt", {"enable_bias": True}),
+    ("phi3", {}),
+    ("phi3", {"num_key_value_heads": 4, "sliding_window": 8}),
+    ("phi3", {"rope_parameters": LONGROPE}),
 ]
 
 
@@ -42,7 +51,11 @@ def test_description_has_every_tensor_of_the_model(family, options, tied):
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if tied:
         del shapes["lm_head.weight"]
-    assert {key: tensor_shape(axes, architecture.sizes) for key, axes in architecture.tensors.items()} == shapes
+    described: dict[str, tuple[int, ...]] = {}
+    for key, (name, _) in architecture.stored.items():
+        rows, *rest = tensor_shape(architecture.tensors[key], architecture.sizes)
+        described[name] = (rows + (described[name][0] if name in described else 0), *rest)
+    assert described == shapes
     assert architecture.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert set(weights_of(model, architecture)) == set(architecture.tensors)
 
@@ -58,7 +71,7 @@ def test_sites_are_modules_and_their_readers_read_that_axis(family):
         for reader in site.readers:
             assert site.axis in architecture.tensors[f"{reader}.weight"]
             read.add(reader)
-    tables = {"model.embed_tokens", "transformer.wte", "transformer.wpe"}
+    tables = {architecture.family.embedding, "transformer.wpe", "model.decoder.embed_positions"}
     matrices = {key[: -len(".weight")] for key, axes in architecture.tensors.items() if len(axes) == 2}
     assert matrices - tables == read
     assert architecture.sites[-1] == architecture.family.final_site
@@ -66,14 +79,39 @@ def test_sites_are_modules_and_their_readers_read_that_axis(family):
 
 def test_unsupported_model_type_lists_the_supported_ones():
     assert supported_model_types() == sorted(FAMILIES)
-    with pytest.raises(ValueError, match=r"'gpt_neox'.*Supported model types: gpt2, llama, mistral, qwen2, qwen3\."):
-        describe(GPTNeoXConfig())
+    with pytest.raises(
+        ValueError, match=r"'bloom'.*Supported model types: gpt2, gpt_neox, llama, mistral, opt, phi3, qwen"
+    ):
+        describe(BloomConfig())
 
 
 @pytest.mark.parametrize("option", ["add_cross_attention", "scale_attn_by_inverse_layer_idx"])
 def test_unsupported_gpt2_option_is_named(option):
     with pytest.raises(ValueError, match=rf"{option}=True is not supported.*Supported: {option}=False"):
         describe(tiny_config("gpt2", **{option: True}))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"do_layer_norm_before": False}, r"do_layer_norm_before=False.*no layer can be added.*=True"),
+        ({"word_embed_proj_dim": 16}, r"word_embed_proj_dim=16 and hidden_size=32.*projections.*equal values"),
+        ({"layer_norm_elementwise_affine": False}, r"elementwise_affine=False.*these norms have none.*=True"),
+        ({"_remove_final_layer_norm": True}, r"_remove_final_layer_norm=True.*no gain could take up.*=False"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_unsupported_opt_option_is_named_with_the_reason(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        describe(tiny_config("opt", **options))
+
+
+def test_the_norm_epsilon_of_opt_is_torchs_and_cannot_be_set():
+    model = tiny_model("opt")
+    architecture = describe(model.config)
+    assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {architecture.eps}
+    with pytest.raises(ValueError, match=r"opt always has a norm epsilon of 1e-05; got 0.5"):
+        architecture.with_eps(0.5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -165,6 +203,10 @@ def test_resolve_sizes_of_gpt2_keeps_heads_and_width_together(config, fields, ch
         ),
         ("gpt2", {"n_embd": 30}, r"head size 8.*n_embd=30 with n_head=3.*Choose n_embd = 8 x n_head"),
         ("gpt2", {"n_embd": 24, "n_head": 4}, r"n_embd=24 with n_head=4"),
+        ("gpt_neox", {"hidden_size": 30}, r"GPT-NeoX ties .*Choose hidden_size = 8 x num_attention_heads"),
+        ("gpt_neox", {"num_key_value_heads": 2}, r"not a shape field of gpt_neox"),
+        ("opt", {"hidden_size": 4}, r"OPT ties .*hidden_size=4 with num_attention_heads=1"),
+        ("opt", {"intermediate_size": 4}, r"not a shape field of opt\. .*ffn_dim"),
     ],
     ids=str,
 )
@@ -176,15 +218,39 @@ def test_resolve_sizes_refuses(family, fields, message):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_resized_architecture_is_the_real_model_of_that_config(family):
     architecture = describe(tiny_config(family))
-    smaller = architecture.resized(width=16, group=2, ffn=20) if family == "gpt2" else architecture.resized(
-        width=20, group=1, query=1, ffn=20
-    )  # fmt: skip
+    heads = {"width": 16, "group": 2} if family in WIDTH_OF_HEADS else {"width": 20, "group": 1, "query": 1}
+    smaller = architecture.resized(**heads, ffn=20)
     assert architecture.sizes["width"] == 32
     model = AutoModelForCausalLM.from_config(smaller.config)
     assert smaller.num_parameters == model.num_parameters()
     # The head size must survive a config file, where transformers would derive another one from the new width.
     again = describe(type(smaller.config).from_dict(json.loads(smaller.config.to_json_string())))
     assert (again.sizes, again.depth) == (smaller.sizes, smaller.depth)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "opt"])
+def test_width_of_heads_goes_with_them(family):
+    architecture = describe(tiny_config(family))
+    narrow = {**architecture.sizes, "width": 24, "group": 3}
+    assert architecture.resolve_sizes({"hidden_size": 24}) == (4, narrow)
+    assert architecture.resolve_sizes({"num_attention_heads": 3}) == (4, narrow)
+    with pytest.raises(ValueError, match=r"hidden_size=24 needs hidden_size / 8 heads.*got num_attention_heads=4"):
+        architecture.resized(width=24)
+
+
+def test_phi3_has_a_width_of_its_own_save_with_longrope():
+    plain, longrope = (describe(tiny_config("phi3", **o)) for o in ({}, {"rope_parameters": LONGROPE}))
+    assert plain.resolve_sizes({"hidden_size": 30})[1] == {**plain.sizes, "width": 30}
+    narrow = {**longrope.sizes, "width": 16, "group": 1}
+    for fields in ({"hidden_size": 16}, {"num_attention_heads": 2}, {"hidden_size": 16, "num_key_value_heads": 1}):
+        assert longrope.resolve_sizes(fields) == (4, narrow)
+    with pytest.raises(ValueError, match=r"Phi-3 with longrope ties.*hidden_size=30 with num_attention_heads=3|both"):
+        longrope.resolve_sizes({"hidden_size": 30})
+    # This is why.
+    config = copy.deepcopy(longrope.config)
+    config.hidden_size = 48
+    with pytest.raises(ValueError, match="short_factor"):
+        config.validate_rope()
 
 
 def test_gpt2_width_without_its_heads_is_refused():
@@ -227,6 +293,19 @@ def test_description_never_changes_its_config():
     architecture.resized(width=16).with_layers([0]).with_eps(0.5)
     assert config.to_dict() == before
     assert architecture.with_eps(0.5).eps == 0.5
+
+
+def test_parts_of_a_fused_tensor_are_runs_of_its_rows():
+    """Phi-3: 4 query heads, then 2 key heads, then 2 value heads of 8; gate, then up."""
+    model = tiny_model("phi3")
+    weights = weights_of(model, describe(model.config))
+    layer = model.model.layers[3]
+    parts = [weights[f"model.layers.3.self_attn.{name}_proj.weight"] for name in "qkv"]
+    assert [len(part) for part in parts] == [32, 16, 16]
+    assert torch.equal(torch.cat(parts), layer.self_attn.qkv_proj.weight)
+    up = layer.mlp.gate_up_proj.weight[48:]
+    assert torch.equal(weights["model.layers.3.mlp.up_proj.weight"], up)
+    assert weights["model.layers.3.mlp.up_proj.weight"].data_ptr() == up.data_ptr()
 
 
 def test_parameter_count_of_a_known_model():

@@ -15,19 +15,13 @@ from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.weights import weights_of
 from tests.surgery.helpers import described, full_model, moments
-from tests.tiny import randomise, tiny_model
+from tests.tiny import WIDTH_OF_HEADS, own_names, randomise, tiny_model
 from tests.training import make_config, text_rows
 
 UPPER_DEPTH, LOWER_DEPTH = 6, 4
 BLOCKS = blocks_of(spaced_layers(UPPER_DEPTH, LOWER_DEPTH))
-_NARROW = {
-    "gpt2": {"n_embd": 16, "n_inner": 40, "n_head": 2},
-    "others": {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
-}
-_BETWEEN = {
-    "gpt2": {"n_embd": 24, "n_inner": 88, "n_head": 3},
-    "others": {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2},
-}
+_NARROW = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+_BETWEEN = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 # The two anchors of the tiny chain below its source: depth alone, then width alone.
 CHAIN_ANCHORS: list[dict[str, Any]] = [
     {"num_hidden_layers": LOWER_DEPTH},
@@ -46,11 +40,12 @@ SHAPES = [pytest.param("patch", DEEP, id="patch-depth")] + [
 
 
 def depth_of(family: str, layers: int) -> dict[str, int]:
-    return {"n_layer" if family == "gpt2" else "num_hidden_layers": layers}
+    return own_names(family, num_hidden_layers=layers)
 
 
-def widths_of(family: str, table: dict[str, dict[str, int]]) -> dict[str, int]:
-    return table.get(family, table["others"])
+def widths_of(family: str, fields: dict[str, int]) -> dict[str, int]:
+    heads = {"num_attention_heads": fields["hidden_size"] // 8} if family in WIDTH_OF_HEADS else {}
+    return own_names(family, **{**fields, **heads})
 
 
 @functools.cache

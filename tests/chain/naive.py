@@ -27,7 +27,10 @@ def _kind(pair: Pair) -> str:
 
 
 def _split(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A prefix of every axis is then what two anchors share: GPT-2's q, k and v get an axis of their own."""
+    """A prefix of every axis is then what two anchors share: GPT-2's q, k and v get an axis of their own.
+
+    (GPT-NeoX keeps q, k and v of a head together, so fewer heads are a prefix there.)
+    """
     return tensor.reshape(*tensor.shape[:-1], 3, -1) if ".c_attn." in key else tensor
 
 
@@ -37,11 +40,12 @@ def _region(small: torch.Tensor) -> tuple[slice, ...]:
 
 def _input_axis(key: str, target: Architecture) -> int | None:
     """Which axis of the split tensor is read along: PyTorch's linear layers the last, GPT-2's Conv1D the first."""
-    if target.tied and key.startswith(("model.norm.", "transformer.ln_f.")):
+    outside = target.split_name(key)[0] is None
+    if outside and target.tied and ("norm." in key or "ln_f." in key):
         return 0
-    if key.endswith(("_proj.weight", "lm_head.weight")) and ".c_proj." not in key:
-        return 1
-    return 0 if key.endswith(("c_attn.weight", "c_fc.weight", "c_proj.weight")) else None
+    if len(target.tensors[key]) == 1 or (outside and key != "lm_head.weight"):
+        return None
+    return 0 if target.config.model_type == "gpt2" and key != "lm_head.weight" else 1
 
 
 def _at(architecture: Architecture, key: str, layer: int) -> str:

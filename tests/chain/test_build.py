@@ -16,8 +16,18 @@ from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from cbd_trl.surgery.weights import weights_of
-from tests.chain.helpers import BLOCKS, CHAIN_ANCHORS, chain_config, chain_rows, chain_source, depth_of, same_weights
+from tests.chain.helpers import (
+    BLOCKS,
+    CHAIN_ANCHORS,
+    chain_config,
+    chain_rows,
+    chain_source,
+    depth_of,
+    same_weights,
+    widths_of,
+)
 from tests.surgery.helpers import TOLERANCE, full_model, logits
+from tests.tiny import FAMILIES, own_names
 from tests.tokenizer import tiny_tokenizer
 
 
@@ -210,10 +220,10 @@ def qwen2_tokenizer():
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
 def test_other_families(family, tied, tmp_path):
     source = full_model(family, tied, **depth_of(family, 6)).float()
-    width = {"n_embd": 16} if family == "gpt2" else CHAIN_ANCHORS[1]
+    width = widths_of(family, CHAIN_ANCHORS[1])
     args = chain_config(max_steps=1, save_strategy="no")
     tokenizer = qwen2_tokenizer() if family == "qwen2" else tiny_tokenizer()
     anchors = [depth_of(family, 4), width]
@@ -221,7 +231,7 @@ def test_other_families(family, tied, tmp_path):
     expected = logits(source.double())
     first = chain.anchors[0].load_model(dtype=torch.float64)
     assert (logits(first) - expected).abs().max() <= TOLERANCE * expected.std()
-    between = {"n_embd": 24} if family == "gpt2" else {"hidden_size": 24}
+    between = own_names(family, hidden_size=24)
     for config in (depth_of(family, 5), between):
         model = from_chain(chain, config=config, save_directory=tmp_path / "made")
         assert type(model) is type(source) and logits(model).isfinite().all()
@@ -229,6 +239,13 @@ def test_other_families(family, tied, tmp_path):
         assert torch.equal(logits(loaded), logits(model))
         for field, value in config.items():
             assert getattr(loaded.config, field) == value
+        for operator in ("slice", "expand", "linear"):
+            other = from_chain(chain, config=config, operator=operator, dtype=torch.float64)
+            assert logits(other).isfinite().all() and not torch.equal(logits(other), logits(model))
+    # Grown, the smallest anchor stays what it was. from_chain grows in float32 (tests/surgery proves it in float64).
+    grown = from_chain(chain, config=between, operator="expand", dtype=torch.float64)
+    expected = logits(chain.anchors[2].load_model(dtype=torch.float64))
+    assert (logits(grown) - expected).abs().max() <= 1e-4 * expected.std()
 
 
 def test_what_comes_back_is_the_chain_on_disk(tmp_path):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from datasets import Dataset
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, TrainerCallback
+from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
 
 import cbd_trl.chain.build as build_module
 from cbd_trl import Chain, DistillTrainer, build_chain
@@ -189,8 +189,8 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
         ({"anchors": [1e9]}, r"below the 48,544 of the anchor above.*got 1000000000.0"),
         ({"anchors": [0.001]}, r"No anchor of about 49 parameters can be cut"),
         (
-            {"source": GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))},
-            r"Model type 'gpt_neox' has no description.*Supported model types: gpt2, llama, mistral, qwen2, qwen3",
+            {"source": BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2))},
+            r"Model type 'bloom' has no description.*Supported model types: gpt2, gpt_neox, llama, mistral, opt",
         ),
         (
             {"source": "no/such-model-anywhere"},

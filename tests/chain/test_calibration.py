@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from cbd_trl.chain.calibration import calibration_length, row_text, token_blocks
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, own_names, tiny_model
 
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
 # A token's id is its number plus the six special ones; 2 ends a text, 4 and 5 are the user and the assistant.
@@ -87,6 +87,5 @@ def test_too_little_text_is_refused(rows, tokenizer):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_fit_the_models_positions(family):
-    positions = "n_positions" if family == "gpt2" else "max_position_embeddings"
     assert calibration_length(tiny_model(family).config) == 64
-    assert calibration_length(tiny_model(family, **{positions: 1024}).config) == 512
+    assert calibration_length(tiny_model(family, **own_names(family, max_position_embeddings=1024)).config) == 512

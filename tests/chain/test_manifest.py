@@ -16,7 +16,7 @@ from cbd_trl.architectures import describe
 from cbd_trl.chain.manifest import STATISTICS_FILE, Chain, write_anchor
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, WIDTH_OF_HEADS, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 BLOCKS = blocks_of(spaced_layers(4, 3))
@@ -38,11 +38,8 @@ def models(family="llama", **overrides):
     large = tiny_model(family, **overrides)
     depth = describe(large.config).family.depth_field
     middle = tiny_model(family, seed=1, **{**overrides, depth: 3})
-    width = (
-        {"n_embd": 24, "n_head": 3}
-        if family == "gpt2"
-        else {"hidden_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    )
+    heads = 3 if family in WIDTH_OF_HEADS else 2
+    width = own_names(family, hidden_size=24, num_attention_heads=heads, num_key_value_heads=1)
     config = target_architecture(describe(middle.config), width).config
     torch.manual_seed(2)
     return [large, middle, type(large)(config).eval()]

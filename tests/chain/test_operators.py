@@ -22,7 +22,7 @@ from cbd_trl.chain.operators import (
 from cbd_trl.surgery.blocks import select_layers, swap_blocks
 from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.norms import fold_norms
-from tests.chain.helpers import BLOCKS, between, random_pair, same_weights
+from tests.chain.helpers import BLOCKS, between, depth_of, random_pair, same_weights
 from tests.chain.naive import linear_twin, nested_twin
 from tests.surgery.helpers import TOLERANCE, build, difference, every_case, every_family, full_model
 from tests.tiny import FAMILIES
@@ -167,7 +167,7 @@ def test_nested_in_width_tensor_by_tensor(family, tied, what, alpha):
     target = between(pair)
     weights, architecture = nested(pair, Plan(target, alpha=alpha))
     assert architecture.shape == target.shape
-    model = full_model(family, tied, seed=1, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 6})
+    model = full_model(family, tied, seed=1, **depth_of(family, 6))
     expected = nested_twin(pair, target, alpha, model)
     assert weights.keys() == expected.keys()
     for key, tensor in weights.items():

@@ -5,7 +5,7 @@ import pytest
 from cbd_trl.architectures import describe
 from cbd_trl.chain.candidates import ParameterCount
 from cbd_trl.chain.shapes import needs_width_multiple_of_heads, target_architecture, width_follows_heads
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, LONGROPE, WIDTH_OF_HEADS, own_names, tiny_model
 
 OPTIONS = [
     *[(family, {"tie_word_embeddings": tied}) for family in FAMILIES for tied in (False, True)],
@@ -18,9 +18,8 @@ NARROW = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, 
 
 def smaller(family):
     """Fields of a shape smaller than the tiny model in everything."""
-    if family == "gpt2":
-        return {"n_layer": 3, "n_embd": 24, "n_inner": 40}
-    return {"num_hidden_layers": 3, **NARROW}
+    heads = {"num_attention_heads": 3} if family in WIDTH_OF_HEADS else {}
+    return own_names(family, num_hidden_layers=3, **{**NARROW, **heads})
 
 
 @pytest.mark.parametrize(("family", "options"), OPTIONS)
@@ -82,12 +81,24 @@ def test_llama_width_off_the_heads_names_the_nearest():
         target_architecture(upper, {"hidden_size": 30})
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
 def test_other_families_take_that_width(family):
     assert target_architecture(describe(tiny_model(family).config), {"hidden_size": 30}).sizes["width"] == 30
 
 
+def test_phi3_with_longrope_takes_whole_heads_and_can_be_saved(tmp_path):
+    upper = describe(tiny_model("phi3", rope_parameters=LONGROPE).config)
+    with pytest.raises(ValueError, match=r"Phi-3 with longrope ties its width to its heads \(head size 8\)"):
+        target_architecture(upper, {"hidden_size": 24, "num_attention_heads": 4})
+    target = target_architecture(upper, {"hidden_size": 16})
+    target.config.save_pretrained(tmp_path)
+    loaded = describe(type(target.config).from_pretrained(tmp_path))
+    assert loaded.shape == target.shape
+    assert loaded.config.rope_parameters == target.config.rope_parameters
+
+
 def test_which_families_tie_width_to_heads():
     needs = {family: needs_width_multiple_of_heads(describe(tiny_model(family).config)) for family in FAMILIES}
-    assert needs == {"llama": True, "mistral": False, "qwen2": False, "qwen3": False, "gpt2": True}
-    assert [family for family in FAMILIES if width_follows_heads(describe(tiny_model(family).config))] == ["gpt2"]
+    assert needs == {family: family in ("llama", *WIDTH_OF_HEADS) for family in FAMILIES}
+    follows = {family for family in FAMILIES if width_follows_heads(describe(tiny_model(family).config))}
+    assert follows == set(WIDTH_OF_HEADS)

@@ -3,12 +3,22 @@
 import time
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import blocks_for_depth, list_sizes, reachable_depths, solve_anchor, solve_target
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
+from tests.tiny import own_names
 
 SIZES = {
     "vocab_size": 5000,
@@ -19,13 +29,21 @@ SIZES = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-NARROW = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 2}
 FAMILIES = {
     "llama": LlamaConfig(**SIZES, head_dim=32),
     "mistral": MistralConfig(**SIZES, head_dim=32),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
     "gpt2": GPT2Config(vocab_size=5000, n_embd=192, n_layer=12, n_head=6, n_positions=64),
+}
+# Where the width goes in whole heads, smaller ones let more sizes be met.
+SMALL_HEADS = {**SIZES, "num_attention_heads": 12, "num_key_value_heads": 6}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
+FAMILIES |= {
+    "gpt_neox": GPTNeoXConfig(**own_names("gpt_neox", **SMALL_HEADS)),
+    "opt": OPTConfig(**own_names("opt", **SMALL_HEADS)),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0),
+    "phi3_longrope": Phi3Config(**SMALL_HEADS, pad_token_id=0, rope_parameters=LONGROPE),
 }
 BLOCKS = blocks_of(spaced_layers(12, 7))
 SAME_DEPTH = [[layer] for layer in range(12)]
@@ -34,10 +52,14 @@ SAME_DEPTH = [[layer] for layer in range(12)]
 def anchors(family, what):
     """Upper and lower architecture and block map of a pair that differs in depth, width or both."""
     upper = describe(FAMILIES[family])
-    gpt2 = family == "gpt2"
-    depth = {"n_layer" if gpt2 else "num_hidden_layers": 7} if what != "width" else {}
-    width = ({"n_embd": 128} if gpt2 else NARROW) if what != "depth" else {}
-    return upper, target_architecture(upper, {**depth, **width}), SAME_DEPTH if what == "width" else BLOCKS
+    depth = {"num_hidden_layers": 7} if what != "width" else {}
+    width = {}
+    if what != "depth":
+        groups = 2 * upper.sizes["group"] // 3
+        heads = {"num_attention_heads": groups * upper.sizes["query"], "num_key_value_heads": groups}
+        width = {"hidden_size": 128, "intermediate_size": 344, **heads}
+    lower = target_architecture(upper, own_names(family, **depth, **width))
+    return upper, lower, SAME_DEPTH if what == "width" else BLOCKS
 
 
 def sizes_between(upper, lower, count=13):

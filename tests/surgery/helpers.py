@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import from_dims, select, to_dims
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
-from cbd_trl.surgery.weights import Weights, weights_of
-from tests.tiny import FAMILIES, tiny_model
+from cbd_trl.surgery.weights import Weights, join_fused, weights_of
+from tests.tiny import FAMILIES, WIDTH_OF_HEADS, tiny_model
 
 # Style rule 7: the largest difference of logits, in units of their standard deviation.
 TOLERANCE = 1e-5
@@ -31,8 +31,9 @@ def full_model(family: str, tied: bool, seed: int = 0, **overrides: Any) -> PreT
         options |= {"attention_bias": True, "mlp_bias": True}
     if family == "qwen3":
         options |= {"attention_bias": True}
-    if family == "gpt2":
-        options = {"layer_norm_epsilon": 0.01}
+    if family in WIDTH_OF_HEADS:
+        # OPT's epsilon is torch's 1e-5, whatever its config says.
+        options = {"gpt2": {"layer_norm_epsilon": 0.01}, "gpt_neox": {"layer_norm_eps": 0.01}, "opt": {}}[family]
     return tiny_model(family, seed=seed, tie_word_embeddings=tied, **{**options, **overrides}).double()
 
 
@@ -45,11 +46,18 @@ def build(weights: Weights, architecture: Architecture) -> PreTrainedModel:
     """The stock model with these weights; every tensor must fit."""
     dtype = next(iter(weights.values())).dtype
     model = AutoModelForCausalLM.from_config(copy.deepcopy(architecture.config), dtype=dtype)
-    left = model.load_state_dict(weights, strict=False)
+    left = model.load_state_dict(join_fused(weights, architecture), strict=False)
     assert not left.unexpected_keys
     assert set(left.missing_keys) <= ({"lm_head.weight"} if architecture.tied else set())
     model.tie_weights()
     return model.eval()
+
+
+def reading_module(model: PreTrainedModel, architecture: Architecture, reader: str) -> tuple[Any, slice]:
+    """The module that a reader is in the model, and which of its outputs are the reader's."""
+    key = f"{reader}.weight"
+    name, rows = architecture.stored.get(key, (key, slice(None)))
+    return model.get_submodule(name.removesuffix(".weight")), rows
 
 
 def tokens(rows: int = 4, length: int = 24, seed: int = 0) -> torch.Tensor:

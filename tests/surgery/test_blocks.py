@@ -9,6 +9,7 @@ from torch import nn
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, select_layers, spaced_layers, swap_blocks
 from tests.surgery.helpers import build, changed, described, every_case, every_family, full_model, logits
+from tests.tiny import own_names
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,8 @@ BLOCKS = [[0], [1, 2], [3, 4], [5]]
 
 
 def _pair(family: str, tied: bool):
-    depth = {"gpt2": "n_layer"}.get(family, "num_hidden_layers")
-    return full_model(family, tied, seed=1), full_model(family, tied, seed=2, **{depth: 6})
+    deep = own_names(family, num_hidden_layers=6)
+    return full_model(family, tied, seed=1), full_model(family, tied, seed=2, **deep)
 
 
 @pytest.mark.parametrize("swapped", [[0, 1, 2, 3], [], [1], [2, 3], [0, 2]], ids=str)

@@ -16,24 +16,29 @@ from tests.surgery.helpers import (
     every_family,
     full_model,
 )
+from tests.tiny import FAMILIES, WIDTH_OF_HEADS
 
-# GPT-2 has no width without its heads, and one query a group.
-WIDER = {
-    "gpt2": [{"ffn": 140}, {"width": 48, "group": 6}, {"width": 40, "group": 5, "ffn": 200}],
-    "others": [
-        {"width": 44},
-        {"width": 70},
-        {"ffn": 61},
-        {"group": 3},
-        {"query": 3},
-        {"width": 44, "ffn": 60, "group": 3, "query": 3},
-    ],
-}
+WIDER = [
+    {"width": 44},
+    {"width": 70},
+    {"ffn": 61},
+    {"group": 3},
+    {"query": 3},
+    {"width": 44, "ffn": 60, "group": 3, "query": 3},
+]
+# No width without its heads, and one query a group.
+WIDER_WITH_HEADS = [{"ffn": 140}, {"width": 48, "group": 6}, {"width": 40, "group": 5, "ffn": 200}]
+
+
+def wider(family):
+    return WIDER_WITH_HEADS if family in WIDTH_OF_HEADS else WIDER
+
+
 WIDTHS = [
     pytest.param(family, tied, sizes, id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}")
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+    for family in FAMILIES
     for tied in (True, False)
-    for sizes in WIDER.get(family, WIDER["others"])
+    for sizes in wider(family)
 ]
 
 
@@ -41,13 +46,31 @@ WIDTHS = [
 def test_growing_width_leaves_the_logits_equal(family, tied, sizes):
     model = full_model(family, tied)
     weights, architecture = described(model)
-    grown, wider = grow_width(weights, architecture, architecture.resized(**sizes))
-    assert {**architecture.sizes, **sizes} == wider.sizes
-    assert wider.eps == pytest.approx(architecture.eps * architecture.sizes["width"] / wider.sizes["width"])
-    assert difference(build(grown, wider), model) <= TOLERANCE
+    grown, larger = grow_width(weights, architecture, architecture.resized(**sizes))
+    assert {**architecture.sizes, **sizes} == larger.sizes
+    ratio = 1 if family == "opt" else architecture.sizes["width"] / larger.sizes["width"]
+    assert larger.eps == pytest.approx(architecture.eps * ratio)
+    assert difference(build(grown, larger), model) <= TOLERANCE
 
 
-@pytest.mark.parametrize("sizes", WIDER["others"], ids="-".join)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_fixed_epsilon_counts_for_as_much_as_before(tied):
+    """A stream so small that the epsilon of OPT's first norms matters."""
+    weights, architecture = described(full_model("opt", tied))
+    tables = [key for key in weights if ".embed_" in key]
+    weights |= {key: 0.01 * weights[key] for key in tables}
+    model = build(weights, architecture)
+    grown, larger = grow_width(weights, architecture, architecture.resized(width=48, group=6))
+    assert difference(build(grown, larger), model) <= TOLERANCE
+    # What a growth that forgot it would compute.
+    forgetful = build(weights, architecture)
+    for module in forgetful.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps *= 48 / 32
+    assert difference(forgetful, model) > 1e-3
+
+
+@pytest.mark.parametrize("sizes", WIDER, ids="-".join)
 def test_new_coordinates_can_learn(sizes):
     """What is grown does nothing yet, but its gradient is not zero."""
     weights, architecture = described(full_model("llama", False))
@@ -82,8 +105,8 @@ def test_growing_depth_takes_sliding_layers_along(family):
 @every_family
 def test_growing_to_the_same_shape_changes_nothing(family):
     weights, architecture = described(full_model(family, True))
-    same, wider = grow_width(weights, architecture, architecture)
-    assert not changed(same, weights) and wider.eps == architecture.eps
+    same, unchanged = grow_width(weights, architecture, architecture)
+    assert not changed(same, weights) and unchanged.eps == architecture.eps
     deeper, _ = grow_depth(weights, architecture, architecture.depth)
     assert not changed(deeper, weights)
 
@@ -99,7 +122,7 @@ def test_cutting_layers_by_growing_is_refused(family):
 def test_growing_changes_nothing_in_place(family):
     weights, architecture = described(full_model(family, True))
     before = {key: tensor.clone() for key, tensor in weights.items()}
-    target = architecture.resized(**WIDER.get(family, WIDER["others"])[-1])
+    target = architecture.resized(**wider(family)[-1])
     grow_width(weights, architecture, target)
     grow_depth(weights, architecture, 6)
     assert not changed(weights, before)
@@ -108,7 +131,7 @@ def test_growing_changes_nothing_in_place(family):
 @every_family
 def test_zero_padding_is_undone_by_the_plain_cut_and_is_zero_elsewhere(family):
     weights, architecture = described(full_model(family, False))
-    target = architecture.resized(**WIDER.get(family, WIDER["others"])[-1])
+    target = architecture.resized(**wider(family)[-1])
     padded = zero_pad(weights, architecture, target)
     assert not changed(plain_cut(padded, target, architecture), weights)
     for key, tensor in padded.items():

@@ -60,7 +60,12 @@ def test_the_refitted_stream_is_nearer_to_the_whole_model_on_other_text(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "widths"), [("llama", {"width": 24, "ffn": 40}), ("gpt2", {"width": 24, "group": 3})]
+    ("family", "widths"),
+    [
+        ("llama", {"width": 24, "ffn": 40}),
+        ("gpt2", {"width": 24, "group": 3}),
+        ("gpt_neox", {"width": 24, "group": 3}),
+    ],
 )
 def test_a_narrower_model_is_fitted_on_the_channels_it_shares(family, widths):
     teacher, student, architecture, blocks = cut_pair(family, **widths)

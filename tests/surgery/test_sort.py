@@ -16,6 +16,13 @@ from tests.surgery.helpers import (
     scaled,
 )
 
+# What computes the neurons and the values, where a family has other names for it than Llama.
+WRITERS = {
+    "gpt2": ("mlp.c_fc", "attn.c_attn"),
+    "gpt_neox": ("mlp.dense_h_to_4h", "attention.query_key_value"),
+    "opt": ("fc1", "self_attn.v_proj"),
+}
+
 
 @every_case
 def test_sorting_leaves_the_logits_equal(family, tied):
@@ -92,10 +99,9 @@ def test_a_huge_neuron_or_group_comes_first_in_its_layer_alone(family, dim, inde
     before = importance(weights, architecture, moments(model, architecture))
     if how == "read strongly":
         name = next(site for site in architecture.family.sites if site.axis[0] == dim).readers[0]
-    elif family == "gpt2":
-        name = {"ffn": "mlp.c_fc", "group": "attn.c_attn"}[dim]
     else:
-        name = {"ffn": "mlp.up_proj", "group": "self_attn.v_proj"}[dim]
+        ffn, values = WRITERS.get(family, ("mlp.up_proj", "self_attn.v_proj"))
+        name = {"ffn": ffn, "group": values}[dim]
     weights = scaled(weights, architecture, architecture.layer_name(2, f"{name}.weight"), dim, index, 100.0)
     model = build(weights, architecture)
     statistics = moments(model, architecture)

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
-from tests.surgery.helpers import described, every_case, every_family, full_model, moments, tokens
+from tests.surgery.helpers import described, every_case, every_family, full_model, moments, reading_module, tokens
 
 
 def _close(statistics: Statistics, other: Statistics) -> None:
@@ -23,7 +23,7 @@ def _naive_streams(model, architecture, batch):
         streams[name] = tensor.reshape(-1, tensor.shape[-1]).double()
 
     for site in architecture.sites:
-        reader = model.get_submodule(site.readers[0])
+        reader, _ = reading_module(model, architecture, site.readers[0])
         handles.append(reader.register_forward_pre_hook(lambda _, inputs, name=site.name: keep(name, inputs[0])))
     with torch.no_grad():
         model(**batch)

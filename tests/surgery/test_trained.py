@@ -10,7 +10,7 @@ from cbd_trl.surgery.cut import least_squares_cut, plain_cut
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from tests.surgery.helpers import build, described
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, WIDTH_OF_HEADS, own_names, tiny_model
 
 VOCABULARY = 60
 STEPS = 250
@@ -31,10 +31,9 @@ def markov_text(rows: int, length: int, seed: int) -> torch.Tensor:
 @functools.cache
 def trained(family: str, tied: bool):
     """A model trained on the source, sorted: (model, weights, architecture, statistics)."""
-    shape = {"n_embd": 48, "n_layer": 2, "n_head": 6} if family == "gpt2" else {
-        "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6,
-        "num_key_value_heads": 3, "head_dim": 8,
-    }  # fmt: skip
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3}
+    shape = own_names(family, hidden_size=48, intermediate_size=96, num_hidden_layers=2, **heads)
+    shape |= {} if family in WIDTH_OF_HEADS else {"head_dim": 8}
     model = tiny_model(family, tie_word_embeddings=tied, vocab_size=VOCABULARY, **shape)
     # Trained from the family's own initialisation: the point here is a real model, not one where nothing can hide.
     torch.manual_seed(1)
@@ -70,20 +69,19 @@ def _divergence(model, reference) -> float:
     return float(kl_div(log_model, log_reference, log_target=True, reduction="batchmean"))
 
 
-CUTS = {"gpt2": [{"ffn": 128}, {"width": 40, "group": 5, "ffn": 160}], "others": [
-    {"ffn": 64}, {"group": 2}, {"width": 40}, {"width": 36, "ffn": 80, "group": 2},
-]}  # fmt: skip
+CUTS = [{"ffn": 64}, {"group": 2}, {"width": 40}, {"width": 36, "ffn": 80, "group": 2}]
+CUTS_WITH_HEADS = [{"ffn": 64}, {"width": 40, "group": 5, "ffn": 80}]
 CASES = [
     pytest.param(
         family,
         tied,
         sizes,
         id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}",
-        marks=() if tied or family in ("llama", "gpt2") else pytest.mark.slow,
+        marks=() if tied or family in ("llama", "gpt2", "opt") else pytest.mark.slow,
     )
     for family in FAMILIES
     for tied in (True, False)
-    for sizes in CUTS.get(family, CUTS["others"])
+    for sizes in (CUTS_WITH_HEADS if family in WIDTH_OF_HEADS else CUTS)
 ]
 
 

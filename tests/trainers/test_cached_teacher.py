@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from cbd_trl import DistillConfig, DistillTrainer
 from cbd_trl.cache import TeacherCache, write_cache
 from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
 
@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def cached_trainer(folder: Path, family: str = "llama", **overrides: Any) -> DistillTrainer:
-    depth = {"n_layer": 2} if family == "gpt2" else {"num_hidden_layers": 2}
+    depth = own_names(family, num_hidden_layers=2)
     arguments = {name: overrides.pop(name) for name in ("eval_dataset", "train_dataset") if name in overrides}
     return DistillTrainer(
         tiny_model(family, seed=1, **depth),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbd_trl import DistillTrainer
 from cbd_trl.trainers.projectors import NAME
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.trainers.dense import DIVERGENCES, dense_terms, gradients
 from tests.training import assert_same_gradient, make_trainer, one_step
 
@@ -31,7 +31,7 @@ def labels_of(mask: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def student_of(family: str) -> Any:
-    return tiny_model(family, seed=1, **{"n_layer" if family == "gpt2" else "num_hidden_layers": 2})
+    return tiny_model(family, seed=1, **own_names(family, num_hidden_layers=2))
 
 
 def trainer_on(mask: Sequence[Sequence[int]], family: str, **fields: Any) -> DistillTrainer:

@@ -7,7 +7,7 @@ from torch import nn
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.trainers.hybrid import Hybrid, check_swappable
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.training import assert_same_gradient, make_trainer, one_step
 
 BLOCKS = blocks_of(spaced_layers(6, 3))
@@ -15,9 +15,8 @@ IDS = torch.randint(0, 64, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
 def pair(family: str, seed: int = 1) -> tuple:
-    depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    teacher = tiny_model(family, seed=seed + 1, **{depth: 6}).requires_grad_(False)
-    return tiny_model(family, seed=seed, **{depth: 3}), teacher
+    teacher = tiny_model(family, seed=seed + 1, **own_names(family, num_hidden_layers=6)).requires_grad_(False)
+    return tiny_model(family, seed=seed, **own_names(family, num_hidden_layers=3)), teacher
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +62,7 @@ def test_the_draw_depends_on_seed_and_step_alone() -> None:
     assert all(Hybrid(student, teacher, BLOCKS, 0.0, seed=7).draw(step) == [] for step in range(20))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "phi3"])
 def test_checkpointing_changes_nothing_and_the_teacher_gets_no_gradient(family: str) -> None:
     runs = []
     for checkpointing in (False, True):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from cbd_trl import DistillTrainer
 from cbd_trl.losses.hidden import HIDDEN_LOSSES
 from cbd_trl.trainers.projectors import FILE, NAME
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
 
@@ -31,10 +31,8 @@ def history(trainer: DistillTrainer) -> list[dict[str, float]]:
 
 
 def narrow(family: str = "llama") -> Any:
-    if family == "gpt2":
-        return tiny_model(family, seed=1, n_layer=2, n_embd=16, n_head=2)
-    shape = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    return tiny_model(family, seed=1, num_hidden_layers=2, **shape)
+    shape = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return tiny_model(family, seed=1, **own_names(family, **shape))
 
 
 def projecting(family: str = "llama", **overrides: Any) -> DistillTrainer:
