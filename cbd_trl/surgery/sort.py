@@ -6,6 +6,7 @@ import torch
 
 from cbd_trl.architectures import Architecture, Site
 from cbd_trl.architectures.axes import Sizes, dims_of, select
+from cbd_trl.surgery.permute import Order, permute
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 
@@ -50,28 +51,15 @@ def sort_weights(
 ) -> tuple[Weights, Statistics]:
     """Permute channels, neurons and key/value groups into descending importance; the logits stay equal.
 
-    Whole groups move, never coordinates inside a head, because rotary embeddings give those their positions.
-
     Returns:
         The permuted weights and the statistics in the new order.
     """
-    width = scores.width.argsort(descending=True)
-
-    def orders(layer: int | None) -> dict[str, torch.Tensor]:
-        if layer is None:
-            return {"width": width}
-        ffn, group = (score[layer].argsort(descending=True) for score in (scores.ffn, scores.group))
-        return {"width": width, "ffn": ffn, "group": group}
-
-    permuted = {
-        key: select(weights[key], axes, architecture.sizes, orders(architecture.split_name(key)[0]))
-        for key, axes in architecture.tensors.items()
-    }
+    order = Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
     index = {
-        site.name: _site_order(site, architecture.sizes, orders(architecture.split_name(site.name)[0]))
+        site.name: _site_order(site, architecture.sizes, order.index(architecture.split_name(site.name)[0]))
         for site in architecture.sites
     }
-    return permuted, statistics.reindexed(index)
+    return permute(weights, architecture, order), statistics.reindexed(index)
 
 
 def _site_order(site: Site, sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:
