@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cbd_trl.chain.build import build_chain
+    from cbd_trl.chain.from_anchors import chain_from_anchors
     from cbd_trl.chain.from_chain import from_chain
     from cbd_trl.chain.manifest import Chain
     from cbd_trl.trainers.distill_config import DistillConfig
     from cbd_trl.trainers.distill_trainer import DistillTrainer
 
-__all__ = ["Chain", "DistillConfig", "DistillTrainer", "build_chain", "from_chain"]
+__all__ = ["Chain", "DistillConfig", "DistillTrainer", "build_chain", "chain_from_anchors", "from_chain"]
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ _HOMES = {
     "DistillConfig": "cbd_trl.trainers.distill_config",
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",
     "build_chain": "cbd_trl.chain.build",
+    "chain_from_anchors": "cbd_trl.chain.from_anchors",
     "from_chain": "cbd_trl.chain.from_chain",
 }
 

@@ -10,7 +10,7 @@ import pytest
 
 import cbd_trl
 
-PUBLIC_NAMES = ["Chain", "DistillConfig", "DistillTrainer", "build_chain", "from_chain"]
+PUBLIC_NAMES = ["Chain", "DistillConfig", "DistillTrainer", "build_chain", "chain_from_anchors", "from_chain"]
 ROOT = Path(__file__).parents[1]
 
 

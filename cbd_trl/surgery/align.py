@@ -116,9 +116,7 @@ def assignment(scores: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def order_above(
-    match: Match, lower: Order, upper: Architecture, scores: Importance, kept: Sequence[int]
-) -> Order:
+def order_above(match: Match, lower: Order, upper: Architecture, scores: Importance, kept: Sequence[int]) -> Order:
     """New coordinates of the upper model with which the lower one lies on a prefix of them.
 
     Matched coordinates come first, in the lower model's order; the others follow by importance, as do all neurons and

@@ -46,6 +46,11 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
     return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]))
 
 
+def importance_order(scores: Importance) -> Order:
+    """The coordinates in descending importance."""
+    return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
+
+
 def sort_weights(
     weights: Weights, architecture: Architecture, statistics: Statistics, scores: Importance
 ) -> tuple[Weights, Statistics]:
@@ -54,7 +59,7 @@ def sort_weights(
     Returns:
         The permuted weights and the statistics in the new order.
     """
-    order = Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
+    order = importance_order(scores)
     index = {
         site.name: _site_order(site, architecture.sizes, order.index(architecture.split_name(site.name)[0]))
         for site in architecture.sites
