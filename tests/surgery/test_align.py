@@ -67,7 +67,7 @@ def grown_and_scrambled(family, tied):
     larger, larger_architecture = grow_width(weights, architecture, architecture.resized(**sizes))
     # New neurons are copies of old ones, save for what they write; here they are to be nobody's.
     old, generator = architecture.sizes["ffn"], torch.Generator().manual_seed(4)
-    for reader in {reader for site in larger_architecture.sites if site.norm for reader in site.readers}:
+    for reader in [reader for site in larger_architecture.sites if site.norm for reader in site.readers]:
         axes = larger_architecture.tensors.get(key := f"{reader}.weight", ())
         if ("ffn",) in axes:
             new = larger[key].narrow(axes.index(("ffn",)), old, sizes["ffn"] - old)
