@@ -1,5 +1,6 @@
 """Do a student and a teacher read and write the same tokens?"""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ logger = logging.get_logger(__name__)
 # Letters with accents, digits, spaces, a newline and another script: what normalisers, pre-tokenizers and merges
 # disagree about although the vocabularies are equal.
 _PROBE = "Émile's 1,234.5 naïve  tests:\n\tdon't split «déjà vu» – 数学 ok?"
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: bool) -> PreTrainedTokenizerBase | None:
@@ -25,6 +28,10 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
         the tokenizer, or None if there is none at that place.
     """
     if not name_or_path or name_or_path == "None":
+        return None
+    folder = Path(name_or_path)
+    # For some families transformers makes an empty tokenizer of a folder that holds none.
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         return None
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=local_only)

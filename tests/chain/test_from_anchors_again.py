@@ -81,6 +81,13 @@ def test_another_tokenizer_is_refused(tmp_path):
         make(tmp_path / "chain", [sizes()[0], tmp_path / "other"])
 
 
+def test_a_folder_without_a_tokenizer_is_taken_to_share_the_chains(tmp_path):
+    """transformers would make an empty one of a GPT-2's folder."""
+    models = [tiny_model("gpt2"), tiny_model("gpt2", seed=1, n_layer=3)]
+    models[1].save_pretrained(tmp_path / "lower")
+    assert len(make(tmp_path / "chain", [models[0], tmp_path / "lower"]).anchors) == 2
+
+
 def never(*args, **kwargs):
     raise AssertionError("looked at again")
 
