@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cbd_trl.chain.build import build_chain
     from cbd_trl.chain.describe_targets import describe_targets
+    from cbd_trl.chain.from_anchors import chain_from_anchors
     from cbd_trl.chain.from_chain import from_chain
     from cbd_trl.chain.make_targets import make_targets
     from cbd_trl.chain.manifest import Chain
@@ -20,6 +21,7 @@ __all__ = [
     "DistillConfig",
     "DistillTrainer",
     "build_chain",
+    "chain_from_anchors",
     "describe_targets",
     "from_chain",
     "make_targets",
@@ -32,6 +34,7 @@ _HOMES = {
     "DistillConfig": "cbd_trl.trainers.distill_config",
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",
     "build_chain": "cbd_trl.chain.build",
+    "chain_from_anchors": "cbd_trl.chain.from_anchors",
     "describe_targets": "cbd_trl.chain.describe_targets",
     "from_chain": "cbd_trl.chain.from_chain",
     "make_targets": "cbd_trl.chain.make_targets",

@@ -11,7 +11,8 @@ import pytest
 import cbd_trl
 
 PUBLIC_NAMES = [
-    *("Chain", "DistillConfig", "DistillTrainer", "build_chain", "describe_targets", "from_chain", "make_targets"),
+    *("Chain", "DistillConfig", "DistillTrainer", "build_chain", "chain_from_anchors", "describe_targets"),
+    *("from_chain", "make_targets"),
 ]
 ROOT = Path(__file__).parents[1]
 

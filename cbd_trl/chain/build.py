@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.calibration import calibration_length, token_blocks
-from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
+from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
 from cbd_trl.chain.source import Source
+from cbd_trl.chain.store import CALIBRATION_BATCH, calibration_batches, store_anchor
 from cbd_trl.surgery.blocks import blocks_of, select_layers
 from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
@@ -29,8 +29,6 @@ from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from cbd_trl.surgery.weights import split_fused, weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
-
-_CALIBRATION_BATCH = 4
 
 
 def build_chain(
@@ -112,11 +110,6 @@ def _calibration_blocks(
     return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args.dataset_text_field)
 
 
-def _calibration_batches(blocks: torch.Tensor) -> Any:
-    batches = [{"input_ids": batch} for batch in blocks.split(_CALIBRATION_BATCH)]
-    return tqdm(batches, desc="Collecting statistics", disable=not PartialState().is_local_main_process, leave=False)
-
-
 def _write_source(
     output_dir: Path,
     model: PreTrainedModel,
@@ -126,7 +119,7 @@ def _write_source(
 ) -> Anchor:
     architecture = describe(model.config)
     weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
-    statistics = collect_statistics(model, architecture, _calibration_batches(blocks), blocks.numel())
+    statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
     weights, statistics = sort_weights(
         weights, architecture, statistics, importance(weights, architecture, statistics)
     )
@@ -140,7 +133,7 @@ def _write_source(
     }
     sorted_model = build_model(architecture, weights, model.dtype)
     sorted_model.generation_config = model.generation_config
-    return _write(output_dir, record, sorted_model, tokenizer, statistics)
+    return store_anchor(output_dir, record, sorted_model, tokenizer, statistics)
 
 
 def initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
@@ -187,7 +180,7 @@ def _distil_anchor(
     blocks = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
     checkpoint = get_last_checkpoint(work)
     if checkpoint is None:
-        batches = [{"input_ids": batch.to(args.device)} for batch in blocks.split(_CALIBRATION_BATCH)]
+        batches = [{"input_ids": batch.to(args.device)} for batch in blocks.split(CALIBRATION_BATCH)]
         refit_layers(
             student.to(args.device),
             teacher.to(args.device),
@@ -216,7 +209,7 @@ def _distil_anchor(
     trained: Any = build_model(step.architecture, weights, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)
-    statistics = collect_statistics(trained, step.architecture, _calibration_batches(blocks), blocks.numel())
+    statistics = collect_statistics(trained, step.architecture, calibration_batches(blocks), blocks.numel())
     record = {
         "name": step.name,
         "parent": upper.name,
@@ -225,7 +218,7 @@ def _distil_anchor(
         "losses": losses,
         "training": step.training_record(),
     }
-    anchor = _write(output_dir, record, trained.cpu(), tokenizer, statistics)
+    anchor = store_anchor(output_dir, record, trained.cpu(), tokenizer, statistics)
     if PartialState().is_main_process:
         shutil.rmtree(work, ignore_errors=True)
         with suppress(OSError):
@@ -243,24 +236,3 @@ def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             if key in ("loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens")
         }
     return losses
-
-
-def _write(
-    output_dir: Path,
-    record: dict[str, Any],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    statistics: Statistics,
-) -> Anchor:
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        statistics.save(folder / STATISTICS_FILE)
-
-    state = PartialState()
-    if state.is_main_process:
-        write_anchor(output_dir, record, fill)
-    state.wait_for_everyone()
-    return next(
-        anchor for anchor in Chain.from_pretrained(output_dir, verify=False).anchors if anchor.name == record["name"]
-    )

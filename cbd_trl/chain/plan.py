@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,16 @@ def _json_value(value: Any) -> int | float | str | None:
     return value if isinstance(value, int | float | str | None) else json.dumps(value, sort_keys=True, default=str)
 
 
-def anchor_name(num_parameters: int) -> str:
-    """`134515008` -> `"135M"`."""
+def anchor_name(num_parameters: int, taken: Collection[str] = ()) -> str:
+    """`134515008` -> `"135M"`, or `"135M-2"` where that name is taken."""
+    stem = str(num_parameters)
     for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if num_parameters >= scale:
             value = num_parameters / scale
-            return f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
-    return str(num_parameters)
+            stem = f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
+            break
+    alike = sum(name == stem or name.startswith(f"{stem}-") for name in taken)
+    return f"{stem}-{alike + 1}" if alike else stem
 
 
 def plan_chain(
@@ -140,9 +143,7 @@ def plan_chain(
                 f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "
                 f"({upper.num_parameters:,}). List anchors from large to small."
             )
-        stem = anchor_name(target.num_parameters)
-        taken = sum(name == stem or name.startswith(f"{stem}-") for name in names)
-        names.append(f"{stem}-{taken + 1}" if taken else stem)
+        names.append(anchor_name(target.num_parameters, names))
         depth_only = target.sizes == upper.sizes
         steps.append(
             Step(

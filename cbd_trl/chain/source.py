@@ -1,4 +1,4 @@
-"""The model at the head of a chain, wherever it is: in memory, in a folder or on the Hub."""
+"""A model that a chain is made from, wherever it is: in memory, in a folder or on the Hub."""
 
 import hashlib
 import json
@@ -24,11 +24,13 @@ class Source:
     Args:
         place: a model, a path or a Hub id.
         revision, token: of a Hub id.
+        role: what an error calls it.
     """
 
     place: str | Path | PreTrainedModel
     revision: str | None = None
     token: str | None = None
+    role: str = "source"
 
     @property
     def name(self) -> str:
@@ -56,8 +58,8 @@ class Source:
             return AutoConfig.from_pretrained(self.place, revision=self.revision, token=self.token)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The source {self.name!r} is no model folder and could not be fetched from the Hub ({error}). Give a "
-                "model, the path of a folder with config.json, or a Hub id."
+                f"The {self.role} {self.name!r} is no model folder and could not be fetched from the Hub ({error}). "
+                "Give a model, the path of a folder with config.json, or a Hub id."
             ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -70,7 +72,7 @@ class Source:
             return AutoTokenizer.from_pretrained(self.name, revision=self.revision, token=self.token)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"No tokenizer could be loaded from the source ({self.name!r}: {error}). Pass `processing_class`."
+                f"No tokenizer could be loaded from the {self.role} ({self.name!r}: {error}). Pass `processing_class`."
             ) from error
 
     def model(self, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:

@@ -6,6 +6,7 @@ import torch
 
 from cbd_trl.architectures import Architecture, Site
 from cbd_trl.architectures.axes import Sizes, dims_of, select
+from cbd_trl.surgery.permute import Order, permute
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 
@@ -45,33 +46,25 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
     return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]))
 
 
+def importance_order(scores: Importance) -> Order:
+    """The coordinates in descending importance."""
+    return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
+
+
 def sort_weights(
     weights: Weights, architecture: Architecture, statistics: Statistics, scores: Importance
 ) -> tuple[Weights, Statistics]:
     """Permute channels, neurons and key/value groups into descending importance; the logits stay equal.
 
-    Whole groups move, never coordinates inside a head, because rotary embeddings give those their positions.
-
     Returns:
         The permuted weights and the statistics in the new order.
     """
-    width = scores.width.argsort(descending=True)
-
-    def orders(layer: int | None) -> dict[str, torch.Tensor]:
-        if layer is None:
-            return {"width": width}
-        ffn, group = (score[layer].argsort(descending=True) for score in (scores.ffn, scores.group))
-        return {"width": width, "ffn": ffn, "group": group}
-
-    permuted = {
-        key: select(weights[key], axes, architecture.sizes, orders(architecture.split_name(key)[0]))
-        for key, axes in architecture.tensors.items()
-    }
+    order = importance_order(scores)
     index = {
-        site.name: _site_order(site, architecture.sizes, orders(architecture.split_name(site.name)[0]))
+        site.name: _site_order(site, architecture.sizes, order.index(architecture.split_name(site.name)[0]))
         for site in architecture.sites
     }
-    return permuted, statistics.reindexed(index)
+    return permute(weights, architecture, order), statistics.reindexed(index)
 
 
 def _site_order(site: Site, sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:

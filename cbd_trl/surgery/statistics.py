@@ -1,7 +1,7 @@
 """First and second moments of every stream that linear layers read, from calibration text."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,32 +115,37 @@ def normalised(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor
 class _Sums:
     """Running sums at one site."""
 
-    def __init__(self, site: Site, norm: tuple[str, float] | None) -> None:
-        self.site, self.norm = site, norm
+    def __init__(self) -> None:
         self.first: torch.Tensor | None = None
         self.second: torch.Tensor | None = None
 
     def add(self, stream: torch.Tensor, mask: torch.Tensor) -> None:
-        if self.norm is not None:
-            stream = normalised(stream, *self.norm)
-        # OPT's FFN sees one row of tokens, whatever the batch.
-        rows = stream.flatten(0, -2)[mask.flatten()].float()
+        rows = stream[mask.flatten()].float()
         first, second = rows.sum(0, dtype=torch.float64), rows.T @ rows
         self.first = first if self.first is None else self.first + first
         self.second = second if self.second is None else self.second.add_(second)
 
 
 @contextmanager
-def _recording(model: nn.Module, sums: list[_Sums], mask_of: list[torch.Tensor]) -> Any:
-    modules = dict(model.named_modules())
+def watched(
+    model: nn.Module, architecture: Architecture, sites: Iterable[Site], visit: Callable[[Site, torch.Tensor], None]
+) -> Iterator[None]:
+    """Inside, every forward pass of a model calls `visit(site, x)` with what is read at each of these sites.
 
-    def hook_for(site_sums: _Sums) -> Any:
+    x is (B T, D), a row a token: normalised before gain and bias, in float32, at a norm; the raw input elsewhere.
+    """
+    modules = dict(model.named_modules())
+    norm = (architecture.family.norm_type, architecture.eps)
+
+    def hook_for(site: Site) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            site_sums.add(inputs[0].detach(), mask_of[0])
+            # OPT's FFN sees one row of tokens, whatever the batch.
+            stream = inputs[0].detach().flatten(0, -2)
+            visit(site, normalised(stream, *norm) if site.norm else stream)
 
         return hook
 
-    handles = [modules[one.site.name].register_forward_pre_hook(hook_for(one)) for one in sums]
+    handles = [modules[site.name].register_forward_pre_hook(hook_for(site)) for site in sites]
     try:
         yield
     finally:
@@ -162,14 +167,13 @@ def collect_statistics(
     Raises:
         ValueError: the batches hold no token.
     """
-    norm = (architecture.family.norm_type, architecture.eps)
-    sums = [_Sums(site, norm if site.norm else None) for site in architecture.sites]
+    sums = {site.name: _Sums() for site in architecture.sites}
     device = next(model.parameters()).device
     mask_of: list[torch.Tensor] = []
     tokens, was_training = 0, model.training
     model.eval()
     try:
-        with _recording(model, sums, mask_of):
+        with watched(model, architecture, architecture.sites, lambda site, x: sums[site.name].add(x, mask_of[0])):
             for batch in batches:
                 inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
                 inputs.pop("labels", None)
@@ -186,6 +190,6 @@ def collect_statistics(
         raise ValueError(
             "The calibration text holds no token, so nothing can be sorted or cut. Give a dataset with text in it."
         )
-    means = {one.site.name: (one.first / tokens).float().cpu() for one in sums if one.first is not None}
-    seconds = {one.site.name: _packed((one.second / tokens).cpu()) for one in sums if one.second is not None}
+    means = {name: (one.first / tokens).float().cpu() for name, one in sums.items() if one.first is not None}
+    seconds = {name: _packed((one.second / tokens).cpu()) for name, one in sums.items() if one.second is not None}
     return Statistics(means, seconds, tokens)

@@ -1,5 +1,6 @@
 """Do a student and a teacher read and write the same tokens?"""
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,8 @@ logger = logging.get_logger(__name__)
 # Letters with accents, digits, spaces, a newline and another script: what normalisers, pre-tokenizers and merges
 # disagree about although the vocabularies are equal.
 _PROBE = "Émile's 1,234.5 naïve  tests:\n\tdon't split «déjà vu» – 数学 ok?"
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: bool) -> PreTrainedTokenizerBase | None:
@@ -26,6 +29,10 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     """
     if not name_or_path or name_or_path == "None":
         return None
+    folder = Path(name_or_path)
+    # For some families transformers makes an empty tokenizer of a folder that holds none.
+    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return None
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=local_only)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -33,11 +40,36 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
         return None
 
 
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose tokens are not the student's.
+def tokenizer_difference(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, names: tuple[str, str]
+) -> str | None:
+    """Why two tokenizers do not read the same tokens, None where they do.
 
-    The teacher may know further tokens (they are not compared); every token of the student must have the same id in
-    the teacher, and both must split a probe text alike.
+    The other may know further tokens (they are not compared); every token of the first must have the same id in the
+    other, and both must split a probe text alike.
+
+    Args:
+        one, other: the tokenizers.
+        names: what to call them, as in "the student's".
+    """
+    ours, theirs = one.get_vocab(), other.get_vocab()
+    differing = [(token, index) for token, index in ours.items() if theirs.get(token) != index]
+    if differing:
+        token, index = min(differing, key=lambda pair: pair[1])
+        return (
+            f"{len(differing)} of {names[0]} {len(ours)} tokens have another id in {names[1]} vocabulary of "
+            f"{len(theirs)}, such as {token!r}: {index} against {theirs.get(token)}"
+        )
+    ours_probe = one(_PROBE, add_special_tokens=False)["input_ids"]
+    theirs_probe = other(_PROBE, add_special_tokens=False)["input_ids"]
+    if ours_probe == theirs_probe:
+        return None
+    reason = f"the vocabularies agree but the same text becomes {len(ours_probe)} and {len(theirs_probe)} tokens"
+    return reason + (", split differently" if len(ours_probe) == len(theirs_probe) else "")
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher whose tokens are not the student's (see `tokenizer_difference`).
 
     Args:
         student: the tokenizer that makes the training data.
@@ -46,21 +78,9 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     Raises:
         ValueError: if they differ; the message gives an example and names `BridgeDistillTrainer`.
     """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = [(token, index) for token, index in ours.items() if theirs.get(token) != index]
-    if differing:
-        token, index = min(differing, key=lambda pair: pair[1])
-        reason = (
-            f"{len(differing)} of the student's {len(ours)} tokens have another id in the teacher's vocabulary of "
-            f"{len(theirs)}, such as {token!r}: {index} against {theirs.get(token)}"
-        )
-    else:
-        ours_probe = student(_PROBE, add_special_tokens=False)["input_ids"]
-        theirs_probe = teacher(_PROBE, add_special_tokens=False)["input_ids"]
-        if ours_probe == theirs_probe:
-            return
-        reason = f"the vocabularies agree but the same text becomes {len(ours_probe)} and {len(theirs_probe)} tokens"
-        reason += ", split differently" if len(ours_probe) == len(theirs_probe) else ""
+    reason = tokenizer_difference(student, teacher, names=("the student's", "the teacher's"))
+    if reason is None:
+        return
     raise ValueError(
         f"Student and teacher have different tokenizers: {reason}. DistillTrainer compares the two models token by "
         "token, so it needs the same tokenizer on both sides. Use BridgeDistillTrainer to distil across tokenizers, "

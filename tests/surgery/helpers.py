@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import from_dims, select, to_dims
+from cbd_trl.surgery.permute import Order
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from cbd_trl.surgery.weights import Weights, join_fused, weights_of
 from tests.tiny import FAMILIES, WIDTH_OF_HEADS, tiny_model
@@ -103,3 +104,22 @@ def doubled(weights: Weights, architecture: Architecture) -> tuple[Weights, Arch
         for key, axes in architecture.tensors.items()
     }
     return copies, architecture.resized(**{dim: 2 * architecture.sizes[dim] for dim in wide})
+
+
+def random_order(architecture: Architecture, seed: int = 0) -> Order:
+    """New coordinates for everything that can have some; signs where the norms allow them."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = architecture.sizes
+
+    def orders(size: int, *shape: int) -> torch.Tensor:
+        return torch.rand(*shape, size, generator=generator).argsort(-1)
+
+    layers, groups = architecture.depth, sizes["group"]
+    signs = 2.0 * torch.randint(0, 2, (sizes["width"],), generator=generator) - 1
+    return Order(
+        orders(sizes["width"]),
+        orders(sizes["ffn"], layers),
+        orders(groups, layers),
+        orders(sizes["query"], layers, groups),
+        signs if architecture.family.norm_type == "rms" else None,
+    )

@@ -9,23 +9,11 @@ from torch.nn.functional import cross_entropy, kl_div
 from cbd_trl.surgery.cut import least_squares_cut, plain_cut
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from tests.markov import VOCABULARY, markov_text
 from tests.surgery.helpers import build, described
 from tests.tiny import FAMILIES, WIDTH_OF_HEADS, own_names, tiny_model
 
-VOCABULARY = 60
 STEPS = 250
-
-
-def markov_text(rows: int, length: int, seed: int) -> torch.Tensor:
-    """(rows, length) tokens of one order-2 source: the same language for every seed, other text."""
-    language = torch.Generator().manual_seed(7)
-    before, last, out = (torch.randn(size, generator=language) for size in ((60, 6), (60, 6), (6, VOCABULARY)))
-    table = (1.5 * (before[:, None] * 0.7 + last[None]) @ out).softmax(-1)
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
-    for t in range(2, length):
-        text[:, t] = torch.multinomial(table[text[:, t - 2], text[:, t - 1]], 1, generator=generator)[:, 0]
-    return text
 
 
 @functools.cache

@@ -1,0 +1,199 @@
+"""Can models that were trained apart be anchors of one chain? Made alike where that is exact, refused where it is not.
+
+Targets have one config, the upper anchor's with other sizes, so whatever no size changes has to agree.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures.axes import dims_of, select
+from cbd_trl.chain.model import build_model
+from cbd_trl.surgery.blocks import spaced_layers
+from cbd_trl.surgery.weights import Weights
+
+# What a target may take from between its anchors.
+_FREE = ("width", "ffn", "group", "query")
+_WORDS = {
+    "layer": "layers",
+    "width": "channels",
+    "ffn": "FFN neurons",
+    "group": "key/value heads",
+    "query": "query heads per key/value head",
+    "dim": "head size",
+    "position": "number of learned positions",
+}
+_REASONS = {
+    "dim": "What a coordinate of a head means depends on the size of the head (rotary frequencies, the scale of "
+    "attention), so heads of two sizes have no coordinates to share. ",
+    "position": "A target has one table of positions. ",
+}
+# Largest difference of logits, in units of their standard deviation, that rounding explains.
+_SAME_LOGITS = 1e-5
+# Fields of a config that do not tell what a model computes.
+_NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "initializer_range")
+
+
+@dataclass(frozen=True)
+class CommonForm:
+    """What all anchors of a chain are brought to.
+
+    Args:
+        rows: of the vocabulary.
+        tied: whether the head is the embedding table.
+    """
+
+    rows: int
+    tied: bool
+
+    def architecture(self, architecture: Architecture) -> Architecture:
+        """The same architecture with these rows, and a head of its own where others have one."""
+        config = copy.deepcopy(architecture.config)
+        config.vocab_size = self.rows
+        config.tie_word_embeddings = self.tied
+        return describe(config)
+
+    def weights(self, weights: Weights, architecture: Architecture) -> Weights:
+        """The weights in this form: padding rows cut, a tied table copied into the head. Every logit stays equal."""
+        family = architecture.family
+        rows = {"vocab": torch.arange(self.rows)}
+        cut = {
+            key: select(weights[key], axes, architecture.sizes, rows) if "vocab" in dims_of(axes) else weights[key]
+            for key, axes in architecture.tensors.items()
+        }
+        if architecture.tied and not self.tied:
+            cut[f"{family.head}.weight"] = cut[f"{family.embedding}.weight"].clone()
+        return cut
+
+
+def common_form(architectures: Mapping[str, Architecture], tokenizer: PreTrainedTokenizerBase) -> CommonForm:
+    """The vocabulary rows that all anchors have, and a head apart from the table where one of them has one.
+
+    An untied copy of a tied table is exact (and has more parameters); tying an untied one would change the model.
+
+    Args:
+        architectures: by name.
+        tokenizer: whose tokens all need a row.
+
+    Raises:
+        ValueError: an anchor lacks the row of a token.
+    """
+    shortest = min(architectures, key=lambda name: architectures[name].sizes["vocab"])
+    rows = architectures[shortest].sizes["vocab"]
+    special = [index for one in architectures.values() for index in _special_tokens(one.config)]
+    needed = max([*tokenizer.get_vocab().values(), *special]) + 1
+    if rows < needed:
+        raise ValueError(
+            f"{shortest} has {rows} vocabulary rows, but the highest id of the tokenizer and of the anchors' special "
+            f"tokens is {needed - 1}: only padding rows may differ between anchors. Resize its embeddings, or pass "
+            "the `processing_class` that all anchors share."
+        )
+    return CommonForm(rows, all(one.tied for one in architectures.values()))
+
+
+def _special_tokens(config: PretrainedConfig) -> list[int]:
+    """Ids that a config names, such as its padding token's."""
+    found: list[int] = []
+    for name, value in config.to_dict().items():
+        if name.endswith("_token_id"):
+            found += [index for index in (value if isinstance(value, list) else [value]) if isinstance(index, int)]
+    return found
+
+
+def check_neighbours(names: tuple[str, str], upper: Architecture, lower: Architecture) -> None:
+    """Refuse two anchors, in their common form, between which nothing can be made.
+
+    Args:
+        names: of the upper and the lower anchor.
+        upper, lower: what their tensors mean.
+
+    Raises:
+        ValueError: the lower one is larger in some dimension or altogether, or a size that no target can lie between
+            differs, such as the head size.
+    """
+    if lower.num_parameters >= upper.num_parameters:
+        raise ValueError(
+            f"{names[1]} has {lower.num_parameters:,} parameters, no fewer than the {upper.num_parameters:,} of "
+            f"{names[0]} above it. List anchors from large to small."
+        )
+    sizes = {**lower.sizes, "layer": lower.depth}
+    for dim, size in {**upper.sizes, "layer": upper.depth}.items():
+        if dim in (*_FREE, "layer") and sizes[dim] > size:
+            what = _WORDS.get(dim, dim)
+            raise ValueError(
+                f"{names[1]} has more {what} ({sizes[dim]}) than {names[0]} above it ({size}), and a lower anchor "
+                "lies within the upper one in every dimension. Leave one of the two out, or distil the lower one with "
+                "build_chain."
+            )
+        if dim not in (*_FREE, "layer") and sizes[dim] != size:
+            what, why = _WORDS.get(dim, dim), _REASONS.get(dim, "")
+            raise ValueError(
+                f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}. {why}Leave one of the "
+                "two out, or distil the lower one with build_chain."
+            )
+    kept = spaced_layers(upper.depth, lower.depth)
+    beside = upper.with_layers(kept).config
+    for field in upper.family.per_layer_fields:
+        ours, theirs = getattr(lower.config, field, None), getattr(beside, field, None)
+        if ours != theirs:
+            raise ValueError(
+                f"The layers of {names[1]} are not of the kinds of those they stand for in {names[0]}: {field} is "
+                f"{ours} against {theirs} (layers {kept}). Leave one of the two out, or distil the lower one with "
+                "build_chain."
+            )
+
+
+@torch.no_grad()
+def check_same_function(
+    names: tuple[str, str],
+    upper: Architecture,
+    lower: Architecture,
+    weights: Weights,
+    kept: Sequence[int],
+    tokens: torch.Tensor,
+) -> None:
+    """Refuse a lower anchor that computes something else under the upper anchor's config, which targets get.
+
+    Only the norms' epsilon may differ; targets take the upper one.
+
+    Args:
+        names: of the upper and the lower anchor.
+        upper, lower: what their tensors mean.
+        weights: the lower anchor's.
+        kept: the upper layer beside each lower one.
+        tokens: (B, T) text to compare logits on.
+
+    Raises:
+        ValueError: the logits differ; the message names the fields in which the configs differ.
+    """
+    other = upper.with_layers(kept).resized(**lower.sizes)
+    if other.eps != lower.eps:
+        other = other.with_eps(lower.eps)
+    same = same_tensors = other.tensors.keys() == lower.tensors.keys()
+    if same:
+        expected, found = (
+            build_model(one, weights, torch.float32)(input_ids=tokens, use_cache=False).logits
+            for one in (lower, other)
+        )
+        same = bool((found - expected).abs().max() <= _SAME_LOGITS * expected.std())
+    if not same:
+        raise ValueError(
+            f"{names[0]} and {names[1]} are not of one kind: under the first one's config, with its own sizes, the "
+            f"second has other {'logits' if same_tensors else 'tensors'}. The configs differ in "
+            f"{_differences(other.config, lower.config)}, and a target has one. Leave one of the two out, or distil "
+            "the lower one with build_chain."
+        )
+
+
+def _differences(upper: PretrainedConfig, lower: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
+    ours, theirs = upper.to_dict(), lower.to_dict()
+    return {
+        name: (ours.get(name), theirs.get(name))
+        for name in sorted(ours.keys() | theirs.keys())
+        if name not in _NAMES and ours.get(name) != theirs.get(name)
+    }

@@ -1,0 +1,155 @@
+"""A chain of models that exist already, such as a public family's sizes, which were trained apart."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbd_trl.chain.calibration import calibration_length, token_blocks
+from cbd_trl.chain.coordinates import Coordinates
+from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.members import Member, check_functions, plan_members
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.records import MANIFEST
+from cbd_trl.chain.source import Source
+from cbd_trl.chain.store import calibration_batches, store_anchor
+from cbd_trl.surgery.blocks import blocks_of
+from cbd_trl.surgery.permute import permute
+from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.surgery.weights import weights_of
+
+_COORDINATES_FILE = "coordinates.safetensors"
+
+
+def chain_from_anchors(
+    anchors: Sequence[str | Path | PreTrainedModel],
+    *,
+    dataset: Dataset | IterableDataset,
+    output_dir: str | Path,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    align: bool = True,
+    calibration_tokens: int = 8192,
+    token: str | None = None,
+) -> Chain:
+    """Make a chain of models that exist already; `from_chain` then makes the sizes between them.
+
+    Nothing is trained, and every anchor computes what it computed: only its coordinates are renumbered. Models that
+    were trained apart share none, so each is matched with the one above by what both do on calibration text: residual
+    channels (up to their sign where the norms are RMSNorms), FFN neurons, key/value groups and their query heads. What
+    the lower anchor has then comes first in the upper one, the rest by importance. How well they matched stands in
+    `chain.anchors[i].training["match"]`. This takes text and forward passes of both models, which `from_chain` does
+    without: so aligning belongs to making the chain, and is done once.
+
+    Each lower layer stands for a block of the upper anchor, evenly spaced. Anchors with padded vocabularies are cut to
+    the rows that all have; where one has a head of its own, tied ones get a copy of their table as theirs.
+
+    Run again with the same arguments, it goes on where it was interrupted.
+
+    Args:
+        anchors: two or more models of one family, largest first: models, paths or Hub ids.
+        dataset: text in any format of SFTTrainer, whose first tokens calibrate.
+        output_dir: where the chain is written.
+        processing_class: the tokenizer that they share; by default the first one's.
+        align: False leaves all coordinates as they are, for anchors that share theirs already.
+        calibration_tokens: tokens of text behind matches and statistics.
+        token: for anchors on the Hub.
+
+    Raises:
+        ValueError: before anything is written, for anchors that do not go together (the message says why) or a folder
+            that holds another chain.
+    """
+    output_dir, state = Path(output_dir), PartialState()
+    sources = [Source(place, token=token, role="anchor") for place in anchors]
+    if len(sources) < 2:
+        raise ValueError(f"A chain needs two anchors or more, got {len(sources)}. Give models, paths or Hub ids.")
+    tokenizer = processing_class if processing_class is not None else sources[0].tokenizer()
+    members = plan_members(sources, tokenizer)
+    length = min(calibration_length(member.architecture.config) for member in members)
+    blocks = token_blocks(dataset, tokenizer, calibration_tokens, length)
+    settings = _settings(members, align, blocks)
+    work = output_dir / ".work"
+    coordinates = (
+        Coordinates.load(work / _COORDINATES_FILE, settings) if align else Coordinates.unchanged(len(members))
+    )
+    finished = _finished(output_dir, members, settings)
+    if finished < len(members):
+        if coordinates is None:
+            # What was written in coordinates that are no longer known does not go with what comes.
+            finished = 0
+        if not finished:
+            check_functions(members, blocks[:1])
+        if coordinates is None:
+            coordinates = Coordinates.matched(members, blocks)
+            if state.is_main_process:
+                coordinates.save(work / _COORDINATES_FILE, settings)
+        for number in range(finished, len(members)):
+            state.print(f"[{number + 1}/{len(members)}] writing {members[number].name}")
+            _write(output_dir, members, number, coordinates, settings[number], tokenizer, blocks)
+        if state.is_main_process:
+            shutil.rmtree(work, ignore_errors=True)
+        state.wait_for_everyone()
+    return Chain.from_pretrained(output_dir)
+
+
+def _settings(members: Sequence[Member], align: bool, blocks: torch.Tensor) -> list[dict[str, Any]]:
+    """What decides each anchor's folder: all anchors, since the order of one depends on those below it."""
+    text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
+    beside = [{"source": member.source.name, "fingerprint": member.source.fingerprint()} for member in members]
+    return [{**own, "beside": beside, "aligned": align, "text": text} for own in beside]
+
+
+def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Mapping[str, Any]]) -> int:
+    """How many anchors an earlier run wrote.
+
+    Raises:
+        ValueError: the folder holds another chain.
+    """
+    if not (output_dir / MANIFEST).exists():
+        return 0
+    anchors = Chain.from_pretrained(output_dir).anchors
+    for anchor, member, wanted in zip(anchors, members, settings, strict=False):
+        recorded = {key: anchor.training.get(key) for key in wanted}
+        if recorded != wanted or anchor.shape != member.architecture.shape:
+            differing = {key: (recorded[key], value) for key, value in wanted.items() if recorded[key] != value}
+            raise ValueError(
+                f"{output_dir} already holds another chain: its anchor {anchor.name} {anchor.shape} was made with "
+                f"other settings than are asked for now, {member.architecture.shape}: {differing} (there, now). "
+                "Choose another output_dir, or delete that folder to build anew."
+            )
+    return len(anchors)
+
+
+def _write(
+    output_dir: Path,
+    members: Sequence[Member],
+    number: int,
+    coordinates: Coordinates,
+    settings: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: torch.Tensor,
+) -> None:
+    """Put one anchor into its coordinates, measure it there, and write it."""
+    member, order = members[number], coordinates.orders[number]
+    model: Any = member.load()
+    if order is not None:
+        weights = permute(weights_of(model, member.architecture), member.architecture, order)
+        permuted = build_model(member.architecture, weights, model.dtype)
+        permuted.generation_config = model.generation_config
+        model = permuted
+    model.to(PartialState().device)
+    statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
+    record = {
+        "name": member.name,
+        "parent": members[number - 1].name if number else None,
+        "block_map": blocks_of(member.kept) if number else None,
+        "tokens_seen": 0,
+        "losses": {},
+        "training": {**settings, "match": coordinates.matches[number]},
+    }
+    store_anchor(output_dir, record, model.cpu(), tokenizer, statistics)

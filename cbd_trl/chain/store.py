@@ -1,0 +1,47 @@
+"""What every way to make an anchor ends with: its statistics, and its folder."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
+from cbd_trl.surgery.statistics import Statistics
+
+# Blocks of calibration text in one forward pass.
+CALIBRATION_BATCH = 4
+
+
+def calibration_batches(
+    blocks: torch.Tensor, description: str = "Collecting statistics"
+) -> Iterable[dict[str, torch.Tensor]]:
+    """Blocks of tokens (N, T) as model inputs, with a progress bar."""
+    batches = [{"input_ids": batch} for batch in blocks.split(CALIBRATION_BATCH)]
+    return tqdm(batches, desc=description, disable=not PartialState().is_local_main_process, leave=False)
+
+
+def store_anchor(
+    output_dir: Path,
+    record: dict[str, Any],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    statistics: Statistics,
+) -> Anchor:
+    """Write an anchor's folder and its entry in chain.json, once among all processes; see `write_anchor`."""
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        statistics.save(folder / STATISTICS_FILE)
+
+    state = PartialState()
+    if state.is_main_process:
+        write_anchor(output_dir, record, fill)
+    state.wait_for_everyone()
+    return next(
+        anchor for anchor in Chain.from_pretrained(output_dir, verify=False).anchors if anchor.name == record["name"]
+    )

@@ -1,0 +1,222 @@
+"""Matching the coordinates of two models that were trained apart, by what they do on the same text.
+
+Shapes: L layers of the upper model, with D channels, F neurons and G key/value groups of Q query heads in a layer; l,
+d, f, g and q of the lower one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from cbd_trl.architectures import Architecture, Site
+from cbd_trl.surgery.cross_moments import paired_sites
+from cbd_trl.surgery.permute import Order
+from cbd_trl.surgery.sort import Importance
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two models beside each other: its weights, what they mean, and its moments on the common text."""
+
+    weights: Weights
+    architecture: Architecture
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well one kind of coordinate was matched.
+
+    Args:
+        matched: mean |correlation| of the matched pairs, 0 to 1.
+        random: the same to be expected of a random assignment (the mean over all pairs).
+    """
+
+    matched: float
+    random: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """For each coordinate of the lower model one of the upper model's, none used twice.
+
+    Args:
+        width: (d,) int64, channels; one match for the whole model.
+        signs: (d,) of 1 and -1: whether the two channels are each other's mirror image.
+        ffn: (l, f) int64, neurons of the upper layer beside each lower one.
+        group: (l, g) int64, key/value groups.
+        query: (l, g, q) int64, query heads inside the matched group.
+        quality: "width", "ffn" and "heads".
+    """
+
+    width: torch.Tensor
+    signs: torch.Tensor
+    ffn: torch.Tensor
+    group: torch.Tensor
+    query: torch.Tensor
+    quality: dict[str, Quality]
+
+
+def match_models(upper: Side, lower: Side, cross: Mapping[str, torch.Tensor], kept: Sequence[int]) -> Match:
+    """Find the assignments (scipy's, rectangular) with the largest sum of correlations.
+
+    Channels by the correlation of the normalised streams, averaged over all norms of the model; where all norms are
+    RMSNorm a channel may also match the mirror image of another, because there a change of sign is exact. Neurons by
+    the correlation of their activations. Heads by the correlation of what they write into the matched channels, which
+    does not depend on the basis inside a head; groups by their best match of query heads.
+
+    Args:
+        upper, lower: models of one family; the lower one is no larger in any dimension and has the same head size.
+        cross: moments of both streams (see `collect_cross_moments`).
+        kept: for each lower layer the upper layer beside it.
+    """
+    pairs = paired_sites(upper.architecture, lower.architecture, kept)
+
+    def correlation(above: Site, below: Site) -> torch.Tensor:
+        return _correlation(cross[below.name], upper.statistics, lower.statistics, above.name, below.name)
+
+    norms = [correlation(above, below) for above, below in pairs if below.norm]
+    streams = torch.stack(norms).mean(0)
+    mirrors = upper.architecture.family.norm_type == "rms"
+    width = assignment(streams.abs() if mirrors else streams)
+    signs = torch.where(mirrors & (_picked(streams, width) < 0), -1.0, 1.0)
+    found: dict[str, list[torch.Tensor]] = {"ffn": [], "group": [], "query": []}
+    qualities: dict[str, list[Quality]] = {"width": [_quality(streams, width)], "ffn": [], "heads": []}
+    for above, below in pairs:
+        if below.axis == ("ffn",):
+            activations = correlation(above, below)
+            found["ffn"].append(assignment(activations))
+            qualities["ffn"].append(_quality(activations, found["ffn"][-1]))
+        elif not below.norm:
+            heads = _head_correlation(upper, lower, cross[below.name], above, below, width, signs)
+            group, query = _match_groups(heads, upper.architecture, lower.architecture)
+            found["group"].append(group)
+            found["query"].append(query)
+            flat = group[:, None] * upper.architecture.sizes["query"] + query
+            qualities["heads"].append(_quality(heads, flat.flatten()))
+    mean = {kind: _mean_quality(each) for kind, each in qualities.items()}
+    return Match(width, signs, **{kind: torch.stack(each) for kind, each in found.items()}, quality=mean)
+
+
+def assignment(scores: torch.Tensor) -> torch.Tensor:
+    """For each column a row, no row twice, so that the sum of scores is largest.
+
+    Args:
+        scores: (R, C), C <= R.
+
+    Returns:
+        (C,) int64.
+    """
+    columns, rows = linear_sum_assignment(scores.T.numpy(), maximize=True)
+    assert len(columns) == scores.shape[1]
+    return torch.from_numpy(rows)
+
+
+def order_above(match: Match, lower: Order, upper: Architecture, scores: Importance, kept: Sequence[int]) -> Order:
+    """New coordinates of the upper model with which the lower one lies on a prefix of them.
+
+    Matched coordinates come first, in the lower model's order; the others follow by importance, as do all neurons and
+    groups of the layers that no lower layer stands beside.
+
+    Args:
+        match: of the two models in their present coordinates.
+        lower: the lower model's new coordinates.
+        upper: what the upper model's tensors mean.
+        scores: the upper model's importance in its present coordinates.
+        kept: for each lower layer the upper layer beside it.
+    """
+    width = _then_rest(match.width[lower.width], scores.width)
+    signs = torch.ones(len(width))
+    signs[: len(match.signs)] = match.signs[lower.width] * (1 if lower.signs is None else lower.signs)
+    ffn, group = (score.argsort(descending=True) for score in (scores.ffn, scores.group))
+    query = torch.arange(upper.sizes["query"]).expand(*group.shape, -1).clone()
+    for below, above in enumerate(kept):
+        ffn[above] = _then_rest(match.ffn[below][lower.ffn[below]], scores.ffn[above])
+        group[above] = _then_rest(match.group[below][lower.group[below]], scores.group[above])
+        for place, served in enumerate(lower.group[below]):
+            inside = match.query[below][served]
+            inside = inside if lower.query is None else inside[lower.query[below][place]]
+            query[above][place] = _then_rest(inside, torch.zeros(query.shape[-1]))
+    return Order(width, ffn, group, query, signs)
+
+
+def _then_rest(first: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """All positions of `scores`: those in `first`, then the others by score."""
+    rest = scores.argsort(descending=True, stable=True)
+    return torch.cat([first, rest[~torch.isin(rest, first)]])
+
+
+def _correlation(cross: torch.Tensor, upper: Statistics, lower: Statistics, above: str, below: str) -> torch.Tensor:
+    """(D, d) float64; 0 for what never varies."""
+    covariance = cross.double() - torch.outer(upper.mean(above), lower.mean(below))
+    return _normed(covariance, _variance(upper, above), _variance(lower, below))
+
+
+def _variance(statistics: Statistics, site: str) -> torch.Tensor:
+    return statistics.variances(site) - statistics.mean(site) ** 2
+
+
+def _normed(covariance: torch.Tensor, *variances: torch.Tensor) -> torch.Tensor:
+    scale = torch.outer(*(variance.clamp(min=0).sqrt() for variance in variances))
+    return torch.where(scale > 0, covariance / scale, 0.0)
+
+
+def _head_correlation(
+    upper: Side,
+    lower: Side,
+    cross: torch.Tensor,
+    above: Site,
+    below: Site,
+    width: torch.Tensor,
+    signs: torch.Tensor,
+) -> torch.Tensor:
+    """Correlation of what every pair of heads writes into the matched channels: (G Q, g q) float64."""
+    written = _output_matrix(upper, above)[width] * signs[:, None], _output_matrix(lower, below)
+    dim = upper.architecture.sizes["dim"]
+    means = upper.statistics.mean(above.name), lower.statistics.mean(below.name)
+    covariance = _blocks(cross.double() - torch.outer(*means), dim)
+    weights = [matrix.view(len(width), -1, dim) for matrix in written]
+    inner = torch.einsum("wad,wbe,abde->ab", *weights, covariance)
+    variances = []
+    for side, site, mean, weight in zip((upper, lower), (above, below), means, weights, strict=True):
+        own = _blocks(side.statistics.second(site.name) - torch.outer(mean, mean), dim)
+        each = torch.arange(len(own))
+        variances.append(torch.einsum("wad,wae,ade->a", weight, weight, own[each, each]))
+    return _normed(inner, *variances)
+
+
+def _output_matrix(side: Side, site: Site) -> torch.Tensor:
+    """The weight of an output projection, (width, inputs) float64."""
+    key, _ = reader_keys(site.readers[0], side.weights, side.architecture)
+    return input_matrix(side.weights[key], side.architecture.tensors[key], site.axis).double()
+
+
+def _blocks(matrix: torch.Tensor, dim: int) -> torch.Tensor:
+    """(heads x dim, heads x dim) -> (heads, heads, dim, dim)."""
+    return matrix.view(matrix.shape[0] // dim, dim, matrix.shape[1] // dim, dim).transpose(1, 2)
+
+
+def _match_groups(heads: torch.Tensor, upper: Architecture, lower: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups (g,) by the sum over their best match of query heads, and those matches (g, q)."""
+    above, below = ((one.sizes["group"], one.sizes["query"]) for one in (upper, lower))
+    pairs = heads.view(*above, *below).transpose(1, 2)
+    query = torch.stack([torch.stack([assignment(scores) for scores in row]) for row in pairs])
+    total = pairs.gather(2, query[:, :, None]).sum((2, 3))
+    group = assignment(total)
+    return group, query[group, torch.arange(len(group))]
+
+
+def _picked(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return scores[rows, torch.arange(len(rows))]
+
+
+def _quality(correlation: torch.Tensor, rows: torch.Tensor) -> Quality:
+    return Quality(float(_picked(correlation, rows).abs().mean()), float(correlation.abs().mean()))
+
+
+def _mean_quality(each: Sequence[Quality]) -> Quality:
+    return Quality(*(sum(values) / len(each) for values in zip(*((q.matched, q.random) for q in each), strict=True)))

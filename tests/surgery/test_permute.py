@@ -1,0 +1,80 @@
+"""Renumbering every coordinate of a model leaves what it computes as it was."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cbd_trl.architectures.axes import dims_of
+from cbd_trl.surgery.permute import Order, permute
+from tests.surgery.helpers import (
+    TOLERANCE,
+    build,
+    changed,
+    described,
+    difference,
+    every_case,
+    every_family,
+    full_model,
+    random_order,
+)
+
+
+@every_case
+def test_the_logits_stay_equal(family, tied):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    permuted = permute(weights, architecture, random_order(architecture))
+    assert len(changed(permuted, weights)) > len(weights) / 2
+    assert difference(build(permuted, architecture), model) <= TOLERANCE
+
+
+def still(architecture):
+    """The order that moves nothing."""
+    layers, sizes = architecture.depth, architecture.sizes
+    width, ffn, group, query = (torch.arange(sizes[dim]) for dim in ("width", "ffn", "group", "query"))
+    return Order(width, ffn.expand(layers, -1), group.expand(layers, -1), query.expand(layers, sizes["group"], -1))
+
+
+@every_family
+@pytest.mark.parametrize("dim", ["width", "ffn", "group", "query", "signs"])
+def test_each_part_of_an_order_moves_what_it_names(family, dim):
+    weights, architecture = described(full_model(family, False))
+    order = still(architecture)
+    assert changed(permute(weights, architecture, order), weights) == set()
+    if dim == "signs":
+        if family == "gpt2":
+            pytest.skip("a LayerNorm has no signs")
+        order = dataclasses.replace(order, signs=-torch.ones(32))
+        gains = {f"{site.name}.weight" for site in architecture.sites if site.norm}
+        expected = {key for key, axes in architecture.tensors.items() if ("width",) in axes} - gains
+    else:
+        order = dataclasses.replace(order, **{dim: getattr(order, dim).flip(-1)})
+        several = architecture.sizes[dim] > 1
+        expected = {key for key, axes in architecture.tensors.items() if several and dim in dims_of(axes)}
+    assert changed(permute(weights, architecture, order), weights) == expected
+
+
+def test_queries_move_inside_their_own_group():
+    weights, architecture = described(full_model("llama", True))
+    order = dataclasses.replace(
+        random_order(architecture),
+        width=torch.arange(32),
+        signs=None,
+        group=torch.tensor([[1, 0]] * 4),
+        query=torch.tensor([[[1, 0], [0, 1]]] * 4),
+    )
+    key = "model.layers.2.self_attn.q_proj.weight"
+    heads, moved = (each[key].view(4, 8, 32) for each in (weights, permute(weights, architecture, order)))
+    assert torch.equal(moved, heads[[3, 2, 0, 1]])
+
+
+def test_no_channel_of_a_layer_norm_changes_sign():
+    weights, architecture = described(full_model("gpt2", True))
+    order = dataclasses.replace(random_order(architecture), signs=torch.ones(32))
+    permute(weights, architecture, order)
+    order.signs[5] = -1
+    with pytest.raises(
+        ValueError, match=r"gpt2 model cannot change sign.*LayerNorm subtracts the mean.*Leave `signs`"
+    ):
+        permute(weights, architecture, order)
