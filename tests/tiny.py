@@ -4,17 +4,25 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 _SHAPE = {
@@ -43,11 +51,21 @@ _GPT2_SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Sliding and full layers in turn, a window shorter than the tests' rows, and caps that the logits feel.
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "final_logit_softcapping": 3.0}
 _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 8, "sliding_window": 6}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {"head_dim": 8, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_GEMMA, "attn_logit_softcapping": 1.0}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, {**_GEMMA, "sliding_window_pattern": 3}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"head_dim": 8}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
 }
 FAMILIES = list(_FAMILIES)
@@ -67,21 +85,24 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     """
     config_class, model_class, own = _FAMILIES[family]
     shape = _GPT2_SHAPE if family == "gpt2" else _SHAPE
+    if family == "gemma2":
+        attn_implementation = "eager"  # transformers has no soft-capping in sdpa
     config = config_class(**{**shape, **own, **overrides})
     model = model_class._from_config(config, attn_implementation=attn_implementation)
     randomise(model, seed)
     return model.eval()
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew: gains around 1, everything else around 0, standard deviation 0.2.
+def randomise(model: Any, seed: int = 0) -> None:
+    """Draw every parameter anew: gains around 1 (Gemma stores them less 1), the rest around 0, deviation 0.2.
 
     Args:
         model: changed in place.
         seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
+    gain = 0.0 if model.config.model_type in ("gemma2", "gemma3_text") else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
+            centre = gain if parameter.dim() == 1 and name.endswith("weight") else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))

@@ -3,10 +3,12 @@
 from transformers import PretrainedConfig
 
 from cbd_trl.architectures.family import Architecture
+from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.llama import LLAMA
+from cbd_trl.architectures.olmo2 import OLMO2
 
-FAMILIES = (LLAMA, GPT2)
+FAMILIES = (LLAMA, GEMMA, OLMO2, GPT2)
 
 
 def supported_model_types() -> list[str]:

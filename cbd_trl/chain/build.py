@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_trl.architectures import describe
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
-from cbd_trl.chain.model import build_model
+from cbd_trl.chain.model import build_model, stock_model
 from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import blocks_of, select_layers
@@ -26,7 +26,7 @@ from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
-from cbd_trl.surgery.weights import weights_of
+from cbd_trl.surgery.weights import plain, weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 
@@ -146,13 +146,12 @@ def _write_source(
 def _initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
     """The least-squares cut of the upper anchor over the kept layers."""
     architecture = upper.architecture()
-    weights = upper.load_state_dict()
+    weights = plain(upper.load_state_dict(), architecture)
     cut, cut_architecture = select_layers(weights, architecture, step.kept)
     if step.architecture.sizes != architecture.sizes:
         statistics = Statistics.load(upper.statistics_file).with_layers(architecture, step.kept)
         cut = least_squares_cut(cut, cut_architecture, statistics, step.architecture)
-    dtype = next(iter(weights.values())).dtype
-    return build_model(step.architecture, cut, dtype, name_or_path=str(upper.path))
+    return build_model(step.architecture, cut, getattr(torch, upper.dtype), name_or_path=str(upper.path))
 
 
 def _work_folder(output_dir: Path, upper: Anchor, step: Step) -> Path:
@@ -211,9 +210,9 @@ def _distil_anchor(
         losses |= {
             key: value for key, value in trainer.evaluate().items() if key.endswith(("loss", "_kd", "_ce", "_hidden"))
         }
-    weights = trainer.accelerator.get_state_dict(trainer.model)
-    weights = {key: tensor.detach().cpu() for key, tensor in weights.items() if key in step.architecture.tensors}
-    trained: Any = build_model(step.architecture, weights, student.dtype)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = {key: tensor.detach().cpu() for key, tensor in state.items() if key in step.architecture.tensors}
+    trained: Any = stock_model(step.architecture.config, state, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)
     statistics = collect_statistics(trained, step.architecture, _calibration_batches(blocks), blocks.numel())

@@ -22,7 +22,7 @@ from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, Plan, def
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_target
 from cbd_trl.surgery.statistics import Statistics
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.weights import Weights, plain
 
 CALIBRATION_TOKENS = 4096
 
@@ -182,9 +182,9 @@ def load_pair(upper: Anchor, lower: Anchor) -> Pair:
     assert lower.block_map is not None
     differs = upper_architecture.sizes != lower_architecture.sizes
     return Pair(
-        _float(upper.load_state_dict()),
+        _float(plain(upper.load_state_dict(), upper_architecture)),
         upper_architecture,
-        _float(lower.load_state_dict()),
+        _float(plain(lower.load_state_dict(), lower_architecture)),
         lower_architecture,
         Statistics.load(upper.statistics_file) if differs else None,
         lower.block_map,

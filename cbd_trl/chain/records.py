@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from cbd_trl.architectures import Architecture, describe
-from cbd_trl.chain.model import build_model
+from cbd_trl.chain.model import stock_model
 from cbd_trl.surgery.weights import Weights
 
 MANIFEST = "chain.json"
@@ -89,7 +89,7 @@ class Anchor:
         return self.path / STATISTICS_FILE
 
     def load_state_dict(self) -> Weights:
-        """The weights under the model's own keys, in the stored dtype; a tied head is left out.
+        """The weights as they are stored, under the model's own keys; a tied head is left out.
 
         Raises:
             ValueError: the files lack a tensor that the config says the model has.
@@ -115,7 +115,7 @@ class Anchor:
             dtype: None for the stored one.
         """
         dtype = dtype or getattr(torch, self.dtype)
-        model = build_model(self.architecture(), self.load_state_dict(), dtype, name_or_path=str(self.path))
+        model = stock_model(self.architecture().config, self.load_state_dict(), dtype, name_or_path=str(self.path))
         model.generation_config = self.load_generation_config()
         return model
 

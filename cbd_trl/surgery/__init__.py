@@ -1,5 +1,5 @@
 """Surgery on weights: pure functions from state dicts to state dicts.
 
-Weights are `{state dict key: tensor}` with exactly the keys of `Architecture.tensors` (a tied head left out); nothing
-is changed in place.
+Weights are `{state dict key: tensor}` with exactly the keys of `Architecture.tensors` (a tied head left out), as the
+model computes with them (see `weights`); nothing is changed in place.
 """

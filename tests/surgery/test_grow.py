@@ -16,6 +16,7 @@ from tests.surgery.helpers import (
     every_family,
     full_model,
 )
+from tests.tiny import FAMILIES
 
 # GPT-2 has no width without its heads, and one query a group.
 WIDER = {
@@ -31,7 +32,7 @@ WIDER = {
 }
 WIDTHS = [
     pytest.param(family, tied, sizes, id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}")
-    for family in ("llama", "mistral", "qwen2", "qwen3", "gpt2")
+    for family in FAMILIES
     for tied in (True, False)
     for sizes in WIDER.get(family, WIDER["others"])
 ]
