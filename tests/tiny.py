@@ -61,11 +61,11 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "smollm3": (
         SmolLM3Config,
         SmolLM3ForCausalLM,
-        {"head_dim": 8, "no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
     ),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_GEMMA, "attn_logit_softcapping": 1.0}),
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, {**_GEMMA, "sliding_window_pattern": 3}),
-    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {"head_dim": 8}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
     "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
 }
 FAMILIES = list(_FAMILIES)

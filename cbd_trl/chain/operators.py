@@ -132,7 +132,7 @@ def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783): plain cut, zero
-    padding, layers at equal relative depth."""
+    padding, layers at equal relative depth; what kind of layer each is, as in the anchor of the greater weight."""
     alpha = pair.fraction(plan.target) if plan.alpha is None else plan.alpha
     depth = plan.target.depth
 
@@ -141,9 +141,9 @@ def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
         return select_layers(weights, architecture, layers)
 
     large, architecture = at_relative_depth(pair.upper, pair.upper_architecture)
-    target = architecture.resized(**plan.target.sizes)
-    large = plain_cut(large, architecture, target)
     small, small_architecture = at_relative_depth(pair.lower, pair.lower_architecture)
+    target = (architecture if alpha < 0.5 else small_architecture).resized(**plan.target.sizes)
+    large = plain_cut(large, architecture, target)
     small = zero_pad(small, small_architecture, target)
     return {key: torch.lerp(large[key].float(), small[key].float(), alpha) for key in large}, target
 

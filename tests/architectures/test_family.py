@@ -25,8 +25,13 @@ OPTIONS = [
     ("mistral", {}),
     ("mistral", {"head_dim": None, "sliding_window": 8}),
     ("qwen2", {}),
-    ("qwen3", {"attention_bias": False}),
-    ("qwen3", {"attention_bias": True}),
+    *[
+        (family, {"attention_bias": biased})
+        for family in ("qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2")
+        for biased in (False, True)
+    ],
+    ("smollm3", {"mlp_bias": True}),
+    ("olmo2", {"num_key_value_heads": None}),
     ("gpt2", {}),
     ("gpt2", {"n_inner": 40}),
 ]
@@ -66,7 +71,7 @@ def test_sites_are_modules_and_their_readers_read_that_axis(family):
 
 def test_unsupported_model_type_lists_the_supported_ones():
     assert supported_model_types() == sorted(FAMILIES)
-    with pytest.raises(ValueError, match=r"'gpt_neox'.*Supported model types: gpt2, llama, mistral, qwen2, qwen3\."):
+    with pytest.raises(ValueError, match=rf"'gpt_neox'.*model types: {', '.join(sorted(FAMILIES))}\."):
         describe(GPTNeoXConfig())
 
 
@@ -192,6 +197,41 @@ def test_gpt2_width_without_its_heads_is_refused():
         ValueError, match=r"ties its width to its heads: n_embd=24 needs n_embd / 8 heads.*got n_head=4"
     ):
         describe(tiny_config("gpt2")).resized(width=24)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemma_that_attends_to_later_tokens_is_refused(family):
+    with pytest.raises(ValueError, match=rf"{family} with use_bidirectional_attention=True.*no language model"):
+        describe(tiny_config(family, use_bidirectional_attention=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "lists"),
+    [
+        ("smollm3", {}, {"no_rope_layers": [1, 0, 0, 0, 1], "layer_types": ["full"] + 3 * ["sliding"] + ["full"]}),
+        (
+            "smollm3",
+            {"no_rope_layers": [0, 1, 1, 1]},
+            {"no_rope_layers": [0, 1, 1, 1, 1], "layer_types": ["sliding"] + 4 * ["full"]},
+        ),
+        ("gemma2", {}, {"layer_types": ["sliding", "full", "full", "full", "sliding"]}),
+        ("gemma3_text", {}, {"layer_types": 4 * ["sliding"] + ["full"]}),
+        (
+            "mistral",
+            {"layer_types": [f"{sort}_attention" for sort in ("sliding", "full", "full", "sliding")]},
+            {"layer_types": ["sliding", "sliding", "sliding", "full", "full"]},
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_layer_is_travels_with_it(family, options, lists):
+    """Through selection and a config file; 3 and 1 stand where 1, 2 and 3 were."""
+    architecture = describe(tiny_config(family, **options))
+    picked = architecture.with_layers([0, 3, 3, 1, 2])
+    again = type(picked.config).from_dict(json.loads(picked.config.to_json_string()))
+    for config in (picked.config, again):
+        for name, values in lists.items():
+            assert [str(value).removesuffix("_attention") for value in getattr(config, name)] == list(map(str, values))
 
 
 def _sliding(family: str) -> PretrainedConfig:

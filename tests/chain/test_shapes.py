@@ -10,7 +10,8 @@ from tests.tiny import FAMILIES, tiny_model
 OPTIONS = [
     *[(family, {"tie_word_embeddings": tied}) for family in FAMILIES for tied in (False, True)],
     ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("qwen3", {"attention_bias": True}),
+    *[(family, {"attention_bias": True}) for family in ("qwen3", "gemma2", "gemma3_text", "olmo2")],
+    ("smollm3", {"attention_bias": True, "mlp_bias": True}),
     ("gpt2", {"n_inner": 40}),
 ]
 NARROW = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -82,12 +83,12 @@ def test_llama_width_off_the_heads_names_the_nearest():
         target_architecture(upper, {"hidden_size": 30})
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2"])
 def test_other_families_take_that_width(family):
     assert target_architecture(describe(tiny_model(family).config), {"hidden_size": 30}).sizes["width"] == 30
 
 
 def test_which_families_tie_width_to_heads():
     needs = {family: needs_width_multiple_of_heads(describe(tiny_model(family).config)) for family in FAMILIES}
-    assert needs == {"llama": True, "mistral": False, "qwen2": False, "qwen3": False, "gpt2": True}
+    assert {family for family in FAMILIES if needs[family]} == {"llama", "gemma2", "gemma3_text", "gpt2"}
     assert [family for family in FAMILIES if width_follows_heads(describe(tiny_model(family).config))] == ["gpt2"]
