@@ -102,7 +102,11 @@ class _OutputProjection:
         return normalised(self.module(rows), "rms", self._architecture.eps)
 
     def fit(
-        self, inner: Sequence[torch.Tensor], gaps: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], ridge: float
+        self,
+        inner: Sequence[torch.Tensor],
+        gaps: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        ridge: float,
     ) -> None:
         """Move the projection so that what is added changes by the gaps, in weighted least squares."""
         sums: dict[str, torch.Tensor] = {}

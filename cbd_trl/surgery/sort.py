@@ -29,7 +29,8 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
     """Root mean square activation times the size of what reads it.
 
     Channels are summed over all streams that layers read, each divided by its root mean square over all channels
-    where no norm does it; neurons and heads are weighted by the norm of their output column. After Minitron, arXiv 2407.14679, section 2.2, which uses mean |x|.
+    where no norm does it; neurons and heads are weighted by the norm of their output column. After Minitron, arXiv
+    2407.14679, section 2.2, which uses mean |x|.
     """
     width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
     inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": []}
@@ -70,9 +71,11 @@ def sort_weights(
         key: select(weights[key], axes, architecture.sizes, orders(architecture.split_name(key)[0]))
         for key, axes in architecture.tensors.items()
     }
+    axes = {site.name: site.axis for site in architecture.sites}
+    axes |= {norm.name: norm.axis for norm in architecture.output_norms}
     index = {
-        site.name: _site_order(site.axis, architecture.sizes, orders(architecture.split_name(site.name)[0]))
-        for site in (*architecture.sites, *architecture.output_norms)
+        name: _site_order(axis, architecture.sizes, orders(architecture.split_name(name)[0]))
+        for name, axis in axes.items()
     }
     return permuted, statistics.reindexed(index)
 

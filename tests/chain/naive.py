@@ -55,10 +55,10 @@ def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str
     of its depth or more put out before gain and bias."""
     ratios = {}
     for name, norm in model.named_modules():
-        layer, inside = narrow.split_name(name + ".weight")
-        key = f"{name}.weight" if layer is None else narrow.layer_name(0, inside)
         if not name.endswith(("norm", "ln_1", "ln_2", "ln_f")):
             continue
+        layer, inside = narrow.split_name(f"{name}.weight")
+        key = f"{name}.weight" if layer is None else narrow.layer_name(0, inside)
         seen: list[torch.Tensor] = []
         handle = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
         model(tokens(16, seed=1))

@@ -104,6 +104,13 @@ def test_selected_layers_compute_what_those_layers_compute(family, tied, layers)
     assert difference(build(selected, architecture), expected) <= stored_tolerance(architecture)
 
 
+def test_a_layer_picked_twice_is_two_layers():
+    selected, _ = select_layers(*described(full_model("llama", True)), [0, 1, 1])
+    key = "model.layers.{}.mlp.up_proj.weight"
+    one, two = selected[key.format(1)], selected[key.format(2)]
+    assert torch.equal(one, two) and one.data_ptr() != two.data_ptr()
+
+
 BLOCKS = [[0], [1, 2], [3, 4], [5]]
 
 
