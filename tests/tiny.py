@@ -69,6 +69,8 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "gpt2": (GPT2Config, GPT2LMHeadModel, {}),
 }
 FAMILIES = list(_FAMILIES)
+# transformers has no soft-capping of attention scores in SDPA.
+SDPA_FAMILIES = [family for family in FAMILIES if family != "gemma2"]
 
 
 def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa", **overrides: Any) -> PreTrainedModel:
@@ -77,7 +79,7 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     Args:
         family: one of `FAMILIES`.
         seed: of the weights: standard deviation 0.2, gains around 1.
-        attn_implementation: sdpa or eager.
+        attn_implementation: sdpa (where the family has it) or eager.
         overrides: config fields, by the family's own names.
 
     Returns:
@@ -85,8 +87,8 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     """
     config_class, model_class, own = _FAMILIES[family]
     shape = _GPT2_SHAPE if family == "gpt2" else _SHAPE
-    if family == "gemma2":
-        attn_implementation = "eager"  # transformers has no soft-capping in sdpa
+    if family not in SDPA_FAMILIES:
+        attn_implementation = "eager"
     config = config_class(**{**shape, **own, **overrides})
     model = model_class._from_config(config, attn_implementation=attn_implementation)
     randomise(model, seed)

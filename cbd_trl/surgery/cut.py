@@ -14,6 +14,9 @@ from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, re
 
 RIDGE = 1e-3
 TIED_HEAD_SHARE = 0.5
+# Scaled embeddings make up most of the stream, so moving the table costs more than it gains: at 0, 1/4 and 1/2 tiny
+# trained Gemma 2 and 3 models lost 0.03, 0.05 and 0.14 nats, Llama and OLMo 2 0.08, 0.06 and 0.08 (36 of 48 channels).
+SCALED_TIED_HEAD_SHARE = 0.0
 
 
 def plain_cut(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
@@ -34,7 +37,7 @@ def least_squares_cut(
     statistics: Statistics,
     target: Architecture,
     ridge: float = RIDGE,
-    tied_head_share: float = TIED_HEAD_SHARE,
+    tied_head_share: float | None = None,
 ) -> Weights:
     """The plain cut with every reading layer refitted to the stream it used to read.
 
@@ -53,12 +56,15 @@ def least_squares_cut(
         statistics: moments of the full model in the same coordinate order.
         target: same depth, no wider than `architecture` in any dimension.
         ridge: times the mean diagonal of E[f f^T].
-        tied_head_share: how far a tied table moves towards the refitted head (it is also read as input), 0 to 1.
+        tied_head_share: how far a tied table moves towards the refitted head (it is also read as input), 0 to 1; None
+            for a half, or 0 where the embeddings are scaled.
 
     Returns:
         Weights of `target`.
     """
     _check_narrower(architecture, target)
+    if tied_head_share is None:
+        tied_head_share = TIED_HEAD_SHARE if architecture.embedding_scale == 1.0 else SCALED_TIED_HEAD_SHARE
     refitted = dict(weights)
     for site in architecture.sites:
         kept = prefix_index(site.axis, architecture.sizes, target.sizes)

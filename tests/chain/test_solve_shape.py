@@ -3,7 +3,17 @@
 import time
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.shapes import target_architecture
@@ -25,6 +35,10 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, head_dim=32),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "smollm3": SmolLM3Config(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, head_dim=32),
+    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=32),
+    "olmo2": Olmo2Config(**SIZES),
     "gpt2": GPT2Config(vocab_size=5000, n_embd=192, n_layer=12, n_head=6, n_positions=64),
 }
 BLOCKS = blocks_of(spaced_layers(12, 7))

@@ -87,7 +87,10 @@ def _expected_changes(architecture, name: str) -> set[str]:
         if not {"width": name == "width", "ffn": name == "ffn", "group": heads}[site.axis[0]]:
             continue
         final = site is architecture.sites[-1]
-        readers = [architecture.family.embedding] if final and architecture.tied else site.readers
+        readers = site.readers
+        if final and architecture.tied:
+            # Scaled embeddings stay what they are.
+            readers = [architecture.family.embedding] if architecture.embedding_scale == 1 else []
         modules = (*readers, site.name) if site.norm else readers
         keys |= {f"{module}.weight" for module in modules} | {f"{reader}.bias" for reader in readers}
     keys |= {f"{norm.name}.weight" for norm in architecture.output_norms if name in norm.axis}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from cbd_trl.surgery.weights import from_input_matrix, input_matrix, reader_keys, weights_of
+from cbd_trl.surgery.weights import from_input_matrix, input_matrix, reader_keys, stored, weights_of
 from tests.surgery.helpers import build, described, difference, every_case, full_model, stored_tolerance
 
 
@@ -14,6 +14,30 @@ def test_weights_rebuild_the_model(family, tied):
     weights, architecture = described(model)
     assert set(weights) == set(architecture.tensors)
     assert difference(build(weights, architecture), model) <= stored_tolerance(architecture)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemmas_gains_and_embeddings_are_what_the_model_computes_with(family, tied):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    ids, scale = torch.arange(5), 32**0.5
+    entered = model.get_input_embeddings()(ids)
+    torch.testing.assert_close(weights["model.embed_tokens.weight"][ids], entered, rtol=1e-6, atol=0)
+    stream = torch.randn(3, 32, dtype=torch.float64)
+    over_rms = stream / (stream.square().mean(-1, keepdim=True) + architecture.eps).sqrt()
+    for name in ("model.norm", "model.layers.1.post_feedforward_layernorm"):
+        gain = weights[f"{name}.weight"] * (scale if tied and name == "model.norm" else 1)
+        torch.testing.assert_close(model.get_submodule(name)(stream), over_rms * gain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_case
+def test_what_is_stored_survives_the_way_to_what_is_used_and_back(family, tied, dtype):
+    model = full_model(family, tied).to(dtype)
+    weights, architecture = described(model)
+    for key, tensor in stored(weights, architecture).items():
+        torch.testing.assert_close(tensor.to(dtype), model.state_dict()[key], rtol=3e-7, atol=0)
 
 
 @every_case
