@@ -66,7 +66,7 @@ def test_the_draw_depends_on_seed_and_step_alone() -> None:
     assert all(Hybrid(student, teacher, BLOCKS, 0.0, seed=7).draw(step) == [] for step in range(20))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2"])
 def test_checkpointing_changes_nothing_and_the_teacher_gets_no_gradient(family: str) -> None:
     runs = []
     for checkpointing in (False, True):
