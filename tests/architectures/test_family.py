@@ -5,7 +5,16 @@ import math
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Olmo2Config,
+    PretrainedConfig,
+    SmolLM3Config,
+)
 
 from cbd_trl.architectures import describe, supported_model_types
 from cbd_trl.architectures.axes import tensor_shape
@@ -267,6 +276,32 @@ def test_description_never_changes_its_config():
     architecture.resized(width=16).with_layers([0]).with_eps(0.5)
     assert config.to_dict() == before
     assert architecture.with_eps(0.5).eps == 0.5
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (Gemma2Config(), 2_614_341_888),
+        (
+            Gemma3TextConfig(
+                vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_attention_heads=4,
+                num_key_value_heads=1,
+            ),
+            999_885_952,
+        ),
+        (
+            Olmo2Config(
+                vocab_size=100352, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                num_attention_heads=16,
+            ),
+            1_484_916_736,
+        ),
+        (SmolLM3Config(), 3_075_098_624),
+    ],
+    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B"],
+)  # fmt: skip
+def test_parameter_counts_of_published_models(config, published):
+    assert describe(config).num_parameters == published
 
 
 def test_parameter_count_of_a_known_model():
