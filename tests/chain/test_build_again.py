@@ -190,7 +190,7 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
         ({"anchors": [0.001]}, r"No anchor of about 49 parameters can be cut"),
         (
             {"source": GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2))},
-            r"Model type 'gpt_neox' has no description.*Supported model types: gpt2, llama, mistral, qwen2, qwen3",
+            r"Model type 'gpt_neox' has no description.*Supported model types: .*gpt2, llama, ",
         ),
         (
             {"source": "no/such-model-anywhere"},
