@@ -93,8 +93,8 @@ def make_start(name: str, chain: Chain, seed: int) -> PreTrainedModel:
     if name == SCRATCH:
         # Any start's config but that of `expand`, which has another epsilon, is that of a plain model.
         return random_model(from_chain(chain, config=TARGET, operator="slice"), seed)
-    weights, target = subclone(chain.source.load_state_dict(), chain.source.architecture(), TARGET)
-    return build_model(target, weights, next(iter(weights.values())).dtype)
+    weights, target = subclone(chain.source.load_weights(), chain.source.architecture(), TARGET)
+    return build_model(target, weights, getattr(torch, chain.source.dtype))
 
 
 def sft_trainer(

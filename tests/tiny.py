@@ -4,6 +4,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -12,6 +16,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -21,6 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 _SHAPE = {
@@ -58,12 +66,22 @@ LONGROPE = {
 }
 # Their width is heads x head size, and their norms are LayerNorms.
 WIDTH_OF_HEADS = tuple(_OWN_NAMES)
+# Sliding and full layers in turn, a window shorter than the tests' rows, and caps that the logits feel.
+_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "final_logit_softcapping": 3.0}
 _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8}),
     "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 8, "sliding_window": 6}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
     "phi3": (Phi3Config, Phi3ForCausalLM, {"head_dim": 8}),
+    "smollm3": (
+        SmolLM3Config,
+        SmolLM3ForCausalLM,
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+    ),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_GEMMA, "attn_logit_softcapping": 1.0}),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, {**_GEMMA, "sliding_window_pattern": 3}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
     "gpt2": (
         GPT2Config,
         GPT2LMHeadModel,
@@ -73,6 +91,8 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "opt": (OPTConfig, OPTForCausalLM, {"dropout": 0.0}),
 }
 FAMILIES = list(_FAMILIES)
+# transformers has no soft-capping of attention scores in SDPA.
+SDPA_FAMILIES = [family for family in FAMILIES if family != "gemma2"]
 
 
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
@@ -87,28 +107,31 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     Args:
         family: one of `FAMILIES`.
         seed: of the weights: standard deviation 0.2, gains around 1.
-        attn_implementation: sdpa or eager.
+        attn_implementation: sdpa (where the family has it) or eager.
         overrides: config fields, by the family's own names.
 
     Returns:
         the model, float32, in eval mode.
     """
     config_class, model_class, own = _FAMILIES[family]
+    if family not in SDPA_FAMILIES:
+        attn_implementation = "eager"
     config = config_class(**{**own_names(family, **_SHAPE), **own, **overrides})
     model = model_class._from_config(config, attn_implementation=attn_implementation)
     randomise(model, seed)
     return model.eval()
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draw every parameter anew: gains around 1, everything else around 0, standard deviation 0.2.
+def randomise(model: Any, seed: int = 0) -> None:
+    """Draw every parameter anew: gains around 1 (Gemma stores them less 1), the rest around 0, deviation 0.2.
 
     Args:
         model: changed in place.
         seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
+    gain = 0.0 if model.config.model_type in ("gemma2", "gemma3_text") else 1.0
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
+            centre = gain if parameter.dim() == 1 and name.endswith("weight") else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))

@@ -1,7 +1,7 @@
 """What every tensor axis of a model family means: data that the surgery works from."""
 
-from cbd_trl.architectures.family import Architecture, Family, Site
+from cbd_trl.architectures.family import Architecture, Family, OutputNorm, Site
 from cbd_trl.architectures.layers import decoder_layers
 from cbd_trl.architectures.registry import describe, supported_model_types
 
-__all__ = ["Architecture", "Family", "Site", "decoder_layers", "describe", "supported_model_types"]
+__all__ = ["Architecture", "Family", "OutputNorm", "Site", "decoder_layers", "describe", "supported_model_types"]

@@ -35,6 +35,21 @@ class Site:
 
 
 @dataclass(frozen=True)
+class OutputNorm:
+    """An RMSNorm over what a projection puts out, which no linear layer reads.
+
+    Args:
+        name: the norm module.
+        axis: the coordinates it is taken over, for example `"width"`, or `"dim"` for each head on its own.
+        projection: module whose output it normalises.
+    """
+
+    name: str
+    axis: tuple[str, ...]
+    projection: str
+
+
+@dataclass(frozen=True)
 class Family:
     """What the tensors of some model types mean. Names inside a layer are relative to `layers.<i>.`.
 
@@ -54,10 +69,12 @@ class Family:
         resolve: (sizes, {dimension: value given}) -> all sizes, filling in what the family ties together.
         norm_type: "rms" (gain) or "layer" (centred, gain and bias).
         eps_field: config field of the norms' epsilon; None where the config has none and it is torch's default.
-        shared_eps: weights whose output is normalised by a norm over another axis that shares the same epsilon
-            (Qwen3's q/k norms): growth has to rescale them with it.
-        per_layer_fields: config lists with one entry a layer.
         check: raises ValueError on options that the surgery does not support.
+        output_norms: config -> {projection: RMSNorm over its output} inside one layer (q/k norms, and norms between a
+            sub-layer and the residual addition). They share the epsilon of the other norms.
+        gain_offset: added to every stored norm weight to give the gain (Gemma: 1).
+        embedding_scale: config -> what the model multiplies its input embeddings by.
+        per_layer_fields: config lists with one entry a layer.
         when: which configs of its model types it describes.
         fused: {stored tensor of a layer: the tensors of `layer_tensors` that its rows hold, one after the other}.
         file_names: {name in a safetensors file: name in the model} where transformers renames between the two.
@@ -79,7 +96,9 @@ class Family:
     norm_type: str
     eps_field: str | None
     check: Callable[[Any], None]
-    shared_eps: Callable[[Any], tuple[str, ...]] = lambda config: ()
+    output_norms: Callable[[Any], dict[str, str]] = lambda config: {}
+    gain_offset: float = 0.0
+    embedding_scale: Callable[[Any], float] = lambda config: 1.0
     per_layer_fields: tuple[str, ...] = ("layer_types",)
     when: Callable[[Any], bool] = lambda config: True
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -169,6 +188,11 @@ class Architecture:
         return places
 
     @cached_property
+    def state_keys(self) -> tuple[str, ...]:
+        """Keys of the model's state dict, a tied head left out."""
+        return tuple(dict.fromkeys(name for name, _ in self.stored.values()))
+
+    @cached_property
     def sites(self) -> tuple[Site, ...]:
         """Every site of the model, the final one last."""
 
@@ -178,6 +202,27 @@ class Architecture:
 
         inside = tuple(placed(site, layer) for layer in range(self.depth) for site in self.family.sites)
         return (*inside, self.family.final_site)
+
+    @cached_property
+    def output_norms(self) -> tuple[OutputNorm, ...]:
+        """Every norm over what a projection puts out."""
+        names = self.family.output_norms(self.config)
+        placed = [
+            (self.layer_name(layer, norm), self.layer_name(layer, projection))
+            for layer in range(self.depth)
+            for projection, norm in names.items()
+        ]
+        return tuple(OutputNorm(norm, self.tensors[f"{norm}.weight"][0], projection) for norm, projection in placed)
+
+    @cached_property
+    def norms(self) -> frozenset[str]:
+        """Names of all norm modules."""
+        return frozenset(site.name for site in self.sites if site.norm) | {norm.name for norm in self.output_norms}
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the model multiplies its input embeddings by."""
+        return self.family.embedding_scale(self.config)
 
     @property
     def num_parameters(self) -> int:

@@ -1,16 +1,28 @@
-"""Llama, Mistral, Qwen2 and Qwen3: RMSNorm, rotary grouped-query attention, gated FFN."""
+"""Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
+
+What Gemma and OLMo 2 share with them is read from here.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
 from cbd_trl.architectures.family import Family, Site
 
+QKV_BIASES = {
+    "self_attn.q_proj.bias": "group.query.dim",
+    "self_attn.k_proj.bias": "group.dim",
+    "self_attn.v_proj.bias": "group.dim",
+}
+ATTENTION_BIASES = {**QKV_BIASES, "self_attn.o_proj.bias": "width"}
+QK_NORMS = {"self_attn.q_proj": "self_attn.q_norm", "self_attn.k_proj": "self_attn.k_norm"}
+
 
 def _tensors(config: Any) -> dict[str, str]:
     return {"model.embed_tokens.weight": "vocab width", "model.norm.weight": "width", "lm_head.weight": "vocab width"}
 
 
-def _layer_tensors(config: Any) -> dict[str, str]:
+def layer_tensors(config: Any) -> dict[str, str]:
+    """{name: axes} inside one layer."""
     tensors = {
         "input_layernorm.weight": "width",
         "self_attn.q_proj.weight": "group.query.dim width",
@@ -23,14 +35,11 @@ def _layer_tensors(config: Any) -> dict[str, str]:
         "mlp.down_proj.weight": "width ffn",
     }
     # Only where the family reads the option: a config may carry stray fields.
-    attention_bias = config.model_type in ("llama", "qwen3") and config.attention_bias
-    if attention_bias or config.model_type == "qwen2":
-        tensors["self_attn.q_proj.bias"] = "group.query.dim"
-        tensors["self_attn.k_proj.bias"] = "group.dim"
-        tensors["self_attn.v_proj.bias"] = "group.dim"
-    if attention_bias:
-        tensors["self_attn.o_proj.bias"] = "width"
-    if config.model_type == "llama" and config.mlp_bias:
+    if config.model_type == "qwen2":
+        tensors |= QKV_BIASES
+    if config.model_type in ("llama", "qwen3", "smollm3") and config.attention_bias:
+        tensors |= ATTENTION_BIASES
+    if config.model_type in ("llama", "smollm3") and config.mlp_bias:
         tensors |= {"mlp.gate_proj.bias": "ffn", "mlp.up_proj.bias": "ffn", "mlp.down_proj.bias": "width"}
     if config.model_type == "qwen3":
         tensors |= {"self_attn.q_norm.weight": "dim", "self_attn.k_norm.weight": "dim"}
@@ -81,11 +90,11 @@ def _resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, in
 
 
 LLAMA = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"),
     layers="model.layers",
     depth_field="num_hidden_layers",
     tensors=_tensors,
-    layer_tensors=_layer_tensors,
+    layer_tensors=layer_tensors,
     sites=(
         Site("input_layernorm", ("width",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm=True),
         Site("self_attn.o_proj", ("group", "query", "dim"), ("self_attn.o_proj",), norm=False),
@@ -108,5 +117,6 @@ LLAMA = Family(
     norm_type="rms",
     eps_field="rms_norm_eps",
     check=lambda config: None,
-    shared_eps=lambda config: ("self_attn.q_proj", "self_attn.k_proj") if config.model_type == "qwen3" else (),
+    output_norms=lambda config: QK_NORMS if config.model_type == "qwen3" else {},
+    per_layer_fields=("layer_types", "no_rope_layers"),
 )

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from cbd_trl.architectures import describe
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.manifest import Anchor, Chain
-from cbd_trl.chain.model import build_model
+from cbd_trl.chain.model import build_model, stock_model
 from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.store import CALIBRATION_BATCH, calibration_batches, store_anchor
@@ -26,7 +26,7 @@ from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
-from cbd_trl.surgery.weights import split_fused, weights_of
+from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 
@@ -139,13 +139,12 @@ def _write_source(
 def initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
     """The least-squares cut of the upper anchor over the kept layers, not yet refitted."""
     architecture = upper.architecture()
-    weights = upper.load_state_dict()
+    weights = upper.load_weights()
     cut, cut_architecture = select_layers(weights, architecture, step.kept)
     if step.architecture.sizes != architecture.sizes:
         statistics = Statistics.load(upper.statistics_file).with_layers(architecture, step.kept)
         cut = least_squares_cut(cut, cut_architecture, statistics, step.architecture)
-    dtype = next(iter(weights.values())).dtype
-    return build_model(step.architecture, cut, dtype, name_or_path=str(upper.path))
+    return build_model(step.architecture, cut, getattr(torch, upper.dtype), name_or_path=str(upper.path))
 
 
 def _work_folder(output_dir: Path, upper: Anchor, step: Step) -> Path:
@@ -204,9 +203,9 @@ def _distil_anchor(
         losses |= {
             key: value for key, value in trainer.evaluate().items() if key.endswith(("loss", "_kd", "_ce", "_hidden"))
         }
-    weights = trainer.accelerator.get_state_dict(trainer.model)
-    weights = {key: tensor.cpu() for key, tensor in split_fused(weights, step.architecture).items()}
-    trained: Any = build_model(step.architecture, weights, student.dtype)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    state = {name: state[name].detach().cpu() for name in step.architecture.state_keys}
+    trained: Any = stock_model(step.architecture.config, state, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)
     statistics = collect_statistics(trained, step.architecture, calibration_batches(blocks), blocks.numel())

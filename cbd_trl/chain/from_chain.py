@@ -140,9 +140,9 @@ def load_pair(upper: Anchor, lower: Anchor) -> Pair:
     assert lower.block_map is not None
     differs = upper_architecture.sizes != lower_architecture.sizes
     return Pair(
-        _float(upper.load_state_dict()),
+        _float(upper.load_weights()),
         upper_architecture,
-        _float(lower.load_state_dict()),
+        _float(lower.load_weights()),
         lower_architecture,
         Statistics.load(upper.statistics_file) if differs else None,
         lower.block_map,

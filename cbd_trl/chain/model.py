@@ -1,17 +1,17 @@
 """From weights to a stock transformers model and back to disk."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture
-from cbd_trl.surgery.weights import Weights, join_fused
+from cbd_trl.surgery.weights import Weights, to_state
 
 
 def build_model(
@@ -25,14 +25,22 @@ def build_model(
         dtype: of the returned parameters.
         name_or_path: recorded as `model.name_or_path`, where tokenizers and reference models are looked up.
     """
-    config = copy.deepcopy(architecture.config)
+    return stock_model(architecture.config, to_state(weights, architecture), dtype, name_or_path)
+
+
+def stock_model(
+    config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype, name_or_path: str = ""
+) -> PreTrainedModel:
+    """The same from a config, which is copied, and tensors as the class stores them."""
+    config = copy.deepcopy(config)
     config.dtype = dtype
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [cls.__name__]
-    state = {key: tensor.to(dtype) for key, tensor in join_fused(weights, architecture).items()}
     with _quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
-        model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        model = cls.from_pretrained(
+            None, config=config, state_dict={key: tensor.to(dtype) for key, tensor in state.items()}, dtype=dtype
+        )
     model.config._name_or_path = model.name_or_path = name_or_path
     return model.eval()
 

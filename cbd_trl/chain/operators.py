@@ -1,15 +1,15 @@
 """Operators: the rules that make a target's weights from two anchors. Pure functions, one table."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from cbd_trl.architectures import Architecture
-from cbd_trl.architectures.axes import dims_of, from_dims, to_dims
+from cbd_trl.architectures import Architecture, OutputNorm, Site
+from cbd_trl.architectures.axes import dims_of, from_dims, prefix_index, to_dims
 from cbd_trl.chain.solve_shape import blocks_for_depth
 from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
-from cbd_trl.surgery.cut import least_squares_cut, plain_cut, rms_ratio
+from cbd_trl.surgery.cut import gain_ratio, least_squares_cut, plain_cut
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
 from cbd_trl.surgery.norms import fold_norms, folds
 from cbd_trl.surgery.statistics import Statistics
@@ -141,7 +141,7 @@ def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783): plain cut, zero
-    padding, layers at equal relative depth."""
+    padding, layers at equal relative depth; what kind of layer each is, as in the anchor of the greater weight."""
     alpha = pair.fraction(plan.target) if plan.alpha is None else plan.alpha
     depth = plan.target.depth
 
@@ -150,9 +150,9 @@ def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
         return select_layers(weights, architecture, layers)
 
     large, architecture = at_relative_depth(pair.upper, pair.upper_architecture)
-    target = architecture.resized(**plan.target.sizes)
-    large = plain_cut(large, architecture, target)
     small, small_architecture = at_relative_depth(pair.lower, pair.lower_architecture)
+    target = (architecture if alpha < 0.5 else small_architecture).resized(**plan.target.sizes)
+    large = plain_cut(large, architecture, target)
     small = zero_pad(small, small_architecture, target)
     return {key: torch.lerp(large[key].float(), small[key].float(), alpha) for key in large}, target
 
@@ -183,21 +183,25 @@ def _swapped(pair: Pair, plan: Plan) -> Collection[int]:
 def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> Weights:
     """The lower anchor's weights as they are to stand on the shared prefix of a target.
 
-    The target's norms divide the stream by the root mean square of more channels than the lower anchor's do; measured
-    on the upper anchor's stream, the two differ by the ratio of the prefixes' root mean squares, which is taken out
-    here.
+    The target's norms divide a stream or an output by the root mean square of more coordinates than the lower anchor's
+    do; measured on the upper anchor, the two differ by the ratio of the prefixes' root mean squares, which is taken
+    out here.
     """
-    architecture, norm_type = pair.lower_architecture, pair.lower_architecture.family.norm_type
+    architecture, upper = pair.lower_architecture, pair.upper_architecture
     lower = {key: tensor.float() for key, tensor in fold_norms(pair.lower, architecture).items()}
     statistics = _needed(pair)
+
+    def ratios(norm: Site | OutputNorm, norm_type: str) -> list[float]:
+        """What the gains of the lower anchor and of the target lose to their root mean squares."""
+        layer, name = architecture.split_name(norm.name)
+        above = replace(norm, name=norm.name if layer is None else upper.layer_name(kept[layer], name))
+        prefixes = [prefix_index(norm.axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
+        return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes]
+
     for site in architecture.sites:
         if not site.norm:
             continue
-        layer, name = architecture.split_name(site.name)
-        above = site.name if layer is None else pair.upper_architecture.layer_name(kept[layer], name)
-        site_above = next(one for one in pair.upper_architecture.sites if one.name == above)
-        ratio = rms_ratio(statistics, site_above, norm_type, architecture.sizes["width"])
-        target_ratio = rms_ratio(statistics, site_above, norm_type, target.sizes["width"])
+        ratio, target_ratio = ratios(site, architecture.family.norm_type)
         gain = f"{site.name}.weight"
         if folds(site, architecture):
             for reader in site.readers:
@@ -206,6 +210,10 @@ def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> W
             lower[gain] = lower[gain] * target_ratio
         else:
             lower[gain] = lower[gain] * (target_ratio / ratio)
+    for norm in architecture.output_norms:
+        if norm.axis != ("dim",):
+            ratio, target_ratio = ratios(norm, "rms")
+            lower[f"{norm.name}.weight"] *= target_ratio / ratio
     return lower
 
 

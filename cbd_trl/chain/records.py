@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from cbd_trl.architectures import Architecture, describe
-from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.weights import Weights, split_fused
+from cbd_trl.chain.model import stock_model
+from cbd_trl.surgery.weights import Weights, to_weights
 
 MANIFEST = "chain.json"
 STATISTICS_FILE = "statistics.safetensors"
@@ -113,8 +113,8 @@ class Anchor:
         self.need(STATISTICS_FILE)
         return self.path / STATISTICS_FILE
 
-    def load_state_dict(self) -> Weights:
-        """The weights in the stored dtype, under the keys of `Architecture.tensors`.
+    def load_state_dict(self) -> dict[str, torch.Tensor]:
+        """The tensors as they are stored, under the model's own keys; a tied head is left out.
 
         Raises:
             ValueError: the files lack a tensor that the config says the model has.
@@ -122,18 +122,26 @@ class Anchor:
         from safetensors.torch import load_file
 
         self.need(*weight_files(self.files))
-        found: Weights = {}
+        found: dict[str, torch.Tensor] = {}
         for name in weight_files(self.files):
             found |= load_file(self.path / name)
         architecture = self.architecture()
         found = {architecture.family.file_names.get(name, name): tensor for name, tensor in found.items()}
-        missing = sorted({name for name, _ in architecture.stored.values()} - found.keys())
+        missing = sorted(set(architecture.state_keys) - found.keys())
         if missing:
             raise ValueError(
                 f"{self.path / weight_files(self.files)[0]} lacks {missing[:5]}, which config.json says it has. "
                 f"{RESTORE}"
             )
-        return split_fused(found, architecture)
+        return {name: found[name] for name in architecture.state_keys}
+
+    def load_weights(self) -> Weights:
+        """The tensors as surgery sees them (see `surgery.weights`), in the stored dtype or a more precise one.
+
+        Raises:
+            ValueError: as `load_state_dict`.
+        """
+        return to_weights(self.load_state_dict(), self.architecture())
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model in eval mode.
@@ -142,7 +150,7 @@ class Anchor:
             dtype: None for the stored one.
         """
         dtype = dtype or getattr(torch, self.dtype)
-        model = build_model(self.architecture(), self.load_state_dict(), dtype, name_or_path=str(self.path))
+        model = stock_model(self.architecture().config, self.load_state_dict(), dtype, name_or_path=str(self.path))
         model.generation_config = self.load_generation_config()
         return model
 

@@ -47,7 +47,9 @@ def select_layers(weights: Weights, architecture: Architecture, layers: Sequence
     names = [name for layer, name in map(architecture.split_name, weights) if layer == 0]
     for new, old in enumerate(layers):
         for name in names:
-            picked[architecture.layer_name(new, name)] = weights[architecture.layer_name(old, name)]
+            tensor = weights[architecture.layer_name(old, name)]
+            # Copies of a layer must not be trained, or saved, as one.
+            picked[architecture.layer_name(new, name)] = tensor.clone() if old in layers[:new] else tensor
     return picked, architecture.with_layers(layers)
 
 

@@ -57,13 +57,13 @@ def collect_cross_moments(
     sums: dict[str, torch.Tensor] = {}
     tokens = 0
 
-    def keep(site: Site, stream: torch.Tensor) -> None:
-        seen[site.name] = stream.float()
+    def keep(name: str, stream: torch.Tensor) -> None:
+        seen[name] = stream.float()
 
-    def multiply(site: Site, stream: torch.Tensor) -> None:
+    def multiply(name: str, stream: torch.Tensor) -> None:
         rows = stream.float()
-        product = seen[partner[site.name]].to(rows.device).T @ rows
-        sums[site.name] = sums[site.name].add_(product) if site.name in sums else product
+        product = seen[partner[name]].to(rows.device).T @ rows
+        sums[name] = sums[name].add_(product) if name in sums else product
 
     above_sites = {above.name: above for above, _ in pairs}.values()
     with (

@@ -14,49 +14,99 @@ from cbd_trl.surgery.weights import Weights
 def grow_width(weights: Weights, architecture: Architecture, target: Architecture) -> tuple[Weights, Architecture]:
     """Grow every width to `target`'s; logits stay equal.
 
-    RMSNorm: new channels are written as zero, gains times sqrt(d_old / d_new), epsilon times d_old / d_new (Qwen3's
-    q/k norms share that epsilon, so q and k are scaled by sqrt(d_old / d_new) as well). LayerNorm: every new channel
-    is written as the mean of the old ones, new gains and biases are 0, old gains and epsilon scaled likewise. Where
-    the epsilon is fixed (OPT) everything that writes the stream is multiplied by sqrt(d_new / d_old) instead, which
-    leaves its root mean square what it was, and a final norm that a tied head reads is divided by it. New
-    heads and neurons get zero output projections. What reads a new coordinate, and the inner weights of new heads and
-    neurons, repeat old ones, so that training can move away from zero.
+    RMSNorm: new channels are written as zero, gains times sqrt(d_old / d_new), epsilon times d_old / d_new (norms over
+    an output share that epsilon, so what they normalise is scaled to it). LayerNorm: every new channel is written as
+    the mean of the old ones, new gains and biases are 0, old gains and epsilon scaled likewise. Where the epsilon is
+    fixed (OPT) the whole stream is multiplied by sqrt(d_new / d_old) instead, which leaves its root mean square what
+    it was. New heads and neurons get zero output projections. What reads a new coordinate, and the inner weights of
+    new heads and neurons, repeat old ones, so that training can move away from zero; where a norm goes over all heads
+    (OLMo 2), m copies of a head share its square: each has 1 / sqrt(m) of its weights and sqrt(m) times its gain.
 
     Returns:
         Weights, and the architecture with its new epsilon.
     """
-    ratio = architecture.sizes["width"] / target.sizes["width"]
     fixed_eps = architecture.family.eps_field is None
-    stretch = 1 / math.sqrt(ratio) if fixed_eps else 1.0
+    eps_ratio = 1.0 if fixed_eps else architecture.sizes["width"] / target.sizes["width"]
+    scales = _Scales(architecture, target, eps_ratio)
     readers = _reader_axes(architecture)
-    norms = {site.name for site in architecture.sites if site.norm}
     centred = architecture.family.norm_type == "layer"
-    shared = architecture.family.shared_eps(architecture.config)
     grown = {}
     for key, axes in architecture.tensors.items():
-        tensor, (module, kind) = weights[key], key.rsplit(".", 1)
-        array = to_dims(tensor, axes, architecture.sizes)
-        if module in norms:
-            fill = "zero" if centred else "repeat"
-            array = _extend(array, axes, "width", target.sizes["width"], fill)
-            array = array * math.sqrt(ratio) if kind == "weight" else array
-            if architecture.tied and module == architecture.family.final_site.name:
-                array = array / stretch
-        else:
-            for dim in dict.fromkeys(dims_of(axes)):
-                array = _extend(array, axes, dim, target.sizes[dim], _fill(dim, axes, readers.get(module), centred))
-            if "width" in dims_of(axes) and "width" not in readers.get(module, ()):
-                array = array * stretch
-        if architecture.split_name(module)[1] in shared:
-            array = array * math.sqrt(ratio)
-        grown[key] = from_dims(array, axes)
-    return grown, target if fixed_eps else target.with_eps(architecture.eps * ratio)
+        module = key.rsplit(".", 1)[0]
+        array = to_dims(weights[key], axes, architecture.sizes)
+        for dim in dict.fromkeys(dims_of(axes)):
+            if module in architecture.norms:
+                fill = "zero" if centred else "repeat"
+            else:
+                fill = _fill(dim, axes, readers.get(module), centred)
+            array = _extend(array, axes, dim, target.sizes[dim], fill)
+        scale = scales.of(key, axes)
+        # Most tensors stay what they are, bit for bit and without a pass over them.
+        grown[key] = from_dims(array * scale.to(array) if (scale != 1).any() else array, axes)
+    return grown, target if fixed_eps else target.with_eps(architecture.eps * eps_ratio)
+
+
+class _Scales:
+    """What growth multiplies tensors by: the scale of what they put out over the scale of what they read.
+
+    Of a norm's coordinates let a share p be old ones, and m copies stand for each of those, every copy 1 / sqrt(m) of
+    it. Times sqrt(e / p), their mean square is e times what it was, as the epsilon is; the norm divides by sqrt(e), so
+    each coordinate of what it gives is 1 / sqrt(p m) times what it was.
+
+    Args:
+        architecture, target: before and after.
+        eps_ratio: e. As p, for the stream's norms, it leaves the stream as it is.
+    """
+
+    def __init__(self, architecture: Architecture, target: Architecture, eps_ratio: float) -> None:
+        self._old, self._new, self._eps_ratio = architecture, target, eps_ratio
+        self._readers = _reader_axes(architecture)
+        self._before_norm = {norm.projection: norm.axis for norm in architecture.output_norms}
+        self._stream_norms = {site.name for site in architecture.sites if site.norm}
+
+    def of(self, key: str, axes: Axes) -> torch.Tensor:
+        """For one tensor, float64, broadcast over its atomic dimensions."""
+        module, kind = key.rsplit(".", 1)
+        written = self._written(module, axes)
+        return written / self._read(module, axes) if kind == "weight" else written
+
+    def _written(self, module: str, axes: Axes) -> torch.Tensor:
+        """Scale of what a module puts out."""
+        if module in self._before_norm:
+            return self._normed(axes, self._before_norm[module], self._eps_ratio)
+        stream = self._normed(axes, ("width",), self._eps_ratio)
+        if module in self._stream_norms:
+            # A tied head reads with the table, which writes the stream.
+            tied = module == self._old.family.final_site.name and self._old.tied
+            return 1 / stream if tied else torch.ones_like(stream)
+        writes_stream = "width" in dims_of(axes) and "width" not in self._readers.get(module, ())
+        return stream if writes_stream else torch.ones_like(stream)
+
+    def _read(self, module: str, axes: Axes) -> torch.Tensor:
+        """Scale of what a module reads; a norm's gain reads what is normalised."""
+        if module in self._old.norms:
+            return self._normed(axes, axes[0], 1.0)
+        return torch.ones((), dtype=torch.float64)
+
+    def _normed(self, axes: Axes, norm_axis: Sequence[str], eps_ratio: float) -> torch.Tensor:
+        """sqrt(e / (p m)) for the coordinates of a tensor: what goes into a norm over this axis, and with e = 1 what
+        comes out of it."""
+        copies = torch.ones((), dtype=torch.float64)
+        for dim in dims_of(axes):
+            copies = copies[..., None]
+            # The residual stream's new channels are no copies.
+            if dim in norm_axis and dim != "width":
+                old = torch.arange(self._new.sizes[dim]) % self._old.sizes[dim]
+                copies = copies * old.bincount()[old]
+        share = math.prod(self._old.sizes[dim] / self._new.sizes[dim] for dim in norm_axis)
+        return (eps_ratio / share / copies).sqrt()
 
 
 def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tuple[Weights, Architecture]:
     """Insert evenly spaced layers that add nothing; logits stay equal.
 
-    Output projections and biases of a new layer are zero; the rest of it is a copy of the layer after it.
+    Output projections and biases of a new layer are zero, or the gains of the norms that follow them; the rest of it
+    is a copy of the layer after it.
 
     Raises:
         ValueError: `depth` is smaller than the model's.
@@ -75,12 +125,14 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
 
 
 def _silence(weights: Weights, architecture: Architecture, layer: int) -> None:
+    norms = architecture.family.output_norms(architecture.config)
     for site in architecture.family.sites:
-        if site.norm:
+        if site.axis == ("width",):
             continue
         for reader in site.readers:
             for kind in ("weight", "bias"):
-                key = architecture.layer_name(layer, f"{reader}.{kind}")
+                # Through a norm that has only zeros to divide, gradients would be enormous.
+                key = architecture.layer_name(layer, f"{norms.get(reader, reader)}.{kind}")
                 if key in weights:
                     weights[key] = torch.zeros_like(weights[key])
 

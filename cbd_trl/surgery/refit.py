@@ -8,14 +8,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cbd_trl.architectures import Architecture, decoder_layers
-from cbd_trl.surgery.weights import from_input_matrix, input_matrix
+from cbd_trl.surgery.statistics import normalised
+from cbd_trl.surgery.weights import as_stored, as_used, from_input_matrix, input_matrix
 
 # Best of 1e-2, 0.1, 0.4 and 1.5 on 6k tokens of SmolLM2-135M (30 -> 16 layers, and 576 -> 384 channels).
 RIDGE = 0.1
-
-
-class _Stopped(Exception):
-    """The first layer's inputs are known; nothing after it is needed."""
 
 
 @torch.no_grad()
@@ -33,7 +30,8 @@ def refit_layers(
     Layer by layer from the first: with h the input of the output projection W, s the layer's output in the student
     (whose layers below are refitted already) and t the teacher's stream at the end of the block on the channels they
     share, W moves by E[(t - s) h^T] (E[h h^T] + ridge)^-1 and its bias, where it has one, by the mean that is left.
-    Tokens are weighted by 1 / |t|.
+    Tokens are weighted by 1 / |t|. Where a norm with gain g follows W, W is fitted for what the norm divides by now,
+    h / rms(W h) and (t - s) / g standing for h and t - s; then the gain is fitted to what the norm gives.
 
     Args:
         student: a model cut from the teacher, in depth, width or both; changed in place.
@@ -47,48 +45,105 @@ def refit_layers(
     Raises:
         ValueError: there are no batches.
     """
-    site = next(site for site in architecture.family.sites if site.axis == ("ffn",))
     ours, theirs = decoder_layers(student), decoder_layers(teacher)
     streams, calls, targets = [], [], []
     for batch in batches:
-        stream, call = _first_layer_inputs(student, ours[0], batch)
+        stream, layer_calls = _layer_inputs(student, ours, batch)
         streams.append(stream)
-        calls.append(call)
+        calls.append(layer_calls)
         width = stream.shape[-1]
         ends = _block_ends(teacher, theirs, [block[-1] for block in blocks], batch)
         targets.append([end[..., :width] for end in ends])
     if not streams:
         raise ValueError("There is no calibration text to refit the layers on. Give at least one batch.")
     for i, layer in enumerate(tqdm(ours, desc="Refitting layers", disable=not progress, leave=False)):
-        module = layer.get_submodule(site.readers[0])
-        sums: dict[str, torch.Tensor] = {}
+        ffn = _OutputProjection(layer, i, architecture)
         inner, outputs = [], []
         for number, stream in enumerate(streams):
-            with _recorded_input(module) as recorded:
-                output = _tensor(layer(stream, *calls[number][0], **calls[number][1]))
-            inner.append(recorded[0].flatten(0, -2).float())
-            outputs.append(output)
-            _add_moments(sums, inner[-1], output.flatten(0, -2).float(), targets[number][i].flatten(0, -2).float())
-        change, shift = _solve(sums, ridge, intercept=module.bias is not None)
-        key = architecture.layer_name(i, f"{site.readers[0]}.weight")
-        axes = architecture.tensors[key]
-        matrix = input_matrix(module.weight, axes, site.axis)
-        module.weight.copy_(from_input_matrix(matrix + change.to(matrix.dtype), module.weight, axes, site.axis))
-        if module.bias is not None:
-            module.bias.add_(shift.to(module.bias.dtype))
+            with _recorded_input(ffn.module) as recorded:
+                args, kwargs = calls[number][i]
+                outputs.append(_tensor(layer(stream, *args, **kwargs)).flatten(0, -2))
+            inner.append(recorded[0].flatten(0, -2))
+        goals = [target[i].flatten(0, -2).float() for target in targets]
+        before = [ffn(rows) for rows in inner]
+        gaps = [goal - output.float() for goal, output in zip(goals, outputs, strict=True)]
+        weights = [_token_weights(goal) for goal in goals]
+        ffn.fit(inner, gaps, weights, ridge)
+        if ffn.norm is not None:
+            ffn.fit_gain(inner, [gap + old.float() for gap, old in zip(gaps, before, strict=True)], weights)
         streams = [
-            output + (rows @ change.T + shift).view_as(output).to(output.dtype)
-            for output, rows in zip(outputs, inner, strict=True)
+            (output + ffn(rows) - old).view_as(stream)
+            for output, rows, old, stream in zip(outputs, inner, before, streams, strict=True)
         ]
 
 
-def _add_moments(
-    sums: dict[str, torch.Tensor], rows: torch.Tensor, stream: torch.Tensor, target: torch.Tensor
-) -> None:
-    gap = target - stream
-    # What reads the stream sees it normalised, so large tokens must not be all that is fitted. But 1 / |t|^2
-    # loses the size of the few enormous ones (attention sinks), which upper blocks build on.
-    weight = target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+class _OutputProjection:
+    """The FFN output projection of one layer of a model, with the norm that may follow it.
+
+    N rows: tokens of a batch. Called with what the projection reads, (N, F), it gives what the FFN adds to the stream,
+    (N, D).
+    """
+
+    def __init__(self, layer: nn.Module, index: int, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._site = next(site for site in architecture.family.sites if site.axis == ("ffn",))
+        name = self._site.readers[0]
+        self._key = architecture.layer_name(index, f"{name}.weight")
+        self.module: Any = layer.get_submodule(name)
+        norm = architecture.family.output_norms(architecture.config).get(name)
+        self._norm_key = architecture.layer_name(index, f"{norm}.weight")
+        self.norm: Any = None if norm is None else layer.get_submodule(norm)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        output = self.module(rows)
+        return output if self.norm is None else self.norm(output)
+
+    def _normalised(self, rows: torch.Tensor) -> torch.Tensor:
+        return normalised(self.module(rows), "rms", self._architecture.eps)
+
+    def fit(
+        self,
+        inner: Sequence[torch.Tensor],
+        gaps: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        ridge: float,
+    ) -> None:
+        """Move the projection so that what is added changes by the gaps, in weighted least squares."""
+        sums: dict[str, torch.Tensor] = {}
+        for rows, gap, weight in zip(inner, gaps, weights, strict=True):
+            if self.norm is not None:
+                rms = (self.module(rows).float().pow(2).mean(-1, keepdim=True) + self._architecture.eps).sqrt()
+                gain = as_used(self._norm_key, self.norm.weight, self._architecture).float()
+                # gap / gain, but next to nothing for a channel with next to no gain.
+                rows, gap = rows / rms, gap * gain / (gain.square() + ridge * gain.square().mean())
+            _add_moments(sums, rows.float(), gap, weight)
+        change, shift = _solve(sums, ridge, intercept=self.module.bias is not None)
+        axes, weight = self._architecture.tensors[self._key], self.module.weight
+        matrix = input_matrix(weight, axes, self._site.axis)
+        weight.copy_(from_input_matrix(matrix + change.to(matrix.dtype), weight, axes, self._site.axis))
+        if self.module.bias is not None:
+            self.module.bias.add_(shift.to(weight.dtype))
+
+    def fit_gain(
+        self, inner: Sequence[torch.Tensor], goals: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+    ) -> None:
+        """Set each gain of the norm so that what is added is nearest to the goals, in weighted least squares."""
+        above = below = torch.zeros(())
+        for rows, goal, weight in zip(inner, goals, weights, strict=True):
+            stream = self._normalised(rows)
+            above = above + (weight * stream * goal).sum(0)
+            below = below + (weight * stream.square()).sum(0)
+        gain = above / below.clamp(min=1e-12)
+        self.norm.weight.copy_(as_stored(self._norm_key, gain, self._architecture))
+
+
+def _token_weights(target: torch.Tensor) -> torch.Tensor:
+    """What reads the stream sees it normalised, so large tokens must not be all that is fitted. But 1 / |t|^2 loses
+    the size of the few enormous ones (attention sinks), which upper blocks build on: 1 / |t|, (N, 1)."""
+    return target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+
+def _add_moments(sums: dict[str, torch.Tensor], rows: torch.Tensor, gap: torch.Tensor, weight: torch.Tensor) -> None:
     weighted = rows * weight
     parts = {"hh": rows.T @ weighted, "gh": gap.T @ weighted, "h": weighted.sum(0), "g": (gap * weight).sum(0)}
     parts["n"] = weight.sum()
@@ -128,25 +183,22 @@ class _recorded_input:
         self._handle.remove()
 
 
-def _first_layer_inputs(
-    model: nn.Module, layer: nn.Module, batch: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The stream at the first layer and everything else that every layer is called with (masks, positions)."""
+def _layer_inputs(
+    model: nn.Module, layers: nn.ModuleList, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The stream at the first layer, and everything else that each layer is called with (masks, positions)."""
     found: list[Any] = []
 
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append((args, kwargs))
-        raise _Stopped
 
-    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     try:
-        model(**batch, use_cache=False)
-    except _Stopped:
-        pass
+        model(**batch, use_cache=False, logits_to_keep=1)
     finally:
-        handle.remove()
-    (stream, *rest), kwargs = found[0]
-    return stream, (tuple(rest), kwargs)
+        for handle in handles:
+            handle.remove()
+    return found[0][0][0], [(args[1:], kwargs) for args, kwargs in found]
 
 
 def _block_ends(

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cbd_trl.architectures import Architecture, Site
-from cbd_trl.architectures.axes import Sizes, dims_of, select
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import Sizes, axis_length, select
 from cbd_trl.surgery.permute import Order, permute
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
@@ -29,15 +29,19 @@ class Importance:
 def importance(weights: Weights, architecture: Architecture, statistics: Statistics) -> Importance:
     """Root mean square activation times the size of what reads it.
 
-    Channels are summed over all norm outputs of the model; neurons and heads are weighted by the norm of their output
-    column. After Minitron, arXiv 2407.14679, section 2.2, which uses mean |x|.
+    Channels are summed over all streams that layers read, each divided by its root mean square over all channels
+    where no norm does it; neurons and heads are weighted by the norm of their output column. After Minitron, arXiv
+    2407.14679, section 2.2, which uses mean |x|.
     """
     width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
     inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": []}
     for site in architecture.sites:
         rms = statistics.variances(site.name).clamp(min=0).sqrt()
-        if site.norm:
-            width += rms * weights[f"{site.name}.weight"].double().abs().cpu()
+        if site.axis == ("width",):
+            gain = weights[f"{site.name}.weight"].double().abs().cpu() if site.norm else 1 / rms.square().mean().sqrt()
+            # The table that is read with is as many times larger as the gain is smaller.
+            tied_final = architecture.tied and site is architecture.sites[-1]
+            width += rms * gain * (architecture.embedding_scale if tied_final else 1.0)
             continue
         key, _ = reader_keys(site.readers[0], weights, architecture)
         score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0).cpu()
@@ -60,15 +64,14 @@ def sort_weights(
         The permuted weights and the statistics in the new order.
     """
     order = importance_order(scores)
+    axes = {site.name: site.axis for site in architecture.sites}
+    axes |= {norm.name: norm.axis for norm in architecture.output_norms}
     index = {
-        site.name: _site_order(site, architecture.sizes, order.index(architecture.split_name(site.name)[0]))
-        for site in architecture.sites
+        name: _site_order(axis, architecture.sizes, order.index(architecture.split_name(name)[0]))
+        for name, axis in axes.items()
     }
     return permute(weights, architecture, order), statistics.reindexed(index)
 
 
-def _site_order(site: Site, sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:
-    length = 1
-    for dim in dims_of((site.axis,)):
-        length *= sizes[dim]
-    return select(torch.arange(length), (site.axis,), sizes, orders)
+def _site_order(axis: tuple[str, ...], sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:
+    return select(torch.arange(axis_length(axis, sizes)), (axis,), sizes, orders)

@@ -1,9 +1,9 @@
-"""First and second moments of every stream that linear layers read, from calibration text."""
+"""Moments of every stream that linear layers read, and of every norm over an output, from calibration text."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cbd_trl.architectures import Architecture, Site
+from cbd_trl.architectures import Architecture, OutputNorm, Site
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+_KINDS = ("mean", "second", "square")
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Statistics:
             elsewhere.
         seconds: {site: E[x x^T], its upper triangle row by row, (D (D + 1) / 2,) float32}.
         tokens: number of tokens averaged over, padding left out.
+        squares: {output norm: E[x_i^2], (D,) float32}; x is its input, normalised, before the gain.
     """
 
     means: Mapping[str, torch.Tensor]
     seconds: Mapping[str, torch.Tensor]
     tokens: int
+    squares: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def mean(self, site: str) -> torch.Tensor:
         """E[x], (D,) float64."""
@@ -45,23 +48,29 @@ class Statistics:
         return upper + upper.triu(1).T
 
     def variances(self, site: str) -> torch.Tensor:
-        """E[x_i^2], (D,) float64: the diagonal of `second`, without unpacking it."""
+        """E[x_i^2], (D,) float64, at a site or an output norm."""
+        if site in self.squares:
+            return self.squares[site].double()
+        # The diagonal of `second`, without unpacking it.
         size = len(self.means[site])
         rows = torch.arange(size)
         return self.seconds[site][rows * size - rows * (rows - 1) // 2].double()
 
     def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
         """The statistics of a model whose stream at `site` is x[index[site]] (sites without an entry are dropped)."""
-        means, seconds = {}, {}
+        means, seconds, squares = {}, {}, {}
         for site, order in index.items():
-            means[site] = self.means[site][order]
-            seconds[site] = _packed(self.second(site)[order][:, order])
-        return Statistics(means, seconds, self.tokens)
+            if site in self.squares:
+                squares[site] = self.squares[site][order]
+            elif site in self.means:
+                means[site] = self.means[site][order]
+                seconds[site] = _packed(self.second(site)[order][:, order])
+        return Statistics(means, seconds, self.tokens, squares)
 
     def with_layers(self, architecture: Architecture, layers: Sequence[int]) -> "Statistics":
         """The statistics of these layers, renumbered; those outside the layers as they are."""
         sources = {}
-        for site in self.means:
+        for site in (*self.means, *self.squares):
             layer, name = architecture.split_name(site)
             if layer is None:
                 sources[site] = site
@@ -70,13 +79,19 @@ class Statistics:
                     architecture.layer_name(new, name): architecture.layer_name(old, name)
                     for new, old in enumerate(layers)
                 }
-        means = {site: self.means[source] for site, source in sources.items()}
-        return Statistics(means, {site: self.seconds[source] for site, source in sources.items()}, self.tokens)
+        means, seconds, squares = (
+            {site: kind[source] for site, source in sources.items() if source in kind}
+            for kind in (self.means, self.seconds, self.squares)
+        )
+        return Statistics(means, seconds, self.tokens, squares)
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file."""
-        tensors = {f"{site}.mean": mean.contiguous() for site, mean in self.means.items()}
-        tensors |= {f"{site}.second": second.contiguous() for site, second in self.seconds.items()}
+        tensors = {
+            f"{site}.{kind}": tensor.contiguous()
+            for kind, moments in zip(_KINDS, (self.means, self.seconds, self.squares), strict=True)
+            for site, tensor in moments.items()
+        }
         save_file(tensors, path, metadata={"cbd_trl_statistics": FORMAT_VERSION, "tokens": json.dumps(self.tokens)})
 
     @classmethod
@@ -94,9 +109,11 @@ class Statistics:
                     f"{metadata.get('cbd_trl_statistics')!r}). Build the chain again with this version of cbd_trl."
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        means = {key[: -len(".mean")]: tensor for key, tensor in tensors.items() if key.endswith(".mean")}
-        seconds = {key[: -len(".second")]: tensor for key, tensor in tensors.items() if key.endswith(".second")}
-        return cls(means, seconds, json.loads(metadata["tokens"]))
+        means, seconds, squares = (
+            {key.removesuffix(f".{kind}"): tensor for key, tensor in tensors.items() if key.endswith(f".{kind}")}
+            for kind in _KINDS
+        )
+        return cls(means, seconds, json.loads(metadata["tokens"]), squares)
 
 
 def _packed(second: torch.Tensor) -> torch.Tensor:
@@ -112,40 +129,29 @@ def normalised(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor
     return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
 
 
-class _Sums:
-    """Running sums at one site."""
-
-    def __init__(self) -> None:
-        self.first: torch.Tensor | None = None
-        self.second: torch.Tensor | None = None
-
-    def add(self, stream: torch.Tensor, mask: torch.Tensor) -> None:
-        rows = stream[mask.flatten()].float()
-        first, second = rows.sum(0, dtype=torch.float64), rows.T @ rows
-        self.first = first if self.first is None else self.first + first
-        self.second = second if self.second is None else self.second.add_(second)
-
-
 @contextmanager
 def watched(
-    model: nn.Module, architecture: Architecture, sites: Iterable[Site], visit: Callable[[Site, torch.Tensor], None]
+    model: nn.Module,
+    architecture: Architecture,
+    places: Iterable[Site | OutputNorm],
+    visit: Callable[[str, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Inside, every forward pass of a model calls `visit(site, x)` with what is read at each of these sites.
+    """Inside, every forward pass of a model calls `visit(name, x)` with what each of these sites and norms gets.
 
     x is (B T, D), a row a token: normalised before gain and bias, in float32, at a norm; the raw input elsewhere.
     """
     modules = dict(model.named_modules())
     norm = (architecture.family.norm_type, architecture.eps)
 
-    def hook_for(site: Site) -> Any:
+    def hook_for(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             # OPT's FFN sees one row of tokens, whatever the batch.
             stream = inputs[0].detach().flatten(0, -2)
-            visit(site, normalised(stream, *norm) if site.norm else stream)
+            visit(name, normalised(stream, *norm) if name in architecture.norms else stream)
 
         return hook
 
-    handles = [modules[site.name].register_forward_pre_hook(hook_for(site)) for site in sites]
+    handles = [modules[place.name].register_forward_pre_hook(hook_for(place.name)) for place in places]
     try:
         yield
     finally:
@@ -167,13 +173,25 @@ def collect_statistics(
     Raises:
         ValueError: the batches hold no token.
     """
-    sums = {site.name: _Sums() for site in architecture.sites}
-    device = next(model.parameters()).device
+    # A norm of each head on its own is never cut.
+    over_outputs = {norm.name: norm for norm in architecture.output_norms if norm.axis != ("dim",)}
+    sums: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _KINDS}
     mask_of: list[torch.Tensor] = []
+
+    def add(name: str, stream: torch.Tensor) -> None:
+        rows = stream[mask_of[0].flatten()].float()
+        if name in over_outputs:
+            found = {"square": rows.square().sum(0, dtype=torch.float64)}
+        else:
+            found = {"mean": rows.sum(0, dtype=torch.float64), "second": rows.T @ rows}
+        for kind, total in found.items():
+            sums[kind][name] = sums[kind][name].add_(total) if name in sums[kind] else total
+
+    device = next(model.parameters()).device
     tokens, was_training = 0, model.training
     model.eval()
     try:
-        with watched(model, architecture, architecture.sites, lambda site, x: sums[site.name].add(x, mask_of[0])):
+        with watched(model, architecture, [*architecture.sites, *over_outputs.values()], add):
             for batch in batches:
                 inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
                 inputs.pop("labels", None)
@@ -190,6 +208,7 @@ def collect_statistics(
         raise ValueError(
             "The calibration text holds no token, so nothing can be sorted or cut. Give a dataset with text in it."
         )
-    means = {name: (one.first / tokens).float().cpu() for name, one in sums.items() if one.first is not None}
-    seconds = {name: _packed((one.second / tokens).cpu()) for name, one in sums.items() if one.second is not None}
-    return Statistics(means, seconds, tokens)
+    means, seconds, squares = (
+        {name: (total / tokens).float().cpu() for name, total in sums[kind].items()} for kind in _KINDS
+    )
+    return Statistics(means, {name: _packed(second) for name, second in seconds.items()}, tokens, squares)

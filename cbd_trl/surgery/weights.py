@@ -1,4 +1,11 @@
-"""Reading and writing single tensors of a state dict through an architecture's description."""
+"""Reading and writing single tensors of a state dict through an architecture's description.
+
+`Weights` hold what a model computes with, under the keys of `Architecture.tensors`: every projection by itself (Phi-3
+stores several in one tensor), gains themselves (Gemma stores them less 1), and input embeddings as they enter the
+residual stream (Gemma multiplies them by the square root of the width, which a cut or growth changes). With a tied
+head the final norm's gain takes the inverse of that factor. So the surgery knows one kind of projection, of norm and
+of table, and `to_weights` and `to_state` alone know how a family stores them.
+"""
 
 from collections.abc import Mapping
 
@@ -12,34 +19,66 @@ Weights = dict[str, torch.Tensor]
 
 
 def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
-    """The model's parameters as weights (views, not copies).
+    """The model's parameters as weights (views, not copies, where they are stored as they are used).
 
     Raises:
         ValueError: the model lacks a tensor of its family or has one that the description does not know.
     """
     state = model.state_dict()
     tied_head = {f"{architecture.family.head}.weight"} if architecture.tied else set()
-    wanted = {name for name, _ in architecture.stored.values()}
-    missing, unknown = sorted(wanted - set(state)), sorted(set(state) - wanted - tied_head)
+    wanted = set(architecture.state_keys)
+    missing, unknown = sorted(wanted - state.keys()), sorted(state.keys() - wanted - tied_head)
     if missing or unknown:
         raise ValueError(
             f"The weights are not those of a plain {architecture.config.model_type} model: missing {missing[:5]}, "
             f"unknown {unknown[:5]}. Merge adapters (`merge_and_unload`) and remove added modules first."
         )
-    return split_fused(state, architecture)
+    return to_weights(state, architecture)
 
 
-def split_fused(state: Mapping[str, torch.Tensor], architecture: Architecture) -> Weights:
-    """A model's state dict as weights (views); what the architecture does not know is left out."""
-    return {key: state[name][rows].detach() for key, (name, rows) in architecture.stored.items()}
+def to_weights(state: Mapping[str, torch.Tensor], architecture: Architecture) -> Weights:
+    """A model's state dict as weights; what the architecture does not know is left out."""
+    return {key: as_used(key, state[name][rows], architecture) for key, (name, rows) in architecture.stored.items()}
 
 
-def join_fused(weights: Weights, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Inverse of `split_fused`: weights as the model's state dict."""
+def to_state(weights: Mapping[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
+    """Inverse of `to_weights`: the model's state dict, without a tied head."""
     parts: dict[str, list[torch.Tensor]] = {}
     for key, (name, _) in architecture.stored.items():
-        parts.setdefault(name, []).append(weights[key])
+        parts.setdefault(name, []).append(as_stored(key, weights[key], architecture))
     return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """One stored tensor, or a slice of it, as the model computes with it.
+
+    Returns:
+        A view of it where nothing is to be done; else a gain in float64, a table in float32 or better.
+    """
+    offset, scale = _convention(key, architecture)
+    tensor = tensor.detach()
+    if (offset, scale) == (0.0, 1.0):
+        return tensor
+    # 1 + w in the stored precision would lose most of a small w.
+    precise = tensor.double() if tensor.dim() == 1 else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return (precise + offset) * scale
+
+
+def as_stored(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch.Tensor:
+    """Inverse of `as_used`."""
+    offset, scale = _convention(key, architecture)
+    return tensor if (offset, scale) == (0.0, 1.0) else tensor / scale - offset
+
+
+def _convention(key: str, architecture: Architecture) -> tuple[float, float]:
+    """(offset, scale): the model computes with scale x (offset + what is stored)."""
+    family, module = architecture.family, key.rsplit(".", 1)[0]
+    if module == family.embedding:
+        return 0.0, architecture.embedding_scale
+    if not key.endswith(".weight") or module not in architecture.norms:
+        return 0.0, 1.0
+    tied_final = architecture.tied and module == family.final_site.name
+    return family.gain_offset, 1.0 / architecture.embedding_scale if tied_final else 1.0
 
 
 def input_matrix(weight: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> torch.Tensor:

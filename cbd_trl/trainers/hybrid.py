@@ -6,10 +6,13 @@ model between two anchors is made of (design section 3).
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+
+from cbd_trl.architectures import decoder_layers
+from cbd_trl.trainers.layer_sorts import LayerSorts, check_sorts, sorts_of
 
 # Fields that must agree because a layer of the teacher gets the student's rotary embeddings and attention masks.
 _SHARED_FIELDS = ("model_type", "hidden_size", "head_dim", "rope_parameters", "sliding_window", "_attn_implementation")
@@ -20,11 +23,14 @@ class TeacherBlock(nn.Module):
 
     Args:
         layers: decoder layers of the teacher.
+        sorts: how each of them attends.
+        inputs: what layers are called with that attend otherwise than the student's; None where there are none.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], sorts: list[str], inputs: LayerSorts | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self._sorts, self._inputs = sorts, inputs
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layers one after the other.
@@ -38,8 +44,10 @@ class TeacherBlock(nn.Module):
             what the last layer returns: a tensor (B, T, D), or a tuple that starts with one.
         """
         output: Any = hidden_states
-        for layer in self.layers:
-            output = layer(output[0] if isinstance(output, tuple) else output, *args, **kwargs)
+        for layer, sort in zip(self.layers, self._sorts, strict=True):
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            own = kwargs if self._inputs is None else self._inputs.kwargs(sort, hidden_states, kwargs)
+            output = layer(hidden_states, *args, **own)
         return output
 
 
@@ -47,8 +55,8 @@ class Hybrid:
     """Swaps the last blocks of a student for the teacher's, one forward at a time.
 
     Args:
-        student: the module list of the student's layers.
-        teacher: the module list of the teacher's layers, frozen.
+        student: the model being trained, not wrapped.
+        teacher: the frozen teacher, not wrapped.
         block_map: for each student layer the consecutive teacher layers it stands for.
         probability: share of the optimiser steps that are taken on a hybrid.
         seed: of the draws, which depend on it and on the step alone: every micro-batch of a step and every process
@@ -59,17 +67,23 @@ class Hybrid:
     """
 
     def __init__(
-        self, student: nn.ModuleList, teacher: nn.ModuleList, block_map: list[list[int]], probability: float, seed: int
+        self, student: nn.Module, teacher: nn.Module, block_map: list[list[int]], probability: float, seed: int
     ) -> None:
+        self._student, theirs = decoder_layers(student), decoder_layers(teacher)
+        ours, sorts = sorts_of(student), sorts_of(teacher)
+        mixed = any(sorts[j] != ours[i] for i, block in enumerate(block_map) for j in block)
+        self._inputs = LayerSorts(student, teacher) if mixed else None
         self.blocks = {
-            i: TeacherBlock([teacher[j] for j in block]) for i, block in enumerate(block_map) if len(block) > 1
+            i: TeacherBlock([theirs[j] for j in block], [sorts[j] for j in block], self._inputs)
+            for i, block in enumerate(block_map)
+            if len(block) > 1
         }
         if not self.blocks:
             raise ValueError(
-                f"swap_probability={probability}, but student and teacher have {len(student)} layers each: no student "
-                "layer stands for several of the teacher's. Set swap_probability=0 for a pair that differs in width."
+                f"swap_probability={probability}, but student and teacher have {len(self._student)} layers each: no "
+                "student layer stands for several of the teacher's. Set swap_probability=0 for a pair that differs in "
+                "width."
             )
-        self._student = student
         self._probability = probability
         self._seed = seed
 
@@ -103,7 +117,8 @@ class Hybrid:
         try:
             for i in indices:
                 self._student[i] = self.blocks[i]
-            yield indices
+            with self._inputs.prepared() if self._inputs and indices else nullcontext():
+                yield indices
         finally:
             for i, layer in originals.items():
                 self._student[i] = layer
@@ -128,18 +143,7 @@ def check_swappable(student_config: Any, teacher_config: Any, block_map: list[li
                 f"in the student and {theirs!r} in the teacher: the teacher's layers cannot run inside the student. "
                 "Set swap_probability=0."
             )
-    student_types, teacher_types = (
-        getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-        for config in (student_config, teacher_config)
-    )
-    for i, block in enumerate(block_map):
-        types = {teacher_types[j] for j in block}
-        if types != {student_types[i]}:
-            raise ValueError(
-                f"swap_probability: student layer {i} uses {student_types[i]}, the teacher's layers {block} that it "
-                f"stands for use {sorted(types)}, and one call can carry only one attention mask. Set "
-                "swap_probability=0, or choose blocks of one layer type."
-            )
+    check_sorts(student_config, teacher_config, block_map)
 
 
 def _field(config: Any, name: str) -> Any:

@@ -63,7 +63,7 @@ class LayerPairs:
         blocks = resolve_block_map(block_map, len(ours), len(theirs))
         if args.swap_probability:
             check_swappable(student_config, teacher_config, blocks)
-            self.hybrid = Hybrid(ours, theirs, blocks, args.swap_probability, args.seed)
+            self.hybrid = Hybrid(student, teacher, blocks, args.swap_probability, args.seed)
         if args.uses_hidden:
             for i, block in enumerate(blocks):
                 self.student_outputs.watch(i, ours[i])

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Olmo2Config,
+    PretrainedConfig,
+    SmolLM3Config,
+)
 
 from cbd_trl.architectures import describe, supported_model_types
 from cbd_trl.architectures.axes import tensor_shape
@@ -28,8 +37,13 @@ OPTIONS = [
     ("mistral", {}),
     ("mistral", {"head_dim": None, "sliding_window": 8}),
     ("qwen2", {}),
-    ("qwen3", {"attention_bias": False}),
-    ("qwen3", {"attention_bias": True}),
+    *[
+        (family, {"attention_bias": biased})
+        for family in ("qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2")
+        for biased in (False, True)
+    ],
+    ("smollm3", {"mlp_bias": True}),
+    ("olmo2", {"num_key_value_heads": None}),
     ("gpt2", {}),
     ("gpt2", {"n_inner": 40}),
     *[("gpt_neox", {"attention_bias": b, "use_parallel_residual": p}) for b in (False, True) for p in (False, True)],
@@ -79,9 +93,7 @@ def test_sites_are_modules_and_their_readers_read_that_axis(family):
 
 def test_unsupported_model_type_lists_the_supported_ones():
     assert supported_model_types() == sorted(FAMILIES)
-    with pytest.raises(
-        ValueError, match=r"'bloom'.*Supported model types: gpt2, gpt_neox, llama, mistral, opt, phi3, qwen"
-    ):
+    with pytest.raises(ValueError, match=rf"'bloom'.*model types: {', '.join(sorted(FAMILIES))}\."):
         describe(BloomConfig())
 
 
@@ -260,6 +272,41 @@ def test_gpt2_width_without_its_heads_is_refused():
         describe(tiny_config("gpt2")).resized(width=24)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_gemma_that_attends_to_later_tokens_is_refused(family):
+    with pytest.raises(ValueError, match=rf"{family} with use_bidirectional_attention=True.*no language model"):
+        describe(tiny_config(family, use_bidirectional_attention=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "lists"),
+    [
+        ("smollm3", {}, {"no_rope_layers": [1, 0, 0, 0, 1], "layer_types": ["full"] + 3 * ["sliding"] + ["full"]}),
+        (
+            "smollm3",
+            {"no_rope_layers": [0, 1, 1, 1]},
+            {"no_rope_layers": [0, 1, 1, 1, 1], "layer_types": ["sliding"] + 4 * ["full"]},
+        ),
+        ("gemma2", {}, {"layer_types": ["sliding", "full", "full", "full", "sliding"]}),
+        ("gemma3_text", {}, {"layer_types": 4 * ["sliding"] + ["full"]}),
+        (
+            "mistral",
+            {"layer_types": [f"{sort}_attention" for sort in ("sliding", "full", "full", "sliding")]},
+            {"layer_types": ["sliding", "sliding", "sliding", "full", "full"]},
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_layer_is_travels_with_it(family, options, lists):
+    """Through selection and a config file; 3 and 1 stand where 1, 2 and 3 were."""
+    architecture = describe(tiny_config(family, **options))
+    picked = architecture.with_layers([0, 3, 3, 1, 2])
+    again = type(picked.config).from_dict(json.loads(picked.config.to_json_string()))
+    for config in (picked.config, again):
+        for name, values in lists.items():
+            assert [str(value).removesuffix("_attention") for value in getattr(config, name)] == list(map(str, values))
+
+
 def _sliding(family: str) -> PretrainedConfig:
     return tiny_config(family, use_sliding_window=True, sliding_window=8, max_window_layers=2)
 
@@ -306,6 +353,32 @@ def test_parts_of_a_fused_tensor_are_runs_of_its_rows():
     up = layer.mlp.gate_up_proj.weight[48:]
     assert torch.equal(weights["model.layers.3.mlp.up_proj.weight"], up)
     assert weights["model.layers.3.mlp.up_proj.weight"].data_ptr() == up.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("config", "published"),
+    [
+        (Gemma2Config(), 2_614_341_888),
+        (
+            Gemma3TextConfig(
+                vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_attention_heads=4,
+                num_key_value_heads=1,
+            ),
+            999_885_952,
+        ),
+        (
+            Olmo2Config(
+                vocab_size=100352, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                num_attention_heads=16,
+            ),
+            1_484_916_736,
+        ),
+        (SmolLM3Config(), 3_075_098_624),
+    ],
+    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B"],
+)  # fmt: skip
+def test_parameter_counts_of_published_models(config, published):
+    assert describe(config).num_parameters == published
 
 
 def test_parameter_count_of_a_known_model():

@@ -49,9 +49,9 @@ def widths_of(family: str, fields: dict[str, int]) -> dict[str, int]:
 
 
 @functools.cache
-def random_pair(family: str, tied: bool, what: str) -> Pair:
+def random_pair(family: str, tied: bool, what: str, **options: Any) -> Pair:
     """Two anchors that differ in "depth", "width" or "both", each with random weights of its own, in float64."""
-    upper = full_model(family, tied, seed=1, **depth_of(family, UPPER_DEPTH))
+    upper = full_model(family, tied, seed=1, **depth_of(family, UPPER_DEPTH), **options)
     upper_weights, upper_architecture = described(upper)
     fields = depth_of(family, LOWER_DEPTH) if what != "width" else {}
     fields |= widths_of(family, _NARROW) if what != "depth" else {}

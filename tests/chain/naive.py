@@ -54,18 +54,23 @@ def _at(architecture: Architecture, key: str, layer: int) -> str:
 
 
 @torch.no_grad()
-def _root_mean_squares(model: PreTrainedModel, architecture: Architecture, width: int) -> dict[str, float]:
-    """Of the first `width` channels over that of all, for what each norm puts out before gain and bias."""
+def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str, float]:
+    """Of the first coordinates, as many as each norm of `narrow` has, over that of all, for what the norms of a model
+    of its depth or more put out before gain and bias."""
     ratios = {}
-    for name in (site.name for site in architecture.sites if site.norm):
+    for name, norm in model.named_modules():
+        if not name.endswith(("norm", "ln_1", "ln_2", "ln_f")):
+            continue
+        layer, inside = narrow.split_name(f"{name}.weight")
+        key = f"{name}.weight" if layer is None else narrow.layer_name(0, inside)
         seen: list[torch.Tensor] = []
-        norm = model.get_submodule(name)
         handle = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
         model(tokens(16, seed=1))
         handle.remove()
-        stream = (seen[0] - getattr(norm, "bias", torch.zeros(()))) / norm.weight
-        kept = stream[..., :width]
-        if architecture.family.norm_type == "layer":
+        offset = 1 if "Gemma" in type(model).__name__ else 0
+        stream = (seen[0] - getattr(norm, "bias", torch.zeros(()))) / (offset + norm.weight)
+        kept = stream[..., : tensor_shape(narrow.tensors[key], narrow.sizes)[0]]
+        if narrow.family.norm_type == "layer":
             kept = kept - kept.mean(-1, keepdim=True)
         ratios[name] = float((kept.pow(2).mean() / stream.pow(2).mean()).sqrt())
     return ratios
@@ -80,14 +85,23 @@ def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedMod
     """
     architecture = pair.lower_architecture
     folded = fold_norms(pair.lower, architecture)
-    at_lower = _root_mean_squares(upper_model, pair.upper_architecture, architecture.sizes["width"])
-    at_target = _root_mean_squares(upper_model, pair.upper_architecture, target.sizes["width"])
+    at_lower = _root_mean_squares(upper_model, architecture)
+    at_target = _root_mean_squares(upper_model, target)
     rescaled = dict(folded)
+
+    def name_above(norm: str) -> str:
+        layer, name = architecture.split_name(norm)
+        return norm if layer is None else pair.upper_architecture.layer_name(pair.blocks[layer][-1], name)
+
+    # What no linear layer reads keeps its gain, like the final norm of a tied head.
+    for norm in architecture.output_norms:
+        above = name_above(norm.name)
+        rescaled[f"{norm.name}.weight"] = folded[f"{norm.name}.weight"] * at_target[above] / at_lower[above]
     for site in architecture.sites:
         if not site.norm:
             continue
-        layer, name = architecture.split_name(site.name)
-        above = site.name if layer is None else pair.upper_architecture.layer_name(pair.blocks[layer][-1], name)
+        above = name_above(site.name)
+        layer = architecture.split_name(site.name)[0]
         keeps_gain = layer is None and (architecture.tied or architecture.family.norm_type == "layer")
         if keeps_gain:
             rescaled[f"{site.name}.weight"] = folded[f"{site.name}.weight"] * at_target[above] / at_lower[above]

@@ -19,10 +19,12 @@ from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from tests.chain.apart import NARROW, differs, make, sizes
 from tests.chain.helpers import chain_rows, depth_of, random_pair, same_weights
-from tests.surgery.helpers import TOLERANCE, build, described, full_model, logits, random_order, tokens
-from tests.tiny import FAMILIES, tiny_model
+from tests.surgery.helpers import TOLERANCE, build, described, full_model, lively, logits, random_order, tokens
+from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
+# Layers of the sorts of those they stand for.
+LOWER = {"llama": NARROW, "gemma2": {**NARROW, "layer_types": 2 * ["sliding_attention"] + ["full_attention"]}}
 # Anchors and targets are float32.
 SINGLE = 1e-4
 
@@ -40,9 +42,9 @@ def test_every_anchor_computes_what_it_computed(family, tied, tmp_path):
     chain = make(tmp_path / "chain", [model.float() for model in models])
     for anchor, model in zip(chain.anchors, models, strict=True):
         weights, architecture = described(model)
-        assert not same_weights(anchor.load_state_dict(), weights)
+        assert not same_weights(anchor.load_weights(), weights)
         assert differs(anchor.load_model(torch.float64), build(weights, architecture).double()) <= TOLERANCE
-    for config in (depth_of(family, 5), {"n_embd": 24} if family == "gpt2" else {"hidden_size": 24}):
+    for config in (depth_of(family, 5), own_names(family, hidden_size=24)):
         made = from_chain(chain, config=config)
         assert type(made) is type(models[0]) and logits(made).isfinite().all()
 
@@ -52,7 +54,7 @@ def test_every_anchor_computes_what_it_computed(family, tied, tmp_path):
 @pytest.mark.parametrize("what", ["depth", "width", "both"])
 def test_scrambling_the_anchors_changes_no_target(family, what, tmp_path):
     """Of two strangers: the same coordinates are found, however they were numbered."""
-    pair = random_pair(family, True, what)
+    pair = random_pair(family, True, what, **lively(family))
     models = [build(pair.upper, pair.upper_architecture), build(pair.lower, pair.lower_architecture)]
     moved = [scrambled(model, seed).float() for seed, model in enumerate(models)]
     chains = [make(tmp_path / name, given) for name, given in (("a", [m.float() for m in models]), ("b", moved))]
@@ -77,12 +79,17 @@ def sorted_on(text, weights, architecture):
 
 def nested_pair(family):
     """A sorted model of 6 layers, and one of 4 of its layers and 5/6 of its neurons; the rest does little."""
-    weights, architecture = sorted_on(TEXT, *described(full_model(family, True, **depth_of(family, 6))))
+    weights, architecture = sorted_on(
+        TEXT, *described(full_model(family, True, **depth_of(family, 6), **lively(family)))
+    )
     neurons = architecture.sizes["ffn"] * 5 // 6
+    over_output = {norm.projection: norm.name for norm in architecture.output_norms}
     for site in architecture.sites:
         layer, key = architecture.split_name(site.name)[0], f"{site.readers[0]}.weight"
-        if layer in (1, 3) and not site.norm:
-            weights[key] *= 0.01
+        if layer in (1, 3) and site.axis != ("width",):
+            writer = over_output.get(site.readers[0], site.readers[0])
+            for silenced in {f"{writer}.weight", f"{writer}.bias"} & weights.keys():
+                weights[silenced] *= 0.01
         elif site.axis == ("ffn",):
             axis = architecture.tensors[key].index(("ffn",))
             weights[key].narrow(axis, neurons, architecture.sizes["ffn"] - neurons).mul_(0.01)
@@ -103,7 +110,7 @@ def test_a_scrambled_anchor_of_a_nested_pair_is_recovered(family, tmp_path):
     assert found.anchors[1].training["match"]["ffn"]["matched"] > 0.9
     few, many = (describe(model.config).sizes["ffn"] for model in (lower, upper))
     for depth, ffn in ((5, few), (5, many), (4, many)):
-        config = {**depth_of(family, depth), "n_inner" if family == "gpt2" else "intermediate_size": ffn}
+        config = {**depth_of(family, depth), **own_names(family, intermediate_size=ffn)}
         one, other = (from_chain(chain, config=config, dtype=torch.float64) for chain in (found, nested))
         assert differs(one, other) <= SINGLE
 
@@ -175,10 +182,11 @@ def test_folders_keep_their_dtype_and_their_tokenizer(tmp_path):
     assert chain.tokenizer().chat_template == tiny_tokenizer().chat_template
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("untied", [0, 1])
-def test_a_tied_anchor_beside_an_untied_one_gets_a_head_of_its_own(untied, tmp_path):
-    models = [tiny_model("llama", seed=1, tie_word_embeddings=untied != 0)]
-    models += [tiny_model("llama", seed=2, **NARROW, tie_word_embeddings=untied != 1)]
+def test_a_tied_anchor_beside_an_untied_one_gets_a_head_of_its_own(untied, family, tmp_path):
+    models = [tiny_model(family, seed=1, tie_word_embeddings=untied != 0)]
+    models += [tiny_model(family, seed=2, **LOWER[family], tie_word_embeddings=untied != 1)]
     chain = make(tmp_path / "chain", models)
     tied = models[1 - untied]
     for anchor, model in zip(chain.anchors, models, strict=True):

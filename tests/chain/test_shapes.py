@@ -10,7 +10,8 @@ from tests.tiny import FAMILIES, LONGROPE, WIDTH_OF_HEADS, own_names, tiny_model
 OPTIONS = [
     *[(family, {"tie_word_embeddings": tied}) for family in FAMILIES for tied in (False, True)],
     ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("qwen3", {"attention_bias": True}),
+    *[(family, {"attention_bias": True}) for family in ("qwen3", "gemma2", "gemma3_text", "olmo2")],
+    ("smollm3", {"attention_bias": True, "mlp_bias": True}),
     ("gpt2", {"n_inner": 40}),
 ]
 NARROW = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -81,7 +82,7 @@ def test_llama_width_off_the_heads_names_the_nearest():
         target_architecture(upper, {"hidden_size": 30})
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"])
 def test_other_families_take_that_width(family):
     assert target_architecture(describe(tiny_model(family).config), {"hidden_size": 30}).sizes["width"] == 30
 
@@ -99,6 +100,6 @@ def test_phi3_with_longrope_takes_whole_heads_and_can_be_saved(tmp_path):
 
 def test_which_families_tie_width_to_heads():
     needs = {family: needs_width_multiple_of_heads(describe(tiny_model(family).config)) for family in FAMILIES}
-    assert needs == {family: family in ("llama", *WIDTH_OF_HEADS) for family in FAMILIES}
+    assert needs == {family: family in ("llama", "gemma2", "gemma3_text", *WIDTH_OF_HEADS) for family in FAMILIES}
     follows = {family for family in FAMILIES if width_follows_heads(describe(tiny_model(family).config))}
     assert follows == set(WIDTH_OF_HEADS)

@@ -4,14 +4,18 @@ import time
 
 import pytest
 from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from cbd_trl.architectures import describe
@@ -34,6 +38,10 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, head_dim=32),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
+    "smollm3": SmolLM3Config(**SIZES),
+    "gemma2": Gemma2Config(**SIZES, head_dim=32),
+    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=32),
+    "olmo2": Olmo2Config(**SIZES),
     "gpt2": GPT2Config(vocab_size=5000, n_embd=192, n_layer=12, n_head=6, n_positions=64),
 }
 # Where the width goes in whole heads, smaller ones let more sizes be met.

@@ -20,6 +20,7 @@ from tests.surgery.helpers import (
     every_case,
     every_family,
     full_model,
+    lively,
     moments,
     random_order,
     scaled,
@@ -45,40 +46,31 @@ def matched(upper, lower):
     return match_models(upper_side, lower_side, cross, kept), kept, upper_side, lower_side
 
 
-def ffn_sites(architecture):
-    return [site for site in architecture.sites if site.axis == ("ffn",)]
-
-
 @every_case
 def test_a_scrambled_copy_is_recovered(family, tied):
-    weights, architecture = described(full_model(family, tied))
+    weights, architecture = described(full_model(family, tied, **lively(family)))
     order = random_order(architecture, seed=5)
-    match, _, upper, _ = matched((weights, architecture), (permute(weights, architecture, order), architecture))
-    for name in ("width", "group", "query"):
+    match, *_ = matched((weights, architecture), (permute(weights, architecture, order), architecture))
+    for name in ("width", "ffn", "group", "query"):
         assert torch.equal(getattr(match, name), getattr(order, name)), name
-    # Neurons of a ReLU that are silent on the text look all alike.
-    fires = torch.stack([upper.statistics.variances(site.name) > 0 for site in ffn_sites(architecture)])
-    for layer, spoke in enumerate(fires):
-        found, wanted = match.ffn[layer], order.ffn[layer]
-        assert torch.equal(found[spoke[wanted]], wanted[spoke[wanted]]) and spoke.float().mean() > 0.9
     assert torch.equal(match.signs, torch.ones(32) if order.signs is None else order.signs)
     assert match.quality.keys() == {"width", "ffn", "heads"}
     for quality in match.quality.values():
-        silent = 1 - fires.float().mean().item() if quality is match.quality["ffn"] else 0
-        assert quality.matched == pytest.approx(1 - silent, abs=1e-4) and quality.random < 0.5
+        assert quality.matched == pytest.approx(1, abs=1e-4) and quality.random < 0.5
 
 
-GROWN, GROWN_WITH_HEADS = {"width": 40, "group": 3, "query": 3, "ffn": 64}, {"width": 48, "group": 6, "ffn": 160}
+GROWN = {"width": 40, "group": 3, "query": 3, "ffn": 64}
+GROWN_WITH_HEADS = {"width": 48, "group": 6, "ffn": 160}
 
 
 def grown_and_scrambled(family, tied):
     """A model, and one grown from it in depth and every width, which computes the same, both scrambled."""
-    weights, architecture = described(full_model(family, tied))
+    weights, architecture = described(full_model(family, tied, **lively(family)))
     sizes = GROWN_WITH_HEADS if family in WIDTH_OF_HEADS else GROWN
     larger, larger_architecture = grow_width(weights, architecture, architecture.resized(**sizes))
     # New neurons are copies of old ones, save for what they write; here they are to be nobody's.
     old, generator = architecture.sizes["ffn"], torch.Generator().manual_seed(4)
-    for reader in [reader for site in larger_architecture.sites if site.norm for reader in site.readers]:
+    for reader in [reader for site in larger_architecture.sites if site.axis == ("width",) for reader in site.readers]:
         axes = larger_architecture.tensors.get(key := f"{reader}.weight", ())
         if ("ffn",) in axes:
             new = larger[key].narrow(axes.index(("ffn",)), old, sizes["ffn"] - old)
@@ -97,28 +89,17 @@ def test_what_was_grown_and_scrambled_comes_back_as_a_prefix(family, tied):
     upper_order = order_above(match, lower_order, upper[1], importance(*vars(upper_side).values()), kept)
     aligned, small = permute(*upper, upper_order), permute(*lower, lower_order)
     assert difference(build(aligned, upper[1]), build(*lower)) <= TOLERANCE
-    norms = {site.name for site in lower[1].sites if site.norm}
-    reading = {reader for site in lower[1].sites for reader in site.readers if site.axis == ("width",)}
-    compared = 0
+    # Of a head under a norm over all heads (OLMo 2) growth makes copies of several sizes.
+    resized = {name for norm in lower[1].output_norms if "group" in norm.axis for name in (norm.name, norm.projection)}
     for key, axes in lower[1].tensors.items():
         layer, name = lower[1].split_name(key)
         module = key.rsplit(".", 1)[0]
-        # Growing scales the gains, the weights before norms that share their epsilon, and what writes to a stream
-        # whose norms have a fixed one.
-        writes = ("width",) in axes and module not in reading
-        if (
-            module in norms
-            or (writes and lower[1].family.eps_field is None)
-            or name.rsplit(".", 1)[0] in lower[1].family.shared_eps(lower[1].config)
-        ):
+        if module in resized:
             continue
-        if family == "opt" and ("ffn",) in axes:
-            continue  # some of its neurons are silent on the text
         above = key if layer is None else upper[1].layer_name(kept[layer], name)
         cut = prefix(aligned[above], axes, upper[1].sizes, lower[1].sizes)
-        assert torch.equal(cut, small[key]), key
-        compared += 1
-    assert compared > lower[1].depth * 4
+        # Growing multiplies some tensors as a whole.
+        torch.testing.assert_close(cut / cut.norm(), small[key] / small[key].norm())
 
 
 @every_family
@@ -225,7 +206,7 @@ def _streams(model, architecture, sites, text):
                 stream = stream - stream.mean(-1, keepdim=True)
             if site.norm:
                 stream = stream / (stream.square().mean(-1, keepdim=True) + architecture.eps).sqrt()
-            seen[site.name] = stream.flatten(0, -2).double()
+            seen[site.name] = stream.flatten(0, -2)
 
         model.get_submodule(site.name).register_forward_pre_hook(hook)
     model(text)

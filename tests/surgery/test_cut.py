@@ -5,7 +5,7 @@ import torch
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix_index
-from cbd_trl.surgery.cut import least_squares_cut, plain_cut, rms_ratio
+from cbd_trl.surgery.cut import gain_ratio, least_squares_cut, plain_cut
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import input_matrix, weights_of
 from tests.surgery.helpers import (
@@ -80,7 +80,8 @@ def test_cutting_nothing_changes_nothing(family, tied, cut):
 
 
 def _expected_changes(architecture, name: str) -> set[str]:
-    """Tensors that the refit of one dimension may touch: the readers of the cut stream, and the gains before them."""
+    """Tensors that the refit of one dimension may touch: the readers of the cut stream, the gains before them, and
+    those of norms over the cut outputs."""
     keys = set()
     for site in architecture.sites:
         # The output projection reads "group.query.dim", and some families lose heads with their width.
@@ -88,9 +89,13 @@ def _expected_changes(architecture, name: str) -> set[str]:
         if not {"width": name == "width", "ffn": name == "ffn", "group": heads}[site.axis[0]]:
             continue
         final = site is architecture.sites[-1]
-        readers = [architecture.family.embedding] if final and architecture.tied else site.readers
+        readers = site.readers
+        if final and architecture.tied:
+            # Scaled embeddings stay what they are.
+            readers = [architecture.family.embedding] if architecture.embedding_scale == 1 else []
         modules = (*readers, site.name) if site.norm else readers
         keys |= {f"{module}.weight" for module in modules} | {f"{reader}.bias" for reader in readers}
+    keys |= {f"{norm.name}.weight" for norm in architecture.output_norms if name in norm.axis}
     return keys & set(architecture.tensors)
 
 
@@ -123,7 +128,9 @@ def test_low_precision_weights_keep_their_dtype(family):
     weights, architecture = described(model)
     target = architecture.resized(**_narrower(family))
     cut = least_squares_cut(weights, architecture, moments(model, architecture), target)
-    assert {tensor.dtype for tensor in cut.values()} == {torch.bfloat16}
+    assert {key: tensor.dtype for key, tensor in cut.items()} == {key: weights[key].dtype for key in cut}
+    down = next(site.readers[0] for site in architecture.sites if site.axis == ("ffn",))
+    assert cut[f"{down}.weight"].dtype == torch.bfloat16
     assert all(tensor.isfinite().all() for tensor in cut.values())
 
 
@@ -159,13 +166,13 @@ def test_refitted_projections_equal_ordinary_least_squares(family, dim):
 
 
 @every_family
-def test_refitted_readers_of_norms_equal_ordinary_least_squares(family):
-    """The same for what reads a norm; the features are the kept channels as the narrow norm leaves them."""
+def test_refitted_readers_of_the_stream_equal_ordinary_least_squares(family):
+    """The same for what reads the stream; the features are the kept channels as the narrow norm leaves them."""
     model = full_model(family, tied=False)
     weights, architecture = described(model)
     target = architecture.resized(**_narrower(family, "width"))
     cut = least_squares_cut(weights, architecture, moments(model, architecture), target, ridge=1e-12)
-    for site in (site for site in architecture.sites if site.norm):
+    for site in (site for site in architecture.sites if site.axis == ("width",)):
         streams = []
         handle = reading_module(model, architecture, site.readers[0])[0].register_forward_pre_hook(
             lambda _, inputs, streams=streams: streams.append(inputs[0].detach().flatten(0, -2))
@@ -173,7 +180,7 @@ def test_refitted_readers_of_norms_equal_ordinary_least_squares(family):
         with torch.no_grad():
             model(tokens(16, seed=1))
         handle.remove()
-        gain = weights[f"{site.name}.weight"]
+        gain = weights[f"{site.name}.weight"] if site.norm else torch.ones(32)
         shift = weights.get(f"{site.name}.bias", torch.zeros_like(gain))
         kept = ((streams[0] - shift) / gain)[:, :24]
         if architecture.family.norm_type == "layer":
@@ -195,24 +202,27 @@ def test_refitted_readers_of_norms_equal_ordinary_least_squares(family):
 
 
 @every_family
-def test_rms_ratio_is_that_of_the_streams(family):
-    """The model's own normalised streams: what a norm of the kept channels divides by, over what the full one does."""
+def test_gain_ratio_is_that_of_the_streams(family):
+    """What norms get in the model itself: what one of the kept coordinates divides by, over what the full one does."""
     model = full_model(family, True)
-    _, architecture = described(model)
+    weights, architecture = described(model)
     statistics = moments(model, architecture)
-    for name in (site.name for site in architecture.sites if site.norm):
+    over_outputs = [norm for norm in architecture.output_norms if norm.axis != ("dim",)]
+    for norm in [site for site in architecture.sites if site.norm] + over_outputs:
         seen = []
-        handle = model.get_submodule(name).register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
+        module = model.get_submodule(norm.name)
+        handle = module.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
         with torch.no_grad():
             model(tokens(16, seed=1))
         handle.remove()
-        norm = model.get_submodule(name)
-        stream = ((seen[0] - getattr(norm, "bias", torch.zeros(()))) / norm.weight).detach()
-        kept = stream[..., :24]
+        gain = weights[f"{norm.name}.weight"]
+        tied_scale = architecture.embedding_scale if norm is architecture.sites[-1] else 1
+        stream = ((seen[0] - getattr(module, "bias", torch.zeros(()))) / (gain * tied_scale)).detach()
+        index = torch.arange(len(gain))[1 if norm in over_outputs else 0 : len(gain) * 3 // 4]
+        kept = stream[..., index]
         if architecture.family.norm_type == "layer":
             kept = kept - kept.mean(-1, keepdim=True)
-        site = next(site for site in architecture.sites if site.name == name)
-        ratio = rms_ratio(statistics, site, architecture.family.norm_type, 24)
+        ratio = gain_ratio(statistics, norm, architecture.family.norm_type, index)
         assert ratio == pytest.approx(float((kept.pow(2).mean() / stream.pow(2).mean()).sqrt()), rel=1e-4)
 
 

@@ -92,6 +92,39 @@ def test_growing_depth_leaves_the_logits_equal(family, tied, depth):
     assert difference(build(grown, deeper), model) <= TOLERANCE
 
 
+@every_family
+def test_new_layers_can_learn(family):
+    """What silences a new layer has a gradient, of the size of those of the old layers."""
+    grown, deeper = grow_depth(*described(full_model(family, False, rms_norm_eps=1e-6)), 5)
+    model = build(grown, deeper)
+    model(torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+    new = next(layer for layer in range(5) if layer not in spaced_layers(5, 4))
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        layer, inside = deeper.split_name(name)
+        if layer is not None:
+            sizes.setdefault(inside, {})[layer] = float(parameter.grad.norm())
+    learning = [inside for inside, by_layer in sizes.items() if by_layer[new] > 0]
+    assert len(learning) >= 2
+    for inside in learning:
+        assert sizes[inside].pop(new) < 10 * max(sizes[inside].values()), inside
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_copies_of_a_head_under_a_norm_over_all_heads_share_its_square(tied):
+    """OLMo 2: 2 groups of 2 queries to 3 of 3, the old ones copied unequally often."""
+    weights, architecture = described(full_model("olmo2", tied))
+    grown, _ = grow_width(weights, architecture, architecture.resized(group=3, query=3, width=40))
+    query = "model.layers.1.self_attn.q_proj.weight"
+    stream = torch.randn(7, 32, dtype=torch.float64)
+    old, new = ((stream @ matrix[:, :32].T).square().mean(-1) for matrix in (weights[query], grown[query]))
+    # The shared epsilon shrinks with the width; so does what it is compared with.
+    torch.testing.assert_close(new, old * 32 / 40)
+    key = "model.layers.1.self_attn.k_norm.weight"
+    copied = (grown[key] / weights[key][torch.arange(24) % 16]).reshape(3, 8)[:, 0]
+    torch.testing.assert_close(copied, torch.tensor([2, 1, 2]).double().sqrt() * (2 / 3) ** 0.5)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_growing_depth_takes_sliding_layers_along(family):
     model = full_model(family, True, use_sliding_window=True, sliding_window=6, max_window_layers=2)

@@ -110,6 +110,29 @@ def test_the_first_layer_is_the_weighted_least_squares_solution():
     torch.testing.assert_close(down.bias, bias + weight @ gap - change @ (weight @ hidden), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_a_norm_behind_the_projection_gets_the_gain_of_least_squares(family):
+    """Given the refitted projection, against a naive fit of each channel; rows weighted by 1 / |t|."""
+    teacher, student, architecture, blocks = cut_pair(family)
+    batch = tokens(24, seed=1)
+    refit_layers(student, teacher, architecture, blocks, [{"input_ids": batch}])
+    norm, seen = decoder_layers(student)[1].post_feedforward_layernorm, []
+    handle = norm.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
+    # Layer 0 is kept whole, so layer 1 has the inputs that it was fitted on.
+    (output,), (target,) = streams(student, [1], batch), streams(teacher, [3], batch)
+    handle.remove()
+    raw, written = (stream.flatten(0, 1) for stream in seen)
+    over_rms = raw / (raw.square().mean(-1, keepdim=True) + architecture.eps).sqrt()
+    goal = target.flatten(0, 1) - (output.flatten(0, 1) - written)
+    scale = 1 / target.flatten(0, 1).pow(2).mean(-1, keepdim=True).sqrt().sqrt()
+    gains = [
+        torch.linalg.lstsq((scale * over_rms)[:, [i]], (scale * goal)[:, [i]]).solution.item()
+        for i in range(goal.shape[1])
+    ]
+    found = norm.weight + (1 if family == "gemma2" else 0)
+    torch.testing.assert_close(found, torch.tensor(gains).double(), rtol=1e-3, atol=1e-4)
+
+
 def test_without_text_nothing_is_refitted():
     teacher, student, architecture, blocks = cut_pair("llama")
     with pytest.raises(ValueError, match="no calibration text to refit the layers on"):

@@ -55,6 +55,9 @@ def test_sorted_statistics_are_those_of_the_sorted_model(family, tied):
     again = moments(build(sorted_weights, architecture), architecture)
     assert sorted_statistics.tokens == again.tokens
     assert set(sorted_statistics.means) == set(sorted_statistics.seconds) == set(again.means)
+    assert set(sorted_statistics.squares) == set(again.squares)
+    for norm in again.squares:
+        torch.testing.assert_close(sorted_statistics.variances(norm), again.variances(norm), rtol=1e-4, atol=1e-5)
     for site in again.means:
         torch.testing.assert_close(sorted_statistics.mean(site), again.mean(site), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sorted_statistics.second(site), again.second(site), rtol=1e-4, atol=1e-5)

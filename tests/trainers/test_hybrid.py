@@ -15,6 +15,7 @@ IDS = torch.randint(0, 64, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
 def pair(family: str, seed: int = 1) -> tuple:
+    """Of 3 and of 6 layers; the sorts of attention fall as they fall, alike or not within a block."""
     teacher = tiny_model(family, seed=seed + 1, **own_names(family, num_hidden_layers=6)).requires_grad_(False)
     return tiny_model(family, seed=seed, **own_names(family, num_hidden_layers=3)), teacher
 
@@ -22,7 +23,7 @@ def pair(family: str, seed: int = 1) -> tuple:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hybrid_is_the_student_with_its_last_blocks_from_the_teacher(family: str) -> None:
     student, teacher = pair(family)
-    hybrid = Hybrid(decoder_layers(student), decoder_layers(teacher), BLOCKS, 1.0, seed=0)
+    hybrid = Hybrid(student, teacher, BLOCKS, 1.0, seed=0)
     step = next(step for step in range(50) if len(hybrid.draw(step)) == 1)
     (swapped,) = hybrid.draw(step)
     patched = copy.deepcopy(student)
@@ -32,7 +33,9 @@ def test_a_hybrid_is_the_student_with_its_last_blocks_from_the_teacher(family: s
     patched.set_submodule(name, nn.ModuleList(layer for block in stack for layer in block))
     depth = patched.config.num_hidden_layers = sum(map(len, stack))
     if getattr(patched.config, "layer_types", None):
-        patched.config.layer_types = ["full_attention"] * depth
+        sorts = [[sort] for sort in student.config.layer_types]
+        sorts[swapped] = [teacher.config.layer_types[j] for j in BLOCKS[swapped]]
+        patched.config.layer_types = [sort for block in sorts for sort in block]
     keys = list(student.state_dict())
     with torch.no_grad():
         with hybrid.swapped(step):
@@ -45,14 +48,14 @@ def test_a_hybrid_is_the_student_with_its_last_blocks_from_the_teacher(family: s
 def test_the_student_is_restored_when_the_forward_fails() -> None:
     student, teacher = pair("llama")
     before = list(decoder_layers(student))
-    hybrid = Hybrid(decoder_layers(student), decoder_layers(teacher), BLOCKS, 1.0, seed=0)
+    hybrid = Hybrid(student, teacher, BLOCKS, 1.0, seed=0)
     with pytest.raises(RuntimeError, match="out of memory"), hybrid.swapped(0):
         raise RuntimeError("out of memory")
     assert all(a is b for a, b in zip(before, decoder_layers(student), strict=True))
 
 
 def test_the_draw_depends_on_seed_and_step_alone() -> None:
-    student, teacher = (decoder_layers(model) for model in pair("llama"))
+    student, teacher = pair("llama")
     draws = [Hybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
     assert draws == [Hybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
     assert draws != [Hybrid(student, teacher, BLOCKS, 0.5, seed=8).draw(step) for step in range(400)]
@@ -62,7 +65,7 @@ def test_the_draw_depends_on_seed_and_step_alone() -> None:
     assert all(Hybrid(student, teacher, BLOCKS, 0.0, seed=7).draw(step) == [] for step in range(20))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi3"])
 def test_checkpointing_changes_nothing_and_the_teacher_gets_no_gradient(family: str) -> None:
     runs = []
     for checkpointing in (False, True):
@@ -95,12 +98,23 @@ def test_models_that_do_not_fit_are_refused(family: str, overrides: dict, field:
         make_trainer(teacher=tiny_model(family, seed=2, **overrides), swap_probability=0.5)
 
 
-def test_blocks_of_mixed_attention_are_refused() -> None:
+def test_a_packed_batch_gets_its_masks_too() -> None:
+    """Rows end to end in one, told apart by their positions: full and sliding masks alike keep them apart."""
+    student, teacher = pair("gemma3_text")
+    hybrid = Hybrid(student, teacher, BLOCKS, 1.0, seed=0)
+    positions = torch.cat([torch.arange(9), torch.arange(2)])[None]
+    with torch.no_grad(), hybrid.swapped(0):
+        packed = student(input_ids=IDS[:1], position_ids=positions, use_cache=False).logits
+        rows = [student(input_ids=ids, use_cache=False).logits for ids in (IDS[:1, :9], IDS[:1, 9:])]
+    assert (packed - torch.cat(rows, 1)).abs().max() <= 1e-5 * packed.std()
+    assert not student.base_model._forward_pre_hooks
+
+
+def test_blocks_of_other_attention_are_refused() -> None:
     student = tiny_model("qwen2", num_hidden_layers=2).config
-    kinds = ["full_attention", "sliding_attention", "full_attention"]
-    teacher = tiny_model("qwen2", num_hidden_layers=3, layer_types=kinds, use_sliding_window=True).config
-    teacher.sliding_window = student.sliding_window
-    with pytest.raises(ValueError, match=r"student layer 1 uses full_attention, the teacher's layers \[1, 2\]"):
+    kinds = ["full_attention", "chunked_attention", "full_attention"]
+    teacher = tiny_model("qwen2", num_hidden_layers=3, layer_types=kinds).config
+    with pytest.raises(ValueError, match=r"student layer 1 uses full_attention, the teacher's layers \[1, 2\].*only"):
         check_swappable(student, teacher, [[0], [1, 2]])
 
 

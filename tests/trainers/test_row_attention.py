@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from cbd_trl.trainers import row_attention
 from cbd_trl.trainers.row_attention import NAME, attention_by_row
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import FAMILIES, SDPA_FAMILIES, tiny_model
 from tests.training import assert_same_gradient, make_trainer, one_step, text_rows
 
 
@@ -37,7 +37,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("lengths", [(5, 9, 1, 12), (11,)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SDPA_FAMILIES)
 def test_rows_by_themselves_are_the_packed_rows(family: str, lengths: tuple[int, ...], attended: list[int]) -> None:
     model, inputs = tiny_model(family), packed_inputs(lengths)
     if family == "opt":
