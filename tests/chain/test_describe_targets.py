@@ -41,6 +41,9 @@ def test_sizes_in_their_order_with_anchors_as_such(chain):
     assert describe_targets(chain, sizes[2:], tolerance=0.2, alpha=0.25)[0].alpha == 0.25
 
 
+LEARNED_POSITIONS = {"gpt2": "transformer.wpe", "opt": "model.decoder.embed_positions"}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_and_parameters_of_every_family(family, tied, tmp_path):
@@ -54,9 +57,8 @@ def test_flops_and_parameters_of_every_family(family, tied, tmp_path):
     assert counter.get_total_flops() == length * (summary.flops + length * summary.attention_flops)
     assert summary.flops == 2 * _multiplied(architecture)
     outside = [model.get_input_embeddings().weight, *([] if tied else [model.get_output_embeddings().weight])]
-    positions = {"gpt2": "transformer.wpe", "opt": "model.decoder.embed_positions"}
-    if family in positions:
-        outside.append(model.get_submodule(positions[family]).weight)
+    if family in LEARNED_POSITIONS:
+        outside.append(model.get_submodule(LEARNED_POSITIONS[family]).weight)
     assert summary.embedding_parameters == sum(tensor.numel() for tensor in outside)
     assert summary.embedding_parameters == _embedding_parameters(architecture)
     # A sliding window keeps no more tokens than it needs.

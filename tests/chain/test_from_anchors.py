@@ -49,8 +49,7 @@ def test_every_anchor_computes_what_it_computed(family, tied, tmp_path):
         assert type(made) is type(models[0]) and logits(made).isfinite().all()
 
 
-# OPT's ReLU leaves neurons silent on the text, and which of those is which nothing tells.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "opt"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("what", ["depth", "width", "both"])
 def test_scrambling_the_anchors_changes_no_target(family, what, tmp_path):
     """Of two strangers: the same coordinates are found, however they were numbered."""
@@ -99,8 +98,7 @@ def nested_pair(family):
     return build(weights, architecture), build(plain_cut(lower, lower_architecture, fewer), fewer)
 
 
-# In GPT-NeoX the FFN does not read what attention adds, so in random weights some neuron is most like a stranger.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("opt", "gpt_neox")])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_scrambled_anchor_of_a_nested_pair_is_recovered(family, tmp_path):
     """Targets are those of the pair before its lower anchor was scrambled."""
     upper, lower = (model.float() for model in nested_pair(family))
