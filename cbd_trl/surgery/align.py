@@ -64,8 +64,8 @@ class Match:
 def match_models(upper: Side, lower: Side, cross: Mapping[str, torch.Tensor], kept: Sequence[int]) -> Match:
     """Find the assignments (scipy's, rectangular) with the largest sum of correlations.
 
-    Channels by the correlation of the normalised streams, averaged over all norms of the model; where all norms are
-    RMSNorm a channel may also match the mirror image of another, because there a change of sign is exact. Neurons by
+    Channels by the correlation of the streams that layers read, averaged over all of the model; where norms are
+    RMSNorms a channel may also match the mirror image of another, because there a change of sign is exact. Neurons by
     the correlation of their activations. Heads by the correlation of what they write into the matched channels, which
     does not depend on the basis inside a head; groups by their best match of query heads.
 
@@ -79,8 +79,7 @@ def match_models(upper: Side, lower: Side, cross: Mapping[str, torch.Tensor], ke
     def correlation(above: Site, below: Site) -> torch.Tensor:
         return _correlation(cross[below.name], upper.statistics, lower.statistics, above.name, below.name)
 
-    norms = [correlation(above, below) for above, below in pairs if below.norm]
-    streams = torch.stack(norms).mean(0)
+    streams = torch.stack([correlation(*pair) for pair in pairs if pair[1].axis == ("width",)]).mean(0)
     mirrors = upper.architecture.family.norm_type == "rms"
     width = assignment(streams.abs() if mirrors else streams)
     signs = torch.where(mirrors & (_picked(streams, width) < 0), -1.0, 1.0)
@@ -91,7 +90,7 @@ def match_models(upper: Side, lower: Side, cross: Mapping[str, torch.Tensor], ke
             activations = correlation(above, below)
             found["ffn"].append(assignment(activations))
             qualities["ffn"].append(_quality(activations, found["ffn"][-1]))
-        elif not below.norm:
+        elif below.axis != ("width",):
             heads = _head_correlation(upper, lower, cross[below.name], above, below, width, signs)
             group, query = _match_groups(heads, upper.architecture, lower.architecture)
             found["group"].append(group)

@@ -58,10 +58,10 @@ def collect_cross_moments(
     tokens = 0
 
     def keep(site: Site, stream: torch.Tensor) -> None:
-        seen[site.name] = stream.flatten(0, 1).float()
+        seen[site.name] = stream.flatten(0, -2).float()
 
     def multiply(site: Site, stream: torch.Tensor) -> None:
-        rows = stream.flatten(0, 1).float()
+        rows = stream.flatten(0, -2).float()
         product = seen[partner[site.name]].to(rows.device).T @ rows
         sums[site.name] = sums[site.name].add_(product) if site.name in sums else product
 

@@ -120,7 +120,8 @@ class _Sums:
         self.second: torch.Tensor | None = None
 
     def add(self, stream: torch.Tensor, mask: torch.Tensor) -> None:
-        rows = stream[mask].float()
+        # OPT's FFN sees one row of tokens, whatever the batch.
+        rows = stream.flatten(0, -2)[mask.flatten()].float()
         first, second = rows.sum(0, dtype=torch.float64), rows.T @ rows
         self.first = first if self.first is None else self.first + first
         self.second = second if self.second is None else self.second.add_(second)
