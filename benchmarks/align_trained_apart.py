@@ -35,7 +35,7 @@ from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.report.results import Results, write_text
 from cbd_trl.report.text import held_out_blocks
 
-VOCABULARY, LENGTH, ROWS, LEARNING_RATE = 1024, 96, 16, 1e-3
+VOCABULARY, LENGTH, ROWS, LEARNING_RATE = 1024, 96, 8, 3e-3
 # Layers, width, heads, FFN width; a head has 16 coordinates.
 SHAPES = {"upper": (6, 160, 10, 448), "width": (6, 96, 6, 256), "depth": (4, 160, 10, 448), "both": (4, 96, 6, 256)}
 FAMILIES = ("llama", "gpt2")
@@ -155,7 +155,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600, help="of training, for each model")
+    parser.add_argument("--steps", type=int, default=300, help="of training, for each model")
     arguments = parser.parse_args()
     output = arguments.output
     tokenizer = make_tokenizer(output)
