@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,9 +35,9 @@ from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.report.results import Results, write_text
 from cbd_trl.report.text import held_out_blocks
 
-VOCABULARY, LENGTH, ROWS = 1024, 96, 16
+VOCABULARY, LENGTH, ROWS, LEARNING_RATE = 1024, 96, 8, 3e-3
 # Layers, width, heads, FFN width; a head has 16 coordinates.
-SHAPES = {"upper": (4, 160, 10, 448), "width": (4, 96, 6, 256), "depth": (2, 160, 10, 448), "both": (2, 96, 6, 256)}
+SHAPES = {"upper": (6, 160, 10, 448), "width": (6, 96, 6, 256), "depth": (4, 160, 10, 448), "both": (4, 96, 6, 256)}
 FAMILIES = ("llama", "gpt2")
 SHARES = (0.25, 0.5, 0.75)
 OPERATORS = ("nested", "linear")
@@ -100,8 +99,8 @@ def trained(folder: Path, family: str, role: str, blocks: Tensor, steps: int) ->
         seed = 1 + list(SHAPES).index(role)
         torch.manual_seed(seed)
         model: Any = make_model(family, SHAPES[role]).train()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps, pct_start=0.05)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, steps, pct_start=0.05)
         for _ in tqdm(range(steps), desc=f"Training {family} {role}", leave=False):
             batch = blocks[torch.randint(len(blocks), (ROWS,))]
             logits = model(input_ids=batch).logits
@@ -116,22 +115,20 @@ def trained(folder: Path, family: str, role: str, blocks: Tensor, steps: int) ->
 
 
 def measure(chain: Chain, held_out: Tensor) -> dict[str, Any]:
-    """Losses of the anchors and of the targets of each operator at three sizes, as far as the pair has them."""
+    """Losses of the anchors and of the targets of each operator at three sizes, or as many as the pair has."""
     upper, lower = chain.anchors
     large, small = upper.num_parameters, lower.num_parameters
     ends = [held_out_loss(anchor.load_model(), held_out) for anchor in (upper, lower)]
-    found: dict[str, Any] = {"ends": ends, "match": lower.training["match"], "targets": {}}
-    for share in SHARES if upper.shape != lower.shape else ():
-        for operator in OPERATORS:
-            try:
-                model = from_chain(chain, small + share * (large - small), operator=operator, tolerance=0.06)
-            except ValueError:
-                # Two depths of a pair that differs in depth alone leave no size in between.
-                continue
-            if model.config.cbd_trl["operator"] == operator:
-                loss = held_out_loss(model, held_out)
-                found["targets"].setdefault(str(model.num_parameters()), {})[operator] = loss
-    return found
+    targets: dict[str, dict[str, float]] = {}
+    for share in SHARES:
+        # A pair that differs in depth alone has few sizes; both operators get the shape of the first.
+        shape = from_chain(chain, small + share * (large - small), tolerance=0.1).config.cbd_trl["shape"]
+        if shape in (upper.shape, lower.shape):
+            continue
+        made = {name: from_chain(chain, config=shape, operator=name) for name in OPERATORS}
+        losses = {name: held_out_loss(model, held_out) for name, model in made.items()}
+        targets[str(made[OPERATORS[0]].num_parameters())] = losses
+    return {"ends": ends, "sizes": [large, small], "match": lower.training["match"], "targets": targets}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -141,11 +138,7 @@ def table(results: dict[str, Any]) -> str:
         (high, low), sizes = aligned["ends"], aligned["sizes"]
         for size in aligned["targets"]:
             line = low + (int(size) - sizes[1]) / (sizes[0] - sizes[1]) * (high - low)
-            cells = [
-                f"{chosen['targets'][size].get(name, float('nan')):.2f}"
-                for name in OPERATORS
-                for chosen in (apart, aligned)
-            ]
+            cells = [f"{one['targets'][size][name]:.2f}" for name in OPERATORS for one in (apart, aligned)]
             lines.append([f"{pair}, {int(size) / 1e6:.2f}M", f"{line:.2f}", *cells])
     header = ["target", "straight line", *(f"`{name}`, {kind}" for name in OPERATORS for kind in ("apart", "aligned"))]
     matches = [
@@ -162,7 +155,7 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600, help="of training, for each model")
+    parser.add_argument("--steps", type=int, default=300, help="of training, for each model")
     arguments = parser.parse_args()
     output = arguments.output
     tokenizer = make_tokenizer(output)
@@ -172,41 +165,22 @@ def main() -> None:
     results = Results(output / "results.json")
     told = {}
     for family in FAMILIES:
-        anchors = {role: trained(output / family / role, family, role, blocks, arguments.steps) for role in SHAPES}
+        anchors = {
+            role: trained(output / family / f"{role}-model", family, role, blocks, arguments.steps) for role in SHAPES
+        }
         for pair in ("width", "depth", "both"):
             key = f"{family}, {pair}"
             if results.get(key) is None:
-                results.put(
-                    key,
-                    [
-                        measured(output, family, pair, anchors, align, tokenizer, training, held_out)
-                        for align in (True, False)
-                    ],
-                )
+                models, folder = [anchors["upper"], anchors[pair]], output / family / pair
+                options = {"dataset": training, "processing_class": tokenizer}
+                chains = [
+                    chain_from_anchors(models, output_dir=folder / name, align=name == "aligned", **options)
+                    for name in ("aligned", "apart")
+                ]
+                results.put(key, [measure(chain, held_out) for chain in chains])
             told[key] = results.get(key)
     write_text(output / "table.md", machine(torch.get_num_threads()) + "\n" + table(told))
     print((output / "table.md").read_text())
-
-
-def measured(
-    output: Path,
-    family: str,
-    pair: str,
-    anchors: dict[str, PreTrainedModel],
-    align: bool,
-    tokenizer: Any,
-    training: Dataset,
-    held_out: Tensor,
-) -> dict[str, Any]:
-    """Make one chain and measure it."""
-    chain = chain_from_anchors(
-        [anchors["upper"], anchors[pair]],
-        dataset=training,
-        output_dir=output / family / f"{pair}-{'aligned' if align else 'apart'}",
-        processing_class=tokenizer,
-        align=align,
-    )
-    return {"sizes": [anchor.num_parameters for anchor in chain.anchors], **measure(chain, held_out)}
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ from cbd_trl.surgery.permute import permute
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 
-_COORDINATES_FILE = "coordinates.safetensors"
-
 
 def chain_from_anchors(
     anchors: Sequence[str | Path | PreTrainedModel],
@@ -64,7 +62,7 @@ def chain_from_anchors(
         ValueError: before anything is written, for anchors that do not go together (the message says why) or a folder
             that holds another chain.
     """
-    output_dir, state = Path(output_dir), PartialState()
+    output_dir = Path(output_dir)
     sources = [Source(place, token=token, role="anchor") for place in anchors]
     if len(sources) < 2:
         raise ValueError(f"A chain needs two anchors or more, got {len(sources)}. Give models, paths or Hub ids.")
@@ -72,29 +70,40 @@ def chain_from_anchors(
     members = plan_members(sources, tokenizer)
     length = min(calibration_length(member.architecture.config) for member in members)
     blocks = token_blocks(dataset, tokenizer, calibration_tokens, length)
-    settings = _settings(members, align, blocks)
-    work = output_dir / ".work"
-    coordinates = (
-        Coordinates.load(work / _COORDINATES_FILE, settings) if align else Coordinates.unchanged(len(members))
-    )
-    finished = _finished(output_dir, members, settings)
-    if finished < len(members):
-        if coordinates is None:
-            # What was written in coordinates that are no longer known does not go with what comes.
-            finished = 0
-        if not finished:
-            check_functions(members, blocks[:1])
-        if coordinates is None:
-            coordinates = Coordinates.matched(members, blocks)
-            if state.is_main_process:
-                coordinates.save(work / _COORDINATES_FILE, settings)
-        for number in range(finished, len(members)):
-            state.print(f"[{number + 1}/{len(members)}] writing {members[number].name}")
-            _write(output_dir, members, number, coordinates, settings[number], tokenizer, blocks)
-        if state.is_main_process:
-            shutil.rmtree(work, ignore_errors=True)
-        state.wait_for_everyone()
+    _make(output_dir, members, tokenizer, blocks, align)
     return Chain.from_pretrained(output_dir)
+
+
+def _make(
+    output_dir: Path,
+    members: Sequence[Member],
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: torch.Tensor,
+    align: bool,
+) -> None:
+    """Write the anchors that an earlier run did not finish."""
+    state, work = PartialState(), output_dir / ".work"
+    settings = _settings(members, align, blocks)
+    finished = _finished(output_dir, members, settings)
+    if finished == len(members):
+        return
+    file = work / "coordinates.safetensors"
+    coordinates = Coordinates.load(file, settings) if align else Coordinates.unchanged(len(members))
+    if coordinates is None:
+        # What was written in coordinates that are no longer known does not go with what comes.
+        finished = 0
+    if not finished:
+        check_functions(members, blocks[:1])
+    if coordinates is None:
+        coordinates = Coordinates.matched(members, blocks)
+        if state.is_main_process:
+            coordinates.save(file, settings)
+    for number in range(finished, len(members)):
+        state.print(f"[{number + 1}/{len(members)}] writing {members[number].name}")
+        _write(output_dir, members, number, coordinates, settings[number], tokenizer, blocks)
+    if state.is_main_process:
+        shutil.rmtree(work, ignore_errors=True)
+    state.wait_for_everyone()
 
 
 def _settings(members: Sequence[Member], align: bool, blocks: torch.Tensor) -> list[dict[str, Any]]:

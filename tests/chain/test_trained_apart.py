@@ -69,7 +69,6 @@ def test_aligned_is_clearly_better(family, tmp_path):
     held_out = markov_text(64, 24, seed=2)
     for operator in ("nested", "linear"):
         better, worse = (losses_between(chain, operator, held_out) for chain in (aligned, apart))
-        print(family, operator, better, worse)
         assert all(one < other for one, other in zip(better, worse, strict=True))
         assert sum(better) < 0.7 * sum(worse)
     for kind, quality in aligned.anchors[1].training["match"].items():
