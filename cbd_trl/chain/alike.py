@@ -159,7 +159,7 @@ def check_same_function(
 ) -> None:
     """Refuse a lower anchor that computes something else under the upper anchor's config, which targets get.
 
-    Only the norms' epsilon may differ; targets take the upper one.
+    Only the norms' epsilon may differ; a target takes that of the anchor its operator starts from.
 
     Args:
         names: of the upper and the lower anchor.

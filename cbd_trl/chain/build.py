@@ -179,15 +179,7 @@ def _distil_anchor(
     blocks = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
     checkpoint = get_last_checkpoint(work)
     if checkpoint is None:
-        batches = [{"input_ids": batch.to(args.device)} for batch in blocks.split(CALIBRATION_BATCH)]
-        refit_layers(
-            student.to(args.device),
-            teacher.to(args.device),
-            step.architecture,
-            blocks_of(step.kept),
-            batches,
-            progress=PartialState().is_local_main_process,
-        )
+        _refit(student.to(args.device), teacher.to(args.device), step, blocks)
     trainer = DistillTrainer(
         model=student,
         teacher_model=teacher,
@@ -223,6 +215,13 @@ def _distil_anchor(
         with suppress(OSError):
             work.parent.rmdir()
     return anchor
+
+
+def _refit(student: PreTrainedModel, teacher: PreTrainedModel, step: Step, blocks: torch.Tensor) -> None:
+    """Fit the cut student to the teacher's stream, in place, on calibration tokens (N, T)."""
+    batches = [{"input_ids": batch.to(student.device)} for batch in blocks.split(CALIBRATION_BATCH)]
+    progress = PartialState().is_local_main_process
+    refit_layers(student, teacher, step.architecture, blocks_of(step.kept), batches, progress=progress)
 
 
 def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -191,6 +191,6 @@ if __name__ == "__main__":
         torch.save(outcome, os.path.join(folder, "out.pt"))
     torch.distributed.barrier()  # who leaves early takes the sockets of the other away
     torch.distributed.destroy_process_group()
-    # One in many runs a thread of torch outlives its object while the interpreter is taken down, which aborts.
+    # Seen once: torch aborts a process that is done, while the interpreter is taken down.
     sys.stderr.flush()
     os._exit(0)
