@@ -26,6 +26,7 @@ from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.surgery.stored_statistics import StoredStatistics, save_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
@@ -127,9 +128,8 @@ def _write_source(
     architecture = describe(model.config)
     weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
     statistics = collect_statistics(model, architecture, _calibration_batches(blocks), blocks.numel())
-    weights, statistics = sort_weights(
-        weights, architecture, statistics, importance(weights, architecture, statistics)
-    )
+    scores = importance(weights, architecture, statistics)
+    in_order, statistics = sort_weights(weights, architecture, statistics, scores)
     record = {
         "name": anchor_name(architecture.num_parameters),
         "parent": None,
@@ -138,21 +138,20 @@ def _write_source(
         "losses": {},
         "training": source_record,
     }
-    sorted_model = build_model(architecture, weights, model.dtype)
+    sorted_model = build_model(architecture, in_order, model.dtype)
     sorted_model.generation_config = model.generation_config
     return _write(output_dir, record, sorted_model, tokenizer, statistics)
 
 
 def _initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
     """The least-squares cut of the upper anchor over the kept layers."""
-    architecture = upper.architecture()
-    weights = upper.load_state_dict()
-    cut, cut_architecture = select_layers(weights, architecture, step.kept)
+    weights, architecture = upper.load_state_dict(), upper.architecture()
     if step.architecture.sizes != architecture.sizes:
-        statistics = Statistics.load(upper.statistics_file).with_layers(architecture, step.kept)
-        cut = least_squares_cut(cut, cut_architecture, statistics, step.architecture)
-    dtype = next(iter(weights.values())).dtype
-    return build_model(step.architecture, cut, dtype, name_or_path=str(upper.path))
+        narrow = architecture.resized(**step.architecture.sizes)
+        weights = least_squares_cut(weights, architecture, StoredStatistics(upper.statistics_file), narrow)
+        architecture = narrow
+    cut, _ = select_layers(weights, architecture, step.kept)
+    return build_model(step.architecture, cut, getattr(torch, upper.dtype), name_or_path=str(upper.path))
 
 
 def _work_folder(output_dir: Path, upper: Anchor, step: Step) -> Path:
@@ -255,7 +254,7 @@ def _write(
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        statistics.save(folder / STATISTICS_FILE)
+        save_statistics(statistics, folder / STATISTICS_FILE)
 
     state = PartialState()
     if state.is_main_process:

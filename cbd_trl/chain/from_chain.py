@@ -21,7 +21,8 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, Plan, default_alpha
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_target
-from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import Weights
 
 CALIBRATION_TOKENS = 4096
@@ -73,8 +74,10 @@ def from_chain(
     directory = None if save_directory is None else Path(save_directory).expanduser().resolve()
     if directory is not None:
         _check_replaceable(directory)
+    opened_here = not isinstance(chain, Chain)
     if not isinstance(chain, Chain):
-        chain = Chain.from_pretrained(chain, revision=revision, token=token)
+        # What is used is verified below; the other anchors are not read at all.
+        chain = Chain.from_pretrained(chain, revision=revision, token=token, verify=False)
     own_rule = operator == "nested" and alpha is None
     anchor = _own_shape(chain, num_parameters, config) if own_rule else None
     if anchor is None:
@@ -90,6 +93,8 @@ def from_chain(
         )
         # Asked for with other words (a rounded size, some of its fields), an anchor's shape still means that anchor.
         anchor = next((end for end in (upper, lower) if end.shape == fields), None) if own_rule else None
+    if opened_here:
+        chain.verify([upper, lower] if anchor is None else [anchor])
     if anchor is not None:
         model = anchor.load_model(dtype=_dtype(dtype, anchor))
         provenance = _provenance(chain, [anchor], "anchor", None, anchor.architecture())
@@ -165,7 +170,8 @@ def _interpolate(
         tokens = token_blocks(calibration_dataset, chain.tokenizer(), CALIBRATION_TOKENS, length)
         operator, plan = choose_plan(pair, plan, operator, tokens)
     weights, architecture = OPERATORS[operator](pair, plan)
-    weights = _finite(weights, operator)
+    if operator == "linear" or not pair.equal_widths:
+        weights = _finite(weights, operator)
     mixed = default_alpha(operator, pair, plan.target)
     mixed = plan.alpha if mixed is not None and plan.alpha is not None else mixed
     model = build_model(architecture, weights, _dtype(dtype, upper))
@@ -177,32 +183,33 @@ def _interpolate(
 
 
 def load_pair(upper: Anchor, lower: Anchor) -> Pair:
-    """Two neighbouring anchors' weights in float32, and the upper one's statistics where a width differs."""
+    """Two neighbouring anchors, and the upper one's statistics where a width differs; nothing is read yet."""
     upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
     assert lower.block_map is not None
     differs = upper_architecture.sizes != lower_architecture.sizes
     return Pair(
-        _float(upper.load_state_dict()),
+        upper.load_state_dict(),
         upper_architecture,
-        _float(lower.load_state_dict()),
+        lower.load_state_dict(),
         lower_architecture,
-        Statistics.load(upper.statistics_file) if differs else None,
+        StoredStatistics(upper.statistics_file) if differs else None,
         lower.block_map,
     )
 
 
-def _float(weights: Weights) -> Weights:
-    return {key: tensor.float() for key, tensor in weights.items()}
-
-
 def _finite(weights: Weights, operator: str) -> Weights:
-    for key, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+    """The same weights, each checked when it is made."""
+
+    def tensor(key: str) -> torch.Tensor:
+        made = weights[key]
+        if not all(bound.isfinite() for bound in made.aminmax()):
             raise ValueError(
                 f"operator={operator!r} made a tensor that is not finite ({key}). Check the anchors' weights for NaN "
                 "or infinity."
             )
-    return weights
+        return made
+
+    return LazyWeights(weights, tensor)
 
 
 def _dtype(dtype: torch.dtype | str | None, anchor: Anchor) -> torch.dtype:

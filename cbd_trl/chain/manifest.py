@@ -5,14 +5,14 @@ DIR/<anchor>/                   a model folder as save_pretrained writes it, wit
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
-from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, write_anchor
+from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, verify_hashes, write_anchor
 from cbd_trl.chain.records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
 from cbd_trl.chain.solve_shape import list_sizes
 
@@ -56,7 +56,8 @@ class Chain:
             path_or_hub_id: a folder that build_chain wrote, or the id of a Hub repository that holds one.
             revision: branch, tag or commit of the Hub repository.
             token: Hub token.
-            verify: compare every file with the sha256 in chain.json (about a second per GB).
+            verify: compare every file with the sha256 in chain.json (a second per one or two GB; remembered for files
+                that stay as they are).
 
         Raises:
             ValueError: not a chain, damaged, edited, unfinished, or of an unknown schema version; the message names
@@ -76,6 +77,14 @@ class Chain:
                 check_block_map(folder, anchor, above)
             above = anchor
         return cls(folder, manifest, str(path_or_hub_id))
+
+    def verify(self, anchors: Sequence[Anchor]) -> None:
+        """Compare the files of some anchors with the sha256 in chain.json.
+
+        Raises:
+            ValueError: one is damaged or was changed; the message names it.
+        """
+        verify_hashes(self.path, anchors)
 
     @property
     def source(self) -> Anchor:

@@ -21,7 +21,8 @@ def build_model(
 
     Args:
         architecture: what the weights mean; its config is copied.
-        weights: `{state dict key: tensor}` without a tied head.
+        weights: `{state dict key: tensor}` without a tied head, asked for one after another. The model holds them as
+            they are, without a copy, where they have its dtype and share their memory with nothing.
         dtype: of the returned parameters.
         name_or_path: recorded as `model.name_or_path`, where tokenizers and reference models are looked up.
     """
@@ -29,7 +30,16 @@ def build_model(
     config.dtype = dtype
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [cls.__name__]
-    state = {key: tensor.to(dtype) for key, tensor in weights.items()}
+    state: dict[str, torch.Tensor] = {}
+    used: set[int] = set()
+    for key, tensor in weights.items():
+        tensor = tensor.detach().to(dtype)
+        memory = tensor.untyped_storage()
+        # Two layers made from one tensor are two parameters, and a parameter holds no more than itself.
+        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in used:
+            tensor = tensor.clone()
+        used.add(tensor.untyped_storage().data_ptr())
+        state[key] = tensor
     with _quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
         model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)

@@ -1,19 +1,23 @@
-"""Operators: the rules that make a target's weights from two anchors. Pure functions, one table."""
+"""Operators: the rules that make a target's weights from two anchors. Pure functions, one table.
+
+What they return works out each tensor when it is asked for, from the few of the anchors' tensors that it needs.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from cbd_trl.architectures import Architecture
+from cbd_trl.architectures import Architecture, Site
 from cbd_trl.architectures.axes import dims_of, from_dims, to_dims
 from cbd_trl.chain.solve_shape import blocks_for_depth
 from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.cut import least_squares_cut, plain_cut, rms_ratio
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
+from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.norms import fold_norms, folds
-from cbd_trl.surgery.statistics import Statistics
-from cbd_trl.surgery.weights import Weights, reader_keys
+from cbd_trl.surgery.statistics import SiteStatistics
+from cbd_trl.surgery.weights import Weights, norms_of, readers_of
 
 # Of 0.25, 0.5, 0.75 and 1 the best alpha was 0.5, 0.75 and 1 at 0.32, 0.61 and 0.81 of the way down (SmolLM2-135M).
 NESTED_ALPHA_POWER = 0.75
@@ -34,7 +38,7 @@ class Pair:
     upper_architecture: Architecture
     lower: Weights
     lower_architecture: Architecture
-    statistics: Statistics | None
+    statistics: SiteStatistics | None
     blocks: Sequence[Sequence[int]]
 
     @property
@@ -90,15 +94,14 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
         alpha = default_alpha("nested", pair, plan.target)
         assert alpha is not None
     widths = pair.upper_architecture.resized(**plan.target.sizes)
-    statistics = _needed(pair)
-    upper = fold_norms(pair.upper, pair.upper_architecture)
-    cut = least_squares_cut(upper, pair.upper_architecture, statistics, widths)
+    cut = least_squares_cut(pair.upper, pair.upper_architecture, _needed(pair), widths, fold=True)
     kept = [block[-1] for block in pair.blocks]
     base, base_architecture = select_layers(cut, widths, kept)
     lower = _in_target_gauge(pair, plan.target, kept)
-    mixed = {key: _mix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha) for key in base}
-    swapped = _swapped(pair, plan)
-    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, swapped)
+    mixed = LazyWeights(
+        base, lambda key: _mix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha)
+    )
+    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, _swapped(pair, plan))
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -145,7 +148,7 @@ def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     large = plain_cut(large, architecture, target)
     small, small_architecture = at_relative_depth(pair.lower, pair.lower_architecture)
     small = zero_pad(small, small_architecture, target)
-    return {key: torch.lerp(large[key].float(), small[key].float(), alpha) for key in large}, target
+    return LazyWeights(large, lambda key: torch.lerp(large[key].float(), small[key].float(), alpha)), target
 
 
 OPERATORS: dict[str, Operator] = {
@@ -158,7 +161,7 @@ OPERATORS: dict[str, Operator] = {
 MIXING_OPERATORS = ("nested", "linear")
 
 
-def _needed(pair: Pair) -> Statistics:
+def _needed(pair: Pair) -> SiteStatistics:
     if pair.statistics is None:
         raise ValueError(
             "Changing a width needs the upper anchor's statistics, which this chain does not hold. Build the chain "
@@ -178,26 +181,30 @@ def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> W
     on the upper anchor's stream, the two differ by the ratio of the prefixes' root mean squares, which is taken out
     here.
     """
-    architecture, norm_type = pair.lower_architecture, pair.lower_architecture.family.norm_type
-    lower = {key: tensor.float() for key, tensor in fold_norms(pair.lower, architecture).items()}
-    statistics = _needed(pair)
-    for site in architecture.sites:
-        if not site.norm:
-            continue
+    architecture, statistics = pair.lower_architecture, _needed(pair)
+    folded = fold_norms(pair.lower, architecture)
+    norms, readers = norms_of(architecture), readers_of(architecture)
+    above = norms_of(pair.upper_architecture)
+
+    def ratio(site: Site, width: int) -> float:
         layer, name = architecture.split_name(site.name)
-        above = site.name if layer is None else pair.upper_architecture.layer_name(kept[layer], name)
-        site_above = next(one for one in pair.upper_architecture.sites if one.name == above)
-        ratio = rms_ratio(statistics, site_above, norm_type, architecture.sizes["width"])
-        target_ratio = rms_ratio(statistics, site_above, norm_type, target.sizes["width"])
-        gain = f"{site.name}.weight"
-        if folds(site, architecture):
-            for reader in site.readers:
-                key, _ = reader_keys(reader, lower, architecture)
-                lower[key] = lower[key] / ratio
-            lower[gain] = lower[gain] * target_ratio
-        else:
-            lower[gain] = lower[gain] * (target_ratio / ratio)
-    return lower
+        site_above = above[site.name if layer is None else architecture.layer_name(kept[layer], name)]
+        return rms_ratio(statistics, site_above, architecture.family.norm_type, width)
+
+    def tensor(key: str) -> torch.Tensor:
+        own, (module, kind) = folded[key].float(), key.rsplit(".", 1)
+        if kind == "bias":
+            return own
+        if module in norms:
+            at_target = ratio(norms[module], target.sizes["width"])
+            return own * (at_target if folds(norms[module], architecture) else at_target / before(norms[module]))
+        site = readers.get(module)
+        return own / before(site) if site is not None and folds(site, architecture) else own
+
+    def before(site: Site) -> float:
+        return ratio(site, architecture.sizes["width"])
+
+    return LazyWeights(architecture.tensors, tensor)
 
 
 def _mix(

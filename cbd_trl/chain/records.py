@@ -11,12 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures.axes import tensor_shape
 from cbd_trl.chain.model import build_model
+from cbd_trl.chain.stored_weights import StoredWeights
 from cbd_trl.surgery.weights import Weights
 
 MANIFEST = "chain.json"
 STATISTICS_FILE = "statistics.safetensors"
-DTYPES = ("float32", "bfloat16", "float16")
 RESTORE = "Download or copy the chain again, or rebuild it with build_chain."
 
 
@@ -89,24 +90,18 @@ class Anchor:
         return self.path / STATISTICS_FILE
 
     def load_state_dict(self) -> Weights:
-        """The weights under the model's own keys, in the stored dtype; a tied head is left out.
+        """The weights under the model's own keys, in the stored dtype, each read when it is asked for; a tied head is
+        left out.
 
         Raises:
-            ValueError: the files lack a tensor that the config says the model has.
+            ValueError: the files do not hold the tensors that the config says the model has.
         """
-        from safetensors.torch import load_file
-
-        found: Weights = {}
-        for name in weight_files(self.files):
-            found |= load_file(self.path / name)
-        wanted = self.architecture().tensors
-        missing = sorted(wanted.keys() - found.keys())
-        if missing:
-            raise ValueError(
-                f"{self.path / weight_files(self.files)[0]} lacks {missing[:5]}, which config.json says it has. "
-                f"{RESTORE}"
-            )
-        return {key: found[key] for key in wanted}
+        architecture = self.architecture()
+        shapes = {key: tensor_shape(axes, architecture.sizes) for key, axes in architecture.tensors.items()}
+        try:
+            return StoredWeights([self.path / name for name in weight_files(self.files)], shapes)
+        except ValueError as error:
+            raise ValueError(f"{error} {RESTORE}") from error
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The model in eval mode.

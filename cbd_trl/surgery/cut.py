@@ -3,16 +3,18 @@
 The plain cut keeps prefixes; the least-squares cut keeps prefixes that also speak for what is dropped.
 """
 
-from dataclasses import dataclass
+import functools
 
 import torch
 
 from cbd_trl.architectures import Architecture, Site
 from cbd_trl.architectures.axes import prefix, prefix_index
-from cbd_trl.surgery.statistics import Statistics
-from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, reader_keys
+from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.norms import fold_norms
+from cbd_trl.surgery.regression import Fit, regress
+from cbd_trl.surgery.statistics import SiteStatistics
+from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, norms_of, readers_of, working
 
-RIDGE = 1e-3
 TIED_HEAD_SHARE = 0.5
 
 
@@ -23,47 +25,82 @@ def plain_cut(weights: Weights, architecture: Architecture, target: Architecture
         ValueError: `target` is wider or has another depth.
     """
     _check_narrower(architecture, target)
-    return {
-        key: prefix(weights[key], axes, architecture.sizes, target.sizes) for key, axes in architecture.tensors.items()
-    }
+    tensors, old, new = architecture.tensors, architecture.sizes, target.sizes
+    return LazyWeights(tensors, lambda key: prefix(weights[key], tensors[key], old, new))
 
 
 def least_squares_cut(
     weights: Weights,
     architecture: Architecture,
-    statistics: Statistics,
+    statistics: SiteStatistics,
     target: Architecture,
-    ridge: float = RIDGE,
     tied_head_share: float = TIED_HEAD_SHARE,
+    fold: bool = False,
 ) -> Weights:
     """The plain cut with every reading layer refitted to the stream it used to read.
 
     With f the features that the cut model still has and y what is missing from the full stream, y ~ Y f + c in least
-    squares over the calibration text (Y = E[y f^T] (E[f f^T] + ridge)^-1; moments centred where the readers have a
-    bias to take c). A reader W becomes W_kept + W Y. Norm gains are multiplied by the ratio of the kept coordinates'
-    root mean square to the full one; a LayerNorm's features are centred over the kept coordinates, so y also holds the
-    kept coordinates' mean. Dropped heads and neurons go the same way through the output and down projections.
+    squares over the calibration text (see `regress`). A reader W becomes W_kept + W Y, its bias, where all readers of
+    the stream have one, b + W c. Norm gains are multiplied by the ratio of the kept coordinates' root mean square to
+    the full one; a LayerNorm's features are centred over the kept coordinates, so y also holds the kept coordinates'
+    mean. Dropped heads and neurons go the same way through the output and down projections.
 
     An approximation (the ratio varies from token to token); exact as ridge -> 0 with an untied head where the dropped
     coordinates are copies of kept ones, each copied equally often.
 
     Args:
-        weights: the full model's.
+        weights: the full model's; of each tensor only the outputs that stay are read.
         statistics: moments of the full model in the same coordinate order.
         target: same depth, no wider than `architecture` in any dimension.
-        ridge: times the mean diagonal of E[f f^T].
         tied_head_share: how far a tied table moves towards the refitted head (it is also read as input), 0 to 1.
+        fold: whether norm gains are put into their readers first (see `fold_norms`).
 
     Returns:
-        Weights of `target`.
+        Weights of `target`; what is calculated is so in float32, or in float64 where the weights are.
     """
     _check_narrower(architecture, target)
-    refitted = dict(weights)
-    for site in architecture.sites:
-        kept = prefix_index(site.axis, architecture.sizes, target.sizes)
-        if len(kept) < len(statistics.means[site.name]):
-            _refit_site(refitted, weights, architecture, statistics, site, kept, ridge, tied_head_share)
-    return _cut_rest(refitted, architecture, target)
+    norms, readers = norms_of(architecture), readers_of(architecture)
+    outputs = _cut_outputs(weights, architecture, target)
+    if fold:
+        outputs = fold_norms(outputs, architecture)
+    kept = {site.axis: prefix_index(site.axis, architecture.sizes, target.sizes) for site in architecture.sites}
+    cut = {axis for axis, index in kept.items() if len(index) < _length(axis, architecture)}
+
+    # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
+    @functools.lru_cache(maxsize=len(architecture.family.sites))
+    def fit(site: Site) -> Fit:
+        gain, shift = None, None
+        if site.norm:
+            gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
+        centred = site.norm and architecture.family.norm_type == "layer"
+        intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
+        return regress(statistics, site.name, kept[site.axis], gain, shift, centred, intercept)
+
+    def tensor(key: str) -> torch.Tensor:
+        module, kind = key.rsplit(".", 1)
+        if module in norms and norms[module].axis in cut:
+            part = working(outputs[key])[kept[norms[module].axis]]
+            size = len(part)
+            ratio = rms_ratio(statistics, norms[module], architecture.family.norm_type, size)
+            return part * ratio if kind == "weight" else part
+        site = readers.get(module)
+        if site is None or site.axis not in cut:
+            return outputs[key]
+        weight = f"{module}.weight"
+        axes = architecture.tensors[weight]
+        full = outputs[weight]
+        matrix = input_matrix(full, axes, site.axis)
+        if kind == "bias":
+            return fit(site).shifted(matrix, working(outputs[key]))
+        tied = site is architecture.sites[-1] and architecture.tied
+        refitted = fit(site).refitted(matrix, tied_head_share if tied else 1.0)
+        return from_input_matrix(refitted, full, axes, site.axis)
+
+    return LazyWeights(target.tensors, tensor)
+
+
+def _length(axis: tuple[str, ...], architecture: Architecture) -> int:
+    return len(prefix_index(axis, architecture.sizes, architecture.sizes))
 
 
 def _check_narrower(architecture: Architecture, target: Architecture) -> None:
@@ -75,116 +112,25 @@ def _check_narrower(architecture: Architecture, target: Architecture) -> None:
         )
 
 
-def rms_ratio(statistics: Statistics, site: Site, norm_type: str, kept: int) -> float:
+def _cut_outputs(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
+    """The plain cut of all that is written; what readers read along, norms included, stays whole."""
+    norms, readers, sizes = norms_of(architecture), readers_of(architecture), architecture.sizes
+
+    def tensor(key: str) -> torch.Tensor:
+        module, kind = key.rsplit(".", 1)
+        whole = readers[module].axis if module in readers and kind == "weight" else ()
+        if module in norms:
+            whole = norms[module].axis
+        return prefix(weights[key], architecture.tensors[key], sizes, target.sizes, whole)
+
+    return LazyWeights(architecture.tensors, tensor)
+
+
+def rms_ratio(statistics: SiteStatistics, site: Site, norm_type: str, kept: int) -> float:
     """Root mean square (LayerNorm: standard deviation) of a normalised stream's first channels over that of all."""
     variances = statistics.variances(site.name)
     full, part = variances.mean(), variances[:kept].mean()
     if norm_type == "layer":
         # The prefix has a mean of its own, which the cut model's LayerNorm removes.
-        part = part - statistics.second(site.name)[:kept, :kept].mean()
+        part = part - statistics.prefix_squares(site.name)[kept - 1] / kept**2
     return float((part / full).sqrt())
-
-
-@dataclass(frozen=True)
-class _Refit:
-    """y ~ matrix f + constant, for the entries `rows` of the full stream (the others of y are zero)."""
-
-    rows: torch.Tensor
-    matrix: torch.Tensor
-    constant: torch.Tensor
-
-
-def _regress(
-    mean: torch.Tensor,
-    second: torch.Tensor,
-    gain: torch.Tensor,
-    shift: torch.Tensor,
-    kept: torch.Tensor,
-    centred: bool,
-    intercept: bool,
-    ridge: float,
-) -> _Refit:
-    """Least squares of what a cut stream misses on what it has.
-
-    The full stream is u = gain x + shift with moments (mean, second) of x. The features are f = u[kept], or, where
-    the cut norm centres over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has
-    the rows gain mu at `kept`.
-    """
-    dropped = torch.ones(len(mean), dtype=torch.bool)
-    dropped[kept] = False
-    rows = torch.arange(len(mean)) if centred else dropped.nonzero().flatten()
-    covariance = second - torch.outer(mean, mean)
-    with_mu = covariance[:, kept].mean(1) if centred else torch.zeros_like(mean)
-    mu_variance = with_mu[kept].mean()
-    mu_mean = mean[kept].mean() if centred else mean.new_zeros(())
-    kept_gain, mu_kept = gain[kept], with_mu[kept]
-
-    ff = covariance[kept][:, kept] - mu_kept[:, None] - mu_kept[None, :] + mu_variance
-    ff = kept_gain[:, None] * ff * kept_gain[None, :]
-    yf = covariance[rows][:, kept] - with_mu[rows][:, None]
-    yf = gain[rows][:, None] * yf * kept_gain[None, :]
-    missing_mean = (gain * mean + shift)[rows]
-    if centred:
-        yf[kept] = torch.outer(kept_gain, kept_gain * (mu_kept - mu_variance))
-        missing_mean[kept] = kept_gain * mu_mean
-    feature_mean = kept_gain * (mean[kept] - mu_mean) + shift[kept]
-    if not intercept:
-        ff = ff + torch.outer(feature_mean, feature_mean)
-        yf = yf + torch.outer(missing_mean, feature_mean)
-    ff.diagonal().add_(ridge * ff.diagonal().mean())
-    matrix = torch.linalg.solve(ff, yf.T).T
-    constant = missing_mean - matrix @ feature_mean if intercept else torch.zeros_like(missing_mean)
-    return _Refit(rows, matrix, constant)
-
-
-def _refit_site(
-    refitted: Weights,
-    weights: Weights,
-    architecture: Architecture,
-    statistics: Statistics,
-    site: Site,
-    kept: torch.Tensor,
-    ridge: float,
-    tied_head_share: float,
-) -> None:
-    """Write one site's readers, and its norm's gain, into `refitted`."""
-    mean, second = statistics.mean(site.name), statistics.second(site.name)
-    gain, shift, centred = torch.ones_like(mean), torch.zeros_like(mean), False
-    if site.norm:
-        gain = weights[f"{site.name}.weight"].double()
-        shift = weights[f"{site.name}.bias"].double() if f"{site.name}.bias" in weights else shift
-        centred = architecture.family.norm_type == "layer"
-        ratio = rms_ratio(statistics, site, architecture.family.norm_type, len(kept))
-        refitted[f"{site.name}.weight"] = weights[f"{site.name}.weight"] * ratio
-    intercept = all(reader_keys(reader, weights, architecture)[1] is not None for reader in site.readers)
-    refit = _regress(mean, second, gain, shift, kept, centred, intercept, ridge)
-    tied = site is architecture.sites[-1] and architecture.tied
-    share = tied_head_share if tied else 1.0
-    for reader in site.readers:
-        key, bias = reader_keys(reader, weights, architecture)
-        axes = architecture.tensors[key]
-        matrix = input_matrix(weights[key], axes, site.axis)
-        # A vocabulary's worth of rows stays in float32: the solution is what needs the precision.
-        matrix = matrix.float() if matrix.numel() > 2**24 else matrix.double()
-        new = matrix[:, kept] + share * (matrix[:, refit.rows] @ refit.matrix.to(matrix.dtype))
-        refitted[key] = from_input_matrix(new, weights[key], axes, site.axis)
-        if bias is not None and intercept:
-            offset = matrix[:, refit.rows].double() @ refit.constant
-            refitted[bias] = (refitted[bias].double() + offset).to(weights[bias].dtype)
-
-
-def _cut_rest(refitted: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """Prefixes of every axis that the refit has not shortened already."""
-    shortened = {
-        reader_keys(reader, refitted, architecture)[0]: site.axis
-        for site in architecture.sites
-        for reader in site.readers
-    }
-    cut = {}
-    for key, axes in architecture.tensors.items():
-        axis = shortened.get(key)
-        sizes = architecture.sizes
-        if axis is not None and refitted[key].shape[axes.index(axis)] == len(prefix_index(axis, sizes, target.sizes)):
-            sizes = {**sizes, **{dim: target.sizes[dim] for dim in axis}}
-        cut[key] = prefix(refitted[key], axes, sizes, target.sizes)
-    return cut

@@ -8,7 +8,8 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import Axes, dims_of, from_dims, to_dims
 from cbd_trl.surgery.blocks import select_layers, spaced_layers
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.weights import Weights, norms_of, working
 
 
 def grow_width(weights: Weights, architecture: Architecture, target: Architecture) -> tuple[Weights, Architecture]:
@@ -25,24 +26,25 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
     """
     ratio = architecture.sizes["width"] / target.sizes["width"]
     readers = _reader_axes(architecture)
-    norms = {site.name for site in architecture.sites if site.norm}
+    norms = norms_of(architecture)
     centred = architecture.family.norm_type == "layer"
     shared = architecture.family.shared_eps(architecture.config)
-    grown = {}
-    for key, axes in architecture.tensors.items():
-        tensor, (module, kind) = weights[key], key.rsplit(".", 1)
-        array = to_dims(tensor, axes, architecture.sizes)
+
+    def tensor(key: str) -> torch.Tensor:
+        axes, (module, kind) = architecture.tensors[key], key.rsplit(".", 1)
+        array = to_dims(weights[key], axes, architecture.sizes)
         if module in norms:
             fill = "zero" if centred else "repeat"
             array = _extend(array, axes, "width", target.sizes["width"], fill)
-            array = array * math.sqrt(ratio) if kind == "weight" else array
         else:
             for dim in dict.fromkeys(dims_of(axes)):
                 array = _extend(array, axes, dim, target.sizes[dim], _fill(dim, axes, readers.get(module), centred))
-        if architecture.split_name(module)[1] in shared:
-            array = array * math.sqrt(ratio)
-        grown[key] = from_dims(array, axes)
-    return grown, target.with_eps(architecture.eps * ratio)
+        scales = (module in norms and kind == "weight") or architecture.split_name(module)[1] in shared
+        if scales and ratio != 1:
+            array = working(array) * math.sqrt(ratio)
+        return from_dims(array, axes)
+
+    return LazyWeights(architecture.tensors, tensor), target.with_eps(architecture.eps * ratio)
 
 
 def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tuple[Weights, Architecture]:
@@ -60,21 +62,14 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
         )
     old = spaced_layers(depth, architecture.depth)
     following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
-    grown, deeper = select_layers(weights, architecture, following)
-    for layer in sorted(set(range(depth)) - set(old)):
-        _silence(grown, deeper, layer)
-    return grown, deeper
+    repeated, deeper = select_layers(weights, architecture, following)
+    outputs = {reader for site in architecture.family.sites if not site.norm for reader in site.readers}
+    silent = {deeper.layer_name(layer, reader) for layer in set(range(depth)) - set(old) for reader in outputs}
 
+    def tensor(key: str) -> torch.Tensor:
+        return torch.zeros_like(repeated[key]) if key.rsplit(".", 1)[0] in silent else repeated[key]
 
-def _silence(weights: Weights, architecture: Architecture, layer: int) -> None:
-    for site in architecture.family.sites:
-        if site.norm:
-            continue
-        for reader in site.readers:
-            for kind in ("weight", "bias"):
-                key = architecture.layer_name(layer, f"{reader}.{kind}")
-                if key in weights:
-                    weights[key] = torch.zeros_like(weights[key])
+    return LazyWeights(repeated, tensor), deeper
 
 
 def _reader_axes(architecture: Architecture) -> dict[str, tuple[str, ...]]:
@@ -106,10 +101,12 @@ def _extend(array: torch.Tensor, axes: Axes, dim: str, size: int, fill: str) -> 
 
 def zero_pad(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
     """Every tensor padded with zeros to `target`'s widths: not exact; the Trans(theta_small) of arXiv 2605.07783."""
-    padded = {}
-    for key, axes in architecture.tensors.items():
+
+    def tensor(key: str) -> torch.Tensor:
+        axes = architecture.tensors[key]
         array = to_dims(weights[key], axes, architecture.sizes)
         for dim in dict.fromkeys(dims_of(axes)):
             array = _extend(array, axes, dim, target.sizes[dim], "zero")
-        padded[key] = from_dims(array, axes)
-    return padded
+        return from_dims(array, axes)
+
+    return LazyWeights(architecture.tensors, tensor)

@@ -1,36 +1,61 @@
 """First and second moments of every stream that linear layers read, from calibration text."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from cbd_trl.architectures import Architecture, Site
+from cbd_trl.surgery.factors import factorise
 
-FORMAT_VERSION = "1"
+RIDGE = 1e-3
+
+
+class SiteStatistics(Protocol):
+    """What a cut asks of a model's moments, in memory or on disk.
+
+    Args:
+        ridge: of `factor`, times each coordinate's own variance.
+    """
+
+    @property
+    def ridge(self) -> float: ...
+
+    def mean(self, site: str) -> torch.Tensor:
+        """E[x], (D,)."""
+
+    def variances(self, site: str) -> torch.Tensor:
+        """E[x_i^2], (D,)."""
+
+    def prefix_squares(self, site: str) -> torch.Tensor:
+        """E[(x_1 + ... + x_i)^2] for every i, (D,)."""
+
+    def second(self, site: str) -> torch.Tensor:
+        """E[x x^T], (D, D)."""
+
+    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
+        """L, (D, P), with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular; `kept` ascends."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments per token at every site of a model.
+    """Moments per token at every site of a model, in memory.
 
     Args:
         means: {site: E[x], (D,) float32}; x is the normalised stream before gain and bias at a norm, the raw input
             elsewhere.
         seconds: {site: E[x x^T], its upper triangle row by row, (D (D + 1) / 2,) float32}.
         tokens: number of tokens averaged over, padding left out.
+        ridge: of `factor`, times each coordinate's own variance.
     """
 
     means: Mapping[str, torch.Tensor]
     seconds: Mapping[str, torch.Tensor]
     tokens: int
+    ridge: float = RIDGE
 
     def mean(self, site: str) -> torch.Tensor:
         """E[x], (D,) float64."""
@@ -50,53 +75,21 @@ class Statistics:
         rows = torch.arange(size)
         return self.seconds[site][rows * size - rows * (rows - 1) // 2].double()
 
+    def prefix_squares(self, site: str) -> torch.Tensor:
+        """E[(x_1 + ... + x_i)^2] for every i, (D,) float64."""
+        return self.second(site).cumsum(0).cumsum(1).diagonal()
+
+    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
+        """L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
+        return factorise(self.mean(site), self.second(site), kept, self.ridge)
+
     def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
         """The statistics of a model whose stream at `site` is x[index[site]] (sites without an entry are dropped)."""
         means, seconds = {}, {}
         for site, order in index.items():
             means[site] = self.means[site][order]
             seconds[site] = _packed(self.second(site)[order][:, order])
-        return Statistics(means, seconds, self.tokens)
-
-    def with_layers(self, architecture: Architecture, layers: Sequence[int]) -> "Statistics":
-        """The statistics of these layers, renumbered; those outside the layers as they are."""
-        sources = {}
-        for site in self.means:
-            layer, name = architecture.split_name(site)
-            if layer is None:
-                sources[site] = site
-            elif layer == 0:
-                sources |= {
-                    architecture.layer_name(new, name): architecture.layer_name(old, name)
-                    for new, old in enumerate(layers)
-                }
-        means = {site: self.means[source] for site, source in sources.items()}
-        return Statistics(means, {site: self.seconds[source] for site, source in sources.items()}, self.tokens)
-
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
-        tensors = {f"{site}.mean": mean.contiguous() for site, mean in self.means.items()}
-        tensors |= {f"{site}.second": second.contiguous() for site, second in self.seconds.items()}
-        save_file(tensors, path, metadata={"cbd_trl_statistics": FORMAT_VERSION, "tokens": json.dumps(self.tokens)})
-
-    @classmethod
-    def load(cls, path: Path) -> "Statistics":
-        """Read a file written by `save`.
-
-        Raises:
-            ValueError: the file holds no statistics of this version.
-        """
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("cbd_trl_statistics") != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} holds no calibration statistics of version {FORMAT_VERSION} (found "
-                    f"{metadata.get('cbd_trl_statistics')!r}). Build the chain again with this version of cbd_trl."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        means = {key[: -len(".mean")]: tensor for key, tensor in tensors.items() if key.endswith(".mean")}
-        seconds = {key[: -len(".second")]: tensor for key, tensor in tensors.items() if key.endswith(".second")}
-        return cls(means, seconds, json.loads(metadata["tokens"]))
+        return Statistics(means, seconds, self.tokens, self.ridge)
 
 
 def _packed(second: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,18 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from cbd_trl.architectures import Architecture
+from cbd_trl.architectures import Architecture, Site
 from cbd_trl.architectures.axes import Axes
 
-Weights = dict[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
 
 
-def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
+def working(tensor: torch.Tensor) -> torch.Tensor:
+    """In the dtype that is calculated in: half precisions in float32, the others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.Tensor]:
     """The model's parameters as weights (views, not copies).
 
     Raises:
@@ -35,10 +40,25 @@ def input_matrix(weight: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> tor
 
 
 def from_input_matrix(matrix: torch.Tensor, like: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> torch.Tensor:
-    """Inverse of `input_matrix`; the inputs may have changed in number."""
+    """Inverse of `input_matrix`, in the matrix's dtype; the inputs may have changed in number."""
     position = axes.index(axis)
     outputs = [length for i, length in enumerate(like.shape) if i != position]
-    return matrix.reshape(*outputs, matrix.shape[-1]).movedim(-1, position).to(like.dtype).contiguous()
+    return matrix.reshape(*outputs, matrix.shape[-1]).movedim(-1, position).contiguous()
+
+
+def readers_of(architecture: Architecture) -> dict[str, Site]:
+    """{module whose weight reads a site: the site}; a tied head reads with the embedding table."""
+    head = architecture.family.embedding if architecture.tied else architecture.family.head
+    return {
+        head if reader == architecture.family.head else reader: site
+        for site in architecture.sites
+        for reader in site.readers
+    }
+
+
+def norms_of(architecture: Architecture) -> dict[str, Site]:
+    """{norm module: the site behind it}."""
+    return {site.name: site for site in architecture.sites if site.norm}
 
 
 def reader_keys(
