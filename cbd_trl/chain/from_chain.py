@@ -4,7 +4,9 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -93,21 +95,31 @@ def from_chain(
         )
         # Asked for with other words (a rounded size, some of its fields), an anchor's shape still means that anchor.
         anchor = next((end for end in (upper, lower) if end.shape == fields), None) if own_rule else None
-    if opened_here:
-        chain.verify([upper, lower] if anchor is None else [anchor])
-    if anchor is not None:
-        model = anchor.load_model(dtype=_dtype(dtype, anchor))
-        provenance = _provenance(chain, [anchor], "anchor", None, anchor.architecture())
-        tokenizer_source = anchor
-    else:
-        model, provenance = _interpolate(chain, upper, lower, fields, operator, alpha, calibration_dataset, dtype)
-        tokenizer_source = upper
+    used = [upper, lower] if anchor is None else [anchor]
+    with _verified(chain, used if opened_here else []):
+        if anchor is not None:
+            model = anchor.load_model(dtype=_dtype(dtype, anchor))
+            provenance = _provenance(chain, [anchor], "anchor", None, anchor.architecture())
+        else:
+            model, provenance = _interpolate(chain, upper, lower, fields, operator, alpha, calibration_dataset, dtype)
     model.config.cbd_trl = provenance
     if directory is not None:
         _save(model, chain, directory)
     else:
-        model.config._name_or_path = model.name_or_path = str(tokenizer_source.path)
+        model.config._name_or_path = model.name_or_path = str(used[0].path)
     return model
+
+
+@contextmanager
+def _verified(chain: Chain, anchors: list[Anchor]) -> Iterator[None]:
+    """Compare these anchors' files with their recorded sha256 while the model is made from them."""
+    with ThreadPoolExecutor(1) as pool:
+        verification = pool.submit(chain.verify, anchors)
+        try:
+            yield
+        finally:
+            # Whatever went wrong above, a damaged file is the reason.
+            verification.result()
 
 
 def _check_arguments(

@@ -224,10 +224,8 @@ def _mix(
     small = to_dims(lower, axes, lower_architecture.sizes)
     dims, inputs = dims_of(axes), _input_dims(architecture, key)
     shared = {dim: slice(0, lower_architecture.sizes[dim]) for dim in dims}
-    outputs = tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)
-    padded = torch.zeros_like(array[outputs])
-    padded[tuple(shared[dim] if dim in inputs else slice(None) for dim in dims)] = small
-    array[outputs] = torch.lerp(array[outputs], padded, alpha)
+    array[tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)] *= 1 - alpha
+    array[tuple(shared.values())] += alpha * small
     return from_dims(array, axes)
 
 

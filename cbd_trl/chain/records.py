@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,23 @@ class Anchor:
     path: Path = field(default=Path(), repr=False)
 
     def config(self) -> PretrainedConfig:
-        """The model's config.
+        """The model's config, read once; not to be changed.
 
         Raises:
             ValueError: config.json cannot be read.
         """
+        return self._config
+
+    def architecture(self) -> Architecture:
+        """What the model's tensors mean."""
+        return self._architecture
+
+    @cached_property
+    def _architecture(self) -> Architecture:
+        return describe(self._config)
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
         try:
             # Never code from a chain: the families are transformers' own.
             return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
@@ -66,9 +79,6 @@ class Anchor:
             raise ValueError(
                 f"{self.path / 'config.json'} cannot be read as a model config ({error}). {RESTORE}"
             ) from error
-
-    def architecture(self) -> Architecture:
-        return describe(self.config())
 
     @property
     def kept_layers(self) -> list[int] | None:

@@ -74,6 +74,13 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, columns: int) -> torch.Ten
     return factor
 
 
+def packed_bytes(size: int) -> int:
+    """Bytes of the codes of a (size, size) factor."""
+    return sum(
+        _packed_length((size - start) * min(_PANEL, size - start)) for start in range(0, size, _PANEL)
+    )
+
+
 def _packed_length(count: int) -> int:
     return 3 * -(-count // 4)
 

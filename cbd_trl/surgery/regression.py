@@ -26,20 +26,20 @@ class Fit:
 
     def refitted(self, matrix: torch.Tensor, share: float) -> torch.Tensor:
         """A reader's (outputs, D) matrix as one of what stays, (outputs, P), `share` of the way to the fit."""
-        kept, missing = (working(_columns(matrix, index)) for index in (self.kept, self.rows))
+        kept, missing = (working(matrix[:, _span(index)]) for index in (self.kept, self.rows))
         return torch.addmm(kept, missing, self.matrix.to(kept.dtype), alpha=share)
 
     def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """The reader's bias, (outputs,)."""
         if self.constant is None:
             return bias
-        return bias + (_columns(matrix, self.rows).double() @ self.constant.double()).to(bias.dtype)
+        return bias + (matrix[:, _span(self.rows)].double() @ self.constant.double()).to(bias.dtype)
 
 
-def _columns(matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Columns at ascending positions; a view where they are neighbours."""
+def _span(index: torch.Tensor) -> slice | torch.Tensor:
+    """Ascending positions as a slice where they are neighbours: a view then, not a copy."""
     first, last = int(index[0]), int(index[-1])
-    return matrix[:, first : last + 1] if last - first + 1 == len(index) else matrix[:, index]
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
 def regress(
@@ -77,8 +77,8 @@ def regress(
     dropped = torch.ones(len(mean), dtype=torch.bool)
     dropped[kept] = False
     rest = dropped.nonzero().flatten()
-    triangle = factor[kept]
-    matrix = torch.linalg.solve_triangular(triangle, factor[rest], upper=False, left=False)
+    triangle = factor[_span(kept)]
+    matrix = torch.linalg.solve_triangular(triangle, factor[_span(rest)], upper=False, left=False)
     missing, features = gain * mean + shift, (gain * mean + shift)[kept]
     rows, weighting = rest, None
     if centred:
@@ -92,7 +92,7 @@ def regress(
         features = features - missing[kept]
     # A feature of gain 0 says nothing.
     inverse = torch.where(gain[kept].abs() > 1e-6 * gain.abs().max(), 1 / gain[kept], 0)
-    matrix = matrix * gain[rows, None] * inverse
+    matrix.mul_(gain[rows, None]).mul_(inverse)
     missing = missing[rows]
     if intercept:
         return Fit(kept, rows, matrix, missing - matrix @ features)
@@ -104,7 +104,7 @@ def regress(
         direction = direction - weighting * direction.sum() + scaled.mean() / floor
     direction = inverse * direction
     gap = missing - matrix @ features
-    return Fit(kept, rows, matrix + torch.outer(gap, direction) / (1 + features @ direction), None)
+    return Fit(kept, rows, matrix.addr_(gap, direction / (1 + features @ direction)), None)
 
 
 def _solve(triangle: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

@@ -77,7 +77,8 @@ class Statistics:
 
     def prefix_squares(self, site: str) -> torch.Tensor:
         """E[(x_1 + ... + x_i)^2] for every i, (D,) float64."""
-        return self.second(site).cumsum(0).cumsum(1).diagonal()
+        second = self.second(site)
+        return (2 * second.triu().sum(0) - second.diagonal()).cumsum(0)
 
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
         """L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
