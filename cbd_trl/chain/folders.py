@@ -186,8 +186,8 @@ def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
     dtype = DTYPES.get(kind)
     if dtype is None:
         raise ValueError(
-            f"{folder / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES.values())}: convert the "
-            "model first."
+            f"{folder / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES.values())}: "
+            "convert the model first."
         )
     return dataclasses.replace(
         found, shape=architecture.shape, num_parameters=architecture.num_parameters, dtype=dtype

@@ -55,9 +55,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         if key in self._places:
             raise ValueError(f"{key} is in {self._places[key]} and again in {file}.")
         if tuple(header.get_shape()) != shape:
-            raise ValueError(
-                f"{file} holds {key} of shape {tuple(header.get_shape())}, but config.json says {shape}."
-            )
+            raise ValueError(f"{file} holds {key} of shape {tuple(header.get_shape())}, but config.json says {shape}.")
         if header.get_dtype() not in DTYPES:
             raise ValueError(
                 f"{file} holds {key} as {header.get_dtype()}. Chains store {', '.join(DTYPES.values())}: convert the "

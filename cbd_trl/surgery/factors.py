@@ -1,8 +1,8 @@
 """Second moments as triangular factors, and factors in few bits.
 
-cov(x) + ridge diag = L L^T with L lower triangular. In the order of a sorted model, the leading block of L is the factor
-of the leading block of the covariance, so one stored factor solves for every prefix; and whatever is rounded in L, the
-product stays positive definite, which rounded moments are not.
+cov(x) + ridge diag = L L^T with L lower triangular. In the order of a sorted model, the leading block of L is the
+factor of the leading block of the covariance, so one stored factor solves for every prefix; and whatever is rounded in
+L, the product stays positive definite; rounded moments do not.
 
 In units of each coordinate's deviation the entries of L below the diagonal are stored in BITS bits with a scale for
 each column, the diagonal in float32.
@@ -76,9 +76,7 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, columns: int) -> torch.Ten
 
 def packed_bytes(size: int) -> int:
     """Bytes of the codes of a (size, size) factor."""
-    return sum(
-        _packed_length((size - start) * min(_PANEL, size - start)) for start in range(0, size, _PANEL)
-    )
+    return sum(_packed_length((size - start) * min(_PANEL, size - start)) for start in range(0, size, _PANEL))
 
 
 def _packed_length(count: int) -> int:

@@ -57,10 +57,10 @@ def regress(
     cut norm centres over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has the
     rows gain mu at `kept`.
 
-    With K the kept and R the dropped entries and cov(x) + ridge = L L^T, L lower triangular, x_R is regressed on x_K by
-    Y = L_RK L_KK^-1: the stored factor solves for every prefix. The rest are corrections of rank one: centring takes
-    away the constant direction, Y <- Y - (Y 1) w^T with w = cov^-1 1 / (1^T cov^-1 1), and fitting without an intercept
-    adds the means to the moments (Sherman-Morrison).
+    With K the kept and R the dropped entries and cov(x) + ridge = L L^T, L lower triangular, x_R is regressed on x_K
+    by Y = L_RK L_KK^-1: the stored factor solves for every prefix. The rest are corrections of rank one: centring
+    takes away the constant direction, Y <- Y - (Y 1) w^T with w = cov^-1 1 / (1^T cov^-1 1), and fitting without an
+    intercept adds the means to the moments (Sherman-Morrison).
 
     Args:
         statistics: moments of x.

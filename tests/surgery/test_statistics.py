@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
-from tests.surgery.helpers import described, every_case, every_family, full_model, moments, tokens
+from tests.surgery.helpers import described, every_case, every_family, full_model, tokens
 
 
 def _close(statistics: Statistics, other: Statistics) -> None:
