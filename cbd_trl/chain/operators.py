@@ -225,7 +225,7 @@ def _mix(
     dims, inputs = dims_of(axes), _input_dims(architecture, key)
     shared = {dim: slice(0, lower_architecture.sizes[dim]) for dim in dims}
     array[tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)] *= 1 - alpha
-    array[tuple(shared.values())] += alpha * small
+    array[tuple(shared.values())].add_(small, alpha=alpha)
     return from_dims(array, axes)
 
 

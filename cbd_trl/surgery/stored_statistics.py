@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cbd_trl.surgery.factors import deviations, factorise, pack, unpack
 from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.tensor_file import TensorFile
 
 FORMAT_VERSION = "2"
 _MARK = "cbd_trl_statistics"
@@ -37,15 +37,12 @@ class StoredStatistics:
         path: the file.
 
     Raises:
-        ValueError: it holds no statistics of this version.
+        ValueError: it is no safetensors file or holds no statistics of this version.
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._file = safe_open(path, "pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} cannot be read ({error}). Build the chain again.") from error
-        metadata = self._file.metadata() or {}
+        self._tensors = TensorFile(path)
+        metadata = self._tensors.metadata
         if metadata.get(_MARK) != FORMAT_VERSION:
             raise ValueError(
                 f"{path} holds no calibration statistics of version {FORMAT_VERSION} (found {metadata.get(_MARK)!r}). "
@@ -54,18 +51,17 @@ class StoredStatistics:
         self.path = path
         self.tokens: int = json.loads(metadata["tokens"])
         self.ridge: float = json.loads(metadata["ridge"])
-        self._names = set(self._file.keys())
 
     @property
     def sites(self) -> set[str]:
         """The sites there are."""
-        return {name.removesuffix(".codes") for name in self._names if name.endswith(".codes")}
+        return {name.removesuffix(".codes") for name in self._tensors if name.endswith(".codes")}
 
     def _tensor(self, site: str, kind: str) -> torch.Tensor:
         name = f"{site}.{kind}"
-        if name not in self._names:
+        if name not in self._tensors:
             raise ValueError(f"{self.path} lacks {name}: it was not written for this model. Build the chain again.")
-        return self._file.get_tensor(name)
+        return self._tensors[name]
 
     def _vector(self, site: str, name: str) -> torch.Tensor:
         return self._tensor(site, "vectors")[_VECTORS.index(name)]
