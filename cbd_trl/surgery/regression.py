@@ -7,6 +7,8 @@ import torch
 from cbd_trl.surgery.statistics import SiteStatistics
 from cbd_trl.surgery.weights import working
 
+_ROWS = 4096
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -26,8 +28,13 @@ class Fit:
 
     def refitted(self, matrix: torch.Tensor, share: float) -> torch.Tensor:
         """A reader's (outputs, D) matrix as one of what stays, (outputs, P), `share` of the way to the fit."""
-        kept, missing = (working(matrix[:, _span(index)]) for index in (self.kept, self.rows))
-        return torch.addmm(kept, missing, self.matrix.to(kept.dtype), alpha=share)
+        kept, missing = matrix[:, _span(self.kept)], matrix[:, _span(self.rows)]
+        fit = self.matrix.to(working(matrix[:0]).dtype)
+        made = fit.new_empty(len(matrix), len(self.kept))
+        # A vocabulary's rows in pieces: the parts in the working dtype never exist as a whole.
+        for out, own, other in zip(made.split(_ROWS), kept.split(_ROWS), missing.split(_ROWS), strict=True):
+            torch.addmm(working(own), working(other), fit, alpha=share, out=out)
+        return made
 
     def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """The reader's bias, (outputs,)."""
@@ -108,5 +115,6 @@ def regress(
 
 
 def _solve(triangle: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """(L L^T)^-1 v."""
-    return torch.cholesky_solve(vector[:, None], triangle)[:, 0]
+    """(L L^T)^-1 v, without the copy of L that `cholesky_solve` makes."""
+    half = torch.linalg.solve_triangular(triangle, vector[:, None], upper=False)
+    return torch.linalg.solve_triangular(triangle.mT, half, upper=True)[:, 0]
