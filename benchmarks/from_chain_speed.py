@@ -6,8 +6,8 @@ Everything in one run, on one machine, with a warm page cache, contestants alter
 
 1. Depth alone, again and again in one process: from_chain of a folder, against `from_pretrained` of the same model
    saved. (The chain's hashes are remembered after the first call; the first call has a row of its own below.)
-2. The first call in a fresh process, both after the same imports: from_chain with all its checks (sha256 of every file
-   of both anchors), against `from_pretrained`.
+2. The first call in a fresh process, both after the imports that a user of either needs: from_chain with all its
+   checks (sha256 of every file of both anchors), against `from_pretrained`.
 3. --large: random weights of the shape of Qwen2.5-1.5B in bfloat16, all 28 layers, cut to 1.2B, against the same
    triangular solves and matrix products of random float32 matrices, done plainly.
 4. Resident memory at its highest during the call above that before it, against 1.25 times the target's bytes plus
@@ -28,12 +28,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from meter import PeakSampler, resident_bytes
 from random_chain import qwen, smol, tiny, write_random_chain
 from tables import machine, markdown
 from transformers import AutoModelForCausalLM
@@ -64,34 +63,17 @@ class Case:
     fields: dict[str, int] = field(default_factory=dict)
     operator: str = "nested"
 
-
-def child(request: dict[str, Any]) -> dict[str, Any]:
-    """The first call in this process: seconds, resident bytes above those before, and the model's own bytes."""
-    before = resident_bytes()
-    sampler = PeakSampler()
-    sampler.start()
-    start = time.perf_counter()
-    if "stock" in request:
-        model = AutoModelForCausalLM.from_pretrained(request["stock"])
-    else:
-        case = Case(**request["case"])
-        model = from_chain(case.chain, config=case.fields, operator=case.operator)
-    seconds = time.perf_counter() - start
-    above = sampler.stop() - before
-    if "save" in request:
-        model.save_pretrained(request["save"])
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    return {"seconds": seconds, "above": above, "bytes": size, "parameters": model.num_parameters()}
+    @property
+    def request(self) -> dict[str, Any]:
+        """For first_call.py."""
+        return {"chain": self.chain, "config": self.fields, "operator": self.operator}
 
 
 def in_child(request: dict[str, Any]) -> dict[str, Any]:
-    """`child` in a fresh process."""
-    run = subprocess.run(
-        [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--child", json.dumps(request)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    """What first_call.py measures in a fresh process."""
+    request = {"threads": torch.get_num_threads(), **request}
+    script = str(Path(__file__).with_name("first_call.py"))
+    run = subprocess.run([sys.executable, script, json.dumps(request)], check=True, capture_output=True, text=True)
     result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return result
 
@@ -139,11 +121,11 @@ def allowance(case: Case, target_bytes: int) -> float:
 def first_call(case: Case, work: Path, repeats: int) -> dict[str, Any]:
     """Part 2, and the memory of part 4."""
     saved = work / "first" / f"{case.name}-{case.operator}".replace(" ", "-")
-    whole = in_child({"case": asdict(case), "save": str(saved)})
+    whole = in_child({**case.request, "save": str(saved)})
     runs: list[dict[str, Any]] = []
 
     def ours() -> float:
-        runs.append(in_child({"case": asdict(case)}))
+        runs.append(in_child(case.request))
         return float(runs[-1]["seconds"])
 
     seconds, stock = alternate([ours, lambda: float(in_child({"stock": str(saved)})["seconds"])], repeats)
@@ -186,7 +168,7 @@ def plain_solves(upper: Architecture, target: Architecture) -> float:
 
 def against_solves(case: Case) -> dict[str, Any]:
     """Part 3."""
-    run = in_child({"case": asdict(case)})
+    run = in_child(case.request)
     upper = Chain.from_pretrained(case.chain, verify=False).pair_for(config=case.fields)[0].architecture()
     bound = plain_solves(upper, target_architecture(upper, case.fields))
     return {
@@ -269,13 +251,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, help="where random chains are kept for another run")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
-    if options.child:
-        print(json.dumps(child(json.loads(options.child))))
-        return
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         cases, large = chains(options, work)
