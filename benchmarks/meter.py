@@ -10,53 +10,16 @@ existed, alike for every contestant.
 """
 
 import gc
-import os
 import statistics
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from memory import PeakSampler, resident_bytes
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
-_INTERVAL = 0.005
 _GRADIENT_AND_MOMENTS = 12
-
-
-def resident_bytes() -> int:
-    """Resident size of this process (Linux)."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * _PAGE
-
-
-class PeakSampler:
-    """Highest resident size between `start` and `stop`."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def _sample(self) -> None:
-        while not self._stop.wait(_INTERVAL):
-            self.peak = max(self.peak, resident_bytes())
-
-    def start(self) -> None:
-        """Begin."""
-        self.peak = resident_bytes()
-        self._thread.start()
-
-    def stop(self) -> int:
-        """End.
-
-        Returns:
-            the peak in bytes.
-        """
-        self._stop.set()
-        self._thread.join()
-        return self.peak
 
 
 def real_tokens(batch: Mapping[str, Any]) -> int:

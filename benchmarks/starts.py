@@ -71,7 +71,7 @@ def subclone(weights: Weights, architecture: Architecture, fields: dict[str, int
     depth, sizes = architecture.resolve_sizes(fields)
     picked, shallow = select_layers(weights, architecture, outer_layers(architecture.depth, depth))
     target = shallow.resized(**sizes)
-    cut = plain_cut(picked, shallow, target)
+    cut = dict(plain_cut(picked, shallow, target))
     for site in target.sites:
         scale = math.sqrt(axis_length(site.axis, shallow.sizes) / axis_length(site.axis, target.sizes))
         for reader in site.readers:

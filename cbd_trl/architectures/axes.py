@@ -71,10 +71,16 @@ def select(tensor: torch.Tensor, axes: Axes, sizes: Sizes, index: Mapping[str, t
     return from_dims(array, axes)
 
 
-def prefix(tensor: torch.Tensor, axes: Axes, sizes: Sizes, new_sizes: Sizes) -> torch.Tensor:
-    """The first `new_sizes[dim]` entries along every atomic dimension."""
+def prefix(
+    tensor: torch.Tensor, axes: Axes, sizes: Sizes, new_sizes: Sizes, whole: tuple[str, ...] = ()
+) -> torch.Tensor:
+    """The first `new_sizes[dim]` entries along every atomic dimension; the stored axis `whole` stays as it is.
+
+    Where the entries lie in one piece the result is a view.
+    """
     array = to_dims(tensor, axes, sizes)
-    return from_dims(array[tuple(slice(0, new_sizes[dim]) for dim in dims_of(axes))].clone(), axes)
+    kept = tuple(slice(0, sizes[dim] if axis == whole else new_sizes[dim]) for axis in axes for dim in axis)
+    return from_dims(array[kept], axes)
 
 
 def prefix_index(axis: tuple[str, ...], sizes: Sizes, new_sizes: Sizes) -> torch.Tensor:

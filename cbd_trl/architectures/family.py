@@ -188,9 +188,14 @@ class Architecture:
         return places
 
     @cached_property
-    def state_keys(self) -> tuple[str, ...]:
-        """Keys of the model's state dict, a tied head left out."""
-        return tuple(dict.fromkeys(name for name, _ in self.stored.values()))
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the model's state dict, a tied head left out: `{state dict key: shape}`."""
+        shapes = {}
+        for key, (name, rows) in self.stored.items():
+            shape = tensor_shape(self.tensors[key], self.sizes)
+            # The parts of a fused tensor come in the order of their rows: the last one says where they end.
+            shapes[name] = shape if rows.stop is None else (rows.stop, *shape[1:])
+        return shapes
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

@@ -25,7 +25,8 @@ from cbd_trl.surgery.blocks import blocks_of, select_layers
 from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance, sort_weights
-from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
@@ -120,9 +121,8 @@ def _write_source(
     architecture = describe(model.config)
     weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
     statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
-    weights, statistics = sort_weights(
-        weights, architecture, statistics, importance(weights, architecture, statistics)
-    )
+    scores = importance(weights, architecture, statistics)
+    in_order, statistics = sort_weights(weights, architecture, statistics, scores)
     record = {
         "name": anchor_name(architecture.num_parameters),
         "parent": None,
@@ -131,19 +131,19 @@ def _write_source(
         "losses": {},
         "training": source_record,
     }
-    sorted_model = build_model(architecture, weights, model.dtype)
+    sorted_model = build_model(architecture, in_order, model.dtype)
     sorted_model.generation_config = model.generation_config
     return store_anchor(output_dir, record, sorted_model, tokenizer, statistics)
 
 
 def initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
     """The least-squares cut of the upper anchor over the kept layers, not yet refitted."""
-    architecture = upper.architecture()
-    weights = upper.load_weights()
-    cut, cut_architecture = select_layers(weights, architecture, step.kept)
+    weights, architecture = upper.load_weights(), upper.architecture()
     if step.architecture.sizes != architecture.sizes:
-        statistics = Statistics.load(upper.statistics_file).with_layers(architecture, step.kept)
-        cut = least_squares_cut(cut, cut_architecture, statistics, step.architecture)
+        narrow = architecture.resized(**step.architecture.sizes)
+        weights = least_squares_cut(weights, architecture, StoredStatistics(upper.statistics_file), narrow)
+        architecture = narrow
+    cut, _ = select_layers(weights, architecture, step.kept)
     return build_model(step.architecture, cut, getattr(torch, upper.dtype), name_or_path=str(upper.path))
 
 
@@ -196,7 +196,7 @@ def _distil_anchor(
             key: value for key, value in trainer.evaluate().items() if key.endswith(("loss", "_kd", "_ce", "_hidden"))
         }
     state = trainer.accelerator.get_state_dict(trainer.model)
-    state = {name: state[name].detach().cpu() for name in step.architecture.state_keys}
+    state = {name: state[name].detach().cpu() for name in step.architecture.state_shapes}
     trained: Any = stock_model(step.architecture.config, state, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)

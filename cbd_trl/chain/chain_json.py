@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.chain.records import DTYPES, MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.chain.stored_weights import DTYPES
 
 SCHEMA_VERSION = 1
 # A name starts with a letter, digit or underscore: no hidden folders, no "..".
@@ -150,7 +151,7 @@ def check_record(anchor: Anchor, file: Path) -> None:
         "block_map": all(
             isinstance(block, list) and all(type(i) is int for i in block) for block in anchor.block_map or []
         ),
-        "dtype": anchor.dtype in DTYPES,
+        "dtype": anchor.dtype in DTYPES.values(),
     }
     for key, is_fine in fine.items():
         if not is_fine:

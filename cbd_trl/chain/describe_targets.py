@@ -118,7 +118,5 @@ def _embedding_parameters(architecture: Architecture) -> int:
 def _multiplied(architecture: Architecture) -> int:
     """Weights of all matrices that a stream is multiplied with, a tied table among them."""
     readers = {reader for site in architecture.sites for reader in site.readers}
-    # The names of the tensors are enough to find a reader's.
-    names = dict.fromkeys(architecture.tensors, torch.empty(0))
-    keys = [reader_keys(reader, names, architecture)[0] for reader in readers]
+    keys = [reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers]
     return sum(math.prod(tensor_shape(architecture.tensors[key], architecture.sizes)) for key in keys)

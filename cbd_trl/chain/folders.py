@@ -1,19 +1,38 @@
 """An anchor's folder: checked against its record, written, copied; always under a temporary name first."""
 
 import dataclasses
+import functools
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cbd_trl.chain.chain_json import check_order, check_record, library_versions, read_manifest, write_manifest
-from cbd_trl.chain.records import DTYPES, MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.chain.stored_weights import DTYPES
 from cbd_trl.surgery.blocks import check_blocks
+
+_SETTLED_SECONDS = 5.0
 
 
 def sha256_of(path: Path) -> str:
+    """A file's sha256, worked out once as long as the file stays as it is.
+
+    A change is seen by inode, size and times. These could miss one that comes right after another, so a file younger
+    than a few seconds is read every time.
+    """
+    found = path.stat()
+    state = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    young = time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED_SECONDS
+    return (_sha256.__wrapped__ if young else _sha256)(path.resolve(), state)
+
+
+@functools.cache
+def _sha256(path: Path, state: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -44,10 +63,26 @@ def verify_files(folder: Path, anchor: Anchor, names: Sequence[str], hashes: boo
             raise ValueError(f"{file} is a link that leaves the chain's folder. Put the file itself there. {RESTORE}")
         if not file.is_file():
             raise ValueError(f"{file} is missing, but {folder / MANIFEST} lists it. {RESTORE}")
-        if hashes and sha256_of(file) != anchor.files[name]:
-            raise ValueError(
-                f"{file} is damaged or was changed: its sha256 is not the one in {folder / MANIFEST}. {RESTORE}"
-            )
+    if hashes:
+        verify_hashes(folder, {anchor.path / name: anchor.files[name] for name in names})
+
+
+def verify_hashes(folder: Path, recorded: Mapping[Path, str]) -> None:
+    """Compare the sha256 of files with what is recorded of them, several files at a time.
+
+    Args:
+        folder: the chain's folder.
+        recorded: file -> sha256.
+
+    Raises:
+        ValueError: a file differs.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (file, digest), found in zip(recorded.items(), pool.map(sha256_of, recorded), strict=True):
+            if found != digest:
+                raise ValueError(
+                    f"{file} is damaged or was changed: its sha256 is not the one in {folder / MANIFEST}. {RESTORE}"
+                )
 
 
 def verify_config(folder: Path, anchor: Anchor, model_type: str) -> None:
@@ -159,11 +194,11 @@ def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
     architecture = found.architecture()
     with safe_open(folder / weight_files(files)[0], framework="pt") as weights:
         kind = weights.get_slice(next(iter(weights.keys()))).get_dtype()
-    dtype = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(kind)
+    dtype = DTYPES.get(kind)
     if dtype is None:
         raise ValueError(
-            f"{folder / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES)}: convert the "
-            "model first."
+            f"{folder / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES.values())}: "
+            "convert the model first."
         )
     return dataclasses.replace(
         found, shape=architecture.shape, num_parameters=architecture.num_parameters, dtype=dtype

@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import OPERATORS, Pair, Plan, default_alpha
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
-from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import Weights
 
 CALIBRATION_TOKENS = 4096
@@ -69,14 +72,31 @@ def from_chain(
     directory = None if save_directory is None else Path(save_directory).expanduser().resolve()
     if directory is not None:
         check_replaceable(directory)
+    opened = chain
     if not isinstance(chain, Chain):
-        chain = Chain.from_pretrained(chain, revision=revision, token=token)
+        # What is used is verified below; the other anchors are not read at all.
+        chain = Chain.from_pretrained(chain, revision=revision, token=token, verify=False)
     target = find_target(chain, request)
-    tokens = None if calibration_dataset is None else calibration_tokens(target, calibration_dataset)
-    model = make_model(chain, request, target, tokens, dtype)
+    with nullcontext() if opened is chain else _verified(chain, target):
+        tokens = None if calibration_dataset is None else calibration_tokens(target, calibration_dataset)
+        model = make_model(chain, request, target, tokens, dtype)
     if directory is not None:
         save_model(model, target.anchors[0], directory)
     return model
+
+
+@contextmanager
+def _verified(chain: Chain, target: Target) -> Iterator[None]:
+    """Compare the files that a target is made from with chain.json while it is made."""
+    for name, files in target.files.items():
+        chain[name].need(*files)
+    with ThreadPoolExecutor(1) as pool:
+        verification = pool.submit(chain.verify, target.files)
+        try:
+            yield
+        finally:
+            # Whatever went wrong above, a damaged file is the reason.
+            verification.result()
 
 
 def calibration_tokens(target: Target, dataset: Dataset) -> torch.Tensor | None:
@@ -126,7 +146,9 @@ def make_model(
             told |= {"operator": operator, "alpha": alpha if plan.alpha is None or alpha is None else plan.alpha}
             told["calibration_tokens"] = tokens.numel()
         weights, architecture = OPERATORS[operator](pair, plan)
-        model = build_model(architecture, _finite(weights, operator), wanted, name_or_path=str(upper.path))
+        if operator == "linear" or not pair.equal_widths:
+            weights = _finite(weights, operator)
+        model = build_model(architecture, weights, wanted, name_or_path=str(upper.path))
         model.generation_config = upper.load_generation_config()
         if plan.swapped is not None:
             told["swapped_blocks"] = sorted(plan.swapped)
@@ -135,32 +157,33 @@ def make_model(
 
 
 def load_pair(upper: Anchor, lower: Anchor) -> Pair:
-    """Two neighbouring anchors' weights in float32, and the upper one's statistics where a width differs."""
+    """Two neighbouring anchors, and the upper one's statistics where a width differs; nothing is read yet."""
     upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
     assert lower.block_map is not None
     differs = upper_architecture.sizes != lower_architecture.sizes
     return Pair(
-        _float(upper.load_weights()),
+        upper.load_weights(),
         upper_architecture,
-        _float(lower.load_weights()),
+        lower.load_weights(),
         lower_architecture,
-        Statistics.load(upper.statistics_file) if differs else None,
+        StoredStatistics(upper.statistics_file) if differs else None,
         lower.block_map,
     )
 
 
-def _float(weights: Weights) -> Weights:
-    return {key: tensor.float() for key, tensor in weights.items()}
-
-
 def _finite(weights: Weights, operator: str) -> Weights:
-    for key, tensor in weights.items():
-        if not torch.isfinite(tensor).all():
+    """The same weights, each checked when it is made."""
+
+    def tensor(key: str) -> torch.Tensor:
+        made = weights[key]
+        if not all(bound.isfinite() for bound in made.aminmax()):
             raise ValueError(
                 f"operator={operator!r} made a tensor that is not finite ({key}). Check the anchors' weights for NaN "
                 "or infinity."
             )
-    return weights
+        return made
+
+    return LazyWeights(weights, tensor)
 
 
 def check_replaceable(directory: Path) -> None:

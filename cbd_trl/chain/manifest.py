@@ -5,14 +5,14 @@ DIR/<anchor>/                   a model folder as save_pretrained writes it, wit
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
-from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, write_anchor
+from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, verify_hashes, write_anchor
 from cbd_trl.chain.hub import HubChain
 from cbd_trl.chain.records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
 from cbd_trl.chain.solve_shape import list_sizes
@@ -62,8 +62,8 @@ class Chain:
             path_or_hub_id: a folder that build_chain wrote, or the id of a Hub repository that holds one.
             revision: branch, tag or commit of the Hub repository.
             token: Hub token.
-            verify: compare every file with the sha256 in chain.json (about a second per GB); on the Hub when it is
-                first used.
+            verify: compare every file with the sha256 in chain.json (a second per one or two GB; remembered for files
+                that stay as they are); on the Hub when it is first used.
 
         Raises:
             ValueError: not a chain, damaged, edited, unfinished, or of an unknown schema version; the message names
@@ -88,6 +88,21 @@ class Chain:
                     check_block_map(folder, anchor, above)
             above = anchor
         return chain
+
+    def verify(self, files: Mapping[str, Sequence[str]]) -> None:
+        """Compare some files, which are here, with the sha256 in chain.json.
+
+        Args:
+            files: anchor -> names of its files.
+
+        Raises:
+            ValueError: one is damaged or was changed; the message names it.
+        """
+        anchors = {name: self[name] for name in files}
+        verify_hashes(
+            self.path,
+            {anchors[name].path / file: anchors[name].files[file] for name, some in files.items() for file in some},
+        )
 
     @property
     def source(self) -> Anchor:

@@ -21,7 +21,9 @@ def build_model(
 
     Args:
         architecture: what the weights mean; its config is copied.
-        weights: `{key: tensor}` with the keys of `architecture.tensors`.
+        weights: `{key: tensor}` with the keys of `architecture.tensors`, asked for one after another. The model holds
+            them as they are, without a copy, where that is how it stores them, they have its dtype and share their
+            memory with nothing.
         dtype: of the returned parameters.
         name_or_path: recorded as `model.name_or_path`, where tokenizers and reference models are looked up.
     """
@@ -38,11 +40,24 @@ def stock_model(
     config.architectures = [cls.__name__]
     with _quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
-        model = cls.from_pretrained(
-            None, config=config, state_dict={key: tensor.to(dtype) for key, tensor in state.items()}, dtype=dtype
-        )
+        model = cls.from_pretrained(None, config=config, state_dict=_parameters(state, dtype), dtype=dtype)
     model.config._name_or_path = model.name_or_path = name_or_path
     return model.eval()
+
+
+def _parameters(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors in this dtype, copied only where they share their memory."""
+    parameters: dict[str, torch.Tensor] = {}
+    used: set[int] = set()
+    for key, tensor in state.items():
+        tensor = tensor.detach().to(dtype)
+        memory = tensor.untyped_storage()
+        # Two layers made from one tensor are two parameters, and a parameter holds no more than itself.
+        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in used:
+            tensor = tensor.clone()
+        used.add(tensor.untyped_storage().data_ptr())
+        parameters[key] = tensor
+    return parameters
 
 
 @contextmanager

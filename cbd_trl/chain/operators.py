@@ -1,4 +1,7 @@
-"""Operators: the rules that make a target's weights from two anchors. Pure functions, one table."""
+"""Operators: the rules that make a target's weights from two anchors. Pure functions, one table.
+
+What they return works out each tensor when it is asked for, from the few of the anchors' tensors that it needs.
+"""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +14,10 @@ from cbd_trl.chain.solve_shape import blocks_for_depth
 from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.cut import gain_ratio, least_squares_cut, plain_cut
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
+from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.norms import fold_norms, folds
-from cbd_trl.surgery.statistics import Statistics
-from cbd_trl.surgery.weights import Weights, reader_keys
+from cbd_trl.surgery.statistics import SiteStatistics
+from cbd_trl.surgery.weights import Weights, readers_of, site_norms
 
 # Of 0.25, 0.5, 0.75 and 1 the best alpha was 0.5, 0.75 and 1 at 0.32, 0.61 and 0.81 of the way down (SmolLM2-135M).
 NESTED_ALPHA_POWER = 0.75
@@ -34,7 +38,7 @@ class Pair:
     upper_architecture: Architecture
     lower: Weights
     lower_architecture: Architecture
-    statistics: Statistics | None
+    statistics: SiteStatistics | None
     blocks: Sequence[Sequence[int]]
 
     @property
@@ -90,15 +94,14 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
         alpha = default_alpha("nested", pair, plan.target)
         assert alpha is not None
     widths = pair.upper_architecture.resized(**plan.target.sizes)
-    statistics = _needed(pair)
-    upper = fold_norms(pair.upper, pair.upper_architecture)
-    cut = least_squares_cut(upper, pair.upper_architecture, statistics, widths)
+    cut = least_squares_cut(pair.upper, pair.upper_architecture, _needed(pair), widths, fold=True)
     kept = [block[-1] for block in pair.blocks]
     base, base_architecture = select_layers(cut, widths, kept)
     lower = _in_target_gauge(pair, plan.target, kept)
-    mixed = {key: _mix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha) for key in base}
-    swapped = _swapped(pair, plan)
-    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, swapped)
+    mixed = LazyWeights(
+        base, lambda key: _mix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha)
+    )
+    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, _swapped(pair, plan))
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -154,7 +157,7 @@ def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     target = (architecture if alpha < 0.5 else small_architecture).resized(**plan.target.sizes)
     large = plain_cut(large, architecture, target)
     small = zero_pad(small, small_architecture, target)
-    return {key: torch.lerp(large[key].float(), small[key].float(), alpha) for key in large}, target
+    return LazyWeights(large, lambda key: torch.lerp(large[key].float(), small[key].float(), alpha)), target
 
 
 OPERATORS: dict[str, Operator] = {
@@ -167,7 +170,7 @@ OPERATORS: dict[str, Operator] = {
 MIXING_OPERATORS = ("nested", "linear")
 
 
-def _needed(pair: Pair) -> Statistics:
+def _needed(pair: Pair) -> SiteStatistics:
     if pair.statistics is None:
         raise ValueError(
             "Changing a width needs the upper anchor's statistics, which this chain does not hold. Build the chain "
@@ -187,9 +190,10 @@ def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> W
     do; measured on the upper anchor, the two differ by the ratio of the prefixes' root mean squares, which is taken
     out here.
     """
-    architecture, upper = pair.lower_architecture, pair.upper_architecture
-    lower = {key: tensor.float() for key, tensor in fold_norms(pair.lower, architecture).items()}
-    statistics = _needed(pair)
+    architecture, upper, statistics = pair.lower_architecture, pair.upper_architecture, _needed(pair)
+    folded = fold_norms(pair.lower, architecture)
+    norms, readers = site_norms(architecture), readers_of(architecture)
+    output_norms = {norm.name: norm for norm in architecture.output_norms if norm.axis != ("dim",)}
 
     def ratios(norm: Site | OutputNorm, norm_type: str) -> list[float]:
         """What the gains of the lower anchor and of the target lose to their root mean squares."""
@@ -198,23 +202,21 @@ def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> W
         prefixes = [prefix_index(norm.axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
         return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes]
 
-    for site in architecture.sites:
-        if not site.norm:
-            continue
-        ratio, target_ratio = ratios(site, architecture.family.norm_type)
-        gain = f"{site.name}.weight"
-        if folds(site, architecture):
-            for reader in site.readers:
-                key, _ = reader_keys(reader, lower, architecture)
-                lower[key] = lower[key] / ratio
-            lower[gain] = lower[gain] * target_ratio
-        else:
-            lower[gain] = lower[gain] * (target_ratio / ratio)
-    for norm in architecture.output_norms:
-        if norm.axis != ("dim",):
-            ratio, target_ratio = ratios(norm, "rms")
-            lower[f"{norm.name}.weight"] *= target_ratio / ratio
-    return lower
+    def tensor(key: str) -> torch.Tensor:
+        own, (module, kind) = folded[key].float(), key.rsplit(".", 1)
+        if kind == "bias":
+            return own
+        if module in output_norms:
+            ratio, target_ratio = ratios(output_norms[module], "rms")
+            return own * (target_ratio / ratio)
+        if module in norms:
+            ratio, target_ratio = ratios(norms[module], architecture.family.norm_type)
+            return own * (target_ratio if folds(norms[module], architecture) else target_ratio / ratio)
+        if module in readers and folds(readers[module], architecture):
+            return own / ratios(readers[module], architecture.family.norm_type)[0]
+        return own
+
+    return LazyWeights(architecture.tensors, tensor)
 
 
 def _mix(
@@ -234,10 +236,8 @@ def _mix(
     small = to_dims(lower, axes, lower_architecture.sizes)
     dims, inputs = dims_of(axes), _input_dims(architecture, key)
     shared = {dim: slice(0, lower_architecture.sizes[dim]) for dim in dims}
-    outputs = tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)
-    padded = torch.zeros_like(array[outputs])
-    padded[tuple(shared[dim] if dim in inputs else slice(None) for dim in dims)] = small
-    array[outputs] = torch.lerp(array[outputs], padded, alpha)
+    array[tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)] *= 1 - alpha
+    array[tuple(shared.values())].add_(small, alpha=alpha)
     return from_dims(array, axes)
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from transformers import (
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.chain.model import stock_model
+from cbd_trl.chain.stored_weights import StoredWeights
 from cbd_trl.surgery.weights import Weights, to_weights
 
 MANIFEST = "chain.json"
 STATISTICS_FILE = "statistics.safetensors"
-DTYPES = ("float32", "bfloat16", "float16")
 RESTORE = "Download or copy the chain again, or rebuild it with build_chain."
 
 
@@ -76,11 +77,23 @@ class Anchor:
         return [name for name in self.files if not name.endswith(".safetensors")]
 
     def config(self) -> PretrainedConfig:
-        """The model's config.
+        """The model's config, read once; not to be changed.
 
         Raises:
             ValueError: config.json cannot be read.
         """
+        return self._config
+
+    def architecture(self) -> Architecture:
+        """What the model's tensors mean."""
+        return self._architecture
+
+    @cached_property
+    def _architecture(self) -> Architecture:
+        return describe(self._config)
+
+    @cached_property
+    def _config(self) -> PretrainedConfig:
         self.need("config.json")
         try:
             # Never code from a chain: the families are transformers' own.
@@ -89,9 +102,6 @@ class Anchor:
             raise ValueError(
                 f"{self.path / 'config.json'} cannot be read as a model config ({error}). {RESTORE}"
             ) from error
-
-    def architecture(self) -> Architecture:
-        return describe(self.config())
 
     @property
     def kept_layers(self) -> list[int] | None:
@@ -113,30 +123,24 @@ class Anchor:
         self.need(STATISTICS_FILE)
         return self.path / STATISTICS_FILE
 
-    def load_state_dict(self) -> dict[str, torch.Tensor]:
-        """The tensors as they are stored, under the model's own keys; a tied head is left out.
+    def load_state_dict(self) -> StoredWeights:
+        """The tensors as they are stored, under the model's own keys, each read when it is asked for; a tied head is
+        left out.
 
         Raises:
-            ValueError: the files lack a tensor that the config says the model has.
+            ValueError: the files do not hold the tensors that the config says the model has.
         """
-        from safetensors.torch import load_file
-
         self.need(*weight_files(self.files))
-        found: dict[str, torch.Tensor] = {}
-        for name in weight_files(self.files):
-            found |= load_file(self.path / name)
         architecture = self.architecture()
-        found = {architecture.family.file_names.get(name, name): tensor for name, tensor in found.items()}
-        missing = sorted(set(architecture.state_keys) - found.keys())
-        if missing:
-            raise ValueError(
-                f"{self.path / weight_files(self.files)[0]} lacks {missing[:5]}, which config.json says it has. "
-                f"{RESTORE}"
-            )
-        return {name: found[name] for name in architecture.state_keys}
+        files = [self.path / name for name in weight_files(self.files)]
+        try:
+            return StoredWeights(files, architecture.state_shapes, architecture.family.file_names)
+        except ValueError as error:
+            raise ValueError(f"{error} {RESTORE}") from error
 
     def load_weights(self) -> Weights:
-        """The tensors as surgery sees them (see `surgery.weights`), in the stored dtype or a more precise one.
+        """The tensors as surgery sees them (see `surgery.weights`), in the stored dtype or a more precise one, each
+        read when it is asked for.
 
         Raises:
             ValueError: as `load_state_dict`.

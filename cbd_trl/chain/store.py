@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
 from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.stored_statistics import save_statistics
 
 # Blocks of calibration text in one forward pass.
 CALIBRATION_BATCH = 4
@@ -36,7 +37,7 @@ def store_anchor(
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        statistics.save(folder / STATISTICS_FILE)
+        save_statistics(statistics, folder / STATISTICS_FILE)
 
     state = PartialState()
     if state.is_main_process:

@@ -10,7 +10,7 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, check_patch, default_alpha
-from cbd_trl.chain.records import Anchor
+from cbd_trl.chain.records import STATISTICS_FILE, Anchor, weight_files
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_target
 
@@ -77,6 +77,17 @@ class Target:
     architecture: Architecture
     operator: str
     alpha: float | None = None
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """The files that it is made from, {anchor: names}: the tensors of each, the statistics of the upper one where
+        a width differs, and what goes with its tokenizer."""
+        upper, lower = self.anchors[0], self.anchors[-1]
+        used = {anchor.name: ["config.json", *weight_files(anchor.files)] for anchor in self.anchors}
+        used[upper.name] = [*upper.small_files, *weight_files(upper.files)]
+        if upper.architecture().sizes != lower.architecture().sizes and STATISTICS_FILE in upper.files:
+            used[upper.name].append(STATISTICS_FILE)
+        return used
 
 
 def find_target(chain: Chain, request: Request) -> Target:

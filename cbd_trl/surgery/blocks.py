@@ -2,7 +2,10 @@
 
 from collections.abc import Collection, Sequence
 
+import torch
+
 from cbd_trl.architectures import Architecture
+from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.weights import Weights
 
 
@@ -43,14 +46,13 @@ def check_blocks(blocks: Sequence[Sequence[int]], lower_depth: int, upper_depth:
 
 def select_layers(weights: Weights, architecture: Architecture, layers: Sequence[int]) -> tuple[Weights, Architecture]:
     """The model made of these layers (repetition allowed), in this order, everything outside the layers as it is."""
-    picked = {key: tensor for key, tensor in weights.items() if architecture.split_name(key)[0] is None}
-    names = [name for layer, name in map(architecture.split_name, weights) if layer == 0]
-    for new, old in enumerate(layers):
-        for name in names:
-            tensor = weights[architecture.layer_name(old, name)]
-            # Copies of a layer must not be trained, or saved, as one.
-            picked[architecture.layer_name(new, name)] = tensor.clone() if old in layers[:new] else tensor
-    return picked, architecture.with_layers(layers)
+    selected = architecture.with_layers(layers)
+
+    def tensor(key: str) -> torch.Tensor:
+        layer, name = architecture.split_name(key)
+        return weights[key if layer is None else architecture.layer_name(layers[layer], name)]
+
+    return LazyWeights(selected.tensors, tensor), selected
 
 
 def swap_blocks(
@@ -74,15 +76,19 @@ def swap_blocks(
         Weights and architecture; embedding, final norm and head are the lower model's.
     """
     check_blocks(blocks, lower_architecture.depth, upper_architecture.depth)
-    mixed = {key: tensor for key, tensor in lower.items() if lower_architecture.split_name(key)[0] is None}
-    names = [name for layer, name in map(lower_architecture.split_name, lower) if layer == 0]
+    sources: list[tuple[Weights, int]] = []
     positions: list[int] = []
     for i, block in enumerate(blocks):
-        source, layers = (upper, list(block)) if i in swapped else (lower, [i])
-        for layer in layers:
-            for name in names:
-                key = lower_architecture.layer_name(len(positions), name)
-                mixed[key] = source[lower_architecture.layer_name(layer, name)]
-            # Per-layer config entries: an unswapped layer has those of the upper layer it was cut from.
-            positions.append(layer if i in swapped else block[-1])
-    return mixed, upper_architecture.with_layers(positions)
+        sources += [(upper, layer) for layer in block] if i in swapped else [(lower, i)]
+        # Per-layer config entries: an unswapped layer has those of the upper layer it was cut from.
+        positions += block if i in swapped else [block[-1]]
+    mixed = upper_architecture.with_layers(positions)
+
+    def tensor(key: str) -> torch.Tensor:
+        layer, name = mixed.split_name(key)
+        if layer is None:
+            return lower[key]
+        source, place = sources[layer]
+        return source[mixed.layer_name(place, name)]
+
+    return LazyWeights(mixed.tensors, tensor), mixed

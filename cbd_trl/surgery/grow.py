@@ -8,7 +8,8 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import Axes, dims_of, from_dims, to_dims
 from cbd_trl.surgery.blocks import select_layers, spaced_layers
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.weights import Weights, working
 
 
 def grow_width(weights: Weights, architecture: Architecture, target: Architecture) -> tuple[Weights, Architecture]:
@@ -30,9 +31,9 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
     scales = _Scales(architecture, target, eps_ratio)
     readers = _reader_axes(architecture)
     centred = architecture.family.norm_type == "layer"
-    grown = {}
-    for key, axes in architecture.tensors.items():
-        module = key.rsplit(".", 1)[0]
+
+    def tensor(key: str) -> torch.Tensor:
+        axes, module = architecture.tensors[key], key.rsplit(".", 1)[0]
         array = to_dims(weights[key], axes, architecture.sizes)
         for dim in dict.fromkeys(dims_of(axes)):
             if module in architecture.norms:
@@ -42,8 +43,13 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
             array = _extend(array, axes, dim, target.sizes[dim], fill)
         scale = scales.of(key, axes)
         # Most tensors stay what they are, bit for bit and without a pass over them.
-        grown[key] = from_dims(array * scale.to(array) if (scale != 1).any() else array, axes)
-    return grown, target if fixed_eps else target.with_eps(architecture.eps * eps_ratio)
+        if (scale != 1).any():
+            array = working(array)
+            array = array * scale.to(array)
+        return from_dims(array, axes)
+
+    grown = target if fixed_eps else target.with_eps(architecture.eps * eps_ratio)
+    return LazyWeights(architecture.tensors, tensor), grown
 
 
 class _Scales:
@@ -118,23 +124,22 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
         )
     old = spaced_layers(depth, architecture.depth)
     following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
-    grown, deeper = select_layers(weights, architecture, following)
-    for layer in sorted(set(range(depth)) - set(old)):
-        _silence(grown, deeper, layer)
-    return grown, deeper
+    repeated, deeper = select_layers(weights, architecture, following)
+    last = _last_modules(architecture)
+    silent = {deeper.layer_name(layer, module) for layer in set(range(depth)) - set(old) for module in last}
+
+    def tensor(key: str) -> torch.Tensor:
+        return torch.zeros_like(repeated[key]) if key.rsplit(".", 1)[0] in silent else repeated[key]
+
+    return LazyWeights(repeated, tensor), deeper
 
 
-def _silence(weights: Weights, architecture: Architecture, layer: int) -> None:
+def _last_modules(architecture: Architecture) -> set[str]:
+    """The modules of a layer whose output is added to the stream."""
     norms = architecture.family.output_norms(architecture.config)
-    for site in architecture.family.sites:
-        if site.axis == ("width",):
-            continue
-        for reader in site.readers:
-            for kind in ("weight", "bias"):
-                # Through a norm that has only zeros to divide, gradients would be enormous.
-                key = architecture.layer_name(layer, f"{norms.get(reader, reader)}.{kind}")
-                if key in weights:
-                    weights[key] = torch.zeros_like(weights[key])
+    projections = [reader for site in architecture.family.sites if site.axis != ("width",) for reader in site.readers]
+    # Through a norm that has only zeros to divide, gradients would be enormous: the norm is silenced then.
+    return {norms.get(projection, projection) for projection in projections}
 
 
 def _reader_axes(architecture: Architecture) -> dict[str, tuple[str, ...]]:
@@ -158,6 +163,8 @@ def _extend(array: torch.Tensor, axes: Axes, dim: str, size: int, fill: str) -> 
         return array
     if fill == "repeat":
         return array.index_select(position, torch.arange(size, device=array.device) % old)
+    if fill == "mean":
+        array = working(array)
     new_shape = list(array.shape)
     new_shape[position] = size - old
     new = array.mean(position, keepdim=True).expand(new_shape) if fill == "mean" else array.new_zeros(new_shape)
@@ -166,10 +173,12 @@ def _extend(array: torch.Tensor, axes: Axes, dim: str, size: int, fill: str) -> 
 
 def zero_pad(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
     """Every tensor padded with zeros to `target`'s widths: not exact; the Trans(theta_small) of arXiv 2605.07783."""
-    padded = {}
-    for key, axes in architecture.tensors.items():
+
+    def tensor(key: str) -> torch.Tensor:
+        axes = architecture.tensors[key]
         array = to_dims(weights[key], axes, architecture.sizes)
         for dim in dict.fromkeys(dims_of(axes)):
             array = _extend(array, axes, dim, target.sizes[dim], "zero")
-        padded[key] = from_dims(array, axes)
-    return padded
+        return from_dims(array, axes)
+
+    return LazyWeights(architecture.tensors, tensor)

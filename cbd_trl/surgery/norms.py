@@ -3,7 +3,8 @@
 import torch
 
 from cbd_trl.architectures import Architecture, Site
-from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, reader_keys
+from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, readers_of, site_norms, working
 
 
 def folds(site: Site, architecture: Architecture) -> bool:
@@ -20,20 +21,24 @@ def fold_norms(weights: Weights, architecture: Architecture) -> Weights:
     A final norm keeps its gain where the head is tied to the embedding table, and every norm keeps gain and bias where
     it has a bias and a reader has none to take it.
     """
-    folded = dict(weights)
-    for site in architecture.sites:
-        if not folds(site, architecture):
-            continue
-        gain = weights[f"{site.name}.weight"]
-        shift = weights.get(f"{site.name}.bias")
-        for reader in site.readers:
-            key, bias = reader_keys(reader, weights, architecture)
+    norms = {name for name, site in site_norms(architecture).items() if folds(site, architecture)}
+    readers = {module: site for module, site in readers_of(architecture).items() if site.name in norms}
+
+    def tensor(key: str) -> torch.Tensor:
+        module, kind = key.rsplit(".", 1)
+        if module in norms:
+            return torch.ones_like(weights[key]) if kind == "weight" else torch.zeros_like(weights[key])
+        if module not in readers:
+            return weights[key]
+        site, own = readers[module], working(weights[key])
+        if kind == "weight":
             axes = architecture.tensors[key]
-            matrix = input_matrix(weights[key], axes, site.axis).double()
-            folded[key] = from_input_matrix(matrix * gain.double(), weights[key], axes, site.axis)
-            if shift is not None and bias is not None:
-                folded[bias] = (weights[bias].double() + matrix @ shift.double()).to(weights[bias].dtype)
-        folded[f"{site.name}.weight"] = torch.ones_like(gain)
-        if shift is not None:
-            folded[f"{site.name}.bias"] = torch.zeros_like(shift)
-    return folded
+            gain = weights[f"{site.name}.weight"].to(own)
+            return from_input_matrix(input_matrix(own, axes, site.axis) * gain, own, axes, site.axis)
+        if f"{site.name}.bias" not in weights:
+            return own
+        weight = f"{module}.weight"
+        matrix = input_matrix(weights[weight], architecture.tensors[weight], site.axis)
+        return (own.double() + matrix.double() @ weights[f"{site.name}.bias"].double()).to(own.dtype)
+
+    return LazyWeights(weights, tensor)

@@ -1,26 +1,49 @@
 """Moments of every stream that linear layers read, and of every norm over an output, from calibration text."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
+from cbd_trl.surgery.factors import factorise
 
-FORMAT_VERSION = "2"
+RIDGE = 1e-3
 _KINDS = ("mean", "second", "square")
+
+
+class SiteStatistics(Protocol):
+    """What a cut asks of a model's moments, in memory or on disk.
+
+    Args:
+        ridge: of `factor`, times each coordinate's own variance.
+    """
+
+    @property
+    def ridge(self) -> float: ...
+
+    def mean(self, site: str) -> torch.Tensor:
+        """E[x], (D,)."""
+
+    def variances(self, site: str) -> torch.Tensor:
+        """E[x_i^2], (D,), at a site or an output norm."""
+
+    def prefix_squares(self, site: str) -> torch.Tensor:
+        """E[(x_1 + ... + x_i)^2] for every i, (D,)."""
+
+    def second(self, site: str) -> torch.Tensor:
+        """E[x x^T], (D, D)."""
+
+    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
+        """L, (D, P), with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular; `kept` ascends."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments per token at every site of a model.
+    """Moments per token at every site of a model, in memory.
 
     Args:
         means: {site: E[x], (D,) float32}; x is the normalised stream before gain and bias at a norm, the raw input
@@ -28,12 +51,14 @@ class Statistics:
         seconds: {site: E[x x^T], its upper triangle row by row, (D (D + 1) / 2,) float32}.
         tokens: number of tokens averaged over, padding left out.
         squares: {output norm: E[x_i^2], (D,) float32}; x is its input, normalised, before the gain.
+        ridge: of `factor`, times each coordinate's own variance.
     """
 
     means: Mapping[str, torch.Tensor]
     seconds: Mapping[str, torch.Tensor]
     tokens: int
     squares: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    ridge: float = RIDGE
 
     def mean(self, site: str) -> torch.Tensor:
         """E[x], (D,) float64."""
@@ -56,6 +81,15 @@ class Statistics:
         rows = torch.arange(size)
         return self.seconds[site][rows * size - rows * (rows - 1) // 2].double()
 
+    def prefix_squares(self, site: str) -> torch.Tensor:
+        """E[(x_1 + ... + x_i)^2] for every i, (D,) float64."""
+        second = self.second(site)
+        return (2 * second.triu().sum(0) - second.diagonal()).cumsum(0)
+
+    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
+        """L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
+        return factorise(self.mean(site), self.second(site), kept, self.ridge)
+
     def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
         """The statistics of a model whose stream at `site` is x[index[site]] (sites without an entry are dropped)."""
         means, seconds, squares = {}, {}, {}
@@ -65,55 +99,7 @@ class Statistics:
             elif site in self.means:
                 means[site] = self.means[site][order]
                 seconds[site] = _packed(self.second(site)[order][:, order])
-        return Statistics(means, seconds, self.tokens, squares)
-
-    def with_layers(self, architecture: Architecture, layers: Sequence[int]) -> "Statistics":
-        """The statistics of these layers, renumbered; those outside the layers as they are."""
-        sources = {}
-        for site in (*self.means, *self.squares):
-            layer, name = architecture.split_name(site)
-            if layer is None:
-                sources[site] = site
-            elif layer == 0:
-                sources |= {
-                    architecture.layer_name(new, name): architecture.layer_name(old, name)
-                    for new, old in enumerate(layers)
-                }
-        means, seconds, squares = (
-            {site: kind[source] for site, source in sources.items() if source in kind}
-            for kind in (self.means, self.seconds, self.squares)
-        )
-        return Statistics(means, seconds, self.tokens, squares)
-
-    def save(self, path: Path) -> None:
-        """Write to a safetensors file."""
-        tensors = {
-            f"{site}.{kind}": tensor.contiguous()
-            for kind, moments in zip(_KINDS, (self.means, self.seconds, self.squares), strict=True)
-            for site, tensor in moments.items()
-        }
-        save_file(tensors, path, metadata={"cbd_trl_statistics": FORMAT_VERSION, "tokens": json.dumps(self.tokens)})
-
-    @classmethod
-    def load(cls, path: Path) -> "Statistics":
-        """Read a file written by `save`.
-
-        Raises:
-            ValueError: the file holds no statistics of this version.
-        """
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("cbd_trl_statistics") != FORMAT_VERSION:
-                raise ValueError(
-                    f"{path} holds no calibration statistics of version {FORMAT_VERSION} (found "
-                    f"{metadata.get('cbd_trl_statistics')!r}). Build the chain again with this version of cbd_trl."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        means, seconds, squares = (
-            {key.removesuffix(f".{kind}"): tensor for key, tensor in tensors.items() if key.endswith(f".{kind}")}
-            for kind in _KINDS
-        )
-        return cls(means, seconds, json.loads(metadata["tokens"]), squares)
+        return Statistics(means, seconds, self.tokens, squares, self.ridge)
 
 
 def _packed(second: torch.Tensor) -> torch.Tensor:

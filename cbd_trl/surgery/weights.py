@@ -4,21 +4,28 @@
 stores several in one tensor), gains themselves (Gemma stores them less 1), and input embeddings as they enter the
 residual stream (Gemma multiplies them by the square root of the width, which a cut or growth changes). With a tied
 head the final norm's gain takes the inverse of that factor. So the surgery knows one kind of projection, of norm and
-of table, and `to_weights` and `to_state` alone know how a family stores them.
+of table, and `to_weights` and `to_state` alone know how a family stores them. They are any mapping: of tensors in
+memory, or of tensors that are read and made on each access (see `lazy`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 
-from cbd_trl.architectures import Architecture
+from cbd_trl.architectures import Architecture, Site
 from cbd_trl.architectures.axes import Axes
+from cbd_trl.surgery.lazy import LazyWeights
 
-Weights = dict[str, torch.Tensor]
+Weights = Mapping[str, torch.Tensor]
 
 
-def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
+def working(tensor: torch.Tensor) -> torch.Tensor:
+    """In the dtype that is calculated in: half precisions in float32, the others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.Tensor]:
     """The model's parameters as weights (views, not copies, where they are stored as they are used).
 
     Raises:
@@ -26,27 +33,37 @@ def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
     """
     state = model.state_dict()
     tied_head = {f"{architecture.family.head}.weight"} if architecture.tied else set()
-    wanted = set(architecture.state_keys)
+    wanted = set(architecture.state_shapes)
     missing, unknown = sorted(wanted - state.keys()), sorted(state.keys() - wanted - tied_head)
     if missing or unknown:
         raise ValueError(
             f"The weights are not those of a plain {architecture.config.model_type} model: missing {missing[:5]}, "
             f"unknown {unknown[:5]}. Merge adapters (`merge_and_unload`) and remove added modules first."
         )
-    return to_weights(state, architecture)
+    return dict(to_weights(state, architecture))
 
 
-def to_weights(state: Mapping[str, torch.Tensor], architecture: Architecture) -> Weights:
-    """A model's state dict as weights; what the architecture does not know is left out."""
-    return {key: as_used(key, state[name][rows], architecture) for key, (name, rows) in architecture.stored.items()}
+def to_weights(state: Weights, architecture: Architecture) -> Weights:
+    """A model's state dict as weights, each when it is asked for; what the architecture does not know is left out."""
+
+    def tensor(key: str) -> torch.Tensor:
+        name, rows = architecture.stored[key]
+        return as_used(key, state[name][rows], architecture)
+
+    return LazyWeights(architecture.tensors, tensor)
 
 
-def to_state(weights: Mapping[str, torch.Tensor], architecture: Architecture) -> dict[str, torch.Tensor]:
-    """Inverse of `to_weights`: the model's state dict, without a tied head."""
-    parts: dict[str, list[torch.Tensor]] = {}
+def to_state(weights: Weights, architecture: Architecture) -> Weights:
+    """Inverse of `to_weights`: the model's state dict, each tensor when it is asked for, without a tied head."""
+    parts: dict[str, list[str]] = {}
     for key, (name, _) in architecture.stored.items():
-        parts.setdefault(name, []).append(as_stored(key, weights[key], architecture))
-    return {name: tensors[0] if len(tensors) == 1 else torch.cat(tensors) for name, tensors in parts.items()}
+        parts.setdefault(name, []).append(key)
+
+    def tensor(name: str) -> torch.Tensor:
+        tensors = [as_stored(key, weights[key], architecture) for key in parts[name]]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    return LazyWeights(parts, tensor)
 
 
 def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch.Tensor:
@@ -60,7 +77,7 @@ def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch
     if (offset, scale) == (0.0, 1.0):
         return tensor
     # 1 + w in the stored precision would lose most of a small w.
-    precise = tensor.double() if tensor.dim() == 1 else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    precise = tensor.double() if tensor.dim() == 1 else working(tensor)
     return (precise + offset) * scale
 
 
@@ -87,17 +104,30 @@ def input_matrix(weight: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> tor
 
 
 def from_input_matrix(matrix: torch.Tensor, like: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> torch.Tensor:
-    """Inverse of `input_matrix`; the inputs may have changed in number."""
+    """Inverse of `input_matrix`, in the matrix's dtype; the inputs may have changed in number."""
     position = axes.index(axis)
     outputs = [length for i, length in enumerate(like.shape) if i != position]
-    return matrix.reshape(*outputs, matrix.shape[-1]).movedim(-1, position).to(like.dtype).contiguous()
+    return matrix.reshape(*outputs, matrix.shape[-1]).movedim(-1, position).contiguous()
 
 
-def reader_keys(
-    reader: str, weights: Mapping[str, torch.Tensor], architecture: Architecture
-) -> tuple[str, str | None]:
-    """State dict keys of a reader's weight and its bias, if any; a tied head reads with the embedding table."""
-    if reader == architecture.family.head and architecture.tied:
-        reader = architecture.family.embedding
-    bias = f"{reader}.bias"
-    return f"{reader}.weight", bias if bias in weights else None
+def readers_of(architecture: Architecture) -> dict[str, Site]:
+    """{module whose weight reads a site: the site}; a tied head reads with the embedding table."""
+    return {_module_of(reader, architecture): site for site in architecture.sites for reader in site.readers}
+
+
+def site_norms(architecture: Architecture) -> dict[str, Site]:
+    """{norm module that layers read through: its site}."""
+    return {site.name: site for site in architecture.sites if site.norm}
+
+
+def reader_keys(reader: str, weights: Collection[str], architecture: Architecture) -> tuple[str, str | None]:
+    """Keys of a reader's weight and of its bias, if it has one among these."""
+    module = _module_of(reader, architecture)
+    bias = f"{module}.bias"
+    return f"{module}.weight", bias if bias in weights else None
+
+
+def _module_of(reader: str, architecture: Architecture) -> str:
+    """The module whose weight a reader multiplies with: a tied head's is the embedding table."""
+    tied_head = reader == architecture.family.head and architecture.tied
+    return architecture.family.embedding if tied_head else reader

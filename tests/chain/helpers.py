@@ -1,6 +1,7 @@
 """Pairs of anchors with random weights, and the arguments of a chain that is built in a second."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ from transformers import PreTrainedModel
 from cbd_trl import DistillConfig
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.operators import OPERATORS, Pair
+from cbd_trl.chain.records import Anchor
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
+from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
 from tests.surgery.helpers import described, full_model, moments
 from tests.tiny import WIDTH_OF_HEADS, own_names, randomise, tiny_model
@@ -83,7 +87,7 @@ def chain_config(**overrides: Any) -> DistillConfig:
     return make_config(**{"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "seed": 3, **overrides})
 
 
-def same_weights(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+def same_weights(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -92,3 +96,17 @@ def chain_source() -> PreTrainedModel:
     source = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=UPPER_DEPTH)
     source.generation_config.update(do_sample=True, temperature=0.7)
     return source
+
+
+def assert_statistics_of(anchor: Anchor, blocks: torch.Tensor) -> None:
+    """The statistics stored beside an anchor are its own on this text (N, T), up to what a few bits an entry leave."""
+    stored = StoredStatistics(anchor.statistics_file)
+    anew = collect_statistics(anchor.load_model(), anchor.architecture(), [{"input_ids": blocks}], 10**6)
+    assert stored.tokens == anew.tokens == blocks.numel()
+    assert stored.sites == anew.means.keys() == {site.name for site in anchor.architecture().sites}
+    for site in anew.means:
+        torch.testing.assert_close(stored.mean(site).double(), anew.mean(site), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(stored.variances(site).double(), anew.variances(site), rtol=1e-3, atol=1e-4)
+        scale = anew.variances(site).sqrt()
+        gap = (stored.second(site).double() - anew.second(site)) / scale / scale[:, None]
+        assert gap.abs().max() < 0.1

@@ -16,10 +16,10 @@ from cbd_trl.surgery.blocks import select_layers
 from cbd_trl.surgery.cut import plain_cut
 from cbd_trl.surgery.permute import permute
 from cbd_trl.surgery.sort import importance, sort_weights
-from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from tests.chain.apart import NARROW, differs, make, sizes
-from tests.chain.helpers import chain_rows, depth_of, random_pair, same_weights
+from tests.chain.helpers import assert_statistics_of, chain_rows, depth_of, random_pair, same_weights
 from tests.surgery.helpers import TOLERANCE, build, described, full_model, lively, logits, random_order, tokens
 from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -28,6 +28,8 @@ from tests.tokenizer import tiny_tokenizer
 LOWER = {"llama": NARROW, "gemma2": {**NARROW, "layer_types": 2 * ["sliding_attention"] + ["full_attention"]}}
 # Anchors and targets are float32.
 SINGLE = 1e-4
+# Where a width differs: stored statistics have a few bits an entry, so a last digit may move one by a whole step.
+STEPS = 5e-3
 
 
 def scrambled(model, seed):
@@ -67,7 +69,7 @@ def test_scrambling_the_anchors_changes_no_target(family, what, tmp_path):
             from_chain(chain, (large + small) / 2, tolerance=0.3, operator=operator, dtype=torch.float64)
             for chain in chains
         )
-        assert differs(one, other) <= SINGLE
+        assert differs(one, other) <= (SINGLE if what == "depth" else STEPS)
 
 
 TEXT = tokens(16, 64, seed=1)
@@ -113,7 +115,7 @@ def test_a_scrambled_anchor_of_a_nested_pair_is_recovered(family, tmp_path):
     for depth, ffn in ((5, few), (5, many), (4, many)):
         config = {**depth_of(family, depth), **own_names(family, intermediate_size=ffn)}
         one, other = (from_chain(chain, config=config, dtype=torch.float64) for chain in (found, nested))
-        assert differs(one, other) <= SINGLE
+        assert differs(one, other) <= STEPS
 
 
 def test_three_anchors_nest(tmp_path):
@@ -150,11 +152,7 @@ def test_the_statistics_are_those_of_the_stored_anchor(tmp_path):
     chain = make(tmp_path / "chain", sizes())
     blocks = token_blocks(chain_rows(60), tiny_tokenizer(), 512, 64)
     for anchor in chain.anchors:
-        stored = Statistics.load(anchor.statistics_file)
-        anew = collect_statistics(anchor.load_model(), anchor.architecture(), [{"input_ids": blocks}], 10**6)
-        assert stored.tokens == anew.tokens == blocks.numel()
-        for site in anew.means:
-            torch.testing.assert_close(stored.seconds[site], anew.seconds[site], rtol=1e-3, atol=1e-4)
+        assert_statistics_of(anchor, blocks)
 
 
 def test_unaligned_anchors_stay_as_they_are(tmp_path):

@@ -90,7 +90,7 @@ def test_what_is_written_is_read(family, options, tmp_path):
         assert torch.equal(loaded(tokens).logits, model(tokens).logits)
         assert anchor.num_parameters == sum(parameter.numel() for parameter in model.parameters())
         assert anchor.shape == describe(model.config).shape == anchor.architecture().shape
-        assert anchor.load_state_dict().keys() == set(anchor.architecture().state_keys)
+        assert anchor.load_state_dict().keys() == set(anchor.architecture().state_shapes)
         assert anchor.load_weights().keys() == anchor.architecture().tensors.keys()
         assert loaded.name_or_path == str(anchor.path)
     assert not list((tmp_path / "chain").glob(".tmp-*"))

@@ -12,6 +12,7 @@ from cbd_trl.chain.records import STATISTICS_FILE
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.target import Request, find_target
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
+from cbd_trl.surgery.stored_statistics import save_statistics
 from tests.surgery.helpers import described, logits, moments
 from tests.tiny import randomise, tiny_model
 
@@ -55,7 +56,7 @@ def chain(request, tmp_path_factory):
 def _filler(model):
     def fill(folder):
         model.save_pretrained(folder)
-        moments(model, described(model)[1]).save(folder / STATISTICS_FILE)
+        save_statistics(moments(model, described(model)[1]), folder / STATISTICS_FILE)
 
     return fill
 

@@ -1,6 +1,7 @@
 """Models for proving surgery by function: every family, tied and untied, grouped heads, every bias, large epsilons."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -88,8 +89,11 @@ def stored_tolerance(architecture: Architecture) -> float:
     return 0.0 if architecture.embedding_scale == 1.0 else TOLERANCE
 
 
-def moments(model: PreTrainedModel, architecture: Architecture, rows: int = 16) -> Statistics:
-    return collect_statistics(model, architecture, [{"input_ids": tokens(rows, seed=1)}], max_tokens=10**6)
+def moments(
+    model: PreTrainedModel, architecture: Architecture, rows: int = 16, ridge: float | None = None
+) -> Statistics:
+    found = collect_statistics(model, architecture, [{"input_ids": tokens(rows, seed=1)}], max_tokens=10**6)
+    return found if ridge is None else dataclasses.replace(found, ridge=ridge)
 
 
 def changed(weights: Weights, other: Weights) -> set[str]:

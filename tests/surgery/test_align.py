@@ -78,6 +78,7 @@ def grown_and_scrambled(family, tied):
     sizes = GROWN_WITH_HEADS if family in WIDTH_OF_HEADS else GROWN
     larger, larger_architecture = grow_width(weights, architecture, architecture.resized(**sizes))
     # New neurons are copies of old ones, save for what they write; here they are to be nobody's.
+    larger = dict(larger)
     old, generator = architecture.sizes["ffn"], torch.Generator().manual_seed(4)
     for reader in [reader for site in larger_architecture.sites if site.axis == ("width",) for reader in site.readers]:
         axes = larger_architecture.tensors.get(key := f"{reader}.weight", ())

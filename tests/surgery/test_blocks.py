@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import decoder_layers
+from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, select_layers, spaced_layers, swap_blocks
 from tests.surgery.helpers import (
     build,
@@ -106,9 +107,10 @@ def test_selected_layers_compute_what_those_layers_compute(family, tied, layers)
 
 
 def test_a_layer_picked_twice_is_two_layers():
-    selected, _ = select_layers(*described(full_model("llama", True)), [0, 1, 1])
-    key = "model.layers.{}.mlp.up_proj.weight"
-    one, two = selected[key.format(1)], selected[key.format(2)]
+    """In the model that is made of it: they are trained, and saved, apart."""
+    selected, architecture = select_layers(*described(full_model("llama", True)), [0, 1, 1])
+    model = build_model(architecture, selected, torch.float64)
+    one, two = (model.model.layers[layer].mlp.up_proj.weight for layer in (1, 2))
     assert torch.equal(one, two) and one.data_ptr() != two.data_ptr()
 
 

@@ -48,7 +48,7 @@ def test_a_cut_that_drops_copies_is_exact(family):
     big = build(copies, wide)
     assert difference(big, reference) <= TOLERANCE
     # Of a neuron that is silent on the calibration text (ReLU), no copy can be known: 16 rows leave OPT with some.
-    cut = least_squares_cut(copies, wide, moments(big, wide, rows=64), architecture, ridge=1e-9)
+    cut = least_squares_cut(copies, wide, moments(big, wide, rows=64, ridge=1e-9), architecture)
     assert difference(build(cut, architecture), reference) <= TOLERANCE
     assert difference(build(plain_cut(copies, wide, architecture), architecture), reference) > 0.5
 
@@ -58,10 +58,10 @@ def test_the_ridge_moves_a_cut_away_from_exact(family):
     weights, architecture = described(full_model(family, tied=False))
     reference = build(weights, architecture)
     copies, wide = doubled(weights, architecture)
-    statistics = moments(build(copies, wide), wide)
+    big = build(copies, wide)
     errors = [
-        difference(build(least_squares_cut(copies, wide, statistics, architecture, ridge), architecture), reference)
-        for ridge in (1e-9, 1e-4, 1e-1)
+        difference(build(least_squares_cut(copies, wide, statistics, architecture), architecture), reference)
+        for statistics in (moments(big, wide, rows=64, ridge=ridge) for ridge in (1e-9, 1e-4, 1e-1))
     ]
     assert errors[0] < errors[1] < errors[2]
 
@@ -123,15 +123,18 @@ def test_cut_models_run_and_nothing_is_changed_in_place(family, tied):
 
 
 @every_family
-def test_low_precision_weights_keep_their_dtype(family):
-    model = full_model(family, True).to(torch.bfloat16)
+@pytest.mark.parametrize("fold", [False, True])
+def test_low_precision_weights_are_refitted_in_float32(family, fold):
+    model = full_model(family, True)
     weights, architecture = described(model)
     target = architecture.resized(**_narrower(family))
-    cut = least_squares_cut(weights, architecture, moments(model, architecture), target)
-    assert {key: tensor.dtype for key, tensor in cut.items()} == {key: weights[key].dtype for key in cut}
-    down = next(site.readers[0] for site in architecture.sites if site.axis == ("ffn",))
-    assert cut[f"{down}.weight"].dtype == torch.bfloat16
-    assert all(tensor.isfinite().all() for tensor in cut.values())
+    statistics = moments(model, architecture)
+    low = {key: tensor.to(torch.bfloat16) for key, tensor in weights.items()}
+    cut = least_squares_cut(low, architecture, statistics, target, fold=fold)
+    exact = {key: tensor.double() for key, tensor in low.items()}
+    expected = least_squares_cut(exact, architecture, statistics, target, fold=fold)
+    for key, tensor in cut.items():
+        torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-5, atol=1e-5, msg=key)
 
 
 @pytest.mark.parametrize("dim", ["ffn", "group"])
@@ -143,8 +146,7 @@ def test_refitted_projections_equal_ordinary_least_squares(family, dim):
     model = full_model(family, True)
     weights, architecture = described(model)
     target = architecture.resized(**_narrower(family, dim))
-    statistics = moments(model, architecture)
-    cut = least_squares_cut(weights, architecture, statistics, target, ridge=1e-12)
+    cut = least_squares_cut(weights, architecture, moments(model, architecture, ridge=1e-12), target)
 
     site = next(site for site in architecture.sites if site.axis[0] == dim)
     reader, streams = site.readers[0], []
@@ -171,7 +173,7 @@ def test_refitted_readers_of_the_stream_equal_ordinary_least_squares(family):
     model = full_model(family, tied=False)
     weights, architecture = described(model)
     target = architecture.resized(**_narrower(family, "width"))
-    cut = least_squares_cut(weights, architecture, moments(model, architecture), target, ridge=1e-12)
+    cut = least_squares_cut(weights, architecture, moments(model, architecture, ridge=1e-12), target)
     for site in (site for site in architecture.sites if site.axis == ("width",)):
         streams = []
         handle = reading_module(model, architecture, site.readers[0])[0].register_forward_pre_hook(

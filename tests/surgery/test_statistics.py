@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
-from tests.surgery.helpers import described, every_case, every_family, full_model, moments, reading_module, tokens
+from tests.surgery.helpers import described, every_case, every_family, full_model, reading_module, tokens
 
 
 def _close(statistics: Statistics, other: Statistics) -> None:
@@ -120,32 +119,6 @@ def test_no_tokens_is_an_error(batches):
     _, architecture = described(model)
     with pytest.raises(ValueError, match=r"calibration text holds no token.*Give a dataset"):
         collect_statistics(model, architecture, batches, 10)
-
-
-@every_family
-def test_statistics_survive_saving(family, tmp_path):
-    model = full_model(family, False)
-    _, architecture = described(model)
-    statistics = moments(model, architecture, rows=1)
-    statistics.save(tmp_path / "statistics.safetensors")
-    loaded = Statistics.load(tmp_path / "statistics.safetensors")
-    assert loaded.tokens == statistics.tokens == 24
-    assert set(loaded.means) == set(statistics.means)
-    assert set(loaded.seconds) == set(statistics.seconds)
-    assert set(loaded.squares) == set(statistics.squares)
-    assert all(torch.equal(loaded.squares[norm], statistics.squares[norm]) for norm in statistics.squares)
-    assert all(torch.equal(loaded.means[site], statistics.means[site]) for site in statistics.means)
-    assert all(torch.equal(loaded.seconds[site], statistics.seconds[site]) for site in statistics.seconds)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "found"), [({"cbd_trl_statistics": "0", "tokens": "5"}, "'0'"), ({}, "None"), (None, "None")]
-)
-def test_another_version_is_refused(metadata, found, tmp_path):
-    path = tmp_path / "statistics.safetensors"
-    save_file({"model.norm.mean": torch.zeros(2)}, path, metadata=metadata)
-    with pytest.raises(ValueError, match=rf"statistics\.safetensors holds no .* version 2 \(found {found}\).*Build"):
-        Statistics.load(path)
 
 
 def test_reindexing_picks_rows_and_columns():

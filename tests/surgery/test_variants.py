@@ -80,6 +80,6 @@ def test_growing_leaves_the_logits_equal(family, options, tied):
 def test_a_cut_that_drops_copies_is_exact(family, options):
     weights, architecture = described(full_model(family, False, **options))
     copies, wide = doubled(weights, architecture)
-    statistics = moments(build(copies, wide), wide, rows=64)
-    cut = least_squares_cut(copies, wide, statistics, architecture, ridge=1e-9)
+    statistics = moments(build(copies, wide), wide, rows=64, ridge=1e-9)
+    cut = least_squares_cut(copies, wide, statistics, architecture)
     assert difference(build(cut, architecture), build(weights, architecture)) <= TOLERANCE

@@ -1,0 +1,104 @@
+"""Chains of random weights: what building a target costs does not depend on what the weights are."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
+
+from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures.axes import axis_length, tensor_shape
+from cbd_trl.chain.manifest import STATISTICS_FILE, write_anchor
+from cbd_trl.surgery.blocks import blocks_of, spaced_layers
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.stored_statistics import save_statistics
+
+
+def smol(layers: int = 30, width: int = 576, ffn: int = 1536, heads: int = 9) -> PretrainedConfig:
+    """The shape of SmolLM2-135M, or a smaller one."""
+    return LlamaConfig(
+        vocab_size=49152,
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3,
+        tie_word_embeddings=True,
+    )
+
+
+def qwen(width: int = 1536, ffn: int = 8960) -> PretrainedConfig:
+    """The shape of Qwen2.5-1.5B, or a narrower one."""
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=width,
+        intermediate_size=ffn,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    config.head_dim = 128
+    return config
+
+
+def tiny(layers: int = 6, width: int = 48, ffn: int = 96) -> PretrainedConfig:
+    """A shape for trying the benchmark out."""
+    config = smol(layers, width, ffn, heads=6)
+    config.vocab_size, config.head_dim = 256, 8
+    return config
+
+
+class _RandomStatistics(Statistics):
+    """A well-conditioned factor of the right size at every site."""
+
+    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
+        size = len(self.means[site])
+        factor = torch.randn(size, size).tril_(-1).mul_(0.3 / math.sqrt(size))
+        factor.diagonal().fill_(1.0)
+        return factor[:, kept]
+
+    def variances(self, site: str) -> torch.Tensor:
+        return torch.ones_like(self.means[site])
+
+    def prefix_squares(self, site: str) -> torch.Tensor:
+        return torch.arange(1.0, len(self.means[site]) + 1)
+
+
+def write_random_chain(folder: Path, configs: Sequence[PretrainedConfig], dtype: torch.dtype) -> None:
+    """Write anchors of these shapes, largest first.
+
+    Args:
+        folder: new.
+        configs: one an anchor.
+        dtype: of the weights on disk.
+    """
+    torch.manual_seed(0)
+    above: Architecture | None = None
+    parent = None
+    for number, config in enumerate(configs):
+        architecture = describe(config)
+        record = {"name": f"anchor-{number}", "parent": parent}
+        if above is not None:
+            record["block_map"] = blocks_of(spaced_layers(above.depth, architecture.depth))
+        write_anchor(folder, record, _filler(config, architecture, dtype))
+        above, parent = architecture, record["name"]
+
+
+def _filler(config: PretrainedConfig, architecture: Architecture, dtype: torch.dtype) -> Callable[[Path], None]:
+    def fill(folder: Path) -> None:
+        config.dtype = dtype
+        config.save_pretrained(folder)
+        weights = {}
+        for key, axes in architecture.tensors.items():
+            weights[key] = torch.empty(tensor_shape(axes, architecture.sizes), dtype=dtype).normal_(0, 0.02)
+            if len(axes) == 1 and key.endswith("weight"):
+                weights[key] += 1
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        del weights
+        means = {site.name: torch.zeros(axis_length(site.axis, architecture.sizes)) for site in architecture.sites}
+        save_statistics(_RandomStatistics(means, {}, 1), folder / STATISTICS_FILE)
+
+    return fill

@@ -1,0 +1,101 @@
+"""Statistics on disk: a factor of the second moments in few bits, read site by site."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from cbd_trl.surgery.factors import deviations, factorise, pack, unpack
+from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.tensor_file import TensorFile
+
+FORMAT_VERSION = "3"
+_MARK = "cbd_trl_statistics"
+_VECTORS = ("mean", "variances", "prefix_squares", "diagonal", "scales")
+
+
+def save_statistics(statistics: Statistics, path: Path) -> None:
+    """Write statistics to a safetensors file, about 0.15 to 0.3 times as large as the model in bfloat16."""
+    tensors = {}
+    for site in statistics.means:
+        factor = statistics.factor(site, torch.arange(len(statistics.means[site])))
+        mean, squares = statistics.mean(site), statistics.variances(site)
+        factor = factor / deviations(mean, squares)[:, None]
+        codes, scales = pack(factor)
+        vectors = (mean, squares, statistics.prefix_squares(site), factor.diagonal(), scales)
+        tensors[f"{site}.codes"] = codes
+        tensors[f"{site}.vectors"] = torch.stack([vector.float() for vector in vectors])
+    tensors |= {f"{norm}.squares": squares.contiguous() for norm, squares in statistics.squares.items()}
+    metadata = {_MARK: FORMAT_VERSION, "tokens": json.dumps(statistics.tokens), "ridge": json.dumps(statistics.ridge)}
+    save_file(tensors, path, metadata=metadata)
+
+
+class StoredStatistics:
+    """Moments of a file written by `save_statistics`; nothing is kept in memory.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: it is no safetensors file or holds no statistics of this version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = TensorFile(path)
+        metadata = self._tensors.metadata
+        if metadata.get(_MARK) != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} holds no calibration statistics of version {FORMAT_VERSION} (found {metadata.get(_MARK)!r}). "
+                "Build the chain again with this version of cbd_trl."
+            )
+        self.path = path
+        self.tokens: int = json.loads(metadata["tokens"])
+        self.ridge: float = json.loads(metadata["ridge"])
+
+    @property
+    def sites(self) -> set[str]:
+        """The sites there are."""
+        return {name.removesuffix(".codes") for name in self._tensors if name.endswith(".codes")}
+
+    def _tensor(self, site: str, kind: str) -> torch.Tensor:
+        name = f"{site}.{kind}"
+        if name not in self._tensors:
+            raise ValueError(f"{self.path} lacks {name}: it was not written for this model. Build the chain again.")
+        return self._tensors[name]
+
+    def _vector(self, site: str, name: str) -> torch.Tensor:
+        return self._tensor(site, "vectors")[_VECTORS.index(name)]
+
+    def mean(self, site: str) -> torch.Tensor:
+        """E[x], (D,) float32."""
+        return self._vector(site, "mean")
+
+    def variances(self, site: str) -> torch.Tensor:
+        """E[x_i^2], (D,) float32, at a site or an output norm."""
+        squares = f"{site}.squares"
+        return self._tensors[squares] if squares in self._tensors else self._vector(site, "variances")
+
+    def prefix_squares(self, site: str) -> torch.Tensor:
+        """E[(x_1 + ... + x_i)^2] for every i, (D,) float32."""
+        return self._vector(site, "prefix_squares")
+
+    def second(self, site: str) -> torch.Tensor:
+        """E[x x^T], (D, D) float32, as exact as the stored factor."""
+        mean = self.mean(site)
+        factor = self.factor(site, torch.arange(len(mean)))
+        second = factor @ factor.T + torch.outer(mean, mean)
+        second.diagonal().copy_(self.variances(site))
+        return second
+
+    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
+        """L, (D, P) float32, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular.
+
+        Where `kept` is a prefix that is a part of what is stored; else the moments are factorised anew.
+        """
+        size = len(kept)
+        if int(kept[-1]) != size - 1:
+            return factorise(self.mean(site).double(), self.second(site).double(), kept, self.ridge).float()
+        factor = unpack(self._tensor(site, "codes"), self._vector(site, "scales"), size)
+        factor.diagonal().copy_(self._vector(site, "diagonal")[:size])
+        return factor.mul_(deviations(self.mean(site), self.variances(site)).float()[:, None])
