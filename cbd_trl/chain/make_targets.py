@@ -1,4 +1,4 @@
-"""Many targets from one chain in one pass: opened and checked once, anchors loaded once a pair."""
+"""Many targets from one chain in one pass: opened and checked once, files opened once a pair."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ def make_targets(
     folder = Path(output_dir).expanduser().resolve()
     maker = _Maker(chain, dtype, calibration_dataset)
     made = {}
-    # Largest first, so that each pair of anchors is loaded once.
+    # Largest first, so that the files of each pair of anchors are opened once.
     order = sorted(_directories(folder, sizes), key=lambda place: -place[0])
     for size, directory in tqdm(order, desc="Making models", unit="model"):
         try:
@@ -95,7 +95,7 @@ def _directories(folder: Path, sizes: Sequence[float]) -> Iterator[tuple[float, 
 
 
 class _Maker:
-    """Makes one target after another, holding the anchors of the last one."""
+    """Makes one target after another, keeping what the headers of the last pair's files say."""
 
     def __init__(self, chain: Chain, dtype: torch.dtype | str | None, dataset: Dataset | None) -> None:
         self._chain, self._dtype, self._dataset = chain, dtype, dataset
@@ -129,8 +129,6 @@ class _Maker:
             return None
         names = tuple(anchor.name for anchor in target.anchors)
         if names != self._names:
-            # Let go of the last pair before the next one is loaded.
-            self._pair = None
             self._pair, self._names = load_pair(*target.anchors), names
         return self._pair
 
