@@ -1,40 +1,18 @@
 """An anchor's folder: checked against its record, written, copied; always under a temporary name first."""
 
 import dataclasses
-import functools
-import hashlib
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cbd_trl.chain.chain_json import check_order, check_record, library_versions, read_manifest, write_manifest
+from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
 from cbd_trl.surgery.blocks import check_blocks
-
-_SETTLED_SECONDS = 5.0
-
-
-def sha256_of(path: Path) -> str:
-    """A file's sha256, worked out once as long as the file stays as it is.
-
-    A change is seen by inode, size and times. These could miss one that comes right after another, so a file younger
-    than a few seconds is read every time.
-    """
-    found = path.stat()
-    state = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    young = time.time() - max(found.st_mtime, found.st_ctime) < _SETTLED_SECONDS
-    return (_sha256.__wrapped__ if young else _sha256)(path.resolve(), state)
-
-
-@functools.cache
-def _sha256(path: Path, state: tuple[int, ...]) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = True) -> None:

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.chain import folders
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
+from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import OPERATORS, Pair, Plan
 from cbd_trl.surgery.lazy import LazyWeights
@@ -111,7 +111,7 @@ def rewritten(chain_folder, tmp_path_factory):
         for anchor in manifest.anchors:
             dtype = change(anchor.path, load_file(anchor.path / "model.safetensors"))
             files = {
-                path.name: folders.sha256_of(path)
+                path.name: sha256_of(path)
                 for path in anchor.path.iterdir()
                 if path.name in anchor.files or path.suffix == ".safetensors"
             }
@@ -183,39 +183,6 @@ def test_a_model_holds_the_tensors_it_is_given():
     assert all(torch.equal(made[key], tensor) for key, tensor in given.items())
     copied = {key for key, tensor in given.items() if made[key].data_ptr() != tensor.data_ptr()}
     assert copied == {shared, part}
-
-
-def test_hashes_are_worked_out_once_for_files_that_stay(chain_folder, tmp_path, monkeypatch):
-    folder = shutil.copytree(chain_folder, tmp_path / "chain")
-    hashed = []
-
-    def digest(file, name, work=folders.hashlib.file_digest):
-        hashed.append(file.name)
-        return work(file, name)
-
-    monkeypatch.setattr(folders.hashlib, "file_digest", digest)
-    monkeypatch.setattr(folders, "_SETTLED_SECONDS", 0.0)
-    from_chain(folder, config=DEEP)
-    names = [anchor.name for anchor in Chain.from_pretrained(folder, verify=False).anchors]
-    used = {str(folder / name / "model.safetensors") for name in names[:2]}
-    assert used <= set(hashed) and not any(f"/{names[2]}/" in name for name in hashed), "only what is used"
-    hashed.clear()
-    from_chain(folder, config=DEEP)
-    assert not hashed
-    weights = folder / names[0] / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was changed"):
-        from_chain(folder, config=DEEP)
-    assert hashed == [str(weights)]
-
-
-def test_young_files_are_hashed_every_time(tmp_path):
-    file = tmp_path / "file"
-    found = set()
-    for i in range(20):
-        file.write_bytes(bytes([i]))
-        found.add(folders.sha256_of(file))
-    assert len(found) == 20
 
 
 def test_an_anchor_that_is_not_used_may_be_damaged(chain_folder, tmp_path):
