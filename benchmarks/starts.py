@@ -1,6 +1,8 @@
 """The starts that are compared: models of one shape, made in every way there is."""
 
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -11,13 +13,12 @@ from trl import SFTTrainer
 from cbd_trl import Chain, DistillConfig, DistillTrainer, from_chain
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import axis_length
-from cbd_trl.chain.build import initial_student
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import plan_chain
+from cbd_trl.chain.student import choose_blocks, initial_student, refit_student
 from cbd_trl.report.sweep import random_model
-from cbd_trl.surgery.blocks import blocks_of, select_layers
+from cbd_trl.surgery.blocks import select_layers
 from cbd_trl.surgery.cut import plain_cut
-from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.weights import Weights, reader_keys
 
 TARGET = {
@@ -30,7 +31,6 @@ TARGET = {
 OPERATORS = ("nested", "slice", "expand", "linear")
 SUBCLONE, DIRECT, SCRATCH = "subclone", "direct", "scratch"
 STARTS = (*OPERATORS, SUBCLONE, DIRECT, SCRATCH)
-_REFIT_BATCH = 4
 
 
 def outer_layers(total: int, kept: int) -> list[int]:
@@ -118,10 +118,12 @@ def direct_trainer(
         calibration: (N, T) int64 token blocks of the training text for the refit.
     """
     [step] = plan_chain(chain.source.architecture(), [TARGET], args, dataset)
-    student, blocks = initial_student(chain.source, step), blocks_of(step.kept)
     teacher: Any = chain.source.load_model()
-    batches = [{"input_ids": batch.to(args.device)} for batch in calibration.split(_REFIT_BATCH)]
-    refit_layers(student.to(args.device), teacher.to(args.device), step.architecture, blocks, batches)
+    with TemporaryDirectory() as folder:
+        blocks = choose_blocks(Path(folder) / "blocks.json", teacher.to(args.device), step, calibration)
+    student: Any = initial_student(chain.source, step, blocks).to(args.device)
+    refit_student(student, teacher, blocks, calibration)
+    block_map = [list(block.layers) for block in blocks]
     return DistillTrainer(
-        student, teacher, step.args, train_dataset=dataset, processing_class=tokenizer, block_map=blocks
+        student, teacher, step.args, train_dataset=dataset, processing_class=tokenizer, block_map=block_map
     )

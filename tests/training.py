@@ -55,7 +55,15 @@ def make_trainer(
         overrides: fields of `DistillConfig`, or arguments of `DistillTrainer`.
     """
     depth = own_names(family, num_hidden_layers=2)
-    names = ("train_dataset", "eval_dataset", "processing_class", "block_map", "peft_config", "compute_metrics")
+    names = (
+        "train_dataset",
+        "eval_dataset",
+        "processing_class",
+        "block_map",
+        "block_costs",
+        "peft_config",
+        "compute_metrics",
+    )
     arguments: dict[str, Any] = {"train_dataset": text_rows(), "processing_class": tiny_tokenizer()}
     arguments |= {name: overrides.pop(name) for name in names if name in overrides}
     if teacher is None and not (overrides.get("self_distillation") or overrides.get("teacher_cache")):

@@ -20,13 +20,11 @@ from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.model import build_model, stock_model
 from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.store import CALIBRATION_BATCH, calibration_batches, store_anchor
-from cbd_trl.surgery.blocks import blocks_of, select_layers
-from cbd_trl.surgery.cut import least_squares_cut
-from cbd_trl.surgery.refit import refit_layers
+from cbd_trl.chain.store import calibration_batches, store_anchor
+from cbd_trl.chain.student import choose_blocks, initial_student, refit_student
+from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import collect_statistics
-from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
@@ -136,23 +134,12 @@ def _write_source(
     return store_anchor(output_dir, record, sorted_model, tokenizer, statistics)
 
 
-def initial_student(upper: Anchor, step: Step) -> PreTrainedModel:
-    """The least-squares cut of the upper anchor over the kept layers, not yet refitted."""
-    weights, architecture = upper.load_weights(), upper.architecture()
-    if step.architecture.sizes != architecture.sizes:
-        narrow = architecture.resized(**step.architecture.sizes)
-        weights = least_squares_cut(weights, architecture, StoredStatistics(upper.statistics_file), narrow)
-        architecture = narrow
-    cut, _ = select_layers(weights, architecture, step.kept)
-    return build_model(step.architecture, cut, getattr(torch, upper.dtype), name_or_path=str(upper.path))
-
-
 def _work_folder(output_dir: Path, upper: Anchor, step: Step) -> Path:
     """Where an anchor's checkpoints are; those of a run with other settings are removed, not gone on from."""
     work = output_dir / ".work" / step.name
     state = PartialState()
     if state.is_main_process:
-        made_from = {"upper": upper.files, "kept": step.kept, "shape": step.architecture.shape}
+        made_from = {"upper": upper.files, "shape": step.architecture.shape}
         settings, file = json.dumps({**made_from, **step.training_record()}), work / "settings.json"
         if file.exists() and file.read_text() != settings:
             shutil.rmtree(work)
@@ -173,13 +160,16 @@ def _distil_anchor(
     work = _work_folder(output_dir, upper, step)
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
-    student: Any = initial_student(upper, step)
     teacher: Any = upper.load_model()
     generation_config = copy.deepcopy(teacher.generation_config)
-    blocks = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    tokens = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
+    student: Any = initial_student(upper, step, blocks)
+    architecture, block_map = describe(student.config), [list(block.layers) for block in blocks]
+    costs = block_costs(blocks)
     checkpoint = get_last_checkpoint(work)
     if checkpoint is None:
-        _refit(student.to(args.device), teacher.to(args.device), step, blocks)
+        refit_student(student.to(args.device), teacher, blocks, tokens)
     trainer = DistillTrainer(
         model=student,
         teacher_model=teacher,
@@ -187,7 +177,8 @@ def _distil_anchor(
         train_dataset=step.dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        block_map=blocks_of(step.kept),
+        block_map=block_map,
+        block_costs=costs,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = _last_losses(trainer.state.log_history)
@@ -196,15 +187,17 @@ def _distil_anchor(
             key: value for key, value in trainer.evaluate().items() if key.endswith(("loss", "_kd", "_ce", "_hidden"))
         }
     state = trainer.accelerator.get_state_dict(trainer.model)
-    state = {name: state[name].detach().cpu() for name in step.architecture.state_shapes}
-    trained: Any = stock_model(step.architecture.config, state, student.dtype)
+    state = {name: state[name].detach().cpu() for name in architecture.state_shapes}
+    trained: Any = stock_model(architecture.config, state, student.dtype)
     trained.generation_config = generation_config
     trained.to(args.device)
-    statistics = collect_statistics(trained, step.architecture, calibration_batches(blocks), blocks.numel())
+    statistics = collect_statistics(trained, architecture, calibration_batches(tokens), tokens.numel())
     record = {
         "name": step.name,
         "parent": upper.name,
-        "block_map": blocks_of(step.kept),
+        "block_map": block_map,
+        "kept_layers": [block.kept for block in blocks],
+        "block_costs": costs,
         "tokens_seen": int(losses.pop("num_tokens", 0)),
         "losses": losses,
         "training": step.training_record(),
@@ -215,13 +208,6 @@ def _distil_anchor(
         with suppress(OSError):
             work.parent.rmdir()
     return anchor
-
-
-def _refit(student: PreTrainedModel, teacher: PreTrainedModel, step: Step, blocks: torch.Tensor) -> None:
-    """Fit the cut student to the teacher's stream, in place, on calibration tokens (N, T)."""
-    batches = [{"input_ids": batch.to(student.device)} for batch in blocks.split(CALIBRATION_BATCH)]
-    progress = PartialState().is_local_main_process
-    refit_layers(student, teacher, step.architecture, blocks_of(step.kept), batches, progress=progress)
 
 
 def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

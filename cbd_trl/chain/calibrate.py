@@ -47,14 +47,19 @@ def _candidates(pair: Pair, plan: Plan, operator: str) -> Iterator[Plan]:
 
 
 def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | None]:
-    """The last blocks (the default), the first ones, and every other one, as far as they give the target's depth."""
+    """The blocks swapped by default, the last ones, the first, and every other one, as far as they give the depth."""
     if operator not in ("nested", "patch"):
         yield None
         return
+    usual = frozenset(blocks_for_depth(pair.blocks, plan.target.depth, pair.costs))
     last = frozenset(blocks_for_depth(pair.blocks, plan.target.depth))
     mirrored = [list(block) for block in reversed(pair.blocks)]
     count = len(pair.blocks)
-    orders = {last, frozenset(count - 1 - i for i in blocks_for_depth(_renumbered(mirrored), plan.target.depth))}
+    orders = {
+        usual,
+        last,
+        frozenset(count - 1 - i for i in blocks_for_depth(_renumbered(mirrored), plan.target.depth)),
+    }
     long = [i for i, block in enumerate(pair.blocks) if len(block) > 1]
     chosen = [i for i in last if i in long]
     if chosen:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # A name starts with a letter, digit or underscore: no hidden folders, no "..".
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -104,6 +104,8 @@ _ANCHOR_KEYS: dict[str, tuple[type, ...]] = {
     "num_parameters": (int,),
     "dtype": (str,),
     "block_map": (list, type(None)),
+    "kept_layers": (list, type(None)),
+    "block_costs": (list, type(None)),
     "tokens_seen": (int,),
     "losses": (dict,),
     "training": (dict,),
@@ -151,6 +153,11 @@ def check_record(anchor: Anchor, file: Path) -> None:
         "block_map": all(
             isinstance(block, list) and all(type(i) is int for i in block) for block in anchor.block_map or []
         ),
+        "kept_layers": _fits(
+            anchor.kept_layers, anchor.block_map, lambda kept, block: isinstance(block, list) and kept in block
+        ),
+        "block_costs": anchor.block_costs is None
+        or _fits(anchor.block_costs, anchor.block_map, lambda cost, _: type(cost) in (int, float)),
         "dtype": anchor.dtype in DTYPES.values(),
     }
     for key, is_fine in fine.items():
@@ -162,6 +169,15 @@ def check_record(anchor: Anchor, file: Path) -> None:
         raise ValueError(
             f"{file}: anchor {anchor.name!r} has no config.json or no model.safetensors among its files. {RESTORE}"
         )
+
+
+def _fits(
+    entries: list[Any] | None, block_map: list[list[int]] | None, fine: Callable[[Any, list[int]], bool]
+) -> bool:
+    """Whether there is one entry for each block, and a fine one; without blocks it is theirs that is wrong."""
+    if block_map is None:
+        return True
+    return len(entries or []) == len(block_map) and all(map(fine, entries or [], block_map))
 
 
 def check_order(anchors: Sequence[Anchor], file: Path) -> None:

@@ -160,7 +160,8 @@ def _move_folder(source: Path, target: Path) -> None:
 
 
 def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
-    """The record with what the anchor's own files say: shape, number of parameters, dtype, sha256 of each file."""
+    """The record with what the anchor's own files say: shape, number of parameters, dtype, sha256 of each file; and,
+    where it is not said which layers were kept, the last of each block."""
     from safetensors import safe_open
 
     if "config.json" not in files or not weight_files(files):
@@ -178,8 +179,11 @@ def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
             f"{folder / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES.values())}: "
             "convert the model first."
         )
+    kept = anchor.kept_layers
+    if kept is None and anchor.block_map is not None:
+        kept = [block[-1] for block in anchor.block_map]
     return dataclasses.replace(
-        found, shape=architecture.shape, num_parameters=architecture.num_parameters, dtype=dtype
+        found, shape=architecture.shape, num_parameters=architecture.num_parameters, dtype=dtype, kept_layers=kept
     )
 
 

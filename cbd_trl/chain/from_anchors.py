@@ -157,6 +157,7 @@ def _write(
         "name": member.name,
         "parent": members[number - 1].name if number else None,
         "block_map": blocks_of(member.kept) if number else None,
+        "kept_layers": list(member.kept) if number else None,
         "tokens_seen": 0,
         "losses": {},
         "training": {**settings, "match": coordinates.matches[number]},

@@ -159,7 +159,7 @@ def make_model(
 def load_pair(upper: Anchor, lower: Anchor) -> Pair:
     """Two neighbouring anchors, and the upper one's statistics where a width differs; nothing is read yet."""
     upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
-    assert lower.block_map is not None
+    assert lower.block_map is not None and lower.kept_layers is not None
     differs = upper_architecture.sizes != lower_architecture.sizes
     return Pair(
         upper.load_weights(),
@@ -168,6 +168,8 @@ def load_pair(upper: Anchor, lower: Anchor) -> Pair:
         lower_architecture,
         StoredStatistics(upper.statistics_file) if differs else None,
         lower.block_map,
+        lower.kept_layers,
+        lower.block_costs,
     )
 
 

@@ -32,6 +32,8 @@ class Pair:
         upper_architecture, lower_architecture: what the weights mean.
         statistics: the upper anchor's moments; None only where no width differs.
         blocks: for each lower layer the upper layers it stands for.
+        kept: the one of them that it was cut from.
+        costs: what it costs, in nats per token, that it stands for them; None = unknown.
     """
 
     upper: Weights
@@ -40,6 +42,8 @@ class Pair:
     lower_architecture: Architecture
     statistics: SiteStatistics | None
     blocks: Sequence[Sequence[int]]
+    kept: Sequence[int]
+    costs: Sequence[float] | None = None
 
     @property
     def equal_widths(self) -> bool:
@@ -58,7 +62,7 @@ class Plan:
     Args:
         target: depth and widths.
         alpha: weight of the lower anchor in the mix, 0 to 1; None = the operator's own rule.
-        swapped: lower layers replaced by their upper blocks; None = the last ones that give the target's depth.
+        swapped: lower layers replaced by their upper blocks; None = as `blocks_for_depth` has it.
     """
 
     target: Architecture
@@ -95,13 +99,12 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
         assert alpha is not None
     widths = pair.upper_architecture.resized(**plan.target.sizes)
     cut = least_squares_cut(pair.upper, pair.upper_architecture, _needed(pair), widths, fold=True)
-    kept = [block[-1] for block in pair.blocks]
-    base, base_architecture = select_layers(cut, widths, kept)
-    lower = _in_target_gauge(pair, plan.target, kept)
+    base, base_architecture = select_layers(cut, widths, pair.kept)
+    lower = _in_target_gauge(pair, plan.target)
     mixed = LazyWeights(
         base, lambda key: _mix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha)
     )
-    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, _swapped(pair, plan))
+    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, _swapped(pair, plan), pair.kept)
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -109,7 +112,13 @@ def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     widths only."""
     check_patch(pair, plan.target)
     return swap_blocks(
-        pair.lower, pair.lower_architecture, pair.upper, pair.upper_architecture, pair.blocks, _swapped(pair, plan)
+        pair.lower,
+        pair.lower_architecture,
+        pair.upper,
+        pair.upper_architecture,
+        pair.blocks,
+        _swapped(pair, plan),
+        pair.kept,
     )
 
 
@@ -180,10 +189,10 @@ def _needed(pair: Pair) -> SiteStatistics:
 
 
 def _swapped(pair: Pair, plan: Plan) -> Collection[int]:
-    return blocks_for_depth(pair.blocks, plan.target.depth) if plan.swapped is None else plan.swapped
+    return plan.swapped if plan.swapped is not None else blocks_for_depth(pair.blocks, plan.target.depth, pair.costs)
 
 
-def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> Weights:
+def _in_target_gauge(pair: Pair, target: Architecture) -> Weights:
     """The lower anchor's weights as they are to stand on the shared prefix of a target.
 
     The target's norms divide a stream or an output by the root mean square of more coordinates than the lower anchor's
@@ -198,7 +207,7 @@ def _in_target_gauge(pair: Pair, target: Architecture, kept: Sequence[int]) -> W
     def ratios(norm: Site | OutputNorm, norm_type: str) -> list[float]:
         """What the gains of the lower anchor and of the target lose to their root mean squares."""
         layer, name = architecture.split_name(norm.name)
-        above = replace(norm, name=norm.name if layer is None else upper.layer_name(kept[layer], name))
+        above = replace(norm, name=norm.name if layer is None else upper.layer_name(pair.kept[layer], name))
         prefixes = [prefix_index(norm.axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
         return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes]
 

@@ -16,7 +16,6 @@ from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_anchor
-from cbd_trl.surgery.blocks import spaced_layers
 from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
 
@@ -80,15 +79,14 @@ class Step:
 
     Args:
         name: its name in the chain.
-        architecture: its shape, as cut from the anchor above.
-        kept: layers of the anchor above that it starts from.
+        architecture: its shape; which layers of the anchor above it keeps, and with them what its config lists layer
+            by layer, is chosen when it is made.
         args: training arguments, chain defaults filled in.
         dataset: text it is distilled on.
     """
 
     name: str
     architecture: Architecture
-    kept: list[int]
     args: DistillConfig
     dataset: Any
 
@@ -149,7 +147,6 @@ def plan_chain(
             Step(
                 name=names[-1],
                 architecture=target,
-                kept=spaced_layers(upper.depth, target.depth),
                 args=_with_chain_defaults(own.get("args", args), depth_only),
                 dataset=own.get("dataset", dataset),
             )

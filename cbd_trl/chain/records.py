@@ -39,6 +39,9 @@ class Anchor:
         num_parameters: a tied table counted once.
         dtype: dtype of the weights, such as "float32".
         block_map: for each layer the layers of the parent it stands for, None for the source.
+        kept_layers: for each layer the one of them that it was cut from, None for the source.
+        block_costs: for each layer what letting it stand for its block cost before training, nats per token (`Block`);
+            None where that was not measured.
         tokens_seen: tokens it was distilled on.
         losses: name -> value in nats per token, at the end of its training.
         training: the training arguments that matter.
@@ -54,6 +57,8 @@ class Anchor:
     num_parameters: int = 0
     dtype: str = "float32"
     block_map: list[list[int]] | None = None
+    kept_layers: list[int] | None = None
+    block_costs: list[float] | None = None
     tokens_seen: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
@@ -102,11 +107,6 @@ class Anchor:
             raise ValueError(
                 f"{self.path / 'config.json'} cannot be read as a model config ({error}). {RESTORE}"
             ) from error
-
-    @property
-    def kept_layers(self) -> list[int] | None:
-        """The parent's layers it was cut from: the last of each block. None for the source."""
-        return None if self.block_map is None else [block[-1] for block in self.block_map]
 
     @property
     def statistics_file(self) -> Path:

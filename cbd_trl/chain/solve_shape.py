@@ -74,10 +74,18 @@ def reachable_depths(upper_depth: int, block_map: Blocks) -> list[int]:
     return sorted(len(block_map) + more for more in extra)
 
 
-def blocks_for_depth(block_map: Blocks, depth: int) -> set[int]:
-    """Which blocks to replace for a depth: the last ones, or, where these do not add up, the latest that do.
+def blocks_for_depth(block_map: Blocks, depth: int, costs: Sequence[float] | None = None) -> set[int]:
+    """Which blocks to replace for a depth: those that cost the most, or, where costs are unknown, the last ones.
 
-    Blocks of one layer after the first replaced block are replaced with them, as on the hybrid steps of training.
+    Args:
+        block_map: for each lower layer the upper layers it stands for.
+        depth: wanted.
+        costs: for each lower layer what it costs that it stands for them (`Block.cost`).
+
+    Returns:
+        indices of lower layers. With costs, of all sets that give the depth the one with the greatest sum; without,
+        the last blocks or, where these do not add up, the latest that do, and with them the blocks of one layer after
+        the first, as on the hybrid steps of training.
 
     Raises:
         ValueError: no set of blocks gives this depth.
@@ -91,6 +99,8 @@ def blocks_for_depth(block_map: Blocks, depth: int) -> set[int]:
         return set()
     if missing == max(sums[-1]):
         return set(range(len(block_map)))
+    if costs is not None:
+        return _costliest(block_map, missing, costs)
     swapped = set()
     for i in reversed(range(len(block_map))):
         more = len(block_map[i]) - 1
@@ -99,6 +109,19 @@ def blocks_for_depth(block_map: Blocks, depth: int) -> set[int]:
             missing -= more
     first = min(swapped, default=len(block_map))
     return swapped | {i for i in range(first, len(block_map)) if len(block_map[i]) == 1}
+
+
+def _costliest(block_map: Blocks, missing: int, costs: Sequence[float]) -> set[int]:
+    """Of all sets of blocks that add `missing` layers the one with the greatest sum of costs."""
+    best: dict[int, tuple[float, set[int]]] = {0: (0.0, set())}
+    for i, block in enumerate(block_map):
+        more = len(block) - 1
+        if not more:
+            continue
+        for total, (cost, chosen) in sorted(best.items(), reverse=True):
+            if total + more not in best or cost + costs[i] > best[total + more][0]:
+                best[total + more] = (cost + costs[i], chosen | {i})
+    return best[missing][1]
 
 
 def _sums(block_map: Blocks) -> list[set[int]]:

@@ -116,7 +116,7 @@ def find_target(chain: Chain, request: Request) -> Target:
             return Target((anchor,), anchor.architecture(), ANCHOR)
     architecture = target_architecture(above, fields)
     # What an operator says about a shape, it says without looking at weights.
-    pair = Pair({}, above, {}, below, None, blocks)
+    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [])
     if request.operator == "patch":
         check_patch(pair, architecture)
     alpha = default_alpha(request.operator, pair, architecture)

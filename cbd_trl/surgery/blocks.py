@@ -1,12 +1,35 @@
 """Depth: which layers are kept, which block each stands for, and putting layers of two models into one stack."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.weights import Weights
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one layer of a lower model stands for.
+
+    Args:
+        layers: consecutive layers of the upper model.
+        kept: the one of them that the lower layer is cut from.
+        cost: what letting it stand for the block costs before any training, in nats per token, all other layers being
+            the upper model's; None where it was not measured.
+    """
+
+    layers: tuple[int, ...]
+    kept: int
+    cost: float | None = None
+
+
+def block_costs(blocks: Sequence[Block]) -> list[float] | None:
+    """The cost of each, None where not all were measured."""
+    costs = [block.cost for block in blocks if block.cost is not None]
+    return costs if len(costs) == len(blocks) else None
 
 
 def spaced_layers(total: int, kept: int) -> list[int]:
@@ -27,6 +50,11 @@ def blocks_of(kept_layers: Sequence[int]) -> list[list[int]]:
     """Block i: the layers after the previous kept layer up to and including the i-th kept one."""
     starts = [0, *[layer + 1 for layer in kept_layers[:-1]]]
     return [list(range(start, layer + 1)) for start, layer in zip(starts, kept_layers, strict=True)]
+
+
+def spaced_blocks(total: int, kept: int) -> list[Block]:
+    """`blocks_of` `spaced_layers`, each keeping its last layer, nothing measured."""
+    return [Block(tuple(block), block[-1]) for block in blocks_of(spaced_layers(total, kept))]
 
 
 def check_blocks(blocks: Sequence[Sequence[int]], lower_depth: int, upper_depth: int) -> None:
@@ -62,6 +90,7 @@ def swap_blocks(
     upper_architecture: Architecture,
     blocks: Sequence[Sequence[int]],
     swapped: Collection[int],
+    kept: Sequence[int] | None = None,
 ) -> tuple[Weights, Architecture]:
     """The lower model with the blocks in `swapped` replaced by their layers of the upper model.
 
@@ -71,6 +100,7 @@ def swap_blocks(
         lower, upper: weights of equal widths.
         blocks: for each lower layer the upper layers it stands for.
         swapped: indices of lower layers to replace.
+        kept: the upper layer that each lower one was cut from; None = the last of its block.
 
     Returns:
         Weights and architecture; embedding, final norm and head are the lower model's.
@@ -81,7 +111,7 @@ def swap_blocks(
     for i, block in enumerate(blocks):
         sources += [(upper, layer) for layer in block] if i in swapped else [(lower, i)]
         # Per-layer config entries: an unswapped layer has those of the upper layer it was cut from.
-        positions += block if i in swapped else [block[-1]]
+        positions += block if i in swapped else [block[-1] if kept is None else kept[i]]
     mixed = upper_architecture.with_layers(positions)
 
     def tensor(key: str) -> torch.Tensor:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from cbd_trl.architectures import Architecture, decoder_layers
 from cbd_trl.surgery.statistics import normalised
+from cbd_trl.surgery.stream import Call, block_ends, layer_inputs, recorded_inputs, tensor_of
 from cbd_trl.surgery.weights import as_stored, as_used, from_input_matrix, input_matrix
 
 # Best of 1e-2, 0.1, 0.4 and 1.5 on 6k tokens of SmolLM2-135M (30 -> 16 layers, and 576 -> 384 channels).
@@ -48,36 +49,57 @@ def refit_layers(
     ours, theirs = decoder_layers(student), decoder_layers(teacher)
     streams, calls, targets = [], [], []
     for batch in batches:
-        stream, layer_calls = _layer_inputs(student, ours, batch)
-        streams.append(stream)
+        into, layer_calls = layer_inputs(student, ours, batch)
+        streams.append(into[0])
         calls.append(layer_calls)
-        width = stream.shape[-1]
-        ends = _block_ends(teacher, theirs, [block[-1] for block in blocks], batch)
+        width = into[0].shape[-1]
+        ends = block_ends(teacher, theirs, [block[-1] for block in blocks], batch)
         targets.append([end[..., :width] for end in ends])
     if not streams:
         raise ValueError("There is no calibration text to refit the layers on. Give at least one batch.")
     for i, layer in enumerate(tqdm(ours, desc="Refitting layers", disable=not progress, leave=False)):
-        ffn = _OutputProjection(layer, i, architecture)
-        inner, outputs = [], []
-        for number, stream in enumerate(streams):
-            with _recorded_input(ffn.module) as recorded:
-                args, kwargs = calls[number][i]
-                outputs.append(_tensor(layer(stream, *args, **kwargs)).flatten(0, -2))
-            inner.append(recorded[0].flatten(0, -2))
-        goals = [target[i].flatten(0, -2).float() for target in targets]
-        before = [ffn(rows) for rows in inner]
-        gaps = [goal - output.float() for goal, output in zip(goals, outputs, strict=True)]
-        weights = [_token_weights(goal) for goal in goals]
-        ffn.fit(inner, gaps, weights, ridge)
-        if ffn.norm is not None:
-            ffn.fit_gain(inner, [gap + old.float() for gap, old in zip(gaps, before, strict=True)], weights)
-        streams = [
-            (output + ffn(rows) - old).view_as(stream)
-            for output, rows, old, stream in zip(outputs, inner, before, streams, strict=True)
-        ]
+        layer_calls = [call[i] for call in calls]
+        goals = [target[i] for target in targets]
+        streams = refit_layer(OutputProjection(layer, i, architecture), streams, layer_calls, goals, ridge)
 
 
-class _OutputProjection:
+def refit_layer(
+    ffn: "OutputProjection",
+    streams: Sequence[torch.Tensor],
+    calls: Sequence[Call],
+    goals: Sequence[torch.Tensor],
+    ridge: float = RIDGE,
+) -> list[torch.Tensor]:
+    """`refit_layers` for one layer, changed in place.
+
+    Args:
+        ffn: its FFN output projection.
+        streams: what the layer reads, (B, T, D) for each batch.
+        calls: what else it is called with.
+        goals: where it is to end, (B, T, D).
+
+    Returns:
+        where it ends now, (B, T, D).
+    """
+    inner, outputs = [], []
+    for stream, (args, kwargs) in zip(streams, calls, strict=True):
+        with recorded_inputs(ffn.module) as recorded:
+            outputs.append(tensor_of(ffn.layer(stream, *args, **kwargs)).flatten(0, -2))
+        inner.append(recorded[0].flatten(0, -2))
+    flat = [goal.flatten(0, -2).float() for goal in goals]
+    before = [ffn(rows) for rows in inner]
+    gaps = [goal - output.float() for goal, output in zip(flat, outputs, strict=True)]
+    weights = [_token_weights(goal) for goal in flat]
+    ffn.fit(inner, gaps, weights, ridge)
+    if ffn.norm is not None:
+        ffn.fit_gain(inner, [gap + old.float() for gap, old in zip(gaps, before, strict=True)], weights)
+    return [
+        (output + ffn(rows) - old).view_as(stream)
+        for output, rows, old, stream in zip(outputs, inner, before, streams, strict=True)
+    ]
+
+
+class OutputProjection:
     """The FFN output projection of one layer of a model, with the norm that may follow it.
 
     N rows: tokens of a batch. Called with what the projection reads, (N, F), it gives what the FFN adds to the stream,
@@ -85,7 +107,7 @@ class _OutputProjection:
     """
 
     def __init__(self, layer: nn.Module, index: int, architecture: Architecture) -> None:
-        self._architecture = architecture
+        self.layer, self._architecture = layer, architecture
         self._site = next(site for site in architecture.family.sites if site.axis == ("ffn",))
         name = self._site.readers[0]
         self._key = architecture.layer_name(index, f"{name}.weight")
@@ -162,61 +184,3 @@ def _solve(sums: Mapping[str, torch.Tensor], ridge: float, intercept: bool) -> t
     change = torch.linalg.solve(second, cross.T).T
     shift = gap - change @ mean if intercept else torch.zeros_like(gap)
     return change.float(), shift.float()
-
-
-def _tensor(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-class _recorded_input:
-    """Within it, the inputs a module is called with."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __enter__(self) -> list[torch.Tensor]:
-        inputs: list[torch.Tensor] = []
-        self._handle = self._module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-        return inputs
-
-    def __exit__(self, *exception: object) -> None:
-        self._handle.remove()
-
-
-def _layer_inputs(
-    model: nn.Module, layers: nn.ModuleList, batch: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """The stream at the first layer, and everything else that each layer is called with (masks, positions)."""
-    found: list[Any] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
-        model(**batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0][0][0], [(args[1:], kwargs) for args, kwargs in found]
-
-
-def _block_ends(
-    model: nn.Module, layers: nn.ModuleList, ends: Sequence[int], batch: Mapping[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    """The stream after each of these layers."""
-    found: dict[int, torch.Tensor] = {}
-
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[index] = _tensor(output)
-
-        return hook
-
-    handles = [layers[index].register_forward_hook(keep(index)) for index in ends]
-    try:
-        model(**batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[index] for index in ends]

@@ -110,7 +110,7 @@ def _check_hidden(config: Any) -> None:
     swap = config.swap_probability
     if swap is not None and not 0 <= swap <= 1:
         raise ValueError(
-            f"swap_probability={swap}: it is the share of steps taken on hybrids, so it must lie between 0 and 1."
+            f"swap_probability={swap}: it is the share of steps with a hybrid, so it must lie between 0 and 1."
         )
     if config.hidden_projector and not config.uses_hidden:
         raise ValueError(

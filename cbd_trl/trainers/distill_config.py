@@ -51,9 +51,10 @@ class DistillConfig(SFTConfig):
         hidden_loss: `cosine` distance, or `mse`: squared distance over the square of the teacher's state.
         hidden_projector: compare through a learned matrix per layer, for models that do not share channels. It is
             trained along, kept in checkpoints, and no part of the student.
-        swap_probability: share of the optimiser steps on which a random number of the last student blocks is replaced
-            by the teacher's frozen blocks. Needs two models of one chain that differ in depth alone. None: 0, or what
-            `build_chain` sets.
+        swap_probability: share of the optimiser steps that train a hybrid beside the student, on the same tokens and
+            by the same loss: the student with a random number of its blocks replaced by the teacher's frozen ones.
+            Such a step takes up to twice the time. Needs two models of one chain that differ in depth alone. None: 0,
+            or what `build_chain` sets.
         loss_chunk_size: tokens whose logits are held at a time. None: what suits the vocabulary and the device.
 
     Raises:
@@ -189,9 +190,9 @@ class DistillConfig(SFTConfig):
     swap_probability: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the optimiser steps on which a random number of the last student blocks is replaced by "
-            "the teacher's frozen blocks. Needs two models of one chain that differ in depth alone. Not set: 0, or "
-            "what `build_chain` sets."
+            "help": "Share of the optimiser steps that train a hybrid beside the student, on the same tokens: the "
+            "student with a random number of its blocks replaced by the teacher's frozen ones. Needs two models of "
+            "one chain that differ in depth alone. Not set: 0, or what `build_chain` sets."
         },
     )
 

@@ -1,7 +1,7 @@
 """Off-policy distillation on SFT-shaped data: wiring only, the formulas are in `cbd_trl.losses`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,7 +50,9 @@ class DistillTrainer(EvaluationTrainer):
         teacher_processing_class: the teacher's tokenizer, only compared with the student's; None to look for it where
             the teacher was loaded from.
         block_map: for each student layer the consecutive teacher layers it stands for, used by the hidden-state term
-            and the hybrid steps. None: blocks as even as possible.
+            and hybrids. None: blocks as even as possible.
+        block_costs: for each student layer what it costs that it stands for its block, in nats per token: in hybrids
+            the costliest are swapped. None: the last ones.
         kwargs: everything else `trl.SFTTrainer` takes, `peft_config` among it, except `compute_loss_func`.
 
     Raises:
@@ -75,14 +77,12 @@ class DistillTrainer(EvaluationTrainer):
         *,
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         block_map: list[list[int]] | None = None,
+        block_costs: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         args = DistillConfig("distilled") if args is None else args
         check_arguments(args, processing_class, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
-        if args.swap_probability:
-            # The layers that are swapped out get no gradient on that step, and DDP must not wait for one.
-            args.ddp_find_unused_parameters = True
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         super().__init__(
             model=model,
@@ -96,7 +96,7 @@ class DistillTrainer(EvaluationTrainer):
         student: Any = self.accelerator.unwrap_model(self.model)
         setup = set_up_teacher(teacher_model, student, args, self.processing_class, teacher_processing_class)
         self._student = student.get_base_model() if hasattr(student, "get_base_model") else student
-        self._pairs = LayerPairs(student, setup.model, block_map, args)
+        self._pairs = LayerPairs(student, setup.model, block_map, block_costs, args)
         if self._pairs.projectors is not None:
             self.projectors = self._pairs.projectors.to(self.accelerator.device)
         self._student_name, self._teacher_text = student_name, setup.text
@@ -160,27 +160,34 @@ class DistillTrainer(EvaluationTrainer):
         return self.args.weights(self.state.global_step / max(self.state.max_steps, 1))
 
     def _run(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
-        """What `StepLoss` returns for a batch."""
+        """What `StepLoss` returns for a batch; on a step with a hybrid its loss is in the total, and is "hybrid"."""
         pairs = self._pairs
         with torch.no_grad(), pairs.teacher_outputs.recording() as teacher_states:
             signal = self._teacher.says(batch, model)
-        with (
-            pairs.swapped(self.state.global_step) if self.model.training else nullcontext(),
-            pairs.student_outputs.recording() as student_states,
-        ):
-            step_loss = StepLoss(
-                student=self._student,
-                labels_BT=batch.labels_BT,
-                teacher=signal,
-                objective=self._objective,
-                weights=self._weights,
-                pairs=pairs,
-                student_states=student_states,
-                teacher_states=teacher_states,
-                chunk=self.args.loss_chunk_size,
-                with_logits=with_logits,
-            )
-            return model(**batch.inputs, inside=step_loss)
+
+        def student_pass(with_logits: bool) -> dict[str, Tensor]:
+            with pairs.student_outputs.recording() as student_states:
+                step_loss = StepLoss(
+                    student=self._student,
+                    labels_BT=batch.labels_BT,
+                    teacher=signal,
+                    objective=self._objective,
+                    weights=self._weights,
+                    pairs=pairs,
+                    student_states=student_states,
+                    teacher_states=teacher_states,
+                    chunk=self.args.loss_chunk_size,
+                    with_logits=with_logits,
+                )
+                return model(**batch.inputs, inside=step_loss)
+
+        if not self.model.training or pairs.hybrid is None:
+            return student_pass(with_logits)
+        # The student itself comes last: DDP takes the last pass for the one that says which parameters are used.
+        with pairs.hybrid.swapped(self.state.global_step) as swapped:
+            beside = student_pass(False)["total"] if swapped else torch.zeros((), device=batch.labels_BT.device)
+        outputs = student_pass(with_logits)
+        return {**outputs, "total": outputs["total"] + beside, "hybrid": beside.detach()}
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -228,7 +235,7 @@ class DistillTrainer(EvaluationTrainer):
         outputs = self._run(model, batch, with_logits=return_outputs)
         scored = outputs["ce"].numel()
         if self.model.training:
-            sums = {name: outputs[name].sum() for name in TERMS if name in outputs}
+            sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
             self._train_meter.add(sums, torch.tensor(float(scored), device=outputs["ce"].device))
             self._token_counter.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None

@@ -1,11 +1,11 @@
-"""Hybrid steps: for one forward, the teacher's frozen layers stand in for the last blocks of the student.
+"""Hybrids: for one forward, the teacher's frozen layers stand in for some blocks of the student.
 
 Training what remains under the same loss teaches each student block to work in front of the teacher's, which is what a
 model between two anchors is made of (design section 3).
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -52,13 +52,15 @@ class TeacherBlock(nn.Module):
 
 
 class Hybrid:
-    """Swaps the last blocks of a student for the teacher's, one forward at a time.
+    """Swaps blocks of a student for the teacher's, one forward at a time.
 
     Args:
         student: the model being trained, not wrapped.
         teacher: the frozen teacher, not wrapped.
         block_map: for each student layer the consecutive teacher layers it stands for.
-        probability: share of the optimiser steps that are taken on a hybrid.
+        costs: for each student layer what it costs that it stands for them: the costliest are swapped, as in models
+            between the two; None = unknown, the last are.
+        probability: share of the optimiser steps that have a hybrid.
         seed: of the draws, which depend on it and on the step alone: every micro-batch of a step and every process
             gets the same hybrid, and a resumed run the same as an uninterrupted one.
 
@@ -67,7 +69,13 @@ class Hybrid:
     """
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, block_map: list[list[int]], probability: float, seed: int
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        block_map: list[list[int]],
+        probability: float,
+        seed: int,
+        costs: Sequence[float] | None = None,
     ) -> None:
         self._student, theirs = decoder_layers(student), decoder_layers(teacher)
         ours, sorts = sorts_of(student), sorts_of(teacher)
@@ -84,6 +92,9 @@ class Hybrid:
                 "student layer stands for several of the teacher's. Set swap_probability=0 for a pair that differs in "
                 "width."
             )
+        self._order = sorted(self.blocks, reverse=True)
+        if costs is not None:
+            self._order.sort(key=lambda i: costs[i] / (len(block_map[i]) - 1), reverse=True)
         self._probability = probability
         self._seed = seed
 
@@ -94,13 +105,13 @@ class Hybrid:
             step: optimiser steps done so far.
 
         Returns:
-            the last k layers that stand for several teacher layers, k uniform in 1..all; empty on a plain step.
+            the first k in order of the layers that stand for several teacher layers, k uniform in 1..all; empty on a
+            step without a hybrid.
         """
         generator = random.Random(f"{self._seed}:{step}")
         if generator.random() >= self._probability:
             return []
-        count = generator.randint(1, len(self.blocks))
-        return sorted(self.blocks)[-count:]
+        return sorted(self._order[: generator.randint(1, len(self._order))])
 
     @contextmanager
     def swapped(self, step: int) -> Iterator[list[int]]:

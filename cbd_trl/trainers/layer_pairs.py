@@ -1,7 +1,6 @@
-"""Student layers beside the teacher layers they stand for: the hidden-state term and the hybrid steps."""
+"""Student layers beside the teacher layers they stand for: the hidden-state term and hybrids."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +23,7 @@ class LayerPairs:
         teacher: the frozen teacher, not wrapped; None where it has no layers of its own to compare with.
         block_map: for each student layer the consecutive teacher layers it stands for; None for blocks as even as
             possible.
+        block_costs: for each student layer what it costs that it stands for its block (see `Hybrid`), or None.
         args: of the run.
 
     Raises:
@@ -35,6 +35,7 @@ class LayerPairs:
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
         block_map: list[list[int]] | None,
+        block_costs: Sequence[float] | None,
         args: DistillConfig,
     ) -> None:
         self.student_outputs, self.teacher_outputs = LayerOutputs(), LayerOutputs()
@@ -61,23 +62,20 @@ class LayerPairs:
             _check_widths(*widths, block_map)
         ours, theirs = decoder_layers(student), decoder_layers(teacher)
         blocks = resolve_block_map(block_map, len(ours), len(theirs))
+        if block_costs is not None and len(block_costs) != len(ours):
+            raise ValueError(
+                f"block_costs has {len(block_costs)} entries and the student {len(ours)} layers: give one for each "
+                "layer, or leave it out."
+            )
         if args.swap_probability:
             check_swappable(student_config, teacher_config, blocks)
-            self.hybrid = Hybrid(student, teacher, blocks, args.swap_probability, args.seed)
+            self.hybrid = Hybrid(student, teacher, blocks, args.swap_probability, args.seed, block_costs)
         if args.uses_hidden:
             for i, block in enumerate(blocks):
                 self.student_outputs.watch(i, ours[i])
                 self.teacher_outputs.watch(i, theirs[block[-1]])
             for i, swapped in (self.hybrid.blocks if self.hybrid else {}).items():
                 self.student_outputs.watch(i, swapped)
-
-    def swapped(self, step: int) -> AbstractContextManager:
-        """Within it the student is the hybrid of an optimiser step.
-
-        Args:
-            step: optimiser steps done so far.
-        """
-        return self.hybrid.swapped(step) if self.hybrid else nullcontext()
 
     def distance(
         self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int, Tensor], labels_BT: Tensor

@@ -65,7 +65,8 @@ def random_pair(family: str, tied: bool, what: str, **options: Any) -> Pair:
     statistics = None if what == "depth" else moments(upper, upper_architecture)
     blocks = [[layer] for layer in range(UPPER_DEPTH)] if what == "width" else BLOCKS
     lower_weights = weights_of(lower, lower_architecture)
-    return Pair(upper_weights, upper_architecture, lower_weights, lower_architecture, statistics, blocks)
+    kept = [block[-1] for block in blocks]
+    return Pair(upper_weights, upper_architecture, lower_weights, lower_architecture, statistics, blocks, kept)
 
 
 def between(pair: Pair, depth: int | None = None) -> Architecture:

@@ -91,7 +91,7 @@ def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedMod
 
     def name_above(norm: str) -> str:
         layer, name = architecture.split_name(norm)
-        return norm if layer is None else pair.upper_architecture.layer_name(pair.blocks[layer][-1], name)
+        return norm if layer is None else pair.upper_architecture.layer_name(pair.kept[layer], name)
 
     # What no linear layer reads keeps its gain, like the final norm of a tied head.
     for norm in architecture.output_norms:

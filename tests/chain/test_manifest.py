@@ -236,7 +236,7 @@ def test_damaged_manifest(folder, text, message):
 
 
 MANIFEST_EDITS = [
-    (lambda body: body.update(schema_version=2), r"schema_version 2; this version of cbd-trl reads 1"),
+    (lambda body: body.update(schema_version=1), r"schema_version 1; this version of cbd-trl reads 2"),
     (lambda body: body.pop("schema_version"), r"schema_version None"),
     (lambda body: body.pop("model_type"), r"missing keys \['model_type'\]"),
     (lambda body: body.pop("checksum"), r"missing keys \['checksum'\]"),
@@ -261,7 +261,15 @@ ANCHOR_EDITS = [
     ({"dtype": "int8"}, r"bad value in dtype: 'int8'"),
     ({"block_map": [0, 1, 2]}, r"bad value in block_map"),
     ({"block_map": None}, r"'middle' has a parent but no block_map"),
-    ({"block_map": [[0], [1], [2]]}, r"anchor 'middle': The block map must split the upper model's 4 layers"),
+    (
+        {"block_map": [[0], [1], [2]], "kept_layers": [0, 1, 2]},
+        r"anchor 'middle': The block map must split the upper model's 4 layers",
+    ),
+    ({"kept_layers": [0, 1, 2, 3]}, r"bad value in kept_layers"),
+    ({"kept_layers": [0, 3, 3]}, r"bad value in kept_layers"),
+    ({"kept_layers": None}, r"bad value in kept_layers"),
+    ({"block_costs": [0.0, 0.5]}, r"bad value in block_costs"),
+    ({"block_costs": [0.0, "0.5", 0.0]}, r"bad value in block_costs"),
     ({"finished": False}, r"'middle' is not finished. Run build_chain again"),
     ({"files": {"config.json": "0"}}, r"'middle' has no config.json or no model.safetensors"),
     ({"files": {"config.json": 0, "model.safetensors": "0"}}, r"bad value in files"),

@@ -50,7 +50,9 @@ def whole(chain: Chain, dtype: torch.dtype) -> Pair:
         for anchor in chain.anchors
     )
     statistics = StoredStatistics(upper.statistics_file)
-    return Pair(above, upper.architecture(), below, lower.architecture(), statistics, lower.block_map)
+    return Pair(
+        above, upper.architecture(), below, lower.architecture(), statistics, lower.block_map, lower.kept_layers
+    )
 
 
 @pytest.mark.parametrize(

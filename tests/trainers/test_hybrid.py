@@ -75,8 +75,34 @@ def test_checkpointing_changes_nothing_and_the_teacher_gets_no_gradient(family: 
         assert all(parameter.grad is None for parameter in trainer.teacher_model.parameters())
         assert list(trainer.model.state_dict()) == keys and not trainer.teacher_model.training
     assert_same_gradient(runs[1][1], runs[0][1])
-    stacks = {name.split(".")[2] for name in runs[0][1] if ".h." in name or ".layers." in name}
-    assert len(stacks) < 2, "the swapped layer gets no gradient"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_step_trains_the_student_and_the_hybrid_beside_it(family: str) -> None:
+    """The loss and the gradient are the sums of those of the two, each trained by itself."""
+    blocks = [[0, 1], [2, 3]]
+    beside = make_trainer(family, swap_probability=1.0, block_map=blocks)
+    log, gradient = one_step(beside)
+    alone, trained = make_trainer(family), make_trainer(family)
+    student_log, student = one_step(alone)
+    hybrid = Hybrid(trained.model, trained.teacher_model, blocks, 1.0, seed=beside.args.seed)
+    with hybrid.swapped(0) as swapped:
+        hybrid_log, of_hybrid = one_step(trained)
+    assert 0 < len(swapped) <= 2 and len(of_hybrid) < len(student)
+    assert_same_gradient(gradient, {n: g + of_hybrid.get(n, torch.zeros(())) for n, g in student.items()})
+    assert log["hybrid"] == pytest.approx(hybrid_log["loss"], rel=1e-4)
+    assert log["loss"] == pytest.approx(student_log["loss"] + hybrid_log["loss"], rel=1e-4)
+    assert log["kd"] == pytest.approx(student_log["kd"], rel=1e-5) and "hybrid" not in student_log
+
+
+def test_hybrids_swap_the_costliest_blocks() -> None:
+    student, teacher = pair("llama")
+    blocks, costs = [[0, 1], [2], [3, 4, 5]], [0.3, 9.0, 0.5]
+    draws = {tuple(Hybrid(student, teacher, blocks, 1.0, 0, costs).draw(step)) for step in range(50)}
+    assert draws == {(0,), (0, 2)}, "0.3 for one layer is more than 0.5 for two"
+    assert {tuple(Hybrid(student, teacher, blocks, 1.0, 0).draw(step)) for step in range(50)} == {(2,), (0, 2)}
+    with pytest.raises(ValueError, match="block_costs has 3 entries and the student 2 layers"):
+        make_trainer(swap_probability=1.0, block_costs=costs)
 
 
 def test_equal_depths_are_refused() -> None:

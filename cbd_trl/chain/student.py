@@ -1,0 +1,65 @@
+"""What an anchor is before it is trained: layers chosen by measure, the least-squares cut, the refit."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from cbd_trl.architectures import describe
+from cbd_trl.chain.manifest import Anchor
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.plan import Step
+from cbd_trl.chain.store import CALIBRATION_BATCH
+from cbd_trl.surgery.block_search import cheapest_blocks
+from cbd_trl.surgery.blocks import Block, select_layers
+from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.refit import refit_layers
+from cbd_trl.surgery.stored_statistics import StoredStatistics
+
+
+def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor) -> list[Block]:
+    """The blocks of a step, chosen once and the same in every process: read from the file if an earlier run chose.
+
+    Args:
+        file: where they are kept, as JSON.
+        teacher: the anchor above.
+        tokens: (N, T) calibration text. Its last row is for measuring, the others for refitting.
+    """
+    state = PartialState()
+    if state.is_main_process and not file.exists():
+        rows = tokens.to(teacher.device)
+        fit = [{"input_ids": batch} for batch in (rows[:-1] if len(rows) > 1 else rows).split(CALIBRATION_BATCH)]
+        architecture = describe(teacher.config)
+        blocks = cheapest_blocks(
+            teacher, architecture, step.architecture.depth, fit, {"input_ids": rows[-1:]}, progress=True
+        )
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps([asdict(block) for block in blocks]))
+        temporary.rename(file)
+    found = [json.loads(file.read_text()) if state.is_main_process else None]
+    broadcast_object_list(found)
+    return [Block(tuple(block["layers"]), block["kept"], block["cost"]) for block in found[0] or []]
+
+
+def initial_student(upper: Anchor, step: Step, blocks: list[Block]) -> PreTrainedModel:
+    """The least-squares cut of the upper anchor over the kept layers, not yet refitted."""
+    weights, architecture = upper.load_weights(), upper.architecture()
+    if step.architecture.sizes != architecture.sizes:
+        narrow = architecture.resized(**step.architecture.sizes)
+        weights = least_squares_cut(weights, architecture, StoredStatistics(upper.statistics_file), narrow)
+        architecture = narrow
+    cut, shallow = select_layers(weights, architecture, [block.kept for block in blocks])
+    return build_model(shallow, cut, getattr(torch, upper.dtype), name_or_path=str(upper.path))
+
+
+def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], tokens: torch.Tensor) -> None:
+    """Fit the cut student to the teacher's stream, in place, on calibration tokens (N, T)."""
+    batches = [{"input_ids": batch.to(student.device)} for batch in tokens.split(CALIBRATION_BATCH)]
+    progress = PartialState().is_local_main_process
+    layers = [block.layers for block in blocks]
+    refit_layers(student, teacher, describe(student.config), layers, batches, progress=progress)

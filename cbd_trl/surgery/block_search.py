@@ -1,0 +1,162 @@
+"""Which layers a shallower model keeps, and which others each of them stands for: the cheapest blocks, by measure.
+
+Of two neighbours the wrong one can cost many times as much: the layer that makes the attention sink has no stand-in,
+wherever an even spacing happens to put it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import kl_div
+from tqdm.auto import tqdm
+
+from cbd_trl.architectures import Architecture, decoder_layers
+from cbd_trl.surgery.blocks import Block, spaced_blocks
+from cbd_trl.surgery.refit import OutputProjection, refit_layer
+from cbd_trl.surgery.stream import layer_inputs
+
+# First and last layer of a block -> what it costs, and the layer that it keeps.
+_Costs = dict[tuple[int, int], tuple[float, int]]
+
+
+@torch.no_grad()
+def cheapest_blocks(
+    model: nn.Module,
+    architecture: Architecture,
+    depth: int,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    held_out: Mapping[str, torch.Tensor],
+    progress: bool = False,
+) -> list[Block]:
+    """Split the layers of a model into consecutive blocks, one for each layer of a shallower model.
+
+    Every block considered is measured alone: its first or its last layer, refitted (`refit_layers`) to end where the
+    block ends, takes the place of the block, and the cost is the divergence KL(model || changed model) on held-out
+    text. Of all ways to split the layers the one with the least sum of costs is found by dynamic programming. The last
+    layer, which writes what the head reads, is a block of its own.
+
+    Args:
+        model: the model; the same after as before.
+        architecture: its.
+        depth: number of blocks, 1 to the model's own depth.
+        batches: model inputs of text to refit on, without padding.
+        held_out: model inputs of other text to measure on.
+        progress: show a progress bar.
+
+    Returns:
+        the blocks in order, with the layer that each keeps and what it costs, in nats per token.
+
+    Raises:
+        ValueError: the depth is out of range, or there is no text.
+    """
+    total = architecture.depth
+    even = spaced_blocks(total, depth)
+    if depth in (1, total):
+        return even
+    if not batches:
+        raise ValueError("There is no calibration text to choose the layers by. Give at least one batch.")
+    longest = ceil((total - 1) / (depth - 1))
+    costs: _Costs = {(i, i): (0.0, i) for i in range(total)}
+    measure = _Measure(model, architecture, batches, held_out)
+    spans = [(first, first + more) for more in range(1, longest) for first in range(total - 1 - more)]
+    for first, last in tqdm(spans, desc="Choosing layers", disable=not progress, leave=False):
+        costs[first, last] = min((measure.cost(range(first, last + 1), kept), kept) for kept in (first, last))
+    return _shortest_path(costs, total, depth)
+
+
+def _shortest_path(costs: _Costs, total: int, depth: int) -> list[Block]:
+    """The cheapest `depth` blocks that split `total` layers."""
+    ways: dict[tuple[int, int], tuple[float, list[Block]]] = {(0, 0): (0.0, [])}
+    for (first, last), (cost, kept) in sorted(costs.items()):
+        block = Block(tuple(range(first, last + 1)), kept, cost)
+        for number in range(depth):
+            if (first, number) not in ways:
+                continue
+            sum_before, before = ways[first, number]
+            way = (sum_before + cost, [*before, block])
+            if (last + 1, number + 1) not in ways or way[0] < ways[last + 1, number + 1][0]:
+                ways[last + 1, number + 1] = way
+    return ways[total, depth][1]
+
+
+class _Measure:
+    """What it costs to let one layer stand for a block.
+
+    Args:
+        model, architecture: where the block is.
+        batches: text to refit the layer on.
+        held_out: text to measure on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        held_out: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._model, self._architecture, self._held_out = model, architecture, held_out
+        self._layers = decoder_layers(model)
+        self._recorded = [layer_inputs(model, self._layers, batch) for batch in batches]
+        self._streams, _ = layer_inputs(model, self._layers, held_out)
+        self._reference = self._log_probabilities()
+
+    def cost(self, layers: Sequence[int], kept: int) -> float:
+        """KL(model || model with the block replaced by its layer `kept`, refitted), nats per token."""
+        ffn = OutputProjection(self._layers[kept], kept, self._architecture)
+        with _unchanged(ffn.layer), self._in_place_of(layers, kept):
+            streams = [into[layers[0]] for into, _ in self._recorded]
+            calls = [calls[kept] for _, calls in self._recorded]
+            # The last layer is never in a longer block, so there is a layer that reads the end of this one.
+            refit_layer(ffn, streams, calls, [into[layers[-1] + 1] for into, _ in self._recorded])
+            with self._starting_at(kept, self._streams[layers[0]]):
+                changed = self._log_probabilities()
+        return kl_div(changed, self._reference, log_target=True, reduction="sum").item() / changed[..., 0].numel()
+
+    def _log_probabilities(self) -> torch.Tensor:
+        """(B, T, V), float32."""
+        return self._model(**self._held_out, use_cache=False).logits.float().log_softmax(-1)
+
+    @contextmanager
+    def _in_place_of(self, layers: Sequence[int], kept: int) -> Iterator[None]:
+        """Within it the other layers of the block, and all before it, pass the stream on as it is."""
+        skipped = [layer for i, layer in enumerate(self._layers) if i <= layers[-1] and i != kept]
+        for layer in skipped:
+            layer.forward = _pass_on  # of this object; the class's own comes back when it is deleted
+        try:
+            yield
+        finally:
+            for layer in skipped:
+                del layer.forward
+
+    @contextmanager
+    def _starting_at(self, index: int, stream: torch.Tensor) -> Iterator[None]:
+        """Within it this layer reads the given stream, (B, T, D)."""
+
+        def instead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (stream, *args[1:]), kwargs
+
+        handle = self._layers[index].register_forward_pre_hook(instead, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return hidden_states
+
+
+@contextmanager
+def _unchanged(layer: nn.Module) -> Iterator[None]:
+    """After it the layer's parameters are what they were."""
+    before = [(parameter, parameter.detach().clone()) for parameter in layer.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, values in before:
+            parameter.copy_(values)

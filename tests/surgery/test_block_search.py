@@ -1,0 +1,106 @@
+"""Choosing the layers of a shallower model by what each block costs."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from cbd_trl.architectures import decoder_layers
+from cbd_trl.surgery.block_search import _Measure, _shortest_path, cheapest_blocks
+from cbd_trl.surgery.blocks import Block, check_blocks
+from cbd_trl.surgery.refit import OutputProjection, refit_layer
+from cbd_trl.surgery.stream import layer_inputs
+from tests.surgery.helpers import described, every_family, full_model, tokens
+from tests.tiny import own_names
+
+FIT = [{"input_ids": tokens(24, seed=1)}, {"input_ids": tokens(24, seed=2)}]
+HELD_OUT = {"input_ids": tokens(24, seed=3)}
+# What adds to the stream in a Llama layer.
+OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+def deep_model(family="llama", layers=6):
+    return full_model(family, tied=True, **own_names(family, num_hidden_layers=layers))
+
+
+def silenced(model, silent):
+    with torch.no_grad():
+        for layer in silent:
+            for name in OUTPUTS:
+                decoder_layers(model)[layer].get_parameter(name).zero_()
+    return model
+
+
+@torch.no_grad()
+def test_a_layer_that_does_nothing_goes_and_its_neighbour_stays():
+    model = silenced(deep_model(), [1, 3])
+    blocks = cheapest_blocks(model, described(model)[1], 4, FIT, HELD_OUT)
+    check_blocks([block.layers for block in blocks], 4, 6)
+    assert {block.kept for block in blocks} == {0, 2, 4, 5}
+    assert sum(block.cost for block in blocks) < 1e-6
+    # Where layers that do something must go, it costs.
+    assert sum(block.cost for block in cheapest_blocks(model, described(model)[1], 3, FIT, HELD_OUT)) > 1e-3
+
+
+@every_family
+@torch.no_grad()
+def test_a_cost_is_the_divergence_of_the_model_with_one_layer_for_the_block(family):
+    model = deep_model(family)
+    architecture = described(model)[1]
+    before = copy.deepcopy(model.state_dict())
+    measure = _Measure(model, architecture, FIT, HELD_OUT)
+    reference = model(**HELD_OUT).logits.log_softmax(-1)
+    for kept in (1, 2):
+        changed = copy.deepcopy(model)
+        layers = decoder_layers(changed)
+        recorded = [layer_inputs(model, decoder_layers(model), batch) for batch in FIT]
+        streams, calls, goals = zip(*((into[1], calls[kept], into[3]) for into, calls in recorded), strict=True)
+        refit_layer(OutputProjection(layers[kept], kept, architecture), streams, calls, goals)
+        layers[3 - kept] = PassOn()
+        logits = changed(**HELD_OUT, use_cache=False).logits.log_softmax(-1)
+        expected = (reference.exp() * (reference - logits)).sum(-1).mean()
+        assert measure.cost((1, 2), kept) == pytest.approx(float(expected), rel=1e-3)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (model(**HELD_OUT).logits.log_softmax(-1) - reference).abs().max() == 0
+
+
+class PassOn(nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return hidden_states
+
+
+def test_the_cheapest_split_of_all():
+    """Against every way to split seven layers into four blocks."""
+    generator = torch.Generator().manual_seed(0)
+    total, depth = 7, 4
+    for _ in range(20):
+        costs = {(i, i): (0.0, i) for i in range(total)}
+        for first, last in itertools.combinations(range(total), 2):
+            if last - first < 3:
+                costs[first, last] = (float(torch.rand((), generator=generator)), last)
+        sums = []
+        for cuts in itertools.combinations(range(1, total), depth - 1):
+            spans = list(itertools.pairwise([0, *cuts, total]))
+            if all((first, end - 1) in costs for first, end in spans):
+                sums.append(sum(costs[first, end - 1][0] for first, end in spans))
+        blocks = _shortest_path(costs, total, depth)
+        check_blocks([block.layers for block in blocks], depth, total)
+        assert sum(block.cost for block in blocks) == pytest.approx(min(sums))
+
+
+def test_what_needs_no_measuring():
+    model = deep_model()
+    architecture = described(model)[1]
+    assert cheapest_blocks(model, architecture, 6, [], {}) == [Block((i,), i) for i in range(6)]
+    assert cheapest_blocks(model, architecture, 1, [], {}) == [Block(tuple(range(6)), 5)]
+
+
+def test_bad_input():
+    model = deep_model()
+    architecture = described(model)[1]
+    with pytest.raises(ValueError, match=r"Cannot keep 7 of 6 layers"):
+        cheapest_blocks(model, architecture, 7, FIT, HELD_OUT)
+    with pytest.raises(ValueError, match=r"no calibration text to choose the layers by"):
+        cheapest_blocks(model, architecture, 4, [], HELD_OUT)
