@@ -9,7 +9,9 @@ tenth of each of the two texts, which no anchor and no calibration saw.
 """
 
 import argparse
+import itertools
 import json
+import random
 import re
 import time
 from collections.abc import Callable
@@ -67,8 +69,17 @@ def split(rows: list[str]) -> tuple[list[str], list[str]]:
 
 
 def training_dataset(gsm8k: list[str], wikitext: list[str], seed: int) -> Dataset:
-    rows = Dataset.from_dict({"text": gsm8k + wikitext})
-    return rows.shuffle(seed=seed)
+    """As many characters of each text, in an order of its own for each seed."""
+    size = min(sum(map(len, rows)) for rows in (gsm8k, wikitext))
+    rows = [row for text in (gsm8k, wikitext) for row in _first_characters(text, size, seed)]
+    return Dataset.from_dict({"text": rows}).shuffle(seed=seed)
+
+
+def _first_characters(rows: list[str], size: int, seed: int) -> list[str]:
+    """Rows in random order, up to `size` characters."""
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    ends = itertools.accumulate(map(len, shuffled))
+    return [row for row, end in zip(shuffled, ends, strict=True) if end <= size]
 
 
 def arguments(steps: int, learning_rate: float, swap: float, seed: int, bf16: bool) -> DistillConfig:
@@ -76,6 +87,7 @@ def arguments(steps: int, learning_rate: float, swap: float, seed: int, bf16: bo
         output_dir="unused",
         max_steps=steps,
         learning_rate=learning_rate,
+        hidden_loss="mse",
         swap_probability=swap,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
@@ -143,9 +155,9 @@ def main() -> None:
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--depth-steps", type=int, default=300)
+    parser.add_argument("--depth-steps", type=int, default=200)
     parser.add_argument("--width-steps", type=int, default=200)
-    parser.add_argument("--swap-probability", type=float, default=0.25, help="of the depth pair")
+    parser.add_argument("--swap-probability", type=float, default=0.5, help="of the depth pair")
     parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
