@@ -87,7 +87,6 @@ def arguments(steps: int, learning_rate: float, swap: float, seed: int, bf16: bo
         output_dir="unused",
         max_steps=steps,
         learning_rate=learning_rate,
-        hidden_loss="mse",
         swap_probability=swap,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},

@@ -19,9 +19,11 @@ from cbd_trl.chain.solve_shape import solve_anchor
 from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
 
-# Measured on SmolLM2-135M: the hidden-state term keeps anchors interpolable, and hybrid steps gain 0.05-0.20 nats at
-# every size between.
+# Measured on SmolLM2-135M: the hidden-state term keeps anchors interpolable, and hybrids bring the models between two
+# depths from 0.84 to 1.23 of what a straight line between the anchors would gain, at no loss to the anchor.
 HIDDEN_WEIGHT = 2.0
+# The cosine lets the size of the stream drift, on which the upper anchor's blocks build.
+HIDDEN_LOSS = "mse"
 SWAP_PROBABILITY = 0.5
 _OWN_OPTIONS = ("args", "dataset")
 _TEACHER_ARGUMENTS = (
@@ -179,6 +181,8 @@ def _with_chain_defaults(args: Any, depth_only: bool) -> DistillConfig:
     args = copy.deepcopy(args)
     if args.hidden_weight is None:
         args.hidden_weight = HIDDEN_WEIGHT
+    if args.hidden_loss is None and args.hidden_weight:
+        args.hidden_loss = HIDDEN_LOSS
     if args.swap_probability is None:
         # Hybrids run the teacher's layers on the student's states, which a projector lets drift apart.
         args.swap_probability = SWAP_PROBABILITY if depth_only and not args.hidden_projector else 0.0

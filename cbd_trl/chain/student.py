@@ -21,6 +21,9 @@ from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.stored_statistics import StoredStatistics
 
+# To compare blocks; refitting what is chosen uses all there is.
+_FIT_TOKENS = 4096
+
 
 def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor) -> list[Block]:
     """The blocks of a step, chosen once and the same in every process: read from the file if an earlier run chose.
@@ -28,15 +31,19 @@ def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torc
     Args:
         file: where they are kept, as JSON.
         teacher: the anchor above.
-        tokens: (N, T) calibration text. Its last row is for measuring, the others for refitting.
+        tokens: (N, T) calibration text. Its last row is for measuring, the first ones for refitting.
     """
     state = PartialState()
     if state.is_main_process and not file.exists():
         rows = tokens.to(teacher.device)
-        fit = [{"input_ids": batch} for batch in (rows[:-1] if len(rows) > 1 else rows).split(CALIBRATION_BATCH)]
-        architecture = describe(teacher.config)
+        fit = (rows[:-1] if len(rows) > 1 else rows)[: -(-_FIT_TOKENS // rows.shape[1])].split(CALIBRATION_BATCH)
         blocks = cheapest_blocks(
-            teacher, architecture, step.architecture.depth, fit, {"input_ids": rows[-1:]}, progress=True
+            teacher,
+            describe(teacher.config),
+            step.architecture.depth,
+            [{"input_ids": batch} for batch in fit],
+            {"input_ids": rows[-1:]},
+            progress=True,
         )
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps([asdict(block) for block in blocks]))

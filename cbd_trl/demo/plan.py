@@ -119,7 +119,7 @@ def training_args(plan: Plan, anchor: int, output: str, steps: int, seed: int, b
         # Full rows: every step has the same number of tokens, and attention stays within 256 of them.
         "packing_strategy": "wrapped",
         "learning_rate": plan.learning_rates[anchor],
-        # So few steps are needed on the anchor itself more than on its hybrids with the teacher.
+        # A hybrid beside a step takes as long again.
         "swap_probability": 0.25 if "num_hidden_layers" in plan.anchors[anchor] else 0.0,
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 2),

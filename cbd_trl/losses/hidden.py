@@ -60,6 +60,8 @@ def normalised_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
 
 HiddenLoss = Callable[[Tensor, Tensor], Tensor]
 HIDDEN_LOSSES: dict[str, HiddenLoss] = {"cosine": cosine_distance, "mse": normalised_mse}
+# Of a trainer that is not told.
+HIDDEN_LOSS = "cosine"
 
 
 def get_hidden_loss(name: str) -> HiddenLoss:

@@ -71,7 +71,7 @@ def check_arguments(args: Any, processing_class: Any, others: dict[str, Any]) ->
             f"processing_class is a {type(processing_class).__name__}: DistillTrainer distils text models. Pass the "
             "tokenizer of a text model."
         )
-    for name, neutral in (("hidden_schedule", "constant"), ("hidden_loss", "cosine")):
+    for name, neutral in (("hidden_schedule", "constant"), ("hidden_loss", None)):
         value = getattr(args, name)
         if value != neutral and not args.uses_hidden:
             raise ValueError(

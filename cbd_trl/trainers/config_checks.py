@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from cbd_trl.losses.divergences import DIVERGENCES, divergence_option, get_divergence
-from cbd_trl.losses.hidden import get_hidden_loss
+from cbd_trl.losses.hidden import HIDDEN_LOSS, get_hidden_loss
 
 _WEIGHTED_TERMS = ("kd", "ce", "hidden")
 # Ways to name a teacher in the config; the trainer's `teacher_model` is one more.
@@ -106,7 +106,7 @@ def _check_divergence(config: Any) -> None:
 
 
 def _check_hidden(config: Any) -> None:
-    get_hidden_loss(config.hidden_loss)
+    get_hidden_loss(config.hidden_loss or HIDDEN_LOSS)
     swap = config.swap_probability
     if swap is not None and not 0 <= swap <= 1:
         raise ValueError(

@@ -48,7 +48,8 @@ class DistillConfig(SFTConfig):
             what `build_chain` sets.
         hidden_schedule: how that weight changes over the run, likewise.
         hidden_weight_end: the weight at the end of the run. None: 0.
-        hidden_loss: `cosine` distance, or `mse`: squared distance over the square of the teacher's state.
+        hidden_loss: `cosine` distance, or `mse`: squared distance over the square of the teacher's state. None:
+            `cosine`, or what `build_chain` sets.
         hidden_projector: compare through a learned matrix per layer, for models that do not share channels. It is
             trained along, kept in checkpoints, and no part of the student.
         swap_probability: share of the optimiser steps that train a hybrid beside the student, on the same tokens and
@@ -172,11 +173,11 @@ class DistillConfig(SFTConfig):
         default=None,
         metadata={"help": "hidden_weight at the end of the run, where it has a schedule. Not set: 0."},
     )
-    hidden_loss: str = field(
-        default="cosine",
+    hidden_loss: str | None = field(
+        default=None,
         metadata={
             "help": "Distance of hidden states: `cosine`, or `mse`, the squared distance over the square of the "
-            "teacher's state.",
+            "teacher's state. Not set: `cosine`, or what `build_chain` sets.",
             "choices": list(HIDDEN_LOSSES),
         },
     )

@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures import decoder_layers
-from cbd_trl.losses.hidden import mean_hidden_distance
+from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -41,7 +41,7 @@ class LayerPairs:
         self.student_outputs, self.teacher_outputs = LayerOutputs(), LayerOutputs()
         self.hybrid: Hybrid | None = None
         self.projectors: Projectors | None = None
-        self._loss = args.hidden_loss
+        self._loss = args.hidden_loss or HIDDEN_LOSS
         if teacher is None:
             if block_map is not None:
                 raise ValueError(

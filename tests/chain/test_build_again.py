@@ -130,7 +130,7 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
         ),
         ({"args": chain_config(hidden_weight=1.0)}, r"changed arguments: \['hidden_weight'\]"),
         (
-            {"args": chain_config(top_k=8, kd_schedule="linear", kd_weight_end=0.5, hidden_loss="mse")},
+            {"args": chain_config(top_k=8, kd_schedule="linear", kd_weight_end=0.5, hidden_loss="cosine")},
             r"changed arguments: \['kd_schedule', 'kd_weight_end', 'top_k', 'hidden_loss'\]",
         ),
         ({"anchors": [{"num_hidden_layers": 5}]}, r"more anchors \(49K, 33K, 8.8K\) than are asked for now"),

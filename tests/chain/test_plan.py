@@ -36,7 +36,7 @@ def test_every_own_field_is_recorded_or_named_as_one_that_is_not(source):
 @pytest.fixture
 def older(source, tmp_path, monkeypatch):
     """A chain of a version that had fewer arguments, finished with the defaults of today."""
-    recent = ("kd_schedule", "kd_weight_end", "skew", "head_share", "top_k", "hidden_loss", "hidden_projector")
+    recent = ("kd_schedule", "kd_weight_end", "skew", "head_share", "top_k", "hidden_projector")
     records = [{**step.training_record(), "fingerprint": "older"} for step in planned(source)]
     for name in recent:
         for record in records:
@@ -55,7 +55,7 @@ def older(source, tmp_path, monkeypatch):
 def test_an_argument_that_an_older_chain_did_not_have_was_at_its_default(source, older):
     assert len(finished_anchors(older, source, {}, planned(source))) == 3
     with pytest.raises(ValueError, match=r"changed arguments: \['top_k', 'hidden_loss'\]"):
-        finished_anchors(older, source, {}, planned(source, top_k=8, hidden_loss="mse", hidden_weight=2.0))
+        finished_anchors(older, source, {}, planned(source, top_k=8, hidden_loss="cosine", hidden_weight=2.0))
 
 
 def test_a_projector_goes_without_hybrids(source):
