@@ -4,7 +4,8 @@ N is what a token is multiplied with: the parameters, the head's table included 
 out (a tied one counts once). A forward pass costs 2 N a token, a training step 6 N, and a teacher adds its own forward
 pass. After Kaplan et al. 2020, arXiv 2001.08361, section 2.1, who leave the head out too; attention's products are
 left out here as there. Statistics are a forward pass over the calibration text, a refit is one of each of the two
-models. A hybrid step counts as a step of the student alone. Neglected: building the moments, and the solves and matrix
+models. The pass through a hybrid beside a step is not counted yet, so a chain that was built with hybrids in depth is
+said cheaper than it was. Neglected: building the moments, and the solves and matrix
 products of refits, cuts and operators.
 """
 

@@ -10,7 +10,6 @@ from itertools import pairwise
 _STEP_COST = 3.4
 # Mixed precision on CPUs with bf16 instructions, against float32.
 _BF16_SPEED = 2.2
-
 # What choosing 16 of 30 layers comes to, in tokens of the source's forward pass.
 _CHOOSING_TOKENS = 15_000
 

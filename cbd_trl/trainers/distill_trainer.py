@@ -34,9 +34,10 @@ class DistillTrainer(EvaluationTrainer):
     The loss is kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x mean distance of the layers, each
     a mean over the scored tokens of the optimiser step: gradient accumulation, packing and the number of processes do
     not change it. The logits of a whole batch are never in memory. Logged at every log event, as means over the tokens
-    since the last one: `kd`, `ce`, `hidden` (where weighted) and `teacher_ce`, on hybrid steps those of the hybrid;
-    the weights, where they have a schedule; and `num_tokens`, the tokens seen so far. Evaluation reports the same
-    terms of the student alone, prefixed `eval_`, as means over the tokens of the whole evaluation set.
+    since the last one: `kd`, `ce`, `hidden` (where weighted) and `teacher_ce` of the student; where there are hybrids,
+    `hybrid`, their whole loss, which is in `loss` too; the weights, where they have a schedule; and `num_tokens`, the
+    tokens seen so far. Evaluation reports the same terms of the student alone, prefixed `eval_`, as means over
+    the tokens of the whole evaluation set.
 
     Args:
         model: the student: a causal LM, or the path or Hub id of one.
