@@ -97,7 +97,7 @@ def cut_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     norm gains folded into the readers."""
     widths = pair.upper_architecture.resized(**plan.target.sizes)
     cut = least_squares_cut(pair.upper, pair.upper_architecture, _needed(pair), widths, fold=True)
-    return select_layers(cut, widths, [layer for _, layer in _stack(pair, plan)])
+    return select_layers(cut, widths, [layer for _, layer in layer_stack(pair, plan)])
 
 
 def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
@@ -113,7 +113,7 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
     """
     alpha = default_alpha("nested", pair, plan.target) if plan.alpha is None else plan.alpha
     assert alpha is not None
-    stack, below = _stack(pair, plan), pair.lower_architecture
+    stack, below = layer_stack(pair, plan), pair.lower_architecture
     target = pair.upper_architecture.resized(**plan.target.sizes).with_layers([layer for _, layer in stack])
     scale, inputs = _target_gauge(pair, target), _input_dims(target)
 
@@ -132,6 +132,15 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
         return LazyWeights(target.tensors, tensor)
 
     return mix
+
+
+def layer_stack(pair: Pair, plan: Plan) -> list[tuple[int | None, int]]:
+    """For each layer of a target the lower layer that is mixed into it, None in a swapped block, and the upper one."""
+    check_blocks(pair.blocks, pair.lower_architecture.depth, pair.upper_architecture.depth)
+    swapped, stack = _swapped(pair, plan), list[tuple[int | None, int]]()
+    for i, block in enumerate(pair.blocks):
+        stack += [(None, layer) for layer in block] if i in swapped else [(i, pair.kept[i])]
+    return stack
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -217,15 +226,6 @@ def _needed(pair: Pair) -> SiteStatistics:
 
 def _swapped(pair: Pair, plan: Plan) -> Collection[int]:
     return plan.swapped if plan.swapped is not None else blocks_for_depth(pair.blocks, plan.target.depth, pair.costs)
-
-
-def _stack(pair: Pair, plan: Plan) -> list[tuple[int | None, int]]:
-    """For each layer of a target the lower layer that is mixed into it, None in a swapped block, and the upper one."""
-    check_blocks(pair.blocks, pair.lower_architecture.depth, pair.upper_architecture.depth)
-    swapped, stack = _swapped(pair, plan), list[tuple[int | None, int]]()
-    for i, block in enumerate(pair.blocks):
-        stack += [(None, layer) for layer in block] if i in swapped else [(i, pair.kept[i])]
-    return stack
 
 
 def _target_gauge(pair: Pair, target: Architecture) -> Callable[[str], float]:
