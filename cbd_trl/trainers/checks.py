@@ -122,8 +122,9 @@ def check_run(trainer: Any) -> None:
     swap = trainer.args.swap_probability
     if swap and sharded:
         raise ValueError(
-            f"swap_probability={swap} runs the teacher's layers inside the student, which FSDP and DeepSpeed shard "
-            "each on their own. Set swap_probability=0, or train with DDP or one process."
+            f"swap_probability={swap} runs the teacher's layers inside the student, or mixes the weights of the two, "
+            "which FSDP and DeepSpeed shard each on their own. Set swap_probability=0, or train with DDP or one "
+            "process."
         )
 
 

@@ -142,7 +142,7 @@ class BlockHybrid:
             raise ValueError(
                 f"swap_probability={probability}, but student and teacher have {len(self._student)} layers each: no "
                 "student layer stands for several of the teacher's. Set swap_probability=0 for a pair that differs in "
-                "width."
+                "width, or let `build_chain` train it."
             )
         self._order = sorted(self.blocks, reverse=True)
         if costs is not None:
@@ -221,9 +221,9 @@ def check_swappable(student_config: Any, teacher_config: Any, block_map: list[li
         ours, theirs = (_field(config, name) for config in (student_config, teacher_config))
         if ours != theirs:
             raise ValueError(
-                f"swap_probability needs two models of one chain that differ in depth alone, but {name} is {ours!r} "
-                f"in the student and {theirs!r} in the teacher: the teacher's layers cannot run inside the student. "
-                "Set swap_probability=0."
+                "swap_probability needs two models of one chain that differ in depth alone (`build_chain` has hybrids "
+                f"for widths), but {name} is {ours!r} in the student and {theirs!r} in the teacher: the teacher's "
+                "layers cannot run inside the student. Set swap_probability=0."
             )
     check_sorts(student_config, teacher_config, block_map)
 
