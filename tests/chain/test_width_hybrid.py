@@ -5,23 +5,28 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 
+from cbd_trl import build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.from_chain import from_chain, load_pair
 from cbd_trl.chain.operators import Plan, nested
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.width_hybrid import FRACTIONS, WidthHybrid, targets_between
+from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.hidden import mean_hidden_distance
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.hybrid import Pass
 from tests.chain.helpers import chain_source
+from tests.chain.test_trained_apart import trained
 from tests.chain.width_pairs import width_pair, width_trainer
+from tests.markov import markov_text
 from tests.surgery.helpers import TOLERANCE, build, logits, tokens
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.dense import dense_terms, gradients, scored_logits
-from tests.training import assert_same_gradient, make_trainer, one_step, text_rows
+from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
 
 CASES = [
     ("llama", True, "width"),
@@ -256,3 +261,33 @@ def test_a_hybrid_that_would_not_be_trained_is_refused():
         make_trainer(student=student, teacher=teacher, hybrid=hybrid, swap_probability=0.5, peft_config=adapter)
     with pytest.raises(ValueError, match=r"but hidden_size is .*Set swap_probability=0"):
         make_trainer(student=tiny_model("llama", hidden_size=16), teacher=teacher, swap_probability=0.5)
+
+
+def test_models_between_two_widths_are_better_for_it(tmp_path):
+    """All of them, others than those trained among them, and the anchor is not worse."""
+    source = trained("llama", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, seed=1)
+    rows = Dataset.from_dict({"input_ids": markov_text(1600, 24, seed=1).tolist()})
+    narrow = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    held_out, losses = markov_text(64, 24, seed=2), []
+    for swap in (0.0, 0.5):
+        args = make_config(
+            max_steps=100, per_device_train_batch_size=16, learning_rate=3e-3, swap_probability=swap, logging_steps=50
+        )
+        chain = build_chain(
+            source,
+            [narrow],
+            dataset=rows,
+            output_dir=tmp_path / str(swap),
+            args=args,
+            processing_class=tiny_tokenizer(),
+            calibration_tokens=1024,
+        )
+        large, small = (anchor.num_parameters for anchor in chain.anchors)
+        models = [
+            from_chain(chain, small + share * (large - small), tolerance=0.2) for share in (0.25, 0.4, 0.6, 0.75)
+        ]
+        losses.append([held_out_loss(model, held_out) for model in (chain.anchors[1].load_model(), *models)])
+    (plain, *without), (beside, *with_hybrids) = losses
+    assert beside < plain + 0.01
+    assert all(ours < theirs for ours, theirs in zip(with_hybrids, without, strict=True))
+    assert sum(without) - sum(with_hybrids) > 4 * 0.01
