@@ -85,12 +85,16 @@ def eta(smaller: float, larger: float, losses: Sequence[float], sizes: Sequence[
 def pairs_of(chain: Chain) -> dict[str, Chain]:
     """The chain reduced to each pair; the third anchor stands for the layers of the first that the second did."""
     top, middle, bottom = chain.anchors
-    blocks = [[layer for i in block for layer in (middle.block_map or [])[i]] for block in bottom.block_map or []]
-    anchors = {
-        "depth": [top, middle],
-        "width": [dataclasses.replace(middle, parent=None, block_map=None), bottom],
-        "both": [top, dataclasses.replace(bottom, parent=top.name, block_map=blocks)],
-    }
+    of_top, of_middle, kept = middle.block_map or [], bottom.block_map or [], middle.kept_layers or []
+    from_top = dataclasses.replace(
+        bottom,
+        parent=top.name,
+        block_map=[[layer for i in block for layer in of_top[i]] for block in of_middle],
+        kept_layers=[kept[i] for i in bottom.kept_layers or []],
+        block_costs=middle.block_costs if len(of_top) == len(of_middle) else None,
+    )
+    alone = dataclasses.replace(middle, parent=None, block_map=None, kept_layers=None, block_costs=None)
+    anchors = {"depth": [top, middle], "width": [alone, bottom], "both": [top, from_top]}
     pairs = {}
     for name, two in anchors.items():
         pairs[name] = Chain.from_pretrained(chain.path, verify=False)

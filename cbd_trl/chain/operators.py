@@ -11,7 +11,7 @@ import torch
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
 from cbd_trl.architectures.axes import Axes, Sizes, dims_of, from_dims, prefix_index, to_dims
-from cbd_trl.chain.solve_shape import blocks_for_depth
+from cbd_trl.chain.depths import blocks_for_depth
 from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.cut import gain_ratio, least_squares_cut, plain_cut
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad

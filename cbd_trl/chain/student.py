@@ -25,7 +25,7 @@ from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.stored_statistics import StoredStatistics
 
 # To compare blocks; refitting what is chosen uses all there is.
-_FIT_TOKENS = 4096
+_FIT_TOKENS = 2048
 
 
 def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor) -> list[Block]:

@@ -55,6 +55,8 @@ def test_the_third_anchor_stands_for_what_the_second_did(chain: Chain) -> None:
     assert [layer for block in blocks for layer in block] == list(range(8)) and len(blocks) == 2
     middle, bottom = chain.anchors[1].block_map, chain.anchors[2].block_map
     assert blocks[0] == [layer for i in bottom[0] for layer in middle[i]]
+    # Each keeps the last of its block, here as there.
+    assert pairs["both"].anchors[1].kept_layers == [block[-1] for block in blocks]
 
 
 def test_blocks_from_either_end(chain: Chain) -> None:

@@ -20,7 +20,7 @@ from transformers import (
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.shapes import target_architecture
-from cbd_trl.chain.solve_shape import blocks_for_depth, list_sizes, reachable_depths, solve_anchor, solve_target
+from cbd_trl.chain.solve_shape import list_sizes, solve_anchor, solve_target
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from tests.tiny import own_names
 
@@ -192,44 +192,6 @@ def test_anchors_that_differ_in_heads_or_queries_alone():
     lower = target_architecture(upper, {"num_attention_heads": 6, "num_key_value_heads": 3})
     fields = solve_target(upper, lower, SAME_DEPTH, (upper.num_parameters + lower.num_parameters) / 2, tolerance=0.1)
     assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (9, 3)
-
-
-@pytest.mark.parametrize(
-    ("kept", "depths"), [([0, 2, 4, 6, 8, 10, 11], [7, 8, 9, 10, 11, 12]), ([2, 5, 8, 11], [4, 6, 8, 10, 12])]
-)
-def test_reachable_depths(kept, depths):
-    assert reachable_depths(12, blocks_of(kept)) == depths
-
-
-def test_block_map_that_does_not_split_the_layers_is_refused():
-    with pytest.raises(ValueError, match="must split the upper model's 12 layers"):
-        reachable_depths(12, [[0, 1], [3]])
-
-
-def test_last_blocks_are_swapped_first():
-    blocks = blocks_of([0, 2, 4, 6, 8, 10, 11])
-    assert blocks_for_depth(blocks, 7) == set()
-    # The last block has one layer: it goes with the others, as on the hybrid steps of training.
-    assert blocks_for_depth(blocks, 8) == {5, 6}
-    assert blocks_for_depth(blocks, 10) == {3, 4, 5, 6}
-    assert blocks_for_depth(blocks, 12) == set(range(7))
-
-
-def test_nothing_is_swapped_where_only_width_differs():
-    assert blocks_for_depth(SAME_DEPTH, 12) == set()
-
-
-def test_where_the_last_blocks_do_not_add_up_the_latest_that_do():
-    blocks = [[0, 1], [2], [3, 4], [5, 6, 7], [8, 9, 10]]
-    # 6 = 5 + 1 layers: the last two blocks add 2 each, so block 2 is the latest that fits.
-    assert blocks_for_depth(blocks, 6) == {2}
-    assert blocks_for_depth(blocks, 8) == {2, 4}
-    assert blocks_for_depth(blocks, 7) == {4}
-    assert blocks_for_depth(blocks, 10) == {2, 3, 4}
-    with pytest.raises(
-        ValueError, match=r"No set of whole blocks gives 12 layers. Depths that blocks can give: 5, 6, 7"
-    ):
-        blocks_for_depth(blocks, 12)
 
 
 @pytest.mark.parametrize("operator", ["slice", "expand", "linear"])
