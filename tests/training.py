@@ -61,6 +61,7 @@ def make_trainer(
         "processing_class",
         "block_map",
         "block_costs",
+        "hybrid",
         "peft_config",
         "compute_metrics",
     )

@@ -21,7 +21,7 @@ from cbd_trl.chain.model import build_model, stock_model
 from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.store import calibration_batches, store_anchor
-from cbd_trl.chain.student import choose_blocks, initial_student, refit_student
+from cbd_trl.chain.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import collect_statistics
@@ -55,8 +55,8 @@ def build_chain(
             above (depth first down to half the layers, then width). A dict may hold `args` and `dataset` of its own.
         dataset: training text in any format of SFTTrainer; its first tokens also calibrate.
         output_dir: where the chain is written.
-        args: training arguments for every anchor. `hidden_weight` (2.0) and `swap_probability` (0.5 where only depth
-            differs) have defaults of their own here.
+        args: training arguments for every anchor. `hidden_weight` (2.0) and `swap_probability` (0.5 where
+            models lie between the two) have defaults of their own here.
         processing_class: tokenizer; by default the source's.
         eval_dataset: evaluated once for every anchor after training, when given.
         calibration_tokens: tokens of text behind the statistics.
@@ -179,6 +179,7 @@ def _distil_anchor(
         processing_class=tokenizer,
         block_map=block_map,
         block_costs=costs,
+        hybrid=width_hybrid(upper, step, student, blocks),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = _last_losses(trainer.state.log_history)

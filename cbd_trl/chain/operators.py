@@ -3,15 +3,16 @@
 What they return works out each tensor when it is asked for, from the few of the anchors' tensors that it needs.
 """
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
-from cbd_trl.architectures.axes import dims_of, from_dims, prefix_index, to_dims
+from cbd_trl.architectures.axes import Axes, Sizes, dims_of, from_dims, prefix_index, to_dims
 from cbd_trl.chain.depths import blocks_for_depth
-from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
+from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.cut import gain_ratio, least_squares_cut, plain_cut
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
 from cbd_trl.surgery.lazy import LazyWeights
@@ -84,27 +85,62 @@ def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | No
 
 def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """Whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one
-    where they share coordinates.
-
-    Every output that the lower anchor has is alpha * lower + (1 - alpha) * cut, with what the cut reads from new
-    coordinates in its part; new outputs are the cut's at full strength. Both have their norm gains folded into the
-    readers. A swapped block is the cut of its upper layers; an unswapped layer is mixed with the cut of the upper
-    layer it came from.
-    """
+    where they share coordinates (see `cut_upper` and `mixer`)."""
     if pair.equal_widths:
         return patch(pair, plan)
-    alpha = plan.alpha
-    if alpha is None:
-        alpha = default_alpha("nested", pair, plan.target)
-        assert alpha is not None
+    cut, architecture = cut_upper(pair, plan)
+    return mixer(pair, plan)(cut, pair.lower), architecture
+
+
+def cut_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """The upper anchor's part in `nested`: the least-squares cut of those of its layers that the target is made of,
+    norm gains folded into the readers."""
     widths = pair.upper_architecture.resized(**plan.target.sizes)
     cut = least_squares_cut(pair.upper, pair.upper_architecture, _needed(pair), widths, fold=True)
-    base, base_architecture = select_layers(cut, widths, pair.kept)
-    lower = _in_target_gauge(pair, plan.target)
-    mixed = LazyWeights(
-        base, lambda key: _mix(base[key], base_architecture, lower[key], pair.lower_architecture, key, alpha)
-    )
-    return swap_blocks(mixed, base_architecture, cut, widths, pair.blocks, _swapped(pair, plan), pair.kept)
+    return select_layers(cut, widths, [layer for _, layer in layer_stack(pair, plan)])
+
+
+def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
+    """The mix that `nested` makes of the cut of the upper anchor and the lower one, for any weights of the two.
+
+    Every output that the lower anchor has is alpha * lower + (1 - alpha) * cut, with what the cut reads from new
+    coordinates in its part; new outputs are the cut's at full strength. A swapped block is the cut of its upper
+    layers; an unswapped layer is mixed with the cut of the upper layer it came from.
+
+    Returns:
+        (weights of `cut_upper`, weights of the lower anchor) -> the target's weights, float32 where they are mixed.
+        Gradients flow to both.
+    """
+    alpha = default_alpha("nested", pair, plan.target) if plan.alpha is None else plan.alpha
+    assert alpha is not None
+    stack, below = layer_stack(pair, plan), pair.lower_architecture
+    target = pair.upper_architecture.resized(**plan.target.sizes).with_layers([layer for _, layer in stack])
+    scale, inputs = _target_gauge(pair, target), _input_dims(target)
+
+    def mix(cut: Weights, lower: Weights) -> Weights:
+        folded = fold_norms(lower, below)
+
+        def tensor(key: str) -> torch.Tensor:
+            layer, name = target.split_name(key)
+            source = layer if layer is None else stack[layer][0]
+            if layer is not None and source is None:
+                return cut[key]
+            own = key if source is None else below.layer_name(source, name)
+            axes, base, small = target.tensors[key], cut[key].float(), folded[own].float() * scale(own)
+            return _mix(base, small, axes, (target.sizes, below.sizes), inputs.get(key, ()), alpha)
+
+        return LazyWeights(target.tensors, tensor)
+
+    return mix
+
+
+def layer_stack(pair: Pair, plan: Plan) -> list[tuple[int | None, int]]:
+    """For each layer of a target the lower layer that is mixed into it, None in a swapped block, and the upper one."""
+    check_blocks(pair.blocks, pair.lower_architecture.depth, pair.upper_architecture.depth)
+    swapped, stack = _swapped(pair, plan), list[tuple[int | None, int]]()
+    for i, block in enumerate(pair.blocks):
+        stack += [(None, layer) for layer in block] if i in swapped else [(i, pair.kept[i])]
+    return stack
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -192,15 +228,14 @@ def _swapped(pair: Pair, plan: Plan) -> Collection[int]:
     return plan.swapped if plan.swapped is not None else blocks_for_depth(pair.blocks, plan.target.depth, pair.costs)
 
 
-def _in_target_gauge(pair: Pair, target: Architecture) -> Weights:
-    """The lower anchor's weights as they are to stand on the shared prefix of a target.
+def _target_gauge(pair: Pair, target: Architecture) -> Callable[[str], float]:
+    """What each tensor of the lower anchor, its norms folded, is multiplied by on the shared prefix of a target.
 
     The target's norms divide a stream or an output by the root mean square of more coordinates than the lower anchor's
     do; measured on the upper anchor, the two differ by the ratio of the prefixes' root mean squares, which is taken
     out here.
     """
     architecture, upper, statistics = pair.lower_architecture, pair.upper_architecture, _needed(pair)
-    folded = fold_norms(pair.lower, architecture)
     norms, readers = site_norms(architecture), readers_of(architecture)
     output_norms = {norm.name: norm for norm in architecture.output_norms if norm.axis != ("dim",)}
 
@@ -211,49 +246,48 @@ def _in_target_gauge(pair: Pair, target: Architecture) -> Weights:
         prefixes = [prefix_index(norm.axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
         return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes]
 
-    def tensor(key: str) -> torch.Tensor:
-        own, (module, kind) = folded[key].float(), key.rsplit(".", 1)
+    @functools.cache
+    def scale(key: str) -> float:
+        module, kind = key.rsplit(".", 1)
         if kind == "bias":
-            return own
+            return 1.0
         if module in output_norms:
             ratio, target_ratio = ratios(output_norms[module], "rms")
-            return own * (target_ratio / ratio)
+            return target_ratio / ratio
         if module in norms:
             ratio, target_ratio = ratios(norms[module], architecture.family.norm_type)
-            return own * (target_ratio if folds(norms[module], architecture) else target_ratio / ratio)
+            return target_ratio if folds(norms[module], architecture) else target_ratio / ratio
         if module in readers and folds(readers[module], architecture):
-            return own / ratios(readers[module], architecture.family.norm_type)[0]
-        return own
+            return 1.0 / ratios(readers[module], architecture.family.norm_type)[0]
+        return 1.0
 
-    return LazyWeights(architecture.tensors, tensor)
+    return scale
 
 
 def _mix(
     base: torch.Tensor,
-    architecture: Architecture,
     lower: torch.Tensor,
-    lower_architecture: Architecture,
-    key: str,
+    axes: Axes,
+    sizes: tuple[Sizes, Sizes],
+    inputs: tuple[str, ...],
     alpha: float,
 ) -> torch.Tensor:
     """One tensor of the target: the outputs that the lower anchor has are mixed, the others are the cut's.
 
     Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts 1 - alpha on mixed outputs.
     """
-    axes = architecture.tensors[key]
-    array = to_dims(base.float(), axes, architecture.sizes).clone()
-    small = to_dims(lower, axes, lower_architecture.sizes)
-    dims, inputs = dims_of(axes), _input_dims(architecture, key)
-    shared = {dim: slice(0, lower_architecture.sizes[dim]) for dim in dims}
+    array, small = to_dims(base, axes, sizes[0]).clone(), to_dims(lower, axes, sizes[1])
+    dims, shared = dims_of(axes), {dim: slice(0, sizes[1][dim]) for dim in dims_of(axes)}
     array[tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)] *= 1 - alpha
     array[tuple(shared.values())].add_(small, alpha=alpha)
     return from_dims(array, axes)
 
 
-def _input_dims(architecture: Architecture, key: str) -> tuple[str, ...]:
-    """The dimensions along which a tensor reads; a tied head reads through the final norm's gain and bias."""
-    module, kind = key.rsplit(".", 1)
-    if architecture.tied and module == architecture.family.final_site.name:
-        return ("width",)
-    reads = {reader: site.axis for site in architecture.sites for reader in site.readers}
-    return reads.get(module, ()) if kind == "weight" else ()
+def _input_dims(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """{key: the dimensions along which a tensor reads}, where it does; a tied head reads through the final norm's
+    gain and bias."""
+    reads = {f"{reader}.weight": site.axis for site in architecture.sites for reader in site.readers}
+    if architecture.tied:
+        final = architecture.family.final_site.name
+        reads |= {f"{final}.weight": ("width",), f"{final}.bias": ("width",)}
+    return reads

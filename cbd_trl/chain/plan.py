@@ -16,11 +16,14 @@ from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_anchor
+from cbd_trl.chain.width_hybrid import targets_between
+from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
 
 # Measured on SmolLM2-135M: the hidden-state term keeps anchors interpolable, and hybrids bring the models between two
-# depths from 0.84 to 1.23 of what a straight line between the anchors would gain, the anchor from 3.142 to 3.146 nats.
+# depths from 0.84 to 1.23 of what a straight line between the anchors would gain, the anchor from 3.142 to 3.146 nats;
+# between two widths from 0.71 to 0.84, the anchor from 3.516 to 3.511.
 HIDDEN_WEIGHT = 2.0
 # With the cosine, which does not see it, the size of the stream drifted, and the upper anchor's blocks build on it.
 # The two were not compared by themselves.
@@ -145,12 +148,12 @@ def plan_chain(
                 f"({upper.num_parameters:,}). List anchors from large to small."
             )
         names.append(anchor_name(target.num_parameters, names))
-        depth_only = target.sizes == upper.sizes
+        between = _models_between(upper, target)
         steps.append(
             Step(
                 name=names[-1],
                 architecture=target,
-                args=_with_chain_defaults(own.get("args", args), depth_only),
+                args=_with_chain_defaults(own.get("args", args), between),
                 dataset=own.get("dataset", dataset),
             )
         )
@@ -168,7 +171,7 @@ def _size(anchor: Any, position: int) -> float:
     return float(anchor)
 
 
-def _with_chain_defaults(args: Any, depth_only: bool) -> DistillConfig:
+def _with_chain_defaults(args: Any, models_between: bool) -> DistillConfig:
     if not isinstance(args, DistillConfig):
         raise TypeError(
             f"The args of an anchor are a {type(args).__name__}: a DistillConfig is needed, it has every default. "
@@ -186,9 +189,21 @@ def _with_chain_defaults(args: Any, depth_only: bool) -> DistillConfig:
         args.hidden_loss = HIDDEN_LOSS
     if args.swap_probability is None:
         # Hybrids run the teacher's layers on the student's states, which a projector lets drift apart.
-        args.swap_probability = SWAP_PROBABILITY if depth_only and not args.hidden_projector else 0.0
+        args.swap_probability = SWAP_PROBABILITY if models_between and not args.hidden_projector else 0.0
+    if args.swap_probability and not models_between:
+        raise ValueError(
+            f"swap_probability={args.swap_probability} trains models between an anchor and the one above it, and no "
+            "shape lies between the two. Leave it out, set it to 0 in the `args` of that anchor, or make the anchor "
+            "smaller."
+        )
     check_config(args)
     return args
+
+
+def _models_between(upper: Architecture, lower: Architecture) -> bool:
+    """Whether there are shapes that hybrids can have."""
+    blocks = [list(block.layers) for block in spaced_blocks(upper.depth, lower.depth)]
+    return lower.sizes == upper.sizes or bool(targets_between(upper, lower, blocks))
 
 
 def finished_anchors(

@@ -1,4 +1,5 @@
-"""What an anchor is before it is trained: layers chosen by measure, the least-squares cut, the refit."""
+"""What an anchor is before it is trained: layers chosen by measure, the least-squares cut, the refit; and what is
+trained beside it."""
 
 import json
 from dataclasses import asdict
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel
 from cbd_trl.architectures import describe
 from cbd_trl.chain.manifest import Anchor
 from cbd_trl.chain.model import build_model
+from cbd_trl.chain.operators import Pair
 from cbd_trl.chain.plan import Step
 from cbd_trl.chain.store import CALIBRATION_BATCH
+from cbd_trl.chain.width_hybrid import WidthHybrid
 from cbd_trl.surgery.block_search import cheapest_blocks
-from cbd_trl.surgery.blocks import Block, select_layers
+from cbd_trl.surgery.blocks import Block, block_costs, select_layers
 from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.stored_statistics import StoredStatistics
@@ -70,3 +73,22 @@ def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], t
     progress = PartialState().is_local_main_process
     layers = [block.layers for block in blocks]
     refit_layers(student, teacher, describe(student.config), layers, batches, progress=progress)
+
+
+def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: list[Block]) -> WidthHybrid | None:
+    """What hybrid steps train beside a student that is narrower than the anchor above; None where there are none, or
+    where only depth differs: the trainer makes those itself."""
+    architecture, above = describe(student.config), upper.architecture()
+    if not step.args.swap_probability or architecture.sizes == above.sizes:
+        return None
+    pair = Pair(
+        upper.load_weights(),
+        above,
+        {},
+        architecture,
+        StoredStatistics(upper.statistics_file),
+        [block.layers for block in blocks],
+        [block.kept for block in blocks],
+        block_costs(blocks),
+    )
+    return WidthHybrid(pair, step.args.swap_probability, step.args.seed)

@@ -73,7 +73,6 @@ def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch
         A view of it where nothing is to be done; else a gain in float64, a table in float32 or better.
     """
     offset, scale = _convention(key, architecture)
-    tensor = tensor.detach()
     if (offset, scale) == (0.0, 1.0):
         return tensor
     # 1 + w in the stored precision would lose most of a small w.

@@ -122,6 +122,31 @@ def check_run(trainer: Any) -> None:
     swap = trainer.args.swap_probability
     if swap and sharded:
         raise ValueError(
-            f"swap_probability={swap} runs the teacher's layers inside the student, which FSDP and DeepSpeed shard "
-            "each on their own. Set swap_probability=0, or train with DDP or one process."
+            f"swap_probability={swap} runs the teacher's layers inside the student, or mixes the weights of the two, "
+            "which FSDP and DeepSpeed shard each on their own. Set swap_probability=0, or train with DDP or one "
+            "process."
+        )
+
+
+def check_hybrid(trainer: Any, hybrid: Any) -> None:
+    """Refuse hybrids made by the caller that would not be trained.
+
+    Args:
+        trainer: a `DistillTrainer` after the initialisation of `trl.SFTTrainer`.
+        hybrid: the trainer's argument.
+
+    Raises:
+        ValueError: for no hybrid steps, no teacher whose layers can be compared, or a student with an adapter.
+    """
+    if hybrid is None:
+        return
+    if not trainer.args.swap_probability:
+        raise ValueError(
+            f"`hybrid` was given with swap_probability={trainer.args.swap_probability}: no step would train it. Set "
+            "swap_probability above 0, or leave `hybrid` out."
+        )
+    if hasattr(trainer.model, "peft_config"):
+        raise ValueError(
+            f"`hybrid` was given, and the student is a {type(trainer.model).__name__}: hybrids that mix weights train "
+            "the student's own, not those of an adapter. Leave out peft_config, or `hybrid` and swap_probability."
         )

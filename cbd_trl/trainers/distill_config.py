@@ -54,8 +54,8 @@ class DistillConfig(SFTConfig):
             trained along, kept in checkpoints, and no part of the student.
         swap_probability: share of the optimiser steps that train a hybrid beside the student, on the same tokens and
             by the same loss: the student with a random number of its blocks replaced by the teacher's frozen ones.
-            Such a step takes up to twice the time. Needs two models of one chain that differ in depth alone. None: 0,
-            or what `build_chain` sets.
+            Such a step takes about twice the time. Needs two models of one chain that differ in depth alone; in
+            `build_chain` widths may differ too (see its docs). None: 0, or what `build_chain` sets.
         loss_chunk_size: tokens whose logits are held at a time. None: what suits the vocabulary and the device.
 
     Raises:
@@ -193,7 +193,8 @@ class DistillConfig(SFTConfig):
         metadata={
             "help": "Share of the optimiser steps that train a hybrid beside the student, on the same tokens: the "
             "student with a random number of its blocks replaced by the teacher's frozen ones. Needs two models of "
-            "one chain that differ in depth alone. Not set: 0, or what `build_chain` sets."
+            "one chain that differ in depth alone; `build_chain` has others for widths. Not set: 0, or what "
+            "`build_chain` sets."
         },
     )
 

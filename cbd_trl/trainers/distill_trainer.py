@@ -17,9 +17,10 @@ from cbd_trl.names import readable_name
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
 from cbd_trl.trainers.batches import RowLengthsCollator
-from cbd_trl.trainers.checks import check_arguments, check_run, chosen_teacher
+from cbd_trl.trainers.checks import check_arguments, check_hybrid, check_run, chosen_teacher
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.evaluation_trainer import EvaluationTrainer
+from cbd_trl.trainers.hybrid import Hybrid, Pass
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
@@ -54,6 +55,8 @@ class DistillTrainer(EvaluationTrainer):
             and hybrids. None: blocks as even as possible.
         block_costs: for each student layer what it costs that it stands for its block, in nats per token: in hybrids
             the costliest are swapped. None: the last ones.
+        hybrid: what is trained beside the student on hybrid steps; it draws them itself, on that share of the steps
+            that `swap_probability` says. None: the student with blocks of the teacher.
         kwargs: everything else `trl.SFTTrainer` takes, `peft_config` among it, except `compute_loss_func`.
 
     Raises:
@@ -79,6 +82,7 @@ class DistillTrainer(EvaluationTrainer):
         teacher_processing_class: PreTrainedTokenizerBase | None = None,
         block_map: list[list[int]] | None = None,
         block_costs: Sequence[float] | None = None,
+        hybrid: Hybrid | None = None,
         **kwargs: Any,
     ) -> None:
         args = DistillConfig("distilled") if args is None else args
@@ -94,10 +98,11 @@ class DistillTrainer(EvaluationTrainer):
             **kwargs,
         )
         check_run(self)
+        check_hybrid(self, hybrid)
         student: Any = self.accelerator.unwrap_model(self.model)
         setup = set_up_teacher(teacher_model, student, args, self.processing_class, teacher_processing_class)
         self._student = student.get_base_model() if hasattr(student, "get_base_model") else student
-        self._pairs = LayerPairs(student, setup.model, block_map, block_costs, args)
+        self._pairs = LayerPairs(student, setup.model, block_map, block_costs, args, hybrid)
         if self._pairs.projectors is not None:
             self.projectors = self._pairs.projectors.to(self.accelerator.device)
         self._student_name, self._teacher_text = student_name, setup.text
@@ -166,10 +171,10 @@ class DistillTrainer(EvaluationTrainer):
         with torch.no_grad(), pairs.teacher_outputs.recording() as teacher_states:
             signal = self._teacher.says(batch, model)
 
-        def student_pass(with_logits: bool) -> dict[str, Tensor]:
+        def forward(through: Pass, with_logits: bool) -> dict[str, Tensor]:
             with pairs.student_outputs.recording() as student_states:
                 step_loss = StepLoss(
-                    student=self._student,
+                    student=through.model,
                     labels_BT=batch.labels_BT,
                     teacher=signal,
                     objective=self._objective,
@@ -180,14 +185,19 @@ class DistillTrainer(EvaluationTrainer):
                     chunk=self.args.loss_chunk_size,
                     with_logits=with_logits,
                 )
-                return model(**batch.inputs, inside=step_loss)
+                return through.run(**batch.inputs, inside=step_loss)
 
+        student = Pass(self._student, model)
         if not self.model.training or pairs.hybrid is None:
-            return student_pass(with_logits)
+            return forward(student, with_logits)
         # The student itself comes last: DDP takes the last pass for the one that says which parameters are used.
-        with pairs.hybrid.swapped(self.state.global_step) as swapped:
-            beside = student_pass(False)["total"] if swapped else torch.zeros((), device=batch.labels_BT.device)
-        outputs = student_pass(with_logits)
+        beside = torch.zeros((), device=batch.labels_BT.device)
+        with pairs.hybrid.at(self.state.global_step, student) as hybrid:
+            if hybrid is not None:
+                # A model that the accelerator has not prepared would run in its own dtype.
+                with self.accelerator.autocast():
+                    beside = forward(hybrid, False)["total"]
+        outputs = forward(student, with_logits)
         return {**outputs, "total": outputs["total"] + beside, "hybrid": beside.detach()}
 
     def get_batch_samples(

@@ -1,13 +1,16 @@
-"""Hybrids: for one forward, the teacher's frozen layers stand in for some blocks of the student.
+"""Hybrids: models between student and teacher that are trained beside the student, by the same loss.
 
-Training what remains under the same loss teaches each student block to work in front of the teacher's, which is what a
-model between two anchors is made of (design section 3).
+A pass through one trains what it has of the student, so that the student's weights work together with the teacher's:
+what a model between two anchors is made of (design section 3). Where two models differ in depth alone, the teacher's
+frozen layers stand in for some blocks of the student; other kinds are given to `DistillTrainer` by whoever knows how
+to make them.
 """
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -16,6 +19,56 @@ from cbd_trl.trainers.layer_sorts import LayerSorts, check_sorts, sorts_of
 
 # Fields that must agree because a layer of the teacher gets the student's rotary embeddings and attention masks.
 _SHARED_FIELDS = ("model_type", "hidden_size", "head_dim", "rope_parameters", "sliding_window", "_attn_implementation")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward of a step runs through.
+
+    Attributes:
+        model: a causal LM with an opened forward (see `open_forward`), not wrapped: whose head the loss multiplies by.
+        run: what is called for its forward: the model itself, or what wraps it or lends it its weights.
+    """
+
+    model: Any
+    run: Callable[..., Any]
+
+
+class Hybrid(Protocol):
+    """A kind of hybrids. What a step gets depends on the step alone (and on a seed): every micro-batch of a step and
+    every process gets the same hybrid, and a resumed run the same as an uninterrupted one."""
+
+    @property
+    def layers(self) -> Iterable[tuple[int, nn.Module]]:
+        """Modules beside the student's own layers whose output is that of student layer i in a hybrid: (i, module)."""
+        ...
+
+    def at(self, step: int, student: Pass) -> AbstractContextManager[Pass | None]:
+        """Within it a hybrid can be run, on a step that has one.
+
+        Args:
+            step: optimiser steps done so far.
+            student: the student as it is run in training.
+
+        Returns:
+            a context that yields the pass through the hybrid, or None.
+        """
+        ...
+
+
+def drawn(step: int, seed: int, probability: float) -> random.Random | None:
+    """Decides whether a step has a hybrid.
+
+    Args:
+        step: optimiser steps done so far.
+        seed: of the draws.
+        probability: share of the steps that have one.
+
+    Returns:
+        what its kind is to be drawn from; None on a step without one.
+    """
+    generator = random.Random(f"{seed}:{step}")
+    return generator if generator.random() < probability else None
 
 
 class TeacherBlock(nn.Module):
@@ -51,8 +104,8 @@ class TeacherBlock(nn.Module):
         return output
 
 
-class Hybrid:
-    """Swaps blocks of a student for the teacher's, one forward at a time.
+class BlockHybrid:
+    """Swaps blocks of a student for the teacher's, one forward at a time; needs models that differ in depth alone.
 
     Args:
         student: the model being trained, not wrapped.
@@ -61,8 +114,7 @@ class Hybrid:
         costs: for each student layer what it costs that it stands for them: the costliest are swapped, as in models
             between the two; None = unknown, the last are.
         probability: share of the optimiser steps that have a hybrid.
-        seed: of the draws, which depend on it and on the step alone: every micro-batch of a step and every process
-            gets the same hybrid, and a resumed run the same as an uninterrupted one.
+        seed: of the draws.
 
     Raises:
         ValueError: if no block stands for more than one layer.
@@ -90,7 +142,7 @@ class Hybrid:
             raise ValueError(
                 f"swap_probability={probability}, but student and teacher have {len(self._student)} layers each: no "
                 "student layer stands for several of the teacher's. Set swap_probability=0 for a pair that differs in "
-                "width."
+                "width, or let `build_chain` train it."
             )
         self._order = sorted(self.blocks, reverse=True)
         if costs is not None:
@@ -108,10 +160,29 @@ class Hybrid:
             the first k in order of the layers that stand for several teacher layers, k uniform in 1..all; empty on a
             step without a hybrid.
         """
-        generator = random.Random(f"{self._seed}:{step}")
-        if generator.random() >= self._probability:
+        generator = drawn(step, self._seed, self._probability)
+        if generator is None:
             return []
         return sorted(self._order[: generator.randint(1, len(self._order))])
+
+    @property
+    def layers(self) -> Iterable[tuple[int, nn.Module]]:
+        """As in `Hybrid`."""
+        return self.blocks.items()
+
+    @contextmanager
+    def at(self, step: int, student: Pass) -> Iterator[Pass | None]:
+        """As in `Hybrid`: the student itself, with other layers.
+
+        Args:
+            step: as there.
+            student: as there.
+
+        Yields:
+            as there.
+        """
+        with self.swapped(step) as indices:
+            yield student if indices else None
 
     @contextmanager
     def swapped(self, step: int) -> Iterator[list[int]]:
@@ -150,9 +221,9 @@ def check_swappable(student_config: Any, teacher_config: Any, block_map: list[li
         ours, theirs = (_field(config, name) for config in (student_config, teacher_config))
         if ours != theirs:
             raise ValueError(
-                f"swap_probability needs two models of one chain that differ in depth alone, but {name} is {ours!r} "
-                f"in the student and {theirs!r} in the teacher: the teacher's layers cannot run inside the student. "
-                "Set swap_probability=0."
+                "swap_probability needs two models of one chain that differ in depth alone (`build_chain` has hybrids "
+                f"for widths), but {name} is {ours!r} in the student and {theirs!r} in the teacher: the teacher's "
+                "layers cannot run inside the student. Set swap_probability=0."
             )
     check_sorts(student_config, teacher_config, block_map)
 

@@ -10,7 +10,7 @@ from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.trainers.hybrid import Hybrid, check_swappable
+from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
 from cbd_trl.trainers.meters import LayerOutputs
 from cbd_trl.trainers.projectors import Projectors
 
@@ -23,8 +23,9 @@ class LayerPairs:
         teacher: the frozen teacher, not wrapped; None where it has no layers of its own to compare with.
         block_map: for each student layer the consecutive teacher layers it stands for; None for blocks as even as
             possible.
-        block_costs: for each student layer what it costs that it stands for its block (see `Hybrid`), or None.
+        block_costs: for each student layer what it costs that it stands for its block (see `BlockHybrid`), or None.
         args: of the run.
+        hybrid: what is trained beside the student on hybrid steps; None for the student with blocks of the teacher.
 
     Raises:
         ValueError: if the two models cannot be paired as asked.
@@ -37,6 +38,7 @@ class LayerPairs:
         block_map: list[list[int]] | None,
         block_costs: Sequence[float] | None,
         args: DistillConfig,
+        hybrid: Hybrid | None = None,
     ) -> None:
         self.student_outputs, self.teacher_outputs = LayerOutputs(), LayerOutputs()
         self.hybrid: Hybrid | None = None
@@ -67,15 +69,17 @@ class LayerPairs:
                 f"block_costs has {len(block_costs)} entries and the student {len(ours)} layers: give one for each "
                 "layer, or leave it out."
             )
-        if args.swap_probability:
+        if hybrid is not None:
+            self.hybrid = hybrid
+        elif args.swap_probability:
             check_swappable(student_config, teacher_config, blocks)
-            self.hybrid = Hybrid(student, teacher, blocks, args.swap_probability, args.seed, block_costs)
+            self.hybrid = BlockHybrid(student, teacher, blocks, args.swap_probability, args.seed, block_costs)
         if args.uses_hidden:
             for i, block in enumerate(blocks):
                 self.student_outputs.watch(i, ours[i])
                 self.teacher_outputs.watch(i, theirs[block[-1]])
-            for i, swapped in (self.hybrid.blocks if self.hybrid else {}).items():
-                self.student_outputs.watch(i, swapped)
+            for i, layer in self.hybrid.layers if self.hybrid else ():
+                self.student_outputs.watch(i, layer)
 
     def distance(
         self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int, Tensor], labels_BT: Tensor

@@ -127,7 +127,7 @@ def test_an_anchor_starts_as_the_refitted_cut_of_the_one_above(tmp_path):
 def test_depth_and_width_at_once(tmp_path):
     anchors = [{**CHAIN_ANCHORS[0], **CHAIN_ANCHORS[1]}]
     upper, lower = build(tmp_path / "chain", anchors=anchors, args=chain_config(learning_rate=0.0)).anchors
-    assert lower.training["swap_probability"] == 0.0
+    assert lower.training["swap_probability"] == 0.5
     narrow = upper.architecture().resized(**lower.architecture().sizes)
     statistics = StoredStatistics(upper.statistics_file)
     cut = least_squares_cut(upper.load_state_dict(), upper.architecture(), statistics, narrow)
@@ -148,9 +148,21 @@ def test_anchors_learn(tmp_path):
     assert many.tokens_seen > 20 * few.tokens_seen
 
 
+def test_an_anchor_is_trained_with_hybrids_beside_it(tmp_path):
+    """In depth and in width, the step with a hybrid is another one."""
+    stored = []
+    for swap in (0.0, 1.0):
+        args = chain_config(max_steps=1, swap_probability=swap, save_strategy="no")
+        stored.append(build(tmp_path / str(swap), args=args).anchors)
+    for plain, beside in zip(stored[0][1:], stored[1][1:], strict=True):
+        assert beside.losses["loss"] > 1.5 * plain.losses["loss"]
+        assert list(beside.load_state_dict()) == list(plain.load_state_dict())
+        assert not same_weights(beside.load_state_dict(), plain.load_state_dict())
+
+
 def test_chain_defaults_are_in_force_and_the_callers_arguments_untouched(chain, tmp_path):
     assert [anchor.training["hidden_weight"] for anchor in chain.anchors[1:]] == [2.0, 2.0]
-    assert [anchor.training["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 0.0]
+    assert [anchor.training["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 0.5]
     args = chain_config(hidden_weight=0.0, swap_probability=0.0, max_steps=1)
     anchor = build(tmp_path / "chain", anchors=CHAIN_ANCHORS[:1], args=args).anchors[1]
     assert (anchor.training["hidden_weight"], anchor.training["swap_probability"]) == (0.0, 0.0)

@@ -63,6 +63,11 @@ def test_a_projector_goes_without_hybrids(source):
     assert [step.args.swap_probability for step in steps] == [0.0, 0.0]
 
 
+def test_hybrids_are_refused_where_no_shape_lies_between(source):
+    with pytest.raises(ValueError, match=r"swap_probability=0\.5 trains models between .* set it to 0 in the `args`"):
+        plan_chain(source, [{"intermediate_size": 47}], chain_config(swap_probability=0.5), chain_rows())
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

@@ -6,7 +6,7 @@ from torch import nn
 
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
-from cbd_trl.trainers.hybrid import Hybrid, check_swappable
+from cbd_trl.trainers.hybrid import BlockHybrid, check_swappable
 from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.training import assert_same_gradient, make_trainer, one_step
 
@@ -23,7 +23,7 @@ def pair(family: str, seed: int = 1) -> tuple:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hybrid_is_the_student_with_its_last_blocks_from_the_teacher(family: str) -> None:
     student, teacher = pair(family)
-    hybrid = Hybrid(student, teacher, BLOCKS, 1.0, seed=0)
+    hybrid = BlockHybrid(student, teacher, BLOCKS, 1.0, seed=0)
     step = next(step for step in range(50) if len(hybrid.draw(step)) == 1)
     (swapped,) = hybrid.draw(step)
     patched = copy.deepcopy(student)
@@ -48,7 +48,7 @@ def test_a_hybrid_is_the_student_with_its_last_blocks_from_the_teacher(family: s
 def test_the_student_is_restored_when_the_forward_fails() -> None:
     student, teacher = pair("llama")
     before = list(decoder_layers(student))
-    hybrid = Hybrid(student, teacher, BLOCKS, 1.0, seed=0)
+    hybrid = BlockHybrid(student, teacher, BLOCKS, 1.0, seed=0)
     with pytest.raises(RuntimeError, match="out of memory"), hybrid.swapped(0):
         raise RuntimeError("out of memory")
     assert all(a is b for a, b in zip(before, decoder_layers(student), strict=True))
@@ -56,13 +56,13 @@ def test_the_student_is_restored_when_the_forward_fails() -> None:
 
 def test_the_draw_depends_on_seed_and_step_alone() -> None:
     student, teacher = pair("llama")
-    draws = [Hybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
-    assert draws == [Hybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
-    assert draws != [Hybrid(student, teacher, BLOCKS, 0.5, seed=8).draw(step) for step in range(400)]
+    draws = [BlockHybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
+    assert draws == [BlockHybrid(student, teacher, BLOCKS, 0.5, seed=7).draw(step) for step in range(400)]
+    assert draws != [BlockHybrid(student, teacher, BLOCKS, 0.5, seed=8).draw(step) for step in range(400)]
     multi = [i for i, block in enumerate(BLOCKS) if len(block) > 1]
     assert 0.4 < sum(map(bool, draws)) / 400 < 0.6
     assert {tuple(draw) for draw in draws if draw} == {tuple(multi[-k:]) for k in range(1, len(multi) + 1)}
-    assert all(Hybrid(student, teacher, BLOCKS, 0.0, seed=7).draw(step) == [] for step in range(20))
+    assert all(BlockHybrid(student, teacher, BLOCKS, 0.0, seed=7).draw(step) == [] for step in range(20))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "phi3"])
@@ -85,7 +85,7 @@ def test_a_step_trains_the_student_and_the_hybrid_beside_it(family: str) -> None
     log, gradient = one_step(beside)
     alone, trained = make_trainer(family), make_trainer(family)
     student_log, student = one_step(alone)
-    hybrid = Hybrid(trained.model, trained.teacher_model, blocks, 1.0, seed=beside.args.seed)
+    hybrid = BlockHybrid(trained.model, trained.teacher_model, blocks, 1.0, seed=beside.args.seed)
     with hybrid.swapped(0) as swapped:
         hybrid_log, of_hybrid = one_step(trained)
     assert 0 < len(swapped) <= 2 and len(of_hybrid) < len(student)
@@ -98,9 +98,9 @@ def test_a_step_trains_the_student_and_the_hybrid_beside_it(family: str) -> None
 def test_hybrids_swap_the_costliest_blocks() -> None:
     student, teacher = pair("llama")
     blocks, costs = [[0, 1], [2], [3, 4, 5]], [0.3, 9.0, 0.5]
-    draws = {tuple(Hybrid(student, teacher, blocks, 1.0, 0, costs).draw(step)) for step in range(50)}
+    draws = {tuple(BlockHybrid(student, teacher, blocks, 1.0, 0, costs).draw(step)) for step in range(50)}
     assert draws == {(0,), (0, 2)}, "0.3 for one layer is more than 0.5 for two"
-    assert {tuple(Hybrid(student, teacher, blocks, 1.0, 0).draw(step)) for step in range(50)} == {(2,), (0, 2)}
+    assert {tuple(BlockHybrid(student, teacher, blocks, 1.0, 0).draw(step)) for step in range(50)} == {(2,), (0, 2)}
     with pytest.raises(ValueError, match="block_costs has 3 entries and the student 2 layers"):
         make_trainer(swap_probability=1.0, block_costs=costs)
 
@@ -127,7 +127,7 @@ def test_models_that_do_not_fit_are_refused(family: str, overrides: dict, field:
 def test_a_packed_batch_gets_its_masks_too() -> None:
     """Rows end to end in one, told apart by their positions: full and sliding masks alike keep them apart."""
     student, teacher = pair("gemma3_text")
-    hybrid = Hybrid(student, teacher, BLOCKS, 1.0, seed=0)
+    hybrid = BlockHybrid(student, teacher, BLOCKS, 1.0, seed=0)
     positions = torch.cat([torch.arange(9), torch.arange(2)])[None]
     with torch.no_grad(), hybrid.swapped(0):
         packed = student(input_ids=IDS[:1], position_ids=positions, use_cache=False).logits

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from tests.chain.width_pairs import width_trainer
 from tests.training import make_trainer, one_step, text_rows
 
 _ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 _CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "hybrid": {"swap_probability": 1.0},
+    "hybrid in width": {"make": width_trainer},
     "packed": {"packing": True, "max_length": 20},
     "projectors": {"hidden_projector": True},
     "lora": {"peft_config": _ADAPTER},
@@ -28,13 +30,14 @@ def measure(processes: int) -> dict[str, tuple]:
     results = {}
     for name, case in _CASES.items():
         torch.manual_seed(0)  # adapters start at random
-        trainer = make_trainer(
+        how = {"make": make_trainer, **case}
+        trainer = how.pop("make")(
             # Four rows, or the two that they are packed into.
-            per_device_train_batch_size=(2 if "packing" in case else 4) // processes,
+            per_device_train_batch_size=(2 if "packing" in how else 4) // processes,
             per_device_eval_batch_size=2,
             eval_dataset=text_rows((1, 12, 2, 9, 4), seed=3),
             hidden_weight=1.0,
-            **case,
+            **how,
         )
         metrics = trainer.evaluate()
         _, grads = one_step(trainer)
