@@ -4,8 +4,8 @@ N is what a token is multiplied with: the parameters, the head's table included 
 out (a tied one counts once). A forward pass costs 2 N a token, a training step 6 N, and a teacher adds its own forward
 pass. After Kaplan et al. 2020, arXiv 2001.08361, section 2.1, who leave the head out too; attention's products are
 left out here as there. Statistics are a forward pass over the calibration text, a refit is one of each of the two
-models. The pass through a hybrid beside a step is not counted yet, so a chain that was built with hybrids in depth is
-said cheaper than it was. Neglected: building the moments, and the solves and matrix
+models. The pass through a hybrid beside a step is a training step of a model halfway between the two anchors (less, in
+truth, where blocks of it are frozen). Neglected: choosing layers, building the moments, and the solves and matrix
 products of refits, cuts and operators.
 """
 
@@ -48,17 +48,22 @@ def refit_flops(parameters: float, teacher: float, tokens: float) -> float:
     return forward_flops(parameters, tokens) + forward_flops(teacher, tokens)
 
 
-def chain_flops(parameters: Sequence[float], tokens: Sequence[float], calibration: float) -> float:
+def chain_flops(
+    parameters: Sequence[float], tokens: Sequence[float], calibration: float, hybrids: Sequence[float]
+) -> float:
     """Building a chain.
 
     Args:
         parameters: N of each anchor, the source first.
         tokens: that each was distilled on from the one above; the source's is 0.
         calibration: tokens of calibration text.
+        hybrids: share of each anchor's steps that trained a hybrid too; the source's is 0.
     """
     total = sum(forward_flops(count, calibration) for count in parameters)
-    for upper, lower, seen in zip(parameters[:-1], parameters[1:], tokens[1:], strict=True):
+    steps = zip(parameters[:-1], parameters[1:], tokens[1:], hybrids[1:], strict=True)
+    for upper, lower, seen, share in steps:
         total += refit_flops(lower, upper, calibration) + training_flops(lower, seen, upper)
+        total += share * training_flops((upper + lower) / 2, seen)
     return total
 
 

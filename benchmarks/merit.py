@@ -3,8 +3,9 @@
     python -m benchmarks.merit --chain runs/real/chain --gsm8k gsm8k_train.jsonl --wikitext wikitext2_valid.txt \\
         --output runs/merit
 
-The chain holds a source, an anchor of fewer layers and a narrower one below that (`benchmarks/real_text_chain.py`
-builds one). Three pairs are measured: depth (first and second), width (second and third), both (first and third).
+Each anchor of the chain is measured with the one above it, as a pair that differs in depth, in width or in both.
+`benchmarks/real_text_chain.py` builds a chain with a pair of the first two kinds, and, told `--one-step`, one with a
+pair of the third.
 
 eta = sum over targets of (loss_S - loss_t) / (loss_S - loss_L), divided by the sum of (N_t - N_S) / (N_L - N_S): 1 on
 the straight line in parameters from the smaller anchor S to the larger one L, 0 where all targets are as good as S.
@@ -13,6 +14,7 @@ On held-out text, for each text and for the mean of their losses. Interrupted, i
 
 import argparse
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from benchmarks.real_text_chain import BLOCK_LENGTH, gsm8k_rows, split, training_dataset, wikitext_rows
+from benchmarks.real_text_chain import BLOCK_LENGTH, BOTH, gsm8k_rows, split, training_dataset, wikitext_rows
 from benchmarks.tables import machine, markdown
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.from_chain import load_pair
@@ -50,7 +52,7 @@ def _wide(width: int, ffn: int, depth: int = 16) -> dict[str, int]:
 TARGETS: dict[str, list[dict[str, int]]] = {
     "depth": [_deep(28), _deep(24), _deep(20), _deep(18)],
     "width": [_wide(549, 1472), _wide(504, 1344), _wide(477, 1280), _wide(432, 1152)],
-    "both": [_wide(540, 1440, 27), _wide(504, 1344, 24), _wide(468, 1248, 21), _wide(423, 1120, 18)],
+    "both": [_wide(width, ffn, depth) for depth, width, ffn in BOTH],
 }
 FROM_LAST, FROM_FIRST, CALIBRATED = "blocks from the last", "blocks from the first", "nested, calibrated"
 METHODS = {
@@ -83,22 +85,13 @@ def eta(smaller: float, larger: float, losses: Sequence[float], sizes: Sequence[
 
 
 def pairs_of(chain: Chain) -> dict[str, Chain]:
-    """The chain reduced to each pair; the third anchor stands for the layers of the first that the second did."""
-    top, middle, bottom = chain.anchors
-    of_top, of_middle, kept = middle.block_map or [], bottom.block_map or [], middle.kept_layers or []
-    from_top = dataclasses.replace(
-        bottom,
-        parent=top.name,
-        block_map=[[layer for i in block for layer in of_top[i]] for block in of_middle],
-        kept_layers=[kept[i] for i in bottom.kept_layers or []],
-        block_costs=middle.block_costs if len(of_top) == len(of_middle) else None,
-    )
-    alone = dataclasses.replace(middle, parent=None, block_map=None, kept_layers=None, block_costs=None)
-    anchors = {"depth": [top, middle], "width": [alone, bottom], "both": [top, from_top]}
+    """The chain reduced to each anchor and the one above it, by what they differ in: a key of `TARGETS`."""
     pairs = {}
-    for name, two in anchors.items():
-        pairs[name] = Chain.from_pretrained(chain.path, verify=False)
-        pairs[name].anchors = two
+    for upper, lower in itertools.pairwise(chain.anchors):
+        above, below = upper.architecture(), lower.architecture()
+        kind = "depth" if above.sizes == below.sizes else "width" if above.depth == below.depth else "both"
+        pairs[kind] = Chain.from_pretrained(chain.path, verify=False)
+        pairs[kind].anchors = [dataclasses.replace(upper, parent=None, block_map=None, kept_layers=None), lower]
     return pairs
 
 
@@ -133,13 +126,21 @@ class Merit:
         calibration: text for the calibrated method; no held-out row is in it.
         results: what is known already.
         key: of the chain and the texts.
+        methods: those of `METHODS` to measure.
         bf16: whether forward passes run in bf16 mixed precision.
     """
 
     def __init__(
-        self, texts: Mapping[str, torch.Tensor], calibration: Dataset, results: Results, key: str, bf16: bool
+        self,
+        texts: Mapping[str, torch.Tensor],
+        calibration: Dataset,
+        results: Results,
+        key: str,
+        methods: Sequence[str],
+        bf16: bool,
     ) -> None:
-        self.texts, self.calibration, self.results, self.key, self.bf16 = texts, calibration, results, key, bf16
+        self.texts, self.calibration, self.results, self.key = texts, calibration, results, key
+        self.methods, self.bf16 = methods, bf16
 
     def losses(self, name: str, build: Any) -> dict[str, Any]:
         """{"size": parameters, text: nats per token, "mean": over the texts}."""
@@ -157,7 +158,7 @@ class Merit:
         """Everything about one pair: anchors, targets by method, eta by method and text."""
         large, small = (self.losses(f"anchor {anchor.name}", anchor.load_model) for anchor in chain.anchors)
         rows: dict[str, list[dict[str, Any]]] = {}
-        for method in METHODS[name]:
+        for method in (method for method in METHODS[name] if method in self.methods):
             rows[method] = [
                 self.losses(
                     f"{name} {fields} {method}", lambda f=fields, m=method: make(chain, f, m, self.calibration)
@@ -178,7 +179,7 @@ class Merit:
 
 def table(name: str, report: Mapping[str, Any], texts: Sequence[str]) -> str:
     """One pair as Markdown: losses text by text at every size, then eta."""
-    sizes = [f"{row['size'] / 1e6:.1f}M" for row in report["targets"]["nested"]]
+    sizes = [f"{row['size'] / 1e6:.1f}M" for row in next(iter(report["targets"].values()))]
     small, large = (report[end] for end in ("small", "large"))
     ends = [f"{small['size'] / 1e6:.1f}M (anchor)", f"{large['size'] / 1e6:.1f}M (anchor)"]
     lines = [
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--held-out-blocks", type=int, default=40, help=f"of {BLOCK_LENGTH} tokens, of each text")
-    parser.add_argument("--pairs", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS["depth"], default=METHODS["depth"], metavar="METHOD")
     parser.add_argument("--seed", type=int, default=0, help="of the training text's order, as the chain was built")
     parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
     parser.add_argument("--threads", type=int, default=2)
@@ -220,9 +221,9 @@ def main() -> None:
     }
     key = fingerprint(*texts.values(), [anchor.files for anchor in chain.anchors], options.fp32)
     calibration = training_dataset(gsm8k, wikitext, options.seed)
-    merit = Merit(texts, calibration, Results(options.output / "results.json"), key, not options.fp32)
-    pairs = pairs_of(chain)
-    reports = {name: merit.pair(name, pairs[name]) for name in options.pairs}
+    results = Results(options.output / "results.json")
+    merit = Merit(texts, calibration, results, key, options.methods, not options.fp32)
+    reports = {name: merit.pair(name, pair) for name, pair in pairs_of(chain).items()}
     write_text(options.output / "report.json", json.dumps(reports, indent=1))
     text = "\n".join(table(name, report, list(texts)) for name, report in reports.items())
     write_text(options.output / "report.md", f"{text}\n{machine(options.threads)}")

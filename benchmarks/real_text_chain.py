@@ -38,12 +38,20 @@ ANCHORS = (
 DEPTHS = (28, 26, 24, 20, 18)
 # Multiples of the 9 heads, which transformers asks of a Llama: those nearest to 528 and 480, and three more.
 WIDTHS = ((549, 1472), (531, 1408), (504, 1344), (477, 1280), (432, 1152))
+# Of a chain of one step from the source to the narrower anchor: (layers, width, ffn).
+BOTH = ((27, 540, 1440), (24, 504, 1344), (21, 468, 1248), (18, 423, 1120))
 BLOCK_LENGTH = 256
+_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
 
 
-def targets() -> list[dict[str, int]]:
+def targets(one_step: bool) -> list[dict[str, int]]:
     """Config fields of every target, largest first."""
-    narrow = {"num_hidden_layers": 16, "num_attention_heads": 9, "num_key_value_heads": 3}
+    if one_step:
+        return [
+            {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": ffn, **_HEADS}
+            for depth, width, ffn in BOTH
+        ]
+    narrow = {"num_hidden_layers": 16, **_HEADS}
     return [{"num_hidden_layers": depth, "hidden_size": 576, "intermediate_size": 1536} for depth in DEPTHS] + [
         {**narrow, "hidden_size": width, "intermediate_size": ffn} for width, ffn in WIDTHS
     ]
@@ -114,7 +122,9 @@ def make_target(chain: Chain, fields: dict[str, int], operator: str) -> PreTrain
     return from_chain(chain, config=fields, operator=operator)
 
 
-def measure(chain: Chain, texts: dict[str, torch.Tensor], results: Results, bf16: bool) -> dict[str, dict[str, Any]]:
+def measure(
+    chain: Chain, fields_of: list[dict[str, int]], texts: dict[str, torch.Tensor], results: Results, bf16: bool
+) -> dict[str, dict[str, Any]]:
     """Every anchor and every operator at every target, on every text: `{text: report}` as `plot_sweep` takes it."""
     key = fingerprint(*texts.values(), [anchor.files for anchor in chain.anchors])
     reports: dict[str, dict[str, Any]] = {name: {"anchors": [], "targets": []} for name in texts}
@@ -136,7 +146,7 @@ def measure(chain: Chain, texts: dict[str, torch.Tensor], results: Results, bf16
         for text, report in reports.items():
             entry = {"name": anchor.name, "shape": anchor.shape, "num_parameters": found["num_parameters"]}
             report["anchors"].append({**entry, "loss": found["loss"][text]})
-    for fields in targets():
+    for fields in fields_of:
         for operator in (*OPERATORS, RANDOM):
             found = once([fields, operator], partial(make_target, chain, fields, operator))
             for report in reports.values():
@@ -156,7 +166,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--depth-steps", type=int, default=200)
     parser.add_argument("--width-steps", type=int, default=200)
-    parser.add_argument("--swap-probability", type=float, default=0.5, help="of the depth pair")
+    parser.add_argument("--swap-probability", type=float, default=0.5, help="of both pairs")
+    parser.add_argument("--one-step", action="store_true", help="the narrower anchor straight from the source")
     parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
@@ -164,14 +175,17 @@ def main() -> None:
 
     gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
     wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
+    anchors = [{**ANCHORS[0], **ANCHORS[1]}] if options.one_step else ANCHORS
     args = [
         arguments(options.depth_steps, 4e-4, options.swap_probability, options.seed, not options.fp32),
-        arguments(options.width_steps, 6e-4, 0.0, options.seed, not options.fp32),
+        arguments(options.width_steps, 6e-4, options.swap_probability, options.seed, not options.fp32),
     ]
+    if options.one_step:
+        del args[0]
     start = time.perf_counter()
     chain = build_chain(
         options.source,
-        [{**anchor, "args": one} for anchor, one in zip(ANCHORS, args, strict=True)],
+        [{**anchor, "args": one} for anchor, one in zip(anchors, args, strict=True)],
         dataset=training_dataset(gsm8k, wikitext, options.seed),
         output_dir=options.output / "chain",
         args=args[0],
@@ -184,7 +198,9 @@ def main() -> None:
         name: held_out_blocks(tokenizer, rows, BLOCK_LENGTH, options.held_out_blocks)
         for name, rows in held_out.items()
     }
-    reports = measure(chain, texts, Results(options.output / "results.json"), not options.fp32)
+    reports = measure(
+        chain, targets(options.one_step), texts, Results(options.output / "results.json"), not options.fp32
+    )
     write_text(options.output / "report.json", json.dumps(reports, indent=1))
     for name, report in reports.items():
         stem = options.output / name.lower().replace("-", "")

@@ -131,6 +131,7 @@ def report(benchmark: Benchmark) -> None:
     options, anchors, curves = benchmark.options, benchmark.chain.anchors, benchmark.curves()
     parameters = [flops.counted_parameters(anchor.architecture()) for anchor in anchors]
     tokens = [anchor.tokens_seen for anchor in anchors]
+    hybrids = [anchor.training.get("swap_probability", 0.0) for anchor in anchors]
     title = f"{describe_shape(TARGET)}: held-out loss against recovery tokens"
     names = ("tokens", "long_tokens", "held_out_blocks", "seed", "fp32")
     settings = {name: getattr(options, name) for name in names}
@@ -148,7 +149,7 @@ def report(benchmark: Benchmark) -> None:
         levels = {"`nested` untrained": last[0], f"`nested` after {last[-1]['tokens']:,} tokens": last[-1]}
         parts += [f"## FLOPs of a family\n\n{flops.__doc__}"]
         for what, point in levels.items():
-            costs = family_costs(curves, mean_loss(point), parameters, tokens)
+            costs = family_costs(curves, mean_loss(point), parameters, tokens, hybrids)
             values.setdefault("family", {})[what] = costs
             parts += [f"To the mean loss of {what}, {mean_loss(point):.3f} nats:", family_table(costs)]
     write_text(options.output / "report.json", json.dumps(values, indent=1) + "\n")

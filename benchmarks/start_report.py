@@ -98,16 +98,17 @@ def scratch_table(curves: Curves) -> str:
     return markdown(["tokens of scratch to equal, after tokens", *map(thousands, columns)], lines)
 
 
-def ways(parameters: Sequence[float], tokens: Sequence[float]) -> dict[str, Way]:
+def ways(parameters: Sequence[float], tokens: Sequence[float], hybrids: Sequence[float]) -> dict[str, Way]:
     """What each start costs besides its own training.
 
     Args:
         parameters: N of the chain's anchors, the source first.
         tokens: that each was distilled on.
+        hybrids: share of its steps that trained a hybrid too.
     """
     source = parameters[0]
     statistics = forward_flops(source, CALIBRATION_TOKENS)
-    chain = Way(once=chain_flops(parameters, tokens, CALIBRATION_TOKENS))
+    chain = Way(once=chain_flops(parameters, tokens, CALIBRATION_TOKENS, hybrids))
     return {
         **dict.fromkeys(OPERATORS, chain),
         SUBCLONE: Way(once=statistics),
@@ -117,7 +118,7 @@ def ways(parameters: Sequence[float], tokens: Sequence[float]) -> dict[str, Way]
 
 
 def family_costs(
-    curves: Curves, level: float, parameters: Sequence[float], tokens: Sequence[float]
+    curves: Curves, level: float, parameters: Sequence[float], tokens: Sequence[float], hybrids: Sequence[float]
 ) -> dict[str, dict[str, Any]]:
     """FLOPs of families of `FAMILIES` sizes, each size trained until the target's curve is down at a loss.
 
@@ -126,13 +127,13 @@ def family_costs(
     Args:
         curves: {start: its curve}.
         level: mean held-out loss to come down to.
-        parameters, tokens: as in `ways`.
+        parameters, tokens, hybrids: as in `ways`.
 
     Returns:
         {start: {"tokens" of each size, "reached": False where they were not enough, so that all of this is a lower
         bound, "flops": [for each of `FAMILIES`]}}
     """
-    made, costs = ways(parameters, tokens), {}
+    made, costs = ways(parameters, tokens, hybrids), {}
     for name, curve in curves.items():
         needed = tokens_to_reach(curve, level)
         spent = curve[-1]["tokens"] if needed is None else needed

@@ -21,6 +21,7 @@ from cbd_trl.chain.width_hybrid import WidthHybrid
 from cbd_trl.surgery.block_search import cheapest_blocks
 from cbd_trl.surgery.blocks import Block, block_costs, select_layers
 from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.norms import balance_norms
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.stored_statistics import StoredStatistics
 
@@ -57,14 +58,15 @@ def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torc
 
 
 def initial_student(upper: Anchor, step: Step, blocks: list[Block]) -> PreTrainedModel:
-    """The least-squares cut of the upper anchor over the kept layers, not yet refitted."""
+    """The least-squares cut of the upper anchor over the kept layers, its norms balanced, not yet refitted."""
     weights, architecture = upper.load_weights(), upper.architecture()
     if step.architecture.sizes != architecture.sizes:
         narrow = architecture.resized(**step.architecture.sizes)
-        weights = least_squares_cut(weights, architecture, StoredStatistics(upper.statistics_file), narrow)
+        cut = least_squares_cut(weights, architecture, StoredStatistics(upper.statistics_file), narrow)
+        weights = balance_norms(cut, narrow)
         architecture = narrow
-    cut, shallow = select_layers(weights, architecture, [block.kept for block in blocks])
-    return build_model(shallow, cut, getattr(torch, upper.dtype), name_or_path=str(upper.path))
+    kept, shallow = select_layers(weights, architecture, [block.kept for block in blocks])
+    return build_model(shallow, kept, getattr(torch, upper.dtype), name_or_path=str(upper.path))
 
 
 def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], tokens: torch.Tensor) -> None:

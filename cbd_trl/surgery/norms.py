@@ -1,4 +1,7 @@
-"""Putting a model's norms into one gauge: gains (and biases) moved into the layers that read them. Exact."""
+"""Putting a model's norms into one gauge: gains (and biases) moved into the layers that read them, or shared with
+them. Exact."""
+
+import functools
 
 import torch
 
@@ -40,5 +43,43 @@ def fold_norms(weights: Weights, architecture: Architecture) -> Weights:
         weight = f"{module}.weight"
         matrix = input_matrix(weights[weight], architecture.tensors[weight], site.axis)
         return (own.double() + matrix.double() @ weights[f"{site.name}.bias"].double()).to(own.dtype)
+
+    return LazyWeights(weights, tensor)
+
+
+def balance_norms(weights: Weights, architecture: Architecture) -> Weights:
+    """Share each norm's gain with its readers so that all they read is multiplied by weights of one size: with c_j the
+    root mean square of column j over a norm's readers, gain_j becomes gain_j c_j / median(c).
+
+    A least-squares cut makes columns hundreds of times the size of others where the gain is small. The gradient of
+    such a gain is as large, and is all that a step with a clipped gradient follows: SmolLM2-135M cut from 576 to 384
+    channels has a gradient norm of hundreds so, and of 2 to 5 balanced. The norm of a tied head stays as it is.
+    """
+    tied_final = architecture.sites[-1].name if architecture.tied else None
+    norms = {name: site for name, site in site_norms(architecture).items() if name != tied_final}
+    readers = {module: site for module, site in readers_of(architecture).items() if site.name in norms}
+
+    def matrix(module: str) -> torch.Tensor:
+        key = f"{module}.weight"
+        return input_matrix(working(weights[key]), architecture.tensors[key], readers[module].axis)
+
+    # As many as a layer has.
+    @functools.lru_cache(maxsize=len(architecture.family.sites))
+    def share(name: str) -> torch.Tensor:
+        """What the gain is multiplied by, (D,)."""
+        own = [module for module, site in readers.items() if site.name == name]
+        squares = torch.stack([matrix(module).square().sum(0) for module in own]).sum(0)
+        columns = squares.sqrt()
+        # What nothing reads, or nothing is in the median of, has no size to be given.
+        return torch.where(columns > 0, columns / columns.median().clamp(min=torch.finfo(columns.dtype).tiny), 1.0)
+
+    def tensor(key: str) -> torch.Tensor:
+        module, kind = key.rsplit(".", 1)
+        if module in norms:
+            return working(weights[key]) * share(module)
+        if module not in readers or kind == "bias":
+            return weights[key]
+        balanced = matrix(module) / share(readers[module].name)
+        return from_input_matrix(balanced, weights[key], architecture.tensors[key], readers[module].axis)
 
     return LazyWeights(weights, tensor)

@@ -1,5 +1,7 @@
 """The measure of merit, and the pairs and rules it is taken on."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -27,6 +29,14 @@ def test_eta_needs_a_larger_anchor_that_is_better() -> None:
         eta(2.5, 3.0, [2.7], [0.5])
 
 
+def _write(folder, model, name, parent, blocks):
+    def fill(folder):
+        model.save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+
+    write_anchor(folder, {"name": name, "parent": parent, "block_map": blocks}, fill)
+
+
 @pytest.fixture
 def chain(tmp_path) -> Chain:
     """Three anchors that differ in depth alone."""
@@ -35,31 +45,32 @@ def chain(tmp_path) -> Chain:
         model = tiny_model("llama", seed=i, num_hidden_layers=depth)
         blocks = blocks_of(spaced_layers(DEPTHS[i - 1], depth)) if i else None
 
-        def fill(folder, model=model):
-            model.save_pretrained(folder)
-            tiny_tokenizer().save_pretrained(folder)
-
-        write_anchor(tmp_path, {"name": f"of-{depth}", "parent": parent, "block_map": blocks}, fill)
+        _write(tmp_path, model, f"of-{depth}", parent, blocks)
         parent = f"of-{depth}"
     return Chain.from_pretrained(tmp_path)
 
 
-def test_the_third_anchor_stands_for_what_the_second_did(chain: Chain) -> None:
-    pairs = pairs_of(chain)
-    assert [[anchor.name for anchor in pair.anchors] for pair in pairs.values()] == [
-        ["of-8", "of-4"],
-        ["of-4", "of-2"],
-        ["of-8", "of-2"],
-    ]
-    blocks = pairs["both"].anchors[1].block_map
-    assert [layer for block in blocks for layer in block] == list(range(8)) and len(blocks) == 2
-    middle, bottom = chain.anchors[1].block_map, chain.anchors[2].block_map
-    assert blocks[0] == [layer for i in bottom[0] for layer in middle[i]]
-    # Each keeps the last of its block, here as there.
-    assert pairs["both"].anchors[1].kept_layers == [block[-1] for block in blocks]
+def test_pairs_are_neighbours_named_by_what_they_differ_in(tmp_path) -> None:
+    narrow = {"hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8}
+    shapes = [{"num_hidden_layers": 4}, {"num_hidden_layers": 2}, {"num_hidden_layers": 2, **narrow}]
+    names = ["of-8", "shallow", "narrow"]
+    for (parent, name), shape in zip(itertools.pairwise(["", *names]), shapes, strict=True):
+        blocks = [[0, 1], [2, 3]] if name == "shallow" else [[0], [1]] if name == "narrow" else None
+        _write(tmp_path / "two", tiny_model("llama", **shape), name, parent or None, blocks)
+    pairs = pairs_of(Chain.from_pretrained(tmp_path / "two"))
+    found = {kind: [anchor.name for anchor in pair.anchors] for kind, pair in pairs.items()}
+    assert found == {"depth": ["of-8", "shallow"], "width": ["shallow", "narrow"]}
+    # The upper one of a pair stands for itself.
+    assert pairs["width"].anchors[0].block_map is None
+
+    top, _, bottom = Chain.from_pretrained(tmp_path / "two").anchors
+    _write(tmp_path / "one", top.load_model(), "top", None, None)
+    _write(tmp_path / "one", bottom.load_model(), "bottom", "top", [[0, 1], [2, 3]])
+    assert list(pairs_of(Chain.from_pretrained(tmp_path / "one"))) == ["both"]
 
 
 def test_blocks_from_either_end(chain: Chain) -> None:
+    chain.anchors = chain.anchors[:2]
     pair = pairs_of(chain)["depth"]
     blocks = pair.anchors[1].block_map
     upper, lower = (anchor.load_model() for anchor in pair.anchors)

@@ -45,7 +45,9 @@ def test_training_is_six_n_d_and_a_teacher_two_more_of_its_own():
 
 def test_a_chain_is_its_statistics_refits_and_distillation():
     statistics, refit = 2 * 100 * 2 + 2 * 50 * 2, 2 * 100 * 2 + 2 * 50 * 2
-    assert chain_flops([100, 50], [0, 7], 2) == statistics + refit + 6 * 50 * 7 + 2 * 100 * 7
+    plain = statistics + refit + 6 * 50 * 7 + 2 * 100 * 7
+    assert chain_flops([100, 50], [0, 7], 2, [0.0, 0.0]) == plain
+    assert chain_flops([100, 50], [0, 7], 2, [0.0, 0.5]) == plain + 0.5 * 6 * 75 * 7
 
 
 def test_a_chain_is_paid_once_and_a_teacher_for_every_size():
@@ -150,9 +152,9 @@ def test_tables_say_more_than_where_scratch_never_comes_down():
 
 
 def test_a_family_is_charged_the_tokens_that_its_way_needs():
-    parameters, tokens = [130e6, 90e6], [0, 1000]
-    costs = family_costs(CURVES, 3.5, parameters, tokens)
-    chain = chain_flops(parameters, tokens, 8192)
+    parameters, tokens, hybrids = [130e6, 90e6], [0, 1000], [0.0, 0.5]
+    costs = family_costs(CURVES, 3.5, parameters, tokens, hybrids)
+    chain = chain_flops(parameters, tokens, 8192, hybrids)
     assert costs["nested"]["tokens"] == 50_000
     assert costs["nested"]["flops"][0] == pytest.approx(chain + 6 * 110e6 * 50_000)
     assert costs["nested"]["flops"][1] == pytest.approx(chain + 5 * 6 * 110e6 * 50_000)

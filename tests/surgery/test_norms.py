@@ -1,8 +1,9 @@
-"""Folding norms into their readers."""
+"""Folding norms into their readers, and sharing gains with them."""
 
 import torch
 
-from cbd_trl.surgery.norms import fold_norms, folds
+from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
+from cbd_trl.surgery.weights import input_matrix
 from tests.surgery.helpers import TOLERANCE, build, changed, described, difference, every_case, full_model
 from tests.tiny import WIDTH_OF_HEADS
 
@@ -38,3 +39,67 @@ def test_folding_twice_is_folding_once(family, tied):
     weights, architecture = described(full_model(family, tied))
     folded = fold_norms(weights, architecture)
     assert not changed(fold_norms(folded, architecture), folded)
+
+
+def _columns(weights, architecture, site):
+    """The size of each column over all readers of a site."""
+    keys = [f"{reader}.weight" for reader in site.readers]
+    parts = [input_matrix(weights[key], architecture.tensors[key], site.axis) for key in keys]
+    return torch.cat(parts).square().mean(0).sqrt()
+
+
+def _uneven(weights, architecture):
+    """The same function (but for the single precision that Gemma norms in) with gains up to thirty times smaller."""
+    uneven = dict(weights)
+    for site in _balanced_sites(architecture):
+        factor = torch.logspace(-1.5, 0, len(weights[f"{site.name}.weight"]), dtype=torch.float64)
+        for name in (f"{site.name}.weight", f"{site.name}.bias"):
+            if name in uneven:
+                uneven[name] = uneven[name] * factor
+        for key in (f"{reader}.weight" for reader in site.readers):
+            axes = architecture.tensors[key]
+            shape = [-1 if axis == site.axis else 1 for axis in axes]
+            uneven[key] = uneven[key] / factor.view(shape)
+    return uneven
+
+
+def _balanced_sites(architecture):
+    norms = [site for site in architecture.sites if site.norm]
+    return norms[:-1] if architecture.tied else norms
+
+
+@every_case
+def test_balancing_leaves_the_logits_equal_and_makes_columns_alike(family, tied):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    uneven = _uneven(weights, architecture)
+    balanced = balance_norms(uneven, architecture)
+    assert difference(build(balanced, architecture), model) <= TOLERANCE
+    for site in _balanced_sites(architecture):
+        before, after = (_columns(these, architecture, site) for these in (uneven, balanced))
+        assert before.max() / before.min() > 10
+        torch.testing.assert_close(after, before.median().expand_as(after).to(after), rtol=1e-6, atol=0)
+    assert set(changed(balanced, uneven)) == {
+        key
+        for site in _balanced_sites(architecture)
+        for key in (f"{site.name}.weight", f"{site.name}.bias", *(f"{reader}.weight" for reader in site.readers))
+        if key in weights
+    }
+
+
+@every_case
+def test_balancing_twice_is_balancing_once(family, tied):
+    weights, architecture = described(full_model(family, tied))
+    once = dict(balance_norms(weights, architecture))
+    for key, tensor in balance_norms(once, architecture).items():
+        torch.testing.assert_close(tensor, once[key])
+
+
+def test_what_no_reader_reads_keeps_its_gain():
+    weights, architecture = described(full_model("llama", True))
+    site = architecture.sites[0]
+    for reader in site.readers:
+        weights[f"{reader}.weight"][:, 3] = 0.0
+    balanced = balance_norms(weights, architecture)
+    assert balanced[f"{site.name}.weight"][3] == weights[f"{site.name}.weight"][3]
+    assert all(balanced[key].isfinite().all() for key in weights)
