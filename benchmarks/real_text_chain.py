@@ -90,7 +90,7 @@ def _first_characters(rows: list[str], size: int, seed: int) -> list[str]:
     return [row for row, end in zip(shuffled, ends, strict=True) if end <= size]
 
 
-def arguments(steps: int, learning_rate: float, swap: float, seed: int, bf16: bool) -> DistillConfig:
+def arguments(steps: int, learning_rate: float, swap: float | None, seed: int, bf16: bool) -> DistillConfig:
     return DistillConfig(
         output_dir="unused",
         max_steps=steps,
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--depth-steps", type=int, default=200)
     parser.add_argument("--width-steps", type=int, default=200)
-    parser.add_argument("--swap-probability", type=float, default=0.5, help="of both pairs")
+    parser.add_argument("--plain", action="store_true", help="no hybrids, for comparison")
     parser.add_argument("--one-step", action="store_true", help="the narrower anchor straight from the source")
     parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
@@ -177,8 +177,8 @@ def main() -> None:
     wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
     anchors = [{**ANCHORS[0], **ANCHORS[1]}] if options.one_step else ANCHORS
     args = [
-        arguments(options.depth_steps, 4e-4, options.swap_probability, options.seed, not options.fp32),
-        arguments(options.width_steps, 6e-4, options.swap_probability, options.seed, not options.fp32),
+        arguments(options.depth_steps, 4e-4, 0.0 if options.plain else None, options.seed, not options.fp32),
+        arguments(options.width_steps, 6e-4, 0.0 if options.plain else None, options.seed, not options.fp32),
     ]
     if options.one_step:
         del args[0]

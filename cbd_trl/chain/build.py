@@ -55,8 +55,8 @@ def build_chain(
             above (depth first down to half the layers, then width). A dict may hold `args` and `dataset` of its own.
         dataset: training text in any format of SFTTrainer; its first tokens also calibrate.
         output_dir: where the chain is written.
-        args: training arguments for every anchor. `hidden_weight` (2.0) and `swap_probability` (0.5 where
-            models lie between the two) have defaults of their own here.
+        args: training arguments for every anchor. `hidden_weight` (2.0; 0 where a width differs) and
+            `swap_probability` (0.5, or 1 where a width differs) have defaults of their own here.
         processing_class: tokenizer; by default the source's.
         eval_dataset: evaluated once for every anchor after training, when given.
         calibration_tokens: tokens of text behind the statistics.

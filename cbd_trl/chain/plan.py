@@ -21,14 +21,17 @@ from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
 
-# Measured on SmolLM2-135M: the hidden-state term keeps anchors interpolable, and hybrids bring the models between two
-# depths from 0.84 to 1.23 of what a straight line between the anchors would gain, the anchor from 3.142 to 3.146 nats;
-# between two widths from 0.71 to 0.84, the anchor from 3.516 to 3.511.
+# Measured on SmolLM2-135M (docs/quality.md). Between two depths the hidden-state term keeps an anchor's layers near
+# the blocks that replace them, and hybrids beside half of the steps bring the models between from 0.84 to 1.23 of what
+# a straight line would gain, at no loss to the anchor. A narrower stream cannot be the wider one's, and what holds it
+# there costs anchor and targets alike: hybrids alone, beside every step, are better.
 HIDDEN_WEIGHT = 2.0
 # With the cosine, which does not see it, the size of the stream drifted, and the upper anchor's blocks build on it.
 # The two were not compared by themselves.
 HIDDEN_LOSS = "mse"
 SWAP_PROBABILITY = 0.5
+WIDTH_HIDDEN_WEIGHT = 0.0
+WIDTH_SWAP_PROBABILITY = 1.0
 _OWN_OPTIONS = ("args", "dataset")
 _TEACHER_ARGUMENTS = (
     "teacher_model_name_or_path",
@@ -148,12 +151,11 @@ def plan_chain(
                 f"({upper.num_parameters:,}). List anchors from large to small."
             )
         names.append(anchor_name(target.num_parameters, names))
-        between = _models_between(upper, target)
         steps.append(
             Step(
                 name=names[-1],
                 architecture=target,
-                args=_with_chain_defaults(own.get("args", args), between),
+                args=_with_chain_defaults(own.get("args", args), upper, target),
                 dataset=own.get("dataset", dataset),
             )
         )
@@ -171,7 +173,7 @@ def _size(anchor: Any, position: int) -> float:
     return float(anchor)
 
 
-def _with_chain_defaults(args: Any, models_between: bool) -> DistillConfig:
+def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -> DistillConfig:
     if not isinstance(args, DistillConfig):
         raise TypeError(
             f"The args of an anchor are a {type(args).__name__}: a DistillConfig is needed, it has every default. "
@@ -182,14 +184,17 @@ def _with_chain_defaults(args: Any, models_between: bool) -> DistillConfig:
             f"The args of a chain set {' and '.join(named)}, but the teacher of each anchor is the anchor above it: "
             "there can be one. Leave them out, and give the first teacher as `source`."
         )
-    args = copy.deepcopy(args)
+    args, equal_widths = copy.deepcopy(args), target.sizes == upper.sizes
+    models_between = _models_between(upper, target)
     if args.hidden_weight is None:
-        args.hidden_weight = HIDDEN_WEIGHT
+        asked = args.hidden_loss or args.hidden_projector or args.hidden_weight_end
+        args.hidden_weight = HIDDEN_WEIGHT if equal_widths or asked else WIDTH_HIDDEN_WEIGHT
     if args.hidden_loss is None and args.hidden_weight:
         args.hidden_loss = HIDDEN_LOSS
     if args.swap_probability is None:
+        share = SWAP_PROBABILITY if equal_widths else WIDTH_SWAP_PROBABILITY
         # Hybrids run the teacher's layers on the student's states, which a projector lets drift apart.
-        args.swap_probability = SWAP_PROBABILITY if models_between and not args.hidden_projector else 0.0
+        args.swap_probability = share if models_between and not args.hidden_projector else 0.0
     if args.swap_probability and not models_between:
         raise ValueError(
             f"swap_probability={args.swap_probability} trains models between an anchor and the one above it, and no "

@@ -3,7 +3,7 @@
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 # Of a forward pass of the same model: the backward pass, and the loss with its optimiser step.
@@ -58,6 +58,7 @@ def predict(
     targets: int,
     operators: int,
     *,
+    swap_probabilities: Sequence[float],
     speed: float,
     bf16: bool,
     steps: int,
@@ -72,6 +73,7 @@ def predict(
         sizes: parameters of the source and of the lower anchors, largest first.
         targets: how many sizes are made.
         operators: how many models of each.
+        swap_probabilities: share of each lower anchor's steps that have a hybrid beside them.
         speed: tokens per second of the source's forward pass.
         bf16: whether training is in mixed precision.
         steps: optimiser steps per anchor.
@@ -86,12 +88,13 @@ def predict(
     shares = [size / sizes[0] for size in sizes]
     training = speed * (_BF16_SPEED if bf16 else 1.0)
     seconds = {}
-    for number, (upper, lower) in enumerate(pairwise(shares), start=1):
-        seconds[f"anchor {number}"] = (
-            steps * step_tokens * (upper + _STEP_COST * lower) / training + calibration_tokens * 1.2 * lower / speed
-        )
-    # Only the first differs in depth: hybrids beside a quarter of its steps, and layers to choose.
-    seconds["anchor 1"] *= 1.2
+    for number, ((upper, lower), hybrids) in enumerate(
+        zip(pairwise(shares), swap_probabilities, strict=True), start=1
+    ):
+        # A hybrid is of the mean size of the two.
+        step = upper + _STEP_COST * (lower + hybrids * (upper + lower) / 2)
+        seconds[f"anchor {number}"] = steps * step_tokens * step / training + calibration_tokens * 1.2 * lower / speed
+    # Only the first has layers to choose.
     seconds["anchor 1"] += (calibration_tokens * 1.2 + _CHOOSING_TOKENS) / speed
     mean = sum(shares) / len(shares)
     models = len(shares) + targets * operators

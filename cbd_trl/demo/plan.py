@@ -18,6 +18,7 @@ class Plan:
     Args:
         anchors: config fields of the lower anchors, largest first.
         learning_rates: of each anchor's distillation.
+        swap_probabilities: likewise, the share of its steps that have a hybrid beside them.
         targets: the sizes to make.
         saved: which target, counted from 0, is saved as a model folder.
         batch_size: packed rows in a step.
@@ -32,6 +33,7 @@ class Plan:
 
     anchors: tuple[Mapping[str, int], ...]
     learning_rates: tuple[float, ...]
+    swap_probabilities: tuple[float, ...]
     targets: tuple[Target, ...]
     saved: int
     batch_size: int = 4
@@ -55,6 +57,8 @@ SMOLLM2 = Plan(
         {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
     ),
     learning_rates=(4e-4, 6e-4),
+    # A hybrid beside a step takes as long again, or longer.
+    swap_probabilities=(0.25, 0.5),
     targets=(
         Target(config={"num_hidden_layers": 28}),
         Target(config={"num_hidden_layers": 24}),
@@ -73,7 +77,7 @@ def default_steps(bf16: bool) -> int:
     Args:
         bf16: whether training runs in bf16 mixed precision.
     """
-    return 75 if bf16 else 36
+    return 70 if bf16 else 33
 
 
 def bf16_pays() -> bool:
@@ -119,8 +123,7 @@ def training_args(plan: Plan, anchor: int, output: str, steps: int, seed: int, b
         # Full rows: every step has the same number of tokens, and attention stays within 256 of them.
         "packing_strategy": "wrapped",
         "learning_rate": plan.learning_rates[anchor],
-        # A hybrid beside a step takes as long again.
-        "swap_probability": 0.25 if "num_hidden_layers" in plan.anchors[anchor] else 0.0,
+        "swap_probability": plan.swap_probabilities[anchor],
         "lr_scheduler_type": "cosine",
         "warmup_steps": min(10, steps // 2),
         "adam_beta2": 0.95,

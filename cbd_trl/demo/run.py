@@ -166,6 +166,7 @@ class Demo:
             sizes,
             targets=len(self.plan.targets),
             operators=len(OPERATORS) + 1,
+            swap_probabilities=self.plan.swap_probabilities,
             speed=known,
             bf16=self.settings.bf16,
             steps=self.settings.steps,

@@ -12,6 +12,7 @@ from cbd_trl.chain.calibration import token_blocks
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.blocks import select_layers
 from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.norms import balance_norms
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.sort import importance
 from cbd_trl.surgery.stored_statistics import StoredStatistics
@@ -120,18 +121,19 @@ def test_an_anchor_starts_as_the_refitted_cut_of_the_one_above(tmp_path):
     cut, architecture = select_layers(upper.load_state_dict(), upper.architecture(), deep.kept_layers)
     assert_close(deep.load_state_dict(), refitted(cut, architecture, upper, deep.block_map))
     statistics = StoredStatistics(deep.statistics_file)
-    cut = least_squares_cut(deep.load_state_dict(), architecture, statistics, wide.architecture())
+    narrow = least_squares_cut(deep.load_state_dict(), architecture, statistics, wide.architecture())
+    cut = balance_norms(narrow, wide.architecture())
     assert_close(wide.load_state_dict(), refitted(cut, wide.architecture(), deep, [[0], [1], [2], [3]]))
 
 
 def test_depth_and_width_at_once(tmp_path):
     anchors = [{**CHAIN_ANCHORS[0], **CHAIN_ANCHORS[1]}]
     upper, lower = build(tmp_path / "chain", anchors=anchors, args=chain_config(learning_rate=0.0)).anchors
-    assert lower.training["swap_probability"] == 0.5
+    assert lower.training["swap_probability"] == 1.0
     narrow = upper.architecture().resized(**lower.architecture().sizes)
     statistics = StoredStatistics(upper.statistics_file)
     cut = least_squares_cut(upper.load_state_dict(), upper.architecture(), statistics, narrow)
-    cut, architecture = select_layers(cut, narrow, lower.kept_layers)
+    cut, architecture = select_layers(balance_norms(cut, narrow), narrow, lower.kept_layers)
     assert_close(lower.load_state_dict(), refitted(cut, architecture, upper, lower.block_map))
 
 
@@ -161,8 +163,8 @@ def test_an_anchor_is_trained_with_hybrids_beside_it(tmp_path):
 
 
 def test_chain_defaults_are_in_force_and_the_callers_arguments_untouched(chain, tmp_path):
-    assert [anchor.training["hidden_weight"] for anchor in chain.anchors[1:]] == [2.0, 2.0]
-    assert [anchor.training["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 0.5]
+    assert [anchor.training["hidden_weight"] for anchor in chain.anchors[1:]] == [2.0, 0.0]
+    assert [anchor.training["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 1.0]
     args = chain_config(hidden_weight=0.0, swap_probability=0.0, max_steps=1)
     anchor = build(tmp_path / "chain", anchors=CHAIN_ANCHORS[:1], args=args).anchors[1]
     assert (anchor.training["hidden_weight"], anchor.training["swap_probability"]) == (0.0, 0.0)

@@ -28,6 +28,7 @@ def test_prediction_at_the_stated_speed_is_within_the_promise():
             [135_000_000, 85_000_000, 44_000_000],
             targets=6,
             operators=5,
+            swap_probabilities=SMOLLM2.swap_probabilities,
             speed=380,
             bf16=bf16,
             steps=default_steps(bf16),

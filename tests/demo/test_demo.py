@@ -21,6 +21,7 @@ PLAN = Plan(
         {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24},
     ),
     learning_rates=(1e-3, 1e-3),
+    swap_probabilities=(0.5, 0.5),
     targets=(Target(config={"num_hidden_layers": 5}), Target(config={"hidden_size": 24, "num_attention_heads": 4})),
     saved=1,
     batch_size=2,
