@@ -77,7 +77,7 @@ def default_steps(bf16: bool) -> int:
     Args:
         bf16: whether training runs in bf16 mixed precision.
     """
-    return 70 if bf16 else 33
+    return 70 if bf16 else 32
 
 
 def bf16_pays() -> bool:
