@@ -16,7 +16,7 @@ from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, s
 from cbd_trl.surgery.cut import gain_ratio, least_squares_cut, plain_cut
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
 from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.norms import fold_norms, folds
+from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.statistics import SiteStatistics
 from cbd_trl.surgery.weights import Weights, readers_of, site_norms
 
@@ -89,7 +89,8 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     if pair.equal_widths:
         return patch(pair, plan)
     cut, architecture = cut_upper(pair, plan)
-    return mixer(pair, plan)(cut, pair.lower), architecture
+    mixed = mixer(pair, plan)(cut, pair.lower)
+    return _balanced(mixed, architecture, pair, [layer for _, layer in layer_stack(pair, plan)]), architecture
 
 
 def cut_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -175,10 +176,12 @@ def check_patch(pair: Pair, target: Architecture) -> None:
 def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """The upper anchor alone: evenly spaced layers, least-squares cut in width."""
     widths = pair.upper_architecture.resized(**plan.target.sizes)
-    weights = pair.upper
-    if widths.sizes != pair.upper_architecture.sizes:
-        weights = least_squares_cut(weights, pair.upper_architecture, _needed(pair), widths)
-    return select_layers(weights, widths, spaced_layers(widths.depth, plan.target.depth))
+    layers = spaced_layers(widths.depth, plan.target.depth)
+    if widths.sizes == pair.upper_architecture.sizes:
+        return select_layers(pair.upper, widths, layers)
+    cut = least_squares_cut(pair.upper, pair.upper_architecture, _needed(pair), widths)
+    weights, architecture = select_layers(cut, widths, layers)
+    return _balanced(weights, architecture, pair, layers), architecture
 
 
 def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -222,6 +225,12 @@ def _needed(pair: Pair) -> SiteStatistics:
             "again."
         )
     return pair.statistics
+
+
+def _balanced(weights: Weights, architecture: Architecture, pair: Pair, layers: Sequence[int]) -> Weights:
+    """The same function in the gauge of the upper anchor, from whose layers it is made: ready for training."""
+    like, _ = select_layers(pair.upper, pair.upper_architecture, layers)
+    return balance_norms(weights, architecture, like)
 
 
 def _swapped(pair: Pair, plan: Plan) -> Collection[int]:

@@ -47,31 +47,41 @@ def fold_norms(weights: Weights, architecture: Architecture) -> Weights:
     return LazyWeights(weights, tensor)
 
 
-def balance_norms(weights: Weights, architecture: Architecture) -> Weights:
-    """Share each norm's gain with its readers so that all they read is multiplied by weights of one size: with c_j the
-    root mean square of column j over a norm's readers, gain_j becomes gain_j c_j / median(c).
+def balance_norms(weights: Weights, architecture: Architecture, like: Weights | None = None) -> Weights:
+    """Share what each norm's gain and its readers' columns multiply an input by, so that all columns are of one size:
+    with c_j the root mean square of column j over the readers, gain_j becomes gain_j c_j m / median(|gain| c), m the
+    median of |gain|.
 
-    A least-squares cut makes columns hundreds of times the size of others where the gain is small. The gradient of
-    such a gain is as large, and is all that a step with a clipped gradient follows: SmolLM2-135M cut from 576 to 384
-    channels has a gradient norm of hundreds so, and of 2 to 5 balanced. The norm of a tied head stays as it is.
+    A least-squares cut makes columns hundreds of times the size of others where the gain is small, and folded norms
+    leave the differences of size to the columns: the gradient of a few gains is then all that a step with a clipped
+    gradient follows. SmolLM2-135M cut to 384 channels has a gradient norm of hundreds so, balanced of 2 to 5. The last
+    norm, which the head reads through, stays as it is.
+
+    Args:
+        weights: of any gauge.
+        like: m is the median of these weights' |gain|, which have the same layers, of any width; None: of its own.
     """
-    tied_final = architecture.sites[-1].name if architecture.tied else None
-    norms = {name: site for name, site in site_norms(architecture).items() if name != tied_final}
+    norms = {name: site for name, site in site_norms(architecture).items() if site is not architecture.sites[-1]}
     readers = {module: site for module, site in readers_of(architecture).items() if site.name in norms}
+    like = weights if like is None else like
 
+    # Asked for twice, by the norm and by itself: as many as a layer has.
+    @functools.lru_cache(maxsize=sum(len(site.readers) for site in architecture.family.sites))
     def matrix(module: str) -> torch.Tensor:
         key = f"{module}.weight"
         return input_matrix(working(weights[key]), architecture.tensors[key], readers[module].axis)
 
-    # As many as a layer has.
     @functools.lru_cache(maxsize=len(architecture.family.sites))
     def share(name: str) -> torch.Tensor:
         """What the gain is multiplied by, (D,)."""
-        own = [module for module, site in readers.items() if site.name == name]
-        squares = torch.stack([matrix(module).square().sum(0) for module in own]).sum(0)
-        columns = squares.sqrt()
-        # What nothing reads, or nothing is in the median of, has no size to be given.
-        return torch.where(columns > 0, columns / columns.median().clamp(min=torch.finfo(columns.dtype).tiny), 1.0)
+        own = [matrix(module) for module, site in readers.items() if site.name == name]
+        squares = torch.stack([rows.square().sum(0) for rows in own]).sum(0)
+        columns = (squares / sum(len(rows) for rows in own)).sqrt()
+        gain, usual = (working(of[f"{name}.weight"]).abs() for of in (weights, like))
+        sizes = columns * gain
+        share = columns * (usual.median() / sizes.median())
+        # What nothing reads has no size to be given.
+        return torch.where(share.isfinite() & (share > 0), share, 1.0)
 
     def tensor(key: str) -> torch.Tensor:
         module, kind = key.rsplit(".", 1)

@@ -64,8 +64,7 @@ def _uneven(weights, architecture):
 
 
 def _balanced_sites(architecture):
-    norms = [site for site in architecture.sites if site.norm]
-    return norms[:-1] if architecture.tied else norms
+    return [site for site in architecture.sites if site.norm][:-1]
 
 
 @every_case
@@ -78,7 +77,9 @@ def test_balancing_leaves_the_logits_equal_and_makes_columns_alike(family, tied)
     for site in _balanced_sites(architecture):
         before, after = (_columns(these, architecture, site) for these in (uneven, balanced))
         assert before.max() / before.min() > 10
-        torch.testing.assert_close(after, before.median().expand_as(after).to(after), rtol=1e-6, atol=0)
+        torch.testing.assert_close(after, after[:1].expand_as(after), rtol=1e-6, atol=0)
+        gains = [of[f"{site.name}.weight"].abs().median() for of in (uneven, balanced)]
+        torch.testing.assert_close(gains[1].to(gains[0]), gains[0])
     assert set(changed(balanced, uneven)) == {
         key
         for site in _balanced_sites(architecture)
@@ -93,6 +94,18 @@ def test_balancing_twice_is_balancing_once(family, tied):
     once = dict(balance_norms(weights, architecture))
     for key, tensor in balance_norms(once, architecture).items():
         torch.testing.assert_close(tensor, once[key])
+
+
+@every_case
+def test_gains_are_of_the_size_that_is_asked_for(family, tied):
+    model = full_model(family, tied)
+    weights, architecture = described(model)
+    like = {key: tensor * 3 for key, tensor in weights.items()}
+    balanced = balance_norms(fold_norms(weights, architecture), architecture, like)
+    assert difference(build(balanced, architecture), model) <= TOLERANCE
+    for site in _balanced_sites(architecture):
+        gains = [of[f"{site.name}.weight"].abs().median() for of in (like, balanced)]
+        torch.testing.assert_close(gains[1].to(gains[0]), gains[0])
 
 
 def test_what_no_reader_reads_keeps_its_gain():
