@@ -67,9 +67,11 @@ def balance_norms(weights: Weights, architecture: Architecture, like: Weights | 
 
     # Asked for twice, by the norm and by itself: as many as a layer has.
     @functools.lru_cache(maxsize=sum(len(site.readers) for site in architecture.family.sites))
+    def made(module: str) -> torch.Tensor:
+        return working(weights[f"{module}.weight"])
+
     def matrix(module: str) -> torch.Tensor:
-        key = f"{module}.weight"
-        return input_matrix(working(weights[key]), architecture.tensors[key], readers[module].axis)
+        return input_matrix(made(module), architecture.tensors[f"{module}.weight"], readers[module].axis)
 
     @functools.lru_cache(maxsize=len(architecture.family.sites))
     def share(name: str) -> torch.Tensor:
@@ -90,6 +92,6 @@ def balance_norms(weights: Weights, architecture: Architecture, like: Weights | 
         if module not in readers or kind == "bias":
             return weights[key]
         balanced = matrix(module) / share(readers[module].name)
-        return from_input_matrix(balanced, weights[key], architecture.tensors[key], readers[module].axis)
+        return from_input_matrix(balanced, made(module), architecture.tensors[key], readers[module].axis)
 
     return LazyWeights(weights, tensor)

@@ -12,9 +12,11 @@ from cbd_trl.chain.operators import (
     OPERATORS,
     Pair,
     Plan,
+    cut_upper,
     default_alpha,
     expand,
     linear,
+    mixer,
     nested,
     patch,
     slice_upper,
@@ -24,7 +26,7 @@ from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.norms import fold_norms
 from tests.chain.helpers import BLOCKS, between, depth_of, random_pair, same_weights
 from tests.chain.naive import linear_twin, nested_twin
-from tests.surgery.helpers import TOLERANCE, build, difference, every_case, every_family, full_model
+from tests.surgery.helpers import TOLERANCE, build, changed, difference, every_case, every_family, full_model
 from tests.tiny import FAMILIES
 
 every_kind = pytest.mark.parametrize("what", ["depth", "width", "both"])
@@ -165,13 +167,19 @@ def test_nested_without_the_lower_anchor_is_the_cut(family, tied, what):
 def test_nested_in_width_tensor_by_tensor(family, tied, what, alpha):
     pair = random_pair(family, tied, what)
     target = between(pair)
-    weights, architecture = nested(pair, Plan(target, alpha=alpha))
+    plan = Plan(target, alpha=alpha)
+    cut, architecture = cut_upper(pair, plan)
     assert architecture.shape == target.shape
+    weights = mixer(pair, plan)(cut, pair.lower)
     model = full_model(family, tied, seed=1, **depth_of(family, 6))
     expected = nested_twin(pair, target, alpha, model)
     assert weights.keys() == expected.keys()
     for key, tensor in weights.items():
         torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-4, atol=1e-4, msg=key)
+    # What nested gives is this with balanced norms.
+    balanced = nested(pair, plan)
+    assert difference(made(balanced), made((weights, architecture))) <= SINGLE
+    assert bool(changed(balanced[0], weights)) == any(site.norm for site in architecture.sites[:-1])
 
 
 @every_kind
