@@ -206,6 +206,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--held-out-blocks", type=int, default=40, help=f"of {BLOCK_LENGTH} tokens, of each text")
+    parser.add_argument("--skip-blocks", type=int, default=0, help="the first ones, on which a recipe was chosen")
     parser.add_argument("--methods", nargs="+", choices=METHODS["depth"], default=METHODS["depth"], metavar="METHOD")
     parser.add_argument("--seed", type=int, default=0, help="of the training text's order, as the chain was built")
     parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
@@ -215,8 +216,9 @@ def main() -> None:
     chain = Chain.from_pretrained(options.chain)
     gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
     wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
+    skipped, count = options.skip_blocks, options.skip_blocks + options.held_out_blocks
     texts = {
-        name: held_out_blocks(chain.tokenizer(), rows, BLOCK_LENGTH, options.held_out_blocks)
+        name: held_out_blocks(chain.tokenizer(), rows, BLOCK_LENGTH, count)[skipped:]
         for name, rows in {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}.items()
     }
     key = fingerprint(*texts.values(), [anchor.files for anchor in chain.anchors], options.fp32)
