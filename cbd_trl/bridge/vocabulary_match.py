@@ -85,8 +85,8 @@ def match_vocabularies(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
             rest[index] = token.encode() if data is None else data
     if not copied:
         raise ValueError(
-            f"The two tokenizers ({len(old_bytes)} and {len(new_bytes)} tokens) have no token of the same bytes: there "
-            "is nothing to carry over. Check that both are the ones that are meant; else train a new embedding."
+            f"The two tokenizers ({len(old_bytes)} and {len(new_bytes)} tokens) have no token of the same bytes: "
+            "there is nothing to carry over. Check that both are the ones that are meant; else train a new embedding."
         )
     built = {index: found for index, found in zip(rest, pieces_of(old, rest.values()), strict=True) if found}
     placed = {**copied, **by_role, **built}
