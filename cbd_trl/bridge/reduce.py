@@ -167,8 +167,8 @@ def _cutting_at_spaces(tokenizer: PreTrainedTokenizerBase, spelling: Spelling) -
 def _append(tokenizer: Any, byte_tokens: list[str]) -> None:
     """Add byte tokens to the model, which no trainer knows of; as added tokens they would be looked for in texts."""
     fields = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    del fields["type"]
     vocabulary, merges = fields.pop("vocab"), [tuple(merge) for merge in fields.pop("merges")]
+    options = {name: value for name, value in fields.items() if name != "type" and value is not None}
     further = [token for token in byte_tokens if token not in vocabulary]
     vocabulary.update({token: len(vocabulary) + place for place, token in enumerate(further)})
-    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, **fields)
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, **options)

@@ -57,6 +57,7 @@ def test_held_out_text_is_not_trained_on_and_options_reach_the_transplant() -> N
 
 def test_special_tokens_chat_template_and_its_marks_are_kept() -> None:
     tokenizer = make_tokenizer(size=500)
+    size = len(tokenizer)
     tokenizer.add_tokens(["<think>", "<never>", AddedToken("<role>", special=True)])
     tokenizer.chat_template = "{% for m in messages %}<user><think>{{ m['content'] }}</s>{% endfor %}"
     tokenizer.name_or_path = "some/model"
@@ -67,7 +68,7 @@ def test_special_tokens_chat_template_and_its_marks_are_kept() -> None:
     assert (smaller.pad_token, smaller.eos_token, smaller.unk_token) == ("<pad>", "</s>", "<unk>")
     row = smaller.apply_chat_template([{"role": "user", "content": "ba"}], tokenize=False)
     assert smaller(row)["input_ids"][:2] == [ids["<user>"], ids["<think>"]]
-    assert len(tokenizer) == 503
+    assert len(tokenizer) == size + 3
 
 
 def test_words_stay_apart_where_the_normaliser_writes_the_spaces() -> None:
