@@ -78,10 +78,8 @@ def transplant_vocabulary(
         head.weight = embedding.weight if tied else _replaced(head.weight, match, outputs, old_ids, rows)
         if getattr(head, "bias", None) is not None:
             head.bias = _replaced(head.bias, match, outputs, old_ids, rows)
-    _resize(made, embedding, head, rows)
     move_token_ids(made, new_tokenizer, match)
-    if embedding.padding_idx is not None:
-        embedding.padding_idx = made.config.get_text_config().pad_token_id
+    _resize(made, embedding, head, rows)
     made.config._name_or_path = made.name_or_path = ""
     return made
 
@@ -125,9 +123,12 @@ def _shortened(built_ND: Tensor, taken_MD: Tensor) -> Tensor:
 
 
 def _resize(model: Any, embedding: Any, head: Any, rows: int) -> None:
-    """What says how long the tables are."""
+    """What says how long the tables are, and which row is padding."""
     embedding.num_embeddings = head.out_features = rows
-    model.config.get_text_config().vocab_size = rows
+    config = model.config.get_text_config()
+    config.vocab_size = rows
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = config.pad_token_id
     for module in model.modules():
         if hasattr(module, "vocab_size"):
             module.vocab_size = rows
