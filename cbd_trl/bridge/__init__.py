@@ -1,0 +1,7 @@
+"""Across vocabularies: what tokens of two tokenizers have in common, and a model given another vocabulary."""
+
+from cbd_trl.bridge.reduce import Reduction, reduce_vocabulary
+from cbd_trl.bridge.transplant import transplant_vocabulary
+from cbd_trl.bridge.vocabulary_match import VocabularyMatch, match_vocabularies
+
+__all__ = ["Reduction", "VocabularyMatch", "match_vocabularies", "reduce_vocabulary", "transplant_vocabulary"]

@@ -1,0 +1,156 @@
+"""Where the tokens of a new vocabulary come from in an old one."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from cbd_trl.bridge.pieces import pieces_of
+from cbd_trl.bridge.token_bytes import spelling_of, token_bytes
+
+# Which of the old roles a new one may stand for. A text begins after the end of another where there is no begin mark.
+_ROLES = {
+    "eos_token_id": ("eos_token_id",),
+    "bos_token_id": ("bos_token_id", "eos_token_id"),
+    "pad_token_id": ("pad_token_id",),
+    "unk_token_id": ("unk_token_id",),
+    "sep_token_id": ("sep_token_id",),
+    "cls_token_id": ("cls_token_id",),
+    "mask_token_id": ("mask_token_id",),
+}
+# The others are never what a model should say: they take no row that stands for more.
+_SPOKEN = ("eos_token_id", "bos_token_id")
+
+
+@dataclass(frozen=True)
+class VocabularyMatch:
+    """What each id of a new vocabulary is in the old one. Every id is in one of the four.
+
+    Args:
+        size: the highest new id plus one.
+        copied: {new id: old id} of the same bytes.
+        by_role: {new id: old id} of special tokens: the same role (end, begin, padding, unknown), or marks of the
+            same text.
+        built: {new id: its pieces}, old ids that have the same bytes when joined.
+        neutral: what the old tokenizer cannot read or has nothing like, and ids that nothing has.
+    """
+
+    size: int
+    copied: Mapping[int, int]
+    by_role: Mapping[int, int]
+    built: Mapping[int, tuple[int, ...]]
+    neutral: tuple[int, ...]
+
+    @property
+    def source(self) -> dict[int, int]:
+        """{new id: old id} of all that is taken over as it is."""
+        return {**self.copied, **self.by_role}
+
+    def __str__(self) -> str:
+        return (
+            f"{self.size} tokens: {len(self.copied)} with the bytes of an old one, {len(self.by_role)} with its role, "
+            f"{len(self.built)} built from pieces, {len(self.neutral)} neutral"
+        )
+
+
+def match_vocabularies(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> VocabularyMatch:
+    """Find for each token of a vocabulary what it is in another.
+
+    Special tokens first: by role, then by text. Padding and the unknown token take only what has no other role: a
+    padding token with the row of the end would be as likely as the end. Then tokens of the same bytes, the one of the
+    same spelling where there are two; then pieces of the same bytes.
+
+    Args:
+        old: the tokenizer that a model has.
+        new: the one it shall have.
+
+    Raises:
+        ValueError: a tokenizer that does not tell its bytes (see `token_bytes`), or nothing in common.
+    """
+    old_bytes, new_bytes = token_bytes(old), token_bytes(new)
+    old_added = {added.content: index for index, added in old.added_tokens_decoder.items()}
+    by_role, neutral = _match_roles(old, new)
+    exact = _ExactTokens(old, old_bytes)
+    copied: dict[int, int] = {}
+    rest: dict[int, bytes] = {}
+    for token, index in sorted(new.get_vocab().items(), key=lambda pair: pair[1]):
+        if index in by_role:
+            continue
+        data, mark = new_bytes[index], old_added.get(token) if index in new.added_tokens_decoder else None
+        if mark is not None and (data is None or old_bytes[mark] is None):
+            by_role[index] = mark
+        elif data is not None and (same := exact.find(token, data)) is not None:
+            copied[index] = same
+        elif index not in neutral:
+            rest[index] = token.encode() if data is None else data
+    if not copied:
+        raise ValueError(
+            f"The two tokenizers ({len(old_bytes)} and {len(new_bytes)} tokens) have no token of the same bytes: "
+            "there is nothing to carry over. Check that both are the ones that are meant; else train a new embedding."
+        )
+    built = {index: found for index, found in zip(rest, pieces_of(old, rest.values()), strict=True) if found}
+    placed = {**copied, **by_role, **built}
+    others = tuple(index for index in range(len(new_bytes)) if index not in placed)
+    return VocabularyMatch(len(new_bytes), copied, by_role, built, others)
+
+
+def covered_share(match: VocabularyMatch, new: PreTrainedTokenizerBase, texts: Iterable[str]) -> float:
+    """The share of the bytes of texts that stand in tokens taken over as they are.
+
+    Args:
+        match: of two vocabularies.
+        new: the new tokenizer.
+        texts: any.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        ValueError: no text.
+    """
+    table, covered, total = token_bytes(new), 0, 0
+    for text in texts:
+        for index in new(text, add_special_tokens=False)["input_ids"]:
+            length = len(table[index] or b"")
+            total += length
+            covered += length if index in match.copied else 0
+    if not total:
+        raise ValueError("The share of covered bytes is that of a text, got no text. Give some that is not empty.")
+    return covered / total
+
+
+class _ExactTokens:
+    """Old tokens by their bytes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, table: list[bytes | None]) -> None:
+        self._ids, self._table = tokenizer.get_vocab(), table
+        spelling = spelling_of(tokenizer)
+        # "A" is what a text is made of, <0x41> is not.
+        order = sorted(self._ids.items(), key=lambda pair: (spelling.is_byte_token(pair[0]), pair[1]))
+        self._first: dict[bytes, int] = {}
+        for _, index in order:
+            data = table[index]
+            if data:
+                self._first.setdefault(data, index)
+
+    def find(self, token: str, data: bytes) -> int | None:
+        same = self._ids.get(token)
+        return same if same is not None and self._table[same] == data else self._first.get(data)
+
+
+def _match_roles(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> tuple[dict[int, int], set[int]]:
+    """{new id: old id} by role, and new ids of a role that the old tokenizer has nothing for."""
+    matched: dict[int, int] = {}
+    lost: set[int] = set()
+    for role, counterparts in _ROLES.items():
+        index = getattr(new, role)
+        if index is None or index in matched:
+            continue
+        candidates = [found for name in counterparts if (found := getattr(old, name)) is not None]
+        if role not in _SPOKEN:
+            candidates = [found for found in candidates if found not in matched.values()]
+        if candidates:
+            matched[index] = candidates[0]
+        elif role not in _SPOKEN:
+            lost.add(index)
+    return matched, lost
