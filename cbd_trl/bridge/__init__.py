@@ -1,0 +1,1 @@
+"""Across vocabularies: what tokens of two tokenizers have in common, down to their bytes."""
