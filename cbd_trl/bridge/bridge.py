@@ -98,10 +98,10 @@ class Bridge:
     """Lets a teacher read the student's rows in its own tokens.
 
     The student's tokens are spelled out, its special tokens written as the teacher writes them (eos as eos, others by
-    the same text; left out where there is no such), the text is tokenised as a whole by the teacher's tokenizer, and
-    put behind what that one puts before every text, such as BOS. A group is usable only if its bytes are the same on
-    both sides: what a normaliser changed, half a character at the end of a row, and special tokens that only one side
-    takes for special are masked, and the texts go on behind them.
+    the same text; left out where there is no such; unknown tokens as U+FFFD), the text is tokenised as a whole by the
+    teacher's tokenizer, and put behind what that one puts before every text, such as BOS. A group is usable only if
+    its bytes are the same on both sides: what a normaliser changed, half a character at the end of a row, and special
+    tokens that only one side takes for special are masked, and the alignment goes on behind them.
 
     Args:
         student: the tokenizer of the rows.
@@ -131,9 +131,7 @@ class Bridge:
         Raises:
             ValueError: if they have ids that the student's tokenizer does not.
         """
-        texts, placed = self._spell(rows)
-        line = Texts.of(texts)
-        pieces = Pieces(line.starts_R, line.ends_R, line.ends_R)
+        texts, line, pieces, placed = self._spell(rows)
         encoded = self.teacher.encode(texts)
         spans = place(self.teacher, encoded, line)
         return self.join(rows, placed, encoded, spans, pieces, self.teacher.prefix)
@@ -172,8 +170,8 @@ class Bridge:
         unaligned_BT = rows.scored_BT & (alignment.student_BT == NOWHERE)
         return TeacherRows(ids_RU, mask_RU, alignment, int(rows.scored_BT.sum()), int(unaligned_BT.sum()))
 
-    def _spell(self, rows: StudentRows) -> tuple[list[str], Placed]:
-        """The student's texts as the teacher writes them, and its tokens on the line of these texts."""
+    def _spell(self, rows: StudentRows) -> tuple[list[str], Texts, Pieces, Placed]:
+        """The student's texts as the teacher writes them, the line of them, their pieces, and its tokens on it."""
         kept_BT = rows.text_BT != NOWHERE
         ids_N, text_N = rows.ids_BT[kept_BT], rows.text_BT[kept_BT]
         self.student.table.check(ids_N, "student")
@@ -192,8 +190,10 @@ class Bridge:
         damaged_X = raw_X != line.bytes_X[places_of_bytes(starts_N, lengths_N)]
         marks_N = self._spoken.marks_V[ids_N]
         silent_N = leading_N | (marks_N & (self._spoken.lengths_V[ids_N] == 0))
+        # What the teacher does not see separates texts that are neighbours to it.
+        pieces = _cut(line, starts_N[silent_N & (within_N > 0)])
         ends_N = torch.where(silent_N, NOWHERE, starts_N + lengths_N)
-        return texts, rows.back(Placed(ends_N, ~silent_N & ~any_byte(damaged_X, lengths_N), marks_N))
+        return texts, line, pieces, rows.back(Placed(ends_N, ~any_byte(damaged_X, lengths_N), marks_N))
 
     def _leading(self, ids_N: Tensor, text_N: Tensor) -> Tensor:
         """Which tokens are what a tokenizer puts before any text: the teacher puts its own there."""
@@ -210,7 +210,17 @@ class Bridge:
         eos, their_eos = self.student.tokenizer.eos_token_id, self.teacher.tokenizer.eos_token_id
         if eos is not None and their_eos in self.teacher.written:
             written[eos] = self.teacher.written[their_eos]
+        if self.student.unknown is not None:
+            written[self.student.unknown] = "\N{REPLACEMENT CHARACTER}".encode()
         return written
+
+
+def _cut(line: Texts, places: Tensor) -> Pieces:
+    """The pieces of texts that are cut at some places."""
+    ends_P = torch.cat([line.ends_R, places]).unique()
+    starts_P = line.starts_R[torch.searchsorted(line.ends_R, ends_P)]
+    starts_P[1:] = torch.maximum(starts_P[1:], ends_P[:-1])
+    return Pieces(starts_P, ends_P, ends_P)
 
 
 def _decode(raw: bytes) -> str:

@@ -47,7 +47,8 @@ class Reader:
 
     Attributes:
         texts: the bytes of every id, None for marks.
-        written: how marks are written in a text that is read: the content of special tokens.
+        unknown: the id that stands for text that is not known, if there is one and it has no other role.
+        written: how the other marks are written in a text that is read: the content of special tokens.
         table: both, as tensors.
         prefix: ids that the tokenizer puts before a text by itself, such as BOS.
         space_at_start: whether it puts a space before a text.
@@ -61,7 +62,13 @@ class Reader:
         self.tokenizer: Any = tokenizer
         self.texts = token_bytes(tokenizer)
         added = self.tokenizer.added_tokens_decoder
-        self.written = {index: token.content.encode() for index, token in added.items() if self.texts[index] is None}
+        roles = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        self.unknown = None if self.tokenizer.unk_token_id in roles else self.tokenizer.unk_token_id
+        self.written = {
+            index: token.content.encode()
+            for index, token in added.items()
+            if self.texts[index] is None and index != self.unknown
+        }
         self.table = ByteTable.of(self.texts, self.written)
         self.prefix = self._find_prefix()
         # A mark that swallows the white space beside it would hide what we look for.
@@ -95,9 +102,10 @@ class Reader:
         Returns:
             (N,) int64, 1 or 0.
         """
-        after_mark_N = torch.cat([first_N[:0], self.table.marks_V[ids_N][:-1]])
-        after_mark_N = torch.cat([first_N[:1] & False, after_mark_N]) & ~first_N
-        added_N = (first_N & self.space_at_start) | (after_mark_N & self.space_after_mark)
+        cuts_N = self.table.marks_V[ids_N] & (self.table.lengths_V[ids_N] > 0)
+        added_N = first_N & self.space_at_start
+        if self.space_after_mark:
+            added_N |= cuts_N.roll(1) & ~first_N
         return (added_N & self.table.begins_with_space(ids_N)).long()
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
