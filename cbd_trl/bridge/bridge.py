@@ -28,11 +28,13 @@ class StudentRows:
         ids_BT: token ids, int64.
         text_BT: the number of the text that each token is from, never decreasing, int64; `NOWHERE` for padding.
         scored_BT: which tokens count in the loss, bool. The first of a text never does: nothing predicts it.
+        texts: how many texts there are, R; some may be empty.
     """
 
     ids_BT: Tensor
     text_BT: Tensor
     scored_BT: Tensor
+    texts: int
 
     @classmethod
     def of(
@@ -51,20 +53,17 @@ class StudentRows:
             position_ids_BT: 0 where a text begins, as in padding-free batches; None: each row is one text.
         """
         if position_ids_BT is None:
-            text_BT = torch.arange(len(ids_BT))[:, None].expand_as(ids_BT)
+            texts = len(ids_BT)
+            text_BT = torch.arange(texts)[:, None].expand_as(ids_BT)
         else:
+            texts = int((position_ids_BT == 0).sum())
             text_BT = (position_ids_BT == 0).flatten().cumsum(0).reshape(ids_BT.shape) - 1
         if attention_mask_BT is not None:
             text_BT = torch.where(attention_mask_BT.bool(), text_BT, NOWHERE)
         scored_BT = labels_BT != IGNORE_INDEX
         kept_BT = text_BT != NOWHERE
         scored_BT[kept_BT] &= ~first_of_text(text_BT[kept_BT])
-        return cls(ids_BT, text_BT, scored_BT & kept_BT)
-
-    @property
-    def texts(self) -> int:
-        """How many texts there are, R."""
-        return int(self.text_BT.max()) + 1 if self.text_BT.numel() else 0
+        return cls(ids_BT, text_BT, scored_BT & kept_BT, texts)
 
     def back(self, placed: Placed) -> Placed:
         """From tokens end to end to the batch, of which only scored tokens are usable."""
@@ -166,7 +165,7 @@ class Bridge:
         mask_RU[:, : max(len(prefix), 1)] = 1
         ids_RU[where], mask_RU[where], ends_RU[where] = encoded.ids_N[kept_N], 1, placed.ends[kept_N]
         usable_RU[where], marks_RU[where] = usable_N[kept_N], placed.marks[kept_N]
-        alignment = align(student, Placed(ends_RU, usable_RU, marks_RU), pieces.line_ends_P)
+        alignment = align(student, Placed(ends_RU, usable_RU, marks_RU), pieces.borders_P)
         unaligned_BT = rows.scored_BT & (alignment.student_BT == NOWHERE)
         return TeacherRows(ids_RU, mask_RU, alignment, int(rows.scored_BT.sum()), int(unaligned_BT.sum()))
 
@@ -192,8 +191,10 @@ class Bridge:
         silent_N = leading_N | (marks_N & (self._spoken.lengths_V[ids_N] == 0))
         # What the teacher does not see separates texts that are neighbours to it.
         pieces = _cut(line, starts_N[silent_N & (within_N > 0)])
-        ends_N = torch.where(silent_N, NOWHERE, starts_N + lengths_N)
-        return texts, line, pieces, rows.back(Placed(ends_N, ~any_byte(damaged_X, lengths_N), marks_N))
+        spans = Spans(starts_N, starts_N + lengths_N, ~any_byte(damaged_X, lengths_N))
+        placed = spans.on_line(pieces, marks_N)
+        placed.ends[silent_N] = NOWHERE
+        return texts, line, pieces, rows.back(placed)
 
     def _leading(self, ids_N: Tensor, text_N: Tensor) -> Tensor:
         """Which tokens are what a tokenizer puts before any text: the teacher puts its own there."""

@@ -127,7 +127,7 @@ def _shared_pieces(sides: Sequence[Sequence[Rendered]], lines: Sequence[Texts]) 
                     ]
                 )
     places_P4 = torch.tensor(both, dtype=torch.int64).reshape(-1, 4)
-    our_starts, our_ends, their_starts, their_ends = places_P4.unbind(1)
+    our_starts, our_ends, their_starts, their_ends = places_P4.T.contiguous()
     # Marks may be written longer on one side; a place is kept free between two pieces.
     room_P = torch.maximum(our_ends - our_starts, their_ends - their_starts) + 1
     line_ends_P = room_P.cumsum(0)

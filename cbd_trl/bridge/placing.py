@@ -55,6 +55,9 @@ class Spans:
     def on_line(self, pieces: "Pieces", marks_N: Tensor) -> Placed:
         """Place the tokens on a line that knows the pieces only.
 
+        There are two places for a byte: its end, and one behind it for a token of no bytes, such as an added space,
+        which belongs to what follows it.
+
         Args:
             pieces: of these texts.
             marks_N: which tokens are marks, bool.
@@ -64,15 +67,12 @@ class Spans:
         """
         if not pieces.ends_P.numel():
             return Placed(torch.full_like(self.ends_N, NOWHERE), torch.zeros_like(self.exact_N), marks_N)
-        piece_N = torch.searchsorted(pieces.ends_P, self.ends_N).clamp(max=pieces.ends_P.numel() - 1)
+        places_N = 2 * self.ends_N + (self.starts_N == self.ends_N)
+        piece_N = torch.searchsorted(2 * pieces.ends_P, places_N).clamp(max=pieces.ends_P.numel() - 1)
         starts_N, ends_N = pieces.starts_P[piece_N], pieces.ends_P[piece_N]
-        # A token of no bytes, such as an added space, may end where its piece begins.
-        inside_N = (self.ends_N > starts_N) | ((self.ends_N == starts_N) & (self.starts_N == starts_N))
-        inside_N &= self.ends_N <= ends_N
-        places_N = pieces.line_ends_P[piece_N] - (ends_N - self.ends_N)
-        return Placed(
-            torch.where(inside_N, places_N, NOWHERE), self.exact_N & (self.starts_N >= starts_N) & inside_N, marks_N
-        )
+        inside_N = (places_N > 2 * starts_N) & (places_N <= 2 * ends_N)
+        on_line_N = places_N + 2 * (pieces.line_ends_P[piece_N] - ends_N)
+        return Placed(torch.where(inside_N, on_line_N, NOWHERE), self.exact_N & (self.starts_N >= starts_N), marks_N)
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,17 @@ class Pieces:
     Attributes:
         starts_P: where they begin, in bytes of `Texts`, int64.
         ends_P: where they end.
-        line_ends_P: where they end on the line that both sides share.
+        line_ends_P: where they end on the line that both sides share, in bytes too.
     """
 
     starts_P: Tensor
     ends_P: Tensor
     line_ends_P: Tensor
+
+    @property
+    def borders_P(self) -> Tensor:
+        """The places on the line where they end (see `Spans.on_line`), int64."""
+        return 2 * self.line_ends_P
 
 
 def first_of_text(text_N: Tensor) -> Tensor:
@@ -177,9 +182,8 @@ def _place_by_spans(reader: Reader, ids_N: Tensor, text_N: Tensor, letters_N2: T
     takes_K = (alone_K & (opens_K > lows_K)).roll(-1)
     closes_K = torch.where(takes_K, opens_K.roll(-1), closes_K)
     exact_N = (exact_K & ~takes_K)[cluster_N]
-    whole_N = torch.where(new_N, starts_K[cluster_N], closes_K[cluster_N])
     return Spans(
-        torch.where(exact_N, places_N, whole_N),
+        torch.where(exact_N, places_N, starts_K[cluster_N]),
         torch.where(exact_N, places_N + lengths_N, closes_K[cluster_N]),
         exact_N,
     )

@@ -65,10 +65,13 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 def padded(rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None = None) -> StudentRows:
     """Rows padded on the right, every token scored unless labels say otherwise."""
     length = max(map(len, rows))
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows]).reshape(len(rows), length)
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]).reshape(len(rows), length)
-    marks = torch.tensor([[*row, *[-100] * (length - len(row))] for row in (rows if labels is None else labels)])
-    return StudentRows.of(ids, marks.reshape(len(rows), length), mask)
+
+    def batch(values: Sequence[Sequence[int]], filling: int) -> torch.Tensor:
+        filled = [[*row, *[filling] * (length - len(row))] for row in values]
+        return torch.tensor(filled, dtype=torch.int64).reshape(len(rows), length)
+
+    mask = batch([[1] * len(row) for row in rows], 0)
+    return StudentRows.of(batch(rows, 0), batch(rows if labels is None else labels, -100), mask)
 
 
 def read(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, texts: list[str]) -> TeacherRows:
@@ -84,13 +87,15 @@ def groups_of(rows: TeacherRows, row: int) -> Groups:
 
 
 def spelled(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[bytes]:
-    """The bytes of each token, without the space that the tokenizer puts before the text."""
+    """The bytes of each token, without the spaces that the tokenizer puts before a text and after special tokens."""
     table = token_bytes(tokenizer)
-    pieces = [table[index] or b"" for index in ids]
     adds = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
-    first = next((i for i, index in enumerate(ids) if table[index] is not None), None)
-    if adds and first is not None and pieces[first].startswith(b" "):
-        pieces[first] = pieces[first][1:]
+    pieces: list[bytes] = []
+    begins = adds
+    for index in ids:
+        piece = table[index] or b""
+        pieces.append(piece[1:] if begins and piece.startswith(b" ") else piece)
+        begins = adds and table[index] is None and index != tokenizer.unk_token_id
     return pieces
 
 
