@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# What Python decodes a byte to that is no UTF-8.
+_NO_UTF8 = re.compile("([\udc80-\udcff])")
 # Any pre-tokenizer that drops text drops a space, a line break, a digit or a punctuation mark.
 _PROBE = "a b  c,\n1 2. d"
 
@@ -19,8 +21,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-BYTE_OF_LETTER = _byte_alphabet()
-LETTER_OF_BYTE = {byte: letter for letter, byte in BYTE_OF_LETTER.items()}
+_BYTE_OF_LETTER = _byte_alphabet()
+_LETTER_OF_BYTE = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,29 @@ class Spelling:
     space: str | None = None
     byte_tokens: bool = False
 
+    def is_byte_token(self, token: str) -> bool:
+        """Whether it is one of those like `<0x0A>`."""
+        return self.byte_tokens and _BYTE_TOKEN.fullmatch(token) is not None
+
     def read(self, token: str) -> bytes:
         """The bytes of a token of the model (not of an added one)."""
-        if self.byte_level and all(letter in BYTE_OF_LETTER for letter in token):
-            return bytes(BYTE_OF_LETTER[letter] for letter in token)
-        if self.byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(match[1], 16)])
+        if self.byte_level and all(letter in _BYTE_OF_LETTER for letter in token):
+            return bytes(_BYTE_OF_LETTER[letter] for letter in token)
+        if self.is_byte_token(token):
+            return bytes.fromhex(token[3:5])
         return (token.replace(self.space, " ") if self.space else token).encode()
+
+    def write(self, data: bytes) -> list[str]:
+        """The same bytes as the model reads them: words to be split into tokens, and byte tokens.
+
+        Bytes that are no UTF-8 become byte tokens, whether the vocabulary has them or not, save at the byte level.
+        """
+        if self.byte_level:
+            return ["".join(_LETTER_OF_BYTE[byte] for byte in data)]
+        text = data.decode(errors="surrogateescape")
+        text = text.replace(" ", self.space) if self.space else text
+        parts = _NO_UTF8.split(text)
+        return [f"<0x{ord(part) & 0xFF:02X}>" if _NO_UTF8.match(part) else part for part in parts if part]
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:

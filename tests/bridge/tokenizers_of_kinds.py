@@ -48,6 +48,15 @@ def fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
+def letters(*tokens: str, **roles: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of these tokens in this order, those with a role special, merged from the left."""
+    vocabulary = {token: index for index, token in enumerate([*tokens, *dict.fromkeys(roles.values())])}
+    merges = [(token[:-1], token[-1]) for token in tokens if {token[:-1], token[-1]} <= set(tokens)]
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
+
+
 @functools.cache
 def _byte_level(size: int, seed: int) -> str:
     backend = Tokenizer(models.BPE())
