@@ -21,7 +21,8 @@ class Placed:
 
     Attributes:
         ends: the place where each token ends, never decreasing, int64; `NOWHERE` for a token outside of all pieces
-            (padding, a template, a special token that the other side lacks).
+            (padding, a template, a special token that the other side lacks). Tokens of no bytes have places of their
+            own, between two bytes.
         usable: whether it stands for exactly the bytes between its place and the one before, and whether its model
             says something about it that counts, bool.
         marks: special tokens, bool: the same bytes as text are something else.
@@ -48,20 +49,21 @@ class Alignment:
 
     def sizes(self) -> tuple[Tensor, Tensor]:
         """How many tokens each group has, of the student and of the teacher, (G,) int64 each."""
-        return tuple(  # type: ignore[return-value]
-            torch.bincount(side[side != NOWHERE], minlength=self.groups) for side in (self.student_BT, self.teacher_RU)
-        )
+        return self._count(self.student_BT), self._count(self.teacher_RU)
 
     def last_tokens(self) -> tuple[Tensor, Tensor]:
         """Where each group's last token is, in the flattened batches of the student and the teacher, (G,) int64 each.
 
         The same text lies behind both models there, so their hidden states can be compared.
         """
-        found = []
-        for side, sizes_G in zip((self.student_BT, self.teacher_RU), self.sizes(), strict=True):
-            grouped_N = (side.flatten() != NOWHERE).nonzero().flatten()
-            found.append(grouped_N[sizes_G.cumsum(0) - 1])
-        return found[0], found[1]
+        return self._last(self.student_BT), self._last(self.teacher_RU)
+
+    def _count(self, side: Tensor) -> Tensor:
+        return torch.bincount(side[side != NOWHERE], minlength=self.groups)
+
+    def _last(self, side: Tensor) -> Tensor:
+        places_N = (side.flatten() != NOWHERE).nonzero().flatten()
+        return places_N[self._count(side).cumsum(0) - 1]
 
 
 def align(student: Placed, teacher: Placed, piece_ends_P: Tensor) -> Alignment:

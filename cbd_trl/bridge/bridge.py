@@ -44,20 +44,23 @@ class StudentRows:
         attention_mask_BT: Tensor | None = None,
         position_ids_BT: Tensor | None = None,
     ) -> "StudentRows":
-        """Find the texts of a collated batch.
+        """Find the texts of a collated batch, on the CPU as a collator makes it.
 
         Args:
-            ids_BT: token ids.
+            ids_BT: token ids, int64.
             labels_BT: -100 where a token is not scored, not shifted.
             attention_mask_BT: 0 for padding; None where there is none.
-            position_ids_BT: 0 where a text begins, as in padding-free batches; None: each row is one text.
+            position_ids_BT: 0 where a text begins, as in padding-free batches, besides where a row does; None: each
+                row is one text.
         """
         if position_ids_BT is None:
             texts = len(ids_BT)
             text_BT = torch.arange(texts)[:, None].expand_as(ids_BT)
         else:
-            texts = int((position_ids_BT == 0).sum())
-            text_BT = (position_ids_BT == 0).flatten().cumsum(0).reshape(ids_BT.shape) - 1
+            begins_BT = position_ids_BT == 0
+            begins_BT[:, :1] = True
+            texts = int(begins_BT.sum())
+            text_BT = begins_BT.flatten().cumsum(0).reshape(ids_BT.shape) - 1
         if attention_mask_BT is not None:
             text_BT = torch.where(attention_mask_BT.bool(), text_BT, NOWHERE)
         scored_BT = labels_BT != IGNORE_INDEX
@@ -152,7 +155,7 @@ class Bridge:
         first_N = first_of_text(encoded.text_N)
         column_N = sums_before(torch.ones_like(encoded.ids_N), first_N) + len(prefix)
         usable_N = placed.usable & (column_N > 0)
-        kept_N = column_N < (column_N.numel() + len(prefix) if self.max_length is None else self.max_length)
+        kept_N = torch.ones_like(first_N) if self.max_length is None else column_N < self.max_length
         # A row without any token would be one without anything to attend to.
         width = max(len(prefix), 1, int(column_N[kept_N].max()) + 1 if kept_N.any() else 0)
         where = encoded.text_N[kept_N], column_N[kept_N]
@@ -173,9 +176,9 @@ class Bridge:
         """The student's texts as the teacher writes them, the line of them, their pieces, and its tokens on it."""
         kept_BT = rows.text_BT != NOWHERE
         ids_N, text_N = rows.ids_BT[kept_BT], rows.text_BT[kept_BT]
-        self.student.table.check(ids_N, "student")
+        self.student.table.check(ids_N)
         leading_N = self._leading(ids_N, text_N)
-        # The token behind BOS is the first of the text itself.
+        # The token behind BOS is the first of the text itself: both BOS and it begin a run of their own here.
         begins_N = first_of_text(text_N * 2 + ~leading_N) & ~leading_N
         skip_N = self.student.added_spaces(ids_N, begins_N)
         skip_N = torch.where(leading_N, self._spoken.lengths_V[ids_N], skip_N)

@@ -41,12 +41,11 @@ class ByteTable:
         marks_V = torch.tensor([text is None for text in texts], dtype=torch.bool)
         return cls(pool_X, lengths_V.cumsum(0) - lengths_V, lengths_V, marks_V)
 
-    def check(self, ids_N: Tensor, whose: str) -> None:
-        """Refuse ids that the tokenizer does not have.
+    def check(self, ids_N: Tensor) -> None:
+        """Refuse rows with ids that the student's tokenizer does not have.
 
         Args:
             ids_N: token ids.
-            whose: "student" or "teacher".
 
         Raises:
             ValueError: if an id is negative or has no entry.
@@ -55,9 +54,9 @@ class ByteTable:
         wrong_N = ids_N[(ids_N < 0) | (ids_N >= known)]
         if wrong_N.numel():
             raise ValueError(
-                f"The rows have token id {wrong_N[0].item()}, but the {whose}'s tokenizer knows only 0 to "
+                f"The rows have token id {wrong_N[0].item()}, but the student's tokenizer knows only 0 to "
                 f"{known - 1}: they were made by another tokenizer, so what text they are is not known. Pass the "
-                f"tokenizer that made them as the {whose}'s `processing_class`."
+                "tokenizer that made them as `processing_class`."
             )
 
     def spell(self, ids_N: Tensor, skip_N: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def _place_student(reader: Reader, rows: StudentRows, texts: list[str], line: Te
     placed = place(reader, encoded, line).on_line(pieces, reader.table.marks_V[encoded.ids_N])
     kept_BT = rows.text_BT != NOWHERE
     ids_N, text_N = rows.ids_BT[kept_BT], rows.text_BT[kept_BT]
-    reader.table.check(ids_N, "student")
+    reader.table.check(ids_N)
     sizes_R = torch.bincount(encoded.text_N, minlength=len(texts))
     column_N = sums_before(torch.ones_like(ids_N), first_of_text(text_N))
     there_N = column_N < sizes_R[text_N]

@@ -134,7 +134,7 @@ def place(reader: Reader, encoded: Encoded, texts: Texts) -> Spans:
     if not chosen_N.any():
         return spans
     rows = normalised_R.nonzero().flatten().tolist()
-    found = _place_by_spans(reader, ids_N[chosen_N], text_N[chosen_N], encoded.offsets.of(rows), texts)
+    found = _place_by_spans(reader, ids_N[chosen_N], text_N[chosen_N], encoded.spans_of(rows), texts)
     spans.starts_N[chosen_N], spans.ends_N[chosen_N] = found.starts_N, found.ends_N
     spans.exact_N[chosen_N] = found.exact_N
     return spans

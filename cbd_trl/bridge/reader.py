@@ -19,23 +19,23 @@ class Encoded:
     Attributes:
         ids_N: token ids, int64.
         text_N: the number of the text that each is from, int64.
-        offsets: for each text the spans (start, end) of its tokens in characters, as the tokenizer tells them.
+        encodings: of each text, by the `tokenizers` library.
     """
 
     ids_N: Tensor
     text_N: Tensor
-    offsets: "Offsets"
+    encodings: Sequence[Any]
 
+    def spans_of(self, texts: Sequence[int]) -> Tensor:
+        """The spans (start, end) of all tokens of some texts, as the tokenizer tells them.
 
-class Offsets:
-    """Spans of tokens, made into Python objects only for the texts that are asked about."""
+        Args:
+            texts: their numbers.
 
-    def __init__(self, encodings: Sequence[Any]) -> None:
-        self._encodings = encodings
-
-    def of(self, texts: Sequence[int]) -> Tensor:
-        """The spans of all tokens of some texts, (N, 2) int64, in characters."""
-        spans = [span for text in texts for span in self._encodings[text].offsets]
+        Returns:
+            (N, 2) int64, in characters of each text.
+        """
+        spans = [span for text in texts for span in self.encodings[text].offsets]
         return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
 
 
@@ -87,7 +87,7 @@ class Reader:
         rows = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
         lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], dtype=torch.int64)
         ids_N = torch.tensor([token for ids in rows["input_ids"] for token in ids], dtype=torch.int64)
-        return Encoded(ids_N, torch.arange(len(texts)).repeat_interleave(lengths), Offsets(rows.encodings))
+        return Encoded(ids_N, torch.arange(len(texts)).repeat_interleave(lengths), rows.encodings)
 
     def added_spaces(self, ids_N: Tensor, first_N: Tensor) -> Tensor:
         """Which tokens begin with a space that is not in the text.

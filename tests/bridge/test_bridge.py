@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cbd_trl.bridge.alignment import NOWHERE
@@ -233,6 +233,26 @@ def test_words_that_a_normaliser_leaves_alone_are_all_aligned() -> None:
     everywhere = {i for mine, _ in groups_of(same, 0) for i in mine}
     masked = {i for i in untouched if rows.alignment.student_BT[0, i] == NOWHERE}
     assert masked == set(untouched) - everywhere and len(untouched) > 30
+
+
+def test_spans_without_white_space_are_understood() -> None:
+    student, teacher = make_tokenizer("byte_level", 300), normalising("byte_level", normalizers.Lowercase(), 700)
+    teacher.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    text = "BA lo to  ri va"
+    spans = teacher(text, return_offsets_mapping=True)["offset_mapping"]
+    assert not any(text[start:end].startswith(" ") for start, end in spans)
+    ids = student(text)["input_ids"]
+    rows = Bridge(student, teacher).read(padded([ids]))
+    aligned = [i for i in range(len(ids)) if rows.alignment.student_BT[0, i] != NOWHERE]
+    assert b"".join(spelled(student, ids)[i] for i in aligned) == b" lo to  ri va"
+
+
+def test_rows_of_a_batch_begin_texts_whatever_their_positions() -> None:
+    ids = torch.tensor([make_tokenizer()("ba lo to")["input_ids"]] * 2)
+    positions = torch.arange(ids.shape[1])
+    rows = StudentRows.of(ids, ids, position_ids_BT=torch.stack([positions, positions + 5]))
+    assert rows.texts == 2 and rows.text_BT[:, 0].tolist() == [0, 1]
+    assert not rows.scored_BT[:, 0].any() and rows.scored_BT[:, 1:].all()
 
 
 def test_a_student_that_normalises_shows_the_teacher_what_it_read() -> None:
