@@ -3,15 +3,16 @@
 Shapes: N scored tokens, d student width, V vocabulary rows.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cbd_trl.losses.head import Head, product_dtype
-from cbd_trl.losses.objective import DistillObjective, Weights, combine
-from cbd_trl.losses.signals import Signal
+from cbd_trl.losses.objective import LogitObjective, Weights, combine
+from cbd_trl.losses.signals import AnySignal
 
 # Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
 # fills it.
@@ -39,10 +40,11 @@ def fused_terms(
     hidden_Nd: Tensor,
     head: Head,
     targets_N: Tensor,
-    teacher: Signal,
-    objective: DistillObjective,
+    teacher: AnySignal,
+    objective: LogitObjective,
     weights: Weights,
     chunk: int | None = None,
+    starts: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Project to the vocabulary, compare with the teacher and differentiate, chunk of tokens by chunk of tokens.
 
@@ -54,10 +56,12 @@ def fused_terms(
         hidden_Nd: the student's last hidden states at the scored positions, (N, d).
         head: of the student; under autocast its product is taken in autocast's dtype.
         targets_N: token ids, (N,).
-        teacher: what it says at the same positions.
+        teacher: what it says at the same positions, as the objective reads it.
         objective: the terms.
         weights: of the terms at this step.
         chunk: tokens at a time; None for `default_chunk`.
+        starts: where a chunk may begin, increasing, the first of them 0, for an objective that takes several tokens
+            together: a chunk grows until the next of them if it must. None for anywhere.
 
     Returns:
         the sum over tokens of the weighted terms (scalar float32, differentiable once), and every term per token (N,)
@@ -67,7 +71,9 @@ def fused_terms(
     dtype = product_dtype(head, device)
     size = chunk or default_chunk(head.rows, device)
     # What the chunks need beside tensors that are differentiated.
-    work = (head.scale, head.softcap, targets_N, teacher, objective, weights, size, dtype, torch.is_grad_enabled())
+    work = (
+        head.scale, head.softcap, targets_N, teacher, objective, weights, size, dtype, torch.is_grad_enabled(), starts
+    )  # fmt: skip
     with torch.autocast(device.type, enabled=False):
         total, *terms = _FusedTerms.apply(hidden_Nd, head.weight_VD, head.bias_V, work)
     return total, dict(zip(_LOGIT_TERMS, terms, strict=True))
@@ -81,7 +87,7 @@ class _FusedTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_Nd: Tensor, weight_Vd: Tensor, bias_V: Tensor | None, work: tuple) -> Any:
-        scale, softcap, targets_N, teacher, objective, weights, size, dtype, training = work
+        scale, softcap, targets_N, teacher, objective, weights, size, dtype, training, starts = work
         head = Head(weight_Vd, bias_V, scale, softcap).to(dtype)
         inputs_Nd = hidden_Nd.to(dtype)
         needs = [needed and training for needed in ctx.needs_input_grad[:3]]
@@ -92,11 +98,10 @@ class _FusedTerms(torch.autograd.Function):
         # Written into, not gathered: small tensors that stay would lie between the large ones that go, and the holes
         # of the C allocator's heap add up to gigabytes.
         terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _LOGIT_TERMS}
-        for start in range(0, len(inputs_Nd), size):
-            part = slice(start, start + size)
+        for part in _parts(slice(0, len(inputs_Nd)), size, starts):
             projected_nV = head.project(inputs_Nd[part])
             said, targets_n = teacher.at(part), targets_N[part]
-            for rows in _blocks(projected_nV):
+            for rows in _blocks(projected_nV, part, starts):
                 leaf_bV = projected_nV[rows].detach().requires_grad_(any(needs))
                 with torch.set_grad_enabled(any(needs)):
                     found = objective.terms(head.bound(leaf_bV), said.rows(rows), targets_n[rows], weights)
@@ -126,11 +131,25 @@ class _FusedTerms(torch.autograd.Function):
         return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None
 
 
-def _blocks(projected_nV: Tensor) -> Iterator[slice]:
-    tokens, rows = projected_nV.shape
-    size = max(1, _BLOCK_ELEMENTS.get(projected_nV.device.type, projected_nV.numel()) // rows)
-    for start in range(0, tokens, size):
-        yield slice(start, start + size)
+def _parts(whole: slice, size: int, starts: Sequence[int] | None) -> Iterator[slice]:
+    """Cut a range into parts of a size, or where it may be cut next to that."""
+    start = whole.start
+    while start < whole.stop:
+        end = min(start + size, whole.stop)
+        if starts is not None and end < whole.stop:
+            index = bisect_right(starts, end) - 1
+            # No cut within reach: on to the next one.
+            index += starts[index] <= start
+            end = starts[index] if index < len(starts) else whole.stop
+        yield slice(start, end)
+        start = end
+
+
+def _blocks(projected_nV: Tensor, part: slice, starts: Sequence[int] | None) -> Iterator[slice]:
+    """What is compared at a time, counted from the start of the part."""
+    size = max(1, _BLOCK_ELEMENTS.get(projected_nV.device.type, projected_nV.numel()) // projected_nV.shape[1])
+    for block in _parts(part, size, starts):
+        yield slice(block.start - part.start, block.stop - part.start)
 
 
 def _add_gradients(

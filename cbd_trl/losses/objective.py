@@ -4,6 +4,7 @@ Shapes: N scored tokens, V_s vocabulary rows of the student.
 """
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ class Weights:
     kd: float
     ce: float
     hidden: float = 0.0
+
+
+class LogitObjective(Protocol):
+    """What `cbd_trl.losses.fused.fused_terms` asks of an objective."""
+
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+        """{"kd", "ce", "teacher_ce"}: (N,) float32 each; see `DistillObjective.terms`."""
 
 
 @dataclass(frozen=True)

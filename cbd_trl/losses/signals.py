@@ -8,7 +8,7 @@ Shapes: N positions, D teacher width, V vocabulary rows, K kept entries.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +42,14 @@ class Statement(Protocol):
         """What is said at some of the N positions."""
 
 
-class Signal(Protocol):
+class AnySignal(Protocol):
+    """What is said at all scored positions of a micro-batch, in whatever form an objective reads."""
+
+    def at(self, part: slice) -> Any:
+        """The statement at some of the positions; it has `rows` to get at fewer of them."""
+
+
+class Signal(AnySignal, Protocol):
     """What a teacher says at all scored positions of a micro-batch."""
 
     def at(self, part: slice) -> Statement:

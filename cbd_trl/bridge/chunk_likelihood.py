@@ -1,0 +1,71 @@
+"""ALM: how likely both models find the same bytes (Minixhofer et al. 2025, arXiv 2503.20083, section 3).
+
+Shapes: G groups, n positions.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cbd_trl.bridge.group_objective import GroupObjective, Said
+from cbd_trl.losses.divergences import Divergence, get_divergence
+
+# What float32 leaves of a log-probability that is nearly 0, in nats.
+_LEAST = 1e-6
+# Nothing a model says is less likely, save what it rules out.
+_MOST = 1e6
+
+
+def chunk_likelihood(
+    student_log_G: Tensor, teacher_log_G: Tensor, divergence: Divergence, temperature: float = 100.0
+) -> Tensor:
+    """Divergence between "these bytes" and "anything else", as both models see them, p and 1 - p with p ** (1 / T).
+
+    f(p_T^(1/T) | p_S^(1/T)) + f(1 - p_T^(1/T) | 1 - p_S^(1/T)), the paper's equation for one chunk. With T = 1 it is a
+    bound of the divergence over all strings, and says next to nothing of chunks that both find unlikely. With a high
+    T it goes over to that of two rates of surprise, r_T log(r_T / r_S) - r_T + r_S for KL with r = -log p, in which
+    every chunk counts.
+
+    Deviations: multiplied by T, because all of it shrinks as 1 / T, and its weight beside the cross-entropy is to keep
+    its meaning; a log-probability above -1e-6 counts as that, with its gradient. The paper's chunks also hold how
+    likely a word ends there, ours do not.
+
+    Args:
+        student_log_G: log-probabilities of the groups, (G,), nats.
+        teacher_log_G: likewise; a constant.
+        divergence: of two events, what `cbd_trl.losses.divergences.get_divergence` returned.
+        temperature: T, at least 1.
+
+    Returns:
+        (G,) float32, nats per group.
+    """
+    student_log_G2, teacher_log_G2 = (_two_events(log_G, temperature) for log_G in (student_log_G, teacher_log_G))
+    return divergence(student_log_G2, teacher_log_G2.detach()) * temperature
+
+
+def _two_events(log_G: Tensor, temperature: float) -> Tensor:
+    log_G = log_G.float().clamp(min=-_MOST)
+    # A clamp would take the gradient from a student that is too sure.
+    log_G = (log_G - (log_G.detach() + _LEAST).clamp(min=0.0)) / temperature
+    return torch.stack([log_G, torch.log(-torch.expm1(log_G))], -1)
+
+
+@dataclass(frozen=True)
+class ChunkLikelihood(GroupObjective):
+    """Chunk likelihood. Of both models it reads nothing but the log-probabilities of the tokens that are there.
+
+    Attributes:
+        divergence: the paper's default, KL(teacher | student).
+        temperature: the paper's default.
+    """
+
+    wide: ClassVar[bool] = False
+
+    divergence: Divergence = get_divergence("forward_kl")  # noqa: RUF009
+    temperature: float = 100.0
+
+    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+        """See `GroupObjective`."""
+        return chunk_likelihood(said.sums(token_log_n), said.log_g, self.divergence, self.temperature)

@@ -1,0 +1,155 @@
+"""What all objectives on groups have in common: a walk over the student's logits, a chunk of whole groups at a time.
+
+Shapes: N positions of the student, of which n are a part; G groups, of which g begin in a part; D teacher width,
+V and W vocabulary rows of student and teacher.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from cbd_trl.bridge.alignment import NOWHERE
+from cbd_trl.bridge.sides import Side, begins
+from cbd_trl.losses.fused import default_chunk, fused_terms
+from cbd_trl.losses.head import Head
+from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.reduction import cross_entropy
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the teacher says of the groups of a part of the student's positions.
+
+    Attributes:
+        group_n: the group of each position.
+        log_g: log-probabilities of the groups in nats, each the sum of those of the teacher's tokens.
+        logits_gW: the teacher's on the first token of each group, float32; None where the objective reads none.
+    """
+
+    group_n: Tensor
+    log_g: Tensor
+    logits_gW: Tensor | None
+
+    @property
+    def begins_n(self) -> Tensor:
+        """Which positions are the first of a group, bool."""
+        return begins(self.group_n)
+
+    def rows(self, rows: slice) -> "Said":
+        """What is said of some of the positions, whole groups."""
+        begins_n = self.begins_n
+        kept_g = torch.zeros_like(begins_n)
+        kept_g[rows] = begins_n[rows]
+        kept_g = kept_g[begins_n]
+        return Said(self.group_n[rows], self.log_g[kept_g], None if self.logits_gW is None else self.logits_gW[kept_g])
+
+    def sums(self, values_n: Tensor) -> Tensor:
+        """Sums over the tokens of each group, (g,)."""
+        inside_n = self.group_n != NOWHERE
+        index_m = self.begins_n[inside_n].cumsum(0) - 1
+        return values_n.new_zeros(len(self.log_g)).index_add(0, index_m, values_n[inside_n])
+
+    def on_first(self, values_g: Tensor) -> Tensor:
+        """A value for each position: that of the group on its first token, 0 on all others, (n,)."""
+        begins_n = self.begins_n
+        return values_g.new_zeros(len(begins_n)).masked_scatter(begins_n, values_g)
+
+
+@dataclass(frozen=True)
+class GroupSignal:
+    """What the teacher says of the groups of a micro-batch (in the place of a `cbd_trl.losses.signals.Signal`).
+
+    Attributes:
+        group_N: the group of each of the student's positions.
+        log_G: log-probabilities of the groups.
+        first_GD: the teacher's states that predict their first tokens; None where no logits are read.
+        head: of the teacher.
+    """
+
+    group_N: Tensor
+    log_G: Tensor
+    first_GD: Tensor | None
+    head: Head
+
+    @classmethod
+    def of(cls, student: Side, teacher: Side, wide: bool, chunk: int | None = None) -> "GroupSignal":
+        """Ask the teacher.
+
+        Args:
+            student: of the micro-batch.
+            teacher: likewise.
+            wide: whether the objective reads logits.
+            chunk: positions whose logits are held at a time.
+        """
+        first_GD = teacher.hidden_ND[teacher.begins_N].detach() if wide else None
+        return cls(student.group_N, teacher.group_log_probs(chunk), first_GD, teacher.head)
+
+    def at(self, part: slice) -> Said:
+        """The statement on a part of the student's positions."""
+        group_n = self.group_N[part]
+        numbers_g = group_n[begins(group_n)]
+        logits_gW = None
+        if self.first_GD is not None:
+            with torch.no_grad():
+                logits_gW = self.head.logits(self.first_GD[numbers_g])
+        return Said(group_n, self.log_G[numbers_g], logits_gW)
+
+
+class GroupObjective:
+    """An objective that compares groups; one of them is a subclass with `compare`.
+
+    Each value belongs to a group and is written on its first token of the student's, so that sums over positions are
+    sums over groups whatever the batch.
+    """
+
+    # Whether it reads the teacher's logits on the first tokens of groups.
+    wide: ClassVar[bool]
+
+    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+        """Compare a part of the positions, whole groups.
+
+        Args:
+            student_nV: the student's logits, (n, V) float32.
+            token_log_n: log-probabilities of its tokens, (n,).
+            said: what the teacher says.
+
+        Returns:
+            (g,) float32, at least 0.
+        """
+        raise NotImplementedError
+
+    def terms(self, student_NV: Tensor, teacher: Said, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+        """See `cbd_trl.losses.objective.LogitObjective`; "teacher_ce" is that of whole groups, on their first token.
+
+        A term of weight 0 is computed without gradient, because it is logged all the same.
+        """
+        grad = torch.is_grad_enabled()
+        with torch.set_grad_enabled(grad and (weights.kd > 0 or weights.ce > 0)):
+            ce_N = cross_entropy(student_NV, targets_N)
+        with torch.set_grad_enabled(grad and weights.kd > 0):
+            kd_N = teacher.on_first(self.compare(student_NV, -ce_N, teacher))
+        return {"kd": kd_N, "ce": ce_N, "teacher_ce": teacher.on_first(-teacher.log_g)}
+
+    def __call__(
+        self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, of which only a chunk of both models' logits is held at a time.
+
+        Args:
+            student: its scored positions.
+            teacher: of the same texts.
+            weights: of the terms at this step.
+            chunk: positions at a time, rounded to whole groups; None to choose by the larger vocabulary.
+
+        Returns:
+            the weighted sum of the terms (scalar float32, differentiable once), and each of them, (N,) without
+            gradient: "kd", a value for each group on its first token, to be averaged over as many as begin; "ce", over
+            N; "teacher_ce", the teacher's of whole groups, on the first token.
+        """
+        chunk = chunk or default_chunk(max(student.head.rows, teacher.head.rows), student.hidden_ND.device)
+        signal = GroupSignal.of(student, teacher, self.wide, chunk)
+        return fused_terms(
+            student.hidden_ND, student.head, student.targets_N, signal, self, weights, chunk, student.cuts()
+        )

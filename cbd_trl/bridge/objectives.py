@@ -1,0 +1,85 @@
+"""The objectives of distillation across vocabularies, by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from cbd_trl.bridge.chunk_likelihood import ChunkLikelihood
+from cbd_trl.bridge.cross_attention import CrossAttention
+from cbd_trl.bridge.shared_tokens import SharedHybrid
+from cbd_trl.bridge.sides import Side
+from cbd_trl.bridge.sorted_distance import SortedDistance
+from cbd_trl.losses.objective import Weights
+from cbd_trl.names import did_you_mean
+
+
+class BridgeObjective(Protocol):
+    """Compares a student with a teacher of another vocabulary on a micro-batch."""
+
+    def __call__(
+        self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum of "kd" and "ce" over positions, with gradient, and each term, (N,), without.
+
+        Sums over positions add up over micro-batches. Divide by the scored tokens of the step, as everywhere; for a
+        mean over groups multiply `weights.kd` by scored tokens over groups of the step.
+        """
+
+
+@dataclass(frozen=True)
+class ObjectiveRow:
+    """One objective: how it is made, and which options it has; those `needed` have no default."""
+
+    make: Callable[..., BridgeObjective]
+    options: tuple[str, ...]
+    needed: tuple[str, ...] = ()
+
+
+# SeqKD (Kim and Rush 2016, arXiv 1606.07947) is not a row: it is plain cross-entropy on text that the teacher wrote.
+# There is nothing to compare, and no teacher to run.
+OBJECTIVES: dict[str, ObjectiveRow] = {
+    "alm": ObjectiveRow(ChunkLikelihood, ("divergence", "temperature")),
+    "uld": ObjectiveRow(SortedDistance, ("temperature", "top_k")),
+    "shared": ObjectiveRow(SharedHybrid, ("tokens", "divergence", "temperature", "top_k"), ("tokens",)),
+    "dskd-cma": ObjectiveRow(CrossAttention, ("attention", "divergence", "temperature"), ("attention",)),
+}
+_WHERE_FROM = {"tokens": "SharedTokens.of(student, teacher)", "attention": "CrossModelAttention(d, D)"}
+
+
+def get_objective(name: str, **options: Any) -> BridgeObjective:
+    """An objective of `OBJECTIVES` with its options bound.
+
+    Args:
+        name: a key of the table.
+        options: divergence, temperature, top_k, tokens, attention; those that the objective does not have are left
+            unused, and None stands for its own default.
+
+    Returns:
+        a function of (student, teacher, weights, chunk).
+
+    Raises:
+        ValueError: for an unknown name; the message lists those that exist. For an option that is missing or has no
+            meaning.
+    """
+    if name not in OBJECTIVES:
+        hint = did_you_mean(name, OBJECTIVES)
+        raise ValueError(f"Unknown objective {name!r}: there are {', '.join(OBJECTIVES)}.{hint}")
+    row = OBJECTIVES[name]
+    own = {key: value for key, value in options.items() if key in row.options and value is not None}
+    for key in row.needed:
+        if key not in own:
+            raise ValueError(
+                f"The objective {name!r} was given no `{key}`, which depends on the two models. Pass "
+                f"{key}={_WHERE_FROM[key]}."
+            )
+    _check(own.get("temperature", 1.0), own.get("top_k", 1))
+    return row.make(**own)
+
+
+def _check(temperature: float, top_k: int) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: both models' scores are divided by it, so it must be above 0.")
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: it is how many tokens are kept, at least 1. Leave it out to keep all.")
