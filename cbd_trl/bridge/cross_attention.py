@@ -71,7 +71,7 @@ class CrossModelAttention(nn.Module):
         key_ME = _unit(torch.cat([input_MD, target_MD], -1)) / math.sqrt(2 * input_MD.shape[1])
         own_ND = self.to_teacher(student.hidden_ND.float())
         said_Md = self.to_student(_unit(teacher.hidden_ND.detach().float()) + _unit(target_MD))
-        texts = 1 + max((int(side.text_N.max()) for side in (student, teacher) if len(side.text_N)), default=-1)
+        texts = 1 + max((int(side.text_N.max()) for side in (student, teacher) if len(side.text_N)), default=0)
         of_student, of_teacher = (torch.bincount(side.text_N, minlength=texts).tolist() for side in (student, teacher))
         # Each text alone. Where one side has no position in it the other gets a sum of nothing.
         scores = [q @ k.T for q, k in zip(query_NE.split(of_student), key_ME.split(of_teacher), strict=True)]

@@ -1,0 +1,80 @@
+"""What of DSKD-CMA is trained, and by what."""
+
+import pytest
+import torch
+
+from cbd_trl.bridge.cross_attention import CrossAttention, CrossModelAttention
+from cbd_trl.losses.divergences import get_divergence
+from cbd_trl.losses.head import Head
+from cbd_trl.losses.objective import Weights
+from tests.bridge.objective_helpers import STUDENT, TEACHER, W, make_objective, make_pair, randn, run
+
+PAIR = make_pair()
+
+
+def test_the_start_is_seeded_and_leaves_the_global_state_alone() -> None:
+    state = torch.get_rng_state()
+    one, same, other = (CrossModelAttention(STUDENT, TEACHER, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one.query.weight, same.query.weight) and not torch.equal(one.query.weight, other.query.weight)
+    assert {name: tuple(p.shape) for name, p in one.named_parameters()} == {
+        "query.weight": (2 * TEACHER, 2 * STUDENT),
+        "to_student.weight": (STUDENT, TEACHER),
+        "to_teacher.weight": (TEACHER, STUDENT),
+    }
+
+
+def test_of_the_teacher_and_of_tables_nothing_is_trained() -> None:
+    objective = make_objective("dskd-cma")
+    pair = make_pair()
+    heads = [Head(head.weight_VD.clone().requires_grad_()) for head in pair.heads]
+    tables = [table.clone().requires_grad_() for table in pair.tables]
+    teacher_hidden = pair.hidden_RUD.clone().requires_grad_()
+    pair.heads, pair.tables, pair.hidden_RUD = tuple(heads), tuple(tables), teacher_hidden
+    total, _ = objective(*pair.sides(pair.hidden_BTd.clone().requires_grad_(), heads[0]), Weights(kd=1.0, ce=0.0))
+    total.backward()
+    assert heads[0].weight_VD.grad is not None
+    assert all(tensor.grad is None for tensor in (heads[1].weight_VD, *tables, teacher_hidden))
+
+
+def test_without_weight_the_maps_are_not_trained_and_the_terms_are_known_all_the_same() -> None:
+    objective = make_objective("dskd-cma")
+    assert isinstance(objective, CrossAttention)
+    total, _, terms = run(objective, PAIR, Weights(kd=0.0, ce=1.0))
+    total.backward() if total.requires_grad else None
+    assert all(p.grad is None for p in objective.attention.parameters())
+    _, _, weighted = run(objective, PAIR, Weights(kd=1.0, ce=1.0))
+    torch.testing.assert_close(terms["kd"], weighted["kd"])
+    assert total.item() == pytest.approx(terms["ce"].sum().item(), rel=1e-6)
+
+
+def test_a_divergence_changes_the_loss() -> None:
+    # At a temperature of 50 seldom anything is right at random; teach the maps until something is.
+    objective = make_objective("dskd-cma")
+    assert isinstance(objective, CrossAttention)
+    attention = objective.attention
+    optimizer = torch.optim.Adam(attention.parameters(), lr=0.05)
+    losses = []
+    for _ in range(60):
+        total, _ = objective(*PAIR.sides(PAIR.hidden_BTd, PAIR.heads[0]), Weights(kd=1.0, ce=0.0))
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        losses.append(total.item())
+    assert losses[-1] < 0.8 * losses[0]
+    found = {
+        name: run(CrossAttention(attention, get_divergence(name)), PAIR, Weights(kd=1.0, ce=0.0))[0].item()
+        for name in ("forward_kl", "reverse_kl")
+    }
+    assert found["forward_kl"] != pytest.approx(found["reverse_kl"], rel=1e-4)
+
+
+def test_sides_of_other_widths_are_refused() -> None:
+    pair = make_pair()
+    attention = CrossModelAttention(STUDENT, TEACHER + 1)
+    sides = pair.sides(pair.hidden_BTd, pair.heads[0])
+    with pytest.raises(ValueError, match=r"teacher's embeddings and hidden states are 6 and 6 wide.*made for 7 and 7"):
+        attention(*sides)
+    pair.tables = (pair.tables[0], randn(W, 3, seed=0))
+    with pytest.raises(ValueError, match=r"are 3 and 6 wide.*use another objective"):
+        CrossModelAttention(STUDENT, TEACHER)(*pair.sides(pair.hidden_BTd, pair.heads[0]))

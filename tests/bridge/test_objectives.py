@@ -1,0 +1,156 @@
+"""What holds for every objective across vocabularies."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cbd_trl.bridge.cross_attention import CrossAttention
+from cbd_trl.bridge.objectives import OBJECTIVES, get_objective
+from cbd_trl.bridge.shared_tokens import SharedTokens
+from cbd_trl.bridge.sides import Side
+from cbd_trl.losses.head import Head
+from cbd_trl.losses.objective import Weights
+from tests.bridge.objective_helpers import (
+    SHARED,
+    STUDENT,
+    Pair,
+    V,
+    make_objective,
+    make_pair,
+    naive,
+    naive_alm,
+    naive_dskd,
+    naive_shared,
+    naive_uld,
+    randn,
+    run,
+)
+
+NAMES = list(OBJECTIVES)
+GROUPED = [name for name in NAMES if name != "dskd-cma"]
+PAIR = make_pair()
+BOTH = Weights(kd=0.7, ce=0.4)
+TWINS = {"alm": naive_alm, "uld": naive_uld, "shared": naive_shared}
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 2e-5) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert other.norm() > 0
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("weights", [BOTH, Weights(kd=1.0, ce=0.0), Weights(kd=0.0, ce=1.0)])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("name", GROUPED)
+def test_chunked_is_the_naive_twin_in_value_and_gradient(
+    name: str, temperature: float, weights: Weights, chunk: int
+) -> None:
+    expected, gradients, values = naive(PAIR, TWINS[name](temperature), weights)
+    divergence = "forward_kl" if name == "shared" else None
+    total, ours, terms = run(make_objective(name, divergence, temperature), PAIR, weights, chunk)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(ours, gradients)
+    # Each group's value stands on its first token, even where it has no weight.
+    first = torch.zeros_like(PAIR.ids_BT, dtype=torch.float64)
+    for (row, mine, _), value in zip(PAIR.groups, values, strict=True):
+        first[row, mine[0]] = value.detach()
+    scored = PAIR.labels_BT[:, 1:] != -100
+    torch.testing.assert_close(terms["kd"].double(), first[:, 1:][scored], rtol=1e-5, atol=1e-5)
+    assert not any(term.requires_grad or term.shape != (int(scored.sum()),) for term in terms.values())
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunked_cross_attention_is_the_naive_twin_in_value_and_gradient(chunk: int) -> None:
+    objective = make_objective("dskd-cma", temperature=1.5)
+    assert isinstance(objective, CrossAttention)
+    attention = objective.attention
+    expected, gradients = naive_dskd(PAIR, attention, BOTH, 1.5)
+    hidden, weight = PAIR.hidden_BTd.clone().requires_grad_(), PAIR.heads[0].weight_VD.clone().requires_grad_()
+    total, _ = objective(*PAIR.sides(hidden, Head(weight)), BOTH, chunk)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    maps = [layer.weight for layer in (attention.query, attention.to_student, attention.to_teacher)]
+    assert_same(list(torch.autograd.grad(total, [hidden, weight, *maps])), gradients)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_teachers_cross_entropy_is_that_of_all_tokens_of_the_groups(name: str) -> None:
+    _, _, values = naive(PAIR, lambda ours, theirs, *_: -theirs, BOTH)
+    _, _, terms = run(make_objective(name), PAIR, BOTH)
+    assert terms["teacher_ce"].sum().item() == pytest.approx(sum(values).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sums_are_the_same_whatever_the_batch_and_the_order_of_its_rows(name: str) -> None:
+    objective = make_objective(name)
+    total, (states, head), _ = run(objective, PAIR, BOTH)
+    turned, (turned_states, turned_head), _ = run(objective, PAIR.rows([2, 0, 3, 1]), BOTH)
+    assert turned.item() == pytest.approx(total.item(), rel=1e-5)
+    assert_same([turned_states, turned_head], [states[[2, 0, 3, 1]].double(), head.double()])
+    parts = [run(objective, PAIR.rows(rows), BOTH) for rows in ([0], [1, 2, 3])]
+    assert sum(part[0] for part in parts).item() == pytest.approx(total.item(), rel=1e-5)
+    split = [torch.cat([part[1][0] for part in parts]), sum(part[1][1] for part in parts)]
+    assert_same(split, [states.double(), head.double()])
+
+
+def without_groups(pair: Pair, labels: Tensor) -> Pair:
+    nothing = torch.full_like(pair.group_BT, -1), torch.full_like(pair.group_RU, -1)
+    return Pair(
+        pair.ids_BT, labels, nothing[0], pair.text_BT, pair.ids_RU, nothing[1], pair.hidden_BTd, pair.hidden_RUD
+    )
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+@pytest.mark.parametrize("name", GROUPED)
+def test_where_nothing_is_aligned_the_cross_entropy_is_left(name: str, chunk: int) -> None:
+    pair = without_groups(PAIR, PAIR.labels_BT)
+    total, gradients, terms = run(make_objective(name), pair, Weights(kd=1.0, ce=0.0), chunk)
+    assert total == 0 and all((gradient == 0).all() for gradient in gradients)
+    total, _, terms = run(make_objective(name), pair, BOTH, chunk)
+    assert total.item() == pytest.approx(BOTH.ce * terms["ce"].sum().item(), rel=1e-5) and total > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_masked_gives_zero_with_a_gradient_of_zero(name: str) -> None:
+    pair = without_groups(PAIR, torch.full_like(PAIR.labels_BT, -100))
+    total, gradients, terms = run(make_objective(name), pair, BOTH)
+    assert total == 0 and all((gradient == 0).all() for gradient in gradients)
+    assert {term.shape for term in terms.values()} == {(0,)}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_zero_where_teacher_and_student_are_the_same(name: str) -> None:
+    ids, head = torch.randint(V, (2, 9), generator=torch.Generator().manual_seed(0)), Head(randn(V, STUDENT, seed=0))
+    group = torch.cat([torch.full((2, 1), -1), torch.arange(16).view(2, 8)], 1)
+    hidden = randn(2, 9, STUDENT, seed=1, scale=2.0)
+    tokens = SharedTokens(torch.arange(V), torch.arange(V))
+    objective = get_objective(name, tokens=tokens)
+    leaf = hidden.clone().requires_grad_()
+    text = torch.arange(2)[:, None].expand(2, 9)
+    sides = Side.student(leaf, head, ids, ids, group, text), Side.teacher(hidden, head, ids, group)
+    total, terms = objective(*sides, Weights(kd=1.0, ce=0.0))
+    total.backward()
+    assert total.item() == pytest.approx(0.0, abs=1e-4) and len(terms["kd"]) == 16
+    assert leaf.grad is not None and leaf.grad.abs().max() < 2e-3
+    torch.testing.assert_close(terms["teacher_ce"], terms["ce"], rtol=1e-4, atol=1e-5)
+    other = Side.teacher(randn(2, 9, STUDENT, seed=2, scale=2.0), head, ids, group)
+    assert objective(sides[0], other, Weights(kd=1.0, ce=0.0))[0] > 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_temperature_changes_the_loss(name: str) -> None:
+    totals = {run(make_objective(name, temperature=t), PAIR, BOTH)[0].item() for t in (1.0, 2.0, 5.0)}
+    assert len(totals) == 3
+
+
+def test_what_has_no_meaning_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Unknown objective 'almm': there are alm, uld, .*Did you mean 'alm'\?"):
+        get_objective("almm")
+    with pytest.raises(ValueError, match=r"'shared' was given no `tokens`.*SharedTokens\.of"):
+        get_objective("shared")
+    with pytest.raises(ValueError, match=r"'dskd-cma' was given no `attention`.*CrossModelAttention"):
+        get_objective("dskd-cma", tokens=SHARED)
+    with pytest.raises(ValueError, match=r"temperature=0\.0: .*above 0"):
+        get_objective("uld", temperature=0.0)
+    with pytest.raises(ValueError, match=r"top_k=0: .*at least 1"):
+        get_objective("uld", top_k=0)
