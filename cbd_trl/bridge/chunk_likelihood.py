@@ -23,10 +23,10 @@ def chunk_likelihood(
 ) -> Tensor:
     """Divergence between "these bytes" and "anything else", as both models see them, p and 1 - p with p ** (1 / T).
 
-    f(p_T^(1/T) | p_S^(1/T)) + f(1 - p_T^(1/T) | 1 - p_S^(1/T)), the paper's equation for one chunk. With T = 1 it is a
-    bound of the divergence over all strings, and says next to nothing of chunks that both find unlikely. With a high
-    T it goes over to that of two rates of surprise, r_T log(r_T / r_S) - r_T + r_S for KL with r = -log p, in which
-    every chunk counts.
+    f(p_T^(1/T) | p_S^(1/T)) + f(1 - p_T^(1/T) | 1 - p_S^(1/T)), the paper's equation for one chunk. With T = 1 it is the
+    divergence of a coarse view of the next bytes, and says next to nothing of chunks that both find unlikely. With a
+    high T it goes over to that of two rates of surprise, r_T log(r_T / r_S) - r_T + r_S for KL with r = -log p, in
+    which every chunk counts.
 
     Deviations: multiplied by T, because all of it shrinks as 1 / T, and its weight beside the cross-entropy is to keep
     its meaning; a log-probability above -1e-6 counts as that, with its gradient. The paper's chunks also hold how
@@ -36,7 +36,7 @@ def chunk_likelihood(
         student_log_G: log-probabilities of the groups, (G,), nats.
         teacher_log_G: likewise; a constant.
         divergence: of two events, what `cbd_trl.losses.divergences.get_divergence` returned.
-        temperature: T, at least 1.
+        temperature: T, above 0.
 
     Returns:
         (G,) float32, nats per group.
@@ -57,8 +57,9 @@ class ChunkLikelihood(GroupObjective):
     """Chunk likelihood. Of both models it reads nothing but the log-probabilities of the tokens that are there.
 
     Attributes:
-        divergence: the paper's default, KL(teacher | student).
-        temperature: the paper's default.
+        divergence: the default is the paper's, KL(teacher | student), which has the gradient of binary cross-entropy
+            and is 0 where both are the same.
+        temperature: the default is the paper's, at which unlikely chunks, that is long ones, count too.
     """
 
     wide: ClassVar[bool] = False

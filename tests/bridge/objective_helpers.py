@@ -192,7 +192,7 @@ def naive_shared(temperature: float, tokens: SharedTokens = SHARED) -> Compare:
 def naive_dskd(
     pair: Pair, attention: CrossModelAttention, weights: Weights, temperature: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """DSKD-CMA position by position in float64: the total, its gradients as those of `naive`, and those of the maps."""
+    """DSKD-CMA position by position in float64: the total, gradients as of `naive`, then those of the maps."""
     hidden = pair.hidden_BTd.double().requires_grad_()
     weight = pair.heads[0].weight_VD.double().requires_grad_()
     maps = [layer.weight.detach().double().requires_grad_() for layer in

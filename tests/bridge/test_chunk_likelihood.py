@@ -11,6 +11,7 @@ from cbd_trl.bridge.objectives import get_objective
 from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
 
 KL = get_divergence("forward_kl")
+STUDENT, TEACHER = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
 
 
 def logs(*probabilities: float) -> Tensor:
@@ -34,6 +35,19 @@ def test_a_high_temperature_compares_rates_of_surprise() -> None:
     torch.testing.assert_close(
         chunk_likelihood(student, teacher, KL, 1e4), r * (r / q).log() - r + q, rtol=2e-2, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 10.0, 100.0])
+def test_float32_is_enough_in_value_and_gradient(temperature: float) -> None:
+    chunks = torch.tensor([-1e-3, -0.05, -0.7, -3.0, -12.0, -60.0])
+    student, teacher = chunks.repeat_interleave(6).requires_grad_(), chunks.repeat(6)
+    exact = student.detach().double().requires_grad_()
+    p, q = (teacher.double() / temperature).exp(), (exact / temperature).exp()
+    value = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()) * temperature
+    found = chunk_likelihood(student, teacher, KL, temperature)
+    torch.testing.assert_close(found.double(), value, rtol=1e-4, atol=1e-5)
+    (slope,), (expected,) = torch.autograd.grad(found.sum(), student), torch.autograd.grad(value.sum(), exact)
+    torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
@@ -62,4 +76,6 @@ def test_a_student_that_is_too_sure_is_still_corrected() -> None:
 
 def test_the_defaults_are_those_of_the_paper() -> None:
     objective = get_objective("alm", temperature=None, divergence=None, top_k=5)
-    assert objective == ChunkLikelihood(KL, 100.0)
+    assert isinstance(objective, ChunkLikelihood) and objective.temperature == 100.0
+    assert objective.divergence(STUDENT, TEACHER).item() == KL(STUDENT, TEACHER).item()
+    assert chunk_likelihood(logs(0.2), logs(0.6), KL) == chunk_likelihood(logs(0.2), logs(0.6), KL, 100.0)

@@ -40,28 +40,31 @@ def test_of_the_teacher_and_of_tables_nothing_is_trained() -> None:
 def test_without_weight_the_maps_are_not_trained_and_the_terms_are_known_all_the_same() -> None:
     objective = make_objective("dskd-cma")
     assert isinstance(objective, CrossAttention)
-    total, _, terms = run(objective, PAIR, Weights(kd=0.0, ce=1.0))
-    total.backward() if total.requires_grad else None
+    head = Head(PAIR.heads[0].weight_VD.clone().requires_grad_())
+    total, terms = objective(*PAIR.sides(PAIR.hidden_BTd, head), Weights(kd=0.0, ce=1.0))
+    total.backward()
     assert all(p.grad is None for p in objective.attention.parameters())
     _, _, weighted = run(objective, PAIR, Weights(kd=1.0, ce=1.0))
     torch.testing.assert_close(terms["kd"], weighted["kd"])
     assert total.item() == pytest.approx(terms["ce"].sum().item(), rel=1e-6)
 
 
-def test_a_divergence_changes_the_loss() -> None:
-    # At a temperature of 50 seldom anything is right at random; teach the maps until something is.
+def test_the_maps_learn_and_the_divergence_changes_the_loss() -> None:
     objective = make_objective("dskd-cma")
     assert isinstance(objective, CrossAttention)
     attention = objective.attention
     optimizer = torch.optim.Adam(attention.parameters(), lr=0.05)
-    losses = []
+    sides = PAIR.sides(PAIR.hidden_BTd, PAIR.heads[0])
+    right = []
     for _ in range(60):
-        total, _ = objective(*PAIR.sides(PAIR.hidden_BTd, PAIR.heads[0]), Weights(kd=1.0, ce=0.0))
+        total, _ = objective(*sides, Weights(kd=1.0, ce=0.0))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        losses.append(total.item())
-    assert losses[-1] < 0.8 * losses[0]
+        seen_NV = PAIR.heads[0].logits(attention(*sides)[0].detach())
+        right.append(int((seen_NV.argmax(-1) == sides[0].targets_N).sum()))
+    # The maps learn what follows from the teacher's states, and where they know it the student is compared.
+    assert right[-1] > right[0] + 5
     found = {
         name: run(CrossAttention(attention, get_divergence(name)), PAIR, Weights(kd=1.0, ce=0.0))[0].item()
         for name in ("forward_kl", "reverse_kl")

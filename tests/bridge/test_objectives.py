@@ -1,5 +1,7 @@
 """What holds for every objective across vocabularies."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -135,6 +137,19 @@ def test_zero_where_teacher_and_student_are_the_same(name: str) -> None:
     torch.testing.assert_close(terms["teacher_ce"], terms["ce"], rtol=1e-4, atol=1e-5)
     other = Side.teacher(randn(2, 9, STUDENT, seed=2, scale=2.0), head, ids, group)
     assert objective(sides[0], other, Weights(kd=1.0, ce=0.0))[0] > 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_held_a_chunk_of_whole_groups_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    projected: list[int] = []
+    project: Callable[[Head, Tensor], Tensor] = Head.project
+    monkeypatch.setattr(Head, "project", lambda head, rows: projected.append(len(rows)) or project(head, rows))
+    run(make_objective(name), PAIR, BOTH, chunk=4)
+    # The longest group has three tokens.
+    assert max(projected) <= 4 < int((PAIR.labels_BT != -100).sum())
+    projected.clear()
+    run(make_objective(name), PAIR, BOTH, chunk=1)
+    assert max(projected) == (1 if name == "dskd-cma" else 3)
 
 
 @pytest.mark.parametrize("name", NAMES)

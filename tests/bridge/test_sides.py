@@ -50,7 +50,7 @@ def test_the_state_of_a_token_is_the_one_before_it_and_behind_the_same_bytes() -
     student = Side.student(places_BT1, head, ids_BT, labels_BT, read.alignment.student_BT, student_rows.text_BT)
     teacher = Side.teacher(places_RU1, head, read.ids_RU, read.alignment.teacher_RU)
     groups = read.alignment.groups
-    assert groups > 50 and student.begins_N.sum() == teacher.begins_N.sum() == groups
+    assert groups > 20 and student.begins_N.sum() == teacher.begins_N.sum() == groups
     assert len(student.targets_N) == read.scored and (teacher.group_N != NOWHERE).all()
     for found, tokens, texts_BT in ((student, ids_BT, student_rows.text_BT), (teacher, read.ids_RU, None)):
         at = found.hidden_ND[:, 0].long()

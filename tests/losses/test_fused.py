@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
 from cbd_trl.losses.events import draw, teacher_top_k
-from cbd_trl.losses.fused import default_chunk, fused_terms
+from cbd_trl.losses.fused import _parts, default_chunk, fused_terms
 from cbd_trl.losses.head import Head
 from cbd_trl.losses.objective import DistillObjective, Weights
 from cbd_trl.losses.reduction import scored_targets, select_scored
@@ -261,3 +261,29 @@ def test_the_chunk_shrinks_as_the_vocabulary_grows() -> None:
     sizes = [default_chunk(rows, cpu) for rows in (8_192, 32_768, 131_072, 262_144, 10**9)]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] == 1
     assert len({size * rows for size, rows in zip(sizes[:4], (8_192, 32_768, 131_072, 262_144), strict=True)}) == 1
+
+
+def test_parts_begin_where_they_may() -> None:
+    def cut(start: int, stop: int, size: int, starts: list[int] | None) -> list[tuple[int, int]]:
+        return [(part.start, part.stop) for part in _parts(slice(start, stop), size, starts)]
+
+    assert cut(0, 7, 3, None) == [(0, 3), (3, 6), (6, 7)]
+    assert cut(2, 7, 10, [0, 2, 3]) == [(2, 7)]
+    # Back to the last start within reach; where there is none, on to the next.
+    assert cut(0, 10, 3, [0, 2, 7, 8]) == [(0, 2), (2, 7), (7, 10)]
+    assert cut(0, 10, 4, [0]) == [(0, 10)]
+    assert cut(0, 0, 4, []) == []
+    for size in range(1, 12):
+        starts = [0, 1, 4, 5, 9]
+        parts = cut(1, 11, size, starts)
+        assert [start for start, _ in parts[1:]] == [stop for _, stop in parts[:-1]]
+        assert parts[0][0] == 1 and parts[-1][1] == 11 and {start for start, _ in parts} <= set(starts)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_starts_change_nothing_where_tokens_stand_alone(chunk: int) -> None:
+    objective, weights = DistillObjective(get_divergence("jsd")), Weights(1.0, 0.5)
+    teacher = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD)
+    expected, _ = fused_terms(HIDDEN, HEADS["plain"], TARGETS, teacher, objective, weights)
+    found, _ = fused_terms(HIDDEN, HEADS["plain"], TARGETS, teacher, objective, weights, chunk, [0, 3, 9])
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
