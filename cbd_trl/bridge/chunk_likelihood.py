@@ -4,7 +4,6 @@ Shapes: G groups, n positions.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,9 +22,9 @@ def chunk_likelihood(
 ) -> Tensor:
     """Divergence between "these bytes" and "anything else", as both models see them, p and 1 - p with p ** (1 / T).
 
-    f(p_T^(1/T) | p_S^(1/T)) + f(1 - p_T^(1/T) | 1 - p_S^(1/T)), the paper's equation for one chunk. With T = 1 it is the
-    divergence of a coarse view of the next bytes, and says next to nothing of chunks that both find unlikely. With a
-    high T it goes over to that of two rates of surprise, r_T log(r_T / r_S) - r_T + r_S for KL with r = -log p, in
+    f(p_T^(1/T) | p_S^(1/T)) + f(1 - p_T^(1/T) | 1 - p_S^(1/T)), the paper's equation for one chunk. With T = 1 it is
+    the divergence of a coarse view of the next bytes, and says next to nothing of chunks that both find unlikely. With
+    a high T it goes over to that of two rates of surprise, r_T log(r_T / r_S) - r_T + r_S for KL with r = -log p, in
     which every chunk counts.
 
     Deviations: multiplied by T, because all of it shrinks as 1 / T, and its weight beside the cross-entropy is to keep
@@ -62,10 +61,13 @@ class ChunkLikelihood(GroupObjective):
         temperature: the default is the paper's, at which unlikely chunks, that is long ones, count too.
     """
 
-    wide: ClassVar[bool] = False
-
     divergence: Divergence = get_divergence("forward_kl")  # noqa: RUF009
     temperature: float = 100.0
+
+    @property
+    def wide(self) -> bool:
+        """See `GroupObjective`."""
+        return False
 
     def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
         """See `GroupObjective`."""

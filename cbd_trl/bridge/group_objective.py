@@ -5,7 +5,6 @@ V and W vocabulary rows of student and teacher.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -104,8 +103,10 @@ class GroupObjective:
     sums over groups whatever the batch.
     """
 
-    # Whether it reads the teacher's logits on the first tokens of groups.
-    wide: ClassVar[bool]
+    @property
+    def wide(self) -> bool:
+        """Whether it reads the teacher's logits on the first tokens of groups."""
+        return True
 
     def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
         """Compare a part of the positions, whole groups.
@@ -153,3 +154,24 @@ class GroupObjective:
         return fused_terms(
             student.hidden_ND, student.head, student.targets_N, signal, self, weights, chunk, student.cuts()
         )
+
+
+@dataclass(frozen=True)
+class Mixture(GroupObjective):
+    """A weighted sum of objectives, in one walk.
+
+    Attributes:
+        parts: a weight and an objective each.
+    """
+
+    parts: tuple[tuple[float, GroupObjective], ...]
+
+    @property
+    def wide(self) -> bool:
+        """See `GroupObjective`."""
+        return any(objective.wide for _, objective in self.parts)
+
+    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+        """See `GroupObjective`."""
+        values = [weight * objective.compare(student_nV, token_log_n, said) for weight, objective in self.parts]
+        return torch.stack(values).sum(0)

@@ -1,6 +1,7 @@
 """The objectives of distillation across vocabularies, by name."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from cbd_trl.bridge.chunk_likelihood import ChunkLikelihood
 from cbd_trl.bridge.cross_attention import CrossAttention
+from cbd_trl.bridge.group_objective import GroupObjective, Mixture
 from cbd_trl.bridge.shared_tokens import SharedHybrid
 from cbd_trl.bridge.sides import Side
 from cbd_trl.bridge.sorted_distance import SortedDistance
@@ -76,6 +78,39 @@ def get_objective(name: str, **options: Any) -> BridgeObjective:
             )
     _check(own.get("temperature", 1.0), own.get("top_k", 1))
     return row.make(**own)
+
+
+def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective:
+    """Several objectives of `OBJECTIVES` added up, at the price of one walk over the student's logits.
+
+    Args:
+        weights: of each objective by name, above 0.
+        options: of all of them, see `get_objective`. For options that are not the same for all make a `Mixture`.
+
+    Returns:
+        a function of (student, teacher, weights, chunk).
+
+    Raises:
+        ValueError: as `get_objective` does; for no objective, a weight that has no meaning, or one of several that
+            compares other things than groups.
+    """
+    made = {name: get_objective(name, **options) for name in weights}
+    parts = []
+    for name, weight in weights.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(
+                f"{name!r} has weight {weight} in a mixture: it must be finite and above 0. Leave it out."
+            )
+        objective = made[name]
+        if not isinstance(objective, GroupObjective):
+            raise ValueError(
+                f"{name!r} cannot be mixed: it carries states over by attention, the others compare groups of tokens. "
+                "Use it alone, by `get_objective`."
+            )
+        parts.append((float(weight), objective))
+    if not parts:
+        raise ValueError(f"A mixture of no objectives: name one at least, of {', '.join(OBJECTIVES)}.")
+    return Mixture(tuple(parts))
 
 
 def _check(temperature: float, top_k: int) -> None:

@@ -4,7 +4,6 @@ Shapes: G groups, n positions, S shared tokens, V and W vocabulary rows of stude
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,8 +69,6 @@ class SharedHybrid(GroupObjective):
         temperature: T, of both sides, above 0.
         top_k: of ULD, see `sorted_distance`.
     """
-
-    wide: ClassVar[bool] = True
 
     tokens: SharedTokens
     divergence: Divergence = get_divergence("jsd")  # noqa: RUF009

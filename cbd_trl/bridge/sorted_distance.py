@@ -4,7 +4,6 @@ Shapes: G groups, n positions, V and W vocabulary rows of student and teacher, K
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +53,6 @@ class SortedDistance(GroupObjective):
         top_k: see `sorted_distance`.
         temperature: T, of both sides, above 0.
     """
-
-    wide: ClassVar[bool] = True
 
     top_k: int | None = None
     temperature: float = 1.0

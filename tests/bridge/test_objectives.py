@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.bridge.cross_attention import CrossAttention
-from cbd_trl.bridge.objectives import OBJECTIVES, get_objective
+from cbd_trl.bridge.cross_attention import CrossAttention, CrossModelAttention
+from cbd_trl.bridge.objectives import OBJECTIVES, get_mixture, get_objective
 from cbd_trl.bridge.shared_tokens import SharedTokens
 from cbd_trl.bridge.sides import Side
 from cbd_trl.losses.head import Head
@@ -156,6 +156,27 @@ def test_logits_are_held_a_chunk_of_whole_groups_at_a_time(name: str, monkeypatc
 def test_a_temperature_changes_the_loss(name: str) -> None:
     totals = {run(make_objective(name, temperature=t), PAIR, BOTH)[0].item() for t in (1.0, 2.0, 5.0)}
     assert len(totals) == 3
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_parts() -> None:
+    weights = {"alm": 0.3, "uld": 2.0, "shared": 0.5}
+    parts = [run(make_objective(name), PAIR, Weights(kd=weight, ce=0.0)) for name, weight in weights.items()]
+    total, gradients, terms = run(get_mixture(weights, tokens=SHARED), PAIR, Weights(kd=1.0, ce=0.0), chunk=3)
+    assert total.item() == pytest.approx(sum(part[0] for part in parts).item(), rel=1e-5)
+    assert_same(gradients, [sum(part[1][index] for part in parts).double() for index in (0, 1)])
+    alone, _, _ = run(get_mixture({"alm": 1.0}), PAIR, BOTH)
+    assert alone.item() == pytest.approx(run(make_objective("alm"), PAIR, BOTH)[0].item(), rel=1e-6)
+
+
+def test_mixtures_without_meaning_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'uld' has weight 0\.0 in a mixture.*Leave it out"):
+        get_mixture({"alm": 1.0, "uld": 0.0})
+    with pytest.raises(ValueError, match="A mixture of no objectives: name one"):
+        get_mixture({})
+    with pytest.raises(ValueError, match=r"'dskd-cma' cannot be mixed.*Use it alone"):
+        get_mixture({"dskd-cma": 1.0}, attention=CrossModelAttention(2, 3))
+    with pytest.raises(ValueError, match=r"Unknown objective 'ulb'.*Did you mean 'uld'"):
+        get_mixture({"alm": 1.0, "ulb": 1.0})
 
 
 def test_what_has_no_meaning_is_refused() -> None:
