@@ -161,7 +161,7 @@ def test_a_temperature_changes_the_loss(name: str) -> None:
 def test_a_mixture_is_the_weighted_sum_of_its_parts() -> None:
     weights = {"alm": 0.3, "uld": 2.0, "shared": 0.5}
     parts = [run(make_objective(name), PAIR, Weights(kd=weight, ce=0.0)) for name, weight in weights.items()]
-    total, gradients, terms = run(get_mixture(weights, tokens=SHARED), PAIR, Weights(kd=1.0, ce=0.0), chunk=3)
+    total, gradients, _ = run(get_mixture(weights, tokens=SHARED), PAIR, Weights(kd=1.0, ce=0.0), chunk=3)
     assert total.item() == pytest.approx(sum(part[0] for part in parts).item(), rel=1e-5)
     assert_same(gradients, [sum(part[1][index] for part in parts).double() for index in (0, 1)])
     alone, _, _ = run(get_mixture({"alm": 1.0}), PAIR, BOTH)
