@@ -23,7 +23,7 @@ from cbd_trl.chain.operators import (
 )
 from cbd_trl.surgery.blocks import select_layers, swap_blocks
 from cbd_trl.surgery.cut import least_squares_cut
-from cbd_trl.surgery.norms import fold_norms
+from cbd_trl.surgery.norms import balance_norms, fold_norms
 from tests.chain.helpers import BLOCKS, between, depth_of, random_pair, same_weights
 from tests.chain.naive import linear_twin, nested_twin
 from tests.surgery.helpers import TOLERANCE, build, changed, difference, every_case, every_family, full_model
@@ -94,11 +94,12 @@ def test_slice_is_the_upper_anchor_cut(family, tied, what):
     weights, architecture = slice_upper(pair, Plan(target))
     assert architecture.shape == target.shape
     narrow = pair.upper_architecture.resized(**target.sizes)
-    cut = pair.upper
+    layers = list(range(6)) if what == "width" else [0, 1, 3, 4, 5]
+    expected, _ = select_layers(pair.upper, pair.upper_architecture, layers)
     if what != "depth":
         cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.statistics, narrow)
-    layers = list(range(6)) if what == "width" else [0, 1, 3, 4, 5]
-    assert same_weights(weights, select_layers(cut, narrow, layers)[0])
+        expected = balance_norms(*select_layers(cut, narrow, layers), like=expected)
+    assert same_weights(weights, expected)
 
 
 @every_case

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from cbd_trl import build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.from_chain import from_chain, load_pair
-from cbd_trl.chain.operators import Plan, nested
+from cbd_trl.chain.operators import Plan, cut_upper, mixer, nested
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.width_hybrid import FRACTIONS, WidthHybrid, targets_between
 from cbd_trl.losses.held_out import held_out_loss
@@ -58,6 +58,13 @@ def expected_weights(pair, shape, lower):
     return nested(dataclasses.replace(pair, lower=lower), Plan(target))
 
 
+def mix(pair, shape, lower):
+    """The same before its norms are balanced: linear in each of the lower anchor's tensors but for folded gains."""
+    plan = Plan(target_architecture(pair.upper_architecture, shape))
+    cut, made = cut_upper(pair, plan)
+    return mixer(pair, plan)(cut, lower), made
+
+
 @every_case
 def test_a_hybrid_is_the_target_between_the_teacher_and_the_student_as_it_is(family, tied, what):
     student, _, pair = width_pair(family, tied, what)
@@ -93,7 +100,7 @@ def test_the_gradient_is_that_of_the_mix(family, tied, what):
     length are derivatives, of the loss linearised at the target."""
     student, _, pair = width_pair(family, tied, what)
     beside, architecture = every_target(WidthHybrid(pair, 1.0, seed=0), student)[0]
-    weights, made = expected_weights(pair, architecture.shape, weights_of(student, pair.lower_architecture))
+    weights, made = mix(pair, architecture.shape, weights_of(student, pair.lower_architecture))
     target = build({key: tensor.float() for key, tensor in weights.items()}, made)
     for run in (beside.run, target):
         run(input_ids=tokens()).logits.logsumexp(-1).mean().backward()
@@ -107,7 +114,7 @@ def test_the_gradient_is_that_of_the_mix(family, tied, what):
         for sign in (1, -1):
             with torch.no_grad():
                 parameter.add_(direction, alpha=sign)
-                moved, made = expected_weights(pair, architecture.shape, weights_of(student, pair.lower_architecture))
+                moved, made = mix(pair, architecture.shape, weights_of(student, pair.lower_architecture))
                 state = dict(build({k: t.float() for k, t in moved.items()}, made).named_parameters())
                 values.append(sum((slopes[n].double() * state[n].double()).sum() for n in slopes))
                 parameter.add_(direction, alpha=-sign)
