@@ -13,10 +13,14 @@ if TYPE_CHECKING:
     from cbd_trl.chain.from_chain import from_chain
     from cbd_trl.chain.make_targets import make_targets
     from cbd_trl.chain.manifest import Chain
+    from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+    from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
     from cbd_trl.trainers.distill_config import DistillConfig
     from cbd_trl.trainers.distill_trainer import DistillTrainer
 
 __all__ = [
+    "BridgeDistillConfig",
+    "BridgeDistillTrainer",
     "Chain",
     "DistillConfig",
     "DistillTrainer",
@@ -30,6 +34,8 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BridgeDistillConfig": "cbd_trl.trainers.bridge_config",
+    "BridgeDistillTrainer": "cbd_trl.trainers.bridge_trainer",
     "Chain": "cbd_trl.chain.manifest",
     "DistillConfig": "cbd_trl.trainers.distill_config",
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",

@@ -65,9 +65,7 @@ def get_objective(name: str, **options: Any) -> BridgeObjective:
         ValueError: for an unknown name; the message lists those that exist. For an option that is missing or has no
             meaning.
     """
-    if name not in OBJECTIVES:
-        hint = did_you_mean(name, OBJECTIVES)
-        raise ValueError(f"Unknown objective {name!r}: there are {', '.join(OBJECTIVES)}.{hint}")
+    _check_name(name)
     row = OBJECTIVES[name]
     own = {key: value for key, value in options.items() if key in row.options and value is not None}
     for key in row.needed:
@@ -78,6 +76,38 @@ def get_objective(name: str, **options: Any) -> BridgeObjective:
             )
     _check(own.get("temperature", 1.0), own.get("top_k", 1))
     return row.make(**own)
+
+
+def parse_objective(objective: str | Mapping[str, Any]) -> dict[str, float]:
+    """The weight of each objective that a name or a mixture stands for.
+
+    Args:
+        objective: "alm", or several with their weights: "alm=1,uld=0.5", or {"alm": 1, "uld": 0.5}.
+
+    Raises:
+        ValueError: for an unknown name, one named twice, or a weight that is no finite number above 0.
+    """
+    if isinstance(objective, str):
+        named = [part.partition("=")[::2] for part in objective.split(",")]
+        pairs: list[tuple[str, Any]] = [(name.strip(), weight.strip() or 1.0) for name, weight in named]
+    else:
+        pairs = list(objective.items())
+    weights: dict[str, float] = {}
+    for name, weight in pairs:
+        _check_name(name)
+        if name in weights:
+            raise ValueError(f"objective={objective!r} names {name!r} twice. Give it once, with the sum of its weights.")
+        try:
+            weights[name] = float(weight)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"objective={objective!r} weighs {name!r} by {weight!r}, which is no number. Write a name, or names "
+                "with weights such as 'alm=1,uld=0.5'."
+            ) from None
+        _check_weight(name, weights[name])
+    if not weights:
+        raise ValueError(f"A mixture of no objectives: name one at least, of {', '.join(OBJECTIVES)}.")
+    return weights
 
 
 def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective:
@@ -97,10 +127,7 @@ def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective
     made = {name: get_objective(name, **options) for name in weights}
     parts = []
     for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(
-                f"{name!r} has weight {weight} in a mixture: it must be finite and above 0. Leave it out."
-            )
+        _check_weight(name, weight)
         objective = made[name]
         if not isinstance(objective, GroupObjective):
             raise ValueError(
@@ -111,6 +138,17 @@ def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective
     if not parts:
         raise ValueError(f"A mixture of no objectives: name one at least, of {', '.join(OBJECTIVES)}.")
     return Mixture(tuple(parts))
+
+
+def _check_name(name: str) -> None:
+    if name not in OBJECTIVES:
+        hint = did_you_mean(name, OBJECTIVES)
+        raise ValueError(f"Unknown objective {name!r}: there are {', '.join(OBJECTIVES)}.{hint}")
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not (math.isfinite(weight) and weight > 0):
+        raise ValueError(f"{name!r} has weight {weight} in a mixture: it must be finite and above 0. Leave it out.")
 
 
 def _check(temperature: float, top_k: int) -> None:

@@ -13,8 +13,9 @@ from cbd_trl.losses.divergences import Divergence, tempered_log_probs
 from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.losses.signals import Statement
 
-# Everything that is logged of a token. The teacher's cross-entropy is no part of the loss.
-TERMS = ("kd", "ce", "hidden", "teacher_ce")
+# Everything that is logged of a token. The teacher's cross-entropy is no part of the loss, nor is whether the token is
+# one that a teacher with tokens of its own has no counterpart of.
+TERMS = ("kd", "ce", "hidden", "teacher_ce", "unaligned")
 
 
 @dataclass(frozen=True)

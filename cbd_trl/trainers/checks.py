@@ -37,11 +37,12 @@ def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
     return chosen
 
 
-def check_arguments(args: Any, processing_class: Any, others: dict[str, Any]) -> None:
+def check_arguments(args: Any, config: type[DistillConfig], processing_class: Any, others: dict[str, Any]) -> None:
     """Refuse arguments that would be ignored or cannot work.
 
     Args:
         args: of the run.
+        config: the trainer's kind of it.
         processing_class: of the run.
         others: further arguments for `trl.SFTTrainer`.
 
@@ -49,10 +50,12 @@ def check_arguments(args: Any, processing_class: Any, others: dict[str, Any]) ->
         TypeError: for the wrong kind of args or processing class.
         ValueError: for options that contradict each other.
     """
-    if not isinstance(args, DistillConfig):
+    trainer = config.trainer
+    # The config of another trainer may be derived from this one's.
+    if not isinstance(args, config) or args.trainer != trainer:
         raise TypeError(
-            f"args is a {type(args).__name__}: DistillTrainer needs a DistillConfig, which adds the teacher, the "
-            "divergence and the weights to SFTConfig."
+            f"args is a {type(args).__name__}: {trainer} needs a {config.__name__}, which adds the teacher, what it "
+            "is compared by and the weights to SFTConfig."
         )
     if others.get("compute_loss_func") is not None:
         raise ValueError(
@@ -68,7 +71,7 @@ def check_arguments(args: Any, processing_class: Any, others: dict[str, Any]) ->
         )
     if isinstance(processing_class, ProcessorMixin):
         raise TypeError(
-            f"processing_class is a {type(processing_class).__name__}: DistillTrainer distils text models. Pass the "
+            f"processing_class is a {type(processing_class).__name__}: {trainer} distils text models. Pass the "
             "tokenizer of a text model."
         )
     for name, neutral in (("hidden_schedule", "constant"), ("hidden_loss", None)):

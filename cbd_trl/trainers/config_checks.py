@@ -72,8 +72,9 @@ def _check_weights(config: Any) -> None:
 
 
 def _check_divergence(config: Any) -> None:
-    get_divergence(config.divergence)
-    if not (math.isfinite(config.temperature) and config.temperature > 0):
+    if not _left_open(config, "divergence"):
+        get_divergence(config.divergence)
+    if not _left_open(config, "temperature") and not (math.isfinite(config.temperature) and config.temperature > 0):
         raise ValueError(f"temperature={config.temperature}: it divides the logits, so it must be above 0 and finite.")
     if not 0 <= config.beta <= 1:
         raise ValueError(
@@ -87,7 +88,7 @@ def _check_divergence(config: Any) -> None:
         )
     if not 0 < config.head_share < 1:
         raise ValueError(f"head_share={config.head_share}: it is a share of the teacher's mass, between 0 and 1.")
-    own = divergence_option(config.divergence)
+    own = None if config.divergence is None else divergence_option(config.divergence)
     for name in ("beta", "skew", "head_share"):
         value = getattr(config, name)
         if name != own and value != config.__dataclass_fields__[name].default:
@@ -103,6 +104,10 @@ def _check_divergence(config: Any) -> None:
                 f"{name}={value}: it is a number of tokens, so it must be a whole number of at least 1. Leave it out "
                 f"{absent}."
             )
+
+
+def _left_open(config: Any, name: str) -> bool:
+    return getattr(config, name) is None and config.__dataclass_fields__[name].default is None
 
 
 def _check_hidden(config: Any) -> None:

@@ -1,11 +1,11 @@
 """Arguments of `DistillTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from trl import SFTConfig
 
-from cbd_trl.losses.divergences import DIVERGENCES
+from cbd_trl.losses.divergences import DIVERGENCES, divergence_option
 from cbd_trl.losses.hidden import HIDDEN_LOSSES
 from cbd_trl.losses.objective import Weights
 from cbd_trl.losses.schedule import SCHEDULES, WeightSchedule
@@ -62,6 +62,7 @@ class DistillConfig(SFTConfig):
         ValueError: for a value that has no meaning, or an SFT option that this loss does not have.
     """
 
+    trainer: ClassVar[str] = "DistillTrainer"
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(
@@ -232,6 +233,16 @@ class DistillConfig(SFTConfig):
             progress: share of the optimiser steps done, in [0, 1].
         """
         return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
+
+    @property
+    def kd_text(self) -> str:
+        """What the two models are compared by, such as "forward_kl (temperature 2)"."""
+        options = [f"temperature {self.temperature:g}"]
+        if option := divergence_option(self.divergence):
+            options.append(f"{option} {getattr(self, option):g}")
+        if self.top_k:
+            options.append(f"top {self.top_k} and tail")
+        return f"{self.divergence} ({', '.join(options)})"
 
     @property
     def uses_hidden(self) -> bool:

@@ -26,7 +26,7 @@ from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
 from cbd_trl.trainers.step_loss import StepLoss
-from cbd_trl.trainers.teacher_setup import TeacherModel, read_from_cache, set_up_teacher
+from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, read_from_cache, set_up_teacher
 
 
 class DistillTrainer(EvaluationTrainer):
@@ -66,6 +66,8 @@ class DistillTrainer(EvaluationTrainer):
 
     _tag_names = ["cbd_trl", "distill"]
     _name = "Distill"
+    _config: type[DistillConfig] = DistillConfig
+    _step_loss: type[StepLoss] = StepLoss
     args: DistillConfig
     model: Any
     processing_class: Any
@@ -85,8 +87,8 @@ class DistillTrainer(EvaluationTrainer):
         hybrid: Hybrid | None = None,
         **kwargs: Any,
     ) -> None:
-        args = DistillConfig("distilled") if args is None else args
-        check_arguments(args, processing_class, kwargs)
+        args = self._config("distilled") if args is None else args
+        check_arguments(args, self._config, processing_class, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         super().__init__(
@@ -100,18 +102,13 @@ class DistillTrainer(EvaluationTrainer):
         check_run(self)
         check_hybrid(self, hybrid)
         student: Any = self.accelerator.unwrap_model(self.model)
-        setup = set_up_teacher(teacher_model, student, args, self.processing_class, teacher_processing_class)
+        setup = self._set_up_teacher(teacher_model, student, teacher_processing_class)
         self._student = student.get_base_model() if hasattr(student, "get_base_model") else student
         self._pairs = LayerPairs(student, setup.model, block_map, block_costs, args, hybrid)
         if self._pairs.projectors is not None:
             self.projectors = self._pairs.projectors.to(self.accelerator.device)
         self._student_name, self._teacher_text = student_name, setup.text
-        self._objective = DistillObjective(
-            get_divergence(args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            shared_rows=setup.shared_rows,
-        )
+        self._objective = self._make_objective(setup)
         self.teacher_model = setup.model
         self._teacher = setup.teacher
         self._teacher.place(self.accelerator, args.teacher_offload)
@@ -121,12 +118,32 @@ class DistillTrainer(EvaluationTrainer):
         if self.padding_free:
             self.data_collator = RowLengthsCollator(**vars(self.data_collator))
             self._check_rows_apart()
-        if isinstance(setup.teacher, CachedTeacher):
-            evaluation = self.eval_dataset
-            datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-            self.data_collator = read_from_cache(setup.teacher, self.data_collator, datasets)
+        evaluation = self.eval_dataset
+        datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
+        self.data_collator = self._collator(setup, datasets)
         self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
         self.add_callback(TokenCounter())
+
+    def _set_up_teacher(
+        self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None
+    ) -> TeacherSetup:
+        return set_up_teacher(named, student, self.args, self.processing_class, tokenizer)
+
+    def _make_objective(self, setup: TeacherSetup) -> Any:
+        """What `_step_loss` compares the two models by."""
+        args = self.args
+        return DistillObjective(
+            get_divergence(args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share),
+            temperature=args.temperature,
+            top_k=args.top_k,
+            shared_rows=setup.shared_rows,
+        )
+
+    def _collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
+        """What makes the batches, from what SFT uses."""
+        if not isinstance(setup.teacher, CachedTeacher):
+            return self.data_collator
+        return read_from_cache(setup.teacher, self.data_collator, datasets)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in the Trainer.
@@ -173,7 +190,7 @@ class DistillTrainer(EvaluationTrainer):
 
         def forward(through: Pass, with_logits: bool) -> dict[str, Tensor]:
             with pairs.student_outputs.recording() as student_states:
-                step_loss = StepLoss(
+                step_loss = self._step_loss(
                     student=through.model,
                     labels_BT=batch.labels_BT,
                     teacher=signal,
@@ -294,6 +311,7 @@ class DistillTrainer(EvaluationTrainer):
         own = ["generated_from_trainer", *self._tag_names]
         best_step = self.state.best_global_step if self.args.load_best_model_at_end else None
         card = distillation_card(
+            trainer=self._config.trainer,
             title=model_name or os.path.basename(os.path.normpath(output_dir)),
             hub_model_id=self.hub_model_id,
             dataset=dataset_name,

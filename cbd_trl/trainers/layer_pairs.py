@@ -1,13 +1,12 @@
 """Student layers beside the teacher layers they stand for: the hidden-state term and hybrids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
-from cbd_trl.losses.reduction import select_scored
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
@@ -82,14 +81,19 @@ class LayerPairs:
                 self.student_outputs.watch(i, layer)
 
     def distance(
-        self, student_states: Mapping[int, Tensor], teacher_states: Mapping[int, Tensor], labels_BT: Tensor
+        self,
+        student_states: Mapping[int, Tensor],
+        teacher_states: Mapping[int, Tensor],
+        ours: Callable[[Tensor], Tensor],
+        theirs: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
-        """Mean distance over the recorded layers at the N scored positions.
+        """Mean distance over the recorded layers at N places.
 
         Args:
             student_states: layer -> output (B, T, d).
-            teacher_states: layer -> output (B, T, D) of the last layer of its block.
-            labels_BT: token ids, -100 where the token is not scored.
+            teacher_states: layer -> output (R, U, D) of the last layer of its block.
+            ours: from an output of the student to its states at the places, (N, d).
+            theirs: likewise of the teacher, (N, D).
 
         Returns:
             (N,) float32; None if no layer was recorded.
@@ -97,13 +101,7 @@ class LayerPairs:
         if not student_states:
             return None
         return mean_hidden_distance(
-            (
-                (
-                    self._projected(i, select_scored(student_states[i], labels_BT)),
-                    select_scored(teacher_states[i], labels_BT),
-                )
-                for i in sorted(student_states)
-            ),
+            ((self._projected(i, ours(student_states[i])), theirs(teacher_states[i])) for i in sorted(student_states)),
             self._loss,
         )
 

@@ -6,7 +6,6 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
-from cbd_trl.losses.divergences import divergence_option
 from cbd_trl.names import readable_name
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.projectors import without_projectors
@@ -17,7 +16,7 @@ _TEXT = """---
 
 # {title}
 
-A language model distilled with `cbd_trl.DistillTrainer`{dataset}.
+A language model distilled with `cbd_trl.{trainer}`{dataset}.
 
 | | |
 |---|---|
@@ -43,6 +42,7 @@ _RESULTS = {
     "ce": "cross-entropy (nats)",
     "hidden": "distance of the layers (no unit)",
     "teacher_ce": "cross-entropy of the teacher (nats)",
+    "unaligned": "share that the teacher has no tokens for",
 }
 
 
@@ -72,14 +72,9 @@ def describe_loss(args: DistillConfig) -> str:
     Returns:
         such as "1 x forward_kl (temperature 2) + 0.5 x cross-entropy".
     """
-    options = [f"temperature {args.temperature:g}"]
-    if option := divergence_option(args.divergence):
-        options.append(f"{option} {getattr(args, option):g}")
-    if args.top_k:
-        options.append(f"top {args.top_k} and tail")
     hidden = f"{'normalised squared' if args.hidden_loss == 'mse' else 'cosine'} distance of the layers"
     names = {
-        "kd": f"{args.divergence} ({', '.join(options)})",
+        "kd": args.kd_text,
         "ce": "cross-entropy",
         "hidden": f"mean {hidden}" + (" through learned projectors" if args.hidden_projector else ""),
     }
@@ -122,6 +117,7 @@ def describe_results(history: Sequence[Mapping[str, Any]], last_step: int | None
 
 def distillation_card(
     *,
+    trainer: str,
     title: str,
     hub_model_id: str | None,
     dataset: str | None,
@@ -136,6 +132,7 @@ def distillation_card(
     """The card of a distilled model.
 
     Args:
+        trainer: name of the trainer.
         title: name of the model.
         hub_model_id: where it is pushed, if anywhere.
         dataset: Hub id of the training data, if known.
@@ -159,6 +156,7 @@ def distillation_card(
     return ModelCard(
         _TEXT.format(
             data=ModelCardData(**data).to_yaml().strip(),
+            trainer=trainer,
             title=title,
             dataset=f" on `{dataset}`" if dataset else "",
             student=student,

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import output_head
 from cbd_trl.losses.fused import fused_terms
-from cbd_trl.losses.head import product_dtype
-from cbd_trl.losses.objective import DistillObjective, Weights
+from cbd_trl.losses.head import Head, product_dtype
+from cbd_trl.losses.objective import Weights
 from cbd_trl.losses.reduction import scored_targets, select_scored
-from cbd_trl.losses.signals import Signal
 from cbd_trl.trainers.layer_pairs import LayerPairs
 
 
@@ -23,8 +22,8 @@ class StepLoss:
     Attributes:
         student: the causal LM itself, not wrapped.
         labels_BT: token ids, -100 where the token is not scored.
-        teacher: what it says at the scored positions.
-        objective: the terms on logits.
+        teacher: what it says: of the same tokens a `cbd_trl.losses.signals.Signal`.
+        objective: the terms on logits: of the same tokens a `cbd_trl.losses.objective.DistillObjective`.
         weights: of all terms at this step.
         pairs: the layers that are compared.
         student_states: layer -> output (B, T, d), filled while the student runs.
@@ -35,8 +34,8 @@ class StepLoss:
 
     student: Any
     labels_BT: Tensor
-    teacher: Signal
-    objective: DistillObjective
+    teacher: Any
+    objective: Any
     weights: Weights
     pairs: LayerPairs
     student_states: Mapping[int, Tensor]
@@ -58,20 +57,27 @@ class StepLoss:
             RuntimeError: if the hidden-state term would be weighted but not trained.
         """
         labels_BT = self.labels_BT.to(hidden_BTd.device)
-        hidden_Nd = select_scored(hidden_BTd, labels_BT)
         with output_head(self.student) as head:
-            total, terms = fused_terms(
-                hidden_Nd, head, scored_targets(labels_BT), self.teacher, self.objective, self.weights, self.chunk
-            )
+            total, terms = self._terms(hidden_BTd, labels_BT, head)
             outputs = {**terms}
             if self.with_logits:
                 outputs["logits"] = head.logits(hidden_BTd.to(product_dtype(head, hidden_BTd.device))).detach()
-        hidden_N = self.pairs.distance(self.student_states, self.teacher_states, labels_BT)
+        hidden_N = self._hidden(labels_BT)
         if hidden_N is not None:
             self._check_gradient(hidden_N, total)
             total = total + self.weights.hidden * hidden_N.sum()
             outputs["hidden"] = hidden_N.detach()
         return {"total": total, **outputs}
+
+    def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
+        return fused_terms(hidden_Nd, head, targets_N, self.teacher, self.objective, self.weights, self.chunk)
+
+    def _hidden(self, labels_BT: Tensor) -> Tensor | None:
+        def scored(states_BTX: Tensor) -> Tensor:
+            return select_scored(states_BTX, labels_BT)
+
+        return self.pairs.distance(self.student_states, self.teacher_states, scored, scored)
 
     def _check_gradient(self, hidden_N: Tensor, total: Tensor) -> None:
         # A hybrid may well have no trained layer on one of its steps.

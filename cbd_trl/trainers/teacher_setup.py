@@ -60,10 +60,7 @@ def set_up_teacher(
         ValueError: if student and teacher cannot be compared as asked.
         TypeError: if a teacher is neither a model nor a string.
     """
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
-    open_forward(base)
-    keep_trainable(base)
-    check_head(base)
+    base = open_student(student)
     if teacher_tokenizer is not None and (args.teacher_cache or args.self_distillation):
         raise ValueError(
             "teacher_processing_class is compared with the student's tokenizer, but "
@@ -76,6 +73,25 @@ def set_up_teacher(
         return _own_base(base, student)
     every = [named] if isinstance(named, str) or not isinstance(named, Sequence) else list(named)
     return _loaded(every, student, args, tokenizer, teacher_tokenizer)
+
+
+def open_student(student: Any) -> Any:
+    """Open a student's forward, as `StepLoss` needs it.
+
+    Args:
+        student: not wrapped for training.
+
+    Returns:
+        the causal LM itself, without an adapter around it.
+
+    Raises:
+        ValueError: if its logits are not a plain head of its last hidden state.
+    """
+    base = student.get_base_model() if hasattr(student, "get_base_model") else student
+    open_forward(base)
+    keep_trainable(base)
+    check_head(base)
+    return base
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:

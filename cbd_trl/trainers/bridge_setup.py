@@ -1,0 +1,163 @@
+"""A teacher with tokens of its own: from what the user named to one that is checked and ready."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from cbd_trl.bridge.bridge import Bridge
+from cbd_trl.names import readable_name
+from cbd_trl.teachers.local import load_teacher
+from cbd_trl.teachers.tokenizers import find_tokenizer, vocabulary_rows
+from cbd_trl.trainers.bridge_batches import BridgeCollator
+from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.trainers.bridge_step_loss import BridgeTeacher
+from cbd_trl.trainers.model_card import describe_model
+from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, open_student
+
+# Rows that are read before a data set is said to have nothing in common with the teacher's tokens.
+_PROBED_ROWS = 1000
+_ROWS_AT_A_TIME = 8
+# How much worse than guessing a teacher may be, in nats: one that was trained on these tokens never is.
+_MARGIN = 2.0
+# Fewer tokens could be so by chance.
+_ENOUGH_TOKENS = 64
+
+
+def set_up_bridge_teacher(
+    named: TeacherModel,
+    student: Any,
+    args: BridgeDistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[TeacherSetup, Bridge]:
+    """Load and check the teacher and its tokenizer.
+
+    Args:
+        named: what `chosen_teacher` returned.
+        student: not wrapped for training; its forward is opened.
+        args: of the run.
+        tokenizer: makes the training data.
+        teacher_tokenizer: the teacher's own; None to look for it where the teacher was loaded from.
+
+    Returns:
+        the teacher, and the bridge between the two tokenizers.
+
+    Raises:
+        ValueError: for several teachers, a teacher without a tokenizer, a model that lacks rows for its tokenizer, or
+            a tokenizer whose tokens do not tell their bytes.
+        TypeError: if the teacher is neither a model nor a string.
+    """
+    if isinstance(named, list | tuple):
+        raise ValueError(
+            f"teacher_model is a list of {len(named)}: teachers with tokens of their own have no common distribution "
+            "to average. Give one teacher."
+        )
+    open_student(student)
+    init_kwargs: Any = args.teacher_model_init_kwargs  # a string on the command line, a dict once parsed
+    model = load_teacher(
+        named,  # type: ignore[arg-type]  # what else it may be is refused there
+        student,
+        init_kwargs=init_kwargs,
+        revision=args.teacher_model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    place = named if isinstance(named, str) else getattr(model.config, "_name_or_path", None)
+    if teacher_tokenizer is None:
+        teacher_tokenizer = find_tokenizer(place, args.teacher_model_revision, local_only=not isinstance(named, str))
+    if teacher_tokenizer is None:
+        raise ValueError(
+            f"No tokenizer was found for the teacher {readable_name(place) or 'made in memory'}: its tokens are not "
+            "the student's, so its own are needed to let it read. Pass `teacher_processing_class`; if it has the "
+            "student's tokenizer, use DistillTrainer."
+        )
+    for side, each, own in (("student", student, tokenizer), ("teacher", model, teacher_tokenizer)):
+        _check_rows(side, each, own)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    bridge = Bridge(tokenizer, teacher_tokenizer, longest)
+    text = f"{describe_model(model, place)}, by a tokenizer of {len(teacher_tokenizer):,} tokens"
+    return TeacherSetup(BridgeTeacher(model), model, vocabulary_rows(student), text), bridge
+
+
+def check_datasets(collator: BridgeCollator, datasets: Iterable[Any]) -> None:
+    """Refuse a data set of which the teacher has no token in common.
+
+    Args:
+        collator: of the trainer.
+        datasets: prepared ones; streams are read as they come.
+
+    Raises:
+        ValueError: if no scored token of the first rows is in a group.
+    """
+    for dataset in datasets:
+        if not isinstance(dataset, Dataset):
+            continue
+        scored, rows = 0, min(len(dataset), _PROBED_ROWS)
+        for start in range(0, rows, _ROWS_AT_A_TIME):
+            read = collator.read([dataset[i] for i in range(start, min(start + _ROWS_AT_A_TIME, rows))])
+            scored += read.scored
+            if read.unaligned < read.scored:
+                break
+        else:
+            raise ValueError(
+                f"Of {scored} scored tokens in {rows} rows the teacher has no counterpart to any: the two tokenizers "
+                f"({_name(collator.bridge.student.tokenizer)} and {_name(collator.bridge.teacher.tokenizer)}) never "
+                "stand for the same bytes there. A tokenizer that changes its text (lower case, say) is the usual "
+                "cause, or rows of a token or none: choose another teacher, or other rows."
+            )
+
+
+class TeacherWatch:
+    """Looks once whether the teacher knows its tokenizer: with a wrong one it does worse than guessing.
+
+    Args:
+        bridge: names the tokenizers.
+        rows: vocabulary rows of the teacher.
+    """
+
+    def __init__(self, bridge: Bridge, rows: int) -> None:
+        self._names = _name(bridge.student.tokenizer), _name(bridge.teacher.tokenizer)
+        self._rows = rows
+        self._nats, self._tokens = 0.0, 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is not enough yet to tell."""
+        return self._tokens < _ENOUGH_TOKENS
+
+    def look(self, nats: Any, tokens: int) -> None:
+        """Add a batch, until there is enough to tell.
+
+        Args:
+            nats: what its teacher's tokens cost the teacher together; a number or a scalar tensor.
+            tokens: how many they are.
+
+        Raises:
+            ValueError: if the teacher does worse than guessing.
+        """
+        self._nats, self._tokens = self._nats + float(nats), self._tokens + tokens
+        mean, guess = self._nats / max(self._tokens, 1), math.log(self._rows)
+        if not self.waiting and not mean <= guess + _MARGIN:
+            raise ValueError(
+                f"The teacher's cross-entropy on its own tokens is {mean:.2f} nats, and guessing among its "
+                f"{self._rows} tokens costs {guess:.2f}: it was not trained with the tokenizer it was given. The "
+                f"student's is {self._names[0]}, the teacher's {self._names[1]}. Pass the teacher's own as "
+                "`teacher_processing_class`."
+            )
+
+
+def _check_rows(side: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows, tokens = vocabulary_rows(model), max(tokenizer.get_vocab().values()) + 1
+    if rows < tokens:
+        raise ValueError(
+            f"The {side} has {rows} vocabulary rows, and the tokenizer given for it, {_name(tokenizer)}, has {tokens} "
+            f"tokens: it is another model's. Pass the {side}'s own as "
+            f"`{'teacher_' if side == 'teacher' else ''}processing_class`, or resize the embeddings."
+        )
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    name = readable_name(tokenizer.name_or_path or None)
+    return f"{name or type(tokenizer).__name__} ({len(tokenizer)} tokens)"

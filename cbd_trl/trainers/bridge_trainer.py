@@ -1,0 +1,82 @@
+"""Off-policy distillation from a teacher with another vocabulary: wiring only, the formulas are in `cbd_trl.bridge`."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from cbd_trl.bridge.alignment import NOWHERE
+from cbd_trl.bridge.objectives import get_mixture
+from cbd_trl.bridge.shared_tokens import SharedTokens
+from cbd_trl.losses.divergences import get_divergence
+from cbd_trl.teachers.batch import Batch
+from cbd_trl.teachers.tokenizers import vocabulary_rows
+from cbd_trl.trainers.bridge_batches import BridgeCollator
+from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.trainers.bridge_setup import TeacherWatch, check_datasets, set_up_bridge_teacher
+from cbd_trl.trainers.bridge_step_loss import BridgeStepLoss
+from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup
+
+
+class BridgeDistillTrainer(DistillTrainer):
+    """Trains a student to predict what a teacher of any architecture and tokenizer predicts of the same text.
+
+    A `DistillTrainer`: the same data formats, arguments and guarantees. The teacher reads the student's texts in its
+    own tokens, and the two are compared on groups of tokens of exactly the same bytes, by the objective of `args`.
+    The loss is a sum over the scored tokens of the student, a value of a group standing on its first token, over their
+    number. The first token of a text is never scored, as in SFT. Logged besides: `unaligned`, the share of scored
+    tokens in no group, which are trained by cross-entropy alone; `teacher_ce` is what the groups cost the teacher, per
+    token of the student.
+
+    Args:
+        model: as in `DistillTrainer`.
+        teacher_model: the teacher: a causal LM, or the path or Hub id of one. None: the one that `args` names.
+        args: a `BridgeDistillConfig`.
+        train_dataset: as in `DistillTrainer`.
+        eval_dataset: likewise.
+        processing_class: the student's tokenizer, which makes the data; None for the one it was saved with.
+        teacher_processing_class: the teacher's tokenizer; None to look for it where the teacher was loaded from.
+        block_map: as in `DistillTrainer`, of the hidden-state term.
+        kwargs: as there.
+
+    Raises:
+        ValueError: if the two models or tokenizers cannot be compared as asked; the message says what can be done.
+            During the first step, if the teacher does worse than guessing on its own tokens.
+        TypeError: if an argument has the wrong type.
+    """
+
+    _tag_names = ["cbd_trl", "bridge-distill"]
+    _name = "BridgeDistill"
+    _config = BridgeDistillConfig
+    _step_loss = BridgeStepLoss
+    args: BridgeDistillConfig
+
+    def _set_up_teacher(
+        self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None
+    ) -> TeacherSetup:
+        setup, self._bridge = set_up_bridge_teacher(named, student, self.args, self.processing_class, tokenizer)
+        self._watch = TeacherWatch(self._bridge, vocabulary_rows(setup.model))
+        return setup
+
+    def _make_objective(self, setup: TeacherSetup) -> Any:
+        args, weights = self.args, self.args.objectives
+        options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k}
+        if args.divergence is not None:
+            options["divergence"] = get_divergence(
+                args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share
+            )
+        if "shared" in weights:
+            options["tokens"] = SharedTokens.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
+        return get_mixture(weights, **options)
+
+    def _collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
+        collator = BridgeCollator(self.data_collator, self._bridge)
+        check_datasets(collator, datasets)
+        return collator
+
+    def _run(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
+        outputs = super()._run(model, batch, with_logits)
+        if self._watch.waiting:
+            self._watch.look(outputs["teacher_ce"].sum(), int((batch.teacher["teacher_group"] != NOWHERE).sum()))
+        return outputs
