@@ -96,7 +96,9 @@ def parse_objective(objective: str | Mapping[str, Any]) -> dict[str, float]:
     for name, weight in pairs:
         _check_name(name)
         if name in weights:
-            raise ValueError(f"objective={objective!r} names {name!r} twice. Give it once, with the sum of its weights.")
+            raise ValueError(
+                f"objective={objective!r} names {name!r} twice. Give it once, with the sum of its weights."
+            )
         try:
             weights[name] = float(weight)
         except (TypeError, ValueError):

@@ -41,13 +41,13 @@ def texts(count: int = 4, seed: int = 0) -> list[str]:
 def student(family: str = "llama", **overrides: Any) -> Any:
     """Of 2 layers and 300 vocabulary rows."""
     shape = own_names(family, num_hidden_layers=2, max_position_embeddings=128)
-    return tiny_model(family, seed=1, vocab_size=300, **{**shape, **overrides})
+    return tiny_model(family, seed=1, **{"vocab_size": 300, **shape, **overrides})
 
 
 def teacher(family: str = "gpt_neox", **overrides: Any) -> Any:
     """Of 4 layers and 420 vocabulary rows."""
     shape = own_names(family, max_position_embeddings=128)
-    return tiny_model(family, seed=2, vocab_size=420, **{**shape, **overrides})
+    return tiny_model(family, seed=2, **{"vocab_size": 420, **shape, **overrides})
 
 
 def make_bridge_config(**overrides: Any) -> BridgeDistillConfig:
