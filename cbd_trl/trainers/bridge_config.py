@@ -91,7 +91,7 @@ class BridgeDistillConfig(DistillConfig):
     @property
     def objectives(self) -> dict[str, float]:
         """The weight of each objective."""
-        return parse_objective(self.objective or "alm")
+        return parse_objective("alm" if self.objective is None else self.objective)
 
     @property
     def kd_text(self) -> str:

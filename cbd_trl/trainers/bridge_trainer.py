@@ -1,4 +1,4 @@
-"""Off-policy distillation from a teacher with another vocabulary: wiring only, the formulas are in `cbd_trl.bridge`."""
+"""Off-policy distillation across vocabularies: wiring only, the formulas are in `cbd_trl.bridge`."""
 
 from typing import Any
 

@@ -198,7 +198,7 @@ def test_a_teacher_that_reads_less_than_a_row_is_given_what_it_can() -> None:
 def test_a_wrong_tokenizer_is_caught_by_its_size() -> None:
     with pytest.raises(ValueError, match=r"The teacher has 300 vocabulary rows, .* \(420 tokens\), has 420 tokens"):
         make_bridge(teacher_model=teacher(vocab_size=300))
-    with pytest.raises(ValueError, match="The student has 200 vocabulary rows, .* as `processing_class`"):
+    with pytest.raises(ValueError, match=r"The student has 200 vocabulary rows, .* as `processing_class`"):
         make_bridge(model=student(vocab_size=200))
 
 
@@ -213,7 +213,7 @@ def test_a_wrong_tokenizer_is_caught_by_the_loss() -> None:
 
 
 def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the teacher made in memory: .* Pass `teacher_processing_class`; if it has"):
+    with pytest.raises(ValueError, match=r"the teacher made in memory: .* Pass `teacher_processing_class`; if it has"):
         make_bridge(teacher_processing_class=None)
     teacher().save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="No tokenizer was found for the teacher bare:"):
@@ -221,7 +221,7 @@ def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 def test_several_teachers_are_refused() -> None:
-    with pytest.raises(ValueError, match="teacher_model is a list of 2: .* Give one teacher"):
+    with pytest.raises(ValueError, match=r"teacher_model is a list of 2: .* Give one teacher"):
         make_bridge(teacher_model=[teacher(), teacher()])
 
 

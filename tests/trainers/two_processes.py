@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 
 from tests.chain.width_pairs import width_trainer
+from tests.trainers.bridge_runs import make_bridge
 from tests.training import make_trainer, one_step, text_rows
 
 _ADAPTER = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
@@ -17,6 +18,7 @@ _CASES: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "max_length": 20},
     "projectors": {"hidden_projector": True},
     "lora": {"peft_config": _ADAPTER},
+    "bridge": {"make": make_bridge, "hidden_projector": True},
     "own base": {"peft_config": _ADAPTER, "self_distillation": True},
 }
 
