@@ -12,8 +12,9 @@ COMMANDS = {
     "init": "make models of any size from a chain",
     "cache": "write what a teacher predicts for a dataset to disk, to train without the teacher",
     "distill": "train a student on a dataset to predict what a teacher predicts",
+    "bridge": "the same with a teacher of another tokenizer",
 }
-USAGE = "usage: cbd-trl {demo,build,init,cache,distill} [flags]"
+USAGE = "usage: cbd-trl {demo,build,init,cache,distill,bridge} [flags]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -109,22 +109,44 @@ def distill(flags: list[str]) -> None:
         "Train a student (--model_name_or_path) on a dataset to predict what --teacher_model_name_or_path does, "
         "what --teacher_cache says it did, or what its own base does (--self_distillation with --use_peft)."
     )
-    script, args, model = parse_flags(
-        "distill",
-        description,
-        [ScriptArguments, DistillConfig, ModelConfig],
-        flags,
-        defaults={"output_dir": "distilled"},
-    )
-    teacher = args.teacher_model_name_or_path or args.teacher_cache or args.self_distillation
-    require(model_name_or_path=model.model_name_or_path, dataset_name=script.dataset_name)
-    if not teacher:
+    script, args, model = _student_flags("distill", description, DistillConfig, flags)
+    if not (args.teacher_model_name_or_path or args.teacher_cache or args.self_distillation):
         raise UsageError(
             "A teacher is missing: name one with --teacher_model_name_or_path, --teacher_cache or --self_distillation."
         )
-    from trl import get_peft_config, get_quantization_config
-
     from cbd_trl.trainers.distill_trainer import DistillTrainer
+
+    _train_student(DistillTrainer, script, args, model)
+
+
+def bridge(flags: list[str]) -> None:
+    """cbd-trl bridge.
+
+    Args:
+        flags: as typed.
+    """
+    from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+
+    description = (
+        "Train a student (--model_name_or_path) on a dataset to predict what --teacher_model_name_or_path does, a "
+        "model of any architecture and tokenizer, both of which are saved with a tokenizer of their own."
+    )
+    script, args, model = _student_flags("bridge", description, BridgeDistillConfig, flags)
+    require(teacher_model_name_or_path=args.teacher_model_name_or_path)
+    from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
+
+    _train_student(BridgeDistillTrainer, script, args, model)
+
+
+def _student_flags(command: str, description: str, config: type, flags: list[str]) -> list[Any]:
+    types = [ScriptArguments, config, ModelConfig]
+    script, args, model = parse_flags(command, description, types, flags, defaults={"output_dir": "distilled"})
+    require(model_name_or_path=model.model_name_or_path, dataset_name=script.dataset_name)
+    return [script, args, model]
+
+
+def _train_student(kind: Any, script: Any, args: Any, model: Any) -> None:
+    from trl import get_peft_config, get_quantization_config
 
     args.model_init_kwargs = {
         "revision": model.model_revision,
@@ -134,7 +156,7 @@ def distill(flags: list[str]) -> None:
     }
     quantization = get_quantization_config(model)
     options: dict[str, Any] = {} if quantization is None else {"quantization_config": quantization}
-    trainer = DistillTrainer(
+    trainer = kind(
         model=model.model_name_or_path,
         args=args,
         train_dataset=load_rows(
@@ -157,4 +179,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "init": init,
     "cache": cache,
     "distill": distill,
+    "bridge": bridge,
 }

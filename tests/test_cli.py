@@ -12,6 +12,7 @@ from cbd_trl import Chain
 from cbd_trl.cache import TeacherCache
 from cbd_trl.cli import COMMANDS, main
 from cbd_trl.cli_arguments import parse_anchors, parse_count, parse_shape
+from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -78,6 +79,7 @@ def test_top_level_imports_nothing_heavy(arguments):
         ),
         ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--kind", "--temperature", "--logprobs"]),
         ("distill", ["--teacher_model_name_or_path", "--divergence", "--use_peft", "--dataset_name"]),
+        ("bridge", ["--teacher_model_name_or_path", "--objective", "--temperature", "--dataset_name"]),
     ],
 )
 def test_help_of_a_command_lists_its_flags(command, flags, capsys):
@@ -126,6 +128,20 @@ def test_distill_trains_a_lora_student(folder, tmp_path):
     flags += ["--dataset_name", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / "student"), *TRAINING]
     assert main(["distill", *flags]) == 0
     assert (tmp_path / "student" / "adapter_model.safetensors").is_file()
+
+
+def test_bridge_trains_a_student_of_another_tokenizer(folder, tmp_path, capsys):
+    teacher, tokenizer = tiny_model("gpt_neox", vocab_size=420, max_position_embeddings=128), make_tokenizer(size=420)
+    own = tiny_model("llama", vocab_size=300, num_hidden_layers=2)
+    for name, model, spoken in (("teacher", teacher, tokenizer), ("own", own, make_tokenizer(size=300))):
+        model.save_pretrained(tmp_path / name)
+        spoken.save_pretrained(tmp_path / name)
+    flags = ["--model_name_or_path", str(tmp_path / "own"), "--dataset_name", str(folder / "rows.jsonl"), *TRAINING]
+    flags += ["--output_dir", str(tmp_path / "student"), "--objective", "alm=1,uld=0.5"]
+    assert main(["bridge", *flags, "--teacher_model_name_or_path", str(tmp_path / "teacher")]) == 0
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "student")) == 300
+    assert main(["bridge", *flags]) == 2
+    assert "--teacher_model_name_or_path" in capsys.readouterr().err
 
 
 def test_cache_writes_what_training_reads(folder, tmp_path, capsys):

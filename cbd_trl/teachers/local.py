@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cbd_trl.architectures.backbone import check_head, open_forward, output_head
 from cbd_trl.losses.head import product_dtype
 from cbd_trl.losses.reduction import select_scored
-from cbd_trl.losses.signals import HiddenSignal, MixtureSignal, Signal
+from cbd_trl.losses.signals import HiddenSignal, MixtureSignal
 from cbd_trl.teachers.batch import Batch
 
 
@@ -99,8 +99,8 @@ class Teacher(Protocol):
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """See `LocalTeacher.place`."""
 
-    def says(self, batch: Batch, student: nn.Module) -> Signal:
-        """See `LocalTeacher.says`."""
+    def says(self, batch: Batch, student: nn.Module) -> Any:
+        """See `LocalTeacher.says`. A `Signal` where its tokens are the student's."""
 
 
 class LocalTeacher:

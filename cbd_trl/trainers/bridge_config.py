@@ -1,7 +1,7 @@
 """Arguments of `BridgeDistillTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from cbd_trl.bridge.objectives import OBJECTIVES, parse_objective
 from cbd_trl.losses.divergences import DIVERGENCES
@@ -34,7 +34,7 @@ class BridgeDistillConfig(DistillConfig):
         ValueError: for a value that has no meaning, or an option that this loss does not have.
     """
 
-    trainer: ClassVar[str] = "BridgeDistillTrainer"
+    trainer = "BridgeDistillTrainer"
     _VALID_DICT_FIELDS = [*DistillConfig._VALID_DICT_FIELDS, "objective"]
 
     objective: dict[str, Any] | str | None = field(

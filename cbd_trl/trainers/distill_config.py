@@ -1,7 +1,7 @@
 """Arguments of `DistillTrainer`."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from trl import SFTConfig
 
@@ -62,7 +62,8 @@ class DistillConfig(SFTConfig):
         ValueError: for a value that has no meaning, or an SFT option that this loss does not have.
     """
 
-    trainer: ClassVar[str] = "DistillTrainer"
+    # The trainer that these are the arguments of; without a type it is no argument itself.
+    trainer = "DistillTrainer"
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(

@@ -31,7 +31,7 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"hidden_weight": 1.0, "hidden_projector": True}, {"hidden_loss": "mse"}),
     ({"max_steps": 2}, {"kd_schedule": "linear"}),
 ]
-OWN = set(BridgeDistillConfig.__annotations__) - {"trainer"}
+OWN = set(BridgeDistillConfig.__annotations__)
 
 
 @pytest.mark.parametrize(("before", "change"), CHANGES, ids=lambda fields: str(fields))

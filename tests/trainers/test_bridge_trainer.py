@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.normalizers import Lowercase
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cbd_trl import BridgeDistillTrainer
 from cbd_trl.bridge.bridge import Bridge, StudentRows
+from tests.bridge.alignment_helpers import normalising
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (
     make_bridge,
@@ -226,6 +228,23 @@ def test_several_teachers_are_refused() -> None:
 
 
 def test_data_without_a_common_token_is_refused_before_training() -> None:
-    rows = Dataset.from_dict({"input_ids": [[6], [7]]})
+    lower = normalising("byte_level", Lowercase(), 420)
+    loud = [students_tokenizer()(text)["input_ids"] for text in ("BALO", "STAVARI")]
+    scored = sum(len(ids) - 1 for ids in loud)
+    how = {"teacher_processing_class": lower}
+    with pytest.raises(ValueError, match=f"Of {scored} scored tokens in 2 rows the teacher has no counterpart"):
+        make_bridge(train_dataset=Dataset.from_dict({"input_ids": loud}), **how)
+    quiet = students_tokenizer()("BALO balo")["input_ids"]
+    logs, _ = one_step(make_bridge(train_dataset=Dataset.from_dict({"input_ids": [*loud, quiet]}), **how))
+    assert 0.5 < logs["unaligned"] < 1
     with pytest.raises(ValueError, match="Of 0 scored tokens in 2 rows the teacher has no counterpart"):
-        make_bridge(train_dataset=rows)
+        make_bridge(train_dataset=Dataset.from_dict({"input_ids": [[6], [7]]}))
+
+
+def test_it_trains_in_bfloat16() -> None:
+    plain, _ = one_step(make_bridge(objective="alm=1,uld=1,shared=1"))
+    mixed, grads = one_step(make_bridge(objective="alm=1,uld=1,shared=1", bf16=True))
+    assert mixed["loss"] == pytest.approx(plain["loss"], rel=2e-2)
+    halves = {"model": student().bfloat16(), "teacher_model": teacher().bfloat16()}
+    half, _ = one_step(make_bridge(**halves, hidden_weight=1.0, hidden_projector=True))
+    assert half["kd"] > 0 and all(gradient.isfinite().all() for gradient in grads.values())
