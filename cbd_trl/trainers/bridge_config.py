@@ -24,9 +24,10 @@ class BridgeDistillConfig(DistillConfig):
     need one vocabulary. `hidden_weight` is of states behind the same text and always needs `hidden_projector`.
 
     Args:
-        objective: what the two models are compared by: `alm`, `uld` or `shared` (see `cbd_trl.bridge.objectives`), or
-            several with their weights, "alm=1,uld=0.5" or a dict. `kd_weight` is of all of it.
-        divergence: of the objectives that have one (`alm`, `shared`). None: their own.
+        objective: what the two models are compared by: `alm`, `uld`, `shared` or `dskd-cma` (see
+            `cbd_trl.bridge.objectives`), or several of the first three with their weights, "alm=1,uld=0.5" or a
+            dict. `kd_weight` is of all of it.
+        divergence: of the objectives that have one (`alm`, `shared`, `dskd-cma`). None: their own.
         temperature: of all objectives named. None: their own, which for `alm` is 100.
         top_k: of the objectives that rank tokens (`uld`, `shared`): how many ranks are compared. None: all.
 
@@ -48,7 +49,7 @@ class BridgeDistillConfig(DistillConfig):
     divergence: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Divergence of the objectives that have one (alm, shared). Not set: their own.",
+            "help": "Divergence of the objectives that have one (alm, shared, dskd-cma). Not set: their own.",
             "choices": list(DIVERGENCES),
         },
     )
@@ -70,10 +71,10 @@ class BridgeDistillConfig(DistillConfig):
                     f"{name}={getattr(self, name)!r} has no meaning across vocabularies: {reason}. Leave it out."
                 )
         names = list(self.objectives)
-        if "dskd-cma" in names:
+        if "dskd-cma" in names and self.objectives != {"dskd-cma": 1.0}:
             raise ValueError(
-                "objective='dskd-cma' learns projections of its own, which this trainer does not train. Use 'alm', "
-                "'uld' or 'shared', or call cbd_trl.bridge.cross_attention yourself."
+                f"objective={self.objective!r}: dskd-cma carries states over by attention and the others compare "
+                "groups of tokens, so it cannot be mixed or weighted here. Use it alone, and kd_weight for its weight."
             )
         for option in ("divergence", "temperature", "top_k"):
             having = [name for name, row in OBJECTIVES.items() if option in row.options]
@@ -92,6 +93,11 @@ class BridgeDistillConfig(DistillConfig):
     def objectives(self) -> dict[str, float]:
         """The weight of each objective."""
         return parse_objective("alm" if self.objective is None else self.objective)
+
+    @property
+    def learns_projectors(self) -> str | None:
+        """See `DistillConfig`."""
+        return "objective='dskd-cma'" if "dskd-cma" in self.objectives else super().learns_projectors
 
     @property
     def kd_text(self) -> str:

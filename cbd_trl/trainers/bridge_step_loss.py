@@ -37,7 +37,16 @@ class BridgeSignal:
 
 
 class BridgeTeacher(LocalTeacher):
-    """A frozen causal LM that reads the texts of a batch in its own tokens, put there by `BridgeCollator`."""
+    """A frozen causal LM that reads the texts of a batch in its own tokens, put there by `BridgeCollator`.
+
+    Args:
+        model: what `load_teacher` returned.
+        embedded: whether the objective reads input embeddings of both models.
+    """
+
+    def __init__(self, model: Any, embedded: bool = False) -> None:
+        super().__init__(model)
+        self._embedded = embedded
 
     @property
     def models(self) -> list[Any]:
@@ -53,7 +62,7 @@ class BridgeTeacher(LocalTeacher):
             student: unused.
         """
         read = {name.removeprefix("teacher_"): tensor for name, tensor in batch.teacher.items()}
-        inside = _ReadSide(self.model, read["ids"], read["group"])
+        inside = _ReadSide(self.model, read["ids"], read["group"], self._embedded)
         teacher = self._placed(input_ids=read["ids"], attention_mask=read["mask"], use_cache=False, inside=inside)
         groups = max(int(read["group"].max()), NOWHERE) + 1
         alignment = Alignment(read["students_group"], read["group"], groups)
@@ -65,11 +74,13 @@ class _ReadSide:
     model: Any
     ids_RU: Tensor
     group_RU: Tensor
+    embedded: bool
 
     def __call__(self, hidden_RUD: Tensor) -> Side:
         with output_head(self.model, keep=True) as head:
             dtype = product_dtype(head, hidden_RUD.device)
-            return Side.teacher(hidden_RUD.to(dtype), head.to(dtype), self.ids_RU, self.group_RU)
+            embedding_VD = self.model.get_input_embeddings().weight if self.embedded else None
+            return Side.teacher(hidden_RUD.to(dtype), head.to(dtype), self.ids_RU, self.group_RU, embedding_VD)
 
 
 class BridgeStepLoss(StepLoss):
@@ -83,7 +94,9 @@ class BridgeStepLoss(StepLoss):
     def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         said = self.teacher
         group_BT = said.alignment.student_BT
-        student = Side.student(hidden_BTd, head, said.ids_BT, labels_BT, group_BT, said.text_BT)
+        embedded = said.teacher.embedding_VD is not None
+        embedding_Vd = self.student.get_input_embeddings().weight if embedded else None
+        student = Side.student(hidden_BTd, head, said.ids_BT, labels_BT, group_BT, said.text_BT, embedding_Vd)
         total, terms = self.objective(student, said.teacher, self.weights, self.chunk)
         return total, {**terms, "unaligned": (student.group_N == NOWHERE).float()}
 

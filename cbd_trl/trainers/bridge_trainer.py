@@ -6,13 +6,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.alignment import NOWHERE
-from cbd_trl.bridge.objectives import get_mixture
+from cbd_trl.bridge.cross_attention import CrossModelAttention
+from cbd_trl.bridge.objectives import get_mixture, get_objective
 from cbd_trl.bridge.shared_tokens import SharedTokens
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.tokenizers import vocabulary_rows
 from cbd_trl.trainers.bridge_batches import BridgeCollator
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.trainers.bridge_projectors import BridgeProjectors
 from cbd_trl.trainers.bridge_setup import TeacherWatch, check_datasets, set_up_bridge_teacher
 from cbd_trl.trainers.bridge_step_loss import BridgeStepLoss
 from cbd_trl.trainers.distill_trainer import DistillTrainer
@@ -68,7 +70,20 @@ class BridgeDistillTrainer(DistillTrainer):
             )
         if "shared" in weights:
             options["tokens"] = SharedTokens.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
+        if "dskd-cma" in weights:
+            return get_objective("dskd-cma", attention=self._attention_between(setup.model), **options)
         return get_mixture(weights, **options)
+
+    def _attention_between(self, teacher: Any) -> CrossModelAttention:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "objective='dskd-cma' reads the input embeddings of both models, which FSDP and DeepSpeed shard. Use "
+                "another objective, or train with DDP or one process."
+            )
+        widths = [model.config.get_text_config().hidden_size for model in (self._student, teacher)]
+        attention = CrossModelAttention(*widths, seed=self.args.seed)
+        self.projectors = BridgeProjectors(attention, self._pairs.projectors).to(self.accelerator.device)
+        return attention
 
     def _collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
         collator = BridgeCollator(self.data_collator, self._bridge)

@@ -63,11 +63,11 @@ def check_arguments(args: Any, config: type[DistillConfig], processing_class: An
             "shape the loss."
         )
     optimizer = (others.get("optimizers") or (None,))[0]
-    if args.hidden_projector and optimizer is not None:
+    if args.learns_projectors and optimizer is not None:
         raise ValueError(
-            f"hidden_projector=True with optimizers=({type(optimizer).__name__}, ...): an optimizer made before the "
-            "projectors would never train them. Pass `optimizer_cls_and_kwargs=(class, options)` instead, or leave "
-            "hidden_projector out."
+            f"{args.learns_projectors} with optimizers=({type(optimizer).__name__}, ...): an optimizer made before "
+            "the projectors would never train them. Pass `optimizer_cls_and_kwargs=(class, options)` instead, or "
+            "leave the projectors out."
         )
     if isinstance(processing_class, ProcessorMixin):
         raise TypeError(

@@ -246,6 +246,11 @@ class DistillConfig(SFTConfig):
         return f"{self.divergence} ({', '.join(options)})"
 
     @property
+    def learns_projectors(self) -> str | None:
+        """The argument that asks for maps which are trained beside the student, None if there is none."""
+        return "hidden_projector=True" if self.hidden_projector else None
+
+    @property
     def uses_hidden(self) -> bool:
         """Whether the hidden-state term has a weight at any time of the run."""
         return self.schedules()["hidden"].highest > 0

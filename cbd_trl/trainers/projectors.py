@@ -51,6 +51,12 @@ class Projectors(nn.Module):
             nn.init.orthogonal_(layer.weight, generator=generator)
             self.layers.append(layer)
 
+    @property
+    def names(self) -> list[str]:
+        """Of all parameters."""
+        # By number and not from the state dict, where FSDP may have put a flat parameter in place of the weights.
+        return [f"layers.{index}.weight" for index in range(len(self.layers))]
+
     def forward(self, index: int, hidden: Tensor) -> Tensor:
         """Project the states of one student layer.
 
@@ -87,9 +93,7 @@ def attached(student: nn.Module, projectors: Projectors) -> Iterator[None]:
             f"its projectors there. Let that run finish first, or `del model.{NAME}`."
         )
     ignored = model._keys_to_ignore_on_save
-    # By number and not from their state dict, where FSDP may have put a flat parameter in place of the weights.
-    keys = {f"{NAME}.layers.{index}.weight" for index in range(len(projectors.layers))}
-    model._keys_to_ignore_on_save = {*(ignored or ()), *keys}
+    model._keys_to_ignore_on_save = {*(ignored or ()), *(f"{NAME}.{name}" for name in projectors.names)}
     model.add_module(NAME, projectors)
     try:
         yield

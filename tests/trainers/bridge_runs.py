@@ -69,6 +69,7 @@ _ARGUMENTS = (
     "teacher_processing_class",
     "block_map",
     "peft_config",
+    "optimizers",
 )
 
 

@@ -16,6 +16,8 @@ from tests.training import make_config, one_step
 CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"objective": "uld"}),
     ({}, {"objective": "shared"}),
+    ({}, {"objective": "dskd-cma"}),
+    ({"objective": "dskd-cma"}, {"temperature": 1.0}),
     ({}, {"objective": "alm=1,uld=0.5"}),
     ({"objective": {"alm": 1.0, "uld": 0.5}}, {"objective": {"alm": 1.0, "uld": 2.0}}),
     ({}, {"divergence": "reverse_kl"}),
@@ -59,7 +61,8 @@ def test_no_field_is_forgotten() -> None:
         ({"objective": {"alm": math.inf}}, "'alm' has weight inf"),
         ({"objective": ""}, "Unknown objective ''"),
         ({"objective": {}}, "A mixture of no objectives"),
-        ({"objective": "dskd-cma"}, "objective='dskd-cma' learns projections of its own.* Use 'alm'"),
+        ({"objective": "alm,dskd-cma"}, "objective='alm,dskd-cma': .* Use it alone, and kd_weight"),
+        ({"objective": "dskd-cma=2"}, "objective='dskd-cma=2': .* Use it alone, and kd_weight"),
         ({"temperature": 0.0}, "temperature=0.0: it divides the logits"),
         ({"divergence": "kl"}, "Unknown divergence 'kl'"),
         ({"divergence": "jsd", "objective": "uld"}, "divergence='jsd' is an option of alm and shared and dskd-cma"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers.normalizers import Lowercase
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -45,7 +46,7 @@ def _assert_same_run(ours: Run, theirs: Run) -> None:
     assert ours[0]["num_tokens"] == theirs[0]["num_tokens"]
 
 
-@pytest.mark.parametrize("objective", ["alm", "uld", "shared"])
+@pytest.mark.parametrize("objective", ["alm", "uld", "shared", "dskd-cma"])
 def test_a_student_learns_its_teacher(objective: str) -> None:
     trainer = make_bridge(objective=objective, ce_weight=0.0, max_steps=12, learning_rate=1e-2)
     trainer.train()
@@ -89,9 +90,10 @@ SAME = [
 ]
 
 
+@pytest.mark.parametrize("objective", ["alm=1,shared=0.5", "dskd-cma"])
 @pytest.mark.parametrize("how", SAME, ids=str)
-def test_batching_changes_nothing(how: dict[str, Any]) -> None:
-    fields = {"objective": "alm=1,shared=0.5", "hidden_weight": 1.0, "hidden_projector": True}
+def test_batching_changes_nothing(how: dict[str, Any], objective: str) -> None:
+    fields = {"objective": objective, "hidden_weight": 1.0, "hidden_projector": True}
     _assert_same_run(one_step(make_bridge(**fields, **how)), one_step(make_bridge(**fields)))
 
 
@@ -151,9 +153,10 @@ def test_empty_rows_and_rows_of_one_token_change_nothing() -> None:
     assert logs["num_tokens"] == whole[0]["num_tokens"] + 2
 
 
-def test_checkpoints_resume_exactly_and_hold_the_student_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("objective", "text"), [("alm=1,uld=0.5", "alm + 0.5 uld"), ("dskd-cma", "dskd-cma")])
+def test_checkpoints_resume_exactly_and_hold_the_student_alone(tmp_path: Path, objective: str, text: str) -> None:
     how: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "hidden_weight": 1.0}
-    how |= {"hidden_projector": True, "per_device_train_batch_size": 2, "objective": "alm=1,uld=0.5"}
+    how |= {"hidden_projector": True, "per_device_train_batch_size": 2, "objective": objective}
     rows = Dataset.from_dict({"text": texts(8)})
     whole, resumed = (make_bridge(output_dir=str(tmp_path / n), train_dataset=rows, **how) for n in ("whole", "again"))
     whole.train()
@@ -161,13 +164,30 @@ def test_checkpoints_resume_exactly_and_hold_the_student_alone(tmp_path: Path) -
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert resumed.state.log_history[-2]["num_tokens"] == whole.state.log_history[-2]["num_tokens"]
+    for one, other in zip(resumed.projectors.parameters(), whole.projectors.parameters(), strict=True):
+        assert torch.equal(one, other)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
+    assert load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors").keys() <= saved.state_dict().keys()
     assert {name: t.shape for name, t in saved.state_dict().items()} == {
         name: t.shape for name, t in student().state_dict().items()
     }
     card = (tmp_path / "whole" / "README.md").read_text()
-    assert "`cbd_trl.BridgeDistillTrainer`" in card and "alm + 0.5 uld across vocabularies" in card
+    assert "`cbd_trl.BridgeDistillTrainer`" in card and f"{text} across vocabularies" in card
     assert "by a tokenizer of 420 tokens" in card and "share that the teacher has no tokens for" in card
+
+
+def test_the_maps_of_an_objective_are_trained_beside_the_student() -> None:
+    trainer = make_bridge(objective="dskd-cma", ce_weight=0.0)
+    started = {name: p.clone() for name, p in trainer.projectors.named_parameters()}
+    _, grads = one_step(trainer)
+    assert {name for name in grads if "distill_projectors" in name} == {f"distill_projectors.{n}" for n in started}
+    assert len(started) == 3
+    assert all(not torch.equal(p, started[name]) for name, p in trainer.projectors.named_parameters())
+    assert not hasattr(trainer.model, "distill_projectors")
+    own = student()
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"objective='dskd-cma' with optimizers=\(SGD, \.\.\.\)"):
+        make_bridge(model=own, objective="dskd-cma", optimizers=(optimizer, None))
 
 
 def test_lora_trains_the_adapter_alone(tmp_path: Path) -> None:
@@ -245,6 +265,8 @@ def test_it_trains_in_bfloat16() -> None:
     plain, _ = one_step(make_bridge(objective="alm=1,uld=1,shared=1"))
     mixed, grads = one_step(make_bridge(objective="alm=1,uld=1,shared=1", bf16=True))
     assert mixed["loss"] == pytest.approx(plain["loss"], rel=2e-2)
+    attended, _ = one_step(make_bridge(objective="dskd-cma", bf16=True))
+    assert attended["loss"] == pytest.approx(one_step(make_bridge(objective="dskd-cma"))[0]["loss"], rel=2e-2)
     halves = {"model": student().bfloat16(), "teacher_model": teacher().bfloat16()}
     half, _ = one_step(make_bridge(**halves, hidden_weight=1.0, hidden_projector=True))
     assert half["kd"] > 0 and all(gradient.isfinite().all() for gradient in grads.values())
