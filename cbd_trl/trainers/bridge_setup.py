@@ -78,9 +78,8 @@ def set_up_bridge_teacher(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     bridge = Bridge(tokenizer, teacher_tokenizer, longest)
     text = f"{describe_model(model, place)}, by a tokenizer of {len(teacher_tokenizer):,} tokens"
-    return TeacherSetup(
-        BridgeTeacher(model, "dskd-cma" in args.objectives), model, vocabulary_rows(student), text
-    ), bridge
+    asked = BridgeTeacher(model, embedded="dskd-cma" in args.objectives)
+    return TeacherSetup(asked, model, vocabulary_rows(student), text), bridge
 
 
 def check_datasets(collator: BridgeCollator, datasets: Iterable[Any]) -> None:

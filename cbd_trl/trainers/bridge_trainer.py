@@ -80,8 +80,8 @@ class BridgeDistillTrainer(DistillTrainer):
                 "objective='dskd-cma' reads the input embeddings of both models, which FSDP and DeepSpeed shard. Use "
                 "another objective, or train with DDP or one process."
             )
-        widths = [model.config.get_text_config().hidden_size for model in (self._student, teacher)]
-        attention = CrossModelAttention(*widths, seed=self.args.seed)
+        ours, theirs = (model.config.get_text_config().hidden_size for model in (self._student, teacher))
+        attention = CrossModelAttention(ours, theirs, seed=self.args.seed)
         self.projectors = BridgeProjectors(attention, self._pairs.projectors).to(self.accelerator.device)
         return attention
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.losses.objective import TERMS, DistillObjective, Weights
+from cbd_trl.losses.objective import TERMS, Weights
 from cbd_trl.losses.reduction import count_scored, normalise
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.batch import Batch
@@ -26,7 +25,13 @@ from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
 from cbd_trl.trainers.step_loss import StepLoss
-from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, read_from_cache, set_up_teacher
+from cbd_trl.trainers.teacher_setup import (
+    TeacherModel,
+    TeacherSetup,
+    make_objective,
+    read_from_cache,
+    set_up_teacher,
+)
 
 
 class DistillTrainer(EvaluationTrainer):
@@ -131,13 +136,7 @@ class DistillTrainer(EvaluationTrainer):
 
     def _make_objective(self, setup: TeacherSetup) -> Any:
         """What `_step_loss` compares the two models by."""
-        args = self.args
-        return DistillObjective(
-            get_divergence(args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share),
-            temperature=args.temperature,
-            top_k=args.top_k,
-            shared_rows=setup.shared_rows,
-        )
+        return make_objective(self.args, setup.shared_rows)
 
     def _collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
         """What makes the batches, from what SFT uses."""

@@ -61,9 +61,9 @@ class ProjectorTrainer(SFTTrainer):
         trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         if any(id(parameter) not in trained for parameter in self.projectors.parameters()):
             raise ValueError(
-                "The trainer has an optimizer already, which does not hold the projectors that are learned beside the "
-                "student: they would never be trained. Let `train` make it (set trainer.optimizer to None), of the class given "
-                "as `optimizer_cls_and_kwargs`."
+                "The trainer has an optimizer already, which does not hold the projectors: they would never be "
+                "trained. Let `train` make it (set trainer.optimizer to None), of the class given as "
+                "`optimizer_cls_and_kwargs`."
             )
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:

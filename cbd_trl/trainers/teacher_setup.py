@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
 from cbd_trl.cache import TeacherCache
 from cbd_trl.cache.rows import example_rows
+from cbd_trl.losses.divergences import get_divergence
+from cbd_trl.losses.objective import DistillObjective
 from cbd_trl.teachers.cached import CachedTeacher
 from cbd_trl.teachers.local import EnsembleTeacher, LocalTeacher, OwnBaseTeacher, Teacher, load_teacher
 from cbd_trl.teachers.tokenizers import check_vocabularies, vocabulary_rows
@@ -73,6 +75,17 @@ def set_up_teacher(
         return _own_base(base, student)
     every = [named] if isinstance(named, str) or not isinstance(named, Sequence) else list(named)
     return _loaded(every, student, args, tokenizer, teacher_tokenizer)
+
+
+def make_objective(args: DistillConfig, shared_rows: int) -> DistillObjective:
+    """The terms on logits of two models with one vocabulary.
+
+    Args:
+        args: of the run.
+        shared_rows: vocabulary rows that both models have.
+    """
+    divergence = get_divergence(args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share)
+    return DistillObjective(divergence, args.temperature, args.top_k, shared_rows)
 
 
 def open_student(student: Any) -> Any:

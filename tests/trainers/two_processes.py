@@ -19,6 +19,7 @@ _CASES: dict[str, dict[str, Any]] = {
     "projectors": {"hidden_projector": True},
     "lora": {"peft_config": _ADAPTER},
     "bridge": {"make": make_bridge, "hidden_projector": True},
+    "bridge by attention": {"make": make_bridge, "hidden_projector": True, "objective": "dskd-cma"},
     "own base": {"peft_config": _ADAPTER, "self_distillation": True},
 }
 
