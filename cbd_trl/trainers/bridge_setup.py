@@ -21,7 +21,7 @@ from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, open_stud
 _PROBED_ROWS = 1000
 _ROWS_AT_A_TIME = 8
 # How much worse than guessing a teacher may be, in nats: one that was trained on these tokens never is.
-_MARGIN = 2.0
+_MARGIN = 1.5
 # Fewer tokens could be so by chance.
 _ENOUGH_TOKENS = 64
 
