@@ -31,8 +31,9 @@ def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
     chosen = named if teacher is None else teacher
     if (chosen is None and not elsewhere) or (isinstance(chosen, list | tuple) and not chosen):
         raise ValueError(
-            "A teacher is needed: neither was `teacher_model` of the trainer given nor, in the DistillConfig, "
-            "`teacher_model_name_or_path`, `teacher_cache` or `self_distillation`. Give one of them."
+            "A teacher is needed: neither was `teacher_model` of the trainer given nor, in the "
+            f"{type(args).__name__}, `teacher_model_name_or_path`, `teacher_cache` or `self_distillation`. "
+            "Give one of them."
         )
     return chosen
 

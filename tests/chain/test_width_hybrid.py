@@ -194,7 +194,8 @@ def test_checkpoints_hold_the_student_alone_and_resume_exactly(tmp_path):
     keys = list(whole.model.state_dict())
     whole.train()
     had = ["hybrid" in entry and entry["hybrid"] > 0 for entry in whole.state.log_history if "loss" in entry]
-    assert True in had[2:] and False in had
+    # Behind the checkpoint too, and not everywhere: else resuming could not go wrong.
+    assert any(had[2:]) and not all(had)
     resumed = width_trainer(output_dir=str(tmp_path / "resumed"), **how)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
