@@ -10,6 +10,7 @@ from torch import Tensor
 from cbd_trl.bridge.chunk_likelihood import ChunkLikelihood
 from cbd_trl.bridge.cross_attention import CrossAttention
 from cbd_trl.bridge.group_objective import GroupObjective, Mixture
+from cbd_trl.bridge.prefix_objective import PrefixObjective
 from cbd_trl.bridge.shared_tokens import SharedHybrid
 from cbd_trl.bridge.sides import Side
 from cbd_trl.bridge.sorted_distance import SortedDistance
@@ -42,12 +43,13 @@ class ObjectiveRow:
 # SeqKD (Kim and Rush 2016, arXiv 1606.07947) is not a row: it is plain cross-entropy on text that the teacher wrote.
 # There is nothing to compare, and no teacher to run.
 OBJECTIVES: dict[str, ObjectiveRow] = {
+    "prefix": ObjectiveRow(PrefixObjective, ("table", "divergence", "temperature"), ("table",)),
     "alm": ObjectiveRow(ChunkLikelihood, ("divergence", "temperature")),
     "uld": ObjectiveRow(SortedDistance, ("temperature", "top_k")),
     "shared": ObjectiveRow(SharedHybrid, ("tokens", "divergence", "temperature", "top_k"), ("tokens",)),
     "dskd-cma": ObjectiveRow(CrossAttention, ("attention", "divergence", "temperature"), ("attention",)),
 }
-_WHERE_FROM = {"tokens": "SharedTokens.of(student, teacher)", "attention": "CrossModelAttention(d, D)"}
+_WHERE_FROM = {"table": "PrefixTable.of(student, teacher)", "tokens": "SharedTokens.of(student, teacher)", "attention": "CrossModelAttention(d, D)"}
 
 
 def get_objective(name: str, **options: Any) -> BridgeObjective:
@@ -133,8 +135,8 @@ def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective
         objective = made[name]
         if not isinstance(objective, GroupObjective):
             raise ValueError(
-                f"{name!r} cannot be mixed: it carries states over by attention, the others compare groups of tokens. "
-                "Use it alone, by `get_objective`."
+                f"{name!r} cannot be mixed: it compares other things than groups of tokens. Use it alone, by "
+                "`get_objective`."
             )
         parts.append((float(weight), objective))
     if not parts:

@@ -29,6 +29,7 @@ class Side:
         targets_N: the token that follows, int64.
         group_N: the group of that token, int64; `NOWHERE` for none. Never decreasing save for those.
         text_N: the text that it is from, int64.
+        place_N: where it is in the flattened batch, int64.
         embedding_VD: input embeddings, for those objectives that read them.
     """
 
@@ -38,6 +39,7 @@ class Side:
     targets_N: Tensor
     group_N: Tensor
     text_N: Tensor
+    place_N: Tensor
     embedding_VD: Tensor | None = None
 
     @classmethod
@@ -63,9 +65,10 @@ class Side:
             embedding_VD: input embeddings, for "dskd-cma".
         """
         scored_BT = scored_mask(labels_BT)
+        place_BT = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT)
         return cls(
             select_scored(hidden_BTD, labels_BT), head, ids_BT[:, :-1][scored_BT], scored_targets(labels_BT),
-            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], embedding_VD,
+            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], place_BT[:, 1:][scored_BT], embedding_VD,
         )  # fmt: skip
 
     @classmethod

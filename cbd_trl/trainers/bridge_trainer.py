@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.cross_attention import CrossModelAttention
 from cbd_trl.bridge.objectives import get_mixture, get_objective
+from cbd_trl.bridge.prefix_table import PrefixTable
 from cbd_trl.bridge.shared_tokens import SharedTokens
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.teachers.batch import Batch
@@ -68,6 +69,9 @@ class BridgeDistillTrainer(DistillTrainer):
             options["divergence"] = get_divergence(
                 args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share
             )
+        if "prefix" in weights:
+            options["table"] = PrefixTable.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
+            return get_objective("prefix", **options)
         if "shared" in weights:
             options["tokens"] = SharedTokens.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
         if "dskd-cma" in weights:

@@ -14,7 +14,7 @@ from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 def side(groups: list[int]) -> Side:
     n = len(groups)
     zeros = torch.zeros(n, dtype=torch.int64)
-    return Side(randn(n, STUDENT, seed=0), Head(randn(V, STUDENT, seed=1)), zeros, zeros, torch.tensor(groups), zeros)
+    return Side(randn(n, STUDENT, seed=0), Head(randn(V, STUDENT, seed=1)), zeros, zeros, torch.tensor(groups), zeros, zeros)
 
 
 def test_a_part_begins_where_no_group_is_open() -> None:
@@ -23,7 +23,7 @@ def test_a_part_begins_where_no_group_is_open() -> None:
     assert side([0, 0]).cuts() == [0]
     assert begins(torch.tensor([-1, 0, 0, -1, 1, -1, 1, 2])).tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
     empty = side([0])
-    empty = Side(empty.hidden_ND[:0], empty.head, *[empty.group_N[:0]] * 4)
+    empty = Side(empty.hidden_ND[:0], empty.head, *[empty.group_N[:0]] * 5)
     assert empty.cuts() == [] and empty.group_log_probs().shape == (0,)
 
 

@@ -1,0 +1,139 @@
+"""A teacher's tokens by the student's tokens that spell them, as a tree: which begin with some tokens, and go on how.
+
+Shapes: W vocabulary rows of the teacher, V of the student, M spelled tokens in the order of their spelling, L the
+longest spelling, X nodes (a node for each beginning of a spelling), r rows of a query.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cbd_trl.bridge.vocabulary_match import match_vocabularies
+
+NO_NODE = -1
+ROOT = 0
+
+
+@dataclass(frozen=True)
+class PrefixTable:
+    """The tree. A node's tokens are the rows `start_X` to `end_X` of `ids_M`; the first of them, until `longer_X`, are
+    spelled by the node's own tokens and no more.
+
+    Attributes:
+        vocabulary: rows of the student, V.
+        ids_M: the teacher's tokens, int64, in the order of their spellings.
+        spelled_ML: the student's tokens that spell them, -1 behind the end.
+        start_X, longer_X, end_X: see above.
+        keys_X: parent * V + token of every node but the root, increasing; the node of a key is its place plus one.
+    """
+
+    vocabulary: int
+    ids_M: Tensor
+    spelled_ML: Tensor
+    start_X: Tensor
+    longer_X: Tensor
+    end_X: Tensor
+    keys_X: Tensor
+
+    @classmethod
+    def of(cls, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> "PrefixTable":
+        """Spell every token of the teacher: a token of the same bytes or role, or pieces.
+
+        Raises:
+            ValueError: as `match_vocabularies`.
+        """
+        match = match_vocabularies(student, teacher)
+        spellings: dict[int, Sequence[int]] = {index: (own,) for index, own in match.source.items()}
+        return cls.from_spellings({**spellings, **match.built}, max(student.get_vocab().values()) + 1)
+
+    @classmethod
+    def from_spellings(cls, spellings: Mapping[int, Sequence[int]], vocabulary: int) -> "PrefixTable":
+        """The tree of given spellings.
+
+        Args:
+            spellings: {the teacher's id: the student's ids, at least one}; tokens that are left out say nothing.
+            vocabulary: rows of the student.
+        """
+        rows = sorted((tuple(own), index) for index, own in spellings.items())
+        longest = max(len(own) for own, _ in rows)
+        table_ML = torch.tensor([(*own, *[-1] * (longest - len(own))) for own, _ in rows], dtype=torch.int64)
+        nodes_M = torch.zeros(len(rows), dtype=torch.int64)
+        keys, starts, ends, longer = [], [0], [len(rows)], [0]
+        # A node's number is the place of its key, so those of a depth are numbered behind those above.
+        for depth in range(longest):
+            tokens_M = table_ML[:, depth]
+            inside_M = (nodes_M != NO_NODE) & (tokens_M != -1)
+            keys_M = torch.where(inside_M, nodes_M * vocabulary + tokens_M, -1)
+            found, number_M, counts = keys_M.unique(return_inverse=True, return_counts=True)
+            skipped = int(found[0] == -1)
+            first = torch.full_like(found, len(rows)).scatter_reduce(
+                0, number_M, torch.arange(len(rows)), "amin"
+            )
+            ended_M = (table_ML[:, depth + 1] == -1) if depth + 1 < longest else torch.ones_like(inside_M)
+            exact = torch.zeros_like(found).index_add(0, number_M, (ended_M & inside_M).long())
+            base = len(starts) - skipped
+            nodes_M = torch.where(inside_M, number_M + base, NO_NODE)
+            keys += found[skipped:].tolist()
+            starts += first[skipped:].tolist()
+            ends += (first + counts)[skipped:].tolist()
+            longer += (first + exact)[skipped:].tolist()
+        ids_M = torch.tensor([index for _, index in rows], dtype=torch.int64)
+        return cls(vocabulary, ids_M, table_ML, *(torch.tensor(x) for x in (starts, longer, ends, keys)))
+
+    def child(self, nodes_r: Tensor, tokens_r: Tensor) -> Tensor:
+        """The nodes one token further on, `NO_NODE` where no token of the teacher begins so, (r,)."""
+        keys_X = self.keys_X.to(nodes_r.device)
+        keys_r = nodes_r * self.vocabulary + tokens_r
+        place_r = torch.searchsorted(keys_X, keys_r).clamp(max=len(keys_X) - 1)
+        return torch.where((nodes_r != NO_NODE) & (keys_X[place_r] == keys_r), place_r + 1, NO_NODE)
+
+    def first_of(self, tokens_r: Tensor) -> Tensor:
+        """The first of the student's tokens that spell each of some of the teacher's, -1 for none, (r,)."""
+        size = int(self.ids_M.max()) + 1
+        first_W = torch.full((size,), NO_NODE).index_put((self.ids_M,), self.spelled_ML[:, 0]).to(tokens_r.device)
+        known_r = tokens_r < size
+        return torch.where(known_r, first_W[tokens_r.clamp(max=size - 1)], NO_NODE)
+
+    def first_tokens(self, probabilities_rW: Tensor, rows: int) -> Tensor:
+        """The teacher's probabilities summed by the first of the student's tokens, (r, rows)."""
+        device = probabilities_rW.device
+        sums_rV = probabilities_rW.new_zeros(len(probabilities_rW), rows)
+        spelled_rM = probabilities_rW.index_select(1, self.ids_M.to(device))
+        return sums_rV.index_add_(1, self.spelled_ML[:, 0].to(device), spelled_rM)
+
+    def continued(
+        self, probabilities_gW: Tensor, row_r: Tensor, nodes_r: Tensor, depth_r: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the teacher says of the token behind a beginning.
+
+        Args:
+            probabilities_gW: of the teacher, where the token begins.
+            row_r: which of them.
+            nodes_r: what is there of it, no `NO_NODE`.
+            depth_r: how many of the student's tokens that is.
+            rows: of the student's vocabulary.
+
+        Returns:
+            (r, rows): probability of the beginning and each token behind it; (r,): of the beginning as a whole token.
+        """
+        device = probabilities_gW.device
+        start_r, longer_r, end_r = (x.to(device)[nodes_r] for x in (self.start_X, self.longer_X, self.end_X))
+        longer_k, place_k = _ranges(longer_r, end_r)
+        sums_rV = probabilities_gW.new_zeros(len(nodes_r), rows)
+        tokens_k = self.spelled_ML.to(device)[place_k, depth_r[longer_k]]
+        values_k = probabilities_gW[row_r[longer_k], self.ids_M.to(device)[place_k]]
+        sums_rV.index_put_((longer_k, tokens_k), values_k, accumulate=True)
+        whole_k, place_k = _ranges(start_r, longer_r)
+        values_k = probabilities_gW[row_r[whole_k], self.ids_M.to(device)[place_k]]
+        return sums_rV, probabilities_gW.new_zeros(len(nodes_r)).index_add_(0, whole_k, values_k)
+
+
+def _ranges(start_r: Tensor, end_r: Tensor) -> tuple[Tensor, Tensor]:
+    """All places of some ranges, end to end: the range each is of, and the place."""
+    lengths_r = end_r - start_r
+    row_k = torch.repeat_interleave(lengths_r)
+    offsets_r = lengths_r.cumsum(0) - lengths_r
+    return row_k, torch.arange(len(row_k), device=start_r.device) - offsets_r[row_k] + start_r[row_k]
