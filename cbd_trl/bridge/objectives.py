@@ -49,7 +49,11 @@ OBJECTIVES: dict[str, ObjectiveRow] = {
     "shared": ObjectiveRow(SharedHybrid, ("tokens", "divergence", "temperature", "top_k"), ("tokens",)),
     "dskd-cma": ObjectiveRow(CrossAttention, ("attention", "divergence", "temperature"), ("attention",)),
 }
-_WHERE_FROM = {"table": "PrefixTable.of(student, teacher)", "tokens": "SharedTokens.of(student, teacher)", "attention": "CrossModelAttention(d, D)"}
+_WHERE_FROM = {
+    "table": "PrefixTable.of(student, teacher)",
+    "tokens": "SharedTokens.of(student, teacher)",
+    "attention": "CrossModelAttention(d, D)",
+}
 
 
 def get_objective(name: str, **options: Any) -> BridgeObjective:

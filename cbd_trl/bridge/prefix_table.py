@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.bridge.vocabulary_match import match_vocabularies
 
 NO_NODE = -1
@@ -40,14 +41,17 @@ class PrefixTable:
 
     @classmethod
     def of(cls, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> "PrefixTable":
-        """Spell every token of the teacher: a token of the same bytes or role, or pieces.
+        """Spell every token of the teacher: a token of the same bytes or role, or pieces that have all its bytes.
 
         Raises:
             ValueError: as `match_vocabularies`.
         """
-        match = match_vocabularies(student, teacher)
+        match, ours, theirs = match_vocabularies(student, teacher), token_bytes(student), token_bytes(teacher)
         spellings: dict[int, Sequence[int]] = {index: (own,) for index, own in match.source.items()}
-        return cls.from_spellings({**spellings, **match.built}, max(student.get_vocab().values()) + 1)
+        for index, pieces in match.built.items():
+            if b"".join(ours[piece] or b"" for piece in pieces) == theirs[index]:
+                spellings[index] = pieces
+        return cls.from_spellings(spellings, len(ours))
 
     @classmethod
     def from_spellings(cls, spellings: Mapping[int, Sequence[int]], vocabulary: int) -> "PrefixTable":
@@ -56,7 +60,15 @@ class PrefixTable:
         Args:
             spellings: {the teacher's id: the student's ids, at least one}; tokens that are left out say nothing.
             vocabulary: rows of the student.
+
+        Raises:
+            ValueError: no spelling.
         """
+        if not spellings:
+            raise ValueError(
+                "There is no token of the teacher that is spelled in the student's tokens, so its distribution says "
+                "nothing of theirs. Check that both tokenizers are the ones that are meant."
+            )
         rows = sorted((tuple(own), index) for index, own in spellings.items())
         longest = max(len(own) for own, _ in rows)
         table_ML = torch.tensor([(*own, *[-1] * (longest - len(own))) for own, _ in rows], dtype=torch.int64)
@@ -69,9 +81,7 @@ class PrefixTable:
             keys_M = torch.where(inside_M, nodes_M * vocabulary + tokens_M, -1)
             found, number_M, counts = keys_M.unique(return_inverse=True, return_counts=True)
             skipped = int(found[0] == -1)
-            first = torch.full_like(found, len(rows)).scatter_reduce(
-                0, number_M, torch.arange(len(rows)), "amin"
-            )
+            first = torch.full_like(found, len(rows)).scatter_reduce(0, number_M, torch.arange(len(rows)), "amin")
             ended_M = (table_ML[:, depth + 1] == -1) if depth + 1 < longest else torch.ones_like(inside_M)
             exact = torch.zeros_like(found).index_add(0, number_M, (ended_M & inside_M).long())
             base = len(starts) - skipped

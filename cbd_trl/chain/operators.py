@@ -22,9 +22,9 @@ from cbd_trl.surgery.weights import Weights, readers_of, site_norms
 
 # Of 0.25, 0.5, 0.75 and 1 the best alpha was 0.5, 0.75 and 1 at 0.32, 0.61 and 0.81 of the way down (SmolLM2-135M).
 NESTED_ALPHA_POWER = 0.75
-# What reads the heads (attention's output projection) is better left to the upper anchor: with alpha to the power of 1,
-# 1.6, 2.3 and 4 there alone 3.368, 3.352, 3.346 and 3.342 nats (504 and 432 channels, mean of two texts). Queries and
-# keys, the table and the norms do not matter; feed-forwards are best as they are.
+# What reads the heads (attention's output projection) is better left to the upper anchor: with alpha to the power of
+# 1, 1.6, 2.3 and 4 there alone 3.368, 3.352, 3.346 and 3.342 nats (504 and 432 channels, mean of two texts). Queries
+# and keys, the table and the norms do not matter; feed-forwards are best as they are.
 NESTED_OUTPUT_POWER = 3.0
 
 

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from cbd_trl.bridge.prefix_objective import PrefixObjective
 from cbd_trl.bridge.prefix_table import NO_NODE, ROOT, PrefixTable
+from cbd_trl.bridge.sides import Side
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
+from cbd_trl.losses.head import Head
 from cbd_trl.losses.objective import Weights
-from tests.bridge.objective_helpers import Pair, V, W, make_pair, naive, randn, run
+from tests.bridge.objective_helpers import TEACHER, Pair, V, W, make_pair, randn, run
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 
 KL = get_divergence("forward_kl")
@@ -36,7 +38,9 @@ def few_tokens(seed: int) -> Pair:
     return pair
 
 
-def naive_target(pair: Pair, spelled: dict[int, tuple[int, ...]], number: int, place: int, temperature: float) -> Tensor:
+def naive_target(
+    pair: Pair, spelled: dict[int, tuple[int, ...]], number: int, place: int, temperature: float
+) -> Tensor:
     """The known probabilities of the student's tokens at a token of a group."""
     head = pair.heads[1]
     logits = (pair.hidden_RUD.double() @ head.weight_VD.double().T + head.bias_V.double()) * head.scale
@@ -111,8 +115,102 @@ def test_equals_its_naive_twin_in_value_and_gradient(temperature: float, diverge
     for row, place in (pair.labels_BT != -100).nonzero().tolist():
         expected = expected - weights.ce * logits[row, place - 1].log_softmax(-1)[pair.ids_BT[row, place]]
     scored = [tuple(where) for where in (pair.labels_BT != -100).nonzero().tolist() if where[1]]
-    torch.testing.assert_close(terms["kd"].double(), torch.tensor([values[w] for w in scored]).double(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        terms["kd"].double(), torch.tensor([values[w] for w in scored]).double(), atol=2e-5, rtol=1e-4
+    )
     torch.testing.assert_close(total.double(), expected, rtol=1e-5, atol=1e-5)
     for found, wanted in zip(gradients, torch.autograd.grad(expected, [hidden, weight]), strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
     assert sum(value > 1e-3 for value in values.values()) > 10
+
+
+def test_within_one_vocabulary_it_is_the_divergence() -> None:
+    pair = make_pair(rows=3, seed=2)
+    spelled = {token: (token,) for token in range(V)}
+    pair.groups = [group for group in pair.groups if len(group[1]) == len(group[2]) == 1]
+    pair.group_BT.fill_(-1)
+    pair.group_RU.fill_(-1)
+    for number, (row, mine, yours) in enumerate(pair.groups):
+        pair.group_BT[row, mine], pair.group_RU[row, yours] = number, number
+    head = Head(randn(V, TEACHER, seed=2))
+    pair.heads = (pair.heads[0], head)
+    pair.ids_RU %= V
+    _, _, terms = run(PrefixObjective(PrefixTable.from_spellings(spelled, V)), pair, Weights(1.0, 0.0, 0.0))
+    student, teacher = pair.sides(pair.hidden_BTd, pair.heads[0])
+    begins_N = student.begins_N
+    logs = [head.logits(side.hidden_ND[side.begins_N]).log_softmax(-1)
+            for head, side in ((pair.heads[0], student), (head, teacher))]  # fmt: skip
+    torch.testing.assert_close(terms["kd"][begins_N], KL(*logs))
+    assert begins_N.any() and terms["kd"][~begins_N].abs().max() == 0
+
+
+def test_is_zero_where_the_student_says_what_the_teacher_does() -> None:
+    """One group of " run", one of the whole next word: the sum over spellings, and what else could have come."""
+    spelled = {0: (0,), 1: (0, 1), 2: (2,), 3: (0, 3)}
+    table = PrefixTable.from_spellings(spelled, 4)
+    p_W = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]])
+    first_rV = table.first_tokens(p_W, 4)
+    torch.testing.assert_close(first_rV, torch.tensor([[0.7, 0.0, 0.3, 0.0], [0.0, 0.0, 1.0, 0.0]]))
+    node_r = table.child(torch.tensor([ROOT, ROOT]), torch.tensor([0, 1]))
+    assert node_r[0] != NO_NODE and node_r[1] == NO_NODE
+    going_rV, whole_r = table.continued(p_W, torch.tensor([0]), node_r[:1], torch.tensor([1]), 4)
+    torch.testing.assert_close(going_rV, torch.tensor([[0.0, 0.1, 0.0, 0.2]]))
+    torch.testing.assert_close(whole_r, torch.tensor([0.4]))
+
+    def one_row(weight_VD: Tensor, ids: list[int], states: Tensor) -> Side:
+        ids_BT = torch.tensor([[9, *ids]]) % 4
+        labels_BT = ids_BT.clone()
+        labels_BT[0, 0] = -100
+        groups_BT = torch.tensor([[-1, *range(len(ids))]])
+        return Side.student(states, Head(weight_VD), ids_BT, labels_BT, groups_BT, torch.zeros_like(ids_BT))
+
+    # The teacher says " run" and then token 2; the student is right to say 0.4 / 0.7 of it, and the endings.
+    eye, log_RUW = torch.eye(4), (p_W + 1e-30).log()[None]
+    teacher = one_row(eye, [0, 2], torch.cat([log_RUW, log_RUW[:, :1]], 1))
+    right = torch.tensor([[[0.7, 1e-30, 0.3, 1e-30], [1e-30, 1 / 7, 4 / 7, 2 / 7], [0.25] * 4]]).log()
+    weights = Weights(1.0, 0.0, 0.0)
+    _, terms = PrefixObjective(table)(one_row(eye, [0, 2], right), teacher, weights)
+    torch.testing.assert_close(terms["kd"], torch.zeros(2), atol=1e-6, rtol=0)
+    naively = right.clone()
+    naively[0, 1] = (p_W[1] + 1e-30).log()
+    _, terms = PrefixObjective(table)(one_row(eye, [0, 2], naively), teacher, weights)
+    assert terms["kd"][1] > 1.0
+
+
+def test_nothing_aligned_is_nothing_learned() -> None:
+    pair = make_pair(rows=2, seed=3)
+    pair.group_BT.fill_(-1)
+    pair.group_RU.fill_(-1)
+    table = PrefixTable.from_spellings(spellings(), V)
+    total, gradients, terms = run(PrefixObjective(table), pair, Weights(1.0, 0.0, 0.0))
+    assert total == 0 and terms["kd"].abs().max() == 0
+    assert all(gradient.abs().max() == 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("student", ["byte_level", "byte_fallback", "unigram"])
+@pytest.mark.parametrize("teacher", ["byte_level", "byte_fallback"])
+def test_spellings_have_the_bytes_of_the_token(student: str, teacher: str) -> None:
+    one, other = make_tokenizer(student, 400), make_tokenizer(teacher, 500, seed=1)
+    table = PrefixTable.of(one, other)
+    ours, theirs = token_bytes(one), token_bytes(other)
+    spelled = {
+        index: [token for token in row if token != -1]
+        for index, row in zip(table.ids_M.tolist(), table.spelled_ML.tolist(), strict=True)
+    }
+    plain = {index: row for index, row in spelled.items() if theirs[index] is not None}
+    assert len(plain) > 200 and spelled[other.eos_token_id] == [one.eos_token_id]
+    assert all(b"".join(ours[token] or b"" for token in row) == theirs[index] for index, row in plain.items())
+    assert max(map(len, plain.values())) > 1
+    # Every beginning of a spelling has a node, which counts the tokens that begin so.
+    for row in list(plain.values())[::7]:
+        node = torch.tensor([ROOT])
+        for depth, token in enumerate(row, start=1):
+            node = table.child(node, torch.tensor([token]))
+            alike = [own for own in spelled.values() if own[:depth] == row[:depth]]
+            assert int(table.end_X[node] - table.start_X[node]) == len(alike)
+            assert int(table.longer_X[node] - table.start_X[node]) == sum(len(own) == depth for own in alike)
+
+
+def test_no_spelling_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no token of the teacher.*spelled"):
+        PrefixTable.from_spellings({}, 4)

@@ -14,7 +14,9 @@ from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 def side(groups: list[int]) -> Side:
     n = len(groups)
     zeros = torch.zeros(n, dtype=torch.int64)
-    return Side(randn(n, STUDENT, seed=0), Head(randn(V, STUDENT, seed=1)), zeros, zeros, torch.tensor(groups), zeros, zeros)
+    return Side(
+        randn(n, STUDENT, seed=0), Head(randn(V, STUDENT, seed=1)), zeros, zeros, torch.tensor(groups), zeros, zeros
+    )
 
 
 def test_a_part_begins_where_no_group_is_open() -> None:
