@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cbd_trl.bridge.cross_attention import CrossModelAttention
 from cbd_trl.bridge.objectives import BridgeObjective, get_objective
+from cbd_trl.bridge.prefix_table import PrefixTable
 from cbd_trl.bridge.shared_tokens import SharedTokens
 from cbd_trl.bridge.sides import Side
 from cbd_trl.losses.divergences import get_divergence
@@ -102,6 +103,7 @@ def make_objective(name: str, divergence: str | None = None, temperature: float 
         "divergence": get_divergence(divergence) if divergence else None,
         "temperature": temperature,
         "tokens": SHARED,
+        "table": PrefixTable.from_spellings({token: (token % V, token // 2) for token in range(W - 1)}, V),
         "attention": CrossModelAttention(STUDENT, TEACHER, seed=8),
     }
     return get_objective(name, **options)
