@@ -36,6 +36,7 @@ def chunk_likelihood(
       beginning behind it, and joins a chunk to the next where the teacher finds that less likely than 0.1. Without it
       a group that ends inside a word carries what the tokenizers rule out there. The cross-entropy beside it sees the
       student's tokens as they are.
+    - Chunks are summed up, and the trainer divides by the student's tokens; the paper's is a mean over chunks.
     - A log-probability above -1e-6 counts as that, with its gradient, where the authors' code takes 1e-6 from both
       sides.
 
