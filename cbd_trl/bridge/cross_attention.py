@@ -29,7 +29,8 @@ class CrossModelAttention(nn.Module):
 
     Deviations: every state and embedding of the teacher, and the student's embeddings, are divided by their own root
     mean square, the paper's code divides the teacher's by the standard deviation of the batch: a loss would depend on
-    what else is in the micro-batch. The maps start orthogonal, so that scores start with a spread of about 1.
+    what else is in the micro-batch. The maps have no bias and start orthogonal, so that scores start with a spread of
+    about 1; the paper's are torch's linear layers.
 
     Args:
         student_width: d, of hidden states and embeddings.
@@ -102,19 +103,20 @@ def _unit(states_ND: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """The objective of DSKD-CMA, in both models' spaces (equations 6 to 10).
+    """The objective of DSKD-CMA, in both models' spaces, as in the authors' code.
 
     Three terms: the student against the teacher's states as seen through the student's head, where those predict the
     right token; the cross-entropy of the latter, which trains the maps; and KL of the teacher against the student's
-    states as seen through the teacher's head. Heads are constants where they read states of the other model.
+    states as seen through the teacher's head. Heads are constants where they read states of the other model. The
+    authors give the three together the weight of the cross-entropy, 0.5 each, and the maps a learning rate of 1e-3.
 
     Deviations: the terms are sums over positions, the third over the teacher's, so that accumulation changes nothing;
     multiplied by T squared (or what the divergence asks for); positions of the teacher are those of aligned tokens.
 
     Attributes:
         attention: trained along, and never saved with the student.
-        divergence: of the first term; the paper's default, KL(teacher | student).
-        temperature: of the first and third; the paper's default.
+        divergence: of the first term; that of the authors' scripts is KL(teacher | student).
+        temperature: of the first and third, that of the authors' scripts.
     """
 
     attention: CrossModelAttention

@@ -16,7 +16,8 @@ def matching_pursuit(target_ND: Tensor, atom_AD: Tensor, count: int) -> tuple[Te
     """The atoms that each target is written with, and how much of each.
 
     Atom by atom, the one whose direction the rest of the target has most of (Pati et al., 1993); the coefficients are
-    those of the least squares on all that were chosen.
+    those of the least squares on all that were chosen. The code of arXiv 2506.06607 goes by the inner product with the
+    atom as it is, which prefers long atoms whatever their direction.
 
     Args:
         target_ND: (N, D), floating point.

@@ -73,7 +73,7 @@ def _averages(match: VocabularyMatch, weights: list[list[float]], neutral: float
 
 
 def pursuit_recipe(match: VocabularyMatch, donor_WE: Tensor, atoms: int) -> Recipe:
-    """Each built row is the sum of taken-over rows that the donor's row is (arXiv 2506.06607, section 3).
+    """Each built row is the sum of taken-over rows that the donor's row is (arXiv 2506.06607).
 
     A token's row in the donor's table is written with the donor's rows of tokens that both vocabularies have; the
     same coefficients then hold for the model's rows of these tokens.

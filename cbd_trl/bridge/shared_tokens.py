@@ -1,4 +1,4 @@
-"""The hybrid: tokens of both vocabularies by name, all others by rank (GOLD in TRL; the idea of X-Token).
+"""The hybrid: tokens of both vocabularies by name, all others by rank (GOLD, in TRL: `trl.experimental.gold`).
 
 Shapes: G groups, n positions, S shared tokens, V and W vocabulary rows of student and teacher.
 """
@@ -59,9 +59,17 @@ class SharedHybrid(GroupObjective):
     shared tokens and one for all others; where one side has no others, between those given a shared token. ULD is of
     the probabilities of the others, sorted. Where both vocabularies are the same it is the divergence alone.
 
-    Deviations from GOLD: the others are an event of D, so that it is a true divergence, 0 only for the same mass; the
-    weights are masses at each position and not the shares of the two vocabularies; and D and ULD are multiplied by
-    the temperature squared (or what the divergence asks for) and T, as everywhere here.
+    Deviations from GOLD, which has its formula in code alone:
+
+    - The others are an event of D, so that it is a true divergence, 0 only for the same mass.
+    - m is a mass at each position; GOLD's is the share of the teacher's vocabulary that is shared, everywhere.
+    - Where a group has several tokens GOLD multiplies their first distribution by the probabilities of the tokens
+      behind it, on both sides, which is no distribution any more. What is compared here is the first alone.
+    - Tokens are shared by their bytes or role, in GOLD by how the vocabularies write them.
+    - D and ULD are multiplied by the temperature squared (or what the divergence asks for) and T, as everywhere here.
+
+    A limit of both: a token that the other side splits counts as another token than its first piece. Where that is
+    the rule the student is taught not to write it (X-Token, arXiv 2605.21699: numbers of several digits).
 
     Attributes:
         tokens: that both have.
