@@ -47,7 +47,7 @@ def generate(flags: list[str]) -> None:
 
     description = (
         "Have a teacher (--model_name_or_path) complete the prompts of a dataset into --output_file: a dataset "
-        "of prompts, completions and why each ended, for SeqKD. Run again, the command goes on where it was interrupted."
+        "of prompts, completions and why each ended, for SeqKD. Run again, it goes on where it was interrupted."
     )
     types = [GenerateArguments, DecodingConfig, ScriptArguments, ModelConfig]
     arguments, decoding, script, model = parse_flags("generate", description, types, flags)

@@ -145,7 +145,7 @@ def _choices(line: Mapping[str, Any]) -> list[Any]:
     response = line["response"] or {} if "response" in line else {"body": line}
     body = response.get("body") if isinstance(response, dict) else None
     if line.get("error") or not isinstance(body, dict) or response.get("status_code", 200) != 200:
-        raise _Failed(json.dumps(line.get("error") or response)[:_SHOWN])
+        raise _Failed(json.dumps(line.get("error") or body or response)[:_SHOWN])
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices:
         raise _Failed(f"no choices in {json.dumps(body)[:_SHOWN]}")
