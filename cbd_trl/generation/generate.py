@@ -1,4 +1,10 @@
-"""A corpus that a teacher writes, for SeqKD (Kim and Rush, arXiv 1606.07947, section 3.2)."""
+"""A corpus that a teacher writes, for SeqKD (Kim and Rush, arXiv 1606.07947, section 3.2).
+
+Row i of the file completes prompt i // num_return_sequences; its draws depend on the seed and i alone. A run that was
+interrupted and went on ends with the same bytes as an unbroken one on the same machine and libraries. For this,
+batches are fixed by row number: the rows that a row is padded with may round its logits otherwise. With another batch
+size the file is the same but for ties so close that rounding decides them.
+"""
 
 import dataclasses
 import json
@@ -53,13 +59,8 @@ def generate_completions(
 ) -> Corpus:
     """Let a teacher complete every prompt of a dataset, into a file that TRL trains on as it is.
 
-    Row i of the file completes prompt i // num_return_sequences; its draws depend on `seed` and i alone. Killed at any
-    moment and run again, it goes on behind the last whole batch, and the file ends with the same bytes as that of an
-    unbroken run on the same machine and libraries. Batches are fixed by row number, because the rows that a row is
-    padded with may round its logits otherwise: another `batch_size` gives the same file but for ties so close that
-    rounding decides them.
-
-    Several processes (`accelerate launch`) share the batches; the file is the same.
+    Killed at any moment and run again, it goes on behind the last whole batch; see the top of this file for what is
+    promised. Several processes (`accelerate launch`) share the batches; the file is the same.
 
     Args:
         model: the teacher, a causal LM, or the path or Hub id of one.
@@ -91,31 +92,40 @@ def generate_completions(
     digest = prompts.check(
         _room(source, decoding), tqdm(range(len(prompts)), desc="Reading the prompts", unit="row", disable=quiet)
     )
-    placed: dict[str, Any] = {"device_map": {"": str(state.device)}}
-    # No code of the repository is run.
-    teacher = source.model({**placed, **(model_init_kwargs or {}), "trust_remote_code": False})
+    teacher = _load(source, model_init_kwargs, state)
+    completer = Completer(teacher, tokenizer, decoding, seed)
+    total = len(prompts) * decoding.num_return_sequences
     settings = {
-        "rows": len(prompts) * decoding.num_return_sequences,
+        "rows": total,
         "prompts_sha256": digest,
         "prompt_tokens": prompt_tokens,
-        **dataclasses.asdict(decoding),
         "seed": seed,
         "batch_size": batch_size,
         "teacher": readable_name(source.name),
-        "teacher_fingerprint": teacher_fingerprint(teacher),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "attn_implementation": getattr(teacher.config, "_attn_implementation", None),
+        **_settings(teacher, tokenizer, decoding, completer),
     }
-    completer = Completer(teacher, tokenizer, decoding, seed)
-    file = CompletionsFile(output_file, {**settings, "ends": completer.ends}, batch_size)
+    file = CompletionsFile(output_file, settings, batch_size)
     # Every process has looked before one of them changes anything.
     state.wait_for_everyone()
     if state.is_main_process:
         file.begin()
     with _in_eval_mode(teacher):
-        _write(file, prompts, completer, batch_size, settings["rows"], state, quiet)
+        _write(file, prompts, completer, batch_size, total, state, quiet)
     state.wait_for_everyone()
     return _counted(file.path)
+
+
+def _settings(
+    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: DecodingConfig, completer: Completer
+) -> dict[str, Any]:
+    """What the completion of a prompt depends on, but for its random numbers."""
+    return {
+        **dataclasses.asdict(decoding),
+        "ends": completer.ends,
+        "teacher_fingerprint": teacher_fingerprint(teacher),
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "attn_implementation": getattr(teacher.config, "_attn_implementation", None),
+    }
 
 
 def _write(
@@ -164,6 +174,12 @@ def _source(model: PreTrainedModel | str, init_kwargs: Mapping[str, Any] | None)
             "them out, or give the teacher's path or Hub id."
         )
     return Source(model, revision=(init_kwargs or {}).get("revision"), role="teacher")
+
+
+def _load(source: Source, init_kwargs: Mapping[str, Any] | None, state: PartialState) -> PreTrainedModel:
+    placed: dict[str, Any] = {"device_map": {"": str(state.device)}}
+    # No code of the repository is run.
+    return source.model({**placed, **(init_kwargs or {}), "trust_remote_code": False})
 
 
 def _find_tokenizer(source: Source) -> PreTrainedTokenizerBase:
