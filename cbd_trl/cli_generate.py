@@ -43,6 +43,8 @@ def generate(flags: list[str]) -> None:
     Args:
         flags: as typed.
     """
+    from accelerate import PartialState
+
     from cbd_trl.generation import DecodingConfig, generate_completions
 
     description = (
@@ -74,11 +76,11 @@ def generate(flags: list[str]) -> None:
         use_cpu=arguments.use_cpu,
         disable_tqdm=arguments.disable_tqdm,
     )
-    print(
+    PartialState().print(
         f"{corpus.rows:,} rows in {corpus.file}, {corpus.truncated:,} of them cut off after {decoding.max_new_tokens} "
-        "tokens. A student learns from them by --objective seqkd or SFT, without the teacher:"
+        "tokens. A student learns from them by --objective seqkd or SFT, without the teacher: "
+        f"--dataset_name {corpus.file}"
     )
-    print(f"    --dataset_name {corpus.file}")
 
 
 def _init_kwargs(model: ModelConfig) -> dict[str, Any]:
