@@ -11,10 +11,11 @@ COMMANDS = {
     "build": "distil a chain of anchors from a source model",
     "init": "make models of any size from a chain",
     "cache": "write what a teacher predicts for a dataset to disk, to train without the teacher",
+    "generate": "have a teacher write completions of prompts, to train on",
     "distill": "train a student on a dataset to predict what a teacher predicts",
     "bridge": "the same with a teacher of another tokenizer",
 }
-USAGE = "usage: cbd-trl {demo,build,init,cache,distill,bridge} [flags]"
+USAGE = "usage: cbd-trl {demo,build,init,cache,generate,distill,bridge} [flags]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +72,7 @@ def _help() -> str:
         "Chain-based distillation: distil a language model once, make models of any size in seconds.",
         "",
     ]
-    lines += [f"  {name:<9}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "Every flag can stand in a YAML file: cbd-trl build --config build.yaml. Flags win over the file.",

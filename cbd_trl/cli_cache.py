@@ -1,14 +1,11 @@
 """What `cbd-trl cache` does."""
 
-from dataclasses import MISSING, fields
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
 from cbd_trl.cli_arguments import CacheArguments
-from cbd_trl.cli_parsing import UsageError, load_rows, parse_flags, require
-
-_ADAPTER_FLAGS = ("use_peft", "use_rslora", "use_dora")
+from cbd_trl.cli_parsing import UsageError, changed_flags, load_rows, parse_flags, refuse_adapter, require
 
 
 def cache(flags: list[str]) -> None:
@@ -48,32 +45,18 @@ def cache(flags: list[str]) -> None:
 
 
 def _refuse_ignored(arguments: CacheArguments, args: Any, model: ModelConfig) -> None:
-    adapter = [name for name in _changed(model) if name.startswith("lora_") or name in _ADAPTER_FLAGS]
-    if adapter:
-        raise UsageError(
-            f"--{adapter[0]} shapes an adapter that is trained, and a cache is written without training: it would be "
-            "ignored. Leave it out; a teacher with an adapter is to be merged first."
-        )
+    refuse_adapter(model, "a cache is written")
     if args.trust_remote_code:
         raise UsageError(
             "--trust_remote_code would run code of the teacher's repository, which a cache is never written with: it "
             "would be ignored. Leave it out, or import the teacher's log-probabilities with --logprobs."
         )
-    asking = [name for name in _changed(arguments) if name in ("hidden_dtype", "batch_size")]
+    asking = [name for name in changed_flags(arguments) if name in ("hidden_dtype", "batch_size")]
     if arguments.logprobs is not None and asking:
         raise UsageError(
             f"--{asking[0]} is about asking the teacher, and with --logprobs it is not asked: it would be ignored. "
             "Leave one of the two out."
         )
-
-
-def _changed(arguments: Any) -> list[str]:
-    """Flags that are not at their default."""
-    return [
-        field.name
-        for field in fields(arguments)
-        if field.default is not MISSING and getattr(arguments, field.name) != field.default
-    ]
 
 
 def _write_cache(arguments: CacheArguments, script: ScriptArguments, args: Any, model: ModelConfig) -> Any:

@@ -13,6 +13,7 @@ from cbd_trl.cli_arguments import (
     parse_anchors,
 )
 from cbd_trl.cli_cache import cache
+from cbd_trl.cli_generate import generate
 from cbd_trl.cli_init import init
 from cbd_trl.cli_parsing import UsageError, load_rows, parse_flags, require
 
@@ -178,6 +179,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "build": build,
     "init": init,
     "cache": cache,
+    "generate": generate,
     "distill": distill,
     "bridge": bridge,
 }

@@ -1,12 +1,14 @@
 """Reads the flags, the YAML file and the rows that the subcommands of `cbd-trl` have in common."""
 
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
 from cbd_trl.names import did_you_mean
 
+_ADAPTER_FLAGS = ("use_peft", "use_rslora", "use_dora")
 _FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -81,6 +83,37 @@ def require(**values: Any) -> None:
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if missing:
         raise UsageError(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing.")
+
+
+def changed_flags(arguments: Any) -> list[str]:
+    """Names of the flags that are not at their default.
+
+    Args:
+        arguments: one of the parsed dataclasses.
+    """
+    return [
+        field.name
+        for field in fields(arguments)
+        if field.default is not MISSING and getattr(arguments, field.name) != field.default
+    ]
+
+
+def refuse_adapter(model: ModelConfig, what: str) -> None:
+    """Refuse flags of an adapter where nothing is trained.
+
+    Args:
+        model: the flags.
+        what: is done instead, as in "a cache is written".
+
+    Raises:
+        UsageError: naming the first.
+    """
+    adapter = [name for name in changed_flags(model) if name.startswith("lora_") or name in _ADAPTER_FLAGS]
+    if adapter:
+        raise UsageError(
+            f"--{adapter[0]} shapes an adapter that is trained, and {what} without training: it would be "
+            "ignored. Leave it out; a teacher with an adapter is to be merged first."
+        )
 
 
 def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:

@@ -78,6 +78,10 @@ def test_top_level_imports_nothing_heavy(arguments):
             ["--num-parameters", "--output", "--shape", "--operator", "--alpha", "--dtype", "--sizes", "--dry-run"],
         ),
         ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--kind", "--temperature", "--logprobs"]),
+        (
+            "generate",
+            ["--model_name_or_path", "--output_file", "--max_new_tokens", "--temperature", "--prompt_tokens"],
+        ),
         ("distill", ["--teacher_model_name_or_path", "--divergence", "--use_peft", "--dataset_name"]),
         ("bridge", ["--teacher_model_name_or_path", "--objective", "--temperature", "--dataset_name"]),
     ],
@@ -167,6 +171,35 @@ def test_cache_writes_what_training_reads(folder, tmp_path, capsys):
     assert "Set temperature=2.0, or write a cache with --temperature 1.0" in capsys.readouterr().err
 
 
+def test_generate_writes_what_a_student_is_trained_on(folder, tmp_path, capsys):
+    source, file = str(folder / "source"), tmp_path / "corpus.jsonl"
+    flags = ["--model_name_or_path", source, "--dataset_name", str(folder / "rows.jsonl"), "--output_file", str(file)]
+    flags += ["--prompt_tokens", "4", "--max_new_tokens", "5", "--temperature", "0.9", "--seed", "3", "--use_cpu"]
+    flags += ["--disable_tqdm"]
+    assert main(["generate", *flags]) == 0
+    written = file.read_bytes()
+    rows = [json.loads(line) for line in written.splitlines()]
+    texts = [json.loads(line)["text"] for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == [" ".join(text.split()[:4]) for text in texts]
+    cut = sum(row["finish_reason"] == "length" for row in rows)
+    shown = capsys.readouterr().out
+    assert f"40 rows in {file}, {cut} of them cut off after 5 tokens" in shown
+    file.write_bytes(written[: len(written) // 2])
+    assert main(["generate", *flags]) == 0
+    assert file.read_bytes() == written
+    assert main(["generate", *flags, "--dtype", "bfloat16"]) == 1
+    assert "corpus.jsonl was generated in another way: teacher_fingerprint is" in capsys.readouterr().err
+    student = [
+        "--model_name_or_path",
+        source,
+        "--teacher_model_name_or_path",
+        source,
+        "--output_dir",
+        str(tmp_path / "s"),
+    ]
+    assert main(["distill", *student, "--dataset_name", str(file), *TRAINING]) == 0
+
+
 @pytest.mark.parametrize(("kind", "flag", "value"), [("sampled", "seed", 5), ("hidden", "dtype", "bfloat16")])
 def test_cache_of_another_kind(folder, tmp_path, kind, flag, value):
     flags = ["--model_name_or_path", str(folder / "source"), "--dataset_name", str(folder / "rows.jsonl"), *TRAINING]
@@ -187,7 +220,7 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["biuld"], 2, r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, init, cache, distill"),
+        (["biuld"], 2, r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, init, cache, generate"),
         (["init"], 2, "The chain is missing: cbd-trl init CHAIN"),
         (["init", "chain"], 2, "--output is missing"),
         (["init", "chain", "--ouptut", "x"], 2, r"no flag '--ouptut'. Did you mean '--output'\?"),
@@ -233,6 +266,29 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
             2,
             "--hidden_dtype is about asking",
         ),
+        (["generate"], 2, "--model_name_or_path, --dataset_name, --output_file are missing"),
+        (["generate", "--model_name_or_path", "x", "--dataset_name", "y"], 2, "--output_file is missing"),
+        (
+            ["generate", "--model_name_or_path", "x", "--dataset_name", "y", "--output_file", "z", "--lora_r", "8"],
+            2,
+            "--lora_r shapes an adapter that is trained, and a corpus is generated without training",
+        ),
+        (
+            [
+                "generate",
+                "--model_name_or_path",
+                "x",
+                "--dataset_name",
+                "y",
+                "--output_file",
+                "z",
+                "--dataset_streaming",
+            ],
+            2,
+            "--dataset_streaming: a run that goes on where it was interrupted needs rows by number",
+        ),
+        (["generate", "--temperature", "0"], 1, "temperature=0.0: it divides the logits"),
+        (["generate", "--trust_remote_code", "true"], 2, "There is no flag '--trust_remote_code'"),
         (["demo", "--config", "no.yaml"], 2, "config file cannot be read"),
         (["demo", "--config"], 2, "--config needs the path"),
     ],

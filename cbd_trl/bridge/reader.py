@@ -39,6 +39,18 @@ class Encoded:
         return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
 
 
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a tokenizer puts before a text by itself, such as BOS.
+
+    Args:
+        tokenizer: any.
+    """
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a")["input_ids"]
+    starts = range(len(whole) - len(bare) + 1)
+    return next((whole[:start] for start in starts if whole[start : start + len(bare)] == bare), [])
+
+
 class Reader:
     """Reads texts, and knows what each token stands for.
 
@@ -70,7 +82,7 @@ class Reader:
             if self.texts[index] is None and index != self.unknown
         }
         self.table = ByteTable.of(self.texts, self.written)
-        self.prefix = self._find_prefix()
+        self.prefix = prefix_ids(tokenizer)
         # A mark that swallows the white space beside it would hide what we look for.
         plain = [index for index in self.written if not (added[index].lstrip or added[index].rstrip)]
         after_mark = self._ids(added[plain[0]].content + "a")[1:] if plain else []
@@ -108,13 +120,8 @@ class Reader:
             added_N |= cuts_N.roll(1) & ~first_N
         return (added_N & self.table.begins_with_space(ids_N)).long()
 
-    def _ids(self, text: str, special: bool = False) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _begin_with_space(self, ids: list[int]) -> bool:
         return bool(ids) and bool(self.table.begins_with_space(torch.tensor(ids[:1])))
-
-    def _find_prefix(self) -> list[int]:
-        bare, whole = self._ids("a"), self._ids("a", special=True)
-        starts = range(len(whole) - len(bare) + 1)
-        return next((whole[:start] for start in starts if whole[start : start + len(bare)] == bare), [])

@@ -1,0 +1,219 @@
+"""Files of completions in the shapes that OpenAI's interface has for them, as a dataset that TRL trains on."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_SHAPES = (
+    'Lines are {"messages": [...]}, {"prompt": ..., "completion": ...}, results of the batch interface, or responses '
+    'with "choices".'
+)
+# Characters of a failed response in a message.
+_SHOWN = 200
+
+
+class _Failed(Exception):
+    """A response without a completion."""
+
+
+def read_completions(path: str | Path, *, requests: str | Path | None = None, drop_truncated: bool = False) -> Dataset:
+    """Read completions for SeqKD from a JSON-lines file, whoever wrote them.
+
+    A line is one of
+
+    - `{"messages": [...]}`, the shape of fine-tuning files;
+    - `{"prompt": ..., "completion": ...}`, texts or lists of messages, as `generate_completions` writes them;
+    - `{"custom_id": ..., "response": {"status_code": 200, "body": {"choices": [...]}}}`, a result of the batch
+      interface, whose prompt is in the file of `requests`;
+    - a response by itself, `{"choices": [{"message": ...} or {"text": ...}]}`, with `prompt` or `messages` beside, or
+      with a `custom_id` (or `id`) that `requests` has.
+
+    Several choices become several rows. Responses that failed are left out, and their number is logged.
+
+    Args:
+        path: of the file.
+        requests: of the batch interface's input, `{"custom_id": ..., "body": {"messages" or "prompt": ...}}` a line.
+        drop_truncated: leave out completions that were cut off (`finish_reason` "length"). TRL trains the student to
+            end where a row ends, wherever that is.
+
+    Returns:
+        rows of `messages`, or of `prompt` and `completion`, with `finish_reason` where the file has any.
+
+    Raises:
+        ValueError: for a file that is missing or gives no row, and for a line that is not of these shapes, with its
+            number.
+    """
+    prompts = None if requests is None else _read_requests(Path(requests))
+    rows, failures = _gather(Path(path), prompts)
+    cut_off = sum(row["finish_reason"] == "length" for row in rows)
+    if drop_truncated:
+        rows = [row for row in rows if row["finish_reason"] != "length"]
+    if not rows:
+        raise ValueError(
+            f"{path} gives no row: {len(failures)} responses failed, and {cut_off} completions were cut off and left "
+            f"out. {failures[0] if failures else _SHAPES}"
+        )
+    if failures:
+        logger.warning(f"{path}: {len(failures)} failed responses are left out, such as {failures[0]}")
+    if cut_off:
+        what = "left out" if drop_truncated else "kept; drop_truncated=True leaves them out"
+        logger.info(f"{path}: {cut_off} completions were cut off; they are {what}.")
+    told = any(row["finish_reason"] for row in rows)
+    return Dataset.from_dict(
+        {name: [row[name] for row in rows] for name in rows[0] if told or name != "finish_reason"}
+    )
+
+
+def _gather(path: Path, prompts: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of one kind, and why others are missing."""
+    rows: list[dict[str, Any]] = []
+    failures: list[str] = []
+    for number, line in _lines(path):
+        try:
+            found = _rows(line, prompts)
+        except _Failed as failure:
+            failures.append(f"line {number}: {failure}")
+            continue
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        rows += found
+        if _kind(found[0]) != _kind(rows[0]):
+            raise ValueError(
+                f"{path}, line {number} has {_kind(found[0])}, and the first row {_kind(rows[0])}: all rows of a "
+                "dataset are of one kind. Split the file."
+            )
+    return rows, failures
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Objects of a file, by line number."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}. Give a JSON-lines file of completions. {_SHAPES}")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error}). {_SHAPES}") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}, line {number} holds a {type(value).__name__}, and no object. {_SHAPES}")
+            yield number, value
+
+
+def _read_requests(path: Path) -> dict[str, Any]:
+    """The prompt of each request, by its id."""
+    prompts: dict[str, Any] = {}
+    for number, line in _lines(path):
+        try:
+            name = line.get("custom_id")
+            if not isinstance(name, str) or name in prompts:
+                raise ValueError(f"custom_id is {name!r}, and must be a text that no other line has.")
+            prompts[name] = _prompt(line.get("body"))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return prompts
+
+
+def _rows(line: Mapping[str, Any], prompts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    if "response" in line or "choices" in line or line.get("error"):
+        choices = _choices(line)
+        prompt = _prompt(line) if {"prompt", "messages"} & line.keys() else _prompt_of(line, prompts)
+        return [_answered(prompt, choice) for choice in choices]
+    reason = {"finish_reason": line.get("finish_reason")}
+    if "messages" in line:
+        return [{"messages": _messages(line["messages"]), **reason}]
+    if {"prompt", "completion"} <= line.keys():
+        prompt, completion = (_text_or_messages(line[name], name) for name in ("prompt", "completion"))
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise ValueError(
+                "one of prompt and completion is a text and the other a conversation: both must be alike."
+            )
+        return [{"prompt": prompt, "completion": completion, **reason}]
+    raise ValueError(f"it has the keys {sorted(line)}. {_SHAPES}")
+
+
+def _choices(line: Mapping[str, Any]) -> list[Any]:
+    """What was answered."""
+    response = line["response"] or {} if "response" in line else {"body": line}
+    body = response.get("body") if isinstance(response, dict) else None
+    if line.get("error") or not isinstance(body, dict) or response.get("status_code", 200) != 200:
+        raise _Failed(json.dumps(line.get("error") or body or response)[:_SHOWN])
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        raise _Failed(f"no choices in {json.dumps(body)[:_SHOWN]}")
+    return choices
+
+
+def _prompt_of(line: Mapping[str, Any], prompts: Mapping[str, Any] | None) -> Any:
+    name = line.get("custom_id", line.get("id"))
+    if prompts is None:
+        raise ValueError(
+            f"a response (custom_id {name!r}) without its prompt: pass the file it was asked with as `requests`, or "
+            "put `messages` or `prompt` beside `choices`."
+        )
+    if name not in prompts:
+        raise ValueError(f"no line of `requests` has its custom_id {name!r}: they are of another run.")
+    return prompts[name]
+
+
+def _answered(prompt: Any, choice: Any) -> dict[str, Any]:
+    if not isinstance(choice, dict):
+        raise ValueError(f"a choice is {choice!r}, and must be an object.")
+    reason = {"finish_reason": choice.get("finish_reason")}
+    message = choice.get("message")
+    text = choice.get("text") if message is None else message.get("content")
+    if not isinstance(text, str):
+        raise _Failed(f"no text, but {json.dumps(choice)[:_SHOWN]}")
+    if (message is None) != isinstance(prompt, str):
+        raise ValueError("one of prompt and answer is a text and the other a conversation: both must be alike.")
+    answer: Any = text if message is None else [{"role": "assistant", "content": text}]
+    return {"prompt": prompt, "completion": answer, **reason}
+
+
+def _prompt(body: Any) -> Any:
+    """The prompt of a request."""
+    if isinstance(body, dict) and "messages" in body:
+        return _messages(body["messages"])
+    if isinstance(body, dict) and "prompt" in body:
+        return _text_or_messages(body["prompt"], "prompt")
+    raise ValueError("there is no `messages` or `prompt` in what was asked.")
+
+
+def _text_or_messages(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        return value
+    return _messages(value, name)
+
+
+def _messages(value: Any, name: str = "messages") -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} is {value!r}, and must be messages.")
+    return [_message(message) for message in value]
+
+
+def _message(message: Any) -> dict[str, str]:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise ValueError(f"a message is {message!r}, and must have a `role`.")
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(
+            f"a message's content is {content!r}, and must be text: images and calls of tools are not read."
+        )
+    return {"role": message["role"], "content": content}
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """Of which rows a dataset can hold only one."""
+    if "messages" in row:
+        return "messages"
+    return "a prompt as text" if isinstance(row["prompt"], str) else "a conversation as prompt"
