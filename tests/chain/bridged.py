@@ -12,7 +12,7 @@ from tests.tiny import tiny_model
 from tests.trainers.bridge_runs import make_bridge_config, students_tokenizer, teachers_tokenizer
 from tests.trainers.bridge_runs import texts as bridge_texts
 
-ANCHORS: list[dict[str, Any]] = [{"n_layer": 2}]
+ANCHORS: list[dict[str, Any]] = [{"n_embd": 16, "n_inner": 64, "n_head": 2}]
 
 
 def rows(count: int = 8, seed: int = 0) -> Dataset:
