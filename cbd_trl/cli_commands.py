@@ -96,6 +96,7 @@ def build(flags: list[str]) -> None:
     )
     require(source=arguments.source, dataset_name=script.dataset_name)
     anchors = [_with_own_run(anchor, args) for anchor in parse_anchors(arguments.anchors)]
+    bridge_step = _bridge_step(arguments.bridge, args)
     from cbd_trl.chain.build import build_chain
 
     chain = build_chain(
@@ -107,7 +108,7 @@ def build(flags: list[str]) -> None:
         eval_dataset=_evaluation_rows(script, args),
         output_dir=args.output_dir,
         args=args,
-        bridge=_bridge_step(arguments.bridge, args),
+        bridge=bridge_step,
         calibration_tokens=arguments.calibration_tokens,
         revision=arguments.source_revision,
     )

@@ -164,7 +164,8 @@ def _distil_anchor(
         hybrid=width_hybrid(upper, step, student, blocks),
     )
     trained = train(trainer, student, checkpoint, generation_config)
-    model: Any = trained.model.to(args.device)
+    model: Any = trained.model
+    model.to(args.device)
     statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())
     told = {
         "name": step.name,
