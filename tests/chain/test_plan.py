@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from trl import SFTConfig
 
-from cbd_trl import DistillConfig
+from cbd_trl import BridgeDistillConfig, DistillConfig
 from cbd_trl.architectures import describe
 from cbd_trl.chain import finished, plan
 from cbd_trl.chain.arguments import training_record
@@ -14,6 +14,7 @@ from cbd_trl.chain.head import Head
 from cbd_trl.chain.plan import plan_chain
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 from tests.tokenizer import tiny_tokenizer
+from tests.trainers.bridge_runs import make_bridge_config
 
 # Where the teacher comes from (refused in a chain), and how memory is used: neither decides what is trained.
 NOT_RECORDED = {
@@ -35,6 +36,11 @@ def test_every_own_field_is_recorded_or_named_as_one_that_is_not(source):
     own = set(DistillConfig.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
     recorded = training_record(planned(source)[0].args).keys()
     assert own - recorded == NOT_RECORDED
+
+
+def test_so_is_every_field_of_a_bridge():
+    own = set(BridgeDistillConfig.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
+    assert own - training_record(make_bridge_config()).keys() == NOT_RECORDED
 
 
 @pytest.fixture
