@@ -7,6 +7,7 @@ neither.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cbd_trl.chain.bridge_step import BridgeStep
     from cbd_trl.chain.build import build_chain
     from cbd_trl.chain.describe_targets import describe_targets
     from cbd_trl.chain.from_anchors import chain_from_anchors
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BridgeDistillConfig",
     "BridgeDistillTrainer",
+    "BridgeStep",
     "Chain",
     "DistillConfig",
     "DistillTrainer",
@@ -36,6 +38,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BridgeDistillConfig": "cbd_trl.trainers.bridge_config",
     "BridgeDistillTrainer": "cbd_trl.trainers.bridge_trainer",
+    "BridgeStep": "cbd_trl.chain.bridge_step",
     "Chain": "cbd_trl.chain.manifest",
     "DistillConfig": "cbd_trl.trainers.distill_config",
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",

@@ -50,6 +50,7 @@ class BuildArguments:
     Args:
         source: the largest anchor.
         anchors: the lower anchors.
+        bridge: what a source of another tokenizer teaches first.
         source_revision: revision of a source on the Hub.
         calibration_tokens: tokens behind the statistics.
     """
@@ -63,6 +64,15 @@ class BuildArguments:
             "help": "The lower anchors, largest first. Each a JSON object of config fields "
             "('{\"num_hidden_layers\": 16}'), a parameter count (85e6, 85M), or a ratio to the anchor above (0.6); or "
             "one JSON list of them all. In YAML a list. Required."
+        },
+    )
+    bridge: str | None = field(
+        default=None,
+        metadata={
+            "help": "For a source of another tokenizer: the largest anchor before it is trained, as a JSON object of "
+            "`model` (a folder or Hub id, saved with its tokenizer), `args` (fields of BridgeDistillConfig; those of "
+            "training are otherwise the flags') and `dataset` (a file or Hub id; otherwise the chain's). In YAML a "
+            "mapping."
         },
     )
     source_revision: str | None = field(default=None, metadata={"help": "Revision of a source on the Hub."})
@@ -279,6 +289,29 @@ def parse_shape(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
             f"--shape: {value!r} is not an object of config fields such as '{{\"num_hidden_layers\": 20}}'."
         )
     return shape
+
+
+def parse_bridge(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """What `--bridge`, or YAML, says.
+
+    Args:
+        value: a JSON object, a mapping, or None.
+
+    Returns:
+        `model`, and `args` and `dataset` where they are given.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    bridge = _json(value, "--bridge") if isinstance(value, str) else value
+    if bridge is None:
+        return None
+    if not isinstance(bridge, dict) or "model" not in bridge or bridge.keys() - {"model", "args", "dataset"}:
+        raise ValueError(
+            f"--bridge: {value!r} is not an object with a `model`, and `args` and `dataset` where they are wanted. "
+            'Write \'{"model": "DIR", "args": {"objective": "alm"}}\'.'
+        )
+    return bridge
 
 
 def _json(text: str, flag: str) -> Any:

@@ -11,6 +11,7 @@ from cbd_trl.cli_arguments import (
     BuildArguments,
     DemoArguments,
     parse_anchors,
+    parse_bridge,
 )
 from cbd_trl.cli_cache import cache
 from cbd_trl.cli_generate import generate
@@ -45,6 +46,26 @@ def _with_own_run(anchor: dict[str, Any] | float, args: Any) -> dict[str, Any] |
     return own
 
 
+def _bridge_step(value: str | dict[str, Any] | None, args: Any) -> Any:
+    """The bridge of `--bridge`, which is trained as the anchors are but for its own `args`."""
+    own = parse_bridge(value)
+    if own is None:
+        return None
+    from trl import SFTConfig
+
+    from cbd_trl.chain.bridge_step import BridgeStep
+    from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+
+    changes = own.get("args") or {}
+    if unknown := changes.keys() - {field.name for field in dataclasses.fields(BridgeDistillConfig)}:
+        raise ValueError(f"--bridge: {sorted(unknown)} in args are no fields of BridgeDistillConfig.")
+    # The source's way of being loaded is not the student's, nor is what compares models of one tokenizer.
+    names = {field.name for field in dataclasses.fields(SFTConfig) if field.init} - {"model_init_kwargs"}
+    config = BridgeDistillConfig(**{**{name: getattr(args, name) for name in names}, **changes})
+    dataset = None if own.get("dataset") is None else load_rows(own["dataset"])
+    return BridgeStep(own["model"], args=config, dataset=dataset)
+
+
 def demo(flags: list[str]) -> None:
     """cbd-trl demo.
 
@@ -76,6 +97,7 @@ def build(flags: list[str]) -> None:
     )
     require(source=arguments.source, dataset_name=script.dataset_name)
     anchors = [_with_own_run(anchor, args) for anchor in parse_anchors(arguments.anchors)]
+    bridge_step = _bridge_step(arguments.bridge, args)
     from cbd_trl.chain.build import build_chain
 
     chain = build_chain(
@@ -87,6 +109,7 @@ def build(flags: list[str]) -> None:
         eval_dataset=_evaluation_rows(script, args),
         output_dir=args.output_dir,
         args=args,
+        bridge=bridge_step,
         calibration_tokens=arguments.calibration_tokens,
         revision=arguments.source_revision,
     )

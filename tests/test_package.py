@@ -11,7 +11,7 @@ import pytest
 import cbd_trl
 
 PUBLIC_NAMES = [
-    *("BridgeDistillConfig", "BridgeDistillTrainer"),
+    *("BridgeDistillConfig", "BridgeDistillTrainer", "BridgeStep"),
     *("Chain", "DistillConfig", "DistillTrainer", "build_chain", "chain_from_anchors", "describe_targets"),
     *("from_chain", "make_targets"),
 ]

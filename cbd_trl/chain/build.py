@@ -1,10 +1,7 @@
 """Building a chain: sort the source once, then cut and distil each anchor from the one above it."""
 
 import copy
-import json
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_trl.architectures import describe
+from cbd_trl.chain.arguments import training_record
+from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
 from cbd_trl.chain.calibration import calibration_length, token_blocks
+from cbd_trl.chain.finished import finished_anchors
+from cbd_trl.chain.head import Head, source_head, store_head
 from cbd_trl.chain.manifest import Anchor, Chain
-from cbd_trl.chain.model import build_model, stock_model
-from cbd_trl.chain.plan import Step, anchor_name, finished_anchors, plan_chain
+from cbd_trl.chain.plan import Step, plan_chain
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.store import calibration_batches, store_anchor
 from cbd_trl.chain.student import choose_blocks, initial_student, refit_student, width_hybrid
+from cbd_trl.chain.training import remove_work_folder, train, work_folder
 from cbd_trl.surgery.blocks import block_costs
-from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import collect_statistics
-from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 
@@ -38,6 +37,7 @@ def build_chain(
     output_dir: str | Path,
     args: DistillConfig | None = None,
     processing_class: PreTrainedTokenizerBase | None = None,
+    bridge: BridgeStep | None = None,
     eval_dataset: Dataset | None = None,
     calibration_tokens: int = 8192,
     revision: str | None = None,
@@ -49,7 +49,8 @@ def build_chain(
     one resumes from its last checkpoint.
 
     Args:
-        source: the largest anchor: a model, a path or a Hub id.
+        source: the largest anchor: a model, a path or a Hub id. With a `bridge` the teacher of the largest anchor, of
+            any architecture.
         anchors: the others, largest first. Each a dict of config fields (`{"num_hidden_layers": 16}`), what is left
             out staying as in the anchor above; or a number: above 1 a parameter count, else a ratio to the anchor
             above (depth first down to half the layers, then width). A dict may hold `args` and `dataset` of its own.
@@ -57,7 +58,10 @@ def build_chain(
         output_dir: where the chain is written.
         args: training arguments for every anchor. `hidden_weight` (2.0; 0 where a width differs) and
             `swap_probability` (0.5, or 1 where a width differs) have defaults of their own here.
-        processing_class: tokenizer; by default the source's.
+        processing_class: the source's tokenizer; by default the one it was saved with. The chain's, too, without a
+            `bridge`.
+        bridge: for a source of another tokenizer or family: what it teaches first, across vocabularies. That is then
+            the largest anchor, and its tokenizer the chain's.
         eval_dataset: evaluated once for every anchor after training, when given.
         calibration_tokens: tokens of text behind the statistics.
         revision, token: of a source on the Hub.
@@ -68,25 +72,34 @@ def build_chain(
     output_dir = Path(output_dir)
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
     origin = Source(source, revision, token)
-    architecture = describe(origin.config())
-    steps = plan_chain(architecture, anchors, args, dataset)
-    tokenizer = processing_class if processing_class is not None else origin.tokenizer()
-    source_record = {"source": origin.name, "fingerprint": origin.fingerprint()}
-    done = finished_anchors(output_dir, architecture, source_record, steps)
+    if bridge is None:
+        head = source_head(origin, processing_class, args, dataset)
+    else:
+        head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir)
+    steps = plan_chain(head.architecture, anchors, args, dataset)
+    done = finished_anchors(output_dir, head, steps)
     if not done:
-        _check_text(dataset, args, tokenizer)
+        _check_text(head.dataset, head.args, head.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
-        _check_text(step.dataset, step.args, tokenizer)
-    state = PartialState()
+        _check_text(step.dataset, step.args, head.tokenizer)
+    _make_anchors(output_dir, head, steps, done, eval_dataset, calibration_tokens)
+    return Chain.from_pretrained(output_dir)
 
+
+def _make_anchors(
+    output_dir: Path,
+    head: Head,
+    steps: Sequence[Step],
+    done: Mapping[int, Anchor],
+    eval_dataset: Dataset | None,
+    calibration_tokens: int,
+) -> None:
+    """Make those that an earlier run did not finish."""
+    state = PartialState()
     upper = done.get(0)
     if upper is None:
-        state.print(f"[1/{len(steps) + 1}] sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)")
-        model: Any = origin.model(args.model_init_kwargs)
-        model.to(args.device)
-        blocks = _calibration_blocks(model.config, dataset, args, tokenizer, calibration_tokens)
-        upper = _write_source(output_dir, model, source_record, tokenizer, blocks)
-        del model
+        state.print(f"[1/{len(steps) + 1}] {head.doing}")
+        upper = _make_head(output_dir, head, calibration_tokens)
     for number, step in enumerate(steps, start=1):
         if number in done:
             upper = done[number]
@@ -94,8 +107,7 @@ def build_chain(
         state.print(
             f"[{number + 1}/{len(steps) + 1}] distilling {step.name} from {upper.name}: {step.architecture.shape}"
         )
-        upper = _distil_anchor(output_dir, upper, step, tokenizer, eval_dataset, calibration_tokens)
-    return Chain.from_pretrained(output_dir)
+        upper = _distil_anchor(output_dir, upper, step, head.tokenizer, eval_dataset, calibration_tokens)
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -109,44 +121,14 @@ def _calibration_blocks(
     return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args.dataset_text_field)
 
 
-def _write_source(
-    output_dir: Path,
-    model: PreTrainedModel,
-    source_record: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    blocks: torch.Tensor,
-) -> Anchor:
-    architecture = describe(model.config)
-    weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
-    statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
-    scores = importance(weights, architecture, statistics)
-    in_order, statistics = sort_weights(weights, architecture, statistics, scores)
-    record = {
-        "name": anchor_name(architecture.num_parameters),
-        "parent": None,
-        "block_map": None,
-        "tokens_seen": 0,
-        "losses": {},
-        "training": source_record,
-    }
-    sorted_model = build_model(architecture, in_order, model.dtype)
-    sorted_model.generation_config = model.generation_config
-    return store_anchor(output_dir, record, sorted_model, tokenizer, statistics)
-
-
-def _work_folder(output_dir: Path, upper: Anchor, step: Step) -> Path:
-    """Where an anchor's checkpoints are; those of a run with other settings are removed, not gone on from."""
-    work = output_dir / ".work" / step.name
-    state = PartialState()
-    if state.is_main_process:
-        made_from = {"upper": upper.files, "shape": step.architecture.shape}
-        settings, file = json.dumps({**made_from, **step.training_record()}), work / "settings.json"
-        if file.exists() and file.read_text() != settings:
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(settings)
-    state.wait_for_everyone()
-    return work
+def _make_head(output_dir: Path, head: Head, calibration_tokens: int) -> Anchor:
+    made = head.make()
+    model: Any = made.model
+    model.to(head.args.device)
+    blocks = _calibration_blocks(model.config, head.dataset, head.args, head.tokenizer, calibration_tokens)
+    anchor = store_head(output_dir, head, made, blocks)
+    remove_work_folder(output_dir, head.name)
+    return anchor
 
 
 def _distil_anchor(
@@ -157,7 +139,8 @@ def _distil_anchor(
     eval_dataset: Dataset | None,
     calibration_tokens: int,
 ) -> Anchor:
-    work = _work_folder(output_dir, upper, step)
+    record = training_record(step.args)
+    work = work_folder(output_dir, step.name, {"upper": upper.files, "shape": step.architecture.shape, **record})
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
     teacher: Any = upper.load_model()
@@ -165,8 +148,7 @@ def _distil_anchor(
     tokens = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
     blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
     student: Any = initial_student(upper, step, blocks)
-    architecture, block_map = describe(student.config), [list(block.layers) for block in blocks]
-    costs = block_costs(blocks)
+    block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
     checkpoint = get_last_checkpoint(work)
     if checkpoint is None:
         refit_student(student.to(args.device), teacher, blocks, tokens)
@@ -181,43 +163,20 @@ def _distil_anchor(
         block_costs=costs,
         hybrid=width_hybrid(upper, step, student, blocks),
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    losses = _last_losses(trainer.state.log_history)
-    if eval_dataset is not None:
-        losses |= {
-            key: value for key, value in trainer.evaluate().items() if key.endswith(("loss", "_kd", "_ce", "_hidden"))
-        }
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    state = {name: state[name].detach().cpu() for name in architecture.state_shapes}
-    trained: Any = stock_model(architecture.config, state, student.dtype)
-    trained.generation_config = generation_config
-    trained.to(args.device)
-    statistics = collect_statistics(trained, architecture, calibration_batches(tokens), tokens.numel())
-    record = {
+    trained = train(trainer, student, checkpoint, generation_config)
+    model: Any = trained.model
+    model.to(args.device)
+    statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())
+    told = {
         "name": step.name,
         "parent": upper.name,
         "block_map": block_map,
         "kept_layers": [block.kept for block in blocks],
         "block_costs": costs,
-        "tokens_seen": int(losses.pop("num_tokens", 0)),
-        "losses": losses,
-        "training": step.training_record(),
+        "tokens_seen": trained.tokens_seen,
+        "losses": trained.losses,
+        "training": record,
     }
-    anchor = store_anchor(output_dir, record, trained.cpu(), tokenizer, statistics)
-    if PartialState().is_main_process:
-        shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):
-            work.parent.rmdir()
+    anchor = store_anchor(output_dir, told, model.cpu(), tokenizer, statistics)
+    remove_work_folder(output_dir, step.name)
     return anchor
-
-
-def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The latest value of each logged term."""
-    losses: dict[str, float] = {}
-    for entry in history:
-        losses |= {
-            key: value
-            for key, value in entry.items()
-            if key in ("loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens")
-        }
-    return losses

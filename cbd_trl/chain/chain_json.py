@@ -12,7 +12,7 @@ from typing import Any
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 # A name starts with a letter, digit or underscore: no hidden folders, no "..".
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -103,6 +103,7 @@ _ANCHOR_KEYS: dict[str, tuple[type, ...]] = {
     "shape": (dict,),
     "num_parameters": (int,),
     "dtype": (str,),
+    "tokenizer": (str, type(None)),
     "block_map": (list, type(None)),
     "kept_layers": (list, type(None)),
     "block_costs": (list, type(None)),

@@ -12,6 +12,7 @@ from cbd_trl.chain.chain_json import check_order, check_record, library_versions
 from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
+from cbd_trl.chain.tokenizers import check_one_tokenizer, stored_tokenizer_hash
 from cbd_trl.surgery.blocks import check_blocks
 
 
@@ -93,16 +94,17 @@ def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[
 
     Args:
         folder: the chain's folder, made if there is none.
-        record: `name`, `parent`, `block_map` and what is known of its training (fields of `Anchor`); shape, dtype and
-            sha256 are read from the files. Anchors recorded below the parent are taken out of chain.json: they were
-            cut from what is being replaced.
+        record: `name`, `parent`, `block_map` and what is known of its training (fields of `Anchor`); shape, dtype,
+            tokenizer and sha256 are read from the files. Anchors recorded below the parent are taken out of
+            chain.json: they were cut from what is being replaced.
         fill: writes the anchor's files into the folder it is given.
 
     Returns:
         The complete record.
 
     Raises:
-        ValueError: the parent is not in the chain, `fill` wrote no model, or the record does not fit the files.
+        ValueError: the parent is not in the chain, `fill` wrote no model or another tokenizer than the chain's, or the
+            record does not fit the files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +115,7 @@ def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[
     written = _completed(anchor, temporary, _hashes(temporary))
     check_record(written, folder / MANIFEST)
     check_order([*above, written], folder / MANIFEST)
+    check_one_tokenizer([*above, written], folder / MANIFEST)
     model_type = written.config().model_type
     if above:
         check_block_map(folder, written, above[-1])
@@ -160,8 +163,8 @@ def _move_folder(source: Path, target: Path) -> None:
 
 
 def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
-    """The record with what the anchor's own files say: shape, number of parameters, dtype, sha256 of each file; and,
-    where it is not said which layers were kept, the last of each block."""
+    """The record with what the anchor's own files say: shape, number of parameters, dtype, hash of the tokenizer,
+    sha256 of each file; and, where it is not said which layers were kept, the last of each block."""
     from safetensors import safe_open
 
     if "config.json" not in files or not weight_files(files):
@@ -183,7 +186,12 @@ def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
     if kept is None and anchor.block_map is not None:
         kept = [block[-1] for block in anchor.block_map]
     return dataclasses.replace(
-        found, shape=architecture.shape, num_parameters=architecture.num_parameters, dtype=dtype, kept_layers=kept
+        found,
+        shape=architecture.shape,
+        num_parameters=architecture.num_parameters,
+        dtype=dtype,
+        tokenizer=stored_tokenizer_hash(folder),
+        kept_layers=kept,
     )
 
 

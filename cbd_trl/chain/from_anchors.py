@@ -66,7 +66,7 @@ def chain_from_anchors(
     sources = [Source(place, token=token, role="anchor") for place in anchors]
     if len(sources) < 2:
         raise ValueError(f"A chain needs two anchors or more, got {len(sources)}. Give models, paths or Hub ids.")
-    tokenizer = processing_class if processing_class is not None else sources[0].tokenizer()
+    tokenizer = sources[0].tokenizer_or(processing_class)
     members = plan_members(sources, tokenizer)
     length = min(calibration_length(member.architecture.config) for member in members)
     blocks = token_blocks(dataset, tokenizer, calibration_tokens, length)
@@ -109,7 +109,7 @@ def _make(
 def _settings(members: Sequence[Member], align: bool, blocks: torch.Tensor) -> list[dict[str, Any]]:
     """What decides each anchor's folder: all anchors, since the order of one depends on those below it."""
     text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
-    beside = [{"source": member.source.name, "fingerprint": member.source.fingerprint()} for member in members]
+    beside = [member.source.record() for member in members]
     return [{**own, "beside": beside, "aligned": align, "text": text} for own in beside]
 
 

@@ -16,6 +16,7 @@ from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, v
 from cbd_trl.chain.hub import HubChain
 from cbd_trl.chain.records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
 from cbd_trl.chain.solve_shape import list_sizes
+from cbd_trl.chain.tokenizers import check_one_tokenizer
 
 __all__ = ["STATISTICS_FILE", "Anchor", "Chain", "write_anchor"]
 
@@ -66,8 +67,8 @@ class Chain:
                 that stay as they are); on the Hub when it is first used.
 
         Raises:
-            ValueError: not a chain, damaged, edited, unfinished, or of an unknown schema version; the message names
-                the file.
+            ValueError: not a chain, damaged, edited, unfinished, of several tokenizers, or of an unknown schema
+                version; the message names the file.
         """
         folder, name = _local_folder(path_or_hub_id), str(path_or_hub_id)
         if folder is None:
@@ -87,6 +88,7 @@ class Chain:
                 if above is not None:
                     check_block_map(folder, anchor, above)
             above = anchor
+        check_one_tokenizer(chain.anchors, chain.path / MANIFEST)
         return chain
 
     def verify(self, files: Mapping[str, Sequence[str]]) -> None:

@@ -13,6 +13,7 @@ from cbd_trl.chain.alike import CommonForm, check_neighbours, check_same_functio
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
+from cbd_trl.chain.tokenizers import ONE_TOKENIZER
 from cbd_trl.surgery.blocks import spaced_layers
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.teachers.tokenizers import find_tokenizer, tokenizer_difference
@@ -94,10 +95,7 @@ def _check_tokenizer(label: str, source: Source, tokenizer: PreTrainedTokenizerB
     own = find_tokenizer(source.name, source.revision, local_only=isinstance(source.place, PreTrainedModel))
     reason = None if own is None else tokenizer_difference(tokenizer, own, names=("the chain's", "its"))
     if reason is not None:
-        raise ValueError(
-            f"{label} reads other tokens than the chain's tokenizer: {reason}. The anchors of a chain share one "
-            "tokenizer; leave this one out, or distil across tokenizers."
-        )
+        raise ValueError(f"{label} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")
 
 
 def check_functions(members: Sequence[Member], tokens: torch.Tensor) -> None:

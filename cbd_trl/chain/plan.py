@@ -1,23 +1,18 @@
-"""What is to be built, checked before any long work: every anchor's shape, arguments and text, and what an earlier
-run finished."""
+"""What is to be built, checked before any long work: every anchor's shape, arguments and text."""
 
 import copy
-import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from enum import Enum
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.manifest import Anchor, Chain
-from cbd_trl.chain.records import MANIFEST
+from cbd_trl.chain.arguments import check_no_teacher
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_anchor
 from cbd_trl.chain.width_hybrid import targets_between
 from cbd_trl.surgery.blocks import spaced_blocks
+from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
 
@@ -33,56 +28,9 @@ SWAP_PROBABILITY = 0.5
 WIDTH_HIDDEN_WEIGHT = 0.0
 WIDTH_SWAP_PROBABILITY = 1.0
 _OWN_OPTIONS = ("args", "dataset")
-_TEACHER_ARGUMENTS = (
-    "teacher_model_name_or_path",
-    "teacher_model_init_kwargs",
-    "teacher_model_revision",
-    "teacher_weights",
-    "teacher_cache",
-    "self_distillation",
-)
-_RECORDED_ARGUMENTS = (
-    "kd_weight",
-    "kd_schedule",
-    "kd_weight_end",
-    "divergence",
-    "beta",
-    "skew",
-    "head_share",
-    "temperature",
-    "top_k",
-    "ce_weight",
-    "ce_schedule",
-    "ce_weight_end",
-    "hidden_weight",
-    "hidden_schedule",
-    "hidden_weight_end",
-    "hidden_loss",
-    "hidden_projector",
-    "swap_probability",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "max_grad_norm",
-    "optim",
-    "max_steps",
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_length",
-    "packing",
-    "packing_strategy",
-    "seed",
-    "bf16",
-    "fp16",
-)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Step:
     """One lower anchor to be made.
 
@@ -98,18 +46,6 @@ class Step:
     architecture: Architecture
     args: DistillConfig
     dataset: Any
-
-    def training_record(self) -> dict[str, Any]:
-        """The arguments that decide what is trained, as JSON values, with a fingerprint of them."""
-        record = {name: _json_value(getattr(self.args, name)) for name in _RECORDED_ARGUMENTS}
-        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-        return {**record, "fingerprint": digest}
-
-
-def _json_value(value: Any) -> int | float | str | None:
-    if isinstance(value, Enum):
-        value = value.value
-    return value if isinstance(value, int | float | str | None) else json.dumps(value, sort_keys=True, default=str)
 
 
 def anchor_name(num_parameters: int, taken: Collection[str] = ()) -> str:
@@ -174,16 +110,13 @@ def _size(anchor: Any, position: int) -> float:
 
 
 def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -> DistillConfig:
-    if not isinstance(args, DistillConfig):
+    # A BridgeDistillConfig is one too, with other defaults and another loss.
+    if not isinstance(args, DistillConfig) or isinstance(args, BridgeDistillConfig):
         raise TypeError(
             f"The args of an anchor are a {type(args).__name__}: a DistillConfig is needed, it has every default. "
             "Give args=DistillConfig(...)."
         )
-    if named := [name for name in _TEACHER_ARGUMENTS if getattr(args, name)]:
-        raise ValueError(
-            f"The args of a chain set {' and '.join(named)}, but the teacher of each anchor is the anchor above it: "
-            "there can be one. Leave them out, and give the first teacher as `source`."
-        )
+    check_no_teacher(args, "a chain", "the teacher of each anchor is the anchor above it")
     args, equal_widths = copy.deepcopy(args), target.sizes == upper.sizes
     models_between = _models_between(upper, target)
     if args.hidden_weight is None:
@@ -209,49 +142,3 @@ def _models_between(upper: Architecture, lower: Architecture) -> bool:
     """Whether there are shapes that hybrids can have."""
     blocks = [list(block.layers) for block in spaced_blocks(upper.depth, lower.depth)]
     return lower.sizes == upper.sizes or bool(targets_between(upper, lower, blocks))
-
-
-def finished_anchors(
-    output_dir: Path, source: Architecture, source_record: Mapping[str, Any], steps: Sequence[Step]
-) -> dict[int, Anchor]:
-    """Anchors that an earlier run finished, by position (0 is the source).
-
-    Args:
-        output_dir: the chain's folder.
-        source: what is asked for now.
-        source_record: its name and fingerprint, as they are to stand in chain.json; compared where both are known.
-        steps: the anchors asked for now.
-
-    Raises:
-        ValueError: the folder holds a chain that was built from something else or with other settings.
-    """
-    if not (output_dir / MANIFEST).exists():
-        return {}
-    anchors = Chain.from_pretrained(output_dir).anchors
-    way_out = "Choose another output_dir, or delete that folder to build anew."
-    recorded = anchors[0].training
-    differs = any(recorded.get(key) and value and recorded[key] != value for key, value in source_record.items())
-    if anchors[0].shape != source.shape or differs:
-        raise ValueError(
-            f"{output_dir} already holds a chain of another source ({dict(recorded)}, {anchors[0].shape}; asked for: "
-            f"{dict(source_record)}, {source.shape}). {way_out}"
-        )
-    if len(anchors) > len(steps) + 1:
-        names = ", ".join(anchor.name for anchor in anchors)
-        raise ValueError(
-            f"{output_dir} already holds a chain of more anchors ({names}) than are asked for now. {way_out}"
-        )
-    for anchor, step in zip(anchors[1:], steps, strict=False):
-        changed = _changed_arguments(anchor.training, step.training_record())
-        if anchor.shape != step.architecture.shape or changed:
-            raise ValueError(
-                f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
-                f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}. {way_out}"
-            )
-    return dict(enumerate(anchors))
-
-
-def _changed_arguments(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Recorded arguments that differ; one that an older version did not have was at its default."""
-    defaults = {name: _json_value(field.default) for name, field in DistillConfig.__dataclass_fields__.items()}
-    return [name for name in _RECORDED_ARGUMENTS if recorded.get(name, defaults[name]) != wanted[name]]

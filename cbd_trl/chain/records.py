@@ -38,6 +38,7 @@ class Anchor:
         shape: config fields of the family with their values.
         num_parameters: a tied table counted once.
         dtype: dtype of the weights, such as "float32".
+        tokenizer: hash of the tokenizer stored with it (see `chain.tokenizers`), None where there is none.
         block_map: for each layer the layers of the parent it stands for, None for the source.
         kept_layers: for each layer the one of them that it was cut from, None for the source.
         block_costs: for each layer what letting it stand for its block cost before training, nats per token (`Block`);
@@ -56,6 +57,7 @@ class Anchor:
     shape: dict[str, int] = field(default_factory=dict)
     num_parameters: int = 0
     dtype: str = "float32"
+    tokenizer: str | None = None
     block_map: list[list[int]] | None = None
     kept_layers: list[int] | None = None
     block_costs: list[float] | None = None

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, tokenizer_difference
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,6 +48,10 @@ class Source:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def record(self) -> dict[str, Any]:
+        """What tells it from another, as chain.json has it."""
+        return {"source": self.name, "fingerprint": self.fingerprint()}
+
     def config(self) -> PretrainedConfig:
         """Its config, without the weights.
 
@@ -62,13 +68,32 @@ class Source:
                 "Give a model, the path of a folder with config.json, or a Hub id."
             ) from error
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer.
+    def tokenizer_or(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+        """The tokenizer that is given for it, its own where none is.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or the one given has other ids than the one that the model was saved with.
         """
+        if given is None:
+            return self._tokenizer()
+        own = find_tokenizer(self.name, self.revision, local_only=isinstance(self.place, PreTrainedModel))
+        if own is None:
+            return given
+        reason = tokenizer_difference(own, given, names=("its own", "the given"))
+        # Either may have tokens that the other lacks, such as one for padding.
+        if reason is not None and tokenizer_difference(given, own, names=("the given", "its own")) is not None:
+            raise ValueError(
+                f"The {self.role} ({self.name!r}) was saved with another tokenizer than the `processing_class` given "
+                f"for it: {reason}. Its rows stand for its own tokens. Leave `processing_class` out; for another "
+                "tokenizer give the model one with cbd_trl.bridge.transplant_vocabulary, or bridge to a model that "
+                "has it (BridgeStep)."
+            )
+        return given
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
         try:
+            if lacks_tokenizer(self.name):
+                raise ValueError("there are no files of one")
             return AutoTokenizer.from_pretrained(self.name, revision=self.revision, token=self.token)
         except (OSError, ValueError) as error:
             raise ValueError(

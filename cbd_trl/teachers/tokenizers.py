@@ -7,6 +7,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from cbd_trl.names import readable_name
+
 logger = logging.get_logger(__name__)
 
 # Letters with accents, digits, spaces, a newline and another script: what normalisers, pre-tokenizers and merges
@@ -27,17 +29,26 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     Returns:
         the tokenizer, or None if there is none at that place.
     """
-    if not name_or_path or name_or_path == "None":
-        return None
-    folder = Path(name_or_path)
-    # For some families transformers makes an empty tokenizer of a folder that holds none.
-    if folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if name_or_path is None or lacks_tokenizer(name_or_path):
         return None
     try:
         return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=local_only)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # A folder without a tokenizer fails in as many ways as there are tokenizer classes.
         return None
+
+
+def lacks_tokenizer(name_or_path: str) -> bool:
+    """Whether this is no name, or a folder without a tokenizer, of which transformers would make an empty one for some
+    families.
+
+    Args:
+        name_or_path: path or Hub id of a model.
+    """
+    if not name_or_path or name_or_path == "None":
+        return True
+    folder = Path(name_or_path)
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
 
 
 def tokenizer_difference(
@@ -155,6 +166,32 @@ def check_vocabularies(
         check_same_tokenizer(tokenizer, teacher_tokenizer)
     highest = max(tokenizer.get_vocab().values()) + 1
     return shared_vocabulary(vocabulary_rows(student), vocabulary_rows(teacher), highest)
+
+
+def check_rows(side: str, rows: int, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
+    """Refuse a model that lacks rows for a tokenizer.
+
+    Args:
+        side: what to call the model.
+        rows: of its vocabulary.
+        tokenizer: the one given for it.
+        argument: by which it is given.
+
+    Raises:
+        ValueError: if the tokenizer has more ids than there are rows.
+    """
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if rows < tokens:
+        raise ValueError(
+            f"The {side} has {rows} vocabulary rows, and the tokenizer given for it, {tokenizer_name(tokenizer)}, has "
+            f"{tokens} tokens: it is another model's. Pass the {side}'s own as `{argument}`, or resize the embeddings."
+        )
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to call a tokenizer in front of a reader: where it is from, else its class, and how many tokens it has."""
+    name = readable_name(tokenizer.name_or_path or None)
+    return f"{name or type(tokenizer).__name__} ({len(tokenizer)} tokens)"
 
 
 def vocabulary_rows(model: Any) -> int:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.local import load_teacher
-from cbd_trl.teachers.tokenizers import find_tokenizer, vocabulary_rows
+from cbd_trl.teachers.tokenizers import check_rows, find_tokenizer, tokenizer_name, vocabulary_rows
 from cbd_trl.trainers.bridge_batches import BridgeCollator
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_step_loss import BridgeTeacher
@@ -73,8 +73,8 @@ def set_up_bridge_teacher(
             "the student's, so its own are needed to let it read. Pass `teacher_processing_class`; if it has the "
             "student's tokenizer, use DistillTrainer."
         )
-    for side, each, own in (("student", student, tokenizer), ("teacher", model, teacher_tokenizer)):
-        _check_rows(side, each, own)
+    check_rows("student", vocabulary_rows(student), tokenizer, "processing_class")
+    check_rows("teacher", vocabulary_rows(model), teacher_tokenizer, "teacher_processing_class")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     bridge = Bridge(tokenizer, teacher_tokenizer, longest)
     text = f"{describe_model(model, place)}, by a tokenizer of {len(teacher_tokenizer):,} tokens"
@@ -102,11 +102,13 @@ def check_datasets(collator: BridgeCollator, datasets: Iterable[Any]) -> None:
             if read.unaligned < read.scored:
                 break
         else:
+            bridge = collator.bridge
+            names = (tokenizer_name(side.tokenizer) for side in (bridge.student, bridge.teacher))
             raise ValueError(
                 f"Of {scored} scored tokens in {rows} rows the teacher has no counterpart to any: the two tokenizers "
-                f"({_name(collator.bridge.student.tokenizer)} and {_name(collator.bridge.teacher.tokenizer)}) never "
-                "stand for the same bytes there. A tokenizer that changes its text (lower case, say) is the usual "
-                "cause, or rows of a token or none: choose another teacher, or other rows."
+                f"({' and '.join(names)}) never stand for the same bytes there. A tokenizer that changes its text "
+                "(lower case, say) is the usual cause, or rows of a token or none: choose another teacher, or other "
+                "rows."
             )
 
 
@@ -119,7 +121,7 @@ class TeacherWatch:
     """
 
     def __init__(self, bridge: Bridge, rows: int) -> None:
-        self._names = _name(bridge.student.tokenizer), _name(bridge.teacher.tokenizer)
+        self._names = tokenizer_name(bridge.student.tokenizer), tokenizer_name(bridge.teacher.tokenizer)
         self._rows = rows
         self._nats, self._tokens = 0.0, 0
 
@@ -147,18 +149,3 @@ class TeacherWatch:
                 f"student's is {self._names[0]}, the teacher's {self._names[1]}. Pass the teacher's own as "
                 "`teacher_processing_class`."
             )
-
-
-def _check_rows(side: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    rows, tokens = vocabulary_rows(model), max(tokenizer.get_vocab().values()) + 1
-    if rows < tokens:
-        raise ValueError(
-            f"The {side} has {rows} vocabulary rows, and the tokenizer given for it, {_name(tokenizer)}, has {tokens} "
-            f"tokens: it is another model's. Pass the {side}'s own as "
-            f"`{'teacher_' if side == 'teacher' else ''}processing_class`, or resize the embeddings."
-        )
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    name = readable_name(tokenizer.name_or_path or None)
-    return f"{name or type(tokenizer).__name__} ({len(tokenizer)} tokens)"

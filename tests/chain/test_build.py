@@ -53,7 +53,7 @@ def test_the_first_anchor_is_the_source_sorted(chain):
 
 def test_what_chain_json_tells(chain, chain_folder):
     body = json.loads((chain_folder / "chain.json").read_text())
-    assert body["schema_version"] == 2 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
+    assert body["schema_version"] == 3 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
     source, deep, wide = body["anchors"]
     assert [entry["parent"] for entry in body["anchors"]] == [None, source["name"], deep["name"]]
     assert [entry["name"] for entry in body["anchors"]] == ["49K", "33K", "8.8K"]

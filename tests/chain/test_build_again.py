@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
 
 import cbd_trl.chain.build as build_module
+import cbd_trl.chain.head as head_module
 from cbd_trl import Chain, DistillTrainer, build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.plan import plan_chain
@@ -36,6 +37,7 @@ def no_training(monkeypatch):
 
     monkeypatch.setattr(build_module, "DistillTrainer", fail)
     monkeypatch.setattr(build_module, "collect_statistics", fail)
+    monkeypatch.setattr(head_module, "collect_statistics", fail)
 
 
 class _Interrupt(TrainerCallback):

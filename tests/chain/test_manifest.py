@@ -236,7 +236,7 @@ def test_damaged_manifest(folder, text, message):
 
 
 MANIFEST_EDITS = [
-    (lambda body: body.update(schema_version=1), r"schema_version 1; this version of cbd-trl reads 2"),
+    (lambda body: body.update(schema_version=2), r"schema_version 2; this version of cbd-trl reads 3"),
     (lambda body: body.pop("schema_version"), r"schema_version None"),
     (lambda body: body.pop("model_type"), r"missing keys \['model_type'\]"),
     (lambda body: body.pop("checksum"), r"missing keys \['checksum'\]"),

@@ -5,11 +5,16 @@ from types import SimpleNamespace
 import pytest
 from trl import SFTConfig
 
-from cbd_trl import DistillConfig
+from cbd_trl import BridgeDistillConfig, DistillConfig
 from cbd_trl.architectures import describe
-from cbd_trl.chain import plan
-from cbd_trl.chain.plan import finished_anchors, plan_chain
+from cbd_trl.chain import finished, plan
+from cbd_trl.chain.arguments import training_record
+from cbd_trl.chain.finished import finished_anchors
+from cbd_trl.chain.head import Head
+from cbd_trl.chain.plan import plan_chain
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
+from tests.tokenizer import tiny_tokenizer
+from tests.trainers.bridge_runs import make_bridge_config
 
 # Where the teacher comes from (refused in a chain), and how memory is used: neither decides what is trained.
 NOT_RECORDED = {
@@ -29,33 +34,39 @@ def planned(source, **overrides):
 
 def test_every_own_field_is_recorded_or_named_as_one_that_is_not(source):
     own = set(DistillConfig.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
-    recorded = planned(source)[0].training_record().keys()
+    recorded = training_record(planned(source)[0].args).keys()
     assert own - recorded == NOT_RECORDED
+
+
+def test_so_is_every_field_of_a_bridge():
+    own = set(BridgeDistillConfig.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
+    assert own - training_record(make_bridge_config()).keys() == NOT_RECORDED
 
 
 @pytest.fixture
 def older(source, tmp_path, monkeypatch):
     """A chain of a version that had fewer arguments, finished with the defaults of today."""
     recent = ("kd_schedule", "kd_weight_end", "skew", "head_share", "top_k", "hidden_projector")
-    records = [{**step.training_record(), "fingerprint": "older"} for step in planned(source)]
+    records = [{**training_record(step.args), "fingerprint": "older"} for step in planned(source)]
     for name in recent:
         for record in records:
             del record[name]
     steps = planned(source)
-    anchors = [SimpleNamespace(name="source", shape=source.shape, training={})]
+    anchors = [SimpleNamespace(name="source", shape=source.shape, training={}, tokenizer=None)]
     anchors += [
         SimpleNamespace(name=step.name, shape=step.architecture.shape, training=record)
         for step, record in zip(steps, records, strict=True)
     ]
-    (tmp_path / plan.MANIFEST).write_text("{}")
-    monkeypatch.setattr(plan.Chain, "from_pretrained", lambda folder: SimpleNamespace(anchors=anchors))
+    (tmp_path / finished.MANIFEST).write_text("{}")
+    monkeypatch.setattr(finished.Chain, "from_pretrained", lambda folder: SimpleNamespace(anchors=anchors))
     return tmp_path
 
 
 def test_an_argument_that_an_older_chain_did_not_have_was_at_its_default(source, older):
-    assert len(finished_anchors(older, source, {}, planned(source))) == 3
+    head = Head(source, tiny_tokenizer(), chain_config(), chain_rows(), {}, "", lambda: None)
+    assert len(finished_anchors(older, head, planned(source))) == 3
     with pytest.raises(ValueError, match=r"changed arguments: \['top_k', 'hidden_loss'\]"):
-        finished_anchors(older, source, {}, planned(source, top_k=8, hidden_loss="cosine", hidden_weight=2.0))
+        finished_anchors(older, head, planned(source, top_k=8, hidden_loss="cosine", hidden_weight=2.0))
 
 
 def test_a_projector_goes_without_hybrids(source):

@@ -1,0 +1,104 @@
+"""The anchor at the head of a chain: the source, or what was bridged from it, sorted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbd_trl.architectures import Architecture, describe
+from cbd_trl.chain.manifest import Anchor
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.plan import anchor_name
+from cbd_trl.chain.source import Source
+from cbd_trl.chain.store import calibration_batches, store_anchor
+from cbd_trl.chain.training import Trained
+from cbd_trl.surgery.sort import importance, sort_weights
+from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.surgery.weights import weights_of
+from cbd_trl.teachers.tokenizers import check_rows
+from cbd_trl.trainers.distill_config import DistillConfig
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first anchor, as it is to be made.
+
+    Args:
+        architecture: its shape.
+        tokenizer: its own, and that of the whole chain.
+        args: training arguments; where nothing is trained, for the names of columns and the device.
+        dataset: text that it is trained and calibrated on.
+        record: what it is made from, as chain.json has it.
+        doing: what is said while it is made.
+        make: gives the model, in the coordinates it has.
+    """
+
+    architecture: Architecture
+    tokenizer: PreTrainedTokenizerBase
+    args: DistillConfig
+    dataset: Any
+    record: dict[str, Any]
+    doing: str
+    make: Callable[[], Trained]
+
+    @property
+    def name(self) -> str:
+        """Of the anchor."""
+        return anchor_name(self.architecture.num_parameters)
+
+
+def source_head(origin: Source, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, dataset: Any) -> Head:
+    """The source as it is.
+
+    Args:
+        origin: the source.
+        tokenizer: the one given for it.
+        args: of the chain; its `model_init_kwargs` load the source.
+        dataset: of the chain.
+
+    Raises:
+        ValueError: the source cannot be cut, or has no tokenizer or another one.
+    """
+    architecture = describe(origin.config())
+    tokenizer = origin.tokenizer_or(tokenizer)
+    check_rows(origin.role, architecture.sizes["vocab"], tokenizer, "processing_class")
+    return Head(
+        architecture=architecture,
+        tokenizer=tokenizer,
+        args=args,
+        dataset=dataset,
+        record=origin.record(),
+        doing=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
+        make=lambda: Trained(origin.model(args.model_init_kwargs)),
+    )
+
+
+def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor) -> Anchor:
+    """Sort the model and write it as the first anchor.
+
+    Args:
+        output_dir: the chain's folder.
+        head: what it is.
+        made: what `head.make` returned, on the device to calibrate on.
+        blocks: (N, T) calibration text.
+    """
+    model: PreTrainedModel = made.model
+    architecture = describe(model.config)
+    weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
+    statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
+    scores = importance(weights, architecture, statistics)
+    in_order, statistics = sort_weights(weights, architecture, statistics, scores)
+    record = {
+        "name": head.name,
+        "parent": None,
+        "block_map": None,
+        "tokens_seen": made.tokens_seen,
+        "losses": made.losses,
+        "training": head.record,
+    }
+    sorted_model = build_model(architecture, in_order, model.dtype)
+    sorted_model.generation_config = model.generation_config
+    return store_anchor(output_dir, record, sorted_model, head.tokenizer, statistics)
