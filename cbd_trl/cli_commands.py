@@ -7,16 +7,12 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
-from cbd_trl.cli_arguments import (
-    BuildArguments,
-    DemoArguments,
-    parse_anchors,
-    parse_bridge,
-)
+from cbd_trl.cli_arguments import BuildArguments, DemoArguments
 from cbd_trl.cli_cache import cache
 from cbd_trl.cli_generate import generate
 from cbd_trl.cli_init import init
 from cbd_trl.cli_parsing import UsageError, load_rows, parse_flags, require
+from cbd_trl.cli_values import parse_anchors, parse_bridge
 
 
 def _evaluation_rows(script: ScriptArguments, args: Any) -> Any:

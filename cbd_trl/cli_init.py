@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from cbd_trl.cli_arguments import InitArguments, parse_count, parse_shape, parse_sizes
+from cbd_trl.cli_arguments import InitArguments
 from cbd_trl.cli_parsing import UsageError, load_rows, parse_flags, require
+from cbd_trl.cli_values import parse_count, parse_shape, parse_sizes
 
 
 def init(flags: list[str]) -> None:

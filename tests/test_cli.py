@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbd_trl import Chain
 from cbd_trl.cache import TeacherCache
 from cbd_trl.cli import COMMANDS, main
-from cbd_trl.cli_arguments import parse_anchors, parse_count, parse_shape
+from cbd_trl.cli_values import parse_anchors, parse_count, parse_shape
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

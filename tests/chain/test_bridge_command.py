@@ -7,7 +7,7 @@ import pytest
 
 from cbd_trl import Chain
 from cbd_trl.cli import main
-from cbd_trl.cli_arguments import parse_bridge
+from cbd_trl.cli_values import parse_bridge
 from tests.chain.bridged import ANCHORS, anchor_zero, rows, source
 from tests.trainers.bridge_runs import students_tokenizer, teachers_tokenizer
 

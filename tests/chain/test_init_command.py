@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl.cli import main
-from cbd_trl.cli_arguments import parse_sizes
+from cbd_trl.cli_values import parse_sizes
 from tests.chain.helpers import WIDE, chain_rows
 
 
