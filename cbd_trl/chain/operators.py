@@ -133,9 +133,10 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
             if layer is not None and source is None:
                 return cut[key]
             own = key if source is None else below.layer_name(source, name)
-            axes, base, small = target.tensors[key], cut[key].float(), folded[own].float() * scale(own)
+            base, small, sizes = cut[key].float(), folded[own].float(), (target.sizes, below.sizes)
             share = alpha**NESTED_OUTPUT_POWER if key.rsplit(".", 1)[0] in outputs else alpha
-            return _mix(base, small, axes, (target.sizes, below.sizes), inputs.get(key, ()), share)
+            shares = (1 - share, share * scale(own))
+            return _mix(base, small, target.tensors[key], sizes, inputs.get(key, ()), shares)
 
         return LazyWeights(target.tensors, tensor)
 
@@ -255,12 +256,16 @@ def _target_gauge(pair: Pair, target: Architecture) -> Callable[[str], float]:
     norms, readers = site_norms(architecture), readers_of(architecture)
     output_norms = {norm.name: norm for norm in architecture.output_norms if norm.axis != ("dim",)}
 
+    @functools.cache
+    def prefixes(axis: tuple[str, ...]) -> list[torch.Tensor]:
+        return [prefix_index(axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
+
+    @functools.cache
     def ratios(norm: Site | OutputNorm, norm_type: str) -> list[float]:
         """What the gains of the lower anchor and of the target lose to their root mean squares."""
         layer, name = architecture.split_name(norm.name)
         above = replace(norm, name=norm.name if layer is None else upper.layer_name(pair.kept[layer], name))
-        prefixes = [prefix_index(norm.axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
-        return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes]
+        return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes(norm.axis)]
 
     @functools.cache
     def scale(key: str) -> float:
@@ -286,17 +291,29 @@ def _mix(
     axes: Axes,
     sizes: tuple[Sizes, Sizes],
     inputs: tuple[str, ...],
-    alpha: float,
+    shares: tuple[float, float],
 ) -> torch.Tensor:
     """One tensor of the target: the outputs that the lower anchor has are mixed, the others are the cut's.
 
-    Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts 1 - alpha on mixed outputs.
+    Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts by its share on mixed
+    outputs.
+
+    Args:
+        base, lower: the cut's and the lower anchor's tensor.
+        axes: of both.
+        sizes: of the target and of the lower anchor.
+        inputs: the dimensions along which the tensor reads.
+        shares: what each of the two is multiplied by where they are mixed.
     """
-    array, small = to_dims(base, axes, sizes[0]).clone(), to_dims(lower, axes, sizes[1])
-    dims, shared = dims_of(axes), {dim: slice(0, sizes[1][dim]) for dim in dims_of(axes)}
-    array[tuple(slice(None) if dim in inputs else shared[dim] for dim in dims)] *= 1 - alpha
-    array[tuple(shared.values())].add_(small, alpha=alpha)
-    return from_dims(array, axes)
+    array, small = to_dims(base, axes, sizes[0]), to_dims(lower, axes, sizes[1])
+    dims, (wide, narrow) = dims_of(axes), sizes
+    # Broadcast: of length 1 where all that a dimension has is mixed.
+    partial = [wide[dim] if dim not in inputs and narrow[dim] < wide[dim] else 1 for dim in dims]
+    share = array.new_ones(partial)
+    share[tuple(slice(0, narrow[dim]) for dim in dims)] = shares[0]
+    mixed = array * share
+    mixed[tuple(slice(0, narrow[dim]) for dim in dims)].add_(small, alpha=shares[1])
+    return from_dims(mixed, axes)
 
 
 def _input_dims(architecture: Architecture) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ import torch
 from cbd_trl.architectures import Architecture, OutputNorm, Site
 from cbd_trl.architectures.axes import axis_length, prefix, prefix_index
 from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.norms import fold_norms
+from cbd_trl.surgery.norms import fold_norms, folds
 from cbd_trl.surgery.regression import Fit, regress
 from cbd_trl.surgery.statistics import SiteStatistics
 from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, readers_of, site_norms, working
@@ -68,18 +68,18 @@ def least_squares_cut(
         tied_head_share = TIED_HEAD_SHARE if architecture.embedding_scale == 1.0 else SCALED_TIED_HEAD_SHARE
     norms, readers = site_norms(architecture), readers_of(architecture)
     output_norms = {norm.name: norm for norm in architecture.output_norms}
-    outputs = _cut_outputs(weights, architecture, target)
-    if fold:
-        outputs = fold_norms(outputs, architecture)
+    written = _cut_outputs(weights, architecture, target)
+    outputs = fold_norms(written, architecture) if fold else written
+    folded = {site for site in architecture.sites if fold and folds(site, architecture)}
     places: list[Site | OutputNorm] = [*architecture.sites, *architecture.output_norms]
-    kept = {place.axis: prefix_index(place.axis, architecture.sizes, target.sizes) for place in places}
+    kept = {axis: prefix_index(axis, architecture.sizes, target.sizes) for axis in {place.axis for place in places}}
     cut = {axis for axis, index in kept.items() if len(index) < axis_length(axis, architecture.sizes)}
 
     # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
     @functools.lru_cache(maxsize=len(architecture.family.sites))
     def fit(site: Site) -> Fit:
         gain, shift = None, None
-        if site.norm:
+        if site.norm and site not in folded:
             gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
         centred = site.norm and architecture.family.norm_type == "layer"
         intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
@@ -100,12 +100,13 @@ def least_squares_cut(
             return outputs[key]
         weight = f"{module}.weight"
         axes = architecture.tensors[weight]
-        full = outputs[weight]
-        matrix = input_matrix(full, axes, site.axis)
         if kind == "bias":
-            return fit(site).shifted(matrix, working(outputs[key]))
+            return fit(site).shifted(input_matrix(outputs[weight], axes, site.axis), working(outputs[key]))
         tied = site is architecture.sites[-1] and architecture.tied
-        refitted = fit(site).refitted(matrix, tied_head_share if tied else 1.0)
+        # Folded by the fit, piece by piece.
+        full, gain = written[weight], written[f"{site.name}.weight"] if site in folded else None
+        matrix = input_matrix(full, axes, site.axis)
+        refitted = fit(site).refitted(matrix, tied_head_share if tied else 1.0, gain)
         return from_input_matrix(refitted, full, axes, site.axis)
 
     return LazyWeights(target.tensors, tensor)

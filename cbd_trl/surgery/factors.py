@@ -15,6 +15,9 @@ _PANEL = 32
 _OFFSET = 2 ** (BITS - 1)
 # An entry is its step to this power: of 1, 1.5 and 2 the one that costs the fits least (SmolLM2-135M).
 _POWER = 1.5
+_STEPS = torch.arange(_OFFSET * 2, dtype=torch.float32, device="cpu") - _OFFSET
+# What a byte's low bits stand for, in units of the column's scale; looked up by whole bytes, the high bits in them.
+_ENTRIES = (_STEPS * _STEPS.abs() ** (_POWER - 1)).repeat(2 ** (8 - BITS))
 
 
 def deviations(mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
@@ -63,16 +66,22 @@ def pack(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([_pack(codes[start:, start : start + _PANEL]) for start in range(0, size, _PANEL)]), scales
 
 
-def unpack(codes: torch.Tensor, scales: torch.Tensor, columns: int) -> torch.Tensor:
-    """The leading columns of what `pack` was given, without the diagonal: (D, columns) float32."""
+def unpack(codes: torch.Tensor, scales: torch.Tensor, units: torch.Tensor, columns: int) -> torch.Tensor:
+    """The leading columns of what `pack` was given, without the diagonal, row i times units[i]: (D, columns) float32.
+
+    Panel by panel, each of which stays in the cache from its codes to its place.
+    """
     size, position = len(scales), 0
-    factor = torch.zeros(size, columns)
+    factor = torch.empty(size, columns)
     for start in range(0, columns, _PANEL):
         rows, width = size - start, min(_PANEL, size - start)
         used = min(width, columns - start)
         length = _packed_length(rows * width)
         panel = _unpack(codes[position : position + length], rows * width).view(rows, width)[:, :used]
-        torch.mul(panel, scales[start : start + used], out=factor[start:, start : start + used])
+        panel.mul_(scales[start : start + used])
+        place = factor[:, start : start + used]
+        place[:start].zero_()
+        torch.mul(panel, units[start:, None], out=place[start:])
         position += length
     return factor
 
@@ -97,6 +106,5 @@ def _unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
     """Inverse of `_pack`, as entries in units of their column's scale, float32."""
     parts = packed.view(3, -1)
     high = parts >> BITS
-    codes = torch.cat([parts & 2**BITS - 1, (high[0] | high[1] << 2 | high[2] << 4)[None]])
-    steps = codes.flatten()[:count].float() - _OFFSET
-    return steps * steps.abs() ** (_POWER - 1)
+    codes = torch.cat([packed, high[0] | high[1] << 2 | high[2] << 4])[:count]
+    return _ENTRIES.index_select(0, codes.int())

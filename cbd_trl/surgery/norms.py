@@ -9,6 +9,9 @@ from cbd_trl.architectures import Architecture, Site
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, readers_of, site_norms, working
 
+# Rows that are squared at a time, so that no second matrix of a reader's size is made.
+_ROWS = 1024
+
 
 def folds(site: Site, architecture: Architecture) -> bool:
     """Whether a site's norm can be folded: not a final one with a tied head, nor one whose bias has nowhere to go."""
@@ -76,8 +79,9 @@ def balance_norms(weights: Weights, architecture: Architecture, like: Weights | 
     @functools.lru_cache(maxsize=len(architecture.family.sites))
     def share(name: str) -> torch.Tensor:
         """What the gain is multiplied by, (D,)."""
-        own = [matrix(module) for module, site in readers.items() if site.name == name]
-        squares = torch.stack([rows.square().sum(0) for rows in own]).sum(0)
+        own = [rows for module, site in readers.items() if site.name == name for rows in matrix(module).split(_ROWS)]
+        # Sums down the columns as products, which take half the time of `sum`.
+        squares = torch.stack([rows.new_ones(len(rows)) @ rows.square() for rows in own]).sum(0)
         columns = (squares / sum(len(rows) for rows in own)).sqrt()
         gain, usual = (working(of[f"{name}.weight"]).abs() for of in (weights, like))
         sizes = columns * gain

@@ -7,7 +7,8 @@ import torch
 from cbd_trl.surgery.statistics import SiteStatistics
 from cbd_trl.surgery.weights import working
 
-_ROWS = 4096
+# Rows that are in hand at a time: few enough to stay in the cache, and in memory that the next ones find again.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,29 @@ class Fit:
     matrix: torch.Tensor
     constant: torch.Tensor | None
 
-    def refitted(self, matrix: torch.Tensor, share: float) -> torch.Tensor:
-        """A reader's (outputs, D) matrix as one of what stays, (outputs, P), `share` of the way to the fit."""
-        kept, missing = matrix[:, _span(self.kept)], matrix[:, _span(self.rows)]
+    def refitted(self, matrix: torch.Tensor, share: float, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """A reader's matrix as one of what stays.
+
+        Args:
+            matrix: (outputs, D).
+            share: how far to go towards the fit, 0 to 1.
+            gain: (D,) to multiply the columns by first; None: they are as they are to be.
+
+        Returns:
+            (outputs, P) in the working dtype.
+        """
+        columns, rows = _span(self.kept), _span(self.rows)
         fit = self.matrix.to(working(matrix[:0]).dtype)
+        if gain is not None:
+            gain = gain.to(fit)
+            fit = fit * gain[rows, None]
         made = fit.new_empty(len(matrix), len(self.kept))
-        # A vocabulary's rows in pieces: the parts in the working dtype never exist as a whole.
-        for out, own, other in zip(made.split(_ROWS), kept.split(_ROWS), missing.split(_ROWS), strict=True):
-            torch.addmm(working(own), working(other), fit, alpha=share, out=out)
+        # In pieces: the parts in the working dtype never exist as a whole.
+        for out, piece in zip(made.split(_ROWS), matrix.split(_ROWS), strict=True):
+            own, other = working(piece[:, columns]), working(piece[:, rows])
+            if gain is not None:
+                own = torch.mul(own, gain[columns], out=out)
+            torch.addmm(own, other, fit, alpha=share, out=out)
         return made
 
     def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -78,7 +94,7 @@ def regress(
         intercept: whether a constant is fitted too.
     """
     factor = statistics.factor(site, kept)
-    mean = statistics.mean(site).to(factor.dtype)
+    mean, has_gain = statistics.mean(site).to(factor.dtype), gain is not None
     gain = torch.ones_like(mean) if gain is None else gain.to(factor.dtype)
     shift = torch.zeros_like(mean) if shift is None else shift.to(factor.dtype)
     dropped = torch.ones(len(mean), dtype=torch.bool)
@@ -99,7 +115,8 @@ def regress(
         features = features - missing[kept]
     # A feature of gain 0 says nothing.
     inverse = torch.where(gain[kept].abs() > 1e-6 * gain.abs().max(), 1 / gain[kept], 0)
-    matrix.mul_(gain[rows, None]).mul_(inverse)
+    if has_gain:
+        matrix.mul_(gain[rows, None]).mul_(inverse)
     missing = missing[rows]
     if intercept:
         return Fit(kept, rows, matrix, missing - matrix @ features)

@@ -1,5 +1,6 @@
 """Statistics on disk: a factor of the second moments in few bits, read site by site."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from cbd_trl.surgery.tensor_file import TensorFile
 
 FORMAT_VERSION = "3"
 _MARK = "cbd_trl_statistics"
+# Sites whose vectors stay mapped, so that what a layer asks for again and again is mapped once.
+_MAPPED = 8
 _VECTORS = ("mean", "variances", "prefix_squares", "diagonal", "scales")
 
 
@@ -32,7 +35,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 
 class StoredStatistics:
-    """Moments of a file written by `save_statistics`; nothing is kept in memory.
+    """Moments of a file written by `save_statistics`; nothing but a few vectors is kept in memory.
 
     Args:
         path: the file.
@@ -52,6 +55,7 @@ class StoredStatistics:
         self.path = path
         self.tokens: int = json.loads(metadata["tokens"])
         self.ridge: float = json.loads(metadata["ridge"])
+        self._vectors = functools.lru_cache(maxsize=_MAPPED)(lambda site: self._tensor(site, "vectors"))
 
     @property
     def sites(self) -> set[str]:
@@ -65,7 +69,7 @@ class StoredStatistics:
         return self._tensors[name]
 
     def _vector(self, site: str, name: str) -> torch.Tensor:
-        return self._tensor(site, "vectors")[_VECTORS.index(name)]
+        return self._vectors(site)[_VECTORS.index(name)]
 
     def mean(self, site: str) -> torch.Tensor:
         """E[x], (D,) float32."""
@@ -96,6 +100,7 @@ class StoredStatistics:
         size = len(kept)
         if int(kept[-1]) != size - 1:
             return factorise(self.mean(site).double(), self.second(site).double(), kept, self.ridge).float()
-        factor = unpack(self._tensor(site, "codes"), self._vector(site, "scales"), size)
-        factor.diagonal().copy_(self._vector(site, "diagonal")[:size])
-        return factor.mul_(deviations(self.mean(site), self.variances(site)).float()[:, None])
+        units = deviations(self.mean(site), self.variances(site)).float()
+        factor = unpack(self._tensor(site, "codes"), self._vector(site, "scales"), units, size)
+        factor.diagonal().copy_(self._vector(site, "diagonal")[:size] * units[:size])
+        return factor

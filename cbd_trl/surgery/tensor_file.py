@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,11 @@ class TensorFile(Mapping[str, torch.Tensor]):
     def __getitem__(self, key: str) -> torch.Tensor:
         first, last = (self._start + offset for offset in self._entries[key]["data_offsets"])
         page = first - first % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), last - page, access=mmap.ACCESS_COPY, offset=page)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            mapped = mmap.mmap(descriptor, last - page, access=mmap.ACCESS_COPY, offset=page)
+        finally:
+            os.close(descriptor)
         shape = self.shape(key)
         flat = torch.frombuffer(mapped, dtype=_DTYPES[self.dtype(key)], count=math.prod(shape), offset=first - page)
         return flat.view(shape)

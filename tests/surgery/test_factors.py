@@ -55,7 +55,7 @@ def test_packing_rounds_to_the_nearest_step_of_each_column(size):
     factor = factorise(*random_moments(size), torch.arange(size), 1e-3)
     codes, scales = pack(factor)
     assert codes.dtype == torch.uint8 and len(codes) == packed_bytes(size)
-    found, below = unpack(codes, scales, size), factor.tril(-1)
+    found, below = unpack(codes, scales, torch.ones(size), size), factor.tril(-1)
     largest = 2 ** (BITS - 1) - 1
     torch.testing.assert_close(scales, (below.abs().amax(0) / largest**1.5).float())
 
@@ -71,7 +71,11 @@ def test_packing_rounds_to_the_nearest_step_of_each_column(size):
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 70])
 def test_leading_columns_are_unpacked_alone(columns):
     codes, scales = pack(factorise(*random_moments(70), torch.arange(70), 1e-3))
-    assert torch.equal(unpack(codes, scales, columns), unpack(codes, scales, 70)[:, :columns])
+    units = torch.linspace(1, 9, 70)
+    leading = unpack(codes, scales, units, columns)
+    assert torch.equal(leading, unpack(codes, scales, units, 70)[:, :columns])
+    assert torch.equal(leading, unpack(codes, scales, torch.ones(70), columns) * units[:, None])
+    assert torch.equal(leading, leading.tril(-1))
 
 
 @pytest.mark.parametrize(
