@@ -62,7 +62,7 @@ class BridgeDistillTrainer(DistillTrainer):
         self, dataset: Rows, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Rows:
         prepare = super()._prepare_dataset
-        if self.args.black_box or not holds_chats(dataset):
+        if args.black_box or not holds_chats(dataset):
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
         def prepare_by(rows: Rows, args: Any, packing: bool) -> Rows:
