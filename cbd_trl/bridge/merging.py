@@ -5,6 +5,7 @@ Shapes: B x T the student's batch, R x U the teacher's, G groups.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cbd_trl.bridge.alignment import NOWHERE, Alignment
 from cbd_trl.bridge.bridge import TeacherRows
@@ -24,8 +25,8 @@ def merge(one: TeacherRows, other: TeacherRows, first_R: Tensor) -> TeacherRows:
     width = max(one.ids_RU.shape[1], other.ids_RU.shape[1])
 
     def chosen(ours_RU: Tensor, theirs_RU: Tensor, filling: int) -> Tensor:
-        sides = [torch.nn.functional.pad(x, (0, width - x.shape[1]), value=filling) for x in (ours_RU, theirs_RU)]
-        return torch.where(first_R[:, None], *sides)
+        ours_RU, theirs_RU = (pad(x_RU, (0, width - x_RU.shape[1]), value=filling) for x_RU in (ours_RU, theirs_RU))
+        return torch.where(first_R[:, None], ours_RU, theirs_RU)
 
     behind = one.alignment.groups
     theirs_BT, theirs_RU = (

@@ -80,7 +80,8 @@ def load_teacher(
 
 
 def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, info = loaded
     head = model.get_output_embeddings()
     weights = {id(parameter) for parameter in head.parameters()} if head is not None else set()
     missing = [key for key, one in model.named_parameters() if id(one) in weights and key in info["missing_keys"]]

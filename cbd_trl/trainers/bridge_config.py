@@ -50,7 +50,7 @@ class BridgeDistillConfig(DistillConfig):
     """
 
     trainer = "BridgeDistillTrainer"
-    ways_to_a_teacher = ("teacher_model_name_or_path",)
+    ways_to_a_teacher = ["teacher_model_name_or_path"]
     _VALID_DICT_FIELDS = [*DistillConfig._VALID_DICT_FIELDS, "objective"]
 
     objective: dict[str, Any] | str | None = field(

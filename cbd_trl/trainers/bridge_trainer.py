@@ -17,7 +17,7 @@ from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_projectors import BridgeProjectors
 from cbd_trl.trainers.bridge_setup import TeacherWatch, check_datasets, set_up_bridge_teacher
 from cbd_trl.trainers.bridge_step_loss import BridgeStepLoss
-from cbd_trl.trainers.chat_rows import CHAT, Rows, holds_chats, prepare_chats
+from cbd_trl.trainers.chat_rows import CHAT, holds_chats, prepare_chats
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 from cbd_trl.trainers.sequence_level import SequenceLevelLoss, set_up_black_box
 from cbd_trl.trainers.step_loss import StepLoss
@@ -59,13 +59,13 @@ class BridgeDistillTrainer(DistillTrainer):
     args: BridgeDistillConfig
 
     def _prepare_dataset(
-        self, dataset: Rows, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Rows:
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
         prepare = super()._prepare_dataset
         if args.black_box or not holds_chats(dataset):
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-        def prepare_by(rows: Rows, args: Any, packing: bool) -> Rows:
+        def prepare_by(rows: Any, args: Any, packing: bool) -> Any:
             formatting = formatting_func if rows is dataset else None
             return prepare(rows, processing_class, args, packing, formatting, dataset_name)
 
@@ -73,8 +73,9 @@ class BridgeDistillTrainer(DistillTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if CHAT not in self._signature_columns:
-            self._signature_columns.append(CHAT)
+        columns: Any = self._signature_columns
+        if CHAT not in columns:
+            columns.append(CHAT)
 
     def _set_up_teacher(
         self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None

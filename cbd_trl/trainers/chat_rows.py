@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from trl import is_conversational, pack_dataset
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
@@ -17,10 +17,9 @@ from cbd_trl.bridge.chats import Chat
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 
 CHAT = "teacher_chat"
-Rows = Dataset | IterableDataset
 
 
-def holds_chats(dataset: Rows) -> bool:
+def holds_chats(dataset: Any) -> bool:
     """Whether the rows are messages that TRL is going to render.
 
     Args:
@@ -28,13 +27,13 @@ def holds_chats(dataset: Rows) -> bool:
     """
     if "input_ids" in get_dataset_column_names(dataset):
         return False
-    first = next(iter(dataset))
+    first: dict[str, Any] = next(iter(dataset))
     return is_conversational(first) or is_conversational_from_value(first)
 
 
 def prepare_chats(
-    dataset: Rows, args: BridgeDistillConfig, packing: bool, prepare: Callable[[Rows, Any, bool], Rows]
-) -> Rows:
+    dataset: Any, args: BridgeDistillConfig, packing: bool, prepare: Callable[[Any, Any, bool], Any]
+) -> Any:
     """Prepare a data set of chats as TRL does, and keep the chats.
 
     Args:

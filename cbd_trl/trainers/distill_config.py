@@ -65,7 +65,7 @@ class DistillConfig(SFTConfig):
     # The trainer that these are the arguments of; without a type these are no arguments themselves.
     trainer = "DistillTrainer"
     # Its arguments that name a teacher; the trainer's `teacher_model` is one more way.
-    ways_to_a_teacher = ("teacher_model_name_or_path", "teacher_cache", "self_distillation")
+    ways_to_a_teacher = ["teacher_model_name_or_path", "teacher_cache", "self_distillation"]
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(

@@ -70,8 +70,6 @@ class DistillTrainer(StepTrainer):
     _name = "Distill"
     _config: type[DistillConfig] = DistillConfig
     _step_loss: type[StepLoss] = StepLoss
-    args: DistillConfig
-    model: Any
     processing_class: Any
 
     def __init__(

@@ -25,6 +25,7 @@ class StepTrainer(EvaluationTrainer):
     """
 
     args: DistillConfig
+    model: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

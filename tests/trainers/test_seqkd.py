@@ -123,7 +123,7 @@ def test_a_teacher_would_not_be_used() -> None:
         _seqkd(teacher_model=teacher())
     with pytest.raises(ValueError, match=r"teacher_processing_class was given with objective='seqkd'.*Leave it out"):
         _seqkd(teacher_processing_class=teachers_tokenizer())
-    with pytest.raises(ValueError, match="block_map pairs .* what a teacher wrote"):
+    with pytest.raises(ValueError, match=r"block_map pairs .* what a teacher wrote"):
         _seqkd(block_map=[[0], [1]])
     with pytest.raises(ValueError, match="Unknown objective 'seqkd'"):
         get_objective("seqkd")
