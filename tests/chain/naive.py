@@ -13,6 +13,7 @@ from tests.surgery.helpers import tokens
 
 # Which upper layer stands at each place of a target, and which lower layer is mixed in (None: a swapped block).
 _NESTED_LAYERS = {"width": [(i, i) for i in range(6)], "both": [(0, 0), (2, 1), (3, None), (4, None), (5, None)]}
+_HEAD_READERS = ("o_proj.", "attn.c_proj.", "attention.dense.", "out_proj.")
 _LINEAR_LAYERS = {
     "depth": ([0, 1, 2, 4, 5], [0, 1, 2, 2, 3]),
     "width": (list(range(6)), list(range(6))),
@@ -113,7 +114,8 @@ def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedMod
 
 
 def nested_twin(pair: Pair, target: Architecture, alpha: float, upper_model: PreTrainedModel) -> Weights:
-    """New outputs from the cut; shared ones alpha * lower + (1 - alpha) * cut, the lower one reading nothing new."""
+    """New outputs from the cut; shared ones alpha * lower + (1 - alpha) * cut, the lower one reading nothing new;
+    alpha cubed for what reads the heads."""
     upper = fold_norms(pair.upper, pair.upper_architecture)
     narrow = pair.upper_architecture.resized(**target.sizes)
     cut = least_squares_cut(upper, pair.upper_architecture, pair.statistics, narrow)
@@ -130,7 +132,8 @@ def nested_twin(pair: Pair, target: Architecture, alpha: float, upper_model: Pre
             if (axis := _input_axis(key, target)) is not None:
                 region[axis] = slice(None)
             outputs = tuple(region)
-            array[outputs] = alpha * padded[outputs] + (1 - alpha) * array[outputs]
+            share = alpha**3 if any(part in key for part in _HEAD_READERS) else alpha
+            array[outputs] = share * padded[outputs] + (1 - share) * array[outputs]
         twin[key] = array.reshape(tensor_shape(target.tensors[key], target.sizes))
     return twin
 

@@ -107,9 +107,10 @@ def test_an_operator_or_alpha_at_an_anchors_shape_is_obeyed(chain):
 
 def test_alpha_mixes(chain):
     weights = [from_chain(chain, config=WIDE, alpha=alpha).state_dict() for alpha in (0.0, 0.5, 1.0)]
-    name = "model.layers.1.self_attn.o_proj.weight"
-    torch.testing.assert_close(weights[1][name], (weights[0][name] + weights[2][name]) / 2)
-    assert not torch.equal(weights[0][name], weights[2][name])
+    for name, share in (("mlp.down_proj", 1 / 2), ("self_attn.o_proj", 1 / 8)):
+        upper, mixed, lower = (of[f"model.layers.1.{name}.weight"] for of in weights)
+        torch.testing.assert_close(mixed, (1 - share) * upper + share * lower)
+        assert not torch.equal(upper, lower)
     assert from_chain(chain, config=WIDE, alpha=0.25).config.cbd_trl["alpha"] == 0.25
     # Between anchors of equal widths nothing is mixed.
     assert from_chain(chain, config=DEEP, alpha=0.25).config.cbd_trl["alpha"] is None
