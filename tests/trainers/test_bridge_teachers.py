@@ -123,7 +123,10 @@ def _t5() -> Any:
         (lambda: teacher("llama").model, "The teacher is a LlamaModel, which has no head over the vocabulary"),
         (lambda: teacher("gpt2").transformer, "The teacher is a GPT2Model, which has no head over the vocabulary"),
         (_t5, "The teacher is a T5ForConditionalGeneration, which writes an answer"),
-        (lambda: BertForMaskedLM(BertConfig(vocab_size=420, **SMALL)), "BertForMaskedLM reads what follows a token"),
+        (
+            lambda: BertForMaskedLM(BertConfig(vocab_size=420, initializer_range=0.5, **SMALL)),
+            "BertForMaskedLM reads what follows a token",
+        ),
     ],
     ids=["llama", "gpt2", "t5", "bert"],
 )
