@@ -76,7 +76,7 @@ def test_completions_of_chats_train_evaluate_and_leave_a_card(tmp_path: Path) ->
     assert before["eval_loss"] == pytest.approx(before["eval_ce"]) and before["eval_loss"] > 0
     trained = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert trained["loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
-    card = (tmp_path / "checkpoint-1" / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
     assert "| loss | 1 x cross-entropy |" in card and "the data is text that it wrote (SeqKD)" in card
     assert (
         AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1").num_parameters() == student().num_parameters()
