@@ -181,7 +181,7 @@ def test_own_bases_that_would_not_stay_are_refused() -> None:
     taking = lora(init_lora_weights="olora")
     refused("init_lora_weights='olora' takes a part out of the base's weights", peft_config=taking)
     both = {"teacher": tiny_model("llama", seed=2), "peft_config": lora()}
-    refused("given as `teacher_model` of the trainer and self_distillation in the DistillConfig", **both)
+    refused("given as `teacher_model` of the trainer, and self_distillation in the DistillConfig", **both)
     with pytest.raises(ValueError, match=r"teacher_processing_class .* with self_distillation they are one"):
         DistillTrainer(
             student(),
