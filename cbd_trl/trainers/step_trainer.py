@@ -31,7 +31,7 @@ class StepTrainer(EvaluationTrainer):
         super().__init__(*args, **kwargs)
         # The Trainer must count the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
-        self._train_meter = TokenMeter()
+        self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
         self.add_callback(TokenCounter())
 
     @property
