@@ -149,10 +149,12 @@ def bridge(flags: list[str]) -> None:
 
     description = (
         "Train a student (--model_name_or_path) on a dataset to predict what --teacher_model_name_or_path does, a "
-        "model of any architecture and tokenizer, both of which are saved with a tokenizer of their own."
+        "model of any architecture and tokenizer, both of which are saved with a tokenizer of their own; or, with "
+        "--objective seqkd, on text that a teacher wrote."
     )
     script, args, model = _student_flags("bridge", description, BridgeDistillConfig, flags)
-    require(teacher_model_name_or_path=args.teacher_model_name_or_path)
+    if not args.black_box:
+        require(teacher_model_name_or_path=args.teacher_model_name_or_path)
     from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
 
     _train_student(BridgeDistillTrainer, script, args, model)

@@ -144,6 +144,7 @@ def test_bridge_trains_a_student_of_another_tokenizer(folder, tmp_path, capsys):
     flags += ["--output_dir", str(tmp_path / "student"), "--objective", "alm=1,uld=0.5"]
     assert main(["bridge", *flags, "--teacher_model_name_or_path", str(tmp_path / "teacher")]) == 0
     assert len(AutoTokenizer.from_pretrained(tmp_path / "student")) == 300
+    assert main(["bridge", *flags, "--objective", "seqkd"]) == 0
     assert main(["bridge", *flags]) == 2
     assert "--teacher_model_name_or_path" in capsys.readouterr().err
 

@@ -100,6 +100,29 @@ def output_head(model: Any, keep: bool = False) -> Iterator[Head]:
 
 
 @torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Refuse a model whose states know what follows, as an encoder's do: it would be asked for what it has read.
+
+    Args:
+        model: with an opened forward, in eval mode, not wrapped.
+
+    Raises:
+        ValueError: if another last token changes what is before it.
+    """
+    if not _runs_here(model):
+        return
+    ids = _probe_ids(model)
+    other = ids.clone()
+    other[0, -1] = 0
+    one, two = (model(input_ids=each, use_cache=False, inside=lambda hidden: hidden[0, :-1]) for each in (ids, other))
+    if not torch.allclose(one, two, rtol=1e-2, atol=1e-2 * one.std().item()):
+        raise ValueError(
+            f"{type(model).__name__} reads what follows a token, as an encoder does, so what it says of the next one "
+            "is no prediction. Give a causal language model."
+        )
+
+
+@torch.no_grad()
 def check_head(model: Any) -> None:
     """Refuse a model whose logits are not its head of its last hidden state: the loss would silently be another one.
 
@@ -109,11 +132,11 @@ def check_head(model: Any) -> None:
     Raises:
         ValueError: if the two differ on a few tokens.
     """
-    if any(p.is_meta or p.numel() == 0 for p in model.parameters()):
-        return  # offloaded or sharded already: nothing to compare with here
+    if not _runs_here(model):
+        return
     was_training = model.training
     model.eval()
-    ids = torch.arange(1, 1 + _PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
+    ids = _probe_ids(model)
     try:
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         with output_head(model) as head:
@@ -127,6 +150,15 @@ def check_head(model: Any) -> None:
             "logit scale and soft-capping of its config, which is how the loss computes them without holding all of "
             "them in memory. Distil a model with a plain head."
         )
+
+
+def _runs_here(model: Any) -> bool:
+    # Offloaded or sharded already: there is nothing to compare with.
+    return not any(p.is_meta or p.numel() == 0 for p in model.parameters())
+
+
+def _probe_ids(model: Any) -> Tensor:
+    return torch.arange(1, 1 + _PROBE_LENGTH, device=model.get_input_embeddings().weight.device)[None]
 
 
 def _logit_scale(config: Any) -> float:

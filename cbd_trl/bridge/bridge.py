@@ -68,6 +68,17 @@ class StudentRows:
         scored_BT[kept_BT] &= ~first_of_text(text_BT[kept_BT])
         return cls(ids_BT, text_BT, scored_BT & kept_BT, texts)
 
+    def only(self, texts_R: Tensor) -> "StudentRows":
+        """The same batch with nothing but some of its texts, of which the others are empty.
+
+        Args:
+            texts_R: which are kept, bool.
+        """
+        kept_BT = (self.text_BT != NOWHERE) & texts_R[self.text_BT]
+        return StudentRows(
+            self.ids_BT, torch.where(kept_BT, self.text_BT, NOWHERE), self.scored_BT & kept_BT, self.texts
+        )
+
     def back(self, placed: Placed) -> Placed:
         """From tokens end to end to the batch, of which only scored tokens are usable."""
         kept_BT = self.text_BT != NOWHERE
@@ -125,7 +136,7 @@ class Bridge:
         self._openers = torch.tensor([index for index, content in written.items() if content in first])
 
     def read(self, rows: StudentRows) -> TeacherRows:
-        """Let the teacher read rows of plain text, or of chats in the student's template.
+        """Let the teacher read the student's text as it is; `cbd_trl.bridge.chats` is for two chat templates.
 
         Args:
             rows: the student's batch.

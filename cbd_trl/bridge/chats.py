@@ -1,20 +1,41 @@
-"""One chat in two templates: what both texts share are the contents of its messages, and that they end.
+"""One chat in two templates: both texts have the contents of its messages, that they end, and some of the rest.
 
-Shapes: B x T the student's batch, P pieces of all chats.
+Shapes: B x T the student's batch, R its texts, P pieces of all chats.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers.utils import logging
 
 from cbd_trl.bridge.alignment import NOWHERE, Placed
 from cbd_trl.bridge.bridge import Bridge, StudentRows, TeacherRows
+from cbd_trl.bridge.merging import merge
 from cbd_trl.bridge.placing import Pieces, Texts, first_of_text, place, sums_before
-from cbd_trl.bridge.reader import Reader
+from cbd_trl.bridge.reader import Encoded, Reader
+from cbd_trl.names import readable_name
+
+logger = logging.get_logger(__name__)
 
 Message = Mapping[str, Any]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages, and what else their template is given.
+
+    Attributes:
+        messages: as `apply_chat_template` takes them.
+        template: further arguments of it, such as `tools`.
+    """
+
+    messages: Sequence[Message]
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -28,10 +49,13 @@ class Rendered:
     """
 
     text: str
-    spans: list[tuple[int, int] | None]
+    spans: list[Span | None]
 
 
-def render(reader: Reader, messages: Sequence[Message], **template: Any) -> Rendered:
+_NOTHING = Rendered("", [])
+
+
+def render(reader: Reader, chat: Chat, **template: Any) -> Rendered:
     """Render a chat, and find the contents of its messages in it.
 
     They are not searched for: a content such as "user" is in the template too. The chat is rendered once more with
@@ -39,16 +63,17 @@ def render(reader: Reader, messages: Sequence[Message], **template: Any) -> Rend
 
     Args:
         reader: of a tokenizer with a chat template.
-        messages: as `apply_chat_template` takes them.
-        template: further arguments of it, such as `tools`.
+        chat: messages and arguments of the template.
+        template: further arguments for this side alone.
 
     Returns:
         the text, and twice as many spans as there are messages.
     """
-    text = reader.tokenizer.apply_chat_template(messages, tokenize=False, **template)
+    options, messages = {**chat.template, **template}, chat.messages
+    text = reader.tokenizer.apply_chat_template(messages, tokenize=False, **options)
     stand_ins = {i: f"\ue000{i}\ue001" for i, message in enumerate(messages) if _has_text(message)}
     probe = [{**message, "content": stand_ins[i]} if i in stand_ins else message for i, message in enumerate(messages)]
-    rest = reader.tokenizer.apply_chat_template(probe, tokenize=False, **template)
+    rest = reader.tokenizer.apply_chat_template(probe, tokenize=False, **options)
     around = []
     for stand_in in stand_ins.values():
         before, found, rest = rest.partition(stand_in)
@@ -58,7 +83,7 @@ def render(reader: Reader, messages: Sequence[Message], **template: Any) -> Rend
     around.append(rest)
     for trim in (str, str.strip):
         contents = {i: trim(messages[i]["content"]) for i in stand_ins}
-        spans: list[tuple[int, int] | None] = [None] * (2 * len(messages))
+        spans: list[Span | None] = [None] * (2 * len(messages))
         joined = around[0]
         for (i, content), behind in zip(contents.items(), around[1:], strict=True):
             start = len(joined) + len(content) - len(content.lstrip())
@@ -71,33 +96,70 @@ def render(reader: Reader, messages: Sequence[Message], **template: Any) -> Rend
     return Rendered(text, [None] * (2 * len(messages)))
 
 
-def read_chats(bridge: Bridge, rows: StudentRows, chats: Sequence[Sequence[Message]], **template: Any) -> TeacherRows:
+def read_chats(
+    bridge: Bridge, rows: StudentRows, chats: Sequence[Chat | None], student_template: str | None = None
+) -> TeacherRows:
     """Let the teacher read chats in its own template.
 
-    The contents of messages are aligned, and the special tokens that end them; the text of the templates is not. A row
-    that is not its chat in the student's template, or the beginning of it, is not aligned.
+    The contents of messages are aligned, the special tokens that end them, and text between them that is the same in
+    both templates; what only one template writes is not. The teacher reads the student's text, as `Bridge.read` does,
+    where there is no chat, where a text is not its chat in the student's template or the beginning of it, and where
+    the teacher's template refuses the chat.
 
     Args:
         bridge: of both tokenizers, which have chat templates.
-        rows: the student's batch, one text for each chat.
-        chats: the messages.
-        template: further arguments of `apply_chat_template`, for both sides.
+        rows: the student's batch.
+        chats: of each of its texts, None for those that are none.
+        student_template: what made the student's text, where that is not its tokenizer's own template.
 
     Raises:
         ValueError: if there are not as many chats as texts.
     """
     if len(chats) != rows.texts:
         raise ValueError(
-            f"Got {len(chats)} chats for a batch of {rows.texts} texts: which is which is not known. Pass one list of "
-            "messages for each text, in the order of the batch; packed rows hold several texts each."
+            f"Got {len(chats)} chats for a batch of {rows.texts} texts: which is which is not known. Pass a chat or "
+            "None for each text, in the order of the batch; packed rows hold several texts each."
         )
-    sides = [[render(reader, chat, **template) for chat in chats] for reader in (bridge.student, bridge.teacher)]
+    ours = [_try(bridge.student, chat, chat_template=student_template) or _NOTHING for chat in chats]
+    encoded = bridge.student.encode([rendered.text for rendered in ours])
+    source_BT, same_R = _look_up(bridge.student, rows, encoded)
+    theirs = [
+        _try(bridge.teacher, chat) if same and mine is not _NOTHING else None
+        for chat, mine, same in zip(chats, ours, same_R.tolist(), strict=True)
+    ]
+    known_R = torch.tensor([rendered is not None for rendered in theirs], dtype=torch.bool)
+    if not known_R.any():
+        return bridge.read(rows)
+    sides = [ours, [rendered or _NOTHING for rendered in theirs]]
+    read = _read(bridge, rows.only(known_R), sides, encoded, source_BT)
+    return read if known_R.all() else merge(read, bridge.read(rows.only(~known_R)), known_R)
+
+
+def _try(reader: Reader, chat: Chat | None, **template: Any) -> Rendered | None:
+    """None where there is no chat, or one that the template refuses."""
+    if chat is None:
+        return None
+    try:
+        return render(reader, chat, **template)
+    except (TemplateError, TypeError) as error:
+        logger.warning_once(
+            f"The chat template of {readable_name(reader.tokenizer.name_or_path) or 'a tokenizer'} refuses a chat "
+            f"({error}): the teacher reads such chats in the student's template."
+        )
+        return None
+
+
+def _read(
+    bridge: Bridge, rows: StudentRows, sides: Sequence[Sequence[Rendered]], encoded: Encoded, source_BT: Tensor
+) -> TeacherRows:
     lines = [Texts.of([chat.text for chat in side]) for side in sides]
     ours, theirs = _shared_pieces(sides, lines)
-    encoded = bridge.teacher.encode([chat.text for chat in sides[1]])
-    spans = place(bridge.teacher, encoded, lines[1])
-    student = _place_student(bridge.student, rows, [chat.text for chat in sides[0]], lines[0], ours)
-    return bridge.join(rows, student, encoded, spans, theirs, [])
+    placed = place(bridge.student, encoded, lines[0]).on_line(ours, bridge.student.table.marks_V[encoded.ids_N])
+    kept_BT = rows.text_BT != NOWHERE
+    source_N = source_BT[kept_BT]
+    student = rows.back(Placed(placed.ends[source_N], placed.usable[source_N], placed.marks[source_N]))
+    read = bridge.teacher.encode([chat.text for chat in sides[1]])
+    return bridge.join(rows, student, read, place(bridge.teacher, read, lines[1]), theirs, [])
 
 
 def _has_text(message: Message) -> bool:
@@ -105,7 +167,7 @@ def _has_text(message: Message) -> bool:
     return isinstance(content, str) and bool(content.strip())
 
 
-def _leading_mark(reader: Reader, text: str, start: int) -> tuple[int, int] | None:
+def _leading_mark(reader: Reader, text: str, start: int) -> Span | None:
     """Where the special token is with which a text begins, white space aside."""
     bare = text.lstrip()
     start += len(text) - len(bare)
@@ -117,15 +179,16 @@ def _shared_pieces(sides: Sequence[Sequence[Rendered]], lines: Sequence[Texts]) 
     """The pieces that are in both texts of a chat."""
     both = []
     for chat, pair in enumerate(zip(*sides, strict=True)):
-        for spans in zip(*(rendered.spans for rendered in pair), strict=True):
-            if None not in spans:
-                both.append(
-                    [
-                        int(line.starts_R[chat]) + len(rendered.text[:letters].encode())
-                        for rendered, line, span in zip(pair, lines, spans, strict=True)
-                        for letters in span
-                    ]
-                )
+        if pair[1] is _NOTHING:
+            continue
+        for spans in _shared_spans(*pair):
+            both.append(
+                [
+                    int(line.starts_R[chat]) + len(rendered.text[:letters].encode())
+                    for rendered, line, span in zip(pair, lines, spans, strict=True)
+                    for letters in span
+                ]
+            )
     places_P4 = torch.tensor(both, dtype=torch.int64).reshape(-1, 4)
     our_starts, our_ends, their_starts, their_ends = places_P4.T.contiguous()
     # Marks may be written longer on one side; a place is kept free between two pieces.
@@ -134,18 +197,40 @@ def _shared_pieces(sides: Sequence[Sequence[Rendered]], lines: Sequence[Texts]) 
     return Pieces(our_starts, our_ends, line_ends_P), Pieces(their_starts, their_ends, line_ends_P)
 
 
-def _place_student(reader: Reader, rows: StudentRows, texts: list[str], line: Texts, pieces: Pieces) -> Placed:
-    """The student's tokens, which are looked up in its own reading of the chats."""
-    encoded = reader.encode(texts)
-    placed = place(reader, encoded, line).on_line(pieces, reader.table.marks_V[encoded.ids_N])
+def _shared_spans(ours: Rendered, theirs: Rendered) -> list[list[Span]]:
+    """Where the parts are that both texts of a chat have: neighbours that are the same text are one part."""
+    shared: list[list[Span]] = []
+    ends, joins = [0, 0], False
+    named = [[mine, yours] for mine, yours in zip(ours.spans, theirs.spans, strict=True) if mine and yours]
+    for spans in [*named, [(len(ours.text),) * 2, (len(theirs.text),) * 2]]:
+        between = [(end, start) for end, (start, _) in zip(ends, spans, strict=True)]
+        for part in (between, spans):
+            one, other = (side.text[slice(*span)] for side, span in zip((ours, theirs), part, strict=True))
+            if one == other and joins:
+                shared[-1] = [(whole[0], span[1]) for whole, span in zip(shared[-1], part, strict=True)]
+            elif one and other and (one == other or part is spans):
+                shared.append(part)
+            # A mark that the other side writes in its own way stays by itself.
+            joins = one == other and (joins or bool(one))
+        ends = [end for _, end in spans]
+    return shared
+
+
+def _look_up(reader: Reader, rows: StudentRows, encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """Find the student's tokens in its own reading of the chats.
+
+    Returns:
+        where each is there (B, T), 0 for those that are not, and which texts are there, (R,) bool.
+    """
     kept_BT = rows.text_BT != NOWHERE
     ids_N, text_N = rows.ids_BT[kept_BT], rows.text_BT[kept_BT]
     reader.table.check(ids_N)
-    sizes_R = torch.bincount(encoded.text_N, minlength=len(texts))
+    sizes_R = torch.bincount(encoded.text_N, minlength=rows.texts)
     column_N = sums_before(torch.ones_like(ids_N), first_of_text(text_N))
     there_N = column_N < sizes_R[text_N]
     source_N = torch.where(there_N, (sizes_R.cumsum(0) - sizes_R)[text_N] + column_N, 0)
-    wrong_N = ~there_N | (encoded.ids_N[source_N] != ids_N)
-    strange_R = torch.bincount(text_N[wrong_N], minlength=len(texts)) > 0
-    ends_N = torch.where(strange_R[text_N], NOWHERE, placed.ends[source_N])
-    return rows.back(Placed(ends_N, placed.usable[source_N], placed.marks[source_N]))
+    wrong_N = ~there_N
+    if encoded.ids_N.numel():
+        wrong_N |= encoded.ids_N[source_N] != ids_N
+    strange_R = torch.bincount(text_N[wrong_N], minlength=rows.texts) > 0
+    return torch.zeros_like(rows.ids_BT).masked_scatter(kept_BT, source_N), ~strange_R

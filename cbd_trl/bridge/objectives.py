@@ -1,7 +1,7 @@
 """The objectives of distillation across vocabularies, by name."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,8 +40,8 @@ class ObjectiveRow:
     needed: tuple[str, ...] = ()
 
 
-# SeqKD (Kim and Rush 2016, arXiv 1606.07947) is not a row: it is plain cross-entropy on text that the teacher wrote.
-# There is nothing to compare, and no teacher to run.
+# Not a row: plain cross-entropy on text that the teacher wrote. There is nothing to compare, and no teacher to run.
+SEQKD = "seqkd"
 OBJECTIVES: dict[str, ObjectiveRow] = {
     "prefix": ObjectiveRow(PrefixObjective, ("table", "divergence", "temperature"), ("table",)),
     "alm": ObjectiveRow(ChunkLikelihood, ("divergence", "temperature")),
@@ -71,7 +71,7 @@ def get_objective(name: str, **options: Any) -> BridgeObjective:
         ValueError: for an unknown name; the message lists those that exist. For an option that is missing or has no
             meaning.
     """
-    _check_name(name)
+    _check_name(name, OBJECTIVES)
     row = OBJECTIVES[name]
     own = {key: value for key, value in options.items() if key in row.options and value is not None}
     for key in row.needed:
@@ -88,7 +88,8 @@ def parse_objective(objective: str | Mapping[str, Any]) -> dict[str, float]:
     """The weight of each objective that a name or a mixture stands for.
 
     Args:
-        objective: "alm", or several with their weights: "alm=1,uld=0.5", or {"alm": 1, "uld": 0.5}.
+        objective: "alm", or several with their weights: "alm=1,uld=0.5", or {"alm": 1, "uld": 0.5}; of `OBJECTIVES`,
+            or "seqkd".
 
     Raises:
         ValueError: for an unknown name, one named twice, or a weight that is no finite number above 0.
@@ -100,7 +101,7 @@ def parse_objective(objective: str | Mapping[str, Any]) -> dict[str, float]:
         pairs = list(objective.items())
     weights: dict[str, float] = {}
     for name, weight in pairs:
-        _check_name(name)
+        _check_name(name, [*OBJECTIVES, SEQKD])
         if name in weights:
             raise ValueError(
                 f"objective={objective!r} names {name!r} twice. Give it once, with the sum of its weights."
@@ -148,10 +149,9 @@ def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective
     return Mixture(tuple(parts))
 
 
-def _check_name(name: str) -> None:
-    if name not in OBJECTIVES:
-        hint = did_you_mean(name, OBJECTIVES)
-        raise ValueError(f"Unknown objective {name!r}: there are {', '.join(OBJECTIVES)}.{hint}")
+def _check_name(name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"Unknown objective {name!r}: there are {', '.join(known)}.{did_you_mean(name, known)}")
 
 
 def _check_weight(name: str, weight: float) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,9 @@ def _distil(work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, 
     if student is sides.student.place:
         student = copy.deepcopy(student)
     generation_config = copy.deepcopy(student.generation_config)
-    with _left_as_it_is(sides.teacher.model(sides.teacher_options)) as teacher:
+    # Text that the source wrote is all that "seqkd" asks of it.
+    asked = not args.black_box
+    with _left_as_it_is(sides.teacher.model(sides.teacher_options)) if asked else nullcontext() as teacher:
         trainer = BridgeDistillTrainer(
             model=student,
             teacher_model=teacher,
@@ -164,7 +166,7 @@ def _distil(work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, 
             train_dataset=dataset,
             eval_dataset=eval_dataset,
             processing_class=sides.tokenizer,
-            teacher_processing_class=sides.teacher_tokenizer,
+            teacher_processing_class=sides.teacher_tokenizer if asked else None,
         )
         return train(trainer, student, get_last_checkpoint(work), generation_config)
 

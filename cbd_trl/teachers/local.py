@@ -9,10 +9,11 @@ from accelerate import Accelerator, cpu_offload
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cbd_trl.architectures.backbone import check_head, open_forward, output_head
+from cbd_trl.architectures.backbone import check_causal, check_head, open_forward, output_head
 from cbd_trl.losses.head import product_dtype
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.losses.signals import HiddenSignal, MixtureSignal
+from cbd_trl.names import readable_name
 from cbd_trl.teachers.batch import Batch
 
 
@@ -40,8 +41,9 @@ def load_teacher(
         the teacher, not yet on a device.
 
     Raises:
-        ValueError: if it is the student or shares parameters with it, if options for loading come with a model, or if
-            its logits are not a plain head of its last hidden state, or it has virtual tokens in front of its inputs.
+        ValueError: if it is the student or shares parameters with it, if options for loading come with a model, if it
+            has no logits or was saved without what makes them, if they are not a plain head of its last hidden state
+            or know what follows, or if it has virtual tokens in front of its inputs.
         TypeError: if it is neither a model nor a string.
     """
     if isinstance(teacher, str):
@@ -50,7 +52,7 @@ def load_teacher(
             kwargs["attn_implementation"] = attention
         if revision is not None:
             kwargs["revision"] = revision
-        teacher = AutoModelForCausalLM.from_pretrained(teacher, **{**kwargs, **(init_kwargs or {})})
+        teacher = _load(teacher, {**kwargs, **(init_kwargs or {})})
     elif not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher_model is a {type(teacher).__name__}: it must be a causal language model, or the path "
@@ -68,11 +70,41 @@ def load_teacher(
             "such as `copy.deepcopy(model)`, or set self_distillation=True to learn from the student's own base."
         )
     teacher = _without_wrapper(teacher)
+    _check_writes(teacher)
     teacher.eval()
     teacher.requires_grad_(False)
     open_forward(teacher)
+    check_causal(teacher)
     check_head(teacher)
     return teacher
+
+
+def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    model, info = loaded
+    head = model.get_output_embeddings()
+    weights = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    missing = [key for key, one in model.named_parameters() if id(one) in weights and key in info["missing_keys"]]
+    if missing:
+        raise ValueError(
+            f"The teacher {readable_name(name)} was saved without {' and '.join(missing)}, so the logits of this "
+            f"{type(model).__name__} would be random: what is there is a model without a head. Give a causal language "
+            "model with its head."
+        )
+    return model
+
+
+def _check_writes(teacher: Any) -> None:
+    """Refuse a model that does not say what the next token of a text is."""
+    head = getattr(teacher, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(teacher.config, "is_encoder_decoder", False):
+        reason = (
+            "has no head over the vocabulary" if head is None else "writes an answer to a text, not its next token"
+        )
+        raise ValueError(
+            f"The teacher is a {type(teacher).__name__}, which {reason}: there are no logits to learn from. Give a "
+            "causal language model, such as `AutoModelForCausalLM` loads."
+        )
 
 
 def _without_wrapper(teacher: Any) -> PreTrainedModel:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from cbd_trl.bridge.objectives import OBJECTIVES, parse_objective
+from cbd_trl.bridge.objectives import OBJECTIVES, SEQKD, parse_objective
 from cbd_trl.losses.divergences import DIVERGENCES
+from cbd_trl.losses.schedule import WeightSchedule
 from cbd_trl.trainers.distill_config import DistillConfig
 
 # What a DistillConfig has and this one refuses, and why.
@@ -14,6 +15,18 @@ _WITHOUT_MEANING = {
     "teacher_weights": "teachers with tokens of their own have no common distribution to average",
     "swap_probability": "a hybrid is of two models of one chain, which have one vocabulary",
 }
+# Objectives that are not mixed, and why.
+_ALONE = {
+    "dskd-cma": "dskd-cma carries states over by attention and the others compare groups of tokens, so it cannot be "
+    "mixed or weighted here. Use it alone, and kd_weight for its weight.",
+    SEQKD: "seqkd is the cross-entropy of text that the teacher wrote, and the others ask the teacher itself, so it "
+    "cannot be mixed or weighted. Use it alone; or name the others, whose ce_weight is its weight on such text.",
+}
+# Weights of a loss of several terms, which seqkd is not.
+_WEIGHTS = (
+    *(f"{term}_{what}" for term in ("kd", "ce") for what in ("weight", "weight_end", "schedule")),
+    *("hidden_weight", "hidden_weight_end", "hidden_schedule"),
+)
 
 
 @dataclass
@@ -26,7 +39,8 @@ class BridgeDistillConfig(DistillConfig):
     Args:
         objective: what the two models are compared by: `alm`, `uld`, `shared` or `dskd-cma` (see
             `cbd_trl.bridge.objectives`), or several of the first three with their weights, "alm=1,uld=0.5" or a
-            dict. `kd_weight` is of all of it.
+            dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text that it wrote, which
+            is the whole loss.
         divergence: of the objectives that have one (`alm`, `shared`, `dskd-cma`). None: their own.
         temperature: of all objectives named. None: their own, which for `alm` is 100.
         top_k: of the objectives that rank tokens (`uld`, `shared`): how many ranks are compared. None: all.
@@ -36,13 +50,15 @@ class BridgeDistillConfig(DistillConfig):
     """
 
     trainer = "BridgeDistillTrainer"
+    ways_to_a_teacher = ["teacher_model_name_or_path"]
     _VALID_DICT_FIELDS = [*DistillConfig._VALID_DICT_FIELDS, "objective"]
 
     objective: dict[str, Any] | str | None = field(
         default="alm",
         metadata={
             "help": f"What the two models are compared by: one of {', '.join(OBJECTIVES)}, or several with their "
-            "weights, such as 'alm=1,uld=0.5' or a JSON object."
+            "weights, such as 'alm=1,uld=0.5' or a JSON object. Or seqkd: the data is text that the teacher wrote, "
+            "and no teacher is loaded."
         },
     )
     # None is a value of these three only here: the default depends on the objective.
@@ -71,11 +87,10 @@ class BridgeDistillConfig(DistillConfig):
                     f"{name}={getattr(self, name)!r} has no meaning across vocabularies: {reason}. Leave it out."
                 )
         names = list(self.objectives)
-        if "dskd-cma" in names and self.objectives != {"dskd-cma": 1.0}:
-            raise ValueError(
-                f"objective={self.objective!r}: dskd-cma carries states over by attention and the others compare "
-                "groups of tokens, so it cannot be mixed or weighted here. Use it alone, and kd_weight for its weight."
-            )
+        for name, reason in _ALONE.items():
+            if name in names and self.objectives != {name: 1.0}:
+                raise ValueError(f"objective={self.objective!r}: {reason}")
+        self._check_black_box()
         for option in ("divergence", "temperature", "top_k"):
             having = [name for name, row in OBJECTIVES.items() if option in row.options]
             if getattr(self, option) is not None and not set(names) & set(having):
@@ -88,6 +103,39 @@ class BridgeDistillConfig(DistillConfig):
                 f"hidden_weight={self.hidden_weight} compares hidden states, and models of two vocabularies share no "
                 "channels. Learn a map between them with hidden_projector=True, or set hidden_weight=0."
             )
+
+    def _check_black_box(self) -> None:
+        if not self.black_box:
+            return
+        if self.teacher_model_name_or_path is not None:
+            raise ValueError(
+                f"teacher_model_name_or_path={self.teacher_model_name_or_path!r} with objective='seqkd', which learns "
+                "text that the teacher wrote and asks it nothing: it would not be used. Leave it out, or name another "
+                "objective."
+            )
+        for name in _WEIGHTS:
+            value, default = getattr(self, name), self.__dataclass_fields__[name].default
+            if (value or 0) != (default or 0):
+                raise ValueError(
+                    f"{name}={value!r} with objective='seqkd', whose loss is the cross-entropy alone: it would be "
+                    f"ignored. Leave {name} out."
+                )
+
+    def schedules(self) -> dict[str, WeightSchedule]:
+        """See `DistillConfig`."""
+        if not self.black_box:
+            return super().schedules()
+        return {term: WeightSchedule(float(term == "ce"), 0.0, "constant") for term in ("kd", "ce", "hidden")}
+
+    @property
+    def black_box(self) -> bool:
+        """Whether the teacher is there by what it wrote alone."""
+        return SEQKD in self.objectives
+
+    @property
+    def instead_of_a_teacher(self) -> str | None:
+        """See `DistillConfig`."""
+        return "objective='seqkd'" if self.black_box else None
 
     @property
     def objectives(self) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.names import readable_name
@@ -17,6 +18,8 @@ from cbd_trl.trainers.bridge_step_loss import BridgeTeacher
 from cbd_trl.trainers.model_card import describe_model
 from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, open_student
 
+logger = logging.get_logger(__name__)
+
 # Rows that are read before a data set is said to have nothing in common with the teacher's tokens.
 _PROBED_ROWS = 1000
 _ROWS_AT_A_TIME = 8
@@ -24,6 +27,8 @@ _ROWS_AT_A_TIME = 8
 _MARGIN = 1.5
 # Fewer tokens could be so by chance.
 _ENOUGH_TOKENS = 64
+# Padding of a vocabulary is a few rows in a hundred at most.
+_USED_ROWS = 0.9
 
 
 def set_up_bridge_teacher(
@@ -46,8 +51,8 @@ def set_up_bridge_teacher(
         the teacher, and the bridge between the two tokenizers.
 
     Raises:
-        ValueError: for several teachers, a teacher without a tokenizer, a model that lacks rows for its tokenizer, or
-            a tokenizer whose tokens do not tell their bytes.
+        ValueError: for several teachers, a teacher without a tokenizer, a model that lacks rows for its tokenizer, a
+            tokenizer that contradicts the one saved with the teacher, or whose tokens do not tell their bytes.
         TypeError: if the teacher is neither a model nor a string.
     """
     if isinstance(named, list | tuple):
@@ -65,8 +70,11 @@ def set_up_bridge_teacher(
         trust_remote_code=args.trust_remote_code,
     )
     place = named if isinstance(named, str) else getattr(model.config, "_name_or_path", None)
+    saved = find_tokenizer(place, args.teacher_model_revision, local_only=not isinstance(named, str))
     if teacher_tokenizer is None:
-        teacher_tokenizer = find_tokenizer(place, args.teacher_model_revision, local_only=not isinstance(named, str))
+        teacher_tokenizer = saved
+    elif saved is not None:
+        _compare_with_saved(teacher_tokenizer, saved, readable_name(place), isinstance(named, str))
     if teacher_tokenizer is None:
         raise ValueError(
             f"No tokenizer was found for the teacher {readable_name(place) or 'made in memory'}: its tokens are not "
@@ -75,6 +83,7 @@ def set_up_bridge_teacher(
         )
     check_rows("student", vocabulary_rows(student), tokenizer, "processing_class")
     check_rows("teacher", vocabulary_rows(model), teacher_tokenizer, "teacher_processing_class")
+    _warn_of_unused_rows(vocabulary_rows(model), teacher_tokenizer)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     bridge = Bridge(tokenizer, teacher_tokenizer, longest)
     text = f"{describe_model(model, place)}, by a tokenizer of {len(teacher_tokenizer):,} tokens"
@@ -149,3 +158,36 @@ class TeacherWatch:
                 f"student's is {self._names[0]}, the teacher's {self._names[1]}. Pass the teacher's own as "
                 "`teacher_processing_class`."
             )
+
+
+def _warn_of_unused_rows(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens < _USED_ROWS * rows:
+        logger.warning(
+            f"The teacher has {rows} vocabulary rows, and its tokenizer, {tokenizer_name(tokenizer)}, tokens for "
+            f"{tokens} of them: it may be another model's, which its loss does not always show."
+        )
+
+
+def _compare_with_saved(
+    given: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase, place: str | None, loaded: bool
+) -> None:
+    """Another tokenizer than the saved one is wrong for a model that was loaded, and suspicious for one at hand.
+
+    Tokens that only one of them has are no contradiction: they may have been added, or given another name.
+    """
+    known = saved.get_vocab()
+    moved = [(index, token) for token, index in given.get_vocab().items() if known.get(token, index) != index]
+    if not moved:
+        return
+    index, token = min(moved)
+    text = (
+        f"{len(moved)} of the {len(given)} tokens of the `teacher_processing_class` have another id in the tokenizer "
+        f"saved with the teacher {place}, such as {token!r}: {index} against {known[token]}"
+    )
+    if loaded:
+        raise ValueError(
+            f"{text}. It is another model's: leave it out, and the saved one is used. If you know better, load the "
+            "teacher yourself and pass it as a model."
+        )
+    logger.warning(f"{text}. If the teacher was not given another vocabulary since, it is another model's.")

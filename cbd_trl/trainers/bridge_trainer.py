@@ -18,7 +18,10 @@ from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_projectors import BridgeProjectors
 from cbd_trl.trainers.bridge_setup import TeacherWatch, check_datasets, set_up_bridge_teacher
 from cbd_trl.trainers.bridge_step_loss import BridgeStepLoss
+from cbd_trl.trainers.chat_rows import CHAT, holds_chats, prepare_chats
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.trainers.sequence_level import SequenceLevelLoss, set_up_black_box
+from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup
 
 
@@ -30,7 +33,8 @@ class BridgeDistillTrainer(DistillTrainer):
     The loss is a sum over the scored tokens of the student, a value of a group standing on its first token, over their
     number. The first token of a text is never scored, as in SFT. Logged besides: `unaligned`, the share of scored
     tokens in no group, which are trained by cross-entropy alone; `teacher_ce` is what the groups cost the teacher, per
-    token of the student.
+    token of the student. The teacher reads chats in its own template. With `objective="seqkd"` there is no teacher:
+    the loss is the cross-entropy of the data, text that it wrote.
 
     Args:
         model: as in `DistillTrainer`.
@@ -52,18 +56,42 @@ class BridgeDistillTrainer(DistillTrainer):
     _tag_names = ["cbd_trl", "bridge-distill"]
     _name = "BridgeDistill"
     _config = BridgeDistillConfig
-    _step_loss = BridgeStepLoss
+    _step_loss: type[StepLoss] = BridgeStepLoss
     args: BridgeDistillConfig
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        prepare = super()._prepare_dataset
+        if args.black_box or not holds_chats(dataset):
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+        def prepare_by(rows: Any, args: Any, packing: bool) -> Any:
+            formatting = formatting_func if rows is dataset else None
+            return prepare(rows, processing_class, args, packing, formatting, dataset_name)
+
+        return prepare_chats(dataset, args, packing, prepare_by)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if CHAT not in columns:
+            columns.append(CHAT)
 
     def _set_up_teacher(
         self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None
     ) -> TeacherSetup:
+        if self.args.black_box:
+            self._step_loss = SequenceLevelLoss
+            return set_up_black_box(student, tokenizer)
         setup, self._bridge = set_up_bridge_teacher(named, student, self.args, self.processing_class, tokenizer)
         self._watch = TeacherWatch(self._bridge, vocabulary_rows(setup.model))
         return setup
 
     def _make_objective(self, setup: TeacherSetup) -> Any:
         args, weights = self.args, self.args.objectives
+        if args.black_box:
+            return None
         options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k}
         if args.divergence is not None:
             options["divergence"] = get_divergence(
@@ -90,12 +118,14 @@ class BridgeDistillTrainer(DistillTrainer):
         return attention
 
     def _collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
-        collator = BridgeCollator(self.data_collator, self._bridge)
+        if self.args.black_box:
+            return self.data_collator
+        collator = BridgeCollator(self.data_collator, self._bridge, self.chat_template)
         check_datasets(collator, datasets)
         return collator
 
     def _run(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
         outputs = super()._run(model, batch, with_logits)
-        if self._watch.waiting:
+        if not self.args.black_box and self._watch.waiting:
             self._watch.look(outputs["teacher_ce"].sum(), int((batch.teacher["teacher_group"] != NOWHERE).sum()))
         return outputs

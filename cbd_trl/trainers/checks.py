@@ -15,25 +15,24 @@ def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
         args: of the run.
 
     Returns:
-        a model, path or Hub id, a list of them, or None where `args` names a cache or the student's own base.
+        a model, path or Hub id, a list of them, or None where `args` says that none is loaded.
 
     Raises:
         ValueError: if there is none, or two.
     """
     named = args.teacher_model_name_or_path
-    elsewhere = "teacher_cache" if args.teacher_cache else "self_distillation" if args.self_distillation else None
+    elsewhere = args.instead_of_a_teacher
     if teacher is not None and (named is not None or elsewhere):
         other = elsewhere or "teacher_model_name_or_path"
         raise ValueError(
-            f"A teacher was given as `teacher_model` of the trainer and as {other} of the DistillConfig: both were "
-            "given, and there can be one. Give one of them."
+            f"A teacher was given as `teacher_model` of the trainer, and {other} in the {type(args).__name__}: both "
+            "were given, and there can be one. Give one of them."
         )
     chosen = named if teacher is None else teacher
     if (chosen is None and not elsewhere) or (isinstance(chosen, list | tuple) and not chosen):
         raise ValueError(
             "A teacher is needed: neither was `teacher_model` of the trainer given nor, in the "
-            f"{type(args).__name__}, `teacher_model_name_or_path`, `teacher_cache` or `self_distillation`. "
-            "Give one of them."
+            f"{type(args).__name__}, {' or '.join(f'`{name}`' for name in args.ways_to_a_teacher)}. Give one of them."
         )
     return chosen
 

@@ -7,8 +7,6 @@ from cbd_trl.losses.divergences import DIVERGENCES, divergence_option, get_diver
 from cbd_trl.losses.hidden import HIDDEN_LOSS, get_hidden_loss
 
 _WEIGHTED_TERMS = ("kd", "ce", "hidden")
-# Ways to name a teacher in the config; the trainer's `teacher_model` is one more.
-_TEACHERS = ("teacher_model_name_or_path", "teacher_cache", "self_distillation")
 
 
 def check_config(config: Any) -> None:
@@ -130,10 +128,10 @@ def _check_hidden(config: Any) -> None:
 
 
 def _check_teacher(config: Any) -> None:
-    named = [name for name in _TEACHERS if getattr(config, name)]
+    named = [name for name in config.ways_to_a_teacher if getattr(config, name)]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} each name a teacher: there can be one. Give one of them.")
-    absent = "teacher_cache" if config.teacher_cache else "self_distillation" if config.self_distillation else None
+    absent = config.instead_of_a_teacher
     if absent:
         loads = ("teacher_model_init_kwargs", "teacher_model_revision", "teacher_offload", "teacher_weights")
         for name in loads:

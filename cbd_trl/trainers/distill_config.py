@@ -62,8 +62,10 @@ class DistillConfig(SFTConfig):
         ValueError: for a value that has no meaning, or an SFT option that this loss does not have.
     """
 
-    # The trainer that these are the arguments of; without a type it is no argument itself.
+    # The trainer that these are the arguments of; without a type these are no arguments themselves.
     trainer = "DistillTrainer"
+    # Its arguments that name a teacher; the trainer's `teacher_model` is one more way.
+    ways_to_a_teacher = ["teacher_model_name_or_path", "teacher_cache", "self_distillation"]
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(
@@ -244,6 +246,11 @@ class DistillConfig(SFTConfig):
         if self.top_k:
             options.append(f"top {self.top_k} and tail")
         return f"{self.divergence} ({', '.join(options)})"
+
+    @property
+    def instead_of_a_teacher(self) -> str | None:
+        """The argument by which no teacher is loaded, None if one is."""
+        return "teacher_cache" if self.teacher_cache else "self_distillation" if self.self_distillation else None
 
     @property
     def learns_projectors(self) -> str | None:

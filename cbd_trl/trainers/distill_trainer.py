@@ -1,7 +1,7 @@
 """Off-policy distillation on SFT-shaped data: wiring only, the formulas are in `cbd_trl.losses`."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,21 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from cbd_trl.losses.objective import TERMS, Weights
-from cbd_trl.losses.reduction import count_scored, normalise
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
 from cbd_trl.trainers.batches import RowLengthsCollator
 from cbd_trl.trainers.checks import check_arguments, check_hybrid, check_run, chosen_teacher
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.trainers.evaluation_trainer import EvaluationTrainer
 from cbd_trl.trainers.hybrid import Hybrid, Pass
 from cbd_trl.trainers.layer_pairs import LayerPairs
-from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
 from cbd_trl.trainers.step_loss import StepLoss
+from cbd_trl.trainers.step_trainer import StepTrainer
 from cbd_trl.trainers.teacher_setup import (
     TeacherModel,
     TeacherSetup,
@@ -34,7 +31,7 @@ from cbd_trl.trainers.teacher_setup import (
 )
 
 
-class DistillTrainer(EvaluationTrainer):
+class DistillTrainer(StepTrainer):
     """Trains a student on a dataset to predict what a teacher predicts.
 
     The loss is kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x mean distance of the layers, each
@@ -73,8 +70,6 @@ class DistillTrainer(EvaluationTrainer):
     _name = "Distill"
     _config: type[DistillConfig] = DistillConfig
     _step_loss: type[StepLoss] = StepLoss
-    args: DistillConfig
-    model: Any
     processing_class: Any
 
     def __init__(
@@ -118,16 +113,12 @@ class DistillTrainer(EvaluationTrainer):
         self._teacher = setup.teacher
         self._teacher.place(self.accelerator, args.teacher_offload)
 
-        # The loss is normalised by the tokens of the whole step, so the Trainer must count them.
-        self.model_accepts_loss_kwargs = True
         if self.padding_free:
             self.data_collator = RowLengthsCollator(**vars(self.data_collator))
             self._check_rows_apart()
         evaluation = self.eval_dataset
         datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
         self.data_collator = self._collator(setup, datasets)
-        self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
-        self.add_callback(TokenCounter())
 
     def _set_up_teacher(
         self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None
@@ -155,7 +146,7 @@ class DistillTrainer(EvaluationTrainer):
             return super().train(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in `EvaluationTrainer`.
+        """As in `StepTrainer`.
 
         Args:
             args: as there.
@@ -176,10 +167,6 @@ class DistillTrainer(EvaluationTrainer):
         if not self.padding_free or self.accelerator.device.type != "cpu" or self.args.torch_compile:
             return nullcontext()
         return attention_by_row([self._student, *self._teacher.models])
-
-    @property
-    def _weights(self) -> Weights:
-        return self.args.weights(self.state.global_step / max(self.state.max_steps, 1))
 
     def _run(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
         """What `StepLoss` returns for a batch; on a step with a hybrid its loss is in the total, and is "hybrid"."""
@@ -215,84 +202,6 @@ class DistillTrainer(EvaluationTrainer):
                     beside = forward(hybrid, False)["total"]
         outputs = forward(student, with_logits)
         return {**outputs, "total": outputs["total"] + beside, "hybrid": beside.detach()}
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor | int | None]:
-        """The micro-batches of one optimiser step, and how many tokens of them are scored.
-
-        Counted here, because the stock count includes the first token of each row for models whose class name does not
-        tell that they shift their labels (GPT-2), which would make the loss depend on packing.
-
-        Args:
-            epoch_iterator: of micro-batches.
-            num_batches: how many to take.
-            device: of the count.
-
-        Returns:
-            micro-batches, and the number of scored tokens that `compute_loss` divides by.
-        """
-        batches, stock_count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches or stock_count is None:
-            return batches, stock_count
-        count = count_scored(batches).to(device)
-        if self.args.average_tokens_across_devices:
-            count = self.accelerator.reduce(count, "sum") // self.get_tp_size()
-        return batches, count
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of one micro-batch, as a share of its optimiser step.
-
-        Args:
-            model: the student, as wrapped for training.
-            inputs: input_ids, labels, and attention_mask or position_ids; (B, T) each.
-            return_outputs: also return the student's outputs.
-            num_items_in_batch: scored tokens of the optimiser step; None for those of this micro-batch.
-
-        Returns:
-            scalar loss in nats, or (loss, outputs).
-        """
-        batch = Batch.split(inputs)
-        outputs = self._run(model, batch, with_logits=return_outputs)
-        scored = outputs["ce"].numel()
-        if self.model.training:
-            sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
-            self._train_meter.add(sums, torch.tensor(float(scored), device=outputs["ce"].device))
-            self._token_counter.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
-        shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
-        processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
-        loss = normalise(outputs["total"], scored, num_items_in_batch, processes)
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the terms since the last training log.
-
-        Args:
-            logs: what the Trainer logs.
-            start_time: of the training, in seconds.
-        """
-        if "loss" in logs:
-            logs.update(self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum")))
-            logs.update(self._scheduled_weights())
-            logs["num_tokens"] = int(self._token_counter.tokens)
-        super().log(logs, start_time)
-
-    def _scheduled_weights(self) -> dict[str, float]:
-        # Logged once the step is counted: its own weights, so that they explain its loss.
-        weights = self.args.weights((self.state.global_step - 1) / max(self.state.max_steps, 1))
-        schedules = self.args.schedules().items()
-        return {f"{term}_weight": getattr(weights, term) for term, how in schedules if how.shape != "constant"}
-
-    @property
-    def _token_counter(self) -> TokenCounter:
-        # Looked up, because the Trainer may replace its callbacks by restored ones.
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, TokenCounter))
 
     def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.bridge import Bridge, TeacherRows
-from cbd_trl.bridge.chats import read_chats, render
+from cbd_trl.bridge.chats import Chat, read_chats, render
 from cbd_trl.bridge.reader import Reader
 from tests.bridge.alignment_helpers import groups_of, naive_groups, padded, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
@@ -49,8 +49,12 @@ def _ids(tokenizer: PreTrainedTokenizerFast, chats: list[list[dict[str, Any]]] =
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
+def _chats(chats: list[list[dict[str, Any]]] = CHATS, **template: Any) -> list[Chat | None]:
+    return [Chat(chat, template) for chat in chats]
+
+
 def _read(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast) -> TeacherRows:
-    return read_chats(Bridge(student, teacher), padded(_ids(student)), CHATS)
+    return read_chats(Bridge(student, teacher), padded(_ids(student)), _chats())
 
 
 def _pieces(tokenizer: PreTrainedTokenizerFast, row: list[int], tokens: list[int]) -> bytes:
@@ -87,7 +91,7 @@ def test_groups_in_a_content_are_those_of_a_naive_twin() -> None:
     rows = _read(student, teacher)
     chat, ours, theirs = CHATS[1], _ids(student)[1], _ids(teacher)[1]
     expected, mine, yours = [], 1, 2
-    for message in chat:
+    for i, message in enumerate(chat):
         sides = [
             spelled(one, one(message["content"], add_special_tokens=False)["input_ids"]) for one in (student, teacher)
         ]
@@ -95,9 +99,35 @@ def test_groups_in_a_content_are_those_of_a_naive_twin() -> None:
             expected.append(([mine + i for i in left], [yours + j for j in right]))
         mine, yours = mine + len(sides[0]), yours + len(sides[1])
         expected.append(([mine], [yours]))
+        # Before the third message both templates write the same mark.
+        if i == 1:
+            expected.append(([mine + 1], [yours + 1]))
         mine, yours = mine + 2, yours + 2
     assert ours[mine - 2] == student.eos_token_id and len(theirs) == yours - 1
     assert groups_of(rows, 1) == expected
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "unigram"])
+def test_where_the_templates_are_the_same_everything_is_aligned(kind: str) -> None:
+    student, teacher = _student(), make_tokenizer(kind, 600, seed=1)
+    teacher.chat_template = STUDENT
+    chats = CHATS if kind != "unigram" else [[{**message, "content": "ba lo"} for message in chat] for chat in CHATS]
+    bridge, rows = Bridge(student, teacher), padded(_ids(student, chats))
+    ours, plain = read_chats(bridge, rows, _chats(chats)), bridge.read(rows)
+    assert ours.ids_RU.tolist() == plain.ids_RU.tolist() and ours.mask_RU.tolist() == plain.mask_RU.tolist()
+    assert [groups_of(ours, row) for row in (0, 1)] == [groups_of(plain, row) for row in (0, 1)]
+    assert ours.unaligned == plain.unaligned < 0.1 * plain.scored
+
+
+def test_text_that_is_the_same_between_different_marks_is_aligned() -> None:
+    student, teacher = _student(), _teacher("byte_level")
+    student.chat_template = "{% for m in messages %}\n{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    teacher.chat_template = "<s>{% for m in messages %}\n{{ m['role'] }}: {{ m['content'] }}<eot>{% endfor %}"
+    rows = _read(student, teacher)
+    # The first token is predicted by nothing, and the head of the texts differs.
+    head = len(student("\nsystem: ", add_special_tokens=False)["input_ids"])
+    aligned = rows.alignment.student_BT[0] != NOWHERE
+    assert aligned[head + 1 : len(_ids(student)[0])].all() and not aligned[:1].any()
 
 
 def test_only_what_is_scored_is_used_and_the_rest_of_it_counted() -> None:
@@ -105,7 +135,7 @@ def test_only_what_is_scored_is_used_and_the_rest_of_it_counted() -> None:
     ids = _ids(student)
     start = [len(row) - row[::-1].index(student.convert_tokens_to_ids("<assistant>")) for row in ids]
     labels = [[-100] * n + row[n:] for n, row in zip(start, ids, strict=True)]
-    rows = read_chats(Bridge(student, teacher), padded(ids, labels), CHATS)
+    rows = read_chats(Bridge(student, teacher), padded(ids, labels), _chats())
     whole = _read(student, teacher)
     for row in range(2):
         assert groups_of(rows, row) == [pair for pair in groups_of(whole, row) if pair[0][0] >= start[row]]
@@ -113,20 +143,42 @@ def test_only_what_is_scored_is_used_and_the_rest_of_it_counted() -> None:
     assert rows.scored - rows.unaligned == int((rows.alignment.student_BT != NOWHERE).sum())
 
 
-def test_a_cut_row_is_aligned_as_far_as_it_goes_and_a_strange_one_not_at_all() -> None:
+def test_a_cut_row_is_aligned_as_far_as_it_goes_and_a_strange_one_is_read_as_it_is() -> None:
     student, teacher = _student(), _teacher()
-    ids = _ids(student)
+    ids, bridge = _ids(student), Bridge(student, teacher)
     whole = _read(student, teacher)
-    cut = read_chats(Bridge(student, teacher), padded([ids[0][:25], [*ids[1][:5], 9, *ids[1][6:]]]), CHATS)
+    batch = padded([ids[0][:25], [*ids[1][:5], 9, *ids[1][6:]], ids[1][7:], ids[1]])
     assert ids[1][5] != 9
+    read = read_chats(bridge, batch, [*_chats(), _chats()[1], None])
     complete = [pair for pair in groups_of(whole, 0) if pair[0][-1] < 25]
-    assert groups_of(cut, 0) == complete and len(complete) > 3
-    assert groups_of(cut, 1) == []
-    assert cut.unaligned >= len(ids[1]) - 1
+    assert groups_of(read, 0) == complete and len(complete) > 3
+    plain = bridge.read(batch)
+    for row in (1, 2, 3):
+        assert groups_of(read, row) == groups_of(plain, row) != []
+        length = int(plain.mask_RU[row].sum())
+        assert read.ids_RU[row, :length].tolist() == plain.ids_RU[row, :length].tolist()
+        assert int(read.mask_RU[row].sum()) == length
+    assert read.scored == plain.scored
+    assert read.scored - read.unaligned == int((read.alignment.student_BT != NOWHERE).sum())
+    # Groups are numbered in the order of both batches.
+    for side in (read.alignment.student_BT, read.alignment.teacher_RU):
+        numbers = side[side != NOWHERE].unique_consecutive()
+        assert torch.equal(numbers, torch.arange(read.alignment.groups))
+
+
+def test_a_chat_that_the_teachers_template_refuses_is_read_in_the_students(caplog: pytest.LogCaptureFixture) -> None:
+    student, teacher = _student(), _teacher()
+    teacher.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEACHER
+    )
+    bridge, rows = Bridge(student, teacher), padded(_ids(student))
+    read, plain, own = read_chats(bridge, rows, _chats()), bridge.read(rows), _read(student, _teacher())
+    assert groups_of(read, 0) == groups_of(plain, 0) != groups_of(own, 0)
+    assert groups_of(read, 1) == groups_of(own, 1) != groups_of(plain, 1)
 
 
 def test_a_short_content_is_not_found_in_the_template() -> None:
-    rendered = render(Reader(_teacher()), CHATS[0])
+    rendered = render(Reader(_teacher()), Chat(CHATS[0]))
     start, end = rendered.spans[0]  # type: ignore[misc]
     assert rendered.text[start - 6 : end] == "says: user"
     start, end = rendered.spans[1]  # type: ignore[misc]
@@ -156,7 +208,7 @@ def test_messages_without_text_are_left_out() -> None:
         {"role": "assistant", "content": " "},
         {"role": "user", "content": "to"},
     ]
-    rows = read_chats(Bridge(student, teacher), padded(_ids(student, [chat])), [chat])
+    rows = read_chats(Bridge(student, teacher), padded(_ids(student, [chat])), _chats([chat]))
     ours = _ids(student, [chat])[0]
     found = [student.convert_ids_to_tokens(ours[i]) for mine, _ in groups_of(rows, 0) for i in mine]
     assert found.count("</s>") == 2 and "<assistant>" not in found
@@ -165,25 +217,25 @@ def test_messages_without_text_are_left_out() -> None:
 def test_arguments_of_the_template_are_handed_on() -> None:
     student, teacher = _student(), _teacher()
     teacher.chat_template = "{{ opening }}" + TEACHER
-    rows = read_chats(Bridge(student, teacher), padded(_ids(student)), CHATS, opening="lo")
+    rows = read_chats(Bridge(student, teacher), padded(_ids(student)), _chats(opening="lo"))
     assert teacher.decode(rows.ids_RU[0]).strip().startswith("lo")
     assert rows.alignment.groups == _read(student, teacher).alignment.groups
 
 
 def test_as_many_chats_as_texts_are_wanted() -> None:
     student = _student()
-    with pytest.raises(ValueError, match=r"1 chats for a batch of 2 texts.*one list of messages for each"):
-        read_chats(Bridge(student, _teacher()), padded(_ids(student)), CHATS[:1])
+    with pytest.raises(ValueError, match=r"1 chats for a batch of 2 texts.*Pass a chat or None for each"):
+        read_chats(Bridge(student, _teacher()), padded(_ids(student)), _chats()[:1])
 
 
 def test_ids_of_another_tokenizer_are_refused() -> None:
     with pytest.raises(ValueError, match="token id 999"):
-        read_chats(Bridge(_student(), _teacher()), padded([[1, 999], [1]]), CHATS)
+        read_chats(Bridge(_student(), _teacher()), padded([[1, 999], [1]]), _chats())
 
 
 def test_the_teachers_chats_are_cut() -> None:
     student, teacher = _student(), _teacher()
-    rows = read_chats(Bridge(student, teacher, max_length=20), padded(_ids(student)), CHATS)
+    rows = read_chats(Bridge(student, teacher, max_length=20), padded(_ids(student)), _chats())
     whole = _read(student, teacher)
     assert torch.equal(rows.ids_RU, whole.ids_RU[:, :20])
     assert groups_of(rows, 0) == [pair for pair in groups_of(whole, 0) if pair[1][-1] < 20]

@@ -1,6 +1,5 @@
 """A student learns from a teacher with another tokenizer: the same guarantees as with the same one."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,11 @@ from tokenizers.normalizers import Lowercase
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cbd_trl import BridgeDistillTrainer
 from cbd_trl.bridge.bridge import Bridge, StudentRows
 from tests.bridge.alignment_helpers import normalising
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (
     make_bridge,
-    make_bridge_config,
     student,
     students_tokenizer,
     teacher,
@@ -201,50 +198,10 @@ def test_families_of_other_architectures_teach(pair: tuple[str, str]) -> None:
     assert logs["kd"] > 0 and all(gradient.isfinite().all() for gradient in grads.values())
 
 
-def test_a_teacher_by_path_brings_its_tokenizer(tmp_path: Path) -> None:
-    teacher().save_pretrained(tmp_path)
-    teachers_tokenizer().save_pretrained(tmp_path)
-    found = BridgeDistillTrainer(
-        student(), str(tmp_path), make_bridge_config(), Dataset.from_dict({"text": texts()}),
-        processing_class=students_tokenizer(),
-    )  # fmt: skip
-    _assert_same_run(one_step(found), one_step(make_bridge()))
-
-
 def test_a_teacher_that_reads_less_than_a_row_is_given_what_it_can() -> None:
     long = one_step(make_bridge())
     cut = one_step(make_bridge(teacher_model=teacher("gpt2", max_position_embeddings=8, n_positions=8)))
     assert long[0]["unaligned"] == 0 < cut[0]["unaligned"] < 1
-
-
-def test_a_wrong_tokenizer_is_caught_by_its_size() -> None:
-    with pytest.raises(ValueError, match=r"The teacher has 300 vocabulary rows, .* \(420 tokens\), has 420 tokens"):
-        make_bridge(teacher_model=teacher(vocab_size=300))
-    with pytest.raises(ValueError, match=r"The student has 200 vocabulary rows, .* as `processing_class`"):
-        make_bridge(model=student(vocab_size=200))
-
-
-def test_a_wrong_tokenizer_is_caught_by_the_loss() -> None:
-    sure = teacher()
-    with torch.no_grad():
-        sure.get_output_embeddings().weight *= 8
-    rows = Dataset.from_dict({"text": texts(8)})
-    guess = f"{math.log(420):.2f}"
-    with pytest.raises(ValueError, match=rf"guessing among its 420 tokens costs {guess}: .* \(300 tokens\), the teac"):
-        make_bridge(teacher_model=sure, train_dataset=rows, per_device_train_batch_size=8).train()
-
-
-def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the teacher made in memory: .* Pass `teacher_processing_class`; if it has"):
-        make_bridge(teacher_processing_class=None)
-    teacher().save_pretrained(tmp_path / "bare")
-    with pytest.raises(ValueError, match="No tokenizer was found for the teacher bare:"):
-        make_bridge(teacher_model=str(tmp_path / "bare"), teacher_processing_class=None)
-
-
-def test_several_teachers_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"teacher_model is a list of 2: .* Give one teacher"):
-        make_bridge(teacher_model=[teacher(), teacher()])
 
 
 def test_data_without_a_common_token_is_refused_before_training() -> None:

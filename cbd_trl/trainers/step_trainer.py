@@ -1,0 +1,117 @@
+"""The part of a trainer that counts: the loss of a micro-batch as a share of its step, and what is logged of it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cbd_trl.losses.objective import TERMS, Weights
+from cbd_trl.losses.reduction import count_scored, normalise
+from cbd_trl.teachers.batch import Batch
+from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.evaluation_trainer import EvaluationTrainer
+from cbd_trl.trainers.meters import TokenCounter, TokenMeter
+
+
+class StepTrainer(EvaluationTrainer):
+    """A trainer whose loss is a mean over the scored tokens of an optimiser step, and so is what it logs.
+
+    Neither depends on how the step is cut into micro-batches, packed or spread over processes.
+
+    Args:
+        args: as in `trl.SFTTrainer`.
+        kwargs: as there.
+    """
+
+    args: DistillConfig
+    model: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # The Trainer must count the tokens of the whole step.
+        self.model_accepts_loss_kwargs = True
+        self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
+        self.add_callback(TokenCounter())
+
+    @property
+    def _weights(self) -> Weights:
+        return self.args.weights(self.state.global_step / max(self.state.max_steps, 1))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | int | None]:
+        """The micro-batches of one optimiser step, and how many tokens of them are scored.
+
+        Counted here, because the stock count includes the first token of each row for models whose class name does not
+        tell that they shift their labels (GPT-2), which would make the loss depend on packing.
+
+        Args:
+            epoch_iterator: of micro-batches.
+            num_batches: how many to take.
+            device: of the count.
+
+        Returns:
+            micro-batches, and the number of scored tokens that `compute_loss` divides by.
+        """
+        batches, stock_count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches or stock_count is None:
+            return batches, stock_count
+        count = count_scored(batches).to(device)
+        if self.args.average_tokens_across_devices:
+            count = self.accelerator.reduce(count, "sum") // self.get_tp_size()
+        return batches, count
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one micro-batch, as a share of its optimiser step.
+
+        Args:
+            model: the student, as wrapped for training.
+            inputs: input_ids, labels, and attention_mask or position_ids; (B, T) each.
+            return_outputs: also return the student's outputs.
+            num_items_in_batch: scored tokens of the optimiser step; None for those of this micro-batch.
+
+        Returns:
+            scalar loss in nats, or (loss, outputs).
+        """
+        batch = Batch.split(inputs)
+        outputs = self._run(model, batch, with_logits=return_outputs)
+        scored = outputs["ce"].numel()
+        if self.model.training:
+            sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
+            self._train_meter.add(sums, torch.tensor(float(scored), device=outputs["ce"].device))
+            self._token_counter.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
+        shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
+        loss = normalise(outputs["total"], scored, num_items_in_batch, processes)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the terms since the last training log.
+
+        Args:
+            logs: what the Trainer logs.
+            start_time: of the training, in seconds.
+        """
+        if "loss" in logs:
+            logs.update(self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum")))
+            logs.update(self._scheduled_weights())
+            logs["num_tokens"] = int(self._token_counter.tokens)
+        super().log(logs, start_time)
+
+    def _scheduled_weights(self) -> dict[str, float]:
+        # Logged once the step is counted: its own weights, so that they explain its loss.
+        weights = self.args.weights((self.state.global_step - 1) / max(self.state.max_steps, 1))
+        schedules = self.args.schedules().items()
+        return {f"{term}_weight": getattr(weights, term) for term, how in schedules if how.shape != "constant"}
+
+    @property
+    def _token_counter(self) -> TokenCounter:
+        # Looked up, because the Trainer may replace its callbacks by restored ones.
+        return next(c for c in self.callback_handler.callbacks if isinstance(c, TokenCounter))
