@@ -43,11 +43,11 @@ class ObjectiveRow:
 # Not a row: plain cross-entropy on text that the teacher wrote. There is nothing to compare, and no teacher to run.
 SEQKD = "seqkd"
 OBJECTIVES: dict[str, ObjectiveRow] = {
-    "prefix": ObjectiveRow(PrefixObjective, ("table", "divergence", "temperature"), ("table",)),
     "alm": ObjectiveRow(ChunkLikelihood, ("divergence", "temperature")),
     "uld": ObjectiveRow(SortedDistance, ("temperature", "top_k")),
     "shared": ObjectiveRow(SharedHybrid, ("tokens", "divergence", "temperature", "top_k"), ("tokens",)),
     "dskd-cma": ObjectiveRow(CrossAttention, ("attention", "divergence", "temperature"), ("attention",)),
+    "prefix": ObjectiveRow(PrefixObjective, ("table", "divergence", "temperature"), ("table",)),
 }
 _WHERE_FROM = {
     "table": "PrefixTable.of(student, teacher)",

@@ -32,8 +32,9 @@ class PrefixObjective:
       distributions, and the rest weighs as much as the teacher's probability of it.
 
     After the conversion of token to byte and character probabilities by sums over covering tokens (Phan et al. 2024,
-    arXiv 2410.09303; Vieira et al. 2024, arXiv 2412.03719), with covers of one token, two where one has ended. With
-    one vocabulary it is the divergence itself.
+    arXiv 2410.09303; Vieira et al. 2024, arXiv 2412.03719), with covers of one token, two where one has ended: nothing
+    is read again by the teacher, as an exact conversion would ask (arXiv 2512.14954). With one vocabulary it is the
+    divergence itself.
 
     Attributes:
         table: the teacher's tokens by the student's.

@@ -17,6 +17,8 @@ _WITHOUT_MEANING = {
 }
 # Objectives that are not mixed, and why.
 _ALONE = {
+    "prefix": "prefix compares every position and the others compare groups of tokens, so it cannot be mixed or "
+    "weighted here. Use it alone, and kd_weight for its weight.",
     "dskd-cma": "dskd-cma carries states over by attention and the others compare groups of tokens, so it cannot be "
     "mixed or weighted here. Use it alone, and kd_weight for its weight.",
     SEQKD: "seqkd is the cross-entropy of text that the teacher wrote, and the others ask the teacher itself, so it "
@@ -37,11 +39,11 @@ class BridgeDistillConfig(DistillConfig):
     need one vocabulary. `hidden_weight` is of states behind the same text and always needs `hidden_projector`.
 
     Args:
-        objective: what the two models are compared by: `alm`, `uld`, `shared` or `dskd-cma` (see
+        objective: what the two models are compared by: `alm`, `uld`, `shared`, `dskd-cma` or `prefix` (see
             `cbd_trl.bridge.objectives`), or several of the first three with their weights, "alm=1,uld=0.5" or a
             dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text that it wrote, which
             is the whole loss.
-        divergence: of the objectives that have one (`alm`, `shared`, `dskd-cma`). None: their own.
+        divergence: of the objectives that have one (`alm`, `shared`, `dskd-cma`, `prefix`). None: their own.
         temperature: of all objectives named. None: their own, which for `alm` is 100.
         top_k: of the objectives that rank tokens (`uld`, `shared`): how many ranks are compared. None: all.
 
@@ -65,7 +67,7 @@ class BridgeDistillConfig(DistillConfig):
     divergence: str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Divergence of the objectives that have one (alm, shared, dskd-cma). Not set: their own.",
+            "help": "Divergence of the objectives that have one (alm, shared, dskd-cma, prefix). Not set: their own.",
             "choices": list(DIVERGENCES),
         },
     )

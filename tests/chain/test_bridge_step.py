@@ -79,6 +79,13 @@ def test_anchor_zero_is_what_the_trainer_makes(chain: Chain) -> None:
     assert (found - before).abs().max() > 0.1 * expected.std()
 
 
+def test_text_of_the_source_is_enough(tmp_path: Path) -> None:
+    config = bridge_config(objective="seqkd", max_steps=1)
+    zero = build_bridged(tmp_path, bridge=bridge_step(args=config)).anchors[0]
+    assert zero.training["bridge"]["arguments"]["objective"] == '{"seqkd": 1.0}' and zero.losses.keys() >= {"ce"}
+    assert "kd" not in zero.losses
+
+
 def test_what_chain_json_tells_of_it(chain: Chain) -> None:
     anchor, lower = chain.anchors
     assert (anchor.parent, anchor.block_map) == (None, None)

@@ -43,7 +43,7 @@ def _assert_same_run(ours: Run, theirs: Run) -> None:
     assert ours[0]["num_tokens"] == theirs[0]["num_tokens"]
 
 
-@pytest.mark.parametrize("objective", ["alm", "uld", "shared", "dskd-cma"])
+@pytest.mark.parametrize("objective", ["alm", "uld", "shared", "dskd-cma", "prefix"])
 def test_a_student_learns_its_teacher(objective: str) -> None:
     trainer = make_bridge(objective=objective, ce_weight=0.0, max_steps=12, learning_rate=1e-2)
     trainer.train()
@@ -87,7 +87,7 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize("objective", ["alm=1,shared=0.5", "dskd-cma"])
+@pytest.mark.parametrize("objective", ["alm=1,shared=0.5", "dskd-cma", "prefix"])
 @pytest.mark.parametrize("how", SAME, ids=str)
 def test_batching_changes_nothing(how: dict[str, Any], objective: str) -> None:
     fields = {"objective": objective, "hidden_weight": 1.0, "hidden_projector": True}
