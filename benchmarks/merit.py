@@ -30,7 +30,8 @@ from benchmarks.tables import machine, markdown
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.from_chain import load_pair
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import OPERATORS, Plan
+from cbd_trl.chain.operators import OPERATORS
+from cbd_trl.chain.pair import Plan
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.results import Results, write_text

@@ -8,7 +8,8 @@ from tqdm.auto import tqdm
 
 from cbd_trl.chain.depths import blocks_for_depth
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, Plan
+from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS
+from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.losses.held_out import held_out_loss
 
 _ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)

@@ -17,7 +17,8 @@ from cbd_trl.chain.calibrate import choose_plan
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import OPERATORS, Pair, Plan, default_alpha
+from cbd_trl.chain.operators import OPERATORS, default_alpha
+from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.stored_statistics import StoredStatistics

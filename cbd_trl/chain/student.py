@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from cbd_trl.architectures import describe
 from cbd_trl.chain.manifest import Anchor
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import Pair
+from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.plan import Step
 from cbd_trl.chain.store import CALIBRATION_BATCH
 from cbd_trl.chain.width_hybrid import WidthHybrid

@@ -9,7 +9,8 @@ import torch
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.manifest import Chain
-from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, Pair, check_patch, default_alpha
+from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, check_patch, default_alpha
+from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.records import STATISTICS_FILE, Anchor, weight_files
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_target

@@ -14,8 +14,9 @@ from torch.func import functional_call
 
 from cbd_trl.architectures import Architecture, decoder_layers
 from cbd_trl.architectures.backbone import open_forward
+from cbd_trl.chain.mixing import cut_upper, mixer
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import Pair, Plan, cut_upper, layer_stack, mixer
+from cbd_trl.chain.pair import Pair, Plan, layer_stack
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_target
 from cbd_trl.surgery.weights import to_state, to_weights

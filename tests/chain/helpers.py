@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from cbd_trl import DistillConfig
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.operators import OPERATORS, Pair
+from cbd_trl.chain.operators import OPERATORS
+from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.records import Anchor
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers

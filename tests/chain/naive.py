@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import tensor_shape
-from cbd_trl.chain.operators import Pair
+from cbd_trl.chain.pair import Pair
 from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.norms import fold_norms
 from cbd_trl.surgery.weights import Weights

@@ -7,7 +7,7 @@ from cbd_trl import from_chain
 from cbd_trl.chain.calibrate import choose_plan, mean_loss
 from cbd_trl.chain.calibration import token_blocks
 from cbd_trl.chain.from_chain import CALIBRATION_TOKENS, load_pair
-from cbd_trl.chain.operators import Plan
+from cbd_trl.chain.pair import Plan
 from cbd_trl.chain.shapes import target_architecture
 from tests.chain.helpers import DEEP, SHAPES, WIDE, between, chain_rows, random_pair
 from tests.surgery.helpers import tokens

@@ -6,21 +6,18 @@ import pytest
 import torch
 
 from cbd_trl.architectures import describe
+from cbd_trl.chain.mixing import NESTED_ALPHA_POWER, cut_upper, mixer
 from cbd_trl.chain.operators import (
     MIXING_OPERATORS,
-    NESTED_ALPHA_POWER,
     OPERATORS,
-    Pair,
-    Plan,
-    cut_upper,
     default_alpha,
     expand,
     linear,
-    mixer,
     nested,
     patch,
     slice_upper,
 )
+from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.surgery.blocks import select_layers, swap_blocks
 from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms, fold_norms

@@ -12,7 +12,8 @@ from cbd_trl import Chain, from_chain
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import OPERATORS, Pair, Plan
+from cbd_trl.chain.operators import OPERATORS
+from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.surgery.lazy import LazyWeights
 from tests.chain.helpers import BLOCKS, DEEP, WIDE, between, random_pair, same_weights
 from tests.surgery.helpers import every_family

@@ -12,7 +12,8 @@ from cbd_trl.architectures import describe
 from cbd_trl.chain import operators
 from cbd_trl.chain.folders import write_anchor
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.operators import OPERATORS, Pair, Plan
+from cbd_trl.chain.operators import OPERATORS
+from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.chain.records import STATISTICS_FILE
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.stored_weights import StoredWeights

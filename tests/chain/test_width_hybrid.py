@@ -11,7 +11,9 @@ from peft import LoraConfig
 from cbd_trl import build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.from_chain import from_chain, load_pair
-from cbd_trl.chain.operators import Plan, cut_upper, mixer, nested
+from cbd_trl.chain.mixing import cut_upper, mixer
+from cbd_trl.chain.operators import nested
+from cbd_trl.chain.pair import Plan
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.width_hybrid import FRACTIONS, WidthHybrid, targets_between
 from cbd_trl.losses.held_out import held_out_loss

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from cbd_trl import DistillTrainer
-from cbd_trl.chain.operators import Pair
+from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.width_hybrid import WidthHybrid
 from tests.chain.helpers import random_pair
 from tests.surgery.helpers import build
