@@ -146,7 +146,7 @@ class InitArguments:
         default=None,
         metadata={
             "help": "Text (a .jsonl, .json, .csv, .parquet or .txt file, or a dataset's Hub id) by whose loss the "
-            "blocks and the mix are chosen. Not set: no data is needed."
+            "blocks and the mix are chosen, other than that of the anchors. Not set: no data is needed."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Revision of a chain on the Hub."})

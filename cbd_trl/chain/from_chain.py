@@ -54,7 +54,8 @@ def from_chain(
             (arXiv 2605.07783).
         alpha: weight of the lower anchor where the operator mixes, 0 to 1; None: from the size.
         calibration_dataset: text in any SFT format on which blocks and alpha are chosen by measured loss, never worse
-            there than the better of `expand` and `slice`. None: no data and no forward pass.
+            there than the better of `expand` and `slice`; not that of the anchors, on which the smaller one looks too
+            good. None: no data and no forward pass.
         dtype: of the result; None: that of the anchors.
         tolerance: largest relative distance from `num_parameters`.
         save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it
