@@ -116,7 +116,7 @@ def parse_bridge(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
     if not isinstance(bridge, dict) or "model" not in bridge or bridge.keys() - {"model", "args", "dataset"}:
         raise ValueError(
             f"--bridge: {value!r} is not an object with a `model`, and `args` and `dataset` where they are wanted. "
-            'Write \'{"model": "DIR", "args": {"objective": "alm"}}\'.'
+            'Write \'{"model": "DIR", "args": {"max_steps": 4000}}\'.'
         )
     return bridge
 

@@ -8,6 +8,9 @@ from cbd_trl.losses.divergences import DIVERGENCES
 from cbd_trl.losses.schedule import WeightSchedule
 from cbd_trl.trainers.distill_config import DistillConfig
 
+# After 80 steps of 1,024 tokens an untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside 0.5 of the
+# cross-entropy, is at 2.589 bits per byte with it, at 2.600 by the cross-entropy alone, at 2.645 with "alm" (one seed).
+_DEFAULT = "prefix"
 # What a DistillConfig has and this one refuses, and why.
 _WITHOUT_MEANING = {
     "teacher_cache": "a cache holds what a teacher says of the student's tokens, and this one has tokens of its own",
@@ -39,9 +42,9 @@ class BridgeDistillConfig(DistillConfig):
     need one vocabulary. `hidden_weight` is of states behind the same text and always needs `hidden_projector`.
 
     Args:
-        objective: what the two models are compared by: `alm`, `uld`, `shared`, `dskd-cma` or `prefix` (see
-            `cbd_trl.bridge.objectives`), or several of the first three with their weights, "alm=1,uld=0.5" or a
-            dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text that it wrote, which
+        objective: what the two models are compared by: `prefix` (the default), `alm`, `uld`, `shared` or `dskd-cma`
+            (see `cbd_trl.bridge.objectives`), or several of `alm`, `uld` and `shared` with their weights,
+            "alm=1,uld=0.5" or a dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text that it wrote, which
             is the whole loss.
         divergence: of the objectives that have one (`alm`, `shared`, `dskd-cma`, `prefix`). None: their own.
         temperature: of all objectives named. None: their own, which for `alm` is 100.
@@ -56,7 +59,7 @@ class BridgeDistillConfig(DistillConfig):
     _VALID_DICT_FIELDS = [*DistillConfig._VALID_DICT_FIELDS, "objective"]
 
     objective: dict[str, Any] | str | None = field(
-        default="alm",
+        default=_DEFAULT,
         metadata={
             "help": f"What the two models are compared by: one of {', '.join(OBJECTIVES)}, or several with their "
             "weights, such as 'alm=1,uld=0.5' or a JSON object. Or seqkd: the data is text that the teacher wrote, "
@@ -142,7 +145,7 @@ class BridgeDistillConfig(DistillConfig):
     @property
     def objectives(self) -> dict[str, float]:
         """The weight of each objective."""
-        return parse_objective("alm" if self.objective is None else self.objective)
+        return parse_objective(_DEFAULT if self.objective is None else self.objective)
 
     @property
     def learns_projectors(self) -> str | None:

@@ -31,9 +31,9 @@ def test_a_path_loads_in_the_dtype_and_attention_of_the_student(tmp_path) -> Non
 def test_revision_and_remote_code_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def from_pretrained(name: str, **kwargs: object) -> PreTrainedModel:
+    def from_pretrained(name: str, **kwargs: object) -> tuple[PreTrainedModel, dict[str, set[str]]]:
         seen.update(kwargs, name=name)
-        return tiny_model("llama", seed=1)
+        return tiny_model("llama", seed=1), {"missing_keys": set()}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     load_teacher("me/teacher", tiny_model("llama"), revision="v2", trust_remote_code=True)

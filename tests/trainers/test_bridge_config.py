@@ -94,6 +94,7 @@ def test_mixtures_are_read_in_every_form() -> None:
     assert parse_objective("alm") == {"alm": 1.0}
     assert parse_objective(" alm = 1, uld=0.5") == parse_objective({"alm": 1, "uld": "0.5"}) == {"alm": 1, "uld": 0.5}
     assert all(parse_objective(name) == {name: 1.0} for name in OBJECTIVES)
+    assert BridgeDistillConfig("unused", bf16=False, use_cpu=True).objectives == {"prefix": 1.0}
 
 
 @pytest.mark.parametrize("objective", ["alm=1,uld=0.5", '{"alm": 1, "uld": 0.5}'])

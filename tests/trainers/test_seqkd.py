@@ -94,7 +94,7 @@ def test_lora_and_bfloat16_train() -> None:
     [
         ({"objective": "alm,seqkd"}, "objective='alm,seqkd': seqkd is .* others, whose ce_weight is its weight"),
         ({"objective": "seqkd=2"}, "objective='seqkd=2': .* cannot be mixed or weighted. Use it alone"),
-        ({"objective": "seqdk"}, "Unknown objective 'seqdk': there are .*dskd-cma, seqkd.* Did you mean 'seqkd'"),
+        ({"objective": "seqdk"}, "Unknown objective 'seqdk': there are .*prefix, seqkd.* Did you mean 'seqkd'"),
         (
             {"teacher_model_name_or_path": "some"},
             "teacher_model_name_or_path='some' with objective='seqkd', .* not be used",
