@@ -9,7 +9,7 @@ from cbd_trl.losses.schedule import WeightSchedule
 from cbd_trl.trainers.distill_config import DistillConfig
 
 # After 80 steps of 1,024 tokens an untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside 0.5 of the
-# cross-entropy, is at 2.589 bits per byte with it, at 2.600 by the cross-entropy alone, at 2.645 with "alm" (one seed).
+# cross-entropy, is at 2.589 bits per byte with it, at 2.600 by the cross-entropy alone, at 2.645 with "alm": one seed.
 _DEFAULT = "prefix"
 # What a DistillConfig has and this one refuses, and why.
 _WITHOUT_MEANING = {
@@ -44,8 +44,8 @@ class BridgeDistillConfig(DistillConfig):
     Args:
         objective: what the two models are compared by: `prefix` (the default), `alm`, `uld`, `shared` or `dskd-cma`
             (see `cbd_trl.bridge.objectives`), or several of `alm`, `uld` and `shared` with their weights,
-            "alm=1,uld=0.5" or a dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text that it wrote, which
-            is the whole loss.
+            "alm=1,uld=0.5" or a dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text
+            that it wrote, which is the whole loss.
         divergence: of the objectives that have one (`alm`, `shared`, `dskd-cma`, `prefix`). None: their own.
         temperature: of all objectives named. None: their own, which for `alm` is 100.
         top_k: of the objectives that rank tokens (`uld`, `shared`): how many ranks are compared. None: all.
