@@ -229,6 +229,8 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    if "seqkd" in options.only and options.completions is None:
+        parser.error("seqkd trains on text of the teacher: name it with --completions, or leave seqkd out of --only.")
     torch.set_num_threads(options.threads)
     benchmark = Benchmark(options)
     found = [benchmark.run(name, seed) for seed in options.seeds for name in options.only]
