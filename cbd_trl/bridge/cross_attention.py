@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cbd_trl.bridge.sides import Side, chunked_cross_entropy, on_first
+from cbd_trl.bridge.walk import common_chunk
 from cbd_trl.losses.divergences import Divergence, get_divergence
-from cbd_trl.losses.fused import default_chunk, fused_terms
+from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.head import Head
 from cbd_trl.losses.objective import DistillObjective, Weights
 from cbd_trl.losses.reduction import cross_entropy
@@ -138,8 +139,7 @@ class CrossAttention:
             as there. "kd" holds the first two terms at each position and the third, summed over the tokens of a group,
             on its first: it is a mean over the student's N.
         """
-        chunk = chunk or default_chunk(max(student.head.rows, teacher.head.rows), student.hidden_ND.device)
-        student_head, teacher_head = _constant(student.head), _constant(teacher.head)
+        chunk = common_chunk(student, teacher, chunk)
         student_head, teacher_head = _constant(student.head), _constant(teacher.head)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights.kd > 0):
             there_Nd, back_MD = self.attention(student, teacher)

@@ -1,4 +1,4 @@
-"""What all objectives on groups have in common: a walk over the student's logits, a chunk of whole groups at a time.
+"""What all objectives on groups have in common: what the teacher says of whole groups, and the walk over them.
 
 Shapes: N positions of the student, of which n are a part; G groups, of which g begin in a part; D teacher width,
 V and W vocabulary rows of student and teacher.
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.sides import Side, begins
-from cbd_trl.losses.fused import default_chunk, fused_terms
+from cbd_trl.bridge.walk import compared_terms, walk
 from cbd_trl.losses.head import Head
 from cbd_trl.losses.objective import Weights
-from cbd_trl.losses.reduction import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -122,16 +121,14 @@ class GroupObjective:
         raise NotImplementedError
 
     def terms(self, student_NV: Tensor, teacher: Said, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
-        """See `cbd_trl.losses.objective.LogitObjective`; "teacher_ce" is that of whole groups, on their first token.
-
-        A term of weight 0 is computed without gradient, because it is logged all the same.
-        """
-        grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad and (weights.kd > 0 or weights.ce > 0)):
-            ce_N = cross_entropy(student_NV, targets_N)
-        with torch.set_grad_enabled(grad and weights.kd > 0):
-            kd_N = teacher.on_first(self.compare(student_NV, -ce_N, teacher))
-        return {"kd": kd_N, "ce": ce_N, "teacher_ce": teacher.on_first(-teacher.log_g)}
+        """See `cbd_trl.losses.objective.LogitObjective`; "teacher_ce" is of whole groups, on their first token."""
+        return compared_terms(
+            student_NV,
+            targets_N,
+            teacher.on_first(-teacher.log_g),
+            weights,
+            lambda token_log_N: teacher.on_first(self.compare(student_NV, token_log_N, teacher)),
+        )
 
     def __call__(
         self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
@@ -149,11 +146,11 @@ class GroupObjective:
             gradient: "kd", a value for each group on its first token, to be averaged over as many as begin; "ce", over
             N; "teacher_ce", the teacher's of whole groups, on the first token.
         """
-        chunk = chunk or default_chunk(max(student.head.rows, teacher.head.rows), student.hidden_ND.device)
-        signal = GroupSignal.of(student, teacher, self.wide, chunk)
-        return fused_terms(
-            student.hidden_ND, student.head, student.targets_N, signal, self, weights, chunk, student.cuts()
-        )
+
+        def ask(chunk: int) -> GroupSignal:
+            return GroupSignal.of(student, teacher, self.wide, chunk)
+
+        return walk(student, teacher, ask, self, weights, chunk, student.cuts())
 
 
 @dataclass(frozen=True)

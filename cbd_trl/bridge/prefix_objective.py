@@ -11,10 +11,9 @@ from torch import Tensor
 from cbd_trl.bridge.prefix_signal import PrefixSaid, PrefixSignal
 from cbd_trl.bridge.prefix_table import PrefixTable
 from cbd_trl.bridge.sides import Side
+from cbd_trl.bridge.walk import compared_terms, walk
 from cbd_trl.losses.divergences import Divergence, get_divergence, tempered_log_probs
-from cbd_trl.losses.fused import default_chunk, fused_terms
 from cbd_trl.losses.objective import Weights
-from cbd_trl.losses.reduction import cross_entropy
 
 
 @dataclass(frozen=True)
@@ -48,16 +47,16 @@ class PrefixObjective:
 
     def terms(self, student_NV: Tensor, teacher: PrefixSaid, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
         """See `cbd_trl.losses.objective.LogitObjective`."""
-        grad = torch.is_grad_enabled()
-        with torch.set_grad_enabled(grad and weights.ce > 0):
-            ce_N = cross_entropy(student_NV, targets_N)
-        with torch.set_grad_enabled(grad and weights.kd > 0):
-            student_log_NV = tempered_log_probs(student_NV, self.temperature)
-            known_N = teacher.target_nV.sum(-1, keepdim=True)
-            log_NV = torch.where(known_N > 0, teacher.target_nV.log() - known_N.log(), student_log_NV.detach())
-            kd_N = known_N[:, 0] * self.divergence(student_log_NV, log_NV)
-            kd_N = kd_N * self.temperature**self.divergence.temperature_power
-        return {"kd": kd_N, "ce": ce_N, "teacher_ce": teacher.teacher_ce_n}
+        return compared_terms(
+            student_NV, targets_N, teacher.teacher_ce_n, weights, lambda _: self._compare(student_NV, teacher)
+        )
+
+    def _compare(self, student_NV: Tensor, teacher: PrefixSaid) -> Tensor:
+        student_log_NV = tempered_log_probs(student_NV, self.temperature)
+        known_N = teacher.target_nV.sum(-1, keepdim=True)
+        log_NV = torch.where(known_N > 0, teacher.target_nV.log() - known_N.log(), student_log_NV.detach())
+        kd_N = known_N[:, 0] * self.divergence(student_log_NV, log_NV)
+        return kd_N * self.temperature**self.divergence.temperature_power
 
     def __call__(
         self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
@@ -70,6 +69,8 @@ class PrefixObjective:
             weights: of the terms at this step.
             chunk: positions at a time; None to choose by the larger vocabulary.
         """
-        chunk = chunk or default_chunk(max(student.head.rows, teacher.head.rows), student.hidden_ND.device)
-        signal = PrefixSignal.of(student, teacher, self.table, self.temperature, chunk)
-        return fused_terms(student.hidden_ND, student.head, student.targets_N, signal, self, weights, chunk)
+
+        def ask(chunk: int) -> PrefixSignal:
+            return PrefixSignal.of(student, teacher, self.table, self.temperature, chunk)
+
+        return walk(student, teacher, ask, self, weights, chunk)
