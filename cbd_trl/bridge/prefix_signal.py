@@ -75,10 +75,11 @@ class PrefixSignal:
         Args:
             student: of the micro-batch.
             teacher: likewise.
-            table: the teacher's tokens by the student's.
+            table: the teacher's tokens by the student's; moved here where it is on another device than the batch.
             temperature: above 0.
             chunk: positions whose logits are held at a time.
         """
+        table = table.to(student.hidden_ND.device)
         log_G, group_N = teacher.group_log_probs(chunk), student.group_N
         one_G, single_G = (_counts(side, len(log_G)) == 1 for side in (student, teacher))
         told_N = group_N != NOWHERE

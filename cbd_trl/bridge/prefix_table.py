@@ -5,7 +5,7 @@ longest spelling, X nodes (a node for each beginning of a spelling), r rows of a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class PrefixTable:
         vocabulary: rows of the student, V.
         ids_M: the teacher's tokens, int64, in the order of their spellings.
         spelled_ML: the student's tokens that spell them, -1 behind the end.
+        first_W: the first of them by the teacher's token, -1 for none, up to the last that is spelled.
         start_X, longer_X, end_X: see above.
         keys_X: parent * V + token of every node but the root, increasing; the node of a key is its place plus one.
     """
@@ -34,6 +35,7 @@ class PrefixTable:
     vocabulary: int
     ids_M: Tensor
     spelled_ML: Tensor
+    first_W: Tensor
     start_X: Tensor
     longer_X: Tensor
     end_X: Tensor
@@ -91,28 +93,33 @@ class PrefixTable:
             ends += (first + counts)[skipped:].tolist()
             longer += (first + exact)[skipped:].tolist()
         ids_M = torch.tensor([index for _, index in rows], dtype=torch.int64)
-        return cls(vocabulary, ids_M, table_ML, *(torch.tensor(x) for x in (starts, longer, ends, keys)))
+        first_W = torch.full((int(ids_M.max()) + 1,), NO_NODE).index_put((ids_M,), table_ML[:, 0])
+        return cls(vocabulary, ids_M, table_ML, first_W, *(torch.tensor(x) for x in (starts, longer, ends, keys)))
+
+    def to(self, device: torch.device) -> "PrefixTable":
+        """The tree on the device of what it is asked about; itself where it is there already."""
+        if self.ids_M.device == device:
+            return self
+        return replace(
+            self, **{name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        )
 
     def child(self, nodes_r: Tensor, tokens_r: Tensor) -> Tensor:
         """The nodes one token further on, `NO_NODE` where no token of the teacher begins so, (r,)."""
-        keys_X = self.keys_X.to(nodes_r.device)
         keys_r = nodes_r * self.vocabulary + tokens_r
-        place_r = torch.searchsorted(keys_X, keys_r).clamp(max=len(keys_X) - 1)
-        return torch.where((nodes_r != NO_NODE) & (keys_X[place_r] == keys_r), place_r + 1, NO_NODE)
+        place_r = torch.searchsorted(self.keys_X, keys_r).clamp(max=len(self.keys_X) - 1)
+        return torch.where((nodes_r != NO_NODE) & (self.keys_X[place_r] == keys_r), place_r + 1, NO_NODE)
 
     def first_of(self, tokens_r: Tensor) -> Tensor:
         """The first of the student's tokens that spell each of some of the teacher's, -1 for none, (r,)."""
-        size = int(self.ids_M.max()) + 1
-        first_W = torch.full((size,), NO_NODE).index_put((self.ids_M,), self.spelled_ML[:, 0]).to(tokens_r.device)
-        known_r = tokens_r < size
-        return torch.where(known_r, first_W[tokens_r.clamp(max=size - 1)], NO_NODE)
+        known_r = tokens_r < len(self.first_W)
+        return torch.where(known_r, self.first_W[tokens_r.clamp(max=len(self.first_W) - 1)], NO_NODE)
 
     def first_tokens(self, probabilities_rW: Tensor, rows: int) -> Tensor:
         """The teacher's probabilities summed by the first of the student's tokens, (r, rows)."""
-        device = probabilities_rW.device
         sums_rV = probabilities_rW.new_zeros(len(probabilities_rW), rows)
-        spelled_rM = probabilities_rW.index_select(1, self.ids_M.to(device))
-        return sums_rV.index_add_(1, self.spelled_ML[:, 0].to(device), spelled_rM)
+        spelled_rM = probabilities_rW.index_select(1, self.ids_M)
+        return sums_rV.index_add_(1, self.spelled_ML[:, 0], spelled_rM)
 
     def continued(
         self, probabilities_gW: Tensor, row_r: Tensor, nodes_r: Tensor, depth_r: Tensor, rows: int
@@ -129,15 +136,14 @@ class PrefixTable:
         Returns:
             (r, rows): probability of the beginning and each token behind it; (r,): of the beginning as a whole token.
         """
-        device = probabilities_gW.device
-        start_r, longer_r, end_r = (x.to(device)[nodes_r] for x in (self.start_X, self.longer_X, self.end_X))
+        start_r, longer_r, end_r = (x[nodes_r] for x in (self.start_X, self.longer_X, self.end_X))
         longer_k, place_k = _ranges(longer_r, end_r)
         sums_rV = probabilities_gW.new_zeros(len(nodes_r), rows)
-        tokens_k = self.spelled_ML.to(device)[place_k, depth_r[longer_k]]
-        values_k = probabilities_gW[row_r[longer_k], self.ids_M.to(device)[place_k]]
+        tokens_k = self.spelled_ML[place_k, depth_r[longer_k]]
+        values_k = probabilities_gW[row_r[longer_k], self.ids_M[place_k]]
         sums_rV.index_put_((longer_k, tokens_k), values_k, accumulate=True)
         whole_k, place_k = _ranges(start_r, longer_r)
-        values_k = probabilities_gW[row_r[whole_k], self.ids_M.to(device)[place_k]]
+        values_k = probabilities_gW[row_r[whole_k], self.ids_M[place_k]]
         return sums_rV, probabilities_gW.new_zeros(len(nodes_r)).index_add_(0, whole_k, values_k)
 
 

@@ -98,7 +98,8 @@ class BridgeDistillTrainer(DistillTrainer):
                 args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share
             )
         if "prefix" in weights:
-            options["table"] = PrefixTable.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
+            table = PrefixTable.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
+            options["table"] = table.to(self.accelerator.device)
             return get_objective("prefix", **options)
         if "shared" in weights:
             options["tokens"] = SharedTokens.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)

@@ -1,6 +1,7 @@
 """The teacher's distribution in the student's tokens, against loops over dictionaries."""
 
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,32 @@ def test_nothing_aligned_is_nothing_learned() -> None:
     total, gradients, terms = run(PrefixObjective(table), pair, Weights(1.0, 0.0, 0.0))
     assert total == 0 and terms["kd"].abs().max() == 0
     assert all(gradient.abs().max() == 0 for gradient in gradients)
+
+
+def test_the_table_is_moved_as_a_whole_and_not_at_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = PrefixTable.from_spellings(spellings(), V)
+    elsewhere = table.to(torch.device("meta"))
+    assert {part.device.type for part in vars(elsewhere).values() if isinstance(part, Tensor)} == {"meta"}
+    assert table.to(torch.device("cpu")) is table
+
+    parts = {part.untyped_storage().data_ptr() for part in vars(table).values() if isinstance(part, Tensor)}
+    stock, moved, asked = Tensor.to, [], []
+
+    def move(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        if tensor.untyped_storage().data_ptr() in parts:
+            moved.append(tensor)
+        return stock(tensor, *arguments, **options)
+
+    def ask(self: PrefixTable, device: torch.device) -> PrefixTable:
+        asked.append(device)
+        return self
+
+    monkeypatch.setattr(Tensor, "to", move)
+    run(PrefixObjective(table), few_tokens(1), Weights(0.7, 0.4), chunk=3)
+    assert not moved
+    monkeypatch.setattr(PrefixTable, "to", ask)
+    run(PrefixObjective(table), few_tokens(1), Weights(0.7, 0.4), chunk=3)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("student", ["byte_level", "byte_fallback", "unigram"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.bridge.bridge import Bridge, StudentRows
+from cbd_trl.bridge.prefix_table import PrefixTable
 from tests.bridge.alignment_helpers import normalising
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (
@@ -92,6 +93,18 @@ SAME = [
 def test_batching_changes_nothing(how: dict[str, Any], objective: str) -> None:
     fields = {"objective": objective, "hidden_weight": 1.0, "hidden_projector": True}
     _assert_same_run(one_step(make_bridge(**fields, **how)), one_step(make_bridge(**fields)))
+
+
+def test_the_table_of_prefixes_is_put_on_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[torch.device] = []
+
+    def to(self: PrefixTable, device: torch.device) -> PrefixTable:
+        there.append(device)
+        return self
+
+    monkeypatch.setattr(PrefixTable, "to", to)
+    trainer = make_bridge(objective="prefix")
+    assert there == [trainer.accelerator.device]
 
 
 def test_evaluation_is_a_mean_over_tokens() -> None:
