@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from cbd_trl.chain.manifest import Chain
 from cbd_trl.demo.answers import answer
 from cbd_trl.demo.clock import Clock, format_seconds, peak_memory, predict
 from cbd_trl.demo.corpus import split
-from cbd_trl.demo.plan import SMOLLM2, Plan, bf16_pays, default_steps, training_args
+from cbd_trl.demo.plan import SMOLLM2, Plan, training_args
+from cbd_trl.demo.settings import settle
 from cbd_trl.demo.source import HUB_ID, prepare_source
 from cbd_trl.demo.summary import write_report
 from cbd_trl.losses.held_out import held_out_loss
@@ -26,21 +26,6 @@ from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
 from cbd_trl.report.tables import describe_shape, format_count
 from cbd_trl.report.text import held_out_blocks
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the results of a demo depend on, besides its plan.
-
-    Args:
-        steps: optimiser steps per anchor.
-        seed: of the distillation and of the random models.
-        bf16: whether the anchors are distilled in mixed precision.
-    """
-
-    steps: int
-    seed: int
-    bf16: bool
 
 
 class Demo:
@@ -73,30 +58,9 @@ class Demo:
         self.plan = plan
         self.console = console or Console()
         self.results = Results(self.output / "results.json")
-        self.settings = self._settings(steps, seed)
+        self.settings = settle(self.results, self.output, plan, steps, seed)
         self.costs_before = self.results.get("costs") or {"seconds": 0.0, "peak_memory_gb": 0.0}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def _settings(self, steps: int | None, seed: int | None) -> Settings:
-        if steps is not None and steps < 1:
-            raise ValueError(f"--steps {steps}: an anchor needs at least one step of distillation. Give 1 or more.")
-        known = self.results.get("settings")
-        if known is None:
-            bf16 = bf16_pays()
-            settings = Settings(default_steps(bf16) if steps is None else steps, seed or 0, bf16)
-            self.results.put("settings", {**vars(settings), "plan": self.plan.name})
-            return settings
-        settings = Settings(known["steps"], known["seed"], known["bf16"])
-        asked = {"--steps": (steps, settings.steps), "--seed": (seed, settings.seed)}
-        changed = [f"{flag} {new} (there: {old})" for flag, (new, old) in asked.items() if new not in (None, old)]
-        if known["plan"] != self.plan.name:
-            changed.append("another plan")
-        if changed:
-            raise ValueError(
-                f"{self.output} holds a demo with other settings than {', '.join(changed)}, and a chain is not built "
-                "anew over another one. Choose another --output, or delete that folder."
-            )
-        return settings
 
     def run(self) -> dict[str, Any]:
         """Run every stage, or what an earlier run left of it.

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from cbd_trl.demo import corpus
+from cbd_trl.demo import corpus, settings
 from cbd_trl.demo import run as run_module
 from cbd_trl.demo.plan import Plan
 from cbd_trl.demo.run import Demo
@@ -44,7 +44,7 @@ def rows(limit=None):
 def output(tmp_path, monkeypatch):
     """A demo folder whose source is already there, as after the first stage."""
     monkeypatch.setattr(corpus, "read_rows", rows)
-    monkeypatch.setattr(run_module, "bf16_pays", lambda: False)
+    monkeypatch.setattr(settings, "bf16_pays", lambda: False)
     model = tiny_model("llama", num_hidden_layers=6, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "source")
     tiny_tokenizer().save_pretrained(tmp_path / "source")
