@@ -6,6 +6,7 @@ longest spelling, X nodes (a node for each beginning of a spelling), r rows of a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,9 +101,8 @@ class PrefixTable:
         """The tree on the device of what it is asked about; itself where it is there already."""
         if self.ids_M.device == device:
             return self
-        return replace(
-            self, **{name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
-        )
+        moved: Any = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
     def child(self, nodes_r: Tensor, tokens_r: Tensor) -> Tensor:
         """The nodes one token further on, `NO_NODE` where no token of the teacher begins so, (r,)."""
