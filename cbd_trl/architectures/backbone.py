@@ -15,6 +15,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
+from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.head import Head
 
 # How many tokens the own logits of a model are compared with `Head` on.
@@ -134,16 +135,12 @@ def check_head(model: Any) -> None:
     """
     if not _runs_here(model):
         return
-    was_training = model.training
-    model.eval()
     ids = _probe_ids(model)
-    try:
+    with in_eval_mode(model):
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         with output_head(model) as head:
             hidden = model(input_ids=ids, use_cache=False, inside=lambda hidden: hidden[0])
             ours = head.logits(hidden.to(head.weight_VD.device, head.weight_VD.dtype)).to(own.device)
-    finally:
-        model.train(was_training)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.std().item()):
         raise ValueError(
             f"The logits of {type(model).__name__} are not its output embedding times its last hidden state, with the "

@@ -20,6 +20,7 @@ from cbd_trl.cache.predict import Predictor
 from cbd_trl.cache.rows import prepared_rows, token_rows
 from cbd_trl.cache.shards import stored_bytes
 from cbd_trl.cache.writer import CacheWriter
+from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.head import Head
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer
@@ -70,29 +71,20 @@ def write_cache(
             small, or rows the teacher cannot read.
     """
     _check_values(kind, k, temperature, value_bits, batch_size, hidden_dtype)
-    args = _default_args(output_dir) if args is None else args
-    _check_one_process(args)
+    args = _of_one_process(_default_args(output_dir) if args is None else args)
     name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", None)
     revision = (model_init_kwargs or {}).get("revision")
     tokenizer = processing_class or find_tokenizer(name, revision, local_only=not isinstance(teacher, str))
     rows = prepared_rows(dataset, tokenizer, args)
     model = _load(teacher, model_init_kwargs, args)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         predictor = Predictor(model)
-        dtype = hidden_dtype or str(predictor.head.weight_VD.dtype).removeprefix("torch.")
         settings = Settings(
-            **_chosen(kind, k, temperature, value_bits, seed, dtype, predictor.head),
-            vocabulary_rows=predictor.head.rows,
-            teacher=readable_name(name),
-            teacher_fingerprint=teacher_fingerprint(model),
-            tokenizer_fingerprint=None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+            **_chosen(kind, k, temperature, value_bits, seed, hidden_dtype, predictor.head),
+            **_asked(model, name, tokenizer),
         )
         writer = CacheWriter(output_dir, settings, predictor.head if kind == "hidden" else None)
         _predict_rows(writer, predictor, rows, args, batch_size)
-    finally:
-        model.train(was_training)
     return writer.finish()
 
 
@@ -182,12 +174,13 @@ def _default_args(output_dir: str | Path) -> SFTConfig:
     return SFTConfig(str(output_dir), use_cpu=cpu, bf16=False, report_to="none")
 
 
-def _check_one_process(args: SFTConfig) -> None:
+def _of_one_process(args: SFTConfig) -> SFTConfig:
     if args.world_size > 1:
         raise ValueError(
             f"A cache is written by one process, and {args.world_size} were started: they would write into each "
             "other's files. Start one, or give each a part of the rows and an --output_dir of its own."
         )
+    return args
 
 
 def _check_values(
@@ -216,13 +209,23 @@ def _check_values(
 
 
 def _chosen(
-    kind: str, k: int, temperature: float, value_bits: int, seed: int, dtype: str, head: Head
+    kind: str, k: int, temperature: float, value_bits: int, seed: int, dtype: str | None, head: Head
 ) -> dict[str, Any]:
-    """The settings that a kind has."""
+    """The settings that a kind has, and the rows that all have."""
+    common = {"kind": kind, "vocabulary_rows": head.rows}
     if kind == "hidden":
-        shape = {"width": head.weight_VD.shape[1], "dtype": dtype}
-        return {"kind": kind, **shape, "scale": head.scale, "softcap": head.softcap}
+        shape = {"width": head.weight_VD.shape[1], "dtype": dtype or str(head.weight_VD.dtype).removeprefix("torch.")}
+        return {**common, **shape, "scale": head.scale, "softcap": head.softcap}
     # Draws may be more than there are tokens, kept tokens may not.
     kept = min(k, head.rows) if kind == "top_k" else k
     values = {"k": kept, "temperature": float(temperature), "value_bits": value_bits}
-    return {"kind": kind, **values, "seed": seed if kind == "sampled" else None}
+    return {**common, **values, "seed": seed if kind == "sampled" else None}
+
+
+def _asked(model: PreTrainedModel, name: str | None, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """The settings that tell who was asked."""
+    return {
+        "teacher": readable_name(name),
+        "teacher_fingerprint": teacher_fingerprint(model),
+        "tokenizer_fingerprint": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+    }

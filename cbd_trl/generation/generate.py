@@ -8,8 +8,7 @@ size the file is the same but for ties so close that rounding decides them.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.cache.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from cbd_trl.chain.source import Source
+from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.generation.completer import Completer
 from cbd_trl.generation.completions_file import CompletionsFile
 from cbd_trl.generation.decoding import DecodingConfig
@@ -89,37 +89,34 @@ def generate_completions(
     tokenizer = processing_class or _find_tokenizer(source)
     prompts = Prompts(dataset, tokenizer, prompt_tokens)
     quiet = disable_tqdm or not state.is_main_process
-    digest = prompts.check(
-        _room(source, decoding), tqdm(range(len(prompts)), desc="Reading the prompts", unit="row", disable=quiet)
-    )
+    total = len(prompts) * decoding.num_return_sequences
+    digest = _read(prompts, _room(source, decoding), quiet)
+    settings: dict[str, Any] = {"rows": total, "prompts_sha256": digest, "prompt_tokens": prompt_tokens}
+    settings |= {"seed": seed, "batch_size": batch_size}
     teacher = _load(source, model_init_kwargs, state)
     completer = Completer(teacher, tokenizer, decoding, seed)
-    total = len(prompts) * decoding.num_return_sequences
-    settings = {
-        "rows": total,
-        "prompts_sha256": digest,
-        "prompt_tokens": prompt_tokens,
-        "seed": seed,
-        "batch_size": batch_size,
-        "teacher": readable_name(source.name),
-        **_settings(teacher, tokenizer, decoding, completer),
-    }
+    settings |= _settings(source, teacher, tokenizer, decoding, completer)
     file = CompletionsFile(output_file, settings, batch_size)
-    # Every process has looked before one of them changes anything.
-    state.wait_for_everyone()
-    if state.is_main_process:
-        file.begin()
-    with _in_eval_mode(teacher):
+    with in_eval_mode(teacher):
         _write(file, prompts, completer, batch_size, total, state, quiet)
-    state.wait_for_everyone()
     return _counted(file.path)
 
 
+def _read(prompts: Prompts, room: int | None, quiet: bool) -> str:
+    """The hash of all prompts. One that the teacher cannot read is found here, before the teacher is loaded."""
+    return prompts.check(room, tqdm(range(len(prompts)), desc="Reading the prompts", unit="row", disable=quiet))
+
+
 def _settings(
-    teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: DecodingConfig, completer: Completer
+    source: Source,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    decoding: DecodingConfig,
+    completer: Completer,
 ) -> dict[str, Any]:
     """What the completion of a prompt depends on, but for its random numbers."""
     return {
+        "teacher": readable_name(source.name),
         **dataclasses.asdict(decoding),
         "ends": completer.ends,
         "teacher_fingerprint": teacher_fingerprint(teacher),
@@ -137,6 +134,10 @@ def _write(
     state: PartialState,
     quiet: bool,
 ) -> None:
+    # Every process has looked before one of them changes anything.
+    state.wait_for_everyone()
+    if state.is_main_process:
+        file.begin()
     step = batch_size * state.num_processes
     with tqdm(total=total, initial=file.rows, desc="Generating", unit="row", disable=quiet) as bar:
         tokens = 0
@@ -149,6 +150,7 @@ def _write(
             tokens += sum(count for _, count in done)
             bar.update(len(done))
             bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+    state.wait_for_everyone()
 
 
 def _complete(prompts: Prompts, completer: Completer, numbers: range, total: int) -> list[tuple[dict[str, Any], int]]:
@@ -203,16 +205,6 @@ def _room(source: Source, decoding: DecodingConfig) -> int | None:
             "for a prompt. Lower max_new_tokens."
         )
     return context - decoding.max_new_tokens
-
-
-@contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _counted(file: Path) -> Corpus:

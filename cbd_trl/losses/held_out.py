@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.reduction import cross_entropy
 
 
@@ -30,14 +31,10 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -
             f"blocks has shape {tuple(blocks.shape)}, wanted (N, T) with N >= 1 and T >= 2: each block's first token "
             "is only read, so a shorter one has nothing to predict."
         )
-    was_training = model.training
-    model.eval()
     total = 0.0
-    try:
+    with in_eval_mode(model):
         for batch in blocks.split(batch_size):
             batch = batch.to(model.device)
             logits = model(input_ids=batch, use_cache=False).logits
             total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).double().sum().item()
-    finally:
-        model.train(was_training)
     return total / (blocks.shape[0] * (blocks.shape[1] - 1))

@@ -153,9 +153,8 @@ def sweep(
     anchors: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for number, (what, operator) in enumerate(steps):
-        label = what.name if operator is None else f"{what}, {operator}"
         if on_step is not None:
-            on_step(label, number, len(steps))
+            on_step(what.name if operator is None else f"{what}, {operator}", number, len(steps))
         if operator is None:
             measured = run.anchor(what)
             anchors.append({"name": what.name, **asdict(measured)})
@@ -163,10 +162,15 @@ def sweep(
         measured = run.target(what, operator, first=operators[0])
         if operator == operators[0]:
             rows.append({**asdict(measured), "loss": {}, "seconds_by_operator": {}})
-        rows[-1]["loss"][operator] = measured.loss
-        if operator != RANDOM:
-            rows[-1]["seconds_by_operator"][operator] = measured.seconds
+        _enter(rows[-1], operator, measured)
     return {"anchors": anchors, "targets": rows}
+
+
+def _enter(row: dict[str, Any], operator: str, measured: Measurement) -> None:
+    """What one operator made of a row's target."""
+    row["loss"][operator] = measured.loss
+    if operator != RANDOM:
+        row["seconds_by_operator"][operator] = measured.seconds
 
 
 class _Sweep:

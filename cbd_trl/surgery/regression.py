@@ -97,9 +97,7 @@ def regress(
     mean, has_gain = statistics.mean(site).to(factor.dtype), gain is not None
     gain = torch.ones_like(mean) if gain is None else gain.to(factor.dtype)
     shift = torch.zeros_like(mean) if shift is None else shift.to(factor.dtype)
-    dropped = torch.ones(len(mean), dtype=torch.bool)
-    dropped[kept] = False
-    rest = dropped.nonzero().flatten()
+    rest = _others(kept, len(mean))
     triangle = factor[_span(kept)]
     matrix = torch.linalg.solve_triangular(triangle, factor[_span(rest)], upper=False, left=False)
     missing, features = gain * mean + shift, (gain * mean + shift)[kept]
@@ -107,10 +105,7 @@ def regress(
     if centred:
         weighting = _solve(triangle, torch.ones_like(features))
         weighting = weighting / weighting.sum()
-        rows, partly = torch.arange(len(mean)), matrix
-        matrix = factor.new_empty(len(mean), len(kept))
-        matrix[rest] = partly - torch.outer(partly.sum(1), weighting)
-        matrix[kept] = 1 / len(kept) - weighting
+        rows, matrix = torch.arange(len(mean)), _centred(matrix, kept, rest, weighting)
         missing[kept] = gain[kept] * mean[kept].mean()
         features = features - missing[kept]
     # A feature of gain 0 says nothing.
@@ -129,6 +124,22 @@ def regress(
     direction = inverse * direction
     gap = missing - matrix @ features
     return Fit(kept, rows, matrix.addr_(gap, direction / (1 + features @ direction)), None)
+
+
+def _others(kept: torch.Tensor, size: int) -> torch.Tensor:
+    """The positions that are not kept, ascending."""
+    dropped = torch.ones(size, dtype=torch.bool)
+    dropped[kept] = False
+    return dropped.nonzero().flatten()
+
+
+def _centred(matrix: torch.Tensor, kept: torch.Tensor, rest: torch.Tensor, weighting: torch.Tensor) -> torch.Tensor:
+    """The fit of the dropped entries (R, P) without the constant direction, with rows for what centring took from the
+    kept ones: (D, P)."""
+    made = matrix.new_empty(len(kept) + len(rest), len(kept))
+    made[rest] = matrix - torch.outer(matrix.sum(1), weighting)
+    made[kept] = 1 / len(kept) - weighting
+    return made
 
 
 def _solve(triangle: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

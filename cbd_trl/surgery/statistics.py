@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
+from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.surgery.factors import factorise
 
 RIDGE = 1e-3
@@ -174,22 +175,18 @@ def collect_statistics(
             sums[kind][name] = sums[kind][name].add_(total) if name in sums[kind] else total
 
     device = next(model.parameters()).device
-    tokens, was_training = 0, model.training
-    model.eval()
-    try:
-        with watched(model, architecture, [*architecture.sites, *over_outputs.values()], add):
-            for batch in batches:
-                inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-                inputs.pop("labels", None)
-                padding = inputs.get("attention_mask")
-                mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if padding is None else padding.bool()
-                mask_of[:] = [mask]
-                model(**inputs, use_cache=False, logits_to_keep=1)
-                tokens += int(mask.sum())
-                if tokens >= max_tokens:
-                    break
-    finally:
-        model.train(was_training)
+    tokens = 0
+    with in_eval_mode(model), watched(model, architecture, [*architecture.sites, *over_outputs.values()], add):
+        for batch in batches:
+            inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+            inputs.pop("labels", None)
+            padding = inputs.get("attention_mask")
+            mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if padding is None else padding.bool()
+            mask_of[:] = [mask]
+            model(**inputs, use_cache=False, logits_to_keep=1)
+            tokens += int(mask.sum())
+            if tokens >= max_tokens:
+                break
     if tokens == 0:
         raise ValueError(
             "The calibration text holds no token, so nothing can be sorted or cut. Give a dataset with text in it."

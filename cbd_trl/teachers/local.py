@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures.backbone import check_causal, check_head, open_forward, output_head
+from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.head import product_dtype
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.losses.signals import HiddenSignal, MixtureSignal
@@ -233,13 +234,8 @@ class OwnBaseTeacher:
 
     def says(self, batch: Batch, student: nn.Module) -> HiddenSignal:
         """See `LocalTeacher.says`. In eval mode: dropout is for the student, and so is gradient checkpointing."""
-        was_training = student.training
-        student.eval()
-        try:
-            with self._student.disable_adapter():
-                return read_hidden(student, self._student.get_base_model(), batch)
-        finally:
-            student.train(was_training)
+        with in_eval_mode(student), self._student.disable_adapter():
+            return read_hidden(student, self._student.get_base_model(), batch)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from cbd_trl.eval_mode import in_eval_mode
+
 NAME = "sdpa_by_row"
 # Two rows that a model is asked about packed, and apart.
 _PROBE = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6, 7, 8]}]
@@ -102,12 +104,8 @@ def check_rows_apart(model: Any) -> None:
     """
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in model.parameters()):
         return  # offloaded or sharded already: nothing to ask here
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval_mode(model):
         packed, alone = (_last_row_logits(model, rows) for rows in (_PROBE, _PROBE[1:]))
-    finally:
-        model.train(was_training)
     # In 16 bits other kernels alone make a difference.
     tolerance = 1e-2 if model.dtype == torch.float32 else 1e-1
     if (packed - alone).abs().max() > tolerance * alone.std():
