@@ -32,9 +32,9 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
-from trl import SFTTrainer
 
 from benchmarks.real_text_chain import BLOCK_LENGTH, gsm8k_rows, split, training_dataset, wikitext_rows
+from benchmarks.starts import WholeHead
 from benchmarks.tables import machine, markdown
 from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, DistillConfig, DistillTrainer
 from cbd_trl.report.results import Results, write_text
@@ -42,7 +42,14 @@ from cbd_trl.report.sweep import fingerprint
 
 END = "<|endoftext|>"
 VOCABULARY = 8192
-BODY = {"n_embd": 512, "n_layer": 8, "n_head": 8, "n_positions": 512}
+# No row is seen twice, so nothing is dropped.
+BODY = {
+    "n_embd": 512,
+    "n_layer": 8,
+    "n_head": 8,
+    "n_positions": 512,
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+}
 # What a run is trained by: arguments of BridgeDistillConfig; None where there is no teacher.
 RUNS: dict[str, dict[str, Any] | None] = {
     "sft": None,
@@ -176,7 +183,7 @@ class Benchmark:
         if name == "same-kd":
             trainer: Any = DistillTrainer(student, self.teacher(), **shared)
         elif objective is None:
-            trainer = SFTTrainer(student, **shared)
+            trainer = WholeHead(student, **shared)
         else:
             teacher_tokenizer = {"teacher_processing_class": self.teacher_tokenizer}
             trainer = BridgeDistillTrainer(student, self.teacher(), **teacher_tokenizer, **shared)
@@ -196,7 +203,7 @@ class Benchmark:
         }
 
     def teacher(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.options.teacher, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(self.options.teacher, dtype=torch.bfloat16)
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """One run, or what is known of it."""

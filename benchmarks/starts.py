@@ -97,7 +97,7 @@ def make_start(name: str, chain: Chain, seed: int) -> PreTrainedModel:
     return build_model(target, weights, getattr(torch, chain.source.dtype))
 
 
-class _WholeHead(SFTTrainer):
+class WholeHead(SFTTrainer):
     """SFT with all logits at once, as the stock Trainer has them: the same loss in half the time of a small batch."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ def sft_trainer(
     model: PreTrainedModel, args: DistillConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> SFTTrainer:
     """Plain cross-entropy: `args` is read as the SFTConfig that it is."""
-    return _WholeHead(model, args=args, train_dataset=dataset, processing_class=tokenizer)
+    return WholeHead(model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
 def direct_trainer(

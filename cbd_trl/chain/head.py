@@ -15,6 +15,7 @@ from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.store import calibration_batches, store_anchor
 from cbd_trl.chain.training import Trained
+from cbd_trl.surgery.rotate import can_rotate, to_principal_axes
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
@@ -77,7 +78,7 @@ def source_head(origin: Source, tokenizer: PreTrainedTokenizerBase | None, args:
 
 
 def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor) -> Anchor:
-    """Sort the model and write it as the first anchor.
+    """Sort the model, turn its stream onto its principal axes where that is exact, and write it as the first anchor.
 
     Args:
         output_dir: the chain's folder.
@@ -91,6 +92,8 @@ def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor
     statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
     scores = importance(weights, architecture, statistics)
     in_order, statistics = sort_weights(weights, architecture, statistics, scores)
+    if can_rotate(in_order, architecture):
+        in_order, statistics = to_principal_axes(in_order, architecture, statistics)
     record = {
         "name": head.name,
         "parent": None,

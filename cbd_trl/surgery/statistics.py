@@ -1,6 +1,7 @@
 """Moments of every stream that linear layers read, and of every norm over an output, from calibration text."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -101,6 +102,19 @@ class Statistics:
                 means[site] = self.means[site][order]
                 seconds[site] = _packed(self.second(site)[order][:, order])
         return Statistics(means, seconds, self.tokens, squares, self.ridge)
+
+    def rotated(self, sites: Collection[str], axes: torch.Tensor) -> "Statistics":
+        """The statistics of a model whose stream at these sites is Q^T x, the others' being as they are.
+
+        Args:
+            sites: of one stream.
+            axes: Q, (D, D) float64, orthogonal.
+        """
+        means, seconds = dict(self.means), dict(self.seconds)
+        for site in sites:
+            means[site] = (axes.T @ self.mean(site)).float()
+            seconds[site] = _packed(axes.T @ self.second(site) @ axes)
+        return dataclasses.replace(self, means=means, seconds=seconds)
 
 
 def _packed(second: torch.Tensor) -> torch.Tensor:

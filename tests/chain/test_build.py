@@ -51,6 +51,20 @@ def test_the_first_anchor_is_the_source_sorted(chain):
         assert (score[..., :-1] >= score[..., 1:] * (1 - 1e-5)).all()
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_source_with_a_head_of_its_own_is_on_its_principal_axes(tied, tmp_path):
+    source = full_model("llama", tied, **depth_of("llama", 6)).float()
+    args = chain_config(max_steps=1, save_strategy="no")
+    chain = build(tmp_path / "chain", source, [depth_of("llama", 4)], args=args)
+    statistics = StoredStatistics(chain.source.statistics_file)
+    streams = [site.name for site in chain.source.architecture().sites if site.axis == ("width",)]
+    second = sum(statistics.second(site) for site in streams)
+    shared = (second - second.diag().diag()).norm() / second.norm()
+    # Stored in 6 bits an entry.
+    assert shared > 0.1 if tied else shared < 0.02
+    assert tied or (second.diag().diff() <= 0.02 * second[0, 0]).all()
+
+
 def test_what_chain_json_tells(chain, chain_folder):
     body = json.loads((chain_folder / "chain.json").read_text())
     assert body["schema_version"] == 3 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
