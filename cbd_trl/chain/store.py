@@ -32,7 +32,12 @@ def store_anchor(
     tokenizer: PreTrainedTokenizerBase,
     statistics: Statistics,
 ) -> Anchor:
-    """Write an anchor's folder and its entry in chain.json, once among all processes; see `write_anchor`."""
+    """Write an anchor's folder and its entry in chain.json, once among all processes; see `write_anchor`.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    _check_finite(record["name"], model)
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
@@ -46,3 +51,15 @@ def store_anchor(
     return next(
         anchor for anchor in Chain.from_pretrained(output_dir, verify=False).anchors if anchor.name == record["name"]
     )
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    """Here, once, and not in each target that is made of the anchor, which may take no pass over its weights at all."""
+    for key, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"The anchor {name} has a weight that is not finite ({key}), as all that is cut or mixed from it would "
+                "have. It was not written; the anchors above it stand. If it was trained here, its loss became NaN: "
+                "train it with a lower learning_rate or a lower max_grad_norm. Otherwise the model that it was read "
+                "from is damaged."
+            )

@@ -65,6 +65,15 @@ def test_a_source_with_a_head_of_its_own_is_on_its_principal_axes(tied, tmp_path
     assert tied or (second.diag().diff() <= 0.02 * second[0, 0]).all()
 
 
+def test_a_weight_that_is_not_finite_is_refused(tmp_path):
+    source = chain_source()
+    # A row that the calibration text does not read.
+    source.get_input_embeddings().weight.data[60] = float("inf")
+    with pytest.raises(ValueError, match=r"anchor 49K has a weight that is not finite.*not written.*learning_rate"):
+        build(tmp_path / "chain", source)
+    assert not (tmp_path / "chain" / "chain.json").exists()
+
+
 def test_what_chain_json_tells(chain, chain_folder):
     body = json.loads((chain_folder / "chain.json").read_text())
     assert body["schema_version"] == 3 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
