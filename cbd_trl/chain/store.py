@@ -54,12 +54,12 @@ def store_anchor(
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Here, once, and not in each target that is made of the anchor, which may take no pass over its weights at all."""
+    """Here, once, and not in each target made of the anchor, which may take no pass over its weights at all."""
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise ValueError(
-                f"The anchor {name} has a weight that is not finite ({key}), as all that is cut or mixed from it would "
-                "have. It was not written; the anchors above it stand. If it was trained here, its loss became NaN: "
-                "train it with a lower learning_rate or a lower max_grad_norm. Otherwise the model that it was read "
-                "from is damaged."
+                f"The anchor {name} has a weight that is not finite ({key}), as all that is made of it would have. It was "
+                "not written; the anchors above it stand. If it was trained here, its loss became NaN: train "
+                "it with a lower learning_rate or a lower max_grad_norm. Otherwise the model that it was read from is "
+                "damaged."
             )
