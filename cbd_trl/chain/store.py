@@ -58,8 +58,8 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise ValueError(
-                f"The anchor {name} has a weight that is not finite ({key}), as all that is made of it would have. It was "
-                "not written; the anchors above it stand. If it was trained here, its loss became NaN: train "
-                "it with a lower learning_rate or a lower max_grad_norm. Otherwise the model that it was read from is "
+                f"The anchor {name} has a weight that is not finite ({key}), as all that is made of it would have. It "
+                "was not written; the anchors above it stand. If it was trained here, its loss became NaN: train it "
+                "with a lower learning_rate or a lower max_grad_norm. Otherwise the model that it was read from is "
                 "damaged."
             )
