@@ -146,7 +146,7 @@ class Benchmark:
             "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
             "warmup_steps": 10,
             "adam_beta2": 0.95,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": self.options.batch_size,
             "max_length": BLOCK_LENGTH,
             "packing": True,
             "packing_strategy": "wrapped",
@@ -208,7 +208,7 @@ class Benchmark:
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """One run, or what is known of it."""
         objective = RUNS.get(name)
-        names = ("steps", "learning_rate", "ce_weight", "fp32", "held_out_rows")
+        names = ("steps", "batch_size", "learning_rate", "ce_weight", "fp32", "held_out_rows")
         settings = {each: getattr(self.options, each) for each in names}
         key = fingerprint(name, seed, objective, settings)
         if self.results.get(key) is None:
@@ -228,8 +228,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=[*RUNS, *SAME], default=[*RUNS, *SAME], metavar="RUN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=250, help="of 1,024 tokens")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=600, help="of batch-size rows")
+    parser.add_argument("--batch-size", type=int, default=1, help=f"rows of {BLOCK_LENGTH} tokens")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--ce-weight", type=float, default=1.0, help="of all runs with a teacher")
     parser.add_argument("--held-out-rows", type=int, default=100, help="of each text")
     parser.add_argument("--save", action="store_true", help="keep the trained students")
