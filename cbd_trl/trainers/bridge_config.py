@@ -8,8 +8,8 @@ from cbd_trl.losses.divergences import DIVERGENCES
 from cbd_trl.losses.schedule import WeightSchedule
 from cbd_trl.trainers.distill_config import DistillConfig
 
-# An untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside the cross-entropy on 154k of its tokens, is at
-# 2.317 bits per byte with it, at 2.365 by the cross-entropy alone: one seed (docs/bridge.md).
+# An untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside the cross-entropy on 154k of its tokens, is
+# at 2.317 bits per byte with it, at 2.365 by the cross-entropy alone: one seed (docs/bridge.md).
 _DEFAULT = "prefix"
 # What a DistillConfig has and this one refuses, and why.
 _WITHOUT_MEANING = {
