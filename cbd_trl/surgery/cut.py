@@ -4,6 +4,7 @@ The plain cut keeps prefixes; the least-squares cut keeps prefixes that also spe
 """
 
 import functools
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 
@@ -66,35 +67,22 @@ def least_squares_cut(
     _check_narrower(architecture, target)
     if tied_head_share is None:
         tied_head_share = TIED_HEAD_SHARE if architecture.embedding_scale == 1.0 else SCALED_TIED_HEAD_SHARE
-    norms, readers = site_norms(architecture), readers_of(architecture)
-    output_norms = {norm.name: norm for norm in architecture.output_norms}
-    written = _cut_outputs(weights, architecture, target)
-    outputs = fold_norms(written, architecture) if fold else written
-    folded = {site for site in architecture.sites if fold and folds(site, architecture)}
     places: list[Site | OutputNorm] = [*architecture.sites, *architecture.output_norms]
     kept = {axis: prefix_index(axis, architecture.sizes, target.sizes) for axis in {place.axis for place in places}}
     cut = {axis for axis, index in kept.items() if len(index) < axis_length(axis, architecture.sizes)}
-
-    # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
-    @functools.lru_cache(maxsize=len(architecture.family.sites))
-    def fit(site: Site) -> Fit:
-        gain, shift = None, None
-        if site.norm and site not in folded:
-            gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
-        centred = site.norm and architecture.family.norm_type == "layer"
-        intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
-        return regress(statistics, site.name, kept[site.axis], gain, shift, centred, intercept)
+    readers, narrower = readers_of(architecture), {place.name: place for place in places if place.axis in cut}
+    written = _cut_outputs(weights, architecture, target)
+    outputs = fold_norms(written, architecture) if fold else written
+    folded = {site for site in architecture.sites if fold and folds(site, architecture)}
+    fit = _fits(outputs, architecture, statistics, kept, folded)
 
     def tensor(key: str) -> torch.Tensor:
         module, kind = key.rsplit(".", 1)
-        if module in output_norms and output_norms[module].axis in cut:
-            norm = output_norms[module]
-            return working(outputs[key]) * gain_ratio(statistics, norm, "rms", kept[norm.axis])
-        if module in norms and norms[module].axis in cut:
-            index = kept[norms[module].axis]
-            part = working(outputs[key])[index]
-            ratio = gain_ratio(statistics, norms[module], architecture.family.norm_type, index)
-            return part * ratio if kind == "weight" else part
+        if module in architecture.norms:
+            own = outputs[key]
+            return (
+                _cut_norm(own, kind, architecture, statistics, narrower[module], kept) if module in narrower else own
+            )
         site = readers.get(module)
         if site is None or site.axis not in cut:
             return outputs[key]
@@ -110,6 +98,44 @@ def least_squares_cut(
         return from_input_matrix(refitted, full, axes, site.axis)
 
     return LazyWeights(target.tensors, tensor)
+
+
+def _fits(
+    outputs: Weights,
+    architecture: Architecture,
+    statistics: SiteStatistics,
+    kept: Mapping[tuple[str, ...], torch.Tensor],
+    folded: Collection[Site],
+) -> Callable[[Site], Fit]:
+    """The fit at each site, of norms in the gauge of `outputs`."""
+
+    # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
+    @functools.lru_cache(maxsize=len(architecture.family.sites))
+    def fit(site: Site) -> Fit:
+        gain, shift = None, None
+        if site.norm and site not in folded:
+            gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
+        centred = site.norm and architecture.family.norm_type == "layer"
+        intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
+        return regress(statistics, site.name, kept[site.axis], gain, shift, centred, intercept)
+
+    return fit
+
+
+def _cut_norm(
+    own: torch.Tensor,
+    kind: str,
+    architecture: Architecture,
+    statistics: SiteStatistics,
+    norm: Site | OutputNorm,
+    kept: Mapping[tuple[str, ...], torch.Tensor],
+) -> torch.Tensor:
+    """A norm's gain or bias; one over an output is cut with what it is over, one that is read through is whole yet."""
+    index = kept[norm.axis]
+    if isinstance(norm, OutputNorm):
+        return working(own) * gain_ratio(statistics, norm, "rms", index)
+    part = working(own)[index]
+    return part * gain_ratio(statistics, norm, architecture.family.norm_type, index) if kind == "weight" else part
 
 
 def _check_narrower(architecture: Architecture, target: Architecture) -> None:

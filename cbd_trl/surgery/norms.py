@@ -21,19 +21,28 @@ def folds(site: Site, architecture: Architecture) -> bool:
     return not biased or all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
 
 
-def fold_norms(weights: Weights, architecture: Architecture) -> Weights:
+def fold_norms(weights: Weights, architecture: Architecture, every: bool = False) -> Weights:
     """Multiply each norm's gain into its readers' weights, its bias into their biases: gains 1 and biases 0 remain.
 
     A final norm keeps its gain where the head is tied to the embedding table, and every norm keeps gain and bias where
     it has a bias and a reader has none to take it.
+
+    Args:
+        weights: of any gauge.
+        architecture: of them.
+        every: all gains become 1: a bias that no reader takes is divided by its gain. Not with a tied head.
     """
-    norms = {name for name, site in site_norms(architecture).items() if folds(site, architecture)}
+    sites = site_norms(architecture)
+    whole = {name for name, site in sites.items() if folds(site, architecture)}
+    norms = set(sites) if every else whole
     readers = {module: site for module, site in readers_of(architecture).items() if site.name in norms}
 
     def tensor(key: str) -> torch.Tensor:
         module, kind = key.rsplit(".", 1)
         if module in norms:
-            return torch.ones_like(weights[key]) if kind == "weight" else torch.zeros_like(weights[key])
+            if kind == "weight":
+                return torch.ones_like(weights[key])
+            return torch.zeros_like(weights[key]) if module in whole else weights[key] / weights[f"{module}.weight"]
         if module not in readers:
             return weights[key]
         site, own = readers[module], working(weights[key])
@@ -41,7 +50,7 @@ def fold_norms(weights: Weights, architecture: Architecture) -> Weights:
             axes = architecture.tensors[key]
             gain = weights[f"{site.name}.weight"].to(own)
             return from_input_matrix(input_matrix(own, axes, site.axis) * gain, own, axes, site.axis)
-        if f"{site.name}.bias" not in weights:
+        if site.name not in whole or f"{site.name}.bias" not in weights:
             return own
         weight = f"{module}.weight"
         matrix = input_matrix(weights[weight], architecture.tensors[weight], site.axis)

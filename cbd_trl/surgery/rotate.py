@@ -9,15 +9,15 @@ import math
 
 import torch
 
-from cbd_trl.architectures import Architecture, Site
+from cbd_trl.architectures import Architecture
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.statistics import Statistics
-from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, readers_of
+from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix
 
 _WIDTH = ("width",)
-# A final LayerNorm's bias is divided by its gain where the head has no bias to take it: gains below this share of the
-# median would make it so large that half precision loses the rest.
+# A LayerNorm's bias is divided by its gain where a reader has no bias to take it: gains below this share of the median
+# would make it so large that half precision loses the rest.
 _LEAST_GAIN = 0.01
 
 
@@ -29,7 +29,8 @@ def can_rotate(weights: Weights, architecture: Architecture) -> bool:
     """
     if architecture.tied or any(norm.axis == _WIDTH for norm in architecture.output_norms):
         return False
-    gains = [weights[f"{site.name}.weight"].abs() for site in _unfolded(architecture)]
+    kept = [site for site in architecture.sites if site.norm and not folds(site, architecture)]
+    gains = [weights[f"{site.name}.weight"].abs() for site in kept]
     return all(bool(gain.min() >= _LEAST_GAIN * gain.median()) for gain in gains)
 
 
@@ -77,7 +78,7 @@ def rotate(weights: Weights, architecture: Architecture, axes: torch.Tensor) -> 
         Weights in float64.
     """
     precise = LazyWeights(architecture.tensors, lambda key: weights[key].double())
-    bare = _bare(fold_norms(precise, architecture), architecture)
+    bare = fold_norms(precise, architecture, every=True)
 
     def tensor(key: str) -> torch.Tensor:
         own, places = bare[key], architecture.tensors[key]
@@ -104,27 +105,3 @@ def to_principal_axes(
     axes = principal_axes(architecture, statistics)
     streams = [site.name for site in architecture.sites if site.axis == _WIDTH]
     return rotate(weights, architecture, axes), statistics.rotated(streams, axes)
-
-
-def _unfolded(architecture: Architecture) -> list[Site]:
-    """The norms that keep gain and bias when norms are folded."""
-    return [site for site in architecture.sites if site.norm and not folds(site, architecture)]
-
-
-def _bare(weights: Weights, architecture: Architecture) -> Weights:
-    """Folded weights, the rest of the gains put into readers that have no bias; norm biases are divided by them."""
-    norms = {site.name for site in _unfolded(architecture)}
-    readers = {module: site for module, site in readers_of(architecture).items() if site.name in norms}
-
-    def tensor(key: str) -> torch.Tensor:
-        module, kind = key.rsplit(".", 1)
-        own = weights[key]
-        if module in norms:
-            return torch.ones_like(own) if kind == "weight" else own / weights[f"{module}.weight"]
-        if module not in readers:
-            return own
-        site, places = readers[module], architecture.tensors[key]
-        gain = weights[f"{site.name}.weight"]
-        return from_input_matrix(input_matrix(own, places, site.axis) * gain, own, places, site.axis)
-
-    return LazyWeights(architecture.tensors, tensor)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.norms import folds
 from cbd_trl.surgery.rotate import can_rotate, principal_axes, rotate, to_principal_axes
 from cbd_trl.surgery.sort import importance, sort_weights
 from cbd_trl.surgery.weights import readers_of
@@ -96,6 +97,17 @@ def test_rotating_twice_is_rotating_once(family):
     twice, _ = to_principal_axes(once, architecture, statistics)
     for key in once:
         torch.testing.assert_close(twice[key].double(), once[key].double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"), [("gpt_neox", {"attention_bias": False}), ("opt", {"enable_bias": False})]
+)
+def test_biases_that_readers_inside_the_layers_do_not_take(family, fields):
+    model = full_model(family, False, **fields)
+    weights, architecture = described(model)
+    assert sum(not folds(site, architecture) for site in architecture.sites if site.norm) > architecture.depth
+    rotated, _ = to_principal_axes(weights, architecture, moments(model, architecture))
+    assert difference(build(rotated, architecture), model) <= TOLERANCE
 
 
 @every_layer_norm_family
