@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cbd_trl.chain.pins import check_pin
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
 
@@ -27,11 +28,13 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write chain.json in one step: a reader sees the old one or the new one, never a part."""
+def manifest_text(manifest: Manifest) -> str:
+    """The content of chain.json, its checksum worked out anew."""
     anchors = []
     for anchor in manifest.anchors:
         anchors.append({key: getattr(anchor, key) for key in _ANCHOR_KEYS})
+        if anchor.repo is not None:
+            anchors[-1]["repo"] = anchor.repo
     body: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model_type": manifest.model_type,
@@ -40,7 +43,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     # Through JSON and back, so that the checksum is that of what a reader gets (string keys, lists).
     body = json.loads(json.dumps(body, default=str))
-    text = json.dumps({**body, "checksum": _checksum(body)}, indent=2) + "\n"
+    return json.dumps({**body, "checksum": _checksum(body)}, indent=2) + "\n"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write chain.json in one step: a reader sees the old one or the new one, never a part."""
+    text = manifest_text(manifest)
     temporary = folder / f".tmp-{MANIFEST}"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -79,8 +87,9 @@ def read_manifest(folder: Path) -> Manifest:
     _check_types(body, _MANIFEST_KEYS, str(file))
     anchors = []
     for i, entry in enumerate(body["anchors"]):
-        _check_types(entry, _ANCHOR_KEYS, f"{file}, anchors[{i}]")
-        anchor = Anchor(**{key: entry[key] for key in _ANCHOR_KEYS}, path=folder / entry["name"])
+        pinned = _PINNED_KEYS if isinstance(entry, dict) and "repo" in entry else {}
+        _check_types(entry, {**_ANCHOR_KEYS, **pinned}, f"{file}, anchors[{i}]")
+        anchor = Anchor(**entry, path=folder / entry["name"])
         check_record(anchor, file)
         anchors.append(anchor)
     check_order(anchors, file)
@@ -113,6 +122,8 @@ _ANCHOR_KEYS: dict[str, tuple[type, ...]] = {
     "finished": (bool,),
     "files": (dict,),
 }
+# Of an anchor in a repository of its own.
+_PINNED_KEYS: dict[str, tuple[type, ...]] = {"repo": (dict,)}
 
 
 def _check_types(entry: Any, keys: Mapping[str, tuple[type, ...]], where: str) -> None:
@@ -142,6 +153,8 @@ def check_record(anchor: Anchor, file: Path) -> None:
             f"{file}: {anchor.name!r} is no name for an anchor: letters, digits, '.', '_' and '-' only, no path. "
             f"{RESTORE}"
         )
+    if anchor.repo is not None:
+        check_pin(anchor.repo, f"{file}: anchor {anchor.name!r}")
     for name in anchor.files:
         if not all(_NAME.fullmatch(part) for part in name.split("/")):
             raise ValueError(

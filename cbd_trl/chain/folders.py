@@ -32,7 +32,7 @@ def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = 
 
 def verify_files(folder: Path, anchor: Anchor, names: Sequence[str], hashes: bool = True) -> None:
     """Compare some of an anchor's files with its record (see `verify_anchor`)."""
-    root = folder.resolve()
+    root = (folder if anchor.repo is None else anchor.path).resolve()
     # In the Hub's cache a snapshot's files are links to blobs that lie beside the snapshots.
     if root.parent.name == "snapshots":
         root = root.parent.parent

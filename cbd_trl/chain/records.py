@@ -48,8 +48,10 @@ class Anchor:
         training: the training arguments that matter.
         finished: whether its training reached the end.
         files: file name -> sha256 of every file of the folder.
+        repo: `repo_id` and `revision` (a full commit) of the Hub repository that holds the files, None where the
+            chain's own folder does (see `chain.pins`).
         path: the folder.
-        prepare: brings files of the folder that are not here yet; None where all are (see `HubChain`).
+        prepare: brings files of the folder that are not here yet; None where all are (see `chain.hub`).
     """
 
     name: str
@@ -66,6 +68,7 @@ class Anchor:
     training: dict[str, Any] = field(default_factory=dict)
     finished: bool = True
     files: dict[str, str] = field(default_factory=dict, repr=False)
+    repo: dict[str, str] | None = None
     path: Path = field(default=Path(), repr=False)
     prepare: "Callable[[Anchor, Sequence[str]], None] | None" = field(default=None, repr=False, compare=False)
 
