@@ -115,6 +115,7 @@ def bridged_head(
         args=args,
         dataset=text,
         record=record,
+        sources=[sides.student, origin],
         doing=f"distilling {name} from the source, across tokenizers: {architecture.shape}",
         make=lambda: _distil(work_folder(output_dir, name, settings), sides, args, text, eval_dataset),
     )

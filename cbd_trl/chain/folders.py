@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cbd_trl.cards.files import CARD_FILES
 from cbd_trl.chain.chain_json import check_order, check_record, library_versions, read_manifest, write_manifest
 from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
@@ -144,8 +145,8 @@ def _anchors_down_to(folder: Path, anchor: Anchor) -> tuple[Anchor, ...]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: sha256_of(path) for name, path in files.items() if name not in CARD_FILES}
 
 
 def _fresh_folder(folder: Path) -> Path:
@@ -202,4 +203,7 @@ def copy_anchor(anchor: Anchor, folder: Path) -> None:
     for name in anchor.files:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(anchor.path / name, temporary / name)
+    for name in CARD_FILES:
+        if (anchor.path / name).is_file():
+            shutil.copyfile(anchor.path / name, temporary / name)
     _move_folder(temporary, folder / anchor.name)
