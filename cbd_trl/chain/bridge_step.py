@@ -9,7 +9,6 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_trl.architectures import describe
 from cbd_trl.bridge.bridge import Bridge
@@ -22,6 +21,7 @@ from cbd_trl.chain.training import Trained, train, work_folder
 from cbd_trl.teachers.tokenizers import check_rows, tokenizer_difference
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
+from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 
 
@@ -169,7 +169,7 @@ def _distil(work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, 
             processing_class=sides.tokenizer,
             teacher_processing_class=sides.teacher_tokenizer if asked else None,
         )
-        return train(trainer, student, get_last_checkpoint(work), generation_config)
+        return train(trainer, student, last_checkpoint(work), generation_config)
 
 
 @contextmanager

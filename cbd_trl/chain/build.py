@@ -9,7 +9,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_trl.architectures import describe
 from cbd_trl.cards.history import DATASETS
@@ -25,8 +24,10 @@ from cbd_trl.chain.source import Source
 from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.chain.training import remove_work_folder, train, work_folder
+from cbd_trl.durable import check_writable
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 
@@ -84,6 +85,11 @@ def build_chain(
         _check_text(head.dataset, head.args, head.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
         _check_text(step.dataset, step.args, head.tokenizer)
+    if len(done) <= len(steps):
+        check_writable(output_dir)
+    for anchor in done.values():
+        # Of a run that was killed while it removed it.
+        remove_work_folder(output_dir, anchor.name)
     _make_anchors(output_dir, head, steps, done, eval_dataset, calibration_tokens)
     return finished_chain(output_dir)
 
@@ -151,7 +157,7 @@ def _distil_anchor(
     blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
     student: Any = initial_student(upper, step, blocks)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
-    checkpoint = get_last_checkpoint(work)
+    checkpoint = last_checkpoint(work)
     if checkpoint is None:
         refit_student(student.to(args.device), teacher, blocks, tokens)
     trainer = DistillTrainer(

@@ -14,6 +14,7 @@ from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
 from cbd_trl.chain.tokenizers import check_one_tokenizer, stored_tokenizer_hash
+from cbd_trl.durable import flush
 from cbd_trl.surgery.blocks import check_blocks
 
 
@@ -113,6 +114,7 @@ def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[
     above = _anchors_down_to(folder, anchor)
     temporary = _fresh_folder(folder / f".tmp-{anchor.name}")
     fill(temporary)
+    flush(temporary)
     written = _completed(anchor, temporary, _hashes(temporary))
     check_record(written, folder / MANIFEST)
     check_order([*above, written], folder / MANIFEST)
