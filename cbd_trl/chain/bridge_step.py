@@ -16,7 +16,7 @@ from cbd_trl.chain.arguments import check_no_teacher, training_record
 from cbd_trl.chain.head import Head
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.tokenizers import tokenizer_hash
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 from cbd_trl.chain.training import Trained, train, work_folder
 from cbd_trl.teachers.tokenizers import check_rows, tokenizer_difference
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig

@@ -22,7 +22,6 @@ from cbd_trl.chain.operators import OPERATORS, default_alpha
 from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import Weights
 
 CALIBRATION_TOKENS = 4096
@@ -169,7 +168,7 @@ def load_pair(upper: Anchor, lower: Anchor) -> Pair:
         upper_architecture,
         lower.load_weights(),
         lower_architecture,
-        StoredStatistics(upper.statistics_file) if differs else None,
+        upper.load_statistics() if differs else None,
         lower.block_map,
         lower.kept_layers,
         lower.block_costs,
