@@ -120,5 +120,6 @@ class _Prepare:
         verify_files(self._chain, anchor, new, hashes=self._verify)
         # Before the config is read, which asks for its file again.
         self._ready.update(new)
+        anchor.check_no_code()
         if "config.json" in new:
             verify_config(self._chain, anchor, self._model_type)

@@ -6,6 +6,7 @@ DIR/<anchor>/                   a model folder as save_pretrained writes it, wit
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
+from cbd_trl.cards import CARD_FILES, MEASURED, save_cards
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, verify_hashes, write_anchor
 from cbd_trl.chain.hub import open_on_hub, place_anchors
@@ -206,8 +208,12 @@ class Chain:
         (target / MANIFEST).unlink(missing_ok=True)
         for anchor in self.anchors:
             copy_anchor(anchor, target)
+        for name in (*CARD_FILES, MEASURED):
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, target / name)
         here = tuple(dataclasses.replace(anchor, repo=None) for anchor in self.anchors)
         write_manifest(target, Manifest(self.model_type, self.versions, here))
+        save_cards(Chain.from_pretrained(target, verify=False))
 
     def push_to_hub(
         self,
@@ -219,7 +225,7 @@ class Chain:
         commit_message: str = "Upload chain",
         own_repos: bool = False,
     ) -> CommitInfo:
-        """Upload the chain's own files to a Hub repository, made if there is none.
+        """Upload the chain and its cards to a Hub repository, made if there is none; a chain that it holds is replaced.
 
         All is committed at once, chain.json with the rest: what an interrupted upload leaves is no chain, and the same
         call again sends only what is missing.
@@ -237,15 +243,10 @@ class Chain:
             The commit: its address, with the hash in `oid`.
 
         Raises:
-            ValueError: a bad id, a token that may not write there, or a file that is no data.
+            ValueError: a bad id, a token that may not write there, or a repository that holds something else.
             ConnectionError: the upload was cut off.
         """
-        push = Push(private, token, revision, commit_message, own_repos)
-        return push.chain(repo_id, Manifest(self.model_type, self.versions, tuple(self.anchors)), self._card())
-
-    def _card(self) -> bytes | None:
-        file = self.path / "README.md"
-        return file.read_bytes() if file.is_file() else None
+        return Push(private, token, revision, commit_message, own_repos).send(self, repo_id)
 
 
 def _holds(pair: tuple[Anchor, Anchor], num_parameters: float) -> bool:
