@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +70,13 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.uploads: list[str] = []
-        # How many more large files arrive whole: after that the connection is cut in the middle of one.
+        # How many more large files arrive whole: after that every connection is cut in the middle of one, or as many
+        # as there are cuts left.
         self.uploads_until_cut: int | None = None
+        self.cuts: int | None = None
+        # How many large files arrive before one is waited for that never does.
+        self.uploads_until_hold: int | None = None
+        self.holding = threading.Event()
         self.address = ""
 
     def commit(self, repo_id: str, folder: Path, *names: str) -> str:
@@ -95,6 +101,13 @@ class Hub:
         return {path.split("/resolve/")[1].split("/")[0] for _, path in self.requests if "/resolve/" in path} | {
             path.split("/tree/")[1] for _, path in self.requests if "/tree/" in path
         }
+
+    def cuts_now(self) -> bool:
+        """Whether the file that comes is cut."""
+        if self.uploads_until_cut is None or len(self.uploads) < self.uploads_until_cut or self.cuts == 0:
+            return False
+        self.cuts = None if self.cuts is None else self.cuts - 1
+        return True
 
     def user(self, authorization: str | None) -> str | None:
         """Who is asking; None for anybody."""

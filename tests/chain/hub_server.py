@@ -49,7 +49,14 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         self.hub.requests.append((self.command, unquote(path)))
         size = int(self.headers.get("Content-Length", 0))
-        if self.command == "PUT" and self.hub.uploads_until_cut == 0:
+        if self.command == "PUT" and len(self.hub.uploads) == self.hub.uploads_until_hold:
+            self.hub.holding.set()
+            self.close_connection = True
+            # Until the other side is gone.
+            while self.connection.recv(2**16):
+                pass
+            return
+        if self.command == "PUT" and self.hub.cuts_now():
             # In the middle of the file.
             self.rfile.read(size // 2)
             self.close_connection = True
@@ -159,8 +166,6 @@ def _upload(request: _Handler, oid: str) -> Answer:
         raise Refused(400, message="the content does not have the sha256 that was announced")
     hub.large[oid] = content
     hub.uploads.append(oid)
-    if hub.uploads_until_cut is not None:
-        hub.uploads_until_cut -= 1
     return 200, {}, b""
 
 

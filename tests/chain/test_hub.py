@@ -110,10 +110,15 @@ def test_an_unreachable_hub_is_like_offline(hub, monkeypatch):
         (
             "me/nothing",
             None,
-            r"'me/nothing' is no folder here, and its chain.json could not .*RepositoryNotFoundError",
+            r"'me/nothing' is no folder here, and its chain.json could not .*There is no such repository, or it is "
+            r"private .*RepositoryNotFoundError",
         ),
-        ("me/chain", "v9", r"'me/chain' \(revision 'v9'\) is no folder .*RevisionNotFoundError"),
-        ("me/model", None, r"'me/model' is no folder here, and its chain.json could not be .*EntryNotFoundError"),
+        ("me/chain", "v9", r"'me/chain' \(revision 'v9'\) .*no such branch, tag or commit: .*RevisionNotFoundError"),
+        (
+            "me/model",
+            None,
+            r"'me/model' .*chain.json could not be .*it is no chain, or its upload was cut .*EntryNotFoundError",
+        ),
     ],
 )
 def test_what_the_hub_does_not_have(hub, chain, place, revision, message):
