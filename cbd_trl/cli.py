@@ -49,12 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, flags: list[str]) -> int:
     from cbd_trl import cli_commands
     from cbd_trl.cli_parsing import UsageError
+    from cbd_trl.recipe.problems import RecipeError
 
     try:
         cli_commands.COMMANDS[name](flags)
     except UsageError as error:
         print(f"cbd-trl {name}: {error} See cbd-trl {name} --help.", file=sys.stderr)
         return 2
+    except RecipeError as error:
+        print(f"cbd-trl {name}: error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, OSError) as error:
         # Our errors say what to do in one sentence; a traceback would bury it.
         if os.environ.get("CBD_TRL_TRACEBACK"):
@@ -77,7 +81,8 @@ def _help() -> str:
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
     lines += [
         "",
-        "Every flag can stand in a YAML file: cbd-trl build --config build.yaml. Flags win over the file.",
+        "A whole chain as one file: cbd-trl build recipe.yaml --dry-run. cbd-trl build --list-recipes names some.",
+        "Every flag can stand in a YAML file: cbd-trl distill --config distill.yaml. Flags win over the file.",
         "cbd-trl COMMAND --help lists the flags of a command. CBD_TRL_TRACEBACK=1 shows where an error came from.",
         "Several devices: accelerate launch -m cbd_trl.cli build ...",
     ]

@@ -1,67 +1,18 @@
 """What each subcommand of `cbd-trl` does: flags and YAML into a call of the library."""
 
-import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
-from cbd_trl.cli_arguments import BuildArguments, DemoArguments
+from cbd_trl.cli_arguments import DemoArguments
+from cbd_trl.cli_build import build
 from cbd_trl.cli_cache import cache
 from cbd_trl.cli_generate import generate
 from cbd_trl.cli_init import init
-from cbd_trl.cli_parsing import UsageError, load_rows, parse_flags, require
+from cbd_trl.cli_parsing import UsageError, evaluation_rows, load_rows, parse_flags, require
 from cbd_trl.cli_push import push
 from cbd_trl.cli_report import report
-from cbd_trl.cli_values import parse_anchors, parse_bridge
-
-
-def _evaluation_rows(script: ScriptArguments, args: Any) -> Any:
-    if args.eval_strategy == "no":
-        return None
-    assert script.dataset_name is not None
-    if Path(script.dataset_name).is_file():
-        raise ValueError(
-            f"--eval_strategy {args.eval_strategy}: {script.dataset_name} is a file, without a split to evaluate on. "
-            "Use a dataset with splits, or --eval_strategy no."
-        )
-    return load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
-
-
-def _with_own_run(anchor: dict[str, Any] | float, args: Any) -> dict[str, Any] | float:
-    """An anchor whose own `args` (training arguments that differ) and `dataset` (a file or Hub id) are made real."""
-    if not isinstance(anchor, dict):
-        return anchor
-    own = dict(anchor)
-    if isinstance(changes := own.get("args"), dict):
-        unknown = changes.keys() - {field.name for field in dataclasses.fields(args)}
-        if unknown:
-            raise ValueError(f"--anchors: args of {anchor}: {sorted(unknown)} are no fields of DistillConfig.")
-        own["args"] = dataclasses.replace(args, **changes)
-    if isinstance(own.get("dataset"), str):
-        own["dataset"] = load_rows(own["dataset"])
-    return own
-
-
-def _bridge_step(value: str | dict[str, Any] | None, args: Any) -> Any:
-    """The bridge of `--bridge`, which is trained as the anchors are but for its own `args`."""
-    own = parse_bridge(value)
-    if own is None:
-        return None
-    from trl import SFTConfig
-
-    from cbd_trl.chain.bridge_step import BridgeStep
-    from cbd_trl.trainers.bridge_config import BridgeDistillConfig
-
-    changes = own.get("args") or {}
-    if unknown := changes.keys() - {field.name for field in dataclasses.fields(BridgeDistillConfig)}:
-        raise ValueError(f"--bridge: {sorted(unknown)} in args are no fields of BridgeDistillConfig.")
-    # The source's way of being loaded is not the student's, nor is what compares models of one tokenizer.
-    names = {field.name for field in dataclasses.fields(SFTConfig) if field.init} - {"model_init_kwargs"}
-    config = BridgeDistillConfig(**{**{name: getattr(args, name) for name in names}, **changes})
-    dataset = None if own.get("dataset") is None else load_rows(own["dataset"])
-    return BridgeStep(own["model"], args=config, dataset=dataset)
 
 
 def demo(flags: list[str]) -> None:
@@ -76,47 +27,6 @@ def demo(flags: list[str]) -> None:
     from cbd_trl.demo.run import Demo
 
     Demo(arguments.output, arguments.wheel, arguments.steps, arguments.seed).run()
-
-
-def build(flags: list[str]) -> None:
-    """cbd-trl build.
-
-    Args:
-        flags: as typed.
-    """
-    from cbd_trl.trainers.distill_config import DistillConfig
-
-    description = (
-        "Distil a chain of anchors from a source model. --output_dir is the chain's folder; run again with the same "
-        "flags, the command goes on where it was interrupted."
-    )
-    arguments, script, args = parse_flags(
-        "build", description, [BuildArguments, ScriptArguments, DistillConfig], flags, defaults={"output_dir": "chain"}
-    )
-    require(source=arguments.source, dataset_name=script.dataset_name)
-    anchors = [_with_own_run(anchor, args) for anchor in parse_anchors(arguments.anchors)]
-    bridge_step = _bridge_step(arguments.bridge, args)
-    from cbd_trl.chain.build import build_chain
-
-    chain = build_chain(
-        arguments.source,
-        anchors,
-        dataset=load_rows(
-            script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming
-        ),
-        eval_dataset=_evaluation_rows(script, args),
-        output_dir=args.output_dir,
-        args=args,
-        bridge=bridge_step,
-        calibration_tokens=arguments.calibration_tokens,
-        revision=arguments.source_revision,
-    )
-    for anchor in chain.anchors:
-        print(f"{anchor.name}: {anchor.num_parameters:,} parameters, {anchor.shape}")
-    print(
-        f"The chain is in {args.output_dir}. A size from it: "
-        f"cbd-trl init {args.output_dir} --num-parameters N --output DIR"
-    )
 
 
 def distill(flags: list[str]) -> None:
@@ -186,7 +96,7 @@ def _train_student(kind: Any, script: Any, args: Any, model: Any) -> None:
         train_dataset=load_rows(
             script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming
         ),
-        eval_dataset=_evaluation_rows(script, args),
+        eval_dataset=evaluation_rows(script, args),
         peft_config=get_peft_config(model),
         **options,
     )

@@ -4,7 +4,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, ScriptArguments, TrlParser
 
 from cbd_trl.names import did_you_mean
 
@@ -123,7 +123,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
         name: a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz behind), or what `datasets.load_dataset`
             takes. A text file gives one row per line that is not blank.
         config: configuration of a dataset on the Hub.
-        split: of a dataset on the Hub; a file has one split, which is all of it.
+        split: of a dataset on the Hub, or a slice of one, such as `train[:90%]`. A file has one split, which is all of
+            it, and slices of that: `train[90%:]`.
         streaming: read while training.
 
     Raises:
@@ -142,5 +143,27 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
         raise ValueError(
             f"{name} is not a dataset file that can be read: its name must end in {', '.join(_FILE_KINDS)}."
         )
-    rows = load_dataset(kind, data_files=str(path), split="train", streaming=streaming)
+    own = split if split.startswith("train[") else "train"
+    rows = load_dataset(kind, data_files=str(path), split=own, streaming=streaming)
     return rows.filter(lambda row: bool(row["text"].strip())) if kind == "text" else rows
+
+
+def evaluation_rows(script: ScriptArguments, args: Any) -> Any:
+    """The rows to evaluate on, None where no evaluation is asked for.
+
+    Args:
+        script: names the dataset.
+        args: of the training.
+
+    Raises:
+        ValueError: the dataset is a file, which has no other split.
+    """
+    if args.eval_strategy == "no":
+        return None
+    assert script.dataset_name is not None
+    if Path(script.dataset_name).is_file():
+        raise ValueError(
+            f"--eval_strategy {args.eval_strategy}: {script.dataset_name} is a file, without a split to evaluate on. "
+            "Use a dataset with splits, or --eval_strategy no."
+        )
+    return load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)

@@ -102,7 +102,7 @@ def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) ->
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=architecture.num_parameters * kind.itemsize,
         cache_bytes=2 * depth * sizes["group"] * sizes["dim"] * kind.itemsize,
-        flops=2 * _multiplied(architecture),
+        flops=2 * multiplied_weights(architecture),
         attention_flops=4 * depth * sizes["group"] * sizes["query"] * sizes["dim"],
     )
 
@@ -115,7 +115,7 @@ def _embedding_parameters(architecture: Architecture) -> int:
     )
 
 
-def _multiplied(architecture: Architecture) -> int:
+def multiplied_weights(architecture: Architecture) -> int:
     """Weights of all matrices that a stream is multiplied with, a tied table among them."""
     readers = {reader for site in architecture.sites for reader in site.readers}
     keys = [reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers]

@@ -77,26 +77,48 @@ def plan_chain(
     steps: list[Step] = []
     upper, names = source, [anchor_name(source.num_parameters)]
     for position, anchor in enumerate(anchors):
-        options = dict(anchor) if isinstance(anchor, Mapping) else {}
-        own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
-        fields = options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
-        target = target_architecture(upper, fields)
-        if target.num_parameters >= upper.num_parameters:
-            raise ValueError(
-                f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "
-                f"({upper.num_parameters:,}). List anchors from large to small."
-            )
-        names.append(anchor_name(target.num_parameters, names))
-        steps.append(
-            Step(
-                name=names[-1],
-                architecture=target,
-                args=_with_chain_defaults(own.get("args", args), upper, target),
-                dataset=own.get("dataset", dataset),
-            )
-        )
-        upper = target
+        steps.append(plan_step(upper, anchor, position, args, dataset, names))
+        upper, names = steps[-1].architecture, [*names, steps[-1].name]
     return steps
+
+
+def plan_step(
+    upper: Architecture,
+    anchor: Mapping[str, Any] | float,
+    position: int,
+    args: DistillConfig,
+    dataset: Any,
+    taken: Collection[str],
+) -> Step:
+    """Resolve one anchor.
+
+    Args:
+        upper: the anchor above it.
+        anchor: as asked for.
+        position: among those asked for.
+        args: of the chain.
+        dataset: of the chain.
+        taken: names of the anchors above it.
+
+    Raises:
+        ValueError: it cannot be cut from the one above it, or its arguments name a teacher or contradict the chain's
+            defaults.
+    """
+    options = dict(anchor) if isinstance(anchor, Mapping) else {}
+    own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
+    fields = options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
+    target = target_architecture(upper, fields)
+    if target.num_parameters >= upper.num_parameters:
+        raise ValueError(
+            f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "
+            f"({upper.num_parameters:,}). List anchors from large to small."
+        )
+    return Step(
+        name=anchor_name(target.num_parameters, taken),
+        architecture=target,
+        args=_with_chain_defaults(own.get("args", args), upper, target),
+        dataset=own.get("dataset", dataset),
+    )
 
 
 def _size(anchor: Any, position: int) -> float:

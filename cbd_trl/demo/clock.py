@@ -9,7 +9,7 @@ from itertools import pairwise
 # Of a forward pass of the same model: the backward pass, and the loss with its optimiser step.
 _STEP_COST = 3.4
 # Mixed precision on CPUs with bf16 instructions, against float32.
-_BF16_SPEED = 2.2
+BF16_SPEED = 2.2
 # What choosing 16 of 30 layers comes to, in tokens of the source's forward pass.
 _CHOOSING_TOKENS = 15_000
 
@@ -86,13 +86,12 @@ def predict(
         {"anchor 1": seconds, ..., "sweep": seconds, "answers": seconds}.
     """
     shares = [size / sizes[0] for size in sizes]
-    training = speed * (_BF16_SPEED if bf16 else 1.0)
+    training = speed * (BF16_SPEED if bf16 else 1.0)
     seconds = {}
     for number, ((upper, lower), hybrids) in enumerate(
         zip(pairwise(shares), swap_probabilities, strict=True), start=1
     ):
-        # A hybrid is of the mean size of the two.
-        step = upper + _STEP_COST * (lower + hybrids * (upper + lower) / 2)
+        step = step_cost(upper, lower, hybrids)
         seconds[f"anchor {number}"] = steps * step_tokens * step / training + calibration_tokens * 1.2 * lower / speed
     # Only the first has layers to choose.
     seconds["anchor 1"] += (calibration_tokens * 1.2 + _CHOOSING_TOKENS) / speed
@@ -104,6 +103,17 @@ def predict(
     return seconds
 
 
+def step_cost(upper: float, lower: float, hybrids: float) -> float:
+    """What an optimiser step of an anchor costs, in the unit of what a forward pass of the two models costs.
+
+    Args:
+        upper: a forward pass of the anchor above it.
+        lower: a forward pass of its own.
+        hybrids: share of the steps that have a hybrid beside them, which is of the mean size of the two.
+    """
+    return upper + _STEP_COST * (lower + hybrids * (upper + lower) / 2)
+
+
 def peak_memory() -> float:
     """The most memory this process has held, in GB (10^9 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -112,8 +122,11 @@ def peak_memory() -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as people say them: `40 s`, `6 min`, `1 h 5 min`."""
+    """Seconds as people say them: `40 s`, `6 min`, `1 h 5 min`, `3 d 4 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

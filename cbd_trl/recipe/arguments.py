@@ -1,0 +1,90 @@
+"""Training arguments in a recipe: names and types checked, configs made of them."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from cbd_trl.recipe.schema import Recipe
+from cbd_trl.recipe.values import Values, inside
+from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.trainers.distill_config import DistillConfig
+
+# The chain's folder is that of the recipe, and each training's is inside it.
+_NOT_HERE = ("output_dir",)
+
+
+def read_arguments(values: Values, value: Any, place: str, config: type[DistillConfig]) -> dict[str, Any]:
+    """Fields of a config, those that are unknown or of the wrong type refused and left out.
+
+    Args:
+        values: takes the problems.
+        value: as read; None for none.
+        place: in the file.
+        config: the dataclass.
+    """
+    if value is None:
+        return {}
+    known = [field.name for field in dataclasses.fields(config) if field.init and field.name not in _NOT_HERE]
+    hints = typing.get_type_hints(config)
+    arguments = {}
+    for key, entry in values.mapping(value, place, known).items():
+        try:
+            arguments[key] = _as_annotated(entry, hints[key])
+        except ValueError as error:
+            values.refuse(inside(place, key), str(error))
+    return arguments
+
+
+def _as_annotated(value: Any, hint: Any) -> Any:
+    """A value of a field's type. YAML reads 4e-4 as text: a number wants a dot for it (4.0e-4)."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
+    if any(kind not in (int, float, bool, str, type(None)) for kind in kinds):
+        return value
+    if value is None or type(value) in kinds:
+        return value
+    if float in kinds and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+    raise ValueError(f"{value!r} is a {type(value).__name__}, wanted {names}.")
+
+
+def anchor_args(recipe: Recipe, own: Mapping[str, Any]) -> DistillConfig:
+    """The arguments of one anchor's training.
+
+    Args:
+        recipe: what holds for all.
+        own: what is the anchor's own.
+
+    Raises:
+        ValueError: a value that has no meaning.
+    """
+    return DistillConfig(output_dir=recipe.output_dir, **{**_of_the_machine(), **recipe.args, **own})
+
+
+def bridge_args(recipe: Recipe) -> BridgeDistillConfig:
+    """The arguments of the bridge: what trains the anchors trains it, but for its own.
+
+    Args:
+        recipe: with a bridge.
+
+    Raises:
+        ValueError: a value that has no meaning.
+    """
+    assert recipe.bridge is not None
+    # The source's way of being loaded is not the student's, nor is what compares models of one tokenizer.
+    shared = {field.name for field in dataclasses.fields(SFTConfig) if field.init} - {"model_init_kwargs"}
+    common = {key: value for key, value in recipe.args.items() if key in shared}
+    return BridgeDistillConfig(output_dir=recipe.output_dir, **{**_of_the_machine(), **common, **recipe.bridge.args})
+
+
+def _of_the_machine() -> dict[str, Any]:
+    """Without an accelerator transformers wants to be told so."""
+    return {} if torch.accelerator.is_available() else {"use_cpu": True, "dataloader_pin_memory": False}

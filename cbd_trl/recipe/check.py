@@ -1,0 +1,178 @@
+"""A recipe, checked whole before any work: everything that is wrong with it, and what it will take."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cbd_trl.architectures import Architecture, describe
+from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
+from cbd_trl.chain.finished import finished_anchors
+from cbd_trl.chain.head import Head, source_head
+from cbd_trl.chain.plan import Step, anchor_name, plan_step
+from cbd_trl.chain.source import Source
+from cbd_trl.recipe.arguments import anchor_args, bridge_args
+from cbd_trl.recipe.data import check_data
+from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, bridge_cost, disk_needed, head_cost, measure_speed
+from cbd_trl.recipe.schema import Recipe
+from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.trainers.distill_config import DistillConfig
+
+
+@dataclass
+class Check:
+    """What is known of a recipe before any work.
+
+    Args:
+        recipe: the recipe.
+        problems: what is wrong, each with its place; empty for a recipe that can be built.
+        args: of the chain; None where they are wrong.
+        bridge: of its bridge, likewise.
+        steps: the lower anchors, those left out that cannot be.
+        costs: of all anchors, largest first.
+        finished: how many of them an earlier run finished.
+        speed: of this machine.
+        disk_free: bytes.
+    """
+
+    recipe: Recipe
+    problems: list[str] = field(default_factory=list)
+    args: DistillConfig | None = None
+    bridge: BridgeDistillConfig | None = None
+    steps: list[Step] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    finished: int = 0
+    speed: Speed | None = None
+    disk_free: int = 0
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes still to be written at most at any time, beside the anchors that are finished."""
+        return disk_needed(self.costs[self.finished :])
+
+    def attempt(self, place: str, work: Callable[[], Any]) -> Any:
+        """What `work` returns; None where it raises, which is then a problem of that place."""
+        try:
+            return work()
+        except (ValueError, TypeError, OSError) as error:
+            text = " ".join(str(error).split())
+            self.problems.append(text if place and text.startswith(place) else f"{place}: {text}")
+            return None
+
+
+def check_recipe(recipe: Recipe) -> Check:
+    """Look at everything that a build needs, and build nothing: no weights are read.
+
+    Args:
+        recipe: from `read_recipe`.
+
+    Returns:
+        all that is wrong with it, and what it will take.
+    """
+    check = Check(recipe, list(recipe.problems))
+    check.args = check.attempt("args", lambda: anchor_args(recipe, {}))
+    if recipe.bridge is not None:
+        check.bridge = check.attempt("bridge.args", lambda: bridge_args(recipe))
+    head = None if recipe.source is None or check.args is None else _head(check, check.args)
+    _check_data(check, None if head is None else head.tokenizer)
+    if head is not None:
+        assert check.args is not None
+        plan_costs(check, head.architecture, _source_parameters(check))
+        if len(check.steps) == len(recipe.anchors):
+            done = check.attempt("output_dir", lambda: finished_anchors(Path(recipe.output_dir), head, check.steps))
+            check.finished = len(done or {})
+        _check_disk(check)
+    return check
+
+
+def plan_costs(check: Check, head: Architecture, source_parameters: int | None = None) -> None:
+    """Resolve the anchors of a recipe from the largest down, and estimate what each takes.
+
+    Args:
+        check: `steps`, `costs`, `speed` and `problems` are filled.
+        head: the largest anchor.
+        source_parameters: of the source, where there is a bridge.
+    """
+    recipe, args = check.recipe, check.args
+    assert args is not None
+    speed = check.speed = measure_speed(args, head.sizes["width"])
+    names, upper = [anchor_name(head.num_parameters)], head
+    if check.bridge is not None and source_parameters is not None:
+        costs = (source_parameters, head, check.bridge, recipe.calibration_tokens, speed)
+        check.costs.append(bridge_cost(names[0], *costs))
+    else:
+        check.costs.append(head_cost(names[0], head, args, recipe.calibration_tokens, speed))
+    for position, anchor in enumerate(recipe.anchors):
+        place = f"anchors[{position}]"
+        own = check.attempt(f"{place}.args", lambda own=anchor.args: anchor_args(recipe, own))
+        if own is None:
+            continue
+        step = check.attempt(place, lambda: plan_step(upper, anchor.what, position, own, None, names))  # noqa: B023
+        if step is None:
+            continue
+        check.steps.append(step)
+        check.costs.append(anchor_cost(upper, step, recipe.calibration_tokens, speed))
+        names, upper = [*names, step.name], step.architecture
+
+
+def _head(check: Check, args: DistillConfig) -> Head | None:
+    """The largest anchor as `build_chain` would make it; where it is, its config and its tokenizer are right."""
+    recipe = check.recipe
+    assert recipe.source is not None
+    origin = Source(recipe.source.name, recipe.source.revision)
+    check.attempt("source", lambda: _check_weights(recipe.source.name))  # type: ignore[union-attr]
+    if recipe.bridge is None:
+        return check.attempt("source", lambda: source_head(origin, None, args, None))
+    check.attempt("bridge.model", lambda: _check_weights(recipe.bridge.model))  # type: ignore[union-attr]
+    if check.bridge is None:
+        return None
+    step = BridgeStep(recipe.bridge.model, args=check.bridge)
+    return check.attempt("bridge", lambda: bridged_head(step, origin, None, args, None, None, Path(recipe.output_dir)))
+
+
+def _check_weights(name: str) -> None:
+    """Refuse a model folder without safetensors; of a model on the Hub they are looked for when they are loaded."""
+    folder = Path(name)
+    if folder.is_dir() and (folder / "config.json").exists() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"the folder {name} holds no weights in safetensors, and no other kind is read. Load the model and save "
+            "it again with save_pretrained."
+        )
+
+
+def _check_data(check: Check, tokenizer: Any) -> None:
+    recipe = check.recipe
+    parts = [*recipe.data, *(part for anchor in recipe.anchors for part in anchor.data)]
+    parts += [*(recipe.bridge.data if recipe.bridge else ()), *(recipe.evaluation.data if recipe.evaluation else ())]
+    for part in parts:
+        check.attempt(part.where, lambda part=part: check_data(part, tokenizer))
+
+
+def _source_parameters(check: Check) -> int | None:
+    """Of a source that a bridge begins with, of any architecture: counted on a model without memory."""
+    recipe = check.recipe
+    if recipe.bridge is None or recipe.source is None:
+        return None
+    config = Source(recipe.source.name, recipe.source.revision).config()
+    try:
+        return describe(config).num_parameters
+    except ValueError:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def _check_disk(check: Check) -> None:
+    folder = Path(check.recipe.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    check.disk_free = shutil.disk_usage(folder).free
+    if check.disk_needed > check.disk_free:
+        check.problems.append(
+            f"output_dir: the chain needs {check.disk_needed / 1e9:.1f} GB there with the checkpoints of one anchor "
+            f"(weights, statistics, optimiser), and {check.disk_free / 1e9:.1f} GB are free. Make room, choose "
+            "another disk, set args.save_total_limit to 1, or args.save_strategy to 'no' and go without resuming."
+        )

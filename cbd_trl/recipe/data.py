@@ -1,0 +1,105 @@
+"""The datasets of a recipe, and their mix."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, interleave_datasets
+
+from cbd_trl.chain.calibration import row_text
+from cbd_trl.cli_parsing import load_rows
+from cbd_trl.demo import corpus
+from cbd_trl.recipe.schema import DataPart
+
+# The text that the package ships.
+DEMO = "demo"
+_FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"}, {"input_ids"})
+
+
+def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int) -> Dataset:
+    """The mix of some datasets.
+
+    Args:
+        parts: one or more, rows drawn from each by its share until the first of them runs out.
+        tokenizer: of the source; the text that the package ships is written in its chat template.
+        seed: of the draws.
+
+    Raises:
+        ValueError: one of them cannot be read, or their rows are of several formats.
+    """
+    loaded = [_columns(_load(part, tokenizer), part) for part in parts]
+    if len(loaded) == 1:
+        return loaded[0]
+    formats = {part.where: sorted(rows.column_names) for part, rows in zip(parts, loaded, strict=True)}
+    if len({tuple(columns) for columns in formats.values()}) > 1:
+        raise ValueError(
+            f"A mix needs rows of one format, and these have several: {formats}. Name the column that holds the text "
+            "of each (`column`), or bring them into one format beforehand."
+        )
+    whole = sum(part.share for part in parts)
+    # Oversampling would show the rows of a small dataset many times while the others last.
+    return interleave_datasets(
+        loaded, probabilities=[part.share / whole for part in parts], seed=seed, stopping_strategy="first_exhausted"
+    )
+
+
+def check_data(part: DataPart, tokenizer: Any) -> None:
+    """Read the first row of a dataset, and no more.
+
+    Args:
+        part: the dataset.
+        tokenizer: of the source, or None where it is not known: chats are then not laid out.
+
+    Raises:
+        ValueError: the dataset cannot be read, holds no row, or has none of the columns that are wanted.
+    """
+    if part.name == DEMO:
+        _demo_rows(part, None)
+        return
+    try:
+        rows = load_rows(part.name, part.config, part.split.partition("[")[0], streaming=True)
+        row = next(iter(rows), None)
+    except Exception as error:  # whatever a dataset's files, or the Hub, raise
+        raise ValueError(_unreadable(part, error)) from error
+    if row is None:
+        raise ValueError(f"{part.name} ({part.split}) holds no row.")
+    if part.column is not None:
+        if not isinstance(row.get(part.column), str):
+            raise ValueError(f"{part.name} has no column {part.column!r} of text. Its columns: {', '.join(row)}.")
+        return
+    if tokenizer is None or "input_ids" in row:
+        return
+    row_text(row, tokenizer)
+
+
+def _load(part: DataPart, tokenizer: Any) -> Dataset:
+    if part.name == DEMO:
+        return _demo_rows(part, tokenizer)
+    try:
+        return load_rows(part.name, part.config, part.split)
+    except Exception as error:  # likewise
+        raise ValueError(f"{part.where}: {_unreadable(part, error)}") from error
+
+
+def _unreadable(part: DataPart, error: Exception) -> str:
+    if Path(part.name).suffix and not Path(part.name).exists():
+        return f"there is no file {part.name}, and no dataset of that name on the Hub could be read."
+    return f"{part.name} ({part.split}) cannot be read: {' '.join(str(error).split())[:300]}"
+
+
+def _demo_rows(part: DataPart, tokenizer: Any) -> Dataset:
+    training, held_out = corpus.split(tokenizer)
+    by_split = {"train": training, "held_out": Dataset.from_dict({"text": held_out})}
+    if part.split not in by_split:
+        raise ValueError(f"{DEMO} has no split {part.split!r}: there are {' and '.join(by_split)}.")
+    return by_split[part.split]
+
+
+def _columns(rows: Dataset, part: DataPart) -> Dataset:
+    """The columns that a trainer reads, by the names that it has for them."""
+    if part.column is not None:
+        rows = rows.select_columns([part.column])
+        return rows if part.column == "text" else rows.rename_column(part.column, "text")
+    names = set(rows.column_names)
+    kept = next((wanted for wanted in _FORMATS if wanted <= names), names)
+    return rows.select_columns(sorted(kept, key=rows.column_names.index))

@@ -1,0 +1,248 @@
+"""What a chain will take: disk, memory, tokens and time of every anchor, told before any work."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cbd_trl.architectures import Architecture
+from cbd_trl.chain.describe_targets import multiplied_weights
+from cbd_trl.chain.plan import Step
+from cbd_trl.demo.clock import BF16_SPEED, step_cost
+from cbd_trl.demo.plan import bf16_pays
+from cbd_trl.trainers.distill_config import DistillConfig
+
+# Of the disk of the bfloat16 weights (docs/chains.md).
+STATISTICS_SHARE = 0.15
+_BF16_BYTES, _FLOAT32_BYTES = 2, 4
+# AdamW keeps two moments of every weight.
+_OPTIMISER_COPIES = 2
+# Share of the speed of one matrix product that a whole model comes to: on a CPU measured (SmolLM2-135M, float32); on a
+# GPU assumed.
+_CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.4
+# Floats that a layer keeps for the backward pass, for each token: of the width, and of the FFN.
+_KEPT_WIDTHS, _KEPT_FFNS = 12, 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an anchor takes.
+
+    Args:
+        name: of the anchor.
+        architecture: its shape.
+        disk: bytes of its weights, as they are stored, and its statistics.
+        checkpoints: bytes beside them while it is trained.
+        tokens: that it is trained on, where every row is full; None where they depend on the data.
+        memory: bytes, at most, while it is made.
+        seconds: to train and calibrate it; None where the tokens are not known.
+    """
+
+    name: str
+    architecture: Architecture
+    disk: int
+    checkpoints: int
+    tokens: int | None
+    memory: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast this machine is.
+
+    Args:
+        products: FLOPs a second of a matrix product in float32 on a CPU, or in the training's dtype on a GPU.
+        device: what does them.
+        training: FLOPs a second of a training step.
+        forward: FLOPs a second of a forward pass without gradients.
+    """
+
+    products: float
+    device: str
+    training: float
+    forward: float
+
+
+def disk_needed(costs: Sequence[Cost]) -> int:
+    """Bytes that a chain takes at most at any time: all anchors, and the checkpoints of one."""
+    return sum(cost.disk for cost in costs) + max((cost.checkpoints for cost in costs), default=0)
+
+
+def trained_tokens(args: DistillConfig) -> int | None:
+    """Tokens of a training whose rows are all full; None where the dataset decides, in epochs."""
+    if args.max_steps <= 0 or not args.max_length:
+        return None
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * max(args.world_size, 1)
+    return args.max_steps * rows * args.max_length
+
+
+def head_cost(name: str, head: Architecture, args: DistillConfig, calibration_tokens: int, speed: Speed) -> Cost:
+    """What the source takes: it is sorted and measured, not trained.
+
+    Args:
+        name: of the anchor.
+        head: the source.
+        args: of the chain.
+        calibration_tokens: behind its statistics.
+        speed: of this machine.
+    """
+    weights = head.num_parameters * _weight_bytes(args)
+    # In its own order and the sorted one.
+    return Cost(
+        name=name,
+        architecture=head,
+        disk=weights + _statistics_disk(head),
+        checkpoints=0,
+        tokens=0,
+        memory=2 * weights + _statistics_memory(head),
+        seconds=_calibration_seconds(head, calibration_tokens, speed),
+    )
+
+
+def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed: Speed) -> Cost:
+    """What a lower anchor takes.
+
+    Args:
+        upper: the anchor above it.
+        step: the anchor.
+        calibration_tokens: behind its statistics.
+        speed: of this machine.
+    """
+    lower, args = step.architecture, step.args
+    teacher = upper.num_parameters * _weight_bytes(args)
+    return _trained_cost(
+        step.name, lower, args, (teacher, multiplied_weights(upper)), calibration_tokens, speed, upper.sizes
+    )
+
+
+def bridge_cost(
+    name: str, source_parameters: int, head: Architecture, args: DistillConfig, calibration_tokens: int, speed: Speed
+) -> Cost:
+    """What anchor zero takes.
+
+    Args:
+        name: of the anchor.
+        source_parameters: of its teacher, of any architecture.
+        head: anchor zero.
+        args: of the bridge.
+        calibration_tokens: behind its statistics.
+        speed: of this machine.
+    """
+    teacher = (source_parameters * _weight_bytes(args), source_parameters)
+    return _trained_cost(name, head, args, teacher, calibration_tokens, speed, head.sizes)
+
+
+def measure_speed(args: DistillConfig, width: int) -> Speed:
+    """Time a matrix product of 1,024 tokens of a width.
+
+    Args:
+        args: of the training: its device and precision.
+        width: of the source.
+    """
+    device, half = args.device, args.bf16 or args.fp16
+    on_cpu = device.type == "cpu"
+    dtype = torch.float32 if on_cpu or not half else torch.bfloat16 if args.bf16 else torch.float16
+    products = _product_speed(device, dtype, width)
+    efficiency = _CPU_EFFICIENCY if on_cpu else _GPU_EFFICIENCY
+    faster = BF16_SPEED if on_cpu and half and bf16_pays() else 1.0
+    return Speed(products, str(device), efficiency * faster * products, efficiency * products)
+
+
+@torch.no_grad()
+def _product_speed(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    left = torch.randn(1024, width, device=device, dtype=dtype)
+    right = torch.randn(width, width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        # Read back, so that a device that runs beside the CPU has finished.
+        torch.mm(left, right)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * left.shape[0] * width * width / best
+
+
+def _trained_cost(
+    name: str,
+    lower: Architecture,
+    args: DistillConfig,
+    teacher: tuple[int, int],
+    calibration_tokens: int,
+    speed: Speed,
+    upper_sizes: dict[str, int],
+) -> Cost:
+    teacher_bytes, teacher_weights = teacher
+    weights, tokens, swap = (
+        lower.num_parameters * _weight_bytes(args),
+        trained_tokens(args),
+        args.swap_probability or 0,
+    )
+    optimiser = _OPTIMISER_COPIES * weights
+    # A hybrid of another width is mixed anew at every step, and has a gradient.
+    mixed = (teacher_bytes + weights) if swap and lower.sizes != upper_sizes else 0
+    seconds = None
+    if tokens is not None:
+        passes = step_cost(2.0 * teacher_weights, 2.0 * multiplied_weights(lower), swap)
+        seconds = tokens / max(args.world_size, 1) * passes / speed.training
+        seconds += _calibration_seconds(lower, calibration_tokens, speed)
+    return Cost(
+        name=name,
+        architecture=lower,
+        disk=weights + _statistics_disk(lower),
+        checkpoints=_kept_checkpoints(args) * (weights + optimiser),
+        tokens=tokens,
+        memory=max(
+            teacher_bytes + 2 * weights + optimiser + mixed + _activations(lower, args),
+            teacher_bytes + weights + _statistics_memory(lower),
+        ),
+        seconds=seconds,
+    )
+
+
+def _weight_bytes(args: DistillConfig) -> int:
+    """Bytes of a weight: float32 unless the source is loaded otherwise."""
+    options = args.model_init_kwargs
+    kind = options.get("dtype") if isinstance(options, dict) else None
+    return _BF16_BYTES if str(kind).removeprefix("torch.") in ("bfloat16", "float16") else _FLOAT32_BYTES
+
+
+def _statistics_disk(architecture: Architecture) -> int:
+    return int(STATISTICS_SHARE * _BF16_BYTES * architecture.num_parameters)
+
+
+def _statistics_memory(architecture: Architecture) -> int:
+    """Of the second moments while they are summed: a float32 square for each stream that a layer reads."""
+    lengths = [_length(site.axis, architecture.sizes) for site in architecture.sites]
+    return sum(length * length * _FLOAT32_BYTES for length in lengths)
+
+
+def _length(axis: Sequence[str], sizes: dict[str, int]) -> int:
+    length = 1
+    for dim in axis:
+        length *= sizes[dim]
+    return length
+
+
+def _activations(architecture: Architecture, args: DistillConfig) -> int:
+    """What a micro-batch keeps for the backward pass."""
+    tokens = args.per_device_train_batch_size * (args.max_length or 1024)
+    width, ffn, depth = architecture.sizes["width"], architecture.sizes["ffn"], architecture.depth
+    size = _BF16_BYTES if args.bf16 or args.fp16 else _FLOAT32_BYTES
+    layer = _KEPT_WIDTHS * width + _KEPT_FFNS * ffn
+    return tokens * size * (layer + depth * width if args.gradient_checkpointing else depth * layer)
+
+
+def _kept_checkpoints(args: DistillConfig) -> int:
+    """How many checkpoints lie on the disk at once at most; the last one is written before an old one goes."""
+    if str(args.save_strategy).rpartition(".")[2].lower() == "no":
+        return 0
+    kept = args.save_total_limit + 1 if args.save_total_limit else None
+    steps = int(args.save_steps) if args.save_steps >= 1 else max(1, int(args.save_steps * args.max_steps))
+    written = -(-args.max_steps // steps) if args.max_steps > 0 else 1
+    return written if kept is None else min(kept, written)
+
+
+def _calibration_seconds(architecture: Architecture, tokens: int, speed: Speed) -> float:
+    # Summing the moments takes a fifth as long again.
+    return 1.2 * 2.0 * multiplied_weights(architecture) * tokens / speed.forward

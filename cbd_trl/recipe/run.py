@@ -1,0 +1,92 @@
+"""Building what a recipe says."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase
+
+from cbd_trl.chain.bridge_step import BridgeStep
+from cbd_trl.chain.build import build_chain
+from cbd_trl.chain.calibration import token_blocks
+from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.plan import Step
+from cbd_trl.chain.source import Source
+from cbd_trl.recipe.arguments import anchor_args
+from cbd_trl.recipe.check import Check, check_recipe
+from cbd_trl.recipe.data import load_data
+from cbd_trl.recipe.evaluate import evaluate_chain
+from cbd_trl.recipe.problems import RecipeError
+from cbd_trl.recipe.schema import AnchorPart, Recipe
+from cbd_trl.trainers.distill_config import DistillConfig
+
+
+def build_recipe(recipe: Recipe) -> Chain:
+    """Check a recipe whole, build its chain, and measure it.
+
+    Run again, it goes on where it was interrupted; see `build_chain`.
+
+    Args:
+        recipe: from `read_recipe`.
+
+    Raises:
+        RecipeError: before any work, with everything that is wrong.
+    """
+    return build_checked(check_recipe(recipe))
+
+
+def build_checked(check: Check) -> Chain:
+    """Build what a check was made of.
+
+    Args:
+        check: from `check_recipe`.
+
+    Raises:
+        RecipeError: the check found problems.
+    """
+    recipe, args = check.recipe, check.args
+    if check.problems:
+        raise RecipeError(recipe.name, check.problems)
+    assert recipe.source is not None and args is not None
+    tokenizer = Source(recipe.source.name, recipe.source.revision).tokenizer_or(None)
+    chain = build_chain(
+        recipe.source.name,
+        [_anchor(recipe, *both, tokenizer) for both in zip(check.steps, recipe.anchors, strict=True)],
+        dataset=load_data(recipe.data, tokenizer, args.seed),
+        output_dir=recipe.output_dir,
+        args=args,
+        bridge=_bridge(check, tokenizer),
+        calibration_tokens=recipe.calibration_tokens,
+        revision=recipe.source.revision,
+    )
+    state = PartialState()
+    if recipe.evaluation is not None and state.is_main_process:
+        _evaluate(recipe, args, chain)
+    state.wait_for_everyone()
+    return chain
+
+
+def _anchor(recipe: Recipe, step: Step, anchor: AnchorPart, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """An anchor as `build_chain` takes it: by its shape, so that one given by its size may have args of its own."""
+    args = anchor_args(recipe, anchor.args)
+    own: dict[str, Any] = {**step.architecture.shape, "args": args}
+    if anchor.data:
+        own["dataset"] = load_data(anchor.data, tokenizer, args.seed)
+    return own
+
+
+def _bridge(check: Check, tokenizer: PreTrainedTokenizerBase) -> BridgeStep | None:
+    bridge = check.recipe.bridge
+    if bridge is None or check.bridge is None:
+        return None
+    dataset = load_data(bridge.data, tokenizer, check.bridge.seed) if bridge.data else None
+    return BridgeStep(bridge.model, args=check.bridge, dataset=dataset)
+
+
+def _evaluate(recipe: Recipe, args: DistillConfig, chain: Chain) -> None:
+    assert recipe.evaluation is not None
+    # With a bridge it is not the source's.
+    tokenizer = chain.tokenizer()
+    rows = load_data(recipe.evaluation.data, tokenizer, args.seed)
+    blocks = token_blocks(rows, tokenizer, recipe.evaluation.tokens, recipe.evaluation.length, args.dataset_text_field)
+    evaluate_chain(chain, Path(recipe.output_dir), blocks, recipe.evaluation.sizes, args.device)

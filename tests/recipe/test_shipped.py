@@ -1,0 +1,136 @@
+"""The recipes that come with the package: each is parsed, and planned for the published dimensions of its source."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
+
+from cbd_trl.architectures import describe
+from cbd_trl.chain.arguments import training_record
+from cbd_trl.chain.plan import plan_chain
+from cbd_trl.cli import main
+from cbd_trl.demo.plan import SMOLLM2, default_steps, training_args
+from cbd_trl.recipe.arguments import anchor_args, bridge_args
+from cbd_trl.recipe.check import Check, plan_costs
+from cbd_trl.recipe.read import read_recipe
+from cbd_trl.recipe.shipped import shipped_recipes
+from cbd_trl.recipe.table import how_estimated, recipe_table
+from tests.tokenizer import tiny_tokenizer
+
+SMOLLM2_CONFIG = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+GPT2_XL = GPT2Config(n_layer=48, n_embd=1600, n_head=25)
+# The largest anchor of each, as published: anchor zero where there is a bridge.
+HEADS: dict[str, Any] = {
+    "demo": SMOLLM2_CONFIG,
+    "smollm2-135m": SMOLLM2_CONFIG,
+    "gpt2-xl": GPT2_XL,
+    "llama-3-8b": GPT2_XL,
+    "pythia-1b": GPTNeoXConfig(
+        vocab_size=50304, hidden_size=2048, num_hidden_layers=16, num_attention_heads=8, intermediate_size=8192
+    ),
+    "qwen3-4b": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=2560,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=9728,
+        tie_word_embeddings=True,
+    ),
+}
+# Of every anchor, in millions of parameters, largest first.
+MILLIONS = {
+    "demo": [135, 85, 44],
+    "smollm2-135m": [135, 85, 44],
+    "gpt2-xl": [1558, 774, 355, 124],
+    "llama-3-8b": [1558, 774, 355, 124],
+    "pythia-1b": [1012, 404, 162, 70],
+    "qwen3-4b": [4022, 1721, 596],
+}
+
+
+def _planned(name: str) -> Check:
+    recipe = read_recipe(name)
+    check = Check(recipe, list(recipe.problems), args=anchor_args(recipe, {}))
+    if recipe.bridge is not None:
+        check.bridge = bridge_args(recipe)
+    plan_costs(check, describe(HEADS[name]), 8_030_261_248 if recipe.bridge is not None else None)
+    return check
+
+
+def test_every_recipe_is_tested() -> None:
+    assert set(shipped_recipes()) == set(HEADS)
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_a_dry_run_of_every_recipe(name: str) -> None:
+    check = _planned(name)
+    assert check.problems == []
+    assert [round(cost.architecture.num_parameters / 1e6) for cost in check.costs] == MILLIONS[name]
+    console = Console(width=160, record=True)
+    console.print(recipe_table(check))
+    shown = console.export_text()
+    assert all(cost.name in shown for cost in check.costs)
+    assert "GFLOP/s" in how_estimated(check)
+    assert all(cost.seconds and cost.memory > 0 for cost in check.costs)
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_the_targets_lie_between_the_anchors(name: str) -> None:
+    recipe, sizes = read_recipe(name), MILLIONS[name]
+    assert recipe.evaluation is not None and recipe.evaluation.sizes
+    assert all(sizes[-1] * 1e6 < size < sizes[0] * 1e6 for size in recipe.evaluation.sizes)
+
+
+@pytest.mark.parametrize("name", sorted(set(HEADS) - {"demo"}))
+def test_what_was_not_run_says_so(name: str) -> None:
+    assert "Not run" in shipped_recipes()[name]
+
+
+def test_the_demo_recipe_is_the_demo() -> None:
+    recipe, head = read_recipe("demo"), describe(SMOLLM2_CONFIG)
+    steps = default_steps(bf16=False)
+    anchors = [
+        {**fields, "args": training_args(SMOLLM2, number, "unused", steps, 0, bf16=False)}
+        for number, fields in enumerate(SMOLLM2.anchors)
+    ]
+    expected = plan_chain(head, anchors, anchors[0]["args"], None)
+    ours = _planned("demo").steps
+    assert [step.architecture.shape for step in ours] == [step.architecture.shape for step in expected]
+    assert [training_record(step.args) for step in ours] == [training_record(step.args) for step in expected]
+    assert recipe.calibration_tokens == SMOLLM2.calibration_tokens
+
+
+def test_a_shipped_name_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with a config and no weights: the dry run tells what it would be, and what is missing."""
+    SMOLLM2_CONFIG.save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+    flags = ["--dry-run", "--set", f"source={tmp_path / 'source'}", "--set", f"output_dir={tmp_path / 'chain'}"]
+    assert main(["build", "demo", *flags]) == 1
+    shown = capsys.readouterr()
+    assert "134.5M" in shown.out and "84.95M" in shown.out and "44.05M" in shown.out
+    assert "this is a dry run" in shown.out
+    assert "holds no weights in safetensors" in shown.err
+    assert shown.err.count("\n  - ") == 1
+    (tmp_path / "source" / "model.safetensors").touch()
+    assert main(["build", "demo", *flags]) == 0
+    assert not (tmp_path / "chain").exists()
+
+
+def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build", "--list-recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in HEADS)
+    assert main(["build", "smolm2-135m"]) == 1
+    assert "Did you mean 'smollm2-135m'?" in capsys.readouterr().err
