@@ -15,9 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_bitsandbytes_available
 
-from cbd_trl import Chain, DistillTrainer, build_chain, from_chain
+from cbd_trl import Chain, DistillTrainer, from_chain
 from cbd_trl.cli_parsing import _Parser
-from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source, same_weights
+from tests.chain.helpers import build_tiny_chain, same_weights
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -33,17 +33,7 @@ Run = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory) -> Chain:
-    """A Llama chain of 6 layers, 4 layers, and 4 layers half as wide."""
-    folder = tmp_path_factory.mktemp("examples") / "chain"
-    return build_chain(
-        chain_source(),
-        CHAIN_ANCHORS,
-        dataset=chain_rows(),
-        output_dir=folder,
-        args=chain_config(),
-        processing_class=tiny_tokenizer(),
-        calibration_tokens=256,
-    )
+    return build_tiny_chain(tmp_path_factory.mktemp("examples") / "chain")
 
 
 @pytest.fixture

@@ -86,8 +86,8 @@ def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
     except ImportError as error:
         raise ImportError(
-            f"The teacher {readable_name(name)} needs a package that is not installed ({error}). For a teacher in 4 or "
-            "8 bits: pip install 'cbd-trl[quantized]'; or leave `quantization_config` out of "
+            f"The teacher {readable_name(name)} needs a package that is not installed ({error}). For a teacher in 4 "
+            "or 8 bits: pip install 'cbd-trl[quantized]'; or leave `quantization_config` out of "
             "teacher_model_init_kwargs and load it whole."
         ) from error
     model, info = loaded

@@ -4,26 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from cbd_trl import Chain, build_chain
-from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
-from tests.tokenizer import tiny_tokenizer
+from cbd_trl import Chain
+from tests.chain.helpers import build_tiny_chain
 
 
 @pytest.fixture(scope="session")
 def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama chain of 6 layers, 4 layers, and 4 layers half as wide."""
-    folder = tmp_path_factory.mktemp("built") / "chain"
-    build_chain(
-        chain_source(),
-        CHAIN_ANCHORS,
-        dataset=chain_rows(),
-        output_dir=folder,
-        args=chain_config(),
-        processing_class=tiny_tokenizer(),
-        eval_dataset=chain_rows(4, seed=9),
-        calibration_tokens=256,
-    )
-    return folder
+    return build_tiny_chain(tmp_path_factory.mktemp("built") / "chain").path
 
 
 @pytest.fixture(scope="session")
