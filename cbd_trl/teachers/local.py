@@ -46,6 +46,7 @@ def load_teacher(
             has no logits or was saved without what makes them, if they are not a plain head of its last hidden state
             or know what follows, or if it has virtual tokens in front of its inputs.
         TypeError: if it is neither a model nor a string.
+        ImportError: if it is quantised, or is to be, by a package that is not installed.
     """
     if isinstance(teacher, str):
         kwargs: dict[str, Any] = {"dtype": student.dtype, "trust_remote_code": trust_remote_code}
@@ -81,7 +82,14 @@ def load_teacher(
 
 
 def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+    except ImportError as error:
+        raise ImportError(
+            f"The teacher {readable_name(name)} needs a package that is not installed ({error}). For a teacher in 4 "
+            "or 8 bits: pip install 'cbd-trl[quantized]'; or leave `quantization_config` out of "
+            "teacher_model_init_kwargs and load it whole."
+        ) from error
     model, info = loaded
     head = model.get_output_embeddings()
     weights = {id(parameter) for parameter in head.parameters()} if head is not None else set()

@@ -10,28 +10,15 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from transformers.utils import hub as transformers_hub
 
-from cbd_trl import Chain, build_chain
-from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
+from cbd_trl import Chain
+from tests.chain.helpers import build_tiny_chain
 from tests.chain.hub_repositories import Hub
 from tests.chain.hub_server import serving
-from tests.tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")
 def chain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama chain of 6 layers, 4 layers, and 4 layers half as wide."""
-    folder = tmp_path_factory.mktemp("built") / "chain"
-    build_chain(
-        chain_source(),
-        CHAIN_ANCHORS,
-        dataset=chain_rows(),
-        output_dir=folder,
-        args=chain_config(),
-        processing_class=tiny_tokenizer(),
-        eval_dataset=chain_rows(4, seed=9),
-        calibration_tokens=256,
-    )
-    return folder
+    return build_tiny_chain(tmp_path_factory.mktemp("built") / "chain").path
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from cbd_trl import DistillConfig
+from cbd_trl import Chain, DistillConfig, build_chain
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.operators import OPERATORS
 from cbd_trl.chain.pair import Pair
@@ -21,6 +22,7 @@ from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
 from tests.surgery.helpers import described, full_model, moments
 from tests.tiny import WIDTH_OF_HEADS, own_names, randomise, tiny_model
+from tests.tokenizer import tiny_tokenizer
 from tests.training import make_config, text_rows
 
 UPPER_DEPTH, LOWER_DEPTH = 6, 4
@@ -98,6 +100,20 @@ def chain_source() -> PreTrainedModel:
     source = tiny_model("llama", tie_word_embeddings=True, num_hidden_layers=UPPER_DEPTH)
     source.generation_config.update(do_sample=True, temperature=0.7)
     return source
+
+
+def build_tiny_chain(folder: Path) -> Chain:
+    """A Llama chain of 6 layers, 4 layers, and 4 layers half as wide."""
+    return build_chain(
+        chain_source(),
+        CHAIN_ANCHORS,
+        dataset=chain_rows(),
+        output_dir=folder,
+        args=chain_config(),
+        processing_class=tiny_tokenizer(),
+        eval_dataset=chain_rows(4, seed=9),
+        calibration_tokens=256,
+    )
 
 
 def assert_statistics_of(anchor: Anchor, blocks: torch.Tensor) -> None:

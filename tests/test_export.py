@@ -1,0 +1,107 @@
+"""What docs/export.md says: a target is a stock model to the tools that read folders of models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import MODEL_ARCH
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from cbd_trl import Chain, from_chain
+from tests.chain.helpers import DEEP, WIDE, build_tiny_chain
+from tests.tiny import FAMILIES, tiny_model
+from tests.tokenizer import tiny_tokenizer
+
+# What llama.cpp calls them; it has no OPT.
+ARCHITECTURES = {
+    "llama": MODEL_ARCH.LLAMA,
+    "mistral": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+    "phi3": MODEL_ARCH.PHI3,
+    "smollm3": MODEL_ARCH.SMOLLM3,
+    "gemma2": MODEL_ARCH.GEMMA2,
+    "gemma3_text": MODEL_ARCH.GEMMA3,
+    "olmo2": MODEL_ARCH.OLMO2,
+    "gpt2": MODEL_ARCH.GPT2,
+    "gpt_neox": MODEL_ARCH.GPTNEOX,
+}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory) -> Chain:
+    return build_tiny_chain(tmp_path_factory.mktemp("export") / "chain")
+
+
+def write_gguf(folder: Path, file: Path) -> None:
+    """A Llama folder as GGUF: names by gguf's own table, query and key rows in llama.cpp's order."""
+    config = json.loads((folder / "config.json").read_text())
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[MODEL_ARCH.LLAMA])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads["q_proj"])
+    writer.add_head_count_kv(heads["k_proj"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    names = gguf.get_tensor_name_map(MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        for projection, count in heads.items():
+            if projection in key:
+                tensor = tensor.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(names.get_name(key, (".weight",)), np.ascontiguousarray(tensor.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("shape", [DEEP, WIDE], ids=["depth", "width"])
+def test_a_target_goes_through_gguf_and_back(chain, tmp_path, shape):
+    model: Any = from_chain(chain, config=shape, save_directory=tmp_path / "target")
+    write_gguf(tmp_path / "target", tmp_path / "target.gguf")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="target.gguf", dtype=torch.float32)
+    tokens = torch.arange(6, 26)[None]
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        torch.testing.assert_close(back(input_ids=tokens).logits, expected, rtol=0, atol=1e-5 * expected.std().item())
+
+
+def test_a_saved_target_is_a_folder_like_any_other(chain, tmp_path):
+    model = from_chain(chain, config=WIDE, save_directory=tmp_path / "target")
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert type(model) is LlamaForCausalLM and config["architectures"] == ["LlamaForCausalLM"]
+    assert not {"auto_map", "custom_pipelines"} & config.keys()
+    # The same files, tensors and fields as one that transformers made from the same config, and one field more.
+    del model.config.cbd_trl
+    LlamaForCausalLM(model.config).save_pretrained(tmp_path / "stock")
+    tiny_tokenizer().save_pretrained(tmp_path / "stock")
+    stock = json.loads((tmp_path / "stock" / "config.json").read_text())
+    assert config.keys() - stock.keys() == {"cbd_trl"} and stock.keys() <= config.keys()
+    names = {path.name for path in (tmp_path / "stock").iterdir()}
+    assert names == {path.name for path in (tmp_path / "target").iterdir()}
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("target", "stock"))
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: one.shape for key, one in theirs.items()}
+    assert AutoTokenizer.from_pretrained(tmp_path / "target").chat_template == tiny_tokenizer().chat_template
+
+
+@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+def test_gguf_has_a_name_for_every_tensor(family):
+    names = gguf.get_tensor_name_map(ARCHITECTURES[family], 4)
+    tied = {"tie_word_embeddings": True} if family == "gemma2" else {}
+    model = tiny_model(family, **tied)
+    unnamed = [key for key, _ in model.named_parameters() if names.get_name(key, (".weight", ".bias")) is None]
+    assert unnamed == []
+
+
+def test_every_family_but_opt_is_in_the_table():
+    assert set(FAMILIES) - set(ARCHITECTURES) == {"opt"}
