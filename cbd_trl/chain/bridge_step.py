@@ -16,7 +16,7 @@ from cbd_trl.chain.arguments import check_no_teacher, training_record
 from cbd_trl.chain.head import Head
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.tokenizers import tokenizer_hash
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 from cbd_trl.chain.training import Trained, train, work_folder
 from cbd_trl.teachers.tokenizers import check_rows, tokenizer_difference
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
@@ -115,6 +115,7 @@ def bridged_head(
         args=args,
         dataset=text,
         record=record,
+        sources=[sides.student, origin],
         doing=f"distilling {name} from the source, across tokenizers: {architecture.shape}",
         make=lambda: _distil(work_folder(output_dir, name, settings), sides, args, text, eval_dataset),
     )

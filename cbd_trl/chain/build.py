@@ -11,6 +11,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import describe
+from cbd_trl.cards.history import DATASETS
+from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.arguments import training_record
 from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
 from cbd_trl.chain.calibration import calibration_length, token_blocks
@@ -19,7 +21,7 @@ from cbd_trl.chain.head import Head, source_head, store_head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step, plan_chain
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.store import calibration_batches, store_anchor
+from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.chain.training import remove_work_folder, train, work_folder
 from cbd_trl.durable import check_writable
@@ -89,7 +91,7 @@ def build_chain(
         # Of a run that was killed while it removed it.
         remove_work_folder(output_dir, anchor.name)
     _make_anchors(output_dir, head, steps, done, eval_dataset, calibration_tokens)
-    return Chain.from_pretrained(output_dir)
+    return finished_chain(output_dir)
 
 
 def _make_anchors(
@@ -181,7 +183,7 @@ def _distil_anchor(
         "block_costs": costs,
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,
-        "training": record,
+        "training": {**record, DATASETS: hub_datasets(step.dataset)},
     }
     anchor = store_anchor(output_dir, told, model.cpu(), tokenizer, statistics)
     remove_work_folder(output_dir, step.name)

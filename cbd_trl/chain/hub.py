@@ -63,6 +63,7 @@ class HubChain:
         verify_files(self.folder, anchor, new, hashes=self._verify)
         # Before the config is read, which asks for its file again.
         self._ready |= {f"{anchor.name}/{name}" for name in new}
+        anchor.check_no_code()
         if "config.json" in new:
             verify_config(self.folder, anchor, self._model_type)
 

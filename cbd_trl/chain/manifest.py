@@ -5,12 +5,14 @@ DIR/<anchor>/                   a model folder as save_pretrained writes it, wit
 """
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from cbd_trl.cards import CARD_FILES, MEASURED, save_cards
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, verify_hashes, write_anchor
 from cbd_trl.chain.hub import HubChain
@@ -203,7 +205,11 @@ class Chain:
         (target / MANIFEST).unlink(missing_ok=True)
         for anchor in self.anchors:
             copy_anchor(anchor, target)
+        for name in (*CARD_FILES, MEASURED):
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, target / name)
         write_manifest(target, Manifest(self.model_type, self.versions, tuple(self.anchors)))
+        save_cards(Chain.from_pretrained(target, verify=False))
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
         """Upload the chain's own files to a Hub repository, made if there is none.

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_trl.cards.files import save_cards
 from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
 from cbd_trl.durable import writing
 from cbd_trl.surgery.statistics import Statistics
@@ -54,6 +55,15 @@ def store_anchor(
     return next(
         anchor for anchor in Chain.from_pretrained(output_dir, verify=False).anchors if anchor.name == record["name"]
     )
+
+
+def finished_chain(output_dir: Path) -> Chain:
+    """The chain in a folder, with its cards beside it."""
+    chain, state = Chain.from_pretrained(output_dir), PartialState()
+    if state.is_main_process:
+        save_cards(chain)
+    state.wait_for_everyone()
+    return chain
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:

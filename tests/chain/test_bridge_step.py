@@ -14,7 +14,7 @@ import cbd_trl.chain.build as build_module
 from cbd_trl import BridgeDistillTrainer, BridgeStep, Chain, from_chain
 from cbd_trl.chain.arguments import training_record
 from cbd_trl.chain.calibration import token_blocks
-from cbd_trl.chain.tokenizers import tokenizer_hash
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 from cbd_trl.surgery.stored_statistics import StoredStatistics
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.chain.bridged import anchor_zero, bridge_config, bridge_step, build_bridged, rows, source
