@@ -108,7 +108,7 @@ def check_causal(model: Any) -> None:
         model: with an opened forward, in eval mode, not wrapped.
 
     Raises:
-        ValueError: if another last token changes what is before it.
+        ValueError: if another last token changes what is before it, or its states are not finite.
     """
     if not _runs_here(model):
         return
@@ -116,6 +116,11 @@ def check_causal(model: Any) -> None:
     other = ids.clone()
     other[0, -1] = 0
     one, two = (model(input_ids=each, use_cache=False, inside=lambda hidden: hidden[0, :-1]) for each in (ids, other))
+    if not (one.isfinite().all() and two.isfinite().all()):
+        raise ValueError(
+            f"What this {type(model).__name__} computes is not finite (NaN or infinity): its weights are damaged, or "
+            "its dtype is too narrow. Load it from a good copy, or in bfloat16 or float32."
+        )
     if not torch.allclose(one, two, rtol=1e-2, atol=1e-2 * one.std().item()):
         raise ValueError(
             f"{type(model).__name__} reads what follows a token, as an encoder does, so what it says of the next one "

@@ -54,8 +54,12 @@ class StepTrainer(EvaluationTrainer):
             device: of the count.
 
         Returns:
-            micro-batches, and the number of scored tokens that `compute_loss` divides by.
+            micro-batches, and the number of scored tokens that `compute_loss` divides by; none after the last step.
         """
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed at the end: the Trainer would take one step more before it looks.
+            self.control.should_training_stop = True
+            return [], None
         batches, stock_count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches or stock_count is None:
             return batches, stock_count

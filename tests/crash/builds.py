@@ -1,6 +1,7 @@
 """Builds in processes of their own, forked from one that has imported everything, and killed wherever a test says."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import TrainerCallback, TrainerState
 
 import cbd_trl.chain.build as build_module
 import cbd_trl.chain.folders as folders_module
 import cbd_trl.chain.store as store_module
 from cbd_trl import Chain, DistillTrainer, build_chain
+from cbd_trl.chain.manifest import STATISTICS_FILE
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 from tests.tokenizer import tiny_tokenizer
 
@@ -105,11 +108,11 @@ class _Journal(TrainerCallback):
         self._add("saved", args, state)
 
 
-def build(folder: Path, **args: Any) -> Chain:
+def build(folder: Path, anchors: int = 2, **args: Any) -> Chain:
     """The chain of these tests: two anchors of five steps each, a checkpoint after two, four and five."""
     return build_chain(
         chain_source(),
-        CHAIN_ANCHORS,
+        CHAIN_ANCHORS[:anchors],
         dataset=chain_rows(),
         eval_dataset=chain_rows(4, seed=9),
         output_dir=folder,
@@ -119,7 +122,7 @@ def build(folder: Path, **args: Any) -> Chain:
     )
 
 
-def build_and_die(folder: Path, kill: Kill | None = None) -> None:
+def build_and_die(folder: Path, kill: Kill | None = None, anchors: int = 2) -> None:
     """Build, in a process that is there for nothing else."""
     torch.set_num_threads(1)
 
@@ -131,7 +134,7 @@ def build_and_die(folder: Path, kill: Kill | None = None) -> None:
     build_module.DistillTrainer = Trainer  # type: ignore[misc]
     if kill is not None:
         _Calls([kill.phase], kill)
-    build(folder)
+    build(folder, anchors)
 
 
 def count_calls(folder: Path, phases: list[str]) -> None:
@@ -175,6 +178,27 @@ def forked(function: Callable[..., None], *args: Any, seconds: float = 300) -> i
         process.join()
     assert process.exitcode is not None
     return process.exitcode
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What is below a folder, in a form that is the same for the same chain.
+
+    safetensors writes metadata in any order, which is no part of what a file says; nor is its hash in chain.json, then.
+    """
+    found: dict[str, Any] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = str(file.relative_to(folder))
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                found |= {f"{name}/{key}": tensors.get_tensor(key).numpy().tobytes() for key in sorted(tensors.keys())}
+                found[name] = tensors.metadata()
+        else:
+            found[name] = file.read_bytes()
+    chain = json.loads(found["chain.json"])
+    del chain["checksum"]
+    for anchor in chain["anchors"]:
+        del anchor["files"][STATISTICS_FILE]
+    return {**found, "chain.json": chain}
 
 
 def fingerprints(folder: Path) -> dict[str, tuple[int, str]]:

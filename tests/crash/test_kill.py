@@ -4,6 +4,7 @@ import random
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from tests.crash.builds import (
     STEPS,
     Kill,
     build_and_die,
+    contents,
     count_calls,
     fingerprints,
     forked,
@@ -25,14 +27,14 @@ POINTS = {"cutting": 6, "training": 6, "saving": 8, "manifest": 4, "clearing": 2
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The files of an unbroken run: name -> sha256."""
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an unbroken run writes."""
     folder = tmp_path_factory.mktemp("whole") / "chain"
     assert forked(build_and_die, folder) == 0
-    return {name: digest for name, (_, digest) in fingerprints(folder).items()}
+    return contents(folder)
 
 
-def killed_and_resumed(folder: Path, kill: Kill, whole: dict[str, str]) -> str:
+def killed_and_resumed(folder: Path, kill: Kill, whole: dict[str, Any]) -> str:
     """Kill a build, run it again, and check what both did.
 
     Returns:
@@ -56,9 +58,8 @@ def killed_and_resumed(folder: Path, kill: Kill, whole: dict[str, str]) -> str:
         # The process may have died between the end of a checkpoint and the line about it.
         saved = max(told["saved"], default=0)
         assert saved <= start <= min(saved + SAVE_STEPS, len(told["step"]))
-    # Every byte: weights, statistics, tokenizer and chain.json, and nothing besides.
-    assert {name: digest for name, (_, digest) in fingerprints(folder).items()} == whole
-    assert not list(folder.rglob(".*"))
+    # Every bit of weights and statistics, tokenizer and chain.json, and nothing besides.
+    assert contents(folder) == whole and not list(folder.rglob(".*"))
     steps = {name: len(told["step"]) for name, told in done.items()}
     left = {name: len(told["step"]) for name, told in again.items()}
     return f"finished: {', '.join(finished) or 'none'}; steps taken: {steps}; by the second run: {left}"
@@ -72,7 +73,7 @@ def killed_and_resumed(folder: Path, kill: Kill, whole: dict[str, str]) -> str:
         pytest.param(Kill("manifest", 1, entry=4), id="before-the-folder-gets-its-name"),
     ],
 )
-def test_a_killed_build_goes_on(kill: Kill, tmp_path: Path, whole: dict[str, str]) -> None:
+def test_a_killed_build_goes_on(kill: Kill, tmp_path: Path, whole: dict[str, Any]) -> None:
     killed_and_resumed(tmp_path / "chain", kill, whole)
 
 
@@ -84,7 +85,7 @@ def random_points(counts: dict[str, int]) -> Iterator[Kill]:
 
 
 @pytest.mark.slow
-def test_thirty_random_points(tmp_path: Path, whole: dict[str, str]) -> None:
+def test_thirty_random_points(tmp_path: Path, whole: dict[str, Any]) -> None:
     assert sum(POINTS.values()) == 30 and POINTS.keys() <= PHASES.keys()
     assert forked(count_calls, tmp_path / "counted", list(POINTS)) == 0
     counts = {phase: int((tmp_path / f"{phase}.calls").read_text()) for phase in POINTS}
