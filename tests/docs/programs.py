@@ -7,6 +7,7 @@ import importlib
 import io
 import re
 import shlex
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -68,6 +69,9 @@ class Reader:
         )
         made = {word for flag, word in zip(words, words[1:], strict=False) if flag.lstrip("-") in _OUTPUTS}
         self._need(set(words) - made)
+        for word in words:
+            if word.endswith(".yaml") and Path(word).is_file():
+                self._need(re.findall(r"[\w./-]+", Path(word).read_text()))
         PROGRAMS[words[0]](words[1:])
 
     def _python(self, text: str) -> None:
@@ -107,15 +111,15 @@ def _python(words: Sequence[str]) -> None:
     if words[:2] == ["-m", "cbd_trl.cli"]:
         _cbd_trl(words[2:])
         return
-    module, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
-    module = module.removesuffix(".py").replace("/", ".")
+    module, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0].replace("/", "."), words[1:])
+    module = module.removesuffix(".py")
     if module.startswith("examples."):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"there is no {module}"
         return
-    assert module.startswith("benchmarks."), (
-        f"nothing is known of python {words[0]}: add how it is run to _python in {__name__}"
-    )
-    _reads_its_flags(importlib.import_module(module).main, [module, *flags])
+    assert module.startswith("benchmarks."), f"nothing is known of python {module}: add it to _python in {__name__}"
+    # A script finds what lies beside it.
+    with mock.patch.object(sys, "path", [str(ROOT / "benchmarks"), *sys.path]):
+        _reads_its_flags(importlib.import_module(module).main, [module, *flags])
 
 
 def _reads_its_flags(program: Callable[[], None], argv: list[str]) -> None:

@@ -41,6 +41,8 @@ def quick_training():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingArguments, "__post_init__", quick)
+        # The benchmarks compare with a trainer of trl.experimental, whose import warns.
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
         yield
 
 

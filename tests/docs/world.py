@@ -1,6 +1,7 @@
 """What the guides speak of, under the names that they have for it: models, rows and chains, of tiny size."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_trl import Chain, DistillConfig, build_chain
@@ -22,7 +23,7 @@ from tests.tokenizer import tiny_tokenizer
 _FIELDS: dict[str, dict[int, int]] = {
     "num_hidden_layers": {16: 6, 20: 7},
     "hidden_size": {384: 24},
-    "intermediate_size": {1152: 66, 1024: 34},
+    "intermediate_size": {1152: 68, 1024: 34},
     "num_attention_heads": {6: 3},
     "num_key_value_heads": {2: 1},
     "n_layer": {6: 3},
@@ -58,9 +59,8 @@ def _qwen(folder: Path, layers: int) -> None:
     _save(folder, tiny_model("qwen3", num_hidden_layers=layers), tiny_tokenizer())
 
 
-def _gpt2(folder: Path, width: int, layers: int) -> None:
-    model = tiny_model("gpt2", seed=layers, n_embd=width, n_head=width // 8, n_layer=layers)
-    _save(folder, model, tiny_tokenizer())
+def _gpt2(folder: Path, width: int) -> None:
+    _save(folder, tiny_model("gpt2", seed=width, n_embd=width, n_head=width // 8, n_layer=3), tiny_tokenizer())
 
 
 def _teacher_of_other_tokens(folder: Path) -> None:
@@ -127,9 +127,9 @@ INPUTS: dict[str, Callable[[Path], None]] = {
     "HuggingFaceTB/SmolLM2-135M": _teacher_of_other_tokens,
     "Qwen/Qwen3-0.6B": lambda folder: _qwen(folder, 2),
     "Qwen/Qwen3-4B": lambda folder: _qwen(folder, 4),
-    "gpt2": lambda folder: _gpt2(folder, 64, 2),
-    "gpt2-medium": lambda folder: _gpt2(folder, 80, 4),
-    "gpt2-large": lambda folder: _gpt2(folder, 96, 5),
+    "gpt2": lambda folder: _gpt2(folder, 64),
+    "gpt2-medium": lambda folder: _gpt2(folder, 80),
+    "gpt2-large": lambda folder: _gpt2(folder, 96),
     "TEACHER": lambda folder: _llama(folder, 2),
     "student": _student_of_other_tokens,
     "my-chain": _chain,
@@ -175,12 +175,15 @@ class World:
             (shutil.copytree if kept.is_dir() else shutil.copy)(kept, wanted)
 
 
-def _vllm() -> Any:
-    """An `LLM` of vLLM as far as a guide asks it: the log-probability of each token of the prompt, but the first."""
-    answer = lambda ids: SimpleNamespace(  # noqa: E731
-        prompt_token_ids=ids, prompt_logprobs=[None, *({token: SimpleNamespace(logprob=-1.0)} for token in ids[1:])]
-    )
-    return SimpleNamespace(generate=lambda prompts, parameters: [answer(prompt) for prompt in prompts])
+class _VLLM:
+    """The `LLM` of vLLM, as far as a guide asks it: all tokens are as likely, at each place but the first."""
+
+    def generate(self, prompts: list[list[int]], parameters: SimpleNamespace) -> list[SimpleNamespace]:
+        k = parameters.prompt_logprobs
+        place = {token: SimpleNamespace(logprob=-math.log(k)) for token in range(k)}
+        return [
+            SimpleNamespace(prompt_token_ids=ids, prompt_logprobs=[None] + [place] * (len(ids) - 1)) for ids in prompts
+        ]
 
 
 # What a Python block may use without having made it. A new name: one line here.
@@ -188,8 +191,7 @@ VARIABLES: dict[str, Callable[[], Any]] = {
     "dataset": lambda: Dataset.from_dict({"text": _texts()}),
     "chain": lambda: Chain.from_pretrained("my-chain"),
     "json": lambda: json,
-    "llm": _vllm,
+    "llm": _VLLM,
     "SamplingParams": lambda: SimpleNamespace,
     "token_prompts": lambda: [[7, 8, 9], [10, 11]],
-    "load_dataset": lambda: load_dataset,
 }
