@@ -5,6 +5,7 @@ import ast
 import contextlib
 import importlib
 import io
+import itertools
 import re
 import shlex
 import sys
@@ -67,7 +68,7 @@ class Reader:
         assert words[0] in PROGRAMS, (
             f"nothing is known of the program {words[0]!r}: add how it is run or checked to PROGRAMS in {__name__}"
         )
-        made = {word for flag, word in zip(words, words[1:], strict=False) if flag.lstrip("-") in _OUTPUTS}
+        made = {word for flag, word in itertools.pairwise(words) if flag.lstrip("-") in _OUTPUTS}
         self._need(set(words) - made)
         for word in words:
             if word.endswith(".yaml") and Path(word).is_file():

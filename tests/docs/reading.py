@@ -46,8 +46,8 @@ def read_steps(text: str) -> list[Step]:
         text: Markdown.
 
     Returns:
-        the commands of its shell blocks, indented blocks and inline code; its Python blocks; and the fenced files whose
-        first line is a comment with their name.
+        the commands of its shell blocks, indented blocks and inline code; its Python blocks; and the fenced files
+        whose first line is a comment with their name.
     """
     steps: list[Step] = []
     for fence in _FENCE.finditer(text):
