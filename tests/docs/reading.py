@@ -13,7 +13,7 @@ _SHELL = ("bash", "sh", "shell", "console")
 _FILE_NAME = re.compile(r"# ([\w./-]+\.(?:yaml|yml|json|jsonl|txt))\b")
 # A line of an indented block, or inline code, is a command if it begins like one.
 _PROGRAMS = r"(?:\w+=\S+ +)*(?:cbd-trl|python|accelerate|make|pip|torchrun|deepspeed) "
-_INDENTED = re.compile(rf"^    ({_PROGRAMS}[^\n]*(?:\\\n[^\n]*)*)", re.MULTILINE)
+_INDENTED = re.compile(rf"^    ({_PROGRAMS}[^\n]*(?:(?<=\\)\n[^\n]*)*)", re.MULTILINE)
 _INLINE = re.compile(rf"(?<!`)`({_PROGRAMS}[^`]*)`(?!`)")
 
 
@@ -64,7 +64,8 @@ def read_steps(text: str) -> list[Step]:
     prose = _FENCE.sub(lambda fence: re.sub(r"[^\n]", " ", fence[0]), text)
     for pattern in (_INDENTED, _INLINE):
         for match in pattern.finditer(prose):
-            [(_, command)] = _commands(" ".join(match[1].replace("\\\n", " ").split("\n")))
+            # Inline code may go over the end of a line.
+            [(_, command)] = _commands(re.sub(r"(?<!\\)\n", " ", match[1]))
             steps.append(Step("command", command, _line(text, match.start())))
     return sorted(steps, key=lambda step: step.line)
 

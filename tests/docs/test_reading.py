@@ -40,7 +40,7 @@ def test_commands_blocks_and_files_are_steps():
     assert read_steps(GUIDE) == [
         Step("command", "cbd-trl demo", 1),
         Step("command", "make test", 1),
-        Step("command", "cbd-trl init my-chain         --output a", 3),
+        Step("command", "cbd-trl init my-chain --output a", 3),
         Step("command", "A=1 accelerate launch -m cbd_trl.cli build --config c.yaml", 8),
         Step("command", 'cbd-trl push a --to "b # c"', 10),
         Step("python", "x = 1\n", 15),

@@ -166,7 +166,7 @@ class World:
         """
         kept, wanted = self.folder / re.sub(r"\W", "-", name) / "it", reader / name
         if not kept.exists():
-            kept.parent.mkdir()
+            kept.parent.mkdir(parents=True)
             INPUTS[name](kept)
         if name in ON_THE_HUB:
             self.hub.commit(name, kept, "main", "v1")
