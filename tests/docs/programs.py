@@ -62,7 +62,7 @@ class Reader:
             self._command(text)
 
     def _command(self, text: str) -> None:
-        words = shlex.split(text)
+        words = shlex.split(text, comments=True)
         while re.fullmatch(r"\w+=.*", words[0]):
             words = words[1:]
         assert words[0] in PROGRAMS, (

@@ -79,8 +79,8 @@ def _commands(block: str) -> Iterator[tuple[int, str]]:
             above = number
         if line.endswith("\\"):
             begun += line.removesuffix("\\")
-        elif command := (begun + re.sub(r"(^|\s)#.*", "", line)).strip():
-            yield above, command
+        elif begun or (line and not line.startswith("#")):
+            yield above, begun + line
             begun = ""
 
 

@@ -40,7 +40,7 @@ def test_commands_blocks_and_files_are_steps():
     assert read_steps(GUIDE) == [
         Step("command", "cbd-trl demo", 1),
         Step("command", "make test", 1),
-        Step("command", "cbd-trl init my-chain --output a", 3),
+        Step("command", "cbd-trl init my-chain --output a   # the small one", 3),
         Step("command", "A=1 accelerate launch -m cbd_trl.cli build --config c.yaml", 8),
         Step("command", 'cbd-trl push a --to "b # c"', 10),
         Step("python", "x = 1\n", 15),
@@ -76,7 +76,7 @@ def reader(tmp_path, monkeypatch):
         ("cbd-trl frobnicate ...", "there is no command 'frobnicate'"),
         ("cbd-trl init my-chian --output x --num-parameters 1M", "exit code 1: .*my-chian"),
         ("cbd-trl demo --stpes 3", r"exit code 2: .*no flag '--stpes'"),
-        ("python -m benchmarks.merit --stpes 3", r"benchmarks.merit: .*--stpes|has no flags \['--stpes', '3'\]"),
+        ("python -m benchmarks.merit --stpes 3", r"benchmarks.merit has no flags \['--stpes', '3'\]"),
         ("python -m benchmarks.merit --skip-blocks many", "argument --skip-blocks: invalid int value"),
         ("python -m frobnicate", "nothing is known of python frobnicate"),
         ("python examples/frobnicate.py", "there is no examples.frobnicate"),
