@@ -64,9 +64,11 @@ SAME = ("same-sft", "same-kd")
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE as GPT-2 has it."""
+    """A byte-level BPE as GPT-2 has it, with a token for each digit as SmolLM2 has them."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -137,8 +139,9 @@ class Benchmark:
         }
         self.results = Results(options.output / "results.json")
 
-    def args(self, name: str, seed: int, objective: dict[str, Any] | None) -> Any:
-        common: dict[str, Any] = {
+    def settings(self, seed: int) -> dict[str, Any]:
+        """Arguments that all runs share."""
+        return {
             "output_dir": str(self.options.output / "trainer"),
             "max_steps": self.options.steps,
             "learning_rate": self.options.learning_rate,
@@ -158,6 +161,9 @@ class Benchmark:
             "report_to": "none",
             "seed": seed,
         }
+
+    def args(self, name: str, seed: int, objective: dict[str, Any] | None) -> Any:
+        common = self.settings(seed)
         if name == "same-kd":
             return DistillConfig(**common, ce_weight=self.options.ce_weight)
         if objective is None:
@@ -219,23 +225,28 @@ class Benchmark:
         return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of `Benchmark`."""
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
-    parser.add_argument("--completions", type=Path, help="what `cbd-trl generate` wrote, for seqkd")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--only", nargs="+", choices=[*RUNS, *SAME], default=[*RUNS, *SAME], metavar="RUN")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--steps", type=int, default=600, help="of batch-size rows")
     parser.add_argument("--batch-size", type=int, default=1, help=f"rows of {BLOCK_LENGTH} tokens")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--ce-weight", type=float, default=1.0, help="of all runs with a teacher")
     parser.add_argument("--held-out-rows", type=int, default=100, help="of each text")
-    parser.add_argument("--save", action="store_true", help="keep the trained students")
     parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
     parser.add_argument("--threads", type=int, default=2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--completions", type=Path, help="what `cbd-trl generate` wrote, for seqkd")
+    parser.add_argument("--only", nargs="+", choices=[*RUNS, *SAME], default=[*RUNS, *SAME], metavar="RUN")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--save", action="store_true", help="keep the trained students")
     options = parser.parse_args()
     if "seqkd" in options.only and options.completions is None:
         parser.error("seqkd trains on text of the teacher: name it with --completions, or leave seqkd out of --only.")

@@ -10,12 +10,14 @@ COMMANDS = {
     "demo": "distil a real 135M model into a chain, make six other sizes from it, measure and draw them",
     "build": "distil a chain of anchors from a source model",
     "init": "make models of any size from a chain",
+    "push": "upload a chain to the Hub",
+    "report": "measure a chain and the sizes between its anchors: a page, a picture, a JSON file",
     "cache": "write what a teacher predicts for a dataset to disk, to train without the teacher",
     "generate": "have a teacher write completions of prompts, to train on",
     "distill": "train a student on a dataset to predict what a teacher predicts",
     "bridge": "the same with a teacher of another tokenizer",
 }
-USAGE = "usage: cbd-trl {demo,build,init,cache,generate,distill,bridge} [flags]"
+USAGE = f"usage: cbd-trl {{{','.join(COMMANDS)}}} [flags]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

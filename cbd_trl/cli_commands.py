@@ -12,6 +12,8 @@ from cbd_trl.cli_cache import cache
 from cbd_trl.cli_generate import generate
 from cbd_trl.cli_init import init
 from cbd_trl.cli_parsing import UsageError, load_rows, parse_flags, require
+from cbd_trl.cli_push import push
+from cbd_trl.cli_report import report
 from cbd_trl.cli_values import parse_anchors, parse_bridge
 
 
@@ -199,6 +201,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "demo": demo,
     "build": build,
     "init": init,
+    "push": push,
+    "report": report,
     "cache": cache,
     "generate": generate,
     "distill": distill,

@@ -127,11 +127,13 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
         streaming: read while training.
 
     Raises:
-        ValueError: for a local file of another kind.
+        ValueError: for a local file of another kind, or one that is not there.
     """
     from datasets import load_dataset
 
     path = Path(name)
+    if not path.exists() and path.suffix.lower() in (*_FILE_KINDS, ".gz"):
+        raise ValueError(f"There is no file {name}. Give a file that exists, or the Hub id of a dataset.")
     if not path.is_file():
         return load_dataset(name, name=config, split=split, streaming=streaming)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix

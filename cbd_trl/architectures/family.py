@@ -111,6 +111,9 @@ class Architecture:
     Args:
         family: the family's description.
         config: the model's config; it is never changed.
+
+    Raises:
+        ValueError: the config says of a size that it is no positive whole number.
     """
 
     def __init__(self, family: Family, config: PretrainedConfig) -> None:
@@ -119,6 +122,8 @@ class Architecture:
         self.depth: int = getattr(config, family.depth_field)
         self.sizes: dict[str, int] = family.sizes(config)
         self.tied: bool = bool(config.tie_word_embeddings)
+        if bad := {name: size for name, size in {"layer": self.depth, **self.sizes}.items() if not _is_size(size)}:
+            raise ValueError(f"The config gives the model the sizes {bad}: each must be a positive whole number.")
 
     def __repr__(self) -> str:
         return f"Architecture({self.config.model_type}, {self.shape})"
@@ -267,3 +272,7 @@ class Architecture:
     def eps(self) -> float:
         field = self.family.eps_field
         return TORCH_LAYER_NORM_EPS if field is None else float(getattr(self.config, field))
+
+
+def _is_size(size: Any) -> bool:
+    return type(size) is int and size > 0

@@ -172,7 +172,9 @@ def write_atomically(path: Path, data: bytes) -> None:
         data: all of it.
     """
     temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("wb") as file:
+    # A link that lies there is not followed.
+    temporary.unlink(missing_ok=True)
+    with temporary.open("xb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

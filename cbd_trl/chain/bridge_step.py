@@ -9,7 +9,6 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_trl.architectures import describe
 from cbd_trl.bridge.bridge import Bridge
@@ -17,11 +16,12 @@ from cbd_trl.chain.arguments import check_no_teacher, training_record
 from cbd_trl.chain.head import Head
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.tokenizers import tokenizer_hash
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 from cbd_trl.chain.training import Trained, train, work_folder
 from cbd_trl.teachers.tokenizers import check_rows, tokenizer_difference
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
+from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 
 
@@ -115,6 +115,7 @@ def bridged_head(
         args=args,
         dataset=text,
         record=record,
+        sources=[sides.student, origin],
         doing=f"distilling {name} from the source, across tokenizers: {architecture.shape}",
         make=lambda: _distil(work_folder(output_dir, name, settings), sides, args, text, eval_dataset),
     )
@@ -168,7 +169,7 @@ def _distil(work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, 
             processing_class=sides.tokenizer,
             teacher_processing_class=sides.teacher_tokenizer if asked else None,
         )
-        return train(trainer, student, get_last_checkpoint(work), generation_config)
+        return train(trainer, student, last_checkpoint(work), generation_config)
 
 
 @contextmanager

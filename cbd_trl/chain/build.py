@@ -9,9 +9,10 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
 
 from cbd_trl.architectures import describe
+from cbd_trl.cards.history import DATASETS
+from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.arguments import training_record
 from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
 from cbd_trl.chain.calibration import calibration_length, token_blocks
@@ -20,11 +21,13 @@ from cbd_trl.chain.head import Head, source_head, store_head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step, plan_chain
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.store import calibration_batches, store_anchor
+from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.chain.training import remove_work_folder, train, work_folder
+from cbd_trl.durable import check_writable
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 
@@ -82,8 +85,13 @@ def build_chain(
         _check_text(head.dataset, head.args, head.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
         _check_text(step.dataset, step.args, head.tokenizer)
+    if len(done) <= len(steps):
+        check_writable(output_dir)
+    for anchor in done.values():
+        # Of a run that was killed while it removed it.
+        remove_work_folder(output_dir, anchor.name)
     _make_anchors(output_dir, head, steps, done, eval_dataset, calibration_tokens)
-    return Chain.from_pretrained(output_dir)
+    return finished_chain(output_dir)
 
 
 def _make_anchors(
@@ -149,7 +157,7 @@ def _distil_anchor(
     blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
     student: Any = initial_student(upper, step, blocks)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
-    checkpoint = get_last_checkpoint(work)
+    checkpoint = last_checkpoint(work)
     if checkpoint is None:
         refit_student(student.to(args.device), teacher, blocks, tokens)
     trainer = DistillTrainer(
@@ -175,7 +183,7 @@ def _distil_anchor(
         "block_costs": costs,
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,
-        "training": record,
+        "training": {**record, DATASETS: hub_datasets(step.dataset)},
     }
     anchor = store_anchor(output_dir, told, model.cpu(), tokenizer, statistics)
     remove_work_folder(output_dir, step.name)

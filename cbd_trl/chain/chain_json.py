@@ -2,19 +2,28 @@
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cbd_trl.chain.pins import check_pin
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
+from cbd_trl.untrusted import check_fields, read_json, shown
 
 SCHEMA_VERSION = 3
-# A name starts with a letter, digit or underscore: no hidden folders, no "..".
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+# A name starts with a letter, digit or underscore: no hidden folders, no "..". No file system takes longer ones.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+# What a folder of a model holds that no reader runs: no pickle (.bin, .pt, .pkl), no code (.py, .so).
+_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".md", ".png", ".svg")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Far above any model. What a shape says is enumerated before the tensors that prove it are there.
+_LARGEST_SIZE = 2**20
+_LARGEST_COUNT = 2**63 - 1
 
 
 def library_versions() -> dict[str, str]:
@@ -27,22 +36,31 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write chain.json in one step: a reader sees the old one or the new one, never a part."""
+def manifest_text(manifest: Manifest) -> str:
+    """The content of chain.json, its checksum worked out anew."""
     anchors = []
     for anchor in manifest.anchors:
         anchors.append({key: getattr(anchor, key) for key in _ANCHOR_KEYS})
+        if anchor.repo is not None:
+            anchors[-1]["repo"] = anchor.repo
     body: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "model_type": manifest.model_type,
         "versions": manifest.versions,
         "anchors": anchors,
     }
-    # Through JSON and back, so that the checksum is that of what a reader gets (string keys, lists).
-    body = json.loads(json.dumps(body, default=str))
-    text = json.dumps({**body, "checksum": _checksum(body)}, indent=2) + "\n"
+    # Through JSON and back, so that the checksum is that of what a reader gets (string keys, lists, "Infinity").
+    body = json.loads(json.dumps(body, default=str), parse_constant=str)
+    return json.dumps({**body, "checksum": _checksum(body)}, indent=2) + "\n"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write chain.json in one step: a reader sees the old one or the new one, never a part."""
+    text = manifest_text(manifest)
     temporary = folder / f".tmp-{MANIFEST}"
-    with temporary.open("w", encoding="utf-8") as file:
+    # A link that lies there is not followed.
+    temporary.unlink(missing_ok=True)
+    with temporary.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -60,27 +78,27 @@ def read_manifest(folder: Path) -> Manifest:
         ValueError: missing, damaged, edited or of another schema version; the message names the file.
     """
     file = folder / MANIFEST
+    check_inside(folder, file)
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = read_json(file, RESTORE)
     except FileNotFoundError:
         raise ValueError(
             f"{file} does not exist: {folder} is not a chain. Give the folder that build_chain wrote."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). {RESTORE}") from error
     if not isinstance(body, dict):
         raise ValueError(f"{file} must hold a JSON object, got {type(body).__name__}. {RESTORE}")
     if body.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
-            f"{file} has schema_version {body.get('schema_version')!r}; this version of cbd-trl reads "
+            f"{file} has schema_version {shown(body.get('schema_version'))}; this version of cbd-trl reads "
             f"{SCHEMA_VERSION}. Install the "
-            f"cbd-trl that wrote it (versions: {body.get('versions')}) or build the chain again."
+            f"cbd-trl that wrote it (versions: {shown(body.get('versions'))}) or build the chain again."
         )
-    _check_types(body, _MANIFEST_KEYS, str(file))
+    check_fields(body, _MANIFEST_KEYS, str(file), RESTORE)
     anchors = []
     for i, entry in enumerate(body["anchors"]):
-        _check_types(entry, _ANCHOR_KEYS, f"{file}, anchors[{i}]")
-        anchor = Anchor(**{key: entry[key] for key in _ANCHOR_KEYS}, path=folder / entry["name"])
+        pinned = _PINNED_KEYS if isinstance(entry, dict) and "repo" in entry else {}
+        check_fields(entry, {**_ANCHOR_KEYS, **pinned}, f"{file}, anchors[{i}]", RESTORE)
+        anchor = Anchor(**entry, path=folder / entry["name"])
         check_record(anchor, file)
         anchors.append(anchor)
     check_order(anchors, file)
@@ -113,19 +131,28 @@ _ANCHOR_KEYS: dict[str, tuple[type, ...]] = {
     "finished": (bool,),
     "files": (dict,),
 }
+# Of an anchor in a repository of its own.
+_PINNED_KEYS: dict[str, tuple[type, ...]] = {"repo": (dict,)}
 
 
-def _check_types(entry: Any, keys: Mapping[str, tuple[type, ...]], where: str) -> None:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be an object, got {type(entry).__name__}. {RESTORE}")
-    missing, unknown = sorted(keys.keys() - entry.keys()), sorted(entry.keys() - keys.keys())
-    if missing or unknown:
-        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}. {RESTORE}")
-    for key, types in keys.items():
-        value = entry[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-            raise ValueError(f"{where}: {key} must be of type {wanted}, got {value!r}. {RESTORE}")
+def check_inside(folder: Path, file: Path) -> None:
+    """Refuse a file that is a link out of the chain's folder.
+
+    Args:
+        folder: the chain's.
+        file: below it, whether it is there or not.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        place, root = file.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{file} leads nowhere ({error}). {RESTORE}") from error
+    # In the Hub's cache a snapshot's files are links to blobs that lie beside the snapshots.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (place.is_relative_to(root) or place.is_relative_to(blobs)):
+        raise ValueError(f"{file} is a link that leaves the chain's folder. Put the file itself there. {RESTORE}")
 
 
 def check_record(anchor: Anchor, file: Path) -> None:
@@ -137,39 +164,56 @@ def check_record(anchor: Anchor, file: Path) -> None:
     Raises:
         ValueError: a bad name or value.
     """
-    if not _NAME.fullmatch(anchor.name):
+    if not _NAME.fullmatch(anchor.name) or anchor.name.casefold() == MANIFEST:
         raise ValueError(
-            f"{file}: {anchor.name!r} is no name for an anchor: letters, digits, '.', '_' and '-' only, no path. "
+            f"{file}: {shown(anchor.name)} is no name for an anchor: letters, digits, '.', '_' and '-' only, no path. "
             f"{RESTORE}"
         )
+    if anchor.repo is not None:
+        check_pin(anchor.repo, f"{file}: anchor {anchor.name!r}")
     for name in anchor.files:
         if not all(_NAME.fullmatch(part) for part in name.split("/")):
             raise ValueError(
-                f"{file}: anchor {anchor.name!r} lists the file {name!r}, which may lie outside its folder. {RESTORE}"
+                f"{file}: anchor {anchor.name!r} lists the file {shown(name)}, which may lie outside its folder. "
+                f"{RESTORE}"
             )
-    fine = {
-        "files": all(isinstance(digest, str) for digest in anchor.files.values()),
-        "shape": all(type(value) is int for value in anchor.shape.values()),
-        "losses": all(type(value) in (int, float) for value in anchor.losses.values()),
-        "block_map": all(
-            isinstance(block, list) and all(type(i) is int for i in block) for block in anchor.block_map or []
-        ),
-        "kept_layers": _fits(
-            anchor.kept_layers, anchor.block_map, lambda kept, block: isinstance(block, list) and kept in block
-        ),
-        "block_costs": anchor.block_costs is None
-        or _fits(anchor.block_costs, anchor.block_map, lambda cost, _: type(cost) in (int, float)),
-        "dtype": anchor.dtype in DTYPES.values(),
-    }
-    for key, is_fine in fine.items():
+        if not name.endswith(_SUFFIXES):
+            raise ValueError(
+                f"{file}: anchor {anchor.name!r} lists the file {name!r}, which is none of {', '.join(_SUFFIXES)}: a "
+                f"chain holds tensors and text, nothing that a program could run. {RESTORE}"
+            )
+    for key, is_fine in _fine_values(anchor):
         if not is_fine:
             raise ValueError(
-                f"{file}: anchor {anchor.name!r} has a bad value in {key}: {getattr(anchor, key)!r}. {RESTORE}"
+                f"{file}: anchor {anchor.name!r} has a bad value in {key}: {shown(getattr(anchor, key))}. {RESTORE}"
             )
     if "config.json" not in anchor.files or not weight_files(anchor.files):
         raise ValueError(
             f"{file}: anchor {anchor.name!r} has no config.json or no model.safetensors among its files. {RESTORE}"
         )
+
+
+def _fine_values(anchor: Anchor) -> Iterator[tuple[str, bool]]:
+    """Each field, and whether the values in it are such as it may have."""
+    blocks = anchor.block_map
+    yield "files", all(isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in anchor.files.values())
+    yield "tokenizer", anchor.tokenizer is None or bool(_SHA256.fullmatch(anchor.tokenizer))
+    yield "shape", all(type(size) is int and 0 < size <= _LARGEST_SIZE for size in anchor.shape.values())
+    yield "num_parameters", 0 <= anchor.num_parameters <= _LARGEST_COUNT
+    yield "tokens_seen", 0 <= anchor.tokens_seen <= _LARGEST_COUNT
+    yield "losses", all(map(_is_number, anchor.losses.values()))
+    yield "block_map", all(isinstance(block, list) and all(type(i) is int for i in block) for block in blocks or [])
+    yield "kept_layers", _fits(anchor.kept_layers, blocks, lambda kept, block: type(kept) is int and kept in block)
+    yield (
+        "block_costs",
+        anchor.block_costs is None or _fits(anchor.block_costs, blocks, lambda cost, _: _is_number(cost)),
+    )
+    yield "dtype", anchor.dtype in DTYPES.values()
+    yield "training", isinstance(anchor.training.get("bridge", {}), dict)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _fits(
@@ -184,7 +228,8 @@ def _fits(
 def check_order(anchors: Sequence[Anchor], file: Path) -> None:
     """A list of different names, each anchor smaller than the one above and cut from it."""
     names = [anchor.name for anchor in anchors]
-    if not anchors or len(set(names)) != len(names):
+    # Not every file system tells "Small" from "small".
+    if not anchors or len({name.casefold() for name in names}) != len(names):
         raise ValueError(f"{file} must list at least one anchor and no name twice, got {names}. {RESTORE}")
     for above, anchor in zip([None, *anchors], anchors, strict=False):
         wanted = above.name if above else None

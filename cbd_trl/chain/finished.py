@@ -9,7 +9,7 @@ from cbd_trl.chain.head import Head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step
 from cbd_trl.chain.records import MANIFEST
-from cbd_trl.chain.tokenizers import tokenizer_hash
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 
 _SOURCE = ("source", "fingerprint")
 
@@ -74,4 +74,4 @@ def _changed_bridge(recorded: Mapping[str, Any] | None, head: Head) -> list[str]
     if recorded is None or wanted is None:
         return [] if recorded is wanted else ["bridge"]
     there = {key: value for key, value in recorded.items() if key != "arguments"}
-    return _differing(there, wanted) + changed_arguments(recorded["arguments"], head.args)
+    return _differing(there, wanted) + changed_arguments(recorded.get("arguments") or {}, head.args)

@@ -8,12 +8,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.chain.chain_json import check_order, check_record, library_versions, read_manifest, write_manifest
+from cbd_trl.cards.files import CARD_FILES
+from cbd_trl.chain.chain_json import (
+    check_inside,
+    check_order,
+    check_record,
+    library_versions,
+    read_manifest,
+    write_manifest,
+)
 from cbd_trl.chain.hashes import sha256_of
+from cbd_trl.chain.model_files import drop_code
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
-from cbd_trl.chain.tokenizers import check_one_tokenizer, stored_tokenizer_hash
+from cbd_trl.chain.tokenizer_hash import stored_tokenizer_hash
+from cbd_trl.chain.tokenizers import check_one_tokenizer
+from cbd_trl.durable import flush
 from cbd_trl.surgery.blocks import check_blocks
+from cbd_trl.tensor_header import read_header
 
 
 def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = True) -> None:
@@ -24,22 +36,22 @@ def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = 
         hashes: whether to compare the files' sha256 too.
 
     Raises:
-        ValueError: a file is missing, differs, or leads out of the chain; the config does not have the recorded shape.
+        ValueError: a file is missing, differs, names code, or leads out of the chain; the config does not have the
+            recorded shape; with `hashes`, tensors or tokenizer are not those recorded either.
     """
     verify_files(folder, anchor, list(anchor.files), hashes)
     verify_config(folder, anchor, model_type)
+    anchor.check_no_code()
+    if hashes:
+        anchor.load_state_dict()
+        anchor.check_tokenizer()
 
 
 def verify_files(folder: Path, anchor: Anchor, names: Sequence[str], hashes: bool = True) -> None:
     """Compare some of an anchor's files with its record (see `verify_anchor`)."""
-    root = folder.resolve()
-    # In the Hub's cache a snapshot's files are links to blobs that lie beside the snapshots.
-    if root.parent.name == "snapshots":
-        root = root.parent.parent
     for name in names:
         file = anchor.path / name
-        if not file.resolve().is_relative_to(root):
-            raise ValueError(f"{file} is a link that leaves the chain's folder. Put the file itself there. {RESTORE}")
+        check_inside(folder if anchor.repo is None else anchor.path, file)
         if not file.is_file():
             raise ValueError(f"{file} is missing, but {folder / MANIFEST} lists it. {RESTORE}")
     if hashes:
@@ -112,6 +124,8 @@ def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[
     above = _anchors_down_to(folder, anchor)
     temporary = _fresh_folder(folder / f".tmp-{anchor.name}")
     fill(temporary)
+    drop_code(temporary)
+    flush(temporary)
     written = _completed(anchor, temporary, _hashes(temporary))
     check_record(written, folder / MANIFEST)
     check_order([*above, written], folder / MANIFEST)
@@ -144,29 +158,33 @@ def _anchors_down_to(folder: Path, anchor: Anchor) -> tuple[Anchor, ...]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: sha256_of(path) for name, path in files.items() if name not in CARD_FILES}
 
 
 def _fresh_folder(folder: Path) -> Path:
     """An empty folder, what an earlier attempt left there removed."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    _remove(folder)
     folder.mkdir(parents=True)
     return folder
 
 
 def _move_folder(source: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
+    _remove(target)
     os.replace(source, target)
+
+
+def _remove(path: Path) -> None:
+    """A link is removed itself, and what it leads to left alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
     """The record with what the anchor's own files say: shape, number of parameters, dtype, hash of the tokenizer,
     sha256 of each file; and, where it is not said which layers were kept, the last of each block."""
-    from safetensors import safe_open
-
     if "config.json" not in files or not weight_files(files):
         raise ValueError(
             f"{folder} was filled without config.json or model.safetensors: an anchor is a model as save_pretrained "
@@ -174,8 +192,8 @@ def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
         )
     found = dataclasses.replace(anchor, path=folder, files=files)
     architecture = found.architecture()
-    with safe_open(folder / weight_files(files)[0], framework="pt") as weights:
-        kind = weights.get_slice(next(iter(weights.keys()))).get_dtype()
+    tensors, _ = read_header(folder / weight_files(files)[0])
+    kind = next(iter(tensors.values())).dtype
     dtype = DTYPES.get(kind)
     if dtype is None:
         raise ValueError(
@@ -202,4 +220,7 @@ def copy_anchor(anchor: Anchor, folder: Path) -> None:
     for name in anchor.files:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(anchor.path / name, temporary / name)
+    for name in CARD_FILES:
+        if (anchor.path / name).is_file():
+            shutil.copyfile(anchor.path / name, temporary / name)
     _move_folder(temporary, folder / anchor.name)

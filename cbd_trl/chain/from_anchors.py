@@ -11,6 +11,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_trl.cards.history import ORIGINS
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.coordinates import Coordinates
 from cbd_trl.chain.manifest import Chain
@@ -18,7 +19,7 @@ from cbd_trl.chain.members import Member, check_functions, plan_members
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.store import calibration_batches, store_anchor
+from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.surgery.blocks import blocks_of
 from cbd_trl.surgery.permute import permute
 from cbd_trl.surgery.statistics import collect_statistics
@@ -71,7 +72,7 @@ def chain_from_anchors(
     length = min(calibration_length(member.architecture.config) for member in members)
     blocks = token_blocks(dataset, tokenizer, calibration_tokens, length)
     _make(output_dir, members, tokenizer, blocks, align)
-    return Chain.from_pretrained(output_dir)
+    return finished_chain(output_dir)
 
 
 def _make(
@@ -160,6 +161,6 @@ def _write(
         "kept_layers": list(member.kept) if number else None,
         "tokens_seen": 0,
         "losses": {},
-        "training": {**settings, "match": coordinates.matches[number]},
+        "training": {**settings, "match": coordinates.matches[number], ORIGINS: [member.source.origin().record()]},
     }
     store_anchor(output_dir, record, model.cpu(), tokenizer, statistics)

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from cbd_trl.cards import copy_picture, save_card, target_card
 from cbd_trl.chain.calibrate import choose_plan
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.manifest import Anchor, Chain
@@ -21,7 +22,6 @@ from cbd_trl.chain.operators import OPERATORS, default_alpha
 from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import Weights
 
 CALIBRATION_TOKENS = 4096
@@ -83,7 +83,7 @@ def from_chain(
         tokens = None if calibration_dataset is None else calibration_tokens(target, calibration_dataset)
         model = make_model(chain, request, target, tokens, dtype)
     if directory is not None:
-        save_model(model, target.anchors[0], directory)
+        save_model(model, chain, directory)
     return model
 
 
@@ -168,7 +168,7 @@ def load_pair(upper: Anchor, lower: Anchor) -> Pair:
         upper_architecture,
         lower.load_weights(),
         lower_architecture,
-        StoredStatistics(upper.statistics_file) if differs else None,
+        upper.load_statistics() if differs else None,
         lower.block_map,
         lower.kept_layers,
         lower.block_costs,
@@ -206,15 +206,18 @@ def check_replaceable(directory: Path) -> None:
         )
 
 
-def save_model(model: PreTrainedModel, anchor: Anchor, directory: Path) -> None:
-    """Write model, the anchor's tokenizer and provenance under a temporary name, then rename."""
+def save_model(model: PreTrainedModel, chain: Chain, directory: Path) -> None:
+    """Write model, the upper anchor's tokenizer, provenance and card under a temporary name, then rename."""
+    told = model.config.cbd_trl
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary, before = (directory.parent / f".{kind}-{directory.name}-{os.getpid()}" for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.config._name_or_path = model.name_or_path = str(directory)
         model.save_pretrained(temporary)
-        anchor.load_tokenizer().save_pretrained(temporary)
+        chain[told["anchors"][0]].load_tokenizer().save_pretrained(temporary)
+        copy_picture(chain.path, temporary)
+        save_card(temporary, target_card(chain, told, directory.name))
         if directory.exists():
             directory.rename(before)
         try:

@@ -1,6 +1,6 @@
 """The anchor at the head of a chain: the source, or what was bridged from it, sorted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, describe
+from cbd_trl.cards.history import DATASETS, ORIGINS
+from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.manifest import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import anchor_name
@@ -33,6 +35,7 @@ class Head:
         args: training arguments; where nothing is trained, for the names of columns and the device.
         dataset: text that it is trained and calibrated on.
         record: what it is made from, as chain.json has it.
+        sources: the models that it is made from.
         doing: what is said while it is made.
         make: gives the model, in the coordinates it has.
     """
@@ -42,6 +45,7 @@ class Head:
     args: DistillConfig
     dataset: Any
     record: dict[str, Any]
+    sources: Sequence[Source]
     doing: str
     make: Callable[[], Trained]
 
@@ -72,6 +76,7 @@ def source_head(origin: Source, tokenizer: PreTrainedTokenizerBase | None, args:
         args=args,
         dataset=dataset,
         record=origin.record(),
+        sources=[origin],
         doing=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
         make=lambda: Trained(origin.model(args.model_init_kwargs)),
     )
@@ -100,7 +105,11 @@ def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor
         "block_map": None,
         "tokens_seen": made.tokens_seen,
         "losses": made.losses,
-        "training": head.record,
+        "training": {
+            **head.record,
+            ORIGINS: [source.origin().record() for source in head.sources],
+            **({DATASETS: hub_datasets(head.dataset)} if made.tokens_seen else {}),
+        },
     }
     sorted_model = build_model(architecture, in_order, model.dtype)
     sorted_model.generation_config = model.generation_config

@@ -1,83 +1,125 @@
-"""A chain on the Hub: chain.json first, then, at that same commit, the files that are really used."""
+"""A chain on the Hub: chain.json first, then, at that same commit, the files that are really used; anchors in
+repositories of their own at the commits that chain.json pins."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from cbd_trl.chain.chain_json import read_manifest
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
+
 from cbd_trl.chain.folders import verify_config, verify_files
+from cbd_trl.chain.hub_errors import told
 from cbd_trl.chain.records import MANIFEST, Anchor, Manifest
 
 
-class HubChain:
-    """The files of a chain in a Hub repository at one commit, fetched into the Hub's cache when they are first needed
-    and checked then.
+class HubFolder:
+    """The files of a Hub repository at one commit, fetched into the Hub's cache when they are asked for.
+
+    Args:
+        repo_id: the repository.
+        commit: the whole of its 40 digits.
+        token: Hub token.
+    """
+
+    def __init__(self, repo_id: str, commit: str, token: str | bool | None = None) -> None:
+        self.repo_id, self.commit, self._token = repo_id, commit, token
+        # Where the cache keeps this commit.
+        name = repo_folder_name(repo_id=repo_id, repo_type="model")
+        self.path = Path(constants.HF_HUB_CACHE) / name / "snapshots" / commit
+
+    def fetch(self, files: Sequence[str]) -> None:
+        """Have these files.
+
+        Raises:
+            ValueError: one is not in the cache and cannot be fetched.
+        """
+        missing = [file for file in files if not (self.path / file).exists()]
+        if not missing:
+            return
+        try:
+            # Names of files in a chain hold no wildcards, so each pattern is one file.
+            snapshot_download(self.repo_id, revision=self.commit, token=self._token, allow_patterns=missing)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.repo_id!r} at commit {self.commit}: {', '.join(missing)} could not be fetched from the Hub "
+                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here. {told(error)} "
+                "Ask for it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
+            ) from error
+
+
+def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> HubFolder:
+    """A chain's repository, with its chain.json.
 
     Args:
         repo_id: the repository.
         revision: branch, tag or commit; None for the main branch. It is resolved once, to the commit of chain.json.
         token: Hub token.
-        verify: compare the sha256 of what is used with chain.json.
 
     Raises:
         ValueError: there is no such chain, or it is not in the cache and the Hub cannot be reached.
     """
+    try:
+        manifest = Path(hf_hub_download(repo_id, MANIFEST, revision=revision, token=token))
+    except (OSError, ValueError) as error:
+        at = "" if revision is None else f" (revision {revision!r})"
+        raise ValueError(
+            f"{repo_id!r}{at} is no folder here, and its {MANIFEST} could not be fetched from the Hub. {told(error)}"
+        ) from error
+    # The cache keeps every commit in a folder named after it.
+    return HubFolder(repo_id, manifest.parent.name, token)
 
-    def __init__(
-        self, repo_id: str, revision: str | None = None, token: str | bool | None = None, verify: bool = True
-    ) -> None:
-        from huggingface_hub import hf_hub_download
 
-        self._repo_id, self._token, self._verify = repo_id, token, verify
-        try:
-            manifest = Path(hf_hub_download(repo_id, MANIFEST, revision=revision, token=token))
-        except (OSError, ValueError) as error:
-            at = "" if revision is None else f" (revision {revision!r})"
-            raise ValueError(
-                f"{repo_id!r}{at} is no folder here, and its {MANIFEST} could not be fetched from the Hub "
-                f"({type(error).__name__}: {error}). Check the path, or the id, revision and token; offline, only "
-                "what was fetched before can be opened."
-            ) from error
-        # The cache keeps every commit in a folder named after it.
-        self.folder = manifest.parent
-        self.commit = self.folder.name
-        self._model_type = ""
+def place_anchors(
+    manifest: Manifest, folder: Path, hub: HubFolder | None, token: str | bool | None = None, verify: bool = True
+) -> Manifest:
+    """The manifest with anchors that fetch what is not here, and check it then.
+
+    Args:
+        manifest: what chain.json says.
+        folder: where it lies.
+        hub: the repository it came from; None for a folder of this machine.
+        token: Hub token.
+        verify: compare the sha256 of what is used with chain.json.
+    """
+    anchors = []
+    for anchor in manifest.anchors:
+        if anchor.repo is not None:
+            own = HubFolder(anchor.repo["repo_id"], anchor.repo["revision"], token)
+            prepare = _Prepare(own, "", folder, manifest.model_type, verify)
+            anchors.append(dataclasses.replace(anchor, path=own.path, prepare=prepare))
+        elif hub is not None:
+            prepare = _Prepare(hub, f"{anchor.name}/", folder, manifest.model_type, verify)
+            anchors.append(dataclasses.replace(anchor, prepare=prepare))
+        else:
+            anchors.append(anchor)
+    return dataclasses.replace(manifest, anchors=tuple(anchors))
+
+
+class _Prepare:
+    """Fetches and checks the files of one anchor, each once.
+
+    Args:
+        hub: the repository they are in.
+        prefix: what their names begin with there.
+        chain: the folder of chain.json.
+        model_type: what chain.json says of all anchors.
+        verify: whether their sha256 are compared.
+    """
+
+    def __init__(self, hub: HubFolder, prefix: str, chain: Path, model_type: str, verify: bool) -> None:
+        self._hub, self._prefix, self._chain = hub, prefix, chain
+        self._model_type, self._verify = model_type, verify
         self._ready: set[str] = set()
 
-    def manifest(self) -> Manifest:
-        """What chain.json says, with anchors that fetch their files.
-
-        Raises:
-            ValueError: it is damaged, edited or of another schema version.
-        """
-        manifest = read_manifest(self.folder)
-        self._model_type = manifest.model_type
-        anchors = tuple(dataclasses.replace(anchor, prepare=self._prepare) for anchor in manifest.anchors)
-        return dataclasses.replace(manifest, anchors=anchors)
-
-    def _prepare(self, anchor: Anchor, names: Sequence[str]) -> None:
-        new = [name for name in names if f"{anchor.name}/{name}" not in self._ready]
+    def __call__(self, anchor: Anchor, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._ready]
         if not new:
             return
-        self._fetch([f"{anchor.name}/{name}" for name in new])
-        verify_files(self.folder, anchor, new, hashes=self._verify)
+        self._hub.fetch([f"{self._prefix}{name}" for name in new])
+        verify_files(self._chain, anchor, new, hashes=self._verify)
         # Before the config is read, which asks for its file again.
-        self._ready |= {f"{anchor.name}/{name}" for name in new}
+        self._ready.update(new)
+        anchor.check_no_code()
         if "config.json" in new:
-            verify_config(self.folder, anchor, self._model_type)
-
-    def _fetch(self, files: Sequence[str]) -> None:
-        from huggingface_hub import snapshot_download
-
-        missing = [file for file in files if not (self.folder / file).exists()]
-        if not missing:
-            return
-        try:
-            # Names of files in a chain hold no wildcards, so each pattern is one file.
-            snapshot_download(self._repo_id, revision=self.commit, token=self._token, allow_patterns=missing)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{self._repo_id!r} at commit {self.commit}: {', '.join(missing)} could not be fetched from the Hub "
-                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here ({type(error).__name__}: {error}). "
-                "Ask for it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
-            ) from error
+            verify_config(self._chain, anchor, self._model_type)

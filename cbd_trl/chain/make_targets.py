@@ -114,7 +114,7 @@ class _Maker:
             return MadeTarget(request.num_parameters, directory, told, kept=True)
         model = make_model(self._chain, request, target, tokens, self._dtype, self._loaded(target))
         model.config.cbd_trl["asked"] = asked
-        save_model(model, target.anchors[0], directory)
+        save_model(model, self._chain, directory)
         return MadeTarget(request.num_parameters, directory, model.config.cbd_trl)
 
     def _calibration(self, target: Target) -> torch.Tensor | None:

@@ -4,16 +4,21 @@ DIR/chain.json                  what the chain is made of (see chain_json.py)
 DIR/<anchor>/                   a model folder as save_pretrained writes it, with tokenizer and statistics.safetensors
 """
 
+import dataclasses
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
+from cbd_trl.cards import CARD_FILES, MEASURED, save_cards
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, verify_hashes, write_anchor
-from cbd_trl.chain.hub import HubChain
+from cbd_trl.chain.hub import open_on_hub, place_anchors
+from cbd_trl.chain.push import Push
 from cbd_trl.chain.records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
 from cbd_trl.chain.solve_shape import list_sizes
 from cbd_trl.chain.tokenizers import check_one_tokenizer
@@ -70,12 +75,11 @@ class Chain:
             ValueError: not a chain, damaged, edited, unfinished, of several tokenizers, or of an unknown schema
                 version; the message names the file.
         """
-        folder, name = _local_folder(path_or_hub_id), str(path_or_hub_id)
-        if folder is None:
-            hub = HubChain(name, revision, token, verify)
-            chain = cls(hub.folder, hub.manifest(), name, hub.commit)
-        else:
-            chain = cls(folder, read_manifest(folder), name)
+        local, name = _local_folder(path_or_hub_id), str(path_or_hub_id)
+        hub = None if local else open_on_hub(name, revision, token)
+        folder = hub.path if hub else Path(name).expanduser()
+        manifest = place_anchors(read_manifest(folder), folder, hub, token, verify)
+        chain = cls(folder, manifest, name, hub.commit if hub else None)
         above: Anchor | None = None
         for anchor in chain.anchors:
             if not anchor.finished:
@@ -83,9 +87,9 @@ class Chain:
                     f"{chain.path / MANIFEST}: anchor {anchor.name!r} is not finished. Run build_chain again with the "
                     "same arguments."
                 )
-            if folder is not None:
+            if anchor.prepare is None:
                 verify_anchor(folder, anchor, chain.model_type, hashes=verify)
-                if above is not None:
+                if above is not None and above.prepare is None:
                     check_block_map(folder, anchor, above)
             above = anchor
         check_one_tokenizer(chain.anchors, chain.path / MANIFEST)
@@ -187,7 +191,8 @@ class Chain:
         return entries
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Copy the chain; chain.json is written last, so that a copy cut short is not taken for a chain.
+        """Copy the chain, anchors of other repositories into its folder too; chain.json is written last, so that a
+        copy cut short is not taken for a chain.
 
         Raises:
             ValueError: the folder holds something other than a chain.
@@ -203,25 +208,45 @@ class Chain:
         (target / MANIFEST).unlink(missing_ok=True)
         for anchor in self.anchors:
             copy_anchor(anchor, target)
-        write_manifest(target, Manifest(self.model_type, self.versions, tuple(self.anchors)))
+        for name in (*CARD_FILES, MEASURED):
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, target / name)
+        here = tuple(dataclasses.replace(anchor, repo=None) for anchor in self.anchors)
+        write_manifest(target, Manifest(self.model_type, self.versions, here))
+        save_cards(Chain.from_pretrained(target, verify=False))
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None) -> str:
-        """Upload the chain's own files to a Hub repository, made if there is none.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload chain",
+        own_repos: bool = False,
+    ) -> CommitInfo:
+        """Upload the chain and its cards to a Hub repository, made if there is none; a chain that it holds is replaced.
+
+        All is committed at once, chain.json with the rest: what an interrupted upload leaves is no chain, and the same
+        call again sends only what is missing.
+
+        Args:
+            repo_id: the repository, "me/my-chain".
+            private: whether a repository that is made is private; None for the owner's default.
+            token: Hub token; None for the one that was logged in with.
+            revision: branch, made if there is none; None for the main branch.
+            commit_message: of the commit.
+            own_repos: put each anchor in a repository of its own, "me/my-chain-<anchor>", where it is a model like any
+                other, and pin its commit in chain.json.
 
         Returns:
-            The address of the commit.
-        """
-        from huggingface_hub import HfApi
+            The commit: its address, with the hash in `oid`.
 
-        for anchor in self.anchors:
-            anchor.need(*anchor.files)
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        files = [MANIFEST, *(f"{anchor.name}/{name}" for anchor in self.anchors for name in anchor.files)]
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=self.path, allow_patterns=files, commit_message="Upload chain"
-        )
-        return str(commit)
+        Raises:
+            ValueError: a bad id, a token that may not write there, or a repository that holds something else.
+            ConnectionError: the upload was cut off.
+        """
+        return Push(private, token, revision, commit_message, own_repos).send(self, repo_id)
 
 
 def _holds(pair: tuple[Anchor, Anchor], num_parameters: float) -> bool:

@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures.axes import axis_length
 from cbd_trl.chain.model import stock_model
+from cbd_trl.chain.model_files import check_no_code, load_config, load_generation_config, load_tokenizer
 from cbd_trl.chain.stored_weights import StoredWeights
+from cbd_trl.chain.tokenizer_hash import stored_tokenizer_hash
+from cbd_trl.surgery.stored_statistics import StoredStatistics
 from cbd_trl.surgery.weights import Weights, to_weights
+from cbd_trl.untrusted import reading
 
 MANIFEST = "chain.json"
 STATISTICS_FILE = "statistics.safetensors"
@@ -38,7 +35,7 @@ class Anchor:
         shape: config fields of the family with their values.
         num_parameters: a tied table counted once.
         dtype: dtype of the weights, such as "float32".
-        tokenizer: hash of the tokenizer stored with it (see `chain.tokenizers`), None where there is none.
+        tokenizer: hash of the tokenizer stored with it (see `chain.tokenizer_hash`), None where there is none.
         block_map: for each layer the layers of the parent it stands for, None for the source.
         kept_layers: for each layer the one of them that it was cut from, None for the source.
         block_costs: for each layer what letting it stand for its block cost before training, nats per token (`Block`);
@@ -48,8 +45,10 @@ class Anchor:
         training: the training arguments that matter.
         finished: whether its training reached the end.
         files: file name -> sha256 of every file of the folder.
+        repo: `repo_id` and `revision` (a full commit) of the Hub repository that holds the files, None where the
+            chain's own folder does (see `chain.pins`).
         path: the folder.
-        prepare: brings files of the folder that are not here yet; None where all are (see `HubChain`).
+        prepare: brings files of the folder that are not here yet; None where all are (see `chain.hub`).
     """
 
     name: str
@@ -66,6 +65,7 @@ class Anchor:
     training: dict[str, Any] = field(default_factory=dict)
     finished: bool = True
     files: dict[str, str] = field(default_factory=dict, repr=False)
+    repo: dict[str, str] | None = None
     path: Path = field(default=Path(), repr=False)
     prepare: "Callable[[Anchor, Sequence[str]], None] | None" = field(default=None, repr=False, compare=False)
 
@@ -97,18 +97,13 @@ class Anchor:
 
     @cached_property
     def _architecture(self) -> Architecture:
-        return describe(self._config)
+        with reading(self.path / "config.json", "a model that a chain may hold", RESTORE):
+            return describe(self._config)
 
     @cached_property
     def _config(self) -> PretrainedConfig:
         self.need("config.json")
-        try:
-            # Never code from a chain: the families are transformers' own.
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-            raise ValueError(
-                f"{self.path / 'config.json'} cannot be read as a model config ({error}). {RESTORE}"
-            ) from error
+        return load_config(self.path, RESTORE)
 
     @property
     def statistics_file(self) -> Path:
@@ -124,6 +119,19 @@ class Anchor:
             )
         self.need(STATISTICS_FILE)
         return self.path / STATISTICS_FILE
+
+    def load_statistics(self) -> StoredStatistics:
+        """The same, checked against the model's shape and read when asked for.
+
+        Raises:
+            ValueError: none were stored, or of another model.
+        """
+        architecture = self.architecture()
+        stored = StoredStatistics(self.statistics_file)
+        sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.sites}
+        norms = {norm.name: axis_length(norm.axis, architecture.sizes) for norm in architecture.output_norms}
+        stored.check(sizes, norms)
+        return stored
 
     def load_state_dict(self) -> StoredWeights:
         """The tensors as they are stored, under the model's own keys, each read when it is asked for; a tied head is
@@ -164,14 +172,14 @@ class Anchor:
         """The stored generation config, or what the model config says where none was stored."""
         if "generation_config.json" in self.files:
             self.need("generation_config.json")
-            return GenerationConfig.from_pretrained(self.path, local_files_only=True)
+            return load_generation_config(self.path, RESTORE)
         return GenerationConfig.from_model_config(self.config())
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer stored with it.
 
         Raises:
-            ValueError: none was stored.
+            ValueError: none was stored, or it is not the one that chain.json records.
         """
         if "tokenizer_config.json" not in self.files:
             raise ValueError(
@@ -179,7 +187,24 @@ class Anchor:
                 "processing_class=tokenizer."
             )
         self.need(*self.small_files)
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False, local_files_only=True)
+        self.check_tokenizer()
+        return load_tokenizer(self.path, RESTORE)
+
+    def check_no_code(self) -> None:
+        """Refuse files that name code (ValueError naming file and field); those that are not here yet pass."""
+        check_no_code(self.path, RESTORE)
+
+    def check_tokenizer(self) -> None:
+        """Compare the tokenizer's files with the hash of what they mean.
+
+        Raises:
+            ValueError: they cannot be read, or mean another tokenizer.
+        """
+        if stored_tokenizer_hash(self.path, RESTORE) != self.tokenizer:
+            raise ValueError(
+                f"{self.path} holds another tokenizer than the one whose hash is under `tokenizer` of the anchor "
+                f"{self.name!r} in {MANIFEST}. {RESTORE}"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, tokenizer_difference
 
 
@@ -51,6 +52,10 @@ class Source:
     def record(self) -> dict[str, Any]:
         """What tells it from another, as chain.json has it."""
         return {"source": self.name, "fingerprint": self.fingerprint()}
+
+    def origin(self) -> Origin:
+        """What its card says of it; asked for once it was loaded."""
+        return origin_of(self.name, self.revision, self.token, local_only=isinstance(self.place, PreTrainedModel))
 
     def config(self) -> PretrainedConfig:
         """Its config, without the weights.

@@ -9,7 +9,9 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_trl.cards.files import save_cards
 from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
+from cbd_trl.durable import writing
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.stored_statistics import save_statistics
 
@@ -36,6 +38,7 @@ def store_anchor(
 
     Raises:
         ValueError: a weight is not finite.
+        OSError: the disk is full, or the folder cannot be written to.
     """
     _check_finite(record["name"], model)
 
@@ -46,11 +49,21 @@ def store_anchor(
 
     state = PartialState()
     if state.is_main_process:
-        write_anchor(output_dir, record, fill)
+        with writing(output_dir / record["name"], "The anchors above it are whole, and checkpoints stand."):
+            write_anchor(output_dir, record, fill)
     state.wait_for_everyone()
     return next(
         anchor for anchor in Chain.from_pretrained(output_dir, verify=False).anchors if anchor.name == record["name"]
     )
+
+
+def finished_chain(output_dir: Path) -> Chain:
+    """The chain in a folder, with its cards beside it."""
+    chain, state = Chain.from_pretrained(output_dir), PartialState()
+    if state.is_main_process:
+        save_cards(chain)
+    state.wait_for_everyone()
+    return chain
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:

@@ -23,7 +23,6 @@ from cbd_trl.surgery.blocks import Block, block_costs, select_layers
 from cbd_trl.surgery.cut import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms
 from cbd_trl.surgery.refit import refit_layers
-from cbd_trl.surgery.stored_statistics import StoredStatistics
 
 # To compare blocks; refitting what is chosen uses all there is.
 _FIT_TOKENS = 2048
@@ -62,7 +61,7 @@ def initial_student(upper: Anchor, step: Step, blocks: list[Block]) -> PreTraine
     weights, architecture = upper.load_weights(), upper.architecture()
     if step.architecture.sizes != architecture.sizes:
         narrow = architecture.resized(**step.architecture.sizes)
-        cut = least_squares_cut(weights, architecture, StoredStatistics(upper.statistics_file), narrow)
+        cut = least_squares_cut(weights, architecture, upper.load_statistics(), narrow)
         weights = balance_norms(cut, narrow)
         architecture = narrow
     kept, shallow = select_layers(weights, architecture, [block.kept for block in blocks])
@@ -88,7 +87,7 @@ def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: li
         above,
         {},
         architecture,
-        StoredStatistics(upper.statistics_file),
+        upper.load_statistics(),
         [block.layers for block in blocks],
         [block.kept for block in blocks],
         block_costs(blocks),

@@ -13,6 +13,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.model import stock_model
+from cbd_trl.durable import writing
+from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
@@ -34,32 +36,76 @@ class Trained:
 
 
 def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Path:
-    """Where an anchor's checkpoints are; those of a run with other settings are removed, not gone on from.
+    """Where an anchor's checkpoints are. What a run with other settings left there is never gone on from.
 
     Args:
         output_dir: the chain's folder.
         name: of the anchor.
         settings: what decides the training, as JSON values.
+
+    Raises:
+        ValueError: there are checkpoints of other settings, which may be days of work.
     """
     work = output_dir / ".work" / name
-    state = PartialState()
-    if state.is_main_process:
-        text, file = json.dumps(settings), work / "settings.json"
-        if file.exists() and file.read_text() != text:
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+    state, file = PartialState(), work / "settings.json"
+    there = _read_settings(file)
+    # Through JSON and back: tuples are lists there.
+    changed = _changed_settings(there, json.loads(json.dumps(settings)))
+    if changed and (checkpoint := last_checkpoint(work)):
+        raise ValueError(
+            f"{output_dir} holds an unfinished training of the anchor {name} ({Path(checkpoint).name}), begun with "
+            f"other settings than are asked for now; changed: {changed}. Ask for those again to go on with it; or "
+            f"delete {work} to train this anchor anew (finished ones stay); or choose another output_dir."
+        )
+    state.wait_for_everyone()
+    if changed and state.is_main_process:
+        with writing(work, "What was finished before stands."):
+            _remove(work)
+            work.mkdir(parents=True)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(settings))
+            temporary.replace(file)
     state.wait_for_everyone()
     return work
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        return json.loads(file.read_text())
+    return None
+
+
+def _changed_settings(there: Any, now: Any) -> list[str]:
+    """Names of what differs between two sets of settings, those inside another behind a dot."""
+    if not isinstance(there, dict):
+        return ["everything: what was asked for then is not known"]
+    names = []
+    for key in now.keys() | there.keys():
+        one, other = there.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            names += [f"{key}.{name}" for name in _changed_settings(one, other)]
+        elif one != other:
+            names.append(key)
+    # A hash of the others says nothing beside them.
+    return sorted(name for name in names if not name.endswith("fingerprint")) or sorted(names)
 
 
 def remove_work_folder(output_dir: Path, name: str) -> None:
     """Remove what `work_folder` made, if anything, once the anchor is stored."""
     work = output_dir / ".work" / name
     if PartialState().is_main_process:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
         with suppress(OSError):
             work.parent.rmdir()
+
+
+def _remove(work: Path) -> None:
+    """Under another name first, so that a work folder is whole or not there; what a killed run left goes, too."""
+    rubbish = work.parent / f".tmp-{work.name}"
+    shutil.rmtree(rubbish, ignore_errors=True)
+    if work.exists():
+        work.replace(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
 
 
 def train(

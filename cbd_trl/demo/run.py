@@ -1,15 +1,12 @@
 """The demo: distil a chain from a real model, make and measure models of other sizes, write the report."""
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from cbd_trl.chain.build import build_chain
 from cbd_trl.chain.from_chain import from_chain
@@ -22,6 +19,7 @@ from cbd_trl.demo.settings import settle
 from cbd_trl.demo.source import HUB_ID, prepare_source
 from cbd_trl.demo.summary import write_report
 from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.report.progress import quiet_loading, step_bar
 from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
 from cbd_trl.report.tables import describe_shape, format_count
@@ -68,7 +66,7 @@ class Demo:
         Returns:
             what report.json holds.
         """
-        with _quiet():
+        with quiet_loading():
             return self._run()
 
     def _run(self) -> dict[str, Any]:
@@ -181,12 +179,7 @@ class Demo:
 
     def _sweep(self, chain: Chain) -> dict[str, Any]:
         self._stage("Every size, every operator", "sweep")
-        with _progress(self.console) as progress:
-            task = progress.add_task("", total=None)
-
-            def show(label: str, number: int, total: int) -> None:
-                progress.update(task, description=label, completed=number, total=total)
-
+        with step_bar(self.console) as show:
             report = sweep(
                 chain,
                 self.plan.targets,
@@ -196,7 +189,6 @@ class Demo:
                 seed=self.settings.seed,
                 on_step=show,
             )
-            progress.update(task, description="measured", completed=progress.tasks[0].total)
         for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
             entry["tokens_seen"] = anchor.tokens_seen
         self.results.put("sweep done", True)
@@ -247,23 +239,3 @@ class Demo:
 def _on(model: Any, device: torch.device) -> PreTrainedModel:
     # Any: the type checker does not see through the decorator of PreTrainedModel.to.
     return model.to(device)
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    )
-
-
-class _quiet:
-    """Within it transformers shows no bars: hundreds of weights load in a blink, and one bar is enough."""
-
-    def __enter__(self) -> None:
-        # TRL's configs set the old name; transformers warns about it on every config, the user can do nothing.
-        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-        self._shown = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *exception: object) -> None:
-        if self._shown:
-            transformers_logging.enable_progress_bar()

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart; marker and dash tell them apart in
 # print as well.
@@ -53,19 +53,49 @@ def plot_sweep(
     Raises:
         ValueError: if the report has no anchors.
     """
-    anchors = sorted(report["anchors"], key=lambda anchor: anchor["num_parameters"])
-    if not anchors:
-        raise ValueError("The report has no anchors, so there is nothing to draw: run the sweep on a built chain.")
-    targets = sorted(report["targets"], key=lambda target: target["num_parameters"])
-    names = list(dict.fromkeys(name for target in targets for name in target["loss"]))
-    limit, lowest = _range(anchors, targets, names)
-    clipped = [name for name in names if any(_off(target["loss"].get(name), limit) for target in targets)]
+    return plot_side_by_side([report], [title], path, formats)
 
-    strip_height = 0.32 * len(clipped) + 0.25
-    figure = Figure(figsize=(9.5, 5.6 + (strip_height if clipped else 0)), layout="constrained")
+
+def plot_side_by_side(
+    reports: Sequence[Mapping[str, Any]], titles: Sequence[str], path: Path | str, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Draw several sweeps beside each other, each as `plot_sweep` draws it.
+
+    Args:
+        reports: what `sweep` returned.
+        titles: the first line above each.
+        path: of the picture; its suffix is replaced by each format.
+        formats: file formats of matplotlib.
+
+    Returns:
+        the files written.
+
+    Raises:
+        ValueError: if a report has no anchors.
+    """
+    if not all(report["anchors"] for report in reports):
+        raise ValueError("The report has no anchors, so there is nothing to draw: run the sweep on a built chain.")
+    strip_height = max(_strip_height(report) for report in reports)
+    figure = Figure(figsize=(9.5 * len(reports), 5.6 + strip_height), layout="constrained")
     FigureCanvasAgg(figure)
+    parts = figure.subfigures(1, len(reports), squeeze=False)[0]
+    for part, report, title in zip(parts, reports, titles, strict=True):
+        _draw_sweep(part, report, title)
+    written = []
+    for name in formats:
+        written.append(Path(path).with_suffix(f".{name}"))
+        # Without a date, and with fixed ids, the same sweep gives the same SVG.
+        with rc_context({"svg.hashsalt": "cbd_trl"}):
+            figure.savefig(written[-1], dpi=150, metadata={"Date": None} if name == "svg" else None)
+    return written
+
+
+def _draw_sweep(figure: SubFigure, report: Mapping[str, Any], title: str) -> None:
+    anchors, targets, names = _sorted(report)
+    limit, lowest = loss_range(anchors, targets, names)
+    clipped = _clipped(report)
     if clipped:
-        strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=[strip_height, 5.0])
+        strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=[_strip_height(report), 5.0])
         _draw_strip(strip, targets, clipped, limit)
     else:
         axes = figure.subplots()
@@ -79,13 +109,25 @@ def plot_sweep(
     axes.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=12)
-    written = []
-    for name in formats:
-        written.append(Path(path).with_suffix(f".{name}"))
-        # Without a date, and with fixed ids, the same sweep gives the same SVG.
-        with rc_context({"svg.hashsalt": "cbd_trl"}):
-            figure.savefig(written[-1], dpi=150, metadata={"Date": None} if name == "svg" else None)
-    return written
+
+
+def _sorted(report: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
+    """Anchors and targets by size, and the operators."""
+    anchors = sorted(report["anchors"], key=lambda anchor: anchor["num_parameters"])
+    targets = sorted(report["targets"], key=lambda target: target["num_parameters"])
+    return anchors, targets, list(dict.fromkeys(name for target in targets for name in target["loss"]))
+
+
+def _clipped(report: Mapping[str, Any]) -> list[str]:
+    """The operators with a loss above the axis."""
+    anchors, targets, names = _sorted(report)
+    limit, _ = loss_range(anchors, targets, names)
+    return [name for name in names if any(_off(target["loss"].get(name), limit) for target in targets)]
+
+
+def _strip_height(report: Mapping[str, Any]) -> float:
+    clipped = len(_clipped(report))
+    return 0.32 * clipped + 0.25 if clipped else 0.0
 
 
 def _millions(anchors: Sequence[Mapping[str, Any]]) -> bool:
@@ -100,8 +142,16 @@ def _off(loss: float | None, limit: float) -> bool:
     return loss is not None and not loss <= limit
 
 
-def _range(anchors: Sequence[Any], targets: Sequence[Any], names: Sequence[str]) -> tuple[float, float]:
-    """Upper and lower end of the loss axis, nats per token."""
+def loss_range(anchors: Sequence[Any], targets: Sequence[Any], names: Sequence[str]) -> tuple[float, float]:
+    """Upper and lower end of the loss axis: as far up as the anchors and nested need, and a little further.
+
+    Args:
+        anchors, targets: of what `sweep` returned; the anchors are at least one.
+        names: of the operators.
+
+    Returns:
+        nats per token.
+    """
     losses = {name: [target["loss"][name] for target in targets if name in target["loss"]] for name in names}
     shown = [anchor["loss"] for anchor in anchors] + [loss for loss in losses.get("nested", []) if math.isfinite(loss)]
     lowest, highest = min(shown), max(shown)

@@ -29,13 +29,15 @@ class Target:
     Args:
         num_parameters: parameter count, the nearest reachable shape is taken.
         config: config fields that are fixed.
+        operators: those of the sweep that can make it; None: all of them.
 
     Raises:
-        ValueError: if neither is given.
+        ValueError: if neither a size nor fields are given.
     """
 
     num_parameters: float | None = None
     config: Mapping[str, int] = field(default_factory=dict)
+    operators: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.num_parameters is None and not self.config:
@@ -50,6 +52,26 @@ class Target:
             parts.insert(0, f"{self.num_parameters / 1e6:.4g}M")
         return ", ".join(parts)
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What it asks for, as it is kept."""
+        return {"num_parameters": self.num_parameters, "config": dict(self.config)}
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something that is measured of every model besides its loss.
+
+    Args:
+        name: what it is called in the report.
+        key: all that its values depend on but the model, such as a `fingerprint`.
+        measure: model -> anything JSON can write.
+    """
+
+    name: str
+    key: str
+    measure: Callable[[PreTrainedModel], Any]
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -60,12 +82,14 @@ class Measurement:
         shape: its shape in config fields.
         loss: held-out loss, nats per token.
         seconds: to build it, the files read included.
+        probes: what every probe found, by its name.
     """
 
     num_parameters: int
     shape: dict[str, int]
     loss: float
     seconds: float
+    probes: dict[str, Any] = field(default_factory=dict)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -114,6 +138,7 @@ def sweep(
     key: str = "",
     seed: int = 0,
     random: bool = True,
+    probes: Sequence[Probe] = (),
     build: Build = from_chain,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
@@ -131,12 +156,14 @@ def sweep(
             or of another chain, are measured anew.
         seed: of the random models.
         random: whether to measure random models.
+        probes: what to measure besides; each is kept on its own, so that one more costs only itself.
         build: `from_chain`, or a stand-in with its signature.
         on_step: called before each measurement with what comes, its number from 0, and how many there are.
 
     Returns:
-        {"anchors": [{"name", "num_parameters", "shape", "loss"}], "targets": [{"num_parameters", "shape", "seconds" of
-        the first operator, "loss": {operator: nats}, "seconds_by_operator": {operator: seconds}}]}, in this order.
+        {"anchors": [{"name", "num_parameters", "shape", "loss", "seconds", "probes": {probe: value}}], "targets":
+        [{"num_parameters", "shape", "seconds" of the first operator, "loss": {operator: nats}, "seconds_by_operator":
+        {operator: seconds}, "probes": {operator: {probe: value}}}]}, in this order.
 
     Raises:
         ValueError: without operators, or without `evaluate`.
@@ -146,10 +173,15 @@ def sweep(
             f"operators={list(operators)}, evaluate={evaluate}: a sweep needs at least one operator and a function "
             "that measures a model, such as lambda model: held_out_loss(model, blocks)."
         )
-    run = _Sweep(chain, evaluate, results, key, seed, build)
+    run = _Sweep(chain, evaluate, results, key, seed, build, probes)
     names = [*operators, *([RANDOM] if random else [])]
     steps: list[tuple[Any, str | None]] = [(anchor, None) for anchor in chain.anchors]
-    steps += [(target, name) for target in targets for name in names]
+    steps += [
+        (target, name)
+        for target in targets
+        for name in names
+        if name in (operators[0], RANDOM) or target.operators is None or name in target.operators
+    ]
     anchors: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for number, (what, operator) in enumerate(steps):
@@ -161,7 +193,7 @@ def sweep(
             continue
         measured = run.target(what, operator, first=operators[0])
         if operator == operators[0]:
-            rows.append({**asdict(measured), "loss": {}, "seconds_by_operator": {}})
+            rows.append({**asdict(measured), "loss": {}, "seconds_by_operator": {}, "probes": {}})
         _enter(rows[-1], operator, measured)
     return {"anchors": anchors, "targets": rows}
 
@@ -169,6 +201,7 @@ def sweep(
 def _enter(row: dict[str, Any], operator: str, measured: Measurement) -> None:
     """What one operator made of a row's target."""
     row["loss"][operator] = measured.loss
+    row["probes"][operator] = measured.probes
     if operator != RANDOM:
         row["seconds_by_operator"][operator] = measured.seconds
 
@@ -177,14 +210,23 @@ class _Sweep:
     """What all measurements of one sweep share."""
 
     def __init__(
-        self, chain: Any, evaluate: Evaluate, results: Results | Path | str | None, key: str, seed: int, build: Build
+        self,
+        chain: Any,
+        evaluate: Evaluate,
+        results: Results | Path | str | None,
+        key: str,
+        seed: int,
+        build: Build,
+        probes: Sequence[Probe],
     ) -> None:
         self.chain = chain
         self.evaluate = evaluate
         self.results = results if isinstance(results, Results) else Results(results)
-        self.key = fingerprint(key, [[anchor.name, anchor.files] for anchor in chain.anchors])
+        self.files = [[anchor.name, anchor.files] for anchor in chain.anchors]
+        self.key = fingerprint(key, self.files)
         self.seed = seed
         self.build = build
+        self.probes = probes
 
     def anchor(self, anchor: Any) -> Measurement:
         return self._once(["anchor", anchor.name], anchor.load_model)
@@ -193,7 +235,7 @@ class _Sweep:
         """Measure one target with one operator, in the shape that the first operator gives it."""
         if operator == first:
             return self._once(
-                [asdict(target), operator],
+                [target.asked, operator],
                 lambda: self.build(self.chain, target.num_parameters, config=dict(target.config), operator=operator),
             )
         shape = self.target(target, first, first).shape
@@ -207,17 +249,23 @@ class _Sweep:
 
     def _once(self, what: list[Any], make: Callable[[], PreTrainedModel]) -> Measurement:
         key = fingerprint(self.key, what)
-        known = self.results.get(key)
-        if known is not None:
-            return Measurement(**known)
-        started = time.perf_counter()
-        model = make()
-        seconds = time.perf_counter() - started
-        measured = Measurement(
-            num_parameters=model.num_parameters(),
-            shape=describe(model.config).shape,
-            loss=self.evaluate(model),
-            seconds=round(seconds, 3),
-        )
-        self.results.put(key, asdict(measured))
-        return measured
+        probes = {probe.name: fingerprint("probe", probe.key, self.files, what) for probe in self.probes}
+        if any(self.results.get(each) is None for each in (key, *probes.values())):
+            started = time.perf_counter()
+            model = make()
+            seconds = time.perf_counter() - started
+            if self.results.get(key) is None:
+                self.results.put(key, self._measured(model, seconds))
+            for probe in self.probes:
+                if self.results.get(probes[probe.name]) is None:
+                    self.results.put(probes[probe.name], probe.measure(model))
+        found = {name: self.results.get(each) for name, each in probes.items()}
+        return Measurement(**self.results.get(key), probes=found)
+
+    def _measured(self, model: PreTrainedModel, seconds: float) -> dict[str, Any]:
+        return {
+            "num_parameters": model.num_parameters(),
+            "shape": describe(model.config).shape,
+            "loss": self.evaluate(model),
+            "seconds": round(seconds, 3),
+        }

@@ -20,6 +20,7 @@ _SHORT = {
 }
 # The order in which a shape is told.
 _ORDER = ("layers", "wide", "heads", "ffn")
+BITS = "bits/byte"
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,64 @@ def format_count(num_parameters: float) -> str:
     return f"{num_parameters:.0f}"
 
 
-def table_rows(report: Mapping[str, Any], short: bool = False) -> tuple[list[str], list[Row]]:
+def table_rows(report: Mapping[str, Any], short: bool = False, task: str | None = None) -> tuple[list[str], list[Row]]:
     """Header and lines of a sweep, largest model first.
 
     Args:
-        report: what `sweep` returned.
+        report: what `sweep` returned; with "bits_per_byte" these get a column, of the first operator.
         short: shapes in fewer words, anchors with a star instead of their name.
+        task: the scores of this probe instead of the losses.
 
     Returns:
         the titles of the columns, and one `Row` per anchor and target.
     """
     names = list(dict.fromkeys(name for target in report["targets"] for name in target["loss"]))
-    header = ["parameters", "shape", *names, "seconds"]
+    last = ([BITS] if _has_bits(report) else []) + ["seconds"] if task is None else []
     lines: list[tuple[int, Row]] = []
     for anchor in report["anchors"]:
         count, shape = format_count(anchor["num_parameters"]), describe_shape(anchor["shape"], short)
         cells = [f"★ {count}", shape] if short else [count, f"{anchor['name']} (anchor): {shape}"]
-        cells += [f"{anchor['loss']:.3f}", *[""] * (len(names) - 1)] if names else []
-        lines.append((anchor["num_parameters"], Row([*cells, ""], anchor=True, best=frozenset())))
+        score = anchor["loss"] if task is None else anchor["probes"][task]
+        cells += [_score(score), *[""] * (len(names) - 1)] if names else []
+        cells += [_score(anchor["bits_per_byte"])] if BITS in last else []
+        lines.append((anchor["num_parameters"], Row([*cells, *[""] * (task is None)], True, frozenset())))
     for target in report["targets"]:
-        losses = [target["loss"].get(name) for name in names]
-        lowest = min(loss for loss in losses if loss is not None)
+        found = target["loss"] if task is None else {name: probes[task] for name, probes in target["probes"].items()}
         cells = [format_count(target["num_parameters"]), describe_shape(target["shape"], short)]
-        cells += ["" if loss is None else f"{loss:.3f}" for loss in losses]
-        best = frozenset(2 + column for column, loss in enumerate(losses) if loss == lowest)
-        row = Row([*cells, f"{target['seconds']:.1f}"], anchor=False, best=best)
-        lines.append((target["num_parameters"], row))
+        cells += [_score(found.get(name)) for name in names]
+        cells += [_score(target["bits_per_byte"][names[0]])] if BITS in last else []
+        cells += [f"{target['seconds']:.1f}"] if task is None else []
+        best = frozenset(2 + names.index(name) for name in best_of(found))
+        lines.append((target["num_parameters"], Row(cells, False, best)))
     lines.sort(key=lambda line: -line[0])
-    return header, [row for _, row in lines]
+    return ["parameters", "shape", *names, *last], [row for _, row in lines]
+
+
+def best_of(found: Mapping[str, Any]) -> list[str]:
+    """The operators with the best value.
+
+    Args:
+        found: operator -> loss, or the score of a task with "value" and "higher_is_better".
+    """
+    ranks = {
+        name: score if isinstance(score, float) else score["value"] * (-1 if score["higher_is_better"] else 1)
+        for name, score in found.items()
+    }
+    return [name for name, rank in ranks.items() if rank == min(ranks.values())]
+
+
+def _has_bits(report: Mapping[str, Any]) -> bool:
+    return all(anchor.get("bits_per_byte") is not None for anchor in report["anchors"])
+
+
+def _score(score: Any) -> str:
+    """A loss, or the score of a task with its standard error, in a cell."""
+    if score is None:
+        return ""
+    if isinstance(score, float):
+        return f"{score:.3f}"
+    spread = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
+    return f"{score['value']:.3f}{spread}"
 
 
 def rich_table(report: Mapping[str, Any], title: str = "") -> Table:

@@ -3,11 +3,14 @@
 Shapes: N blocks, T tokens in each.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.calibration import token_blocks
 
 
@@ -34,3 +37,31 @@ def held_out_blocks(tokenizer: Any, texts: Iterable[str], length: int, count: in
             "are needed: the same number for every model. Give more texts, or ask for fewer or shorter blocks."
         )
     return blocks
+
+
+def scored_bytes(tokenizer: Any, blocks: Tensor) -> int:
+    """Bytes of text that the predicted tokens of the blocks stand for: of all but the first token of each.
+
+    Args:
+        tokenizer: the one the blocks were made with, one that keeps every byte (see `token_bytes`).
+        blocks: (N, T) int64.
+
+    Returns:
+        their number; a special token, such as the end of a text, stands for none.
+
+    Raises:
+        ValueError: the tokenizer's tokens do not tell their bytes.
+    """
+    lengths = torch.tensor([len(data or b"") for data in token_bytes(tokenizer)])
+    return int(lengths[blocks[:, 1:]].sum())
+
+
+def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
+    """A held-out loss in a unit that does not depend on the tokenizer.
+
+    Args:
+        loss: nats per predicted token.
+        tokens: predicted tokens.
+        num_bytes: bytes they stand for, from `scored_bytes`.
+    """
+    return loss * tokens / (math.log(2) * num_bytes)

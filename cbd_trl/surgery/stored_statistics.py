@@ -2,14 +2,17 @@
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from cbd_trl.surgery.factors import deviations, factorise, pack, unpack
+from cbd_trl.surgery.factors import deviations, factorise, pack, packed_bytes, unpack
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.tensor_file import TensorFile
+from cbd_trl.untrusted import parse_json, shown
 
 FORMAT_VERSION = "3"
 _MARK = "cbd_trl_statistics"
@@ -53,9 +56,29 @@ class StoredStatistics:
                 "Build the chain again with this version of cbd_trl."
             )
         self.path = path
-        self.tokens: int = json.loads(metadata["tokens"])
-        self.ridge: float = json.loads(metadata["ridge"])
+        self.tokens, self.ridge = (_number(path, metadata, name) for name in ("tokens", "ridge"))
         self._vectors = functools.lru_cache(maxsize=_MAPPED)(lambda site: self._tensor(site, "vectors"))
+
+    def check(self, sizes: Mapping[str, int], norms: Mapping[str, int]) -> None:
+        """Refuse statistics of another model, before a number of them is used.
+
+        Args:
+            sizes: {site: D} that the model has.
+            norms: {output norm: D}.
+
+        Raises:
+            ValueError: a tensor is missing, or of another shape or dtype.
+        """
+        wanted = {self._name(site, "codes"): ("U8", (packed_bytes(size),)) for site, size in sizes.items()}
+        wanted |= {self._name(site, "vectors"): ("F32", (len(_VECTORS), size)) for site, size in sizes.items()}
+        wanted |= {self._name(norm, "squares"): ("F32", (size,)) for norm, size in norms.items()}
+        for name, model in wanted.items():
+            found = self._tensors.dtype(name), self._tensors.shape(name)
+            if found != model:
+                raise ValueError(
+                    f"{self.path} holds {name} as {found[0]} of shape {found[1]}, but the model's is {model[0]} of "
+                    f"shape {model[1]}: it was not written for this model. Build the chain again."
+                )
 
     @property
     def sites(self) -> set[str]:
@@ -63,10 +86,13 @@ class StoredStatistics:
         return {name.removesuffix(".codes") for name in self._tensors if name.endswith(".codes")}
 
     def _tensor(self, site: str, kind: str) -> torch.Tensor:
+        return self._tensors[self._name(site, kind)]
+
+    def _name(self, site: str, kind: str) -> str:
         name = f"{site}.{kind}"
         if name not in self._tensors:
             raise ValueError(f"{self.path} lacks {name}: it was not written for this model. Build the chain again.")
-        return self._tensors[name]
+        return name
 
     def _vector(self, site: str, name: str) -> torch.Tensor:
         return self._vectors(site)[_VECTORS.index(name)]
@@ -104,3 +130,15 @@ class StoredStatistics:
         factor = unpack(self._tensor(site, "codes"), self._vector(site, "scales"), units, size)
         factor.diagonal().copy_(self._vector(site, "diagonal")[:size] * units[:size])
         return factor
+
+
+def _number(path: Path, metadata: Mapping[str, str], name: str) -> Any:
+    """One of the numbers in the metadata, none of which is negative."""
+    text = metadata.get(name, "null")
+    try:
+        value = parse_json(text.encode())
+    except ValueError:
+        value = None
+    if type(value) not in (int, float) or value < 0:
+        raise ValueError(f"{path} has {name} = {shown(text)} in its metadata, no number. Build the chain again.")
+    return value

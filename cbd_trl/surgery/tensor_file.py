@@ -1,15 +1,14 @@
 """One safetensors file, its tensors mapped one by one."""
 
-import json
 import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+
+from cbd_trl.tensor_header import read_header
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
 
@@ -24,42 +23,37 @@ class TensorFile(Mapping[str, torch.Tensor]):
         path: the file.
 
     Raises:
-        ValueError: it is no whole and consistent safetensors file.
+        ValueError: it is no whole and consistent safetensors file; on access, a dtype or an empty tensor that no file
+            of a chain has.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            # The library checks the header: lengths, offsets, overlaps, the size of the file.
-            with safe_open(path, "pt") as checked:
-                self.metadata: dict[str, str] = checked.metadata() or {}
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                self._entries: dict[str, Any] = json.loads(file.read(length))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as a safetensors file ({error}).") from error
-        self._entries.pop("__metadata__", None)
-        self._start = 8 + length
+        self._entries, self.metadata = read_header(path)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """A tensor's shape, from the header."""
-        return tuple(self._entries[key]["shape"])
+        return self._entries[key].shape
 
     def dtype(self, key: str) -> str:
         """A tensor's dtype as the format names it, such as "BF16", from the header."""
-        return str(self._entries[key]["dtype"])
+        return self._entries[key].dtype
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        first, last = (self._start + offset for offset in self._entries[key]["data_offsets"])
-        page = first - first % mmap.ALLOCATIONGRANULARITY
+        entry = self._entries[key]
+        if entry.dtype not in _DTYPES or entry.start == entry.stop:
+            raise ValueError(
+                f"{self.path} holds {key} as {entry.dtype} of shape {entry.shape}: it must be {', '.join(_DTYPES)}, "
+                "and not empty."
+            )
+        page = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            mapped = mmap.mmap(descriptor, last - page, access=mmap.ACCESS_COPY, offset=page)
+            mapped = mmap.mmap(descriptor, entry.stop - page, access=mmap.ACCESS_COPY, offset=page)
         finally:
             os.close(descriptor)
-        shape = self.shape(key)
-        flat = torch.frombuffer(mapped, dtype=_DTYPES[self.dtype(key)], count=math.prod(shape), offset=first - page)
-        return flat.view(shape)
+        count, offset = math.prod(entry.shape), entry.start - page
+        return torch.frombuffer(mapped, dtype=_DTYPES[entry.dtype], count=count, offset=offset).view(entry.shape)
 
     def __contains__(self, key: object) -> bool:
         return key in self._entries

@@ -10,11 +10,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from cbd_trl.losses.objective import TERMS, Weights, combine
 from cbd_trl.losses.reduction import normalise, sums_per_row
 from cbd_trl.teachers.batch import Batch
+from cbd_trl.trainers.checkpoint_trainer import CheckpointTrainer
 from cbd_trl.trainers.meters import TokenMeter
-from cbd_trl.trainers.projector_trainer import ProjectorTrainer
 
 
-class EvaluationTrainer(ProjectorTrainer):
+class EvaluationTrainer(CheckpointTrainer):
     """A trainer whose evaluation does not depend on how the rows are batched, packed or spread over processes."""
 
     _eval_meter: TokenMeter

@@ -1,5 +1,6 @@
 """The part of a trainer that counts: the loss of a micro-batch as a share of its step, and what is logged of it."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,6 +33,7 @@ class StepTrainer(EvaluationTrainer):
         # The Trainer must count the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
+        self._loss_of_step = torch.zeros((), device=self.accelerator.device)
         self.add_callback(TokenCounter())
 
     @property
@@ -91,6 +93,37 @@ class StepTrainer(EvaluationTrainer):
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
         loss = normalise(outputs["total"], scored, num_items_in_batch, processes)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As in the Trainer. A loss that is not finite ends the run before the step changes a weight.
+
+        One number an optimiser step is read from the device for it; the Trainer reads one a micro-batch, to leave such
+        losses out of its logs (`logging_nan_inf_filter`).
+
+        Args:
+            args: as there.
+            kwargs: as there.
+
+        Raises:
+            ValueError: the loss of the step is not finite, in whichever process.
+        """
+        loss = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss
+        if self.accelerator.sync_gradients:
+            total, self._loss_of_step = self._loss_of_step, torch.zeros_like(self._loss_of_step)
+            if not math.isfinite(value := self.accelerator.reduce(total, "sum").item()):
+                raise ValueError(self._not_finite(value))
+        return loss
+
+    def _not_finite(self, loss: float) -> str:
+        means = self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
+        teacher = " The teacher's own loss (teacher_ce) is not finite either: look at its weights and dtype first."
+        return (
+            f"The loss of step {self.state.global_step + 1} is {loss} (not finite: {', '.join(wrong) or 'the sum'}). "
+            f"Training stopped there, since every later step would be lost.{teacher if 'teacher_ce' in wrong else ''} "
+            f"{self._lost()}"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the terms since the last training log.

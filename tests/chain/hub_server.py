@@ -1,103 +1,27 @@
-"""A Hub on this machine: the part of its HTTP interface that a download uses, for repositories that are folders."""
+"""A Hub on this machine: the part of its HTTP interface that downloads and uploads use."""
 
 import hashlib
 import json
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
 
-class Hub:
-    """Repositories by commit, and every request that was made.
+from tests.chain.hub_repositories import Hub, Refused, apply_commit, is_large, object_id, tree
 
-    Args:
-        repositories: id -> commit -> folder.
-        references: id -> branch or tag -> commit.
-    """
-
-    def __init__(self) -> None:
-        self.repositories: dict[str, dict[str, Path]] = {}
-        self.references: dict[str, dict[str, str]] = {}
-        self.requests: list[tuple[str, str]] = []
-        self.address = ""
-
-    def commit(self, repo_id: str, folder: Path, *names: str) -> str:
-        """Serve a folder as a new commit, under these branches and tags too."""
-        commit = hashlib.sha1(f"{repo_id} {folder}".encode()).hexdigest()
-        self.repositories.setdefault(repo_id, {})[commit] = folder
-        self.references.setdefault(repo_id, {}).update(dict.fromkeys(names, commit))
-        return commit
-
-    def fetched(self) -> list[str]:
-        """The files whose content was sent, in order."""
-        return [path.split("/", 5)[5] for method, path in self.requests if method == "GET" and "/resolve/" in path]
-
-    def revisions(self) -> set[str]:
-        """The revisions that files and listings were asked for at."""
-        return {path.split("/resolve/")[1].split("/")[0] for _, path in self.requests if "/resolve/" in path} | {
-            path.split("/tree/")[1] for _, path in self.requests if "/tree/" in path
-        }
+_REPO = r"([^/]+/[^/]+)"
+Answer = tuple[int, dict[str, str], bytes]
 
 
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """The hub answers on a free port of this machine."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self._answer(body=True)
-
-        def do_HEAD(self) -> None:
-            self._answer(body=False)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def _answer(self, body: bool) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.requests.append((self.command, path))
-            parts = path.strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
-                repo, what, revision = "/".join(parts[2:4]), *(parts[4:6] or ["revision", "main"])
-                found = self._folder(repo, revision)
-                if found:
-                    listing = _tree(found[1]) if what == "tree" else {"id": repo, "sha": found[0], "siblings": []}
-                    self._send(200, {"Content-Type": "application/json"}, json.dumps(listing).encode(), body)
-                return
-            found = self._folder("/".join(parts[:2]), parts[3])
-            if not found:
-                return
-            commit, folder = found
-            file = folder / "/".join(parts[4:])
-            if not file.is_file():
-                self._send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b"", body)
-                return
-            content = file.read_bytes()
-            self._send(200, {"X-Repo-Commit": commit, "ETag": f'"{_digest(content)}"'}, content, body)
-
-        def _folder(self, repo: str, revision: str) -> tuple[str, Path] | None:
-            commits = hub.repositories.get(repo)
-            if commits is None:
-                self._send(404, {"X-Error-Code": "RepoNotFound"}, b"", False)
-                return None
-            commit = hub.references[repo].get(revision, revision)
-            if commit not in commits:
-                self._send(404, {"X-Error-Code": "RevisionNotFound"}, b"", False)
-                return None
-            return commit, commits[commit]
-
-        def _send(self, status: int, headers: dict[str, str], content: bytes, body: bool) -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if body:
-                self.wfile.write(content)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
@@ -109,18 +33,171 @@ def serving(hub: Hub) -> Iterator[Hub]:
         thread.join()
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+    body: bytes
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def _answer(self) -> None:
+        path = urlsplit(self.path).path
+        self.hub.requests.append((self.command, unquote(path)))
+        size = int(self.headers.get("Content-Length", 0))
+        if self.command == "PUT" and len(self.hub.uploads) == self.hub.uploads_until_hold:
+            self.hub.holding.set()
+            self.close_connection = True
+            # Until the other side is gone.
+            while self.connection.recv(2**16):
+                pass
+            return
+        if self.command == "PUT" and self.hub.cuts_now():
+            # In the middle of the file.
+            self.rfile.read(size // 2)
+            self.close_connection = True
+            return
+        # Before anything is answered: the connection would break with bytes that nobody read.
+        self.body = self.rfile.read(size)
+        try:
+            for method, pattern, answer in _ROUTES:
+                found = re.fullmatch(pattern, path)
+                if found and self.command in method:
+                    status, headers, content = answer(self, *map(unquote, found.groups()))
+                    break
+            else:
+                raise Refused(404, message=f"this Hub does not know {self.command} {path}")
+        except Refused as refused:
+            status, content = refused.status, json.dumps(refused.content).encode()
+            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def user(self) -> str | None:
+        return self.hub.user(self.headers.get("Authorization"))
+
+    def asked(self) -> Any:
+        return json.loads(self.body)
 
 
-def _tree(folder: Path) -> list[dict[str, object]]:
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [
+def _json(value: object) -> Answer:
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
+
+
+def _who(request: _Handler) -> Answer:
+    user = request.user()
+    if user is None:
+        raise Refused(401, message="Invalid username or password.")
+    return _json({"name": user, "type": "user"})
+
+
+def _create(request: _Handler) -> Answer:
+    repo_id = request.hub.create(request.asked(), request.user())
+    return _json({"url": f"{request.hub.address}/{repo_id}", "name": repo_id})
+
+
+def _branch(request: _Handler, repo_id: str, branch: str) -> Answer:
+    repository = request.hub.writable(repo_id, request.user())
+    if branch in repository.references:
+        raise Refused(409, message="Reference already exists")
+    repository.references[branch] = repository.references["main"]
+    return _json({})
+
+
+def _info(request: _Handler, repo_id: str, revision: str = "main") -> Answer:
+    commit, files = request.hub.readable(repo_id, request.user()).at(revision)
+    return _json({"id": repo_id, "sha": commit, "siblings": [{"rfilename": name} for name in sorted(files)]})
+
+
+def _tree(request: _Handler, repo_id: str, revision: str) -> Answer:
+    return _json(tree(request.hub.readable(repo_id, request.user()).at(revision)[1]))
+
+
+def _resolve(request: _Handler, repo_id: str, revision: str, path: str) -> Answer:
+    commit, files = request.hub.readable(repo_id, request.user()).at(revision)
+    if path not in files:
+        return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b""
+    content = files[path]
+    headers = {"X-Repo-Commit": commit, "ETag": f'"{object_id(path, content)}"', "Accept-Ranges": "bytes"}
+    span = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", ""))
+    if span is None:
+        return 200, headers, content
+    start, end = int(span[1]), int(span[2] or len(content) - 1)
+    return 206, {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"}, content[start : end + 1]
+
+
+def _preupload(request: _Handler, repo_id: str, revision: str) -> Answer:
+    there = request.hub.writable(repo_id, request.user()).at(revision)[1]
+    files = [
         {
-            "type": "file",
-            "path": path.relative_to(folder).as_posix(),
-            "size": path.stat().st_size,
-            "oid": _digest(path.read_bytes()),
+            "path": file["path"],
+            "uploadMode": "lfs" if is_large(file["path"], file["size"]) else "regular",
+            "shouldIgnore": False,
+            "oid": object_id(file["path"], there[file["path"]]) if file["path"] in there else None,
         }
-        for path in files
+        for file in request.asked()["files"]
     ]
+    return _json({"files": files})
+
+
+def _batch(request: _Handler, repo_id: str) -> Answer:
+    request.hub.writable(repo_id, request.user())
+    answers = []
+    for wanted in request.asked()["objects"]:
+        answer = {"oid": wanted["oid"], "size": wanted["size"]}
+        if wanted["oid"] not in request.hub.large:
+            answer["actions"] = {"upload": {"href": f"{request.hub.address}/large/{wanted['oid']}"}}
+        answers.append(answer)
+    return _json({"transfer": "basic", "objects": answers})
+
+
+def _upload(request: _Handler, oid: str) -> Answer:
+    hub, content = request.hub, request.body
+    if hashlib.sha256(content).hexdigest() != oid:
+        raise Refused(400, message="the content does not have the sha256 that was announced")
+    hub.large[oid] = content
+    hub.uploads.append(oid)
+    return 200, {}, b""
+
+
+def _validate_card(request: _Handler) -> Answer:
+    found = re.match(r"---\n(.*?)\n---\n", request.asked()["content"], re.DOTALL)
+    try:
+        metadata = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError as error:
+        raise Refused(400, message=str(error)) from error
+    if not isinstance(metadata, dict):
+        raise Refused(400, message="the metadata must be a mapping")
+    return _json({"errors": [], "warnings": []})
+
+
+def _commit(request: _Handler, repo_id: str, branch: str) -> Answer:
+    repository = request.hub.writable(repo_id, request.user())
+    commit = apply_commit(request.hub, repository, branch, request.body.splitlines())
+    url = f"{request.hub.address}/{repo_id}/commit/{commit}"
+    return _json({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+
+_ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
+    ("GET", "/api/whoami-v2", _who),
+    ("POST", "/api/repos/create", _create),
+    ("POST", "/api/validate-yaml", _validate_card),
+    ("POST", f"/api/models/{_REPO}/branch/([^/]+)", _branch),
+    ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _preupload),
+    ("POST", f"/api/models/{_REPO}/commit/([^/]+)", _commit),
+    ("GET", f"/api/models/{_REPO}/tree/([^/]+)", _tree),
+    ("GET", f"/api/models/{_REPO}/revision/([^/]+)", _info),
+    ("GET", f"/api/models/{_REPO}", _info),
+    ("POST", f"/{_REPO}\\.git/info/lfs/objects/batch", _batch),
+    ("PUT", "/large/([0-9a-f]{64})", _upload),
+    ("GET HEAD", f"/{_REPO}/resolve/([^/]+)/(.+)", _resolve),
+]

@@ -104,15 +104,28 @@ def test_an_interrupted_build_goes_on(after, chain, tmp_path, interrupted):
         assert (ours.tokens_seen, ours.losses, ours.training) == (theirs.tokens_seen, theirs.losses, theirs.training)
 
 
-def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path, interrupted):
+def test_checkpoints_of_other_settings_are_kept_and_not_gone_on_from(tmp_path, interrupted):
+    folder, begun = tmp_path / "chain", {"args": chain_config(learning_rate=0.02)}
     interrupted(2)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "chain", args=chain_config(learning_rate=1.0))
+        build(folder, **begun)
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    steps = interrupted(None)
+    asked = r"unfinished training of the anchor 33K \(checkpoint-2\), .*changed: \['learning_rate'\]\. Ask for those"
+    with pytest.raises(ValueError, match=asked):
+        build(folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == files
+    build(folder, **begun)
+    assert steps == [2, 0, 1, 2]
+
+
+def test_without_a_checkpoint_other_settings_begin_anew(tmp_path, interrupted):
+    interrupted(0)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "chain", args=chain_config(learning_rate=0.02))
     steps = interrupted(None)
     chain = build(tmp_path / "chain", anchors=CHAIN_ANCHORS[:1])
-    assert steps == [0, 1, 2]
-    expected = build(tmp_path / "other", anchors=CHAIN_ANCHORS[:1])
-    assert same_weights(chain.anchors[1].load_state_dict(), expected.anchors[1].load_state_dict())
+    assert steps == [0, 1, 2] and chain.anchors[1].training["learning_rate"] == 0.01
 
 
 def test_a_chain_can_be_made_longer(chain, copied, interrupted):

@@ -11,7 +11,8 @@ from cbd_trl.chain.describe_targets import TargetSummary, _embedding_parameters,
 from cbd_trl.chain.folders import write_anchor
 from cbd_trl.report.target_table import target_table
 from tests.chain.helpers import DEEP, SHAPES, WIDE
-from tests.chain.hub_server import Hub, serving
+from tests.chain.hub_repositories import Hub
+from tests.chain.hub_server import serving
 from tests.tiny import FAMILIES, tiny_model
 
 

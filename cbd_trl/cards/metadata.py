@@ -1,0 +1,130 @@
+"""What stands in front of a card for the Hub to read: only what is known, and only values that the Hub takes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from cbd_trl.cards.licenses import LICENSES, NO_LICENSE
+from cbd_trl.cards.origin import Origin, hub_ids, is_hub_id
+from cbd_trl.cards.template import code, plain
+from cbd_trl.names import did_you_mean
+
+# How a model comes from its base models (https://huggingface.co/docs/hub/model-cards#specifying-a-base-model).
+RELATIONS = ("finetune", "merge", "adapter", "quantized")
+_LISTS = ("base_model", "datasets", "tags")
+
+
+def card_metadata(
+    origins: Sequence[Origin],
+    *,
+    relation: str = "finetune",
+    library: str = "transformers",
+    name: str,
+    datasets: Iterable[str] = (),
+    tags: Iterable[str] = (),
+    before: Iterable[str] = (),
+) -> ModelCardData:
+    """The metadata of a card, checked.
+
+    Args:
+        origins: the models it comes from; those on the Hub are its base models, and the licence of all of them its own.
+        relation: how it comes from them, one of `RELATIONS`; left out where none is on the Hub, and "finetune" where
+            there is only one to merge.
+        library: that loads it.
+        name: of the model.
+        datasets: names of what it was trained on; those that are no Hub ids are left out.
+        tags: besides "cbd_trl" and "distillation".
+        before: base models that come before those of the origins.
+    """
+    base = list(hub_ids([*before, *(base for origin in origins for base in origin.base_models)]))
+    if relation == "merge" and len(base) == 1:
+        relation = "finetune"
+    known: dict[str, Any] = {
+        **_license_fields(origins),
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "model_name": name,
+        "base_model": base or None,
+        "base_model_relation": relation if base else None,
+        "datasets": list(hub_ids(datasets)) or None,
+        "tags": [*dict.fromkeys(["cbd_trl", "distillation", *tags])],
+    }
+    data = ModelCardData(**known)
+    check_metadata(data.to_dict())
+    return data
+
+
+def license_sentence(origins: Sequence[Origin]) -> str:
+    """Which licence holds, or why none is stated."""
+    named = {origin.label: origin.license for origin in origins}
+    sources = ", ".join(map(code, named))
+    if not named:
+        return (
+            "None is stated: the source of this model is not known. Look its licence up before you share this model."
+        )
+    if fields := _license_fields(origins):
+        extra = "".join(f", {plain(fields[key])}" for key in ("license_name", "license_link") if key in fields)
+        return f"{code(fields['license'])}{extra}: carried over from {sources}."
+    stated = {name: license for name, license in named.items() if license not in (None, NO_LICENSE)}
+    if not stated:
+        return (
+            f"None is stated, because none was found with the source, {sources}. Look it up there before you share this "
+            "model."
+        )
+    said = ", ".join(f"{code(license or 'nothing')} ({code(name)})" for name, license in named.items())
+    reason = "they have none in common" if len(named) > 1 else "that does not name one that the Hub knows"
+    return f"Of the licence is said: {said}. None is stated above, because {reason}. Look it up before you share this model."
+
+
+def check_metadata(data: Mapping[str, Any]) -> None:
+    """Refuse what the Hub would refuse, or show as something that it is not; without asking it.
+
+    Args:
+        data: the metadata of a card.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+    for key in _LISTS:
+        value = data.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            raise ValueError(f"{key} of a card must be a list of names, got {value!r}. Write one name as [name].")
+    for key in ("base_model", "datasets"):
+        for name in data.get(key, []):
+            if not is_hub_id(name):
+                raise ValueError(
+                    f"{key} of a card names {name!r}, which is no Hub id ('owner/name'): readers of the card can not "
+                    "follow a path. Leave it out."
+                )
+    license, relation = data.get("license"), data.get("base_model_relation")
+    if license is not None and license not in LICENSES:
+        raise ValueError(
+            f"license {license!r} of a card is none of the Hub's identifiers.{did_you_mean(license, LICENSES)} Use one "
+            "of https://huggingface.co/docs/hub/repositories-licenses, or 'other' with license_name and license_link."
+        )
+    if license == "other" and not data.get("license_name"):
+        raise ValueError("license 'other' of a card needs a license_name: without it nobody knows which is meant.")
+    if relation is not None and relation not in RELATIONS:
+        raise ValueError(
+            f"base_model_relation {relation!r} of a card is not one of {', '.join(RELATIONS)}."
+            f"{did_you_mean(relation, RELATIONS)}"
+        )
+    needed = {None: 0, "merge": 2}.get(relation, 1)
+    if len(base := data.get("base_model", [])) < needed:
+        raise ValueError(
+            f"base_model_relation {relation!r} of a card needs {needed} or more of base_model, got {base}: name them, "
+            "or leave the relation out."
+        )
+
+
+def _license_fields(origins: Sequence[Origin]) -> dict[str, str]:
+    """The licence of all origins; empty where they state none, several or one that the Hub does not know."""
+    stated = {(origin.license, origin.license_name, origin.license_link) for origin in origins}
+    if len(stated) != 1:
+        return {}
+    license, name, link = stated.pop()
+    if license not in LICENSES or license == NO_LICENSE or (license == "other" and not name):
+        return {}
+    known = {"license": license, "license_name": name, "license_link": link}
+    return {key: value for key, value in known.items() if value is not None}

@@ -1,0 +1,149 @@
+"""Where a model comes from, as far as its card needs it: a Hub id, and a licence that somebody really stated."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from cbd_trl.names import readable_name
+
+_README = "README.md"
+# Where the Hub's client keeps what it fetched: a folder with no name of its own, but in a path that says it all.
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})$")
+# A dataset from the Hub remembers its files by addresses like hf://datasets/org/name@commit/file.
+_DATASET = re.compile(r"hf://datasets/([^@]+)@")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that others are made from.
+
+    Args:
+        name: what to call it in front of a reader, never a path; None for a model made in memory.
+        base_models: itself where it is on the Hub; of a folder the models on the Hub that its card names as its base.
+        revision: its commit on the Hub.
+        license: as its card states it: an identifier, not necessarily one that the Hub knows.
+        license_name, license_link: of a licence that is called "other".
+    """
+
+    name: str | None = None
+    base_models: tuple[str, ...] = ()
+    revision: str | None = None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What to call it in any case."""
+        return self.name or "a model made in memory"
+
+    def record(self) -> dict[str, Any]:
+        """As chain.json has it."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+def origin_of(
+    name: str | os.PathLike[str] | None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_only: bool = False,
+) -> Origin:
+    """What can be known of a model that has been loaded; nothing is guessed, and no failure is an error.
+
+    Args:
+        name: the folder or Hub id it was loaded from; what `name_or_path` says of a model in memory.
+        revision, token: of a Hub id.
+        local_only: look in the Hub's cache on this machine and nowhere else.
+    """
+    place = str(name or "")
+    if os.path.isdir(place):
+        found = _SNAPSHOT.search(Path(place).resolve().as_posix())
+        stated = _stated(Path(place) / _README)
+        if found is None:
+            return Origin(
+                readable_name(str(Path(place).resolve())),
+                hub_ids(_texts(stated.get("base_model"))),
+                **_license(stated),
+            )
+        return _on_hub(found[1].replace("--", "/"), found[2], stated)
+    if not is_hub_id(place):
+        return Origin()
+    config = try_to_load_from_cache(place, "config.json", revision=revision)
+    if not isinstance(config, str):
+        # What is not in the cache was not loaded from the Hub: a name like "runs/model" may be a folder that moved.
+        return Origin()
+    commit = Path(config).parent.name
+    card = None
+    with suppress(OSError, ValueError):
+        card = hf_hub_download(place, _README, revision=commit, token=token, local_files_only=local_only)
+    return _on_hub(place, commit, _stated(card))
+
+
+def read_origins(records: Any) -> tuple[Origin, ...]:
+    """Origins as chain.json has them; what is not of the right type there counts as not known."""
+    return tuple(_read(record) for record in records) if isinstance(records, list) else ()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a Hub id, "name" or "owner/name"."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def hub_ids(names: Iterable[str]) -> tuple[str, ...]:
+    """Those of some names that have the form of a Hub id, each once."""
+    return tuple(dict.fromkeys(name for name in names if is_hub_id(name)))
+
+
+def hub_datasets(dataset: Any) -> tuple[str, ...]:
+    """The ids of the datasets on the Hub that a dataset was read from, as far as it remembers them."""
+    files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    return hub_ids(found[1] for file in files if (found := _DATASET.match(str(file))))
+
+
+def _on_hub(repo_id: str, commit: str, stated: Mapping[str, Any]) -> Origin:
+    license = _license(stated)
+    link = license["license_link"]
+    if link is not None and not re.match(r"https?://", link):
+        license["license_link"] = f"https://huggingface.co/{repo_id}/blob/{commit}/{link.lstrip('./')}"
+    return Origin(repo_id, (repo_id,), commit, **license)
+
+
+def _stated(card: Path | str | None) -> dict[str, Any]:
+    """The metadata of a card; empty where there is none that can be read."""
+    with suppress(OSError, ValueError, yaml.YAMLError):
+        return (None if card is None else metadata_load(card)) or {}
+    return {}
+
+
+def _license(stated: Mapping[str, Any]) -> dict[str, str | None]:
+    """The licence fields of a card; several licences, which may all hold or be a choice, are none that can be named."""
+    names = _texts(stated.get("license"))
+    fields = {key: next(iter(_texts(stated.get(key))), None) for key in ("license_name", "license_link")}
+    return {"license": ", ".join(names).lower() or None, **fields}
+
+
+def _texts(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [value for value in values if isinstance(value, str) and value]
+
+
+def _read(record: Any) -> Origin:
+    known = record if isinstance(record, dict) else {}
+    fields = {
+        key: known[key] if isinstance(known.get(key), str) else None
+        for key in ("name", "revision", "license", "license_name", "license_link")
+    }
+    return Origin(base_models=hub_ids(_texts(known.get("base_models"))), **fields)

@@ -1,0 +1,106 @@
+"""The one template of all cards, and how foreign words are put into it."""
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from huggingface_hub import ModelCardData
+
+# Beside a card, under this name, where losses were measured.
+PICTURE = "loss-against-size.png"
+_TEXT = """---
+{data}
+---
+
+# {title}
+
+{summary}
+
+{facts}
+{sections}
+## How to use it
+
+```python
+{use}
+```
+
+## Licence
+
+{license}
+"""
+_SEAL = "<!-- Written by cbd_trl ({digest}): rewritten with what it describes; once edited, left as it is. -->\n"
+_SEALED = re.compile(r"<!-- Written by cbd_trl \((\w+)\): [^\n]* -->\n?$")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says.
+
+    Args:
+        title: of the card.
+        summary: what the model is.
+        facts: rows of the table under it.
+        use: lines of Python.
+        license: which one holds, or why none is stated.
+        sections: Markdown with headings of its own.
+        picture: whether `PICTURE` lies beside it.
+    """
+
+    title: str
+    summary: str
+    facts: Mapping[str, str]
+    use: str
+    license: str
+    sections: Sequence[str] = field(default_factory=tuple)
+    picture: bool = False
+
+    def text(self, data: ModelCardData) -> str:
+        """The whole card, with a seal by which an edited one is told from one that nobody touched.
+
+        Args:
+            data: its metadata.
+        """
+        picture = [f"## Loss against size\n\n![Held-out loss against the number of parameters]({PICTURE})"]
+        sections = [*self.sections, *(picture if self.picture else [])]
+        text = _TEXT.format(
+            data=data.to_yaml().strip(),
+            title=self.title,
+            summary=self.summary,
+            facts=table(["", ""], self.facts.items()),
+            sections="".join(f"\n{section.strip()}\n" for section in sections),
+            use=self.use,
+            license=self.license,
+        )
+        return text + "\n" + _SEAL.format(digest=_digest(text))
+
+
+def is_untouched(text: str) -> bool:
+    """Whether a card is as `Card.text` made it."""
+    seal = _SEALED.search(text)
+    return seal is not None and seal[1] == _digest(text[: seal.start()])
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Args:
+        header: titles of the columns.
+        rows: their cells.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(text: object) -> str:
+    """Words from elsewhere (a name, a value of a manifest) as one line in which nothing is Markdown, HTML or code."""
+    return re.sub(r"[^\w .,:;/@+()=%-]", "?", " ".join(str(text).split()))
+
+
+def code(text: object) -> str:
+    """The same between backticks, for values: all but what would end them, or the cell of a table, stays as it is."""
+    return "`" + re.sub(r"[`|]", "?", " ".join(str(text).split())) + "`"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]

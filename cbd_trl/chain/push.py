@@ -1,0 +1,153 @@
+"""A chain to the Hub: its weights file by file, then everything in one commit."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+
+from cbd_trl.cards import CARD_FILES, MEASURED, anchor_card, chain_card, current_card
+from cbd_trl.cards.files import README
+from cbd_trl.cards.history import AnyChain
+from cbd_trl.chain.chain_json import manifest_text
+from cbd_trl.chain.hub_errors import hub_reason, told
+from cbd_trl.chain.records import MANIFEST, Anchor, Manifest
+
+# Name in the repository -> a file here, or what it is to hold.
+Content = Mapping[str, Path | bytes]
+_WEIGHTS = ".safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Push:
+    """How a chain is pushed.
+
+    The Hub's client does the transfer: `preupload_lfs_files`, weights one file at a time, and `create_commit`. Its
+    `upload_folder` may commit in several steps, and chain.json with any of them; here chain.json comes in the one
+    commit that everything else is in, so nobody ever opens a part. A file that arrived stays with the Hub, under its
+    hash, before it is in a commit, and the same push after an interruption does not send it again.
+
+    Args:
+        private: whether a repository that is made is private; None for what the owner's default is.
+        token: Hub token.
+        revision: branch, made if there is none; None for the main branch.
+        commit_message: of every commit.
+        own_repos: whether each anchor goes to a repository of its own, which chain.json pins by commit.
+    """
+
+    private: bool | None = None
+    token: str | bool | None = None
+    revision: str | None = None
+    commit_message: str = "Upload chain"
+    own_repos: bool = False
+
+    def send(self, chain: AnyChain, repo_id: str) -> CommitInfo:
+        """Push a chain, which takes the place of the one that the repository held.
+
+        Args:
+            chain: the chain.
+            repo_id: the repository, made if there is none.
+
+        Returns:
+            The commit that holds chain.json.
+
+        Raises:
+            ValueError: a bad id, a token that may not write there, a repository of something else, or a file here
+                that is damaged.
+            ConnectionError: the upload was cut off.
+        """
+        for anchor in chain.anchors:
+            anchor.need(*anchor.files)
+        repo_id = self._make(repo_id)
+        before = self._there(repo_id)
+        # As its cards call it.
+        named = copy.copy(chain)
+        named.name_or_path = repo_id
+        content: dict[str, Path | bytes] = {}
+        anchors = []
+        for anchor in chain.anchors:
+            if self.own_repos:
+                own = self._make(f"{repo_id}-{anchor.name}")
+                commit = self._commit(own, _anchor_content(named, anchor, own))
+                anchors.append(dataclasses.replace(anchor, repo={"repo_id": own, "revision": commit.oid}))
+            else:
+                there = _anchor_content(named, anchor)
+                content.update({f"{anchor.name}/{name}": part for name, part in there.items()})
+                anchors.append(dataclasses.replace(anchor, repo=None))
+        content[MANIFEST] = manifest_text(Manifest(chain.model_type, chain.versions, tuple(anchors))).encode()
+        for name in (*CARD_FILES, MEASURED):
+            if (chain.path / name).is_file():
+                content[name] = chain.path / name
+        content[README] = current_card(chain.path, chain_card(named, repo_id)).encode()
+        return self._commit(repo_id, content, _left_over(before, content))
+
+    def _make(self, repo_id: str) -> str:
+        """The repository's whole id, once it is there with the branch."""
+        api = HfApi(token=self.token)
+        try:
+            repo_id = api.create_repo(repo_id, private=self.private, exist_ok=True).repo_id
+            if self.revision is not None:
+                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+        # The client lets errors of its HTTP library through, and which one that is depends on its version.
+        except Exception as error:
+            raise _explained(repo_id, error) from error
+        return repo_id
+
+    def _there(self, repo_id: str) -> list[str]:
+        """The files of a repository that holds a chain, or no model at all."""
+        try:
+            files = list(HfApi(token=self.token).list_repo_files(repo_id, revision=self.revision))
+        except Exception as error:
+            raise _explained(repo_id, error) from error
+        if MANIFEST not in files and any(name.endswith(_WEIGHTS) for name in files):
+            raise ValueError(
+                f"{repo_id!r} holds weights and no {MANIFEST}: it is not a chain, and nothing there is overwritten. "
+                "Choose another id."
+            )
+        return files
+
+    def _commit(self, repo_id: str, content: Content, left_over: list[str] | None = None) -> CommitInfo:
+        api = HfApi(token=self.token)
+        additions = [CommitOperationAdd(name, part) for name, part in content.items()]
+        deletions = [CommitOperationDelete(name) for name in left_over or []]
+        try:
+            for addition in additions:
+                if addition.path_in_repo.endswith(_WEIGHTS):
+                    # By itself: of several sent together none may count before all are there.
+                    api.preupload_lfs_files(repo_id, [addition], revision=self.revision, free_memory=False)
+            return api.create_commit(
+                repo_id, [*additions, *deletions], commit_message=self.commit_message, revision=self.revision
+            )
+        except Exception as error:
+            raise _explained(repo_id, error) from error
+
+
+def _anchor_content(chain: AnyChain, anchor: Anchor, own: str | None = None) -> Content:
+    """An anchor's files and its card, as they lie in the chain's repository or in their own."""
+    card = current_card(anchor.path, anchor_card(chain, anchor, own)).encode()
+    beside = [name for name in CARD_FILES if own is None and (anchor.path / name).is_file()]
+    return {**{name: anchor.path / name for name in (*beside, *anchor.files)}, README: card}
+
+
+def _left_over(before: list[str], content: Content) -> list[str]:
+    """What a repository held of an earlier chain and this one does not have: weights, and files beside them in a
+    folder."""
+    folders = {PurePosixPath(name).parent for name in before if name.endswith(_WEIGHTS)} - {PurePosixPath()}
+    return [
+        name
+        for name in before
+        if name not in content and (name.endswith(_WEIGHTS) or PurePosixPath(name).parent in folders)
+    ]
+
+
+def _explained(repo_id: str, error: Exception) -> Exception:
+    """What to raise instead of what the client raised."""
+    # It wraps what went wrong with a file once more.
+    inner = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+    if hub_reason(inner) is not None or isinstance(inner, ValueError):
+        return ValueError(f"The chain cannot be pushed to {repo_id!r}. {told(inner)}")
+    return ConnectionError(
+        f"The upload to {repo_id!r} was cut off before its commit, so nobody can open a part of it. Run the same "
+        f"again: files that arrived are not sent again. {told(inner)}"
+    )

@@ -1,0 +1,126 @@
+"""What the numbers of a report say, in sentences."""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from cbd_trl.report.sweep import RANDOM
+from cbd_trl.report.tables import best_of, format_count
+
+
+def findings(report: Mapping[str, Any]) -> list[str]:
+    """What a chain's losses say, one sentence each.
+
+    Args:
+        report: one of `measure_chains`.
+    """
+    targets, (source, *lower) = report["targets"], _by_size(report["anchors"])[::-1]
+    sentences = []
+    if lower:
+        last = lower[-1]
+        share = last["num_parameters"] / source["num_parameters"]
+        sentences.append(
+            f"The smallest anchor ({format_count(last['num_parameters'])}, {share:.0%} of the source) is at "
+            f"{last['loss']:.3f} nats per token, the source at {source['loss']:.3f}."
+        )
+    if not targets:
+        return sentences
+    first = next(iter(targets[0]["loss"]))
+    rivals = len(targets[0]["loss"]) > 1
+    ahead = sum(first in best_of(target["loss"]) for target in targets)
+    if rivals:
+        sentences.append(f"{first} has the lowest loss of all operators at {ahead} of {len(targets)} sizes.")
+    line = [(anchor["num_parameters"], anchor["loss"]) for anchor in _by_size(report["anchors"])]
+    gaps = [target["loss"][first] - (on_line(line, target["num_parameters"]) or 0.0) for target in targets]
+    below = sum(gap <= 0 for gap in gaps)
+    sentences.append(
+        f"It is at or below the straight line between the anchors at {below} of {len(targets)} sizes"
+        f" (worst: {max(gaps):+.3f} nats)."
+        if rivals
+        else f"{first} is at or below the straight line between the anchors at {below} of {len(targets)} sizes."
+    )
+    random = [target["loss"][RANDOM] for target in targets if RANDOM in target["loss"]]
+    if random:
+        sentences.append(
+            f"Untrained models of these shapes are at {min(random):.2f} to {max(random):.2f} nats per token."
+        )
+    return sentences
+
+
+def compared(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """How the second chain stands to the first at the sizes both cover, in a sentence.
+
+    Args:
+        reports: two of `measure_chains`.
+
+    Returns:
+        None where no size lies within both, or their losses are in different tokens and bits per byte are not known.
+    """
+    key = shared_unit(reports)
+    if key is None:
+        return None
+    one, other = ([(x, y) for x, y, _ in curve(report, key)] for report in reports)
+    pairs = [(y, on_line(one, x)) for x, y in other]
+    gaps = [y - against for y, against in pairs if against is not None]
+    if not gaps:
+        return None
+    unit = UNITS[key]
+    names = [report["name"] for report in reports]
+    return (
+        f"{names[1]} is ahead of {names[0]} at {sum(gap < 0 for gap in gaps)} of the {len(gaps)} sizes that lie "
+        f"within both, by {-sum(gaps) / len(gaps):+.3f} {unit} on average; between measured sizes {names[0]} is read "
+        "off a straight line."
+    )
+
+
+UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
+
+
+def shared_unit(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """The measure in which chains can be compared: "loss" where they read the same tokens, otherwise "bits_per_byte".
+
+    Args:
+        reports: of `measure_chains`.
+
+    Returns:
+        None if they read different tokens and one of them does not tell its bytes.
+    """
+    if len({(report["tokenizer"], report["text"]["block_length"]) for report in reports}) == 1:
+        return "loss"
+    return "bits_per_byte" if all(report["text"]["bytes"] for report in reports) else None
+
+
+def curve(report: Mapping[str, Any], key: str) -> list[tuple[int, float, bool]]:
+    """A chain's anchors and what the first operator makes, by size: (parameters, value, is an anchor).
+
+    Args:
+        report: one of `measure_chains`.
+        key: "loss" or "bits_per_byte".
+    """
+    points = [(anchor["num_parameters"], anchor[key], True) for anchor in report["anchors"]]
+    points += [(target["num_parameters"], next(iter(target[key].values())), False) for target in report["targets"]]
+    return sorted(points)
+
+
+def on_line(points: Sequence[tuple[float, float]], x: float) -> float | None:
+    """The height at x of the line through points.
+
+    Args:
+        points: from left to right.
+        x: where.
+
+    Returns:
+        None outside the points.
+    """
+    if not points or not points[0][0] <= x <= points[-1][0]:
+        return None
+    if len(points) == 1:
+        return points[0][1]
+    place = min(max(bisect_left([point[0] for point in points], x), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = list(pairwise(points))[place - 1]
+    return y0 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+
+
+def _by_size(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(entries, key=lambda entry: entry["num_parameters"])

@@ -1,0 +1,170 @@
+"""The report as one HTML page: no script, and no font or picture from elsewhere, so that it can be mailed."""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from cbd_trl.report.findings import UNITS, compared, findings, shared_unit
+from cbd_trl.report.page_charts import above_axis, comparison_chart, loss_axis, loss_chart, task_axis, task_chart
+from cbd_trl.report.sweep import RANDOM
+from cbd_trl.report.tables import format_count, table_rows
+
+OPERATORS = {
+    "nested": "The default: blocks of the upper anchor for depth; its least-squares cut, mixed with the lower anchor, "
+    "for width.",
+    "patch": "Blocks of the upper anchor, nothing mixed.",
+    "slice": "Control: the upper anchor alone, cut.",
+    "expand": "Control: the lower anchor alone, grown without changing its function.",
+    "linear": "Control: the formula of the paper (arXiv 2605.07783), an average of both anchors.",
+    RANDOM: "Control: the same shape with fresh weights.",
+}
+# The page may draw itself and nothing else: no browser fetches or runs anything for it.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        report: what report.json holds (see `write_report`).
+    """
+    chains = report["chains"]
+    names = " and ".join(chain["name"] for chain in chains)
+    pair = " pair" if len(chains) > 1 else ""
+    style = files("cbd_trl.report").joinpath("page.css").read_text(encoding="utf-8")
+    body = [_header(report, names)]
+    if pair:
+        body.append(_comparison(chains))
+    together = shared_unit(chains) == "loss"
+    sections = [_chain(chain, loss_axis(chains if together else [chain])) for chain in chains]
+    body.append(_columns(sections, pair))
+    for task in chains[0]["anchors"][0]["probes"]:
+        body.append(_columns([_task(chain, task, chains) for chain in chains], pair))
+    body.append(_how(report))
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="data:,">',
+            f"<title>{escape(names)}: what every size is worth</title>\n<style>\n{style}</style>\n</head>",
+            f'<body>\n<main class="{pair.strip()}">',
+            *body,
+            f"<footer>Made by cbd_trl {escape(report['version'])}. The numbers are in report.json.</footer>",
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _header(report: Mapping[str, Any], names: str) -> str:
+    text = report["chains"][0]["text"]
+    sizes = sum(len(chain["anchors"]) + len(chain["targets"]) for chain in report["chains"])
+    return (
+        f"<header><h1>{escape(names)}</h1><p>What every size is worth: {sizes} sizes on {text['tokens']:,} held-out "
+        f"tokens of <code>{escape(report['data'])}</code>. No size between the anchors was trained.</p></header>"
+    )
+
+
+def _columns(sections: Sequence[str], pair: str) -> str:
+    return f'<div class="columns{pair}">{"".join(sections)}</div>'
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _comparison(chains: Sequence[Mapping[str, Any]]) -> str:
+    key = shared_unit(chains)
+    if key is None:
+        return _section(
+            "Side by side",
+            _note(
+                "These chains read different tokens, and not both tell their bytes: their losses cannot be compared."
+            ),
+        )
+    said = compared(chains)
+    first = next((name for chain in chains for target in chain["targets"] for name in target["loss"]), "the anchors")
+    return _section(
+        "Side by side",
+        comparison_chart(chains, key),
+        _note(f"Anchors and sizes made by {first}, in {UNITS[key]}: lower is better."),
+        f'<ul class="findings"><li>{escape(said)}</li></ul>' if said else "",
+    )
+
+
+def _chain(chain: Mapping[str, Any], axis: tuple[float, float]) -> str:
+    sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(chain))
+    note = "Lower is better. Rest on a mark for its shape and number; every number is in the table. "
+    return _section(
+        f"{chain['name']}: held-out loss",
+        loss_chart(chain, axis),
+        _note(note + above_axis(chain, axis[1])),
+        f'<h3>What it says</h3><ul class="findings">{sentences}</ul>' if sentences else "",
+        _table(*table_rows(chain)),
+    )
+
+
+def _task(chain: Mapping[str, Any], task: str, chains: Sequence[Mapping[str, Any]]) -> str:
+    score = chain["anchors"][0]["probes"][task]
+    better = "Higher is better" if score["higher_is_better"] else "Lower is better"
+    return _section(
+        f"{chain['name']}: {task}",
+        task_chart(chain, task, task_axis(chains, task)),
+        _note(
+            f"{better}: {score['metric']} on {score['examples']:,} examples, with the standard error where lm-eval "
+            "tells it. Two sizes within it of each other are not told apart."
+        ),
+        _table(*table_rows(chain, task=task)),
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Any]) -> str:
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
+    body = []
+    for row in rows:
+        cells = "".join(
+            f"<td{' class=best' if number in row.best else ''}>{escape(cell)}</td>"
+            for number, cell in enumerate(row.cells)
+        )
+        body.append(f"<tr{' class=is-anchor' if row.anchor else ''}>{cells}</tr>")
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _how(report: Mapping[str, Any]) -> str:
+    used = dict.fromkeys(name for chain in report["chains"] for target in chain["targets"] for name in target["loss"])
+    facts = {name: OPERATORS[name] for name in used}
+    facts["held-out loss"] = (
+        "Mean cross-entropy of the next token, in nats, over the same blocks for every model; the first token of a "
+        "block is only read."
+    )
+    if any(chain["text"]["bytes"] for chain in report["chains"]):
+        facts["bits/byte"] = (
+            "The same loss in bits, divided by the bytes of text that the predicted tokens stand for: it can be "
+            "compared across tokenizers. In the table that of the anchors and the first operator."
+        )
+    facts["seconds"] = "To make the model of the first operator, files read included."
+    for chain in report["chains"]:
+        facts[chain["name"]] = _told(chain)
+    if report["tasks"]:
+        facts["tasks"] = f"{', '.join(report['tasks'])}; lm-eval {report['versions']['lm-eval']}."
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+    return _section("How to read it", f"<dl>{items}</dl>")
+
+
+def _told(chain: Mapping[str, Any]) -> str:
+    text, revision = chain["text"], f" at {chain['revision']}" if chain["revision"] else ""
+    in_bytes = f", {text['bytes']:,} bytes" if text["bytes"] else ""
+    trained = ", ".join(
+        f"{anchor['name']} ({format_count(anchor['tokens_seen'])} tokens)"
+        for anchor in chain["anchors"]
+        if anchor["tokens_seen"]
+    )
+    return (
+        f"{chain['path']}{revision}, {chain['model_type']}. {text['blocks']} blocks of {text['block_length']} tokens: "
+        f"{text['tokens']:,} predicted{in_bytes}.{f' Distilled: {trained}.' if trained else ''}"
+    )
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text.strip())}</p>'
