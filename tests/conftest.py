@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from tests.budget import pytest_terminal_summary
 from tests.tokenizer import tiny_tokenizer
+
+__all__ = ["pytest_terminal_summary"]  # a hook: a table of what each folder of tests took
 
 torch.set_num_threads(1)
 
