@@ -79,7 +79,6 @@ def _read(file: Path) -> str | None:
 
 
 def _save_measurements(folder: Path, report: Mapping[str, Any]) -> None:
-    import json
 
     # Drawing takes a library that nothing else here needs.
     from cbd_trl.report.plots import plot_sweep

@@ -1,7 +1,6 @@
 """The part of a trainer that keeps its checkpoints fit to go on from, whenever it is killed."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 

@@ -105,7 +105,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(bridged: bool, accumulation: int
         run = trainer(tmp_path, 4, **options)
     run.add_callback(_Spoil(2))
     message = r"loss of step 3 is nan \(not finite: .*kd.*\)\. Training stopped there.* last good checkpoint is "
-    with pytest.raises(ValueError, match=message + r".*checkpoint-2\. Train with a lower learning_rate \(it is 0.01\)"):
+    with pytest.raises(
+        ValueError, match=message + r".*checkpoint-2\. Train with a lower learning_rate \(it is 0.01\)"
+    ):
         run.train()
     assert run.state.global_step == 2
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
@@ -133,7 +135,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
     run = trainer(tmp_path)
     run.add_callback(Overflow())
-    message = r"After step 2 1 of the trained tensors are not finite \(.*embed_tokens.* first\).*good checkpoint is .*-1\."
+    message = (
+        r"After step 2 1 of the trained tensors are not finite \(.*embed_tokens.* first\).*good checkpoint is .*-1\."
+    )
     with pytest.raises(ValueError, match=message):
         run.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]

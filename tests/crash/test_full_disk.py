@@ -88,7 +88,9 @@ def test_a_disk_that_is_full(small_disk: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/chain could not be written \(.*Not a directory.*Nothing was changed" + WAY_OUT):
+    with pytest.raises(
+        OSError, match=r"file/chain could not be written \(.*Not a directory.*Nothing was changed" + WAY_OUT
+    ):
         build(tmp_path / "file" / "chain")
 
 
@@ -97,7 +99,9 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     (tmp_path / "chain").mkdir(mode=0o555)
     told = error_of(tmp_path / "chain", **({"bytes_per_file": 10**9, "user": NOBODY} if os.geteuid() == 0 else {}))
-    assert re.search(r"^chain could not be written \(.*Permission denied.*\)\. Nothing was changed" + WAY_OUT, told), told
+    assert re.search(r"^chain could not be written \(.*Permission denied.*\)\. Nothing was changed" + WAY_OUT, told), (
+        told
+    )
     assert not list((tmp_path / "chain").iterdir())
 
 
