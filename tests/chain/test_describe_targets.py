@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cbd_trl import Chain, describe_targets, from_chain
 from cbd_trl.architectures import describe
-from cbd_trl.chain.describe_targets import TargetSummary, _embedding_parameters, _multiplied
+from cbd_trl.chain.describe_targets import TargetSummary, _embedding_parameters, multiplied_weights
 from cbd_trl.chain.folders import write_anchor
 from cbd_trl.report.target_table import target_table
 from tests.chain.helpers import DEEP, SHAPES, WIDE
@@ -56,7 +56,7 @@ def test_flops_and_parameters_of_every_family(family, tied, tmp_path):
         cache = model(torch.arange(3, 3 + length)[None], use_cache=True).past_key_values
     summary = _summary_of(model, tmp_path)
     assert counter.get_total_flops() == length * (summary.flops + length * summary.attention_flops)
-    assert summary.flops == 2 * _multiplied(architecture)
+    assert summary.flops == 2 * multiplied_weights(architecture)
     outside = [model.get_input_embeddings().weight, *([] if tied else [model.get_output_embeddings().weight])]
     if family in LEARNED_POSITIONS:
         outside.append(model.get_submodule(LEARNED_POSITIONS[family]).weight)
