@@ -7,8 +7,8 @@ from cbd_trl.cli_parsing import UsageError, parse_flags
 
 @dataclass
 class PushArguments:
-    """Arguments of `cbd-trl push`. The token is that of `hf auth login` or `HF_TOKEN`: a flag would stay in the shell's
-    history.
+    """Arguments of `cbd-trl push`. The token is that of `hf auth login` or `HF_TOKEN`: a flag would stay in the
+    shell's history.
 
     Args:
         private: whether a repository that is made is private.

@@ -79,7 +79,10 @@ def _anchors_table(anchors: list[Anchor]) -> str:
         shape = plain(describe_shape(anchor.shape))
         made = [how_made(anchor), f"{anchor.tokens_seen:,}"]
         rows.append([anchor.name, f"{anchor.num_parameters:,}", shape, *made, *losses, digests])
-    said = "Cross-entropies are of the training text, nats per token, at its end; sha256 is how that of the weights begins."
+    said = (
+        "Cross-entropies are of the training text, nats per token, at its end; sha256 is how that of the weights "
+        "begins."
+    )
     return f"{table(header, rows)}\n\n{said}"
 
 

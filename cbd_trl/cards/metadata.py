@@ -28,7 +28,7 @@ def card_metadata(
     """The metadata of a card, checked.
 
     Args:
-        origins: the models it comes from; those on the Hub are its base models, and the licence of all of them its own.
+        origins: the models it comes from; those on the Hub are its base models, the licence of all of them its own.
         relation: how it comes from them, one of `RELATIONS`; left out where none is on the Hub, and "finetune" where
             there is only one to merge.
         library: that loads it.
@@ -69,12 +69,15 @@ def license_sentence(origins: Sequence[Origin]) -> str:
     stated = {name: license for name, license in named.items() if license not in (None, NO_LICENSE)}
     if not stated:
         return (
-            f"None is stated, because none was found with the source, {sources}. Look it up there before you share this "
-            "model."
+            f"None is stated, because none was found with the source, {sources}. Look it up there before you share "
+            "this model."
         )
     said = ", ".join(f"{code(license or 'nothing')} ({code(name)})" for name, license in named.items())
     reason = "they have none in common" if len(named) > 1 else "that does not name one that the Hub knows"
-    return f"Of the licence is said: {said}. None is stated above, because {reason}. Look it up before you share this model."
+    return (
+        f"Of the licence is said: {said}. None is stated above, because {reason}. Look it up before you share this "
+        "model."
+    )
 
 
 def check_metadata(data: Mapping[str, Any]) -> None:
@@ -100,8 +103,9 @@ def check_metadata(data: Mapping[str, Any]) -> None:
     license, relation = data.get("license"), data.get("base_model_relation")
     if license is not None and license not in LICENSES:
         raise ValueError(
-            f"license {license!r} of a card is none of the Hub's identifiers.{did_you_mean(license, LICENSES)} Use one "
-            "of https://huggingface.co/docs/hub/repositories-licenses, or 'other' with license_name and license_link."
+            f"license {license!r} of a card is none of the Hub's identifiers.{did_you_mean(license, LICENSES)} Use "
+            "one of https://huggingface.co/docs/hub/repositories-licenses, or 'other' with license_name and "
+            "license_link."
         )
     if license == "other" and not data.get("license_name"):
         raise ValueError("license 'other' of a card needs a license_name: without it nobody knows which is meant.")

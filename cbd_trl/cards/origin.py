@@ -129,7 +129,7 @@ def _stated(card: Path | str | None) -> dict[str, Any]:
 
 
 def _license(stated: Mapping[str, Any]) -> dict[str, str | None]:
-    """The licence fields of a card; several licences, which may all hold or be a choice, are none that can be named."""
+    """The licence fields of a card; of several, which may all hold or be a choice, none can be named."""
     names = _texts(stated.get("license"))
     fields = {key: next(iter(_texts(stated.get(key))), None) for key in ("license_name", "license_link")}
     return {"license": ", ".join(names).lower() or None, **fields}

@@ -225,7 +225,7 @@ class Chain:
         commit_message: str = "Upload chain",
         own_repos: bool = False,
     ) -> CommitInfo:
-        """Upload the chain and its cards to a Hub repository, made if there is none; a chain that it holds is replaced.
+        """Upload the chain and its cards to a Hub repository, made if there is none; a chain in it is replaced.
 
         All is committed at once, chain.json with the rest: what an interrupted upload leaves is no chain, and the same
         call again sends only what is missing.

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def plan_costs(check: Check, head: Architecture, source_parameters: int | None =
         check.costs.append(head_cost(names[0], head, args, recipe.calibration_tokens, speed))
     for position, anchor in enumerate(recipe.anchors):
         place = f"anchors[{position}]"
-        own = check.attempt(f"{place}.args", lambda own=anchor.args: anchor_args(recipe, own))
+        own = check.attempt(f"{place}.args", partial(anchor_args, recipe, anchor.args))
         if own is None:
             continue
         step = check.attempt(place, lambda: plan_step(upper, anchor.what, position, own, None, names))  # noqa: B023
@@ -149,7 +150,7 @@ def _check_data(check: Check, tokenizer: Any) -> None:
     parts = [*recipe.data, *(part for anchor in recipe.anchors for part in anchor.data)]
     parts += [*(recipe.bridge.data if recipe.bridge else ()), *(recipe.evaluation.data if recipe.evaluation else ())]
     for part in parts:
-        check.attempt(part.where, lambda part=part: check_data(part, tokenizer))
+        check.attempt(part.where, partial(check_data, part, tokenizer))
 
 
 def _source_parameters(check: Check) -> int | None:

@@ -69,7 +69,9 @@ class StoredStatistics:
         Raises:
             ValueError: a tensor is missing, or of another shape or dtype.
         """
-        wanted = {self._name(site, "codes"): ("U8", (packed_bytes(size),)) for site, size in sizes.items()}
+        wanted: dict[str, tuple[str, tuple[int, ...]]] = {
+            self._name(site, "codes"): ("U8", (packed_bytes(size),)) for site, size in sizes.items()
+        }
         wanted |= {self._name(site, "vectors"): ("F32", (len(_VECTORS), size)) for site, size in sizes.items()}
         wanted |= {self._name(norm, "squares"): ("F32", (size,)) for norm, size in norms.items()}
         for name, model in wanted.items():

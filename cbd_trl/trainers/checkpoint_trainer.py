@@ -86,9 +86,8 @@ class CheckpointTrainer(ProjectorTrainer):
 
     def _check_weights(self) -> None:
         """A checkpoint of weights that are no numbers would be the one to go on from."""
-        wrong = [
-            name for name, tensor in self.model.named_parameters() if tensor.requires_grad and not _finite(tensor)
-        ]
+        model: Any = self.model
+        wrong = [name for name, tensor in model.named_parameters() if tensor.requires_grad and not _finite(tensor)]
         count = torch.tensor(len(wrong), device=self.accelerator.device)
         if int(self.accelerator.reduce(count, "sum")):
             raise ValueError(

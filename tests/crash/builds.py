@@ -183,7 +183,7 @@ def forked(function: Callable[..., None], *args: Any, seconds: float = 300) -> i
 def contents(folder: Path) -> dict[str, Any]:
     """What is below a folder, in a form that is the same for the same chain.
 
-    safetensors writes metadata in any order, which is no part of what a file says; nor is its hash in chain.json, then.
+    safetensors writes metadata in any order, which is no part of what a file says, nor then is its hash in chain.json.
     """
     found: dict[str, Any] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
