@@ -224,6 +224,11 @@ class Architecture:
         ]
         return tuple(OutputNorm(norm, self.tensors[f"{norm}.weight"][0], projection) for norm, projection in placed)
 
+    @property
+    def cut_output_norms(self) -> tuple[OutputNorm, ...]:
+        """Those of them that a cut reaches into: a norm of each head on its own is never cut."""
+        return tuple(norm for norm in self.output_norms if norm.axis != ("dim",))
+
     @cached_property
     def norms(self) -> frozenset[str]:
         """Names of all norm modules."""

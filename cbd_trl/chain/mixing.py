@@ -82,7 +82,7 @@ def _target_gauge(pair: Pair, target: Architecture) -> Callable[[str], float]:
     """
     architecture, upper, statistics = pair.lower_architecture, pair.upper_architecture, pair.moments()
     norms, readers = site_norms(architecture), readers_of(architecture)
-    output_norms = {norm.name: norm for norm in architecture.output_norms if norm.axis != ("dim",)}
+    output_norms = {norm.name: norm for norm in architecture.cut_output_norms}
 
     @functools.cache
     def prefixes(axis: tuple[str, ...]) -> list[torch.Tensor]:

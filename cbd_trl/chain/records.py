@@ -129,7 +129,7 @@ class Anchor:
         architecture = self.architecture()
         stored = StoredStatistics(self.statistics_file)
         sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.sites}
-        norms = {norm.name: axis_length(norm.axis, architecture.sizes) for norm in architecture.output_norms}
+        norms = {norm.name: axis_length(norm.axis, architecture.sizes) for norm in architecture.cut_output_norms}
         stored.check(sizes, norms)
         return stored
 

@@ -174,8 +174,7 @@ def collect_statistics(
     Raises:
         ValueError: the batches hold no token.
     """
-    # A norm of each head on its own is never cut.
-    over_outputs = {norm.name: norm for norm in architecture.output_norms if norm.axis != ("dim",)}
+    over_outputs = {norm.name: norm for norm in architecture.cut_output_norms}
     sums: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _KINDS}
     mask_of: list[torch.Tensor] = []
 
