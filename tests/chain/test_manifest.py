@@ -6,7 +6,6 @@ import os
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -164,7 +163,7 @@ def test_save_pretrained_copies_the_chain(original, tmp_path):
         chain.save_pretrained(tmp_path / "copy")
         copy = Chain.from_pretrained(tmp_path / "copy")
         assert [anchor.files for anchor in copy.anchors] == [anchor.files for anchor in chain.anchors]
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["chain.json", *NAMES]
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["README.md", "chain.json", *NAMES]
     chain.save_pretrained(original)
     Chain.from_pretrained(original)
 
@@ -356,28 +355,6 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path, what):
     os.symlink(outside, folder / what)
     with pytest.raises(ValueError, match=r"middle.* is a link that leaves the chain's folder"):
         Chain.from_pretrained(folder)
-
-
-def test_push_uploads_the_chains_own_files(original, monkeypatch):
-    calls = {}
-
-    class Api:
-        def __init__(self, token):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, **options):
-            calls["create"] = repo_id, options
-
-        def upload_folder(self, **options):
-            calls["upload"] = options
-            return "https://example/commit"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    chain = Chain.from_pretrained(original)
-    assert chain.push_to_hub("me/chain", private=True) == "https://example/commit"
-    assert calls["create"] == ("me/chain", {"private": True, "exist_ok": True})
-    assert "chain.json" in calls["upload"]["allow_patterns"]
-    assert "small/model.safetensors" in calls["upload"]["allow_patterns"]
 
 
 def test_stray_files_are_never_loaded(folder):

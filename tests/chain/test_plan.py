@@ -63,7 +63,7 @@ def older(source, tmp_path, monkeypatch):
 
 
 def test_an_argument_that_an_older_chain_did_not_have_was_at_its_default(source, older):
-    head = Head(source, tiny_tokenizer(), chain_config(), chain_rows(), {}, "", lambda: None)
+    head = Head(source, tiny_tokenizer(), chain_config(), chain_rows(), {}, [], "", lambda: None)
     assert len(finished_anchors(older, head, planned(source))) == 3
     with pytest.raises(ValueError, match=r"changed arguments: \['top_k', 'hidden_loss'\]"):
         finished_anchors(older, head, planned(source, top_k=8, hidden_loss="cosine", hidden_weight=2.0))
