@@ -20,6 +20,7 @@ import cbd_trl.chain.build as build_module
 import cbd_trl.chain.folders as folders_module
 import cbd_trl.chain.store as store_module
 from cbd_trl import Chain, DistillTrainer, build_chain
+from cbd_trl.cards import CARD_FILES
 from cbd_trl.chain.manifest import STATISTICS_FILE
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 from tests.tokenizer import tiny_tokenizer
@@ -202,9 +203,9 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def fingerprints(folder: Path) -> dict[str, tuple[int, str]]:
-    """When each file below a folder was last written, and its sha256."""
+    """When each file below a folder was last written, and its sha256; cards tell of the whole chain and follow it."""
     return {
         str(file.relative_to(folder)): (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).hexdigest())
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name not in CARD_FILES
     }

@@ -26,6 +26,10 @@ _OUTPUTS = ("output_dir", "output_file", "output", "save_directory")
 NOT_RUN = {"demo": ("cbd_trl.demo.run.Demo", "tests/demo/test_demo.py")}
 
 
+# Programs whose flags nobody here knows.
+OTHER_PROJECTS = ("llama.cpp/",)
+
+
 class _Read(Exception):
     """A program has read its flags."""
 
@@ -108,7 +112,10 @@ def _cbd_trl(words: Sequence[str]) -> None:
 
 
 def _python(words: Sequence[str]) -> None:
-    """A benchmark reads its flags and goes no further; an example is there, and has a test of its own."""
+    """A benchmark reads its flags and goes no further; an example is there, and has a test of its own; what is written in
+    another project is not looked at."""
+    if words[0].startswith(OTHER_PROJECTS):
+        return
     if words[:2] == ["-m", "cbd_trl.cli"]:
         _cbd_trl(words[2:])
         return
