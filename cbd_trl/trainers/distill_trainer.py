@@ -93,7 +93,8 @@ class DistillTrainer(StepTrainer):
         teacher_model = chosen_teacher(teacher_model, args)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         if args.trust_remote_code and isinstance(model, str):
-            name_remote_code(model, (args.model_init_kwargs or {}).get("revision"))
+            options: Any = args.model_init_kwargs or {}  # a string on the command line, a dict once parsed
+            name_remote_code(model, options.get("revision"))
         super().__init__(
             model=model,
             args=args,

@@ -97,7 +97,7 @@ def test_a_shard_with_another_header(folder):
     with pytest.raises(ValueError, match=r"was changed: it holds the arrays .*'Tail'"):
         TeacherCache.open(folder)
     shard.write_bytes(b"\xff" * len(data))
-    with pytest.raises(ValueError, match="rows-00000.safetensors cannot be read as a safetensors file"):
+    with pytest.raises(ValueError, match=r"rows-00000.safetensors cannot be read as a safetensors file"):
         TeacherCache.open(folder)
 
 
