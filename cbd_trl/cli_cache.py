@@ -102,11 +102,11 @@ def _import_cache(arguments: CacheArguments, args: Any, model: ModelConfig) -> A
         )
     assert arguments.logprobs is not None and model.model_name_or_path is not None
     name, revision = model.model_name_or_path, model.model_revision
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     return import_logprobs(
         arguments.logprobs,
         args.output_dir,
-        processing_class=AutoTokenizer.from_pretrained(name, revision=revision),
+        processing_class=AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False),
         vocabulary_rows=config.get_text_config().vocab_size,
         teacher=readable_name(name),
         k=arguments.k,

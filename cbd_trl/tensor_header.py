@@ -7,6 +7,9 @@ from safetensors import SafetensorError, safe_open
 
 from cbd_trl.untrusted import parse_json
 
+# Some hundred bytes a tensor. The library would take 100 MB, of which Python makes gigabytes.
+_LARGEST_BYTES = 2**24
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -31,11 +34,15 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         ValueError: it is no whole and consistent safetensors file.
     """
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST_BYTES:
+            raise ValueError(f"a header of {length:,} bytes, more than the {_LARGEST_BYTES:,} that any model needs")
         # The library checks the header: lengths, offsets, overlaps, the size of the file.
         with safe_open(path, "pt") as checked:
             metadata: dict[str, str] = checked.metadata() or {}
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            file.seek(8)
             header = parse_json(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as a safetensors file ({error}).") from error

@@ -41,6 +41,27 @@ def read_json(file: Path, way_out: str, limit: int = _LARGEST_BYTES) -> Any:
         raise ValueError(f"{file} cannot be read ({error}). {way_out}") from error
 
 
+def check_inside(folder: Path, file: Path, way_out: str) -> None:
+    """Refuse a file that is a link out of its folder.
+
+    Args:
+        folder: that it is to lie in.
+        file: below it, whether it is there or not.
+        way_out: the end of the error.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        place, root = file.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{file} leads nowhere ({error}). {way_out}") from error
+    # In the Hub's cache a snapshot's files are links to blobs that lie beside the snapshots.
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    if not (place.is_relative_to(root) or place.is_relative_to(blobs)):
+        raise ValueError(f"{file} is a link that leaves {folder}. Put the file itself there. {way_out}")
+
+
 def parse_json(data: bytes) -> Any:
     """JSON that means one thing to every reader: UTF-8, no key twice, only finite numbers of few digits, not deep.
 

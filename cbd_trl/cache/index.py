@@ -22,7 +22,7 @@ class RowIndex:
         self._open_shard, self._count = open_shard, count
         lengths, keys = [np.zeros(0, np.int64)], [np.zeros((0, KEY_BYTES), np.uint8)]
         for number in range(count):
-            lengths.append(open_shard(number).get_tensor("lengths").numpy())
+            lengths.append(_lengths(open_shard(number), number))
             keys.append(open_shard(number).get_tensor("keys").numpy())
         self._first_rows = np.cumsum([len(part) for part in lengths])
         self._tokens_at = np.concatenate([np.cumsum(part) - part for part in lengths])
@@ -68,8 +68,21 @@ class RowIndex:
             for number in range(self._count):
                 shard = self._open_shard(number)
                 data = token_bytes(shard.get_tensor("tokens").numpy())
-                ends = 4 * np.cumsum(shard.get_tensor("lengths").numpy())
+                ends = 4 * np.cumsum(_lengths(shard, number))
                 rows += [data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
             order = sorted(range(len(rows)), key=rows.__getitem__)
             self._sorted_rows = [rows[i] for i in order], np.array(order, np.int64)
         return self._sorted_rows
+
+
+def _lengths(shard: Any, number: int) -> np.ndarray:
+    """How long its rows are: what a damaged or hostile one says would lead to tokens of other rows."""
+    lengths = shard.get_tensor("lengths").numpy()
+    tokens = shard.get_slice("tokens").get_shape()[0]
+    # Each before the sum, which could overflow.
+    if (lengths < 1).any() or (lengths > tokens).any() or int(lengths.sum()) != tokens:
+        raise ValueError(
+            f"Shard {number} of the teacher cache was changed: the lengths of its rows do not add up to its {tokens} "
+            "tokens. Copy it again, or delete the folder and write the cache again."
+        )
+    return lengths

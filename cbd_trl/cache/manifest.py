@@ -6,12 +6,18 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from cbd_trl.cache.checks import AGAIN, HIDDEN_DTYPES, KINDS, check_manifest
+from cbd_trl.untrusted import check_inside, read_json, shown
+
+__all__ = ["HIDDEN_DTYPES", "KINDS"]
 
 MANIFEST = "cache.json"
 HEAD_FILE = "head.safetensors"
 FORMAT_VERSION = 1
-KINDS = ("top_k", "sampled", "hidden")
-HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
+# A line or two a shard, of which the largest caches have some hundred thousand.
+_LARGEST_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -122,35 +128,28 @@ def read_manifest(folder: Path) -> Manifest:
         the manifest.
 
     Raises:
-        ValueError: missing, unreadable, or of another format version.
+        ValueError: missing, unreadable, of another format version, or with a value that none of ours has.
     """
     file = folder / MANIFEST
+    check_inside(folder, file, AGAIN)
     try:
-        body = json.loads(file.read_text(encoding="utf-8"))
+        body = read_json(file, AGAIN, _LARGEST_BYTES)
     except FileNotFoundError:
         raise ValueError(
             f"{folder} is no teacher cache: there is no {MANIFEST} in it. Give the --output_dir of `cbd-trl cache`."
         ) from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). Write the cache again into a new folder.") from error
     version = body.get("format_version") if isinstance(body, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"{file} has format_version {version!r}; this version of cbd-trl reads {FORMAT_VERSION}. Use the cbd-trl "
-            "that wrote it, or write the cache again into a new folder."
+            f"{file} has format_version {shown(version)}; this version of cbd-trl reads {FORMAT_VERSION}. Use the "
+            "cbd-trl that wrote it, or write the cache again into a new folder."
         )
-    try:
-        del body["format_version"]
-        settings, shards = Settings(**body.pop("settings")), tuple(Shard(**shard) for shard in body.pop("shards"))
-        manifest = Manifest(settings, shards, **body)
-        check_kind(manifest.settings.kind)
-        if any(Path(shard.file).name != shard.file for shard in shards):
-            raise ValueError("a shard lies outside the folder")
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{file} was changed or damaged: {error}. Write the cache again into a new folder."
-        ) from error
-    return manifest
+    check_manifest(body, file)
+    values: dict[str, Any] = {**body}
+    del values["format_version"]
+    settings, shards = Settings(**values.pop("settings")), tuple(Shard(**shard) for shard in values.pop("shards"))
+    check_kind(settings.kind)
+    return Manifest(settings, shards, **values)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

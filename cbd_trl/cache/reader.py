@@ -17,6 +17,8 @@ from cbd_trl.cache.index import RowIndex
 from cbd_trl.cache.manifest import HEAD_FILE, Manifest, Settings, read_manifest
 from cbd_trl.cache.shards import CachedRow, check_shard, empty_row, read_row
 from cbd_trl.losses.head import Head
+from cbd_trl.tensor_header import read_header
+from cbd_trl.untrusted import check_inside
 
 # Each open shard maps a file into memory, of which a process may have some tens of thousands.
 _OPEN_SHARDS = 64
@@ -174,7 +176,14 @@ class TeacherCache:
                 f"with {_shown(token_ids)} it holds {_shown(stored)}. Copy it again, or delete the folder and write "
                 "the cache again."
             )
-        return read_row(shard, self.settings, positions_at, len(token_ids) - 1)
+        found = read_row(shard, self.settings, positions_at, len(token_ids) - 1)
+        if found.indices is not None and int(found.indices.max()) > self.manifest.highest_id:
+            raise ValueError(
+                f"{self.folder / self.manifest.shards[number].file} was changed: it predicts token "
+                f"{int(found.indices.max())}, above {self.manifest.highest_id}, the highest that cache.json knows of. "
+                "Copy it again, or delete the folder and write the cache again."
+            )
+        return found
 
     def _missing(self, token_ids: np.ndarray, what: str) -> MissingRowError:
         return MissingRowError(
@@ -203,19 +212,23 @@ class TeacherCache:
     def _check_head(self, verify: bool) -> None:
         path = self.folder / HEAD_FILE
         again = "Copy it again, or delete the folder and write the cache again."
+        check_inside(self.folder, path, again)
         if not path.is_file():
             raise ValueError(f"{path} is missing: it is the head that makes predictions of the hidden states. {again}")
         with path.open("rb") as file:
             if verify and hashlib.file_digest(file, "sha256").hexdigest() != self.manifest.head_sha256:
                 raise ValueError(f"{path} was changed: its sha256 is not the one it was written with. {again}")
         try:
-            with safe_open(path, "pt") as head:
-                shape = head.get_slice("weight").get_shape()
-        except Exception as error:  # safetensors raises a class of its own for each kind of damage
-            raise ValueError(f"{path} cannot be read ({error}). {again}") from error
-        wanted = [self.settings.vocabulary_rows, self.settings.width]
-        if shape != wanted:
-            raise ValueError(f"{path} was changed: its weight has the shape {shape} instead of {wanted}. {again}")
+            tensors, _ = read_header(path)
+        except ValueError as error:
+            raise ValueError(f"{error} {again}") from error
+        rows, width = self.settings.vocabulary_rows, self.settings.width
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        wanted = {"weight": [rows, width], **({"bias": [rows]} if "bias" in shapes else {})}
+        if shapes != wanted:
+            raise ValueError(f"{path} was changed: it holds the shapes {shapes} instead of {wanted}. {again}")
+        if any(tensor.dtype not in ("F32", "BF16", "F16") for tensor in tensors.values()):
+            raise ValueError(f"{path} was changed: its numbers are no float32, bfloat16 or float16. {again}")
 
 
 def _shown(token_ids: np.ndarray) -> str:

@@ -4,7 +4,6 @@ Shapes: R rows, T their tokens, P = T - R their positions (the last token of a r
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 
 from cbd_trl.cache.codec import dequantise, high_bytes, pack_ids, quantise, row_key, unpack_ids
 from cbd_trl.cache.manifest import Settings, Shard, write_atomically
+from cbd_trl.tensor_header import read_header
+from cbd_trl.untrusted import check_inside
 
 KEY_BYTES = 16
 _WIDTHS = {"int32": ("I32", 4), "int64": ("I64", 8), "uint8": ("U8", 1), "uint16": ("U16", 2), "float32": ("F32", 4)}
@@ -139,6 +140,7 @@ def check_shard(folder: Path, shard: Shard, settings: Settings, verify: bool) ->
     """
     path = folder / shard.file
     again = "Copy it again, or delete the folder and write the cache again."
+    check_inside(folder, path, again)
     if not path.is_file():
         raise ValueError(f"{path} is missing, but the cache lists it with {shard.rows:,} rows. {again}")
     size = path.stat().st_size
@@ -147,24 +149,16 @@ def check_shard(folder: Path, shard: Shard, settings: Settings, verify: bool) ->
     with path.open("rb") as file:
         if verify and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             raise ValueError(f"{path} was changed: its sha256 is not the one it was written with. {again}")
-        file.seek(0)
-        found = _header(file.read(8), file)
+    try:
+        found = {name: (entry.dtype, list(entry.shape)) for name, entry in read_header(path)[0].items()}
+    except ValueError as error:
+        raise ValueError(f"{error} {again}") from error
     wanted = {
         name: (_WIDTHS[dtype][0], list(shape))
         for name, (dtype, shape) in _columns(settings, shard.rows, shard.tokens).items()
     }
     if found != wanted:
         raise ValueError(f"{path} was changed: it holds the arrays {found} instead of {wanted}. {again}")
-
-
-def _header(length: bytes, file: Any) -> dict[str, tuple[str, list[int]]] | None:
-    # Above 100 MB no safetensors reader takes a header: a damaged length must not fill the memory.
-    size = int.from_bytes(length, "little")
-    try:
-        entries: Any = json.loads(file.read(size)) if size <= 100_000_000 else None
-        return {name: (entry["dtype"], entry["shape"]) for name, entry in entries.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def read_row(shard: Any, settings: Settings, start: int, positions: int) -> CachedRow:

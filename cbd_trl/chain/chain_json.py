@@ -13,11 +13,12 @@ from typing import Any
 from cbd_trl.chain.pins import check_pin
 from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
-from cbd_trl.untrusted import check_fields, read_json, shown
+from cbd_trl.untrusted import check_fields, check_inside, read_json, shown
 
 SCHEMA_VERSION = 3
-# A name starts with a letter, digit or underscore: no hidden folders, no "..". No file system takes longer ones.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+# A name starts with a letter, digit or underscore: no hidden folders, no "..". It does not end with a dot, which
+# Windows leaves out. No file system takes longer ones.
+_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
 # What a folder of a model holds that no reader runs: no pickle (.bin, .pt, .pkl), no code (.py, .so).
 _SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".md", ".png", ".svg")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -78,7 +79,7 @@ def read_manifest(folder: Path) -> Manifest:
         ValueError: missing, damaged, edited or of another schema version; the message names the file.
     """
     file = folder / MANIFEST
-    check_inside(folder, file)
+    check_inside(folder, file, RESTORE)
     try:
         body = read_json(file, RESTORE)
     except FileNotFoundError:
@@ -133,26 +134,6 @@ _ANCHOR_KEYS: dict[str, tuple[type, ...]] = {
 }
 # Of an anchor in a repository of its own.
 _PINNED_KEYS: dict[str, tuple[type, ...]] = {"repo": (dict,)}
-
-
-def check_inside(folder: Path, file: Path) -> None:
-    """Refuse a file that is a link out of the chain's folder.
-
-    Args:
-        folder: the chain's.
-        file: below it, whether it is there or not.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        place, root = file.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{file} leads nowhere ({error}). {RESTORE}") from error
-    # In the Hub's cache a snapshot's files are links to blobs that lie beside the snapshots.
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not (place.is_relative_to(root) or place.is_relative_to(blobs)):
-        raise ValueError(f"{file} is a link that leaves the chain's folder. Put the file itself there. {RESTORE}")
 
 
 def check_record(anchor: Anchor, file: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from cbd_trl.cards.files import CARD_FILES
 from cbd_trl.chain.chain_json import (
-    check_inside,
     check_order,
     check_record,
     library_versions,
@@ -26,6 +25,10 @@ from cbd_trl.chain.tokenizers import check_one_tokenizer
 from cbd_trl.durable import flush
 from cbd_trl.surgery.blocks import check_blocks
 from cbd_trl.tensor_header import read_header
+from cbd_trl.untrusted import check_inside
+
+# What transformers reads from a model's folder without being asked to.
+_READ_UNASKED = (".json", ".jinja", ".model", ".txt")
 
 
 def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = True) -> None:
@@ -36,10 +39,12 @@ def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = 
         hashes: whether to compare the files' sha256 too.
 
     Raises:
-        ValueError: a file is missing, differs, names code, or leads out of the chain; the config does not have the
-            recorded shape; with `hashes`, tensors or tokenizer are not those recorded either.
+        ValueError: a file is missing, differs, names code, or leads out of the chain; one that is not recorded would
+            be read; the config does not have the recorded shape; with `hashes`, tensors or tokenizer are not those
+            recorded either.
     """
     verify_files(folder, anchor, list(anchor.files), hashes)
+    _check_unlisted(folder, anchor)
     verify_config(folder, anchor, model_type)
     anchor.check_no_code()
     if hashes:
@@ -51,11 +56,22 @@ def verify_files(folder: Path, anchor: Anchor, names: Sequence[str], hashes: boo
     """Compare some of an anchor's files with its record (see `verify_anchor`)."""
     for name in names:
         file = anchor.path / name
-        check_inside(folder if anchor.repo is None else anchor.path, file)
+        check_inside(folder if anchor.repo is None else anchor.path, file, RESTORE)
         if not file.is_file():
             raise ValueError(f"{file} is missing, but {folder / MANIFEST} lists it. {RESTORE}")
     if hashes:
         verify_hashes(folder, {anchor.path / name: anchor.files[name] for name in names})
+
+
+def _check_unlisted(folder: Path, anchor: Anchor) -> None:
+    """Refuse a file that nobody recorded and transformers would read: a chat template, an adapter, a vocabulary."""
+    found = {path.relative_to(anchor.path).as_posix() for path in anchor.path.glob("**/*") if path.name[0] != "."}
+    for name in sorted(found - anchor.files.keys()):
+        if name.endswith(_READ_UNASKED):
+            raise ValueError(
+                f"{anchor.path / name} would be read with the anchor, but {folder / MANIFEST} does not list it: "
+                f"somebody put it there. Take it out. {RESTORE}"
+            )
 
 
 def verify_hashes(folder: Path, recorded: Mapping[Path, str]) -> None:

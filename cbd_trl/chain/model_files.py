@@ -11,8 +11,12 @@ from cbd_trl.untrusted import read_json, reading, shown
 
 # Fields that name code to be run: classes of the repository, or kernels of another one.
 _CODE_FIELDS = frozenset(
-    prefix + field for prefix in ("", "_") for field in ("auto_map", "attn_implementation", "experts_implementation")
+    prefix + field
+    for prefix in ("", "_")
+    for field in ("auto_map", "attn_implementation", "experts_implementation", "custom_generate")
 )
+# Fields that name a file to be read instead of one of the folder: `tokenizer_file`, `fast_tokenizer_files`, ...
+_FILE_FIELDS = ("_file", "_files")
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 # transformers makes lists of as many entries as these say, before a tensor proves that they are there.
 _COUNTED = ("layer", "label")
@@ -35,7 +39,7 @@ def load_config(folder: Path, way_out: str) -> PretrainedConfig:
 
 
 def check_no_code(folder: Path, way_out: str) -> None:
-    """Refuse a model's folder whose files name code of its own.
+    """Refuse a model's folder whose files name code of its own, or other files to be read.
 
     Raises:
         ValueError: naming file and field; or one cannot be read.
@@ -46,11 +50,12 @@ def check_no_code(folder: Path, way_out: str) -> None:
 
 
 def drop_code(folder: Path) -> None:
-    """Take out of a model's folder what names code: its model is transformers' own, whatever the source was."""
+    """Take out of a model's folder what names code or other files: its model is transformers' own, whatever the
+    source was."""
     for file in (folder / name for name in _FILES if (folder / name).is_file()):
         found = read_object(file, "It was just written.")
-        if kept := {field for field in found if field in _CODE_FIELDS}:
-            without = {field: value for field, value in found.items() if field not in kept}
+        if named := {field for field in found if field in _CODE_FIELDS or field.endswith(_FILE_FIELDS)}:
+            without = {field: value for field, value in found.items() if field not in named}
             file.write_text(json.dumps(without, indent=2) + "\n", encoding="utf-8")
 
 
@@ -100,6 +105,11 @@ def _read_without_code(file: Path, way_out: str) -> dict[str, Any]:
                 f"{file}: {field} names code ({shown(value)}). Nothing of a chain is run, its models are "
                 f"transformers' own: take the field out. {way_out}"
             )
+        if field.endswith(_FILE_FIELDS) and value is not None:
+            raise ValueError(
+                f"{file}: {field} names another file ({shown(value)}), of which chain.json says nothing and which may "
+                f"lie anywhere: take the field out. {way_out}"
+            )
     return found
 
 
@@ -107,5 +117,6 @@ def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every field, also those of configs inside."""
     for field, value in found.items():
         yield field, value
-        if isinstance(value, dict):
-            yield from _fields(value)
+        for inside in value if isinstance(value, list) else [value]:
+            if isinstance(inside, dict):
+                yield from _fields(inside)

@@ -66,7 +66,9 @@ class Source:
         if isinstance(self.place, PreTrainedModel):
             return self.place.config
         try:
-            return AutoConfig.from_pretrained(self.place, revision=self.revision, token=self.token)
+            return AutoConfig.from_pretrained(
+                self.place, revision=self.revision, token=self.token, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The {self.role} {self.name!r} is no model folder and could not be fetched from the Hub ({error}). "
@@ -99,7 +101,9 @@ class Source:
         try:
             if lacks_tokenizer(self.name):
                 raise ValueError("there are no files of one")
-            return AutoTokenizer.from_pretrained(self.name, revision=self.revision, token=self.token)
+            return AutoTokenizer.from_pretrained(
+                self.name, revision=self.revision, token=self.token, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"No tokenizer could be loaded from the {self.role} ({self.name!r}: {error}). Pass `processing_class`."
@@ -111,5 +115,6 @@ class Source:
             return self.place
         given = json.loads(init_kwargs) if isinstance(init_kwargs, str) else (init_kwargs or {})
         options = {"dtype": torch.float32, "revision": self.revision, "token": self.token, **given}
-        # Safetensors only: no pickle is read, whatever the repository holds.
-        return AutoModelForCausalLM.from_pretrained(self.place, use_safetensors=True, **options)
+        # Safetensors only, and no code of the repository: nothing that runs is read, whatever it holds.
+        safe = {"use_safetensors": True, "trust_remote_code": False}
+        return AutoModelForCausalLM.from_pretrained(self.place, **{**options, **safe})

@@ -71,7 +71,7 @@ class Demo:
 
     def _run(self) -> dict[str, Any]:
         folder = self._source()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self.rows, held_out = split(self.tokenizer, self.plan.corpus_rows)
         self.blocks = held_out_blocks(self.tokenizer, held_out, self.plan.held_out_length, self.plan.held_out_blocks)
         self.clock = self._predict(folder)
@@ -111,7 +111,7 @@ class Demo:
 
     def _predict(self, folder: Path) -> Clock:
         """The clock, set by timing the source on the held-out tokens."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         size = model.num_parameters()
         known = self.results.get("speed")
         if known is None:

@@ -73,8 +73,10 @@ def _load_gguf(file: Path) -> tuple[Any, Any]:
     except ImportError as error:
         raise ValueError("Reading the wheel's model needs the gguf package: pip install 'cbd-trl[gguf]'.") from error
     folder = str(file.parent)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+    )
     # The weights are plain float32 now, but transformers refuses to save what is marked as quantised.
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     if hasattr(model.config, "quantization_config"):
@@ -84,7 +86,8 @@ def _load_gguf(file: Path) -> tuple[Any, Any]:
 
 def _load_from_hub() -> tuple[Any, Any]:
     try:
-        return AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32), AutoTokenizer.from_pretrained(HUB_ID)
+        model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32, trust_remote_code=False)
+        return model, AutoTokenizer.from_pretrained(HUB_ID, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"The model {HUB_ID} could not be loaded from the Hub: {str(error).splitlines()[0]} Run `make demo`, "

@@ -15,6 +15,7 @@ from cbd_trl.losses.head import product_dtype
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.losses.signals import HiddenSignal, MixtureSignal
 from cbd_trl.names import readable_name
+from cbd_trl.remote_code import name_remote_code
 from cbd_trl.teachers.batch import Batch
 
 
@@ -36,7 +37,7 @@ def load_teacher(
             attention keeps packed rows apart in both models alike.
         init_kwargs: of `from_pretrained`, for a path or Hub id; `quantization_config` among them.
         revision: of a Hub id.
-        trust_remote_code: let a Hub model run its own code.
+        trust_remote_code: let a Hub model run its own code, which is named in a warning first.
 
     Returns:
         the teacher, not yet on a device.
@@ -54,7 +55,11 @@ def load_teacher(
             kwargs["attn_implementation"] = attention
         if revision is not None:
             kwargs["revision"] = revision
-        teacher = _load(teacher, {**kwargs, **(init_kwargs or {})})
+        kwargs |= init_kwargs or {}
+        if kwargs["trust_remote_code"]:
+            name_remote_code(teacher, kwargs.get("revision"), kwargs.get("token"))
+        # No pickle is read, whatever the repository holds.
+        teacher = _load(teacher, {**kwargs, "use_safetensors": True})
     elif not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher_model is a {type(teacher).__name__}: it must be a causal language model, or the path "

@@ -32,7 +32,10 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     if name_or_path is None or lacks_tokenizer(name_or_path):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision, local_files_only=local_only)
+        # Said, because transformers asks at the keyboard where nothing is said.
+        return AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, local_files_only=local_only, trust_remote_code=False
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # A folder without a tokenizer fails in as many ways as there are tokenizer classes.
         return None

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_trl.names import readable_name
+from cbd_trl.remote_code import name_remote_code
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
 from cbd_trl.trainers.batches import RowLengthsCollator
@@ -91,6 +92,9 @@ class DistillTrainer(StepTrainer):
         check_arguments(args, self._config, processing_class, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
+        if args.trust_remote_code and isinstance(model, str):
+            options: Any = args.model_init_kwargs or {}  # a string on the command line, a dict once parsed
+            name_remote_code(model, options.get("revision"))
         super().__init__(
             model=model,
             args=args,

@@ -97,7 +97,7 @@ def test_a_shard_with_another_header(folder):
     with pytest.raises(ValueError, match=r"was changed: it holds the arrays .*'Tail'"):
         TeacherCache.open(folder)
     shard.write_bytes(b"\xff" * len(data))
-    with pytest.raises(ValueError, match="was changed: it holds the arrays None"):
+    with pytest.raises(ValueError, match=r"rows-00000.safetensors cannot be read as a safetensors file"):
         TeacherCache.open(folder)
 
 
@@ -134,7 +134,7 @@ def test_a_missing_or_altered_head(tmp_path):
     with pytest.raises(ValueError, match=r"head.safetensors was changed: its sha256"):
         TeacherCache.open(tmp_path, verify=True)
     head.write_bytes(save({"weight": torch.zeros(3, 32)}))
-    with pytest.raises(ValueError, match=r"shape \[3, 32\] instead of \[64, 32\]"):
+    with pytest.raises(ValueError, match=r"shapes {'weight': \[3, 32\]} instead of {'weight': \[64, 32\]}"):
         TeacherCache.open(tmp_path)
     head.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match=r"head.safetensors cannot be read"):

@@ -353,12 +353,12 @@ def test_links_out_of_the_folder_are_refused(folder, tmp_path, what):
     outside = tmp_path / "outside"
     shutil.move(folder / what, outside)
     os.symlink(outside, folder / what)
-    with pytest.raises(ValueError, match=r"middle.* is a link that leaves the chain's folder"):
+    with pytest.raises(ValueError, match=r"middle.* is a link that leaves"):
         Chain.from_pretrained(folder)
 
 
 def test_stray_files_are_never_loaded(folder):
-    (folder / "large" / "adapter_config.json").write_text("{}")
+    (folder / "large" / "modeling_x.py").write_text("raise SystemExit")
     (folder / "large" / "pytorch_model.bin").write_bytes(b"not a model")
     assert Chain.from_pretrained(folder).source.load_model().num_parameters() > 0
 
