@@ -30,6 +30,7 @@ class ReportArguments:
         seed: of the random models.
         revision: of a chain on the Hub.
         compare_revision: of the other one.
+        cards: whether the chains' cards show it.
     """
 
     data: str | None = field(
@@ -79,6 +80,10 @@ class ReportArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the random models."})
     revision: str | None = field(default=None, metadata={"help": "Revision of a chain on the Hub."})
     compare_revision: str | None = field(default=None, metadata={"help": "Revision of the other chain on the Hub."})
+    cards: bool = field(
+        default=False,
+        metadata={"help": "Put table and picture on the cards of the chain, a folder; push sends them with it."},
+    )
 
 
 def report(flags: list[str]) -> None:
@@ -117,6 +122,7 @@ def report(flags: list[str]) -> None:
 def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from rich.console import Console
 
+    from cbd_trl.cards import save_cards
     from cbd_trl.chain.manifest import Chain
     from cbd_trl.report.chain_report import measure_chains
     from cbd_trl.report.findings import compared, findings
@@ -132,13 +138,20 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     chains = [Chain.from_pretrained(name, revision=arguments.revision)]
     if arguments.compare is not None:
         chains.append(Chain.from_pretrained(arguments.compare, revision=arguments.compare_revision))
+    if arguments.cards and (pulled := [chain.name_or_path for chain in chains if chain.revision is not None]):
+        raise ValueError(
+            f"--cards writes into the chain's folder, and {', '.join(pulled)} is on the Hub. Save it into a folder "
+            "first: Chain.from_pretrained(...).save_pretrained(...)."
+        )
     console = Console()
     with quiet_loading(), step_bar(console) as show:
         measured = measure_chains(chains, rows, options, results, show)
     files = write_report(measured, output, Path(arguments.data).name, options.tasks)
-    for chain in measured:
-        console.print(rich_table(chain, title=chain["name"]))
-        for sentence in findings(chain):
+    for chain, found in zip(chains, measured, strict=True):
+        if arguments.cards:
+            save_cards(chain, found)
+        console.print(rich_table(found, title=found["name"]))
+        for sentence in findings(found):
             console.print(sentence, highlight=False)
     if len(measured) > 1 and (said := compared(measured)):
         console.print(said, highlight=False)

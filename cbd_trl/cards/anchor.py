@@ -53,7 +53,7 @@ def anchor_card(chain: AnyChain, anchor: Anchor, repo_id: str | None = None) -> 
         use=_USE.format(place=f'"{repo_id}"' if repo_id else f'"{name}", subfolder="{anchor.name}"'),
         license=license_sentence(origins),
         sections=list(_training(anchor)),
-        picture=(anchor.path / PICTURE).is_file() and repo_id is None,
+        picture=(anchor.path / PICTURE).is_file(),
     )
     return card.text(data)
 
@@ -100,8 +100,11 @@ def _training(anchor: Anchor) -> Iterator[str]:
 def _arguments(told: Mapping[str, Any]) -> dict[str, Any]:
     """The recorded arguments of a training; of a matched model how well it matched."""
     if "aligned" in told:
-        return {f"match of {what}": quality for what, quality in told.get("match", {}).items()}
+        match = told.get("match")
+        return {f"match of {what}": quality for what, quality in match.items()} if isinstance(match, Mapping) else {}
     bridge = told.get("bridge")
-    arguments = bridge.get("arguments", {}) if isinstance(bridge, Mapping) else told
+    arguments = bridge.get("arguments") if isinstance(bridge, Mapping) else told
+    if not isinstance(arguments, Mapping):
+        return {}
     beside = ("source", "fingerprint", ORIGINS, DATASETS)
     return {name: value for name, value in arguments.items() if name not in beside and value is not None}

@@ -10,10 +10,12 @@ from cbd_trl.cards.history import AnyChain, chain_datasets, chain_name, chain_or
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.template import PICTURE, Card, code, plain, table
 from cbd_trl.chain.records import Anchor
+from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.chain.solve_shape import solve_target
 from cbd_trl.report.tables import describe_shape, markdown_table
 
 # What a sweep measured, beside the chain.
-MEASURED = "evaluation.json"
+MEASURED = "loss-against-size.json"
 _USE = """from cbd_trl import Chain, from_chain
 model = from_chain("{name}", num_parameters={size:_})
 tokenizer = Chain.from_pretrained("{name}").tokenizer()"""
@@ -23,8 +25,8 @@ def chain_card(chain: AnyChain, repo_id: str | None = None) -> str:
     """The card of a chain.
 
     Args:
-        chain: the chain. Where `evaluation.json` (what `cbd_trl.report.sweep.sweep` returned) and the picture lie in
-            its folder, the card shows them.
+        chain: the chain. Where what was measured of it and the picture lie in its folder (see `save_cards`), the card
+            shows them.
         repo_id: where it is going to be on the Hub; None for where it is.
 
     Returns:
@@ -65,9 +67,15 @@ def chain_card(chain: AnyChain, repo_id: str | None = None) -> str:
 
 
 def _example(anchors: list[Anchor]) -> int:
-    """A size between the two largest anchors, in the middle, as people say it."""
-    middle = (anchors[0].num_parameters + anchors[min(1, len(anchors) - 1)].num_parameters) / 2
-    return round(float(f"{middle:.3g}")) if len(anchors) > 1 else anchors[0].num_parameters
+    """A size that can be made: in the middle between the two largest anchors, as people say it, where one is near."""
+    if len(anchors) < 2:
+        return anchors[0].num_parameters
+    upper, lower, blocks = anchors[0].architecture(), anchors[1].architecture(), anchors[1].block_map or []
+    middle = round(float(f"{(upper.num_parameters + lower.num_parameters) / 2:.3g}"))
+    with suppress(ValueError):
+        solve_target(upper, lower, blocks, middle)
+        return middle
+    return target_architecture(upper, solve_target(upper, lower, blocks, middle, tolerance=1.0)).num_parameters
 
 
 def _anchors_table(anchors: list[Anchor]) -> str:
@@ -88,8 +96,16 @@ def _anchors_table(anchors: list[Anchor]) -> str:
 
 def _measured(chain: AnyChain) -> Iterator[str]:
     """A table of what was measured, where something was."""
-    report: Any = None
-    with suppress(OSError, ValueError):
-        report = json.loads((chain.path / MEASURED).read_text(encoding="utf-8"))
-    if report:
+    # A file that is no report, or of another version, is no reason to have no card.
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
+        report = _plain(json.loads((chain.path / MEASURED).read_text(encoding="utf-8")))
         yield f"## Measured\n\nHeld-out loss, nats per token.\n\n{markdown_table(report)}"
+
+
+def _plain(value: Any) -> Any:
+    """A report whose names may stand in a table."""
+    if isinstance(value, dict):
+        return {plain(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return plain(value) if isinstance(value, str) else value

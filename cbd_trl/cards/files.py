@@ -3,9 +3,11 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
 from transformers.utils import logging
 
 from cbd_trl.cards.anchor import anchor_card
@@ -47,19 +49,19 @@ def save_card(folder: Path, made: str) -> None:
 
 
 def save_cards(chain: AnyChain, report: Mapping[str, Any] | None = None) -> None:
-    """Write the cards of a chain in a folder and of its anchors. A chain is whole without them: where they cannot be
-    written there is a warning.
+    """Write the cards of a chain in a folder and of its anchors there. A chain is whole without them: where they
+    cannot be written there is a warning.
 
     Args:
         chain: the chain.
         report: what was measured of it (`cbd_trl.report.sweep.sweep`): kept beside the chain as a picture and as
-            `evaluation.json`; None leaves there what an earlier call left.
+            JSON; None leaves there what an earlier call left.
     """
     try:
         if report is not None:
             _save_measurements(chain.path, report)
-        for anchor in chain.anchors:
-            copy_picture(chain.path, anchor.path)
+        for anchor in (anchor for anchor in chain.anchors if anchor.repo is None):
+            copy_picture(chain, anchor.path)
             save_card(anchor.path, anchor_card(chain, anchor))
         save_card(chain.path, chain_card(chain))
     except OSError as error:
@@ -68,10 +70,15 @@ def save_cards(chain: AnyChain, report: Mapping[str, Any] | None = None) -> None
         )
 
 
-def copy_picture(chain: Path, folder: Path) -> None:
-    """Put the picture of a chain's folder, if there is one, beside a card of what was made from it."""
-    if (chain / PICTURE).is_file():
-        shutil.copyfile(chain / PICTURE, folder / PICTURE)
+def copy_picture(chain: AnyChain, folder: Path) -> None:
+    """Put the picture of a chain, if there is one, beside a card of what was made from it."""
+    picture = chain.path / PICTURE
+    if chain.revision is not None and not picture.is_file():
+        # Into the folder of this commit in the Hub's cache; a model is whole without it, whatever goes wrong.
+        with suppress(Exception):
+            hf_hub_download(chain.name_or_path, PICTURE, revision=chain.revision)
+    if picture.is_file():
+        shutil.copyfile(picture, folder / PICTURE)
 
 
 def _read(file: Path) -> str | None:
@@ -79,7 +86,6 @@ def _read(file: Path) -> str | None:
 
 
 def _save_measurements(folder: Path, report: Mapping[str, Any]) -> None:
-
     # Drawing takes a library that nothing else here needs.
     from cbd_trl.report.plots import plot_sweep
 

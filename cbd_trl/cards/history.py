@@ -1,6 +1,5 @@
 """What a chain's records say of where it comes from."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +26,7 @@ class AnyChain(Protocol):
 
 def hub_id(chain: AnyChain) -> str | None:
     """The Hub id of a chain that was opened by one; None for a folder."""
-    return None if os.path.isdir(chain.name_or_path) else chain.name_or_path
+    return None if chain.revision is None else chain.name_or_path
 
 
 def chain_name(chain: AnyChain) -> str:

@@ -7,12 +7,14 @@ from huggingface_hub import ModelCardData
 
 from cbd_trl.cards.licenses import LICENSES, NO_LICENSE
 from cbd_trl.cards.origin import Origin, hub_ids, is_hub_id
-from cbd_trl.cards.template import code, plain
+from cbd_trl.cards.template import code
 from cbd_trl.names import did_you_mean
 
 # How a model comes from its base models (https://huggingface.co/docs/hub/model-cards#specifying-a-base-model).
 RELATIONS = ("finetune", "merge", "adapter", "quantized")
 _LISTS = ("base_model", "datasets", "tags")
+# Beside a card the Hub takes a licence under these names.
+_LICENSE_FILES = ("LICENSE", "LICENSE.md")
 
 
 def card_metadata(
@@ -57,23 +59,22 @@ def card_metadata(
 
 def license_sentence(origins: Sequence[Origin]) -> str:
     """Which licence holds, or why none is stated."""
-    named = {origin.label: origin.license for origin in origins}
-    sources = ", ".join(map(code, named))
-    if not named:
+    sources = ", ".join(dict.fromkeys(code(origin.label) for origin in origins))
+    if not origins:
         return (
             "None is stated: the source of this model is not known. Look its licence up before you share this model."
         )
     if fields := _license_fields(origins):
-        extra = "".join(f", {plain(fields[key])}" for key in ("license_name", "license_link") if key in fields)
+        extra = "".join(f", {code(fields[key])}" for key in ("license_name", "license_link") if key in fields)
         return f"{code(fields['license'])}{extra}: carried over from {sources}."
-    stated = {name: license for name, license in named.items() if license not in (None, NO_LICENSE)}
-    if not stated:
+    if all(origin.license in (None, NO_LICENSE) for origin in origins):
         return (
             f"None is stated, because none was found with the source, {sources}. Look it up there before you share "
             "this model."
         )
-    said = ", ".join(f"{code(license or 'nothing')} ({code(name)})" for name, license in named.items())
-    reason = "they have none in common" if len(named) > 1 else "that does not name one that the Hub knows"
+    said = ", ".join(dict.fromkeys(f"{_terms(origin)} ({code(origin.label)})" for origin in origins))
+    one = len({_stated(origin) for origin in origins}) == 1
+    reason = "that does not name one that the Hub knows" if one else "they are not the same"
     return (
         f"Of the licence is said: {said}. None is stated above, because {reason}. Look it up before you share this "
         "model."
@@ -109,6 +110,12 @@ def check_metadata(data: Mapping[str, Any]) -> None:
         )
     if license == "other" and not data.get("license_name"):
         raise ValueError("license 'other' of a card needs a license_name: without it nobody knows which is meant.")
+    link = data.get("license_link")
+    if link is not None and link not in _LICENSE_FILES and not str(link).startswith(("http://", "https://")):
+        raise ValueError(
+            f"license_link {link!r} of a card is neither an address nor {' or '.join(_LICENSE_FILES)}, a file beside "
+            "the card. Give one of these, or leave it out."
+        )
     if relation is not None and relation not in RELATIONS:
         raise ValueError(
             f"base_model_relation {relation!r} of a card is not one of {', '.join(RELATIONS)}."
@@ -124,11 +131,26 @@ def check_metadata(data: Mapping[str, Any]) -> None:
 
 def _license_fields(origins: Sequence[Origin]) -> dict[str, str]:
     """The licence of all origins; empty where they state none, several or one that the Hub does not know."""
-    stated = {(origin.license, origin.license_name, origin.license_link) for origin in origins}
-    if len(stated) != 1:
+    if len({_stated(origin) for origin in origins}) != 1:
         return {}
-    license, name, link = stated.pop()
-    if license not in LICENSES or license == NO_LICENSE or (license == "other" and not name):
+    license = origins[0].license
+    if license not in LICENSES or license == NO_LICENSE or (license == "other" and not origins[0].license_name):
         return {}
-    known = {"license": license, "license_name": name, "license_link": link}
-    return {key: value for key, value in known.items() if value is not None}
+    known = {"license": license}
+    for key in ("license_name", "license_link"):
+        # Several models of one licence each link to a copy of their own.
+        values = {getattr(origin, key) for origin in origins}
+        if len(values) == 1 and (value := values.pop()) is not None:
+            known[key] = value
+    return known
+
+
+def _stated(origin: Origin) -> tuple[str | None, ...]:
+    """What has to be the same for two licences to be one: where it is called "other", its name and its link too."""
+    if origin.license == "other":
+        return (origin.license, origin.license_name, origin.license_link)
+    return (origin.license,)
+
+
+def _terms(origin: Origin) -> str:
+    return ", ".join(code(part) for part in _stated(origin) if part) or code("nothing")

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
 from cbd_trl.names import readable_name
 
 _README = "README.md"
 # Where the Hub's client keeps what it fetched: a folder with no name of its own, but in a path that says it all.
-_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})$")
+_SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})(?=/|$)")
 # A dataset from the Hub remembers its files by addresses like hf://datasets/org/name@commit/file.
 _DATASET = re.compile(r"hf://datasets/([^@]+)@")
+_LINK = re.compile(r"https?://[^\s<>`|\"']+")
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Origin:
         base_models: itself where it is on the Hub; of a folder the models on the Hub that its card names as its base.
         revision: its commit on the Hub.
         license: as its card states it: an identifier, not necessarily one that the Hub knows.
-        license_name, license_link: of a licence that is called "other".
+        license_name: of a licence that is called "other".
+        license_link: its address; a file beside the model is no address, since nobody copies it.
     """
 
     name: str | None = None
@@ -55,37 +58,26 @@ def origin_of(
     name: str | os.PathLike[str] | None,
     revision: str | None = None,
     token: str | bool | None = None,
-    local_only: bool = False,
 ) -> Origin:
     """What can be known of a model that has been loaded; nothing is guessed, and no failure is an error.
 
     Args:
         name: the folder or Hub id it was loaded from; what `name_or_path` says of a model in memory.
         revision, token: of a Hub id.
-        local_only: look in the Hub's cache on this machine and nowhere else.
     """
     place = str(name or "")
     if os.path.isdir(place):
-        found = _SNAPSHOT.search(Path(place).resolve().as_posix())
-        stated = _stated(Path(place) / _README)
-        if found is None:
-            return Origin(
-                readable_name(str(Path(place).resolve())),
-                hub_ids(_texts(stated.get("base_model"))),
-                **_license(stated),
-            )
-        return _on_hub(found[1].replace("--", "/"), found[2], stated)
+        folder = Path(place).resolve()
+        if found := _SNAPSHOT.search(folder.as_posix()):
+            return _on_hub(found[1].replace("--", "/"), found[2], token)
+        stated = _stated(folder / _README)
+        named = (base for base in _texts(stated.get("base_model")) if not os.path.exists(base))
+        return Origin(readable_name(str(folder)), hub_ids(named), **_license(stated))
     if not is_hub_id(place):
         return Origin()
-    config = try_to_load_from_cache(place, "config.json", revision=revision)
-    if not isinstance(config, str):
-        # What is not in the cache was not loaded from the Hub: a name like "runs/model" may be a folder that moved.
-        return Origin()
-    commit = Path(config).parent.name
-    card = None
-    with suppress(OSError, ValueError):
-        card = hf_hub_download(place, _README, revision=commit, token=token, local_files_only=local_only)
-    return _on_hub(place, commit, _stated(card))
+    commit = _cached_commit(place, revision)
+    # What is not in the cache was not loaded from the Hub: a name like "runs/model" may be a folder that moved.
+    return Origin() if commit is None else _on_hub(place, commit, token)
 
 
 def read_origins(records: Any) -> tuple[Origin, ...]:
@@ -113,17 +105,34 @@ def hub_datasets(dataset: Any) -> tuple[str, ...]:
     return hub_ids(found[1] for file in files if (found := _DATASET.match(str(file))))
 
 
-def _on_hub(repo_id: str, commit: str, stated: Mapping[str, Any]) -> Origin:
-    license = _license(stated)
-    link = license["license_link"]
-    if link is not None and not re.match(r"https?://", link):
-        license["license_link"] = f"https://huggingface.co/{repo_id}/blob/{commit}/{link.lstrip('./')}"
-    return Origin(repo_id, (repo_id,), commit, **license)
+def _cached_commit(repo_id: str, revision: str | None) -> str | None:
+    """The commit in the Hub's cache that a model was loaded from; None where there is none."""
+    config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    if isinstance(config, str):
+        return Path(config).parent.name
+    # A model in memory does not remember its branch; where one commit is cached, that is it.
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots"
+    cached = [file.parent.name for file in folder.glob("*/config.json")] if revision is None else []
+    return cached[0] if len(cached) == 1 else None
+
+
+def _on_hub(repo_id: str, commit: str, token: str | bool | None) -> Origin:
+    card = None
+    # Whatever the client and its HTTP library raise: nothing that took days ends for want of a card.
+    with suppress(Exception):
+        card = hf_hub_download(repo_id, _README, revision=commit, token=token)
+    stated = _stated(card)
+    link = next(iter(_texts(stated.get("license_link"))), "")
+    if link and not _LINK.fullmatch(link):
+        # A file of its repository, which is said from elsewhere by its address.
+        stated["license_link"] = f"https://huggingface.co/{repo_id}/blob/{commit}/{link.lstrip('./')}"
+    return Origin(repo_id, (repo_id,), commit, **_license(stated))
 
 
 def _stated(card: Path | str | None) -> dict[str, Any]:
     """The metadata of a card; empty where there is none that can be read."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
+    # RecursionError too: nobody has looked at what is written there.
+    with suppress(OSError, ValueError, RuntimeError, yaml.YAMLError):
         return (None if card is None else metadata_load(card)) or {}
     return {}
 
@@ -131,19 +140,24 @@ def _stated(card: Path | str | None) -> dict[str, Any]:
 def _license(stated: Mapping[str, Any]) -> dict[str, str | None]:
     """The licence fields of a card; of several, which may all hold or be a choice, none can be named."""
     names = _texts(stated.get("license"))
-    fields = {key: next(iter(_texts(stated.get(key))), None) for key in ("license_name", "license_link")}
-    return {"license": ", ".join(names).lower() or None, **fields}
+    name, link = (next(iter(_texts(stated.get(key))), None) for key in ("license_name", "license_link"))
+    return {"license": ", ".join(names).lower() or None, "license_name": name, "license_link": _address(link)}
+
+
+def _address(link: str | None) -> str | None:
+    return link if link is not None and _LINK.fullmatch(link) else None
 
 
 def _texts(value: Any) -> list[str]:
+    """The texts among a value or a list of them, each in one line."""
     values = value if isinstance(value, list) else [value]
-    return [value for value in values if isinstance(value, str) and value]
+    lines = (" ".join(value.split()) for value in values if isinstance(value, str))
+    return [line for line in lines if line]
 
 
 def _read(record: Any) -> Origin:
     known = record if isinstance(record, dict) else {}
-    fields = {
-        key: known[key] if isinstance(known.get(key), str) else None
-        for key in ("name", "revision", "license", "license_name", "license_link")
-    }
+    keys = ("name", "revision", "license", "license_name", "license_link")
+    fields = {key: next(iter(_texts(known.get(key))), None) for key in keys}
+    fields["license_link"] = _address(fields["license_link"])
     return Origin(base_models=hub_ids(_texts(known.get("base_models"))), **fields)

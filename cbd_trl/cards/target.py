@@ -5,14 +5,11 @@ from typing import Any
 
 from cbd_trl.cards.history import AnyChain, chain_name, chain_origins, hub_id, weight_hashes
 from cbd_trl.cards.metadata import card_metadata, license_sentence
-from cbd_trl.cards.template import PICTURE, Card, code, plain
+from cbd_trl.cards.template import PICTURE, Card, code, generate_with, plain
 from cbd_trl.report.tables import describe_shape, format_count
 
 # What makes a target of both anchors; the others take one of them, cut or grown.
 _MERGING = ("nested", "patch", "linear")
-_USE = """from transformers import pipeline
-generator = pipeline("text-generation", model="{name}")
-print(generator("Once upon a time")[0]["generated_text"])"""
 
 
 def target_card(chain: AnyChain, told: Mapping[str, Any], name: str) -> str:
@@ -44,7 +41,7 @@ def target_card(chain: AnyChain, told: Mapping[str, Any], name: str) -> str:
         "[cbd_trl](https://arxiv.org/abs/2605.07783) made from the weights of a chain, without a teacher and without "
         "training.",
         facts=dict(_facts(chain, told)),
-        use=_USE.format(name=plain(name)),
+        use=generate_with(name),
         license=license_sentence(origins),
         picture=(chain.path / PICTURE).is_file(),
     )

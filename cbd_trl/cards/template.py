@@ -30,6 +30,11 @@ _TEXT = """---
 {license}
 """
 _SEAL = "<!-- Written by cbd_trl ({digest}): rewritten with what it describes; once edited, left as it is. -->\n"
+# What GitHub makes a link of without being asked, besides what has a colon or an @ in it.
+_WEB = re.compile(r"www\.", re.IGNORECASE)
+_GENERATE = """from transformers import pipeline
+generator = pipeline("text-generation", model="{name}")
+print(generator("Once upon a time")[0]["generated_text"])"""
 _SEALED = re.compile(r"<!-- Written by cbd_trl \((\w+)\): [^\n]* -->\n?$")
 
 
@@ -93,13 +98,23 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def plain(text: object) -> str:
-    """Words from elsewhere (a name, a value of a manifest) as one line in which nothing is Markdown, HTML or code."""
-    return re.sub(r"[^\w .,:;/@+()=%-]", "?", " ".join(str(text).split()))
+    """Words from elsewhere (a name, a value of a manifest) as one line in which nothing is a link, HTML or code."""
+    return _WEB.sub("www?", re.sub(r"[^\w .,;/+()=%-]", "?", " ".join(str(text).split())))
 
 
 def code(text: object) -> str:
     """The same between backticks, for values: all but what would end them, or the cell of a table, stays as it is."""
-    return "`" + re.sub(r"[`|]", "?", " ".join(str(text).split())) + "`"
+    # Two backticks with nothing between them would begin code that goes on to the next two.
+    return f"`{re.sub(r'[`|]', '?', ' '.join(str(text).split())) or '?'}`"
+
+
+def generate_with(name: str) -> str:
+    """Three lines of Python that let a model write.
+
+    Args:
+        name: of its folder or its repository.
+    """
+    return _GENERATE.format(name=plain(name))
 
 
 def _digest(text: str) -> str:

@@ -216,7 +216,7 @@ def save_model(model: PreTrainedModel, chain: Chain, directory: Path) -> None:
         model.config._name_or_path = model.name_or_path = str(directory)
         model.save_pretrained(temporary)
         chain[told["anchors"][0]].load_tokenizer().save_pretrained(temporary)
-        copy_picture(chain.path, temporary)
+        copy_picture(chain, temporary)
         save_card(temporary, target_card(chain, told, directory.name))
         if directory.exists():
             directory.rename(before)

@@ -209,6 +209,8 @@ class Chain:
         for anchor in self.anchors:
             copy_anchor(anchor, target)
         for name in (*CARD_FILES, MEASURED):
+            # What is there may be of another chain.
+            (target / name).unlink(missing_ok=True)
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, target / name)
         here = tuple(dataclasses.replace(anchor, repo=None) for anchor in self.anchors)

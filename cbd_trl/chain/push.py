@@ -63,7 +63,7 @@ class Push:
         before = self._there(repo_id)
         # As its cards call it.
         named = copy.copy(chain)
-        named.name_or_path = repo_id
+        named.name_or_path, named.revision = repo_id, self.revision or "main"
         content: dict[str, Path | bytes] = {}
         anchors = []
         for anchor in chain.anchors:
@@ -126,18 +126,19 @@ class Push:
 def _anchor_content(chain: AnyChain, anchor: Anchor, own: str | None = None) -> Content:
     """An anchor's files and its card, as they lie in the chain's repository or in their own."""
     card = current_card(anchor.path, anchor_card(chain, anchor, own)).encode()
-    beside = [name for name in CARD_FILES if own is None and (anchor.path / name).is_file()]
+    beside = [name for name in CARD_FILES if (anchor.path / name).is_file()]
     return {**{name: anchor.path / name for name in (*beside, *anchor.files)}, README: card}
 
 
 def _left_over(before: list[str], content: Content) -> list[str]:
-    """What a repository held of an earlier chain and this one does not have: weights, and files beside them in a
-    folder."""
+    """What a repository held of an earlier chain and this one does not have: weights, files beside them in a folder,
+    and what was measured."""
     folders = {PurePosixPath(name).parent for name in before if name.endswith(_WEIGHTS)} - {PurePosixPath()}
     return [
         name
         for name in before
-        if name not in content and (name.endswith(_WEIGHTS) or PurePosixPath(name).parent in folders)
+        if name not in content
+        and (name.endswith(_WEIGHTS) or PurePosixPath(name).parent in folders or name in (*CARD_FILES, MEASURED))
     ]
 
 

@@ -55,7 +55,7 @@ class Source:
 
     def origin(self) -> Origin:
         """What its card says of it; asked for once it was loaded."""
-        return origin_of(self.name, self.revision, self.token, local_only=isinstance(self.place, PreTrainedModel))
+        return origin_of(self.name, self.revision, self.token)
 
     def config(self) -> PretrainedConfig:
         """Its config, without the weights.

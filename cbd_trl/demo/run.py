@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from cbd_trl.cards import save_cards
 from cbd_trl.chain.build import build_chain
 from cbd_trl.chain.from_chain import from_chain
 from cbd_trl.chain.manifest import Chain
@@ -191,6 +192,7 @@ class Demo:
             )
         for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
             entry["tokens_seen"] = anchor.tokens_seen
+        save_cards(chain, report)
         self.results.put("sweep done", True)
         self._costs()
         return report

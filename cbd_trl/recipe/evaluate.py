@@ -1,12 +1,16 @@
-"""What a finished chain is worth: the held-out loss of each anchor and of a few sizes, written beside it."""
+"""What a finished chain is worth: the held-out loss of each anchor and of a few sizes, beside it and on its cards."""
 
 import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cbd_trl.architectures import describe
+from cbd_trl.cards import save_cards
 from cbd_trl.chain.from_chain import from_chain
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.losses.held_out import held_out_loss
@@ -14,12 +18,13 @@ from cbd_trl.report.results import write_text
 from cbd_trl.report.sweep import fingerprint
 
 EVALUATION = "evaluation.json"
+_MEASURED = ("num_parameters", "shape", "loss", "seconds")
 
 
 def evaluate_chain(
     chain: Chain, folder: Path, blocks: Tensor, sizes: tuple[float, ...], device: Any
 ) -> dict[str, Any]:
-    """Measure each anchor, and a target of each size; what an earlier run measured is kept.
+    """Measure each anchor, and a target of each size, and show it on the cards; what an earlier run measured is kept.
 
     Args:
         chain: finished.
@@ -30,7 +35,7 @@ def evaluate_chain(
 
     Returns:
         what the file holds: `tokens`, and in `models` a list of {"kind": "anchor" or "target", "name" or "asked",
-        "num_parameters", "loss": nats per token}.
+        "num_parameters", "shape", "loss": nats per token, "seconds" to make the model}.
     """
     key = fingerprint(blocks, [anchor.files for anchor in chain.anchors])
     kept = _measured(folder / EVALUATION, key)
@@ -41,13 +46,27 @@ def evaluate_chain(
     wanted += [({"kind": "target", "asked": size}, lambda size=size: from_chain(chain, size)) for size in sizes]
     for named, make in wanted:
         known = next((entry for entry in kept if named.items() <= entry.items()), None)
-        report["models"].append(known or {**named, **_measure(make(), blocks, device)})
+        report["models"].append(known or {**named, **_measure(make, blocks, device)})
         write_text(folder / EVALUATION, json.dumps(report, indent=1) + "\n")
+    save_cards(chain, _as_sweep(report["models"]))
     return report
 
 
-def _measure(model: Any, blocks: Tensor, device: torch.device) -> dict[str, Any]:
-    return {"num_parameters": model.num_parameters(), "loss": held_out_loss(model.to(device), blocks)}
+def _measure(make: Callable[[], Any], blocks: Tensor, device: torch.device) -> dict[str, Any]:
+    begin = time.perf_counter()
+    model = make()
+    seconds = time.perf_counter() - begin
+    values = (model.num_parameters(), describe(model.config).shape, held_out_loss(model.to(device), blocks), seconds)
+    return dict(zip(_MEASURED, values, strict=True))
+
+
+def _as_sweep(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same as `cbd_trl.report.sweep.sweep` has it."""
+    targets = [entry for entry in models if entry["kind"] == "target"]
+    return {
+        "anchors": [entry for entry in models if entry["kind"] == "anchor"],
+        "targets": [{**entry, "loss": {"nested": entry["loss"]}} for entry in targets],
+    }
 
 
 def _measured(file: Path, key: str) -> list[dict[str, Any]]:
@@ -56,6 +75,7 @@ def _measured(file: Path, key: str) -> list[dict[str, Any]]:
         return []
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
-        return report["models"] if report["key"] == key else []
-    except (ValueError, KeyError, TypeError):
+        models = report["models"] if report["key"] == key else []
+        return [entry for entry in models if entry.keys() >= {*_MEASURED}]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return []

@@ -1,8 +1,9 @@
 """Off-policy distillation on SFT-shaped data: wiring only, the formulas are in `cbd_trl.losses`."""
 
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from cbd_trl.names import readable_name
+from cbd_trl.cards.files import save_card
+from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.remote_code import name_remote_code
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
@@ -210,7 +212,7 @@ class DistillTrainer(StepTrainer):
     def create_model_card(  # type: ignore[override]  # TRL's signature, not that of transformers
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write the card of the distilled model to the output folder.
+        """Write the card of the distilled model to the output folder, unless one that somebody edited is there.
 
         Args:
             model_name: title of the card; None for the name of the output folder.
@@ -224,16 +226,22 @@ class DistillTrainer(StepTrainer):
         best_step = self.state.best_global_step if self.args.load_best_model_at_end else None
         card = distillation_card(
             trainer=self._config.trainer,
-            title=model_name or os.path.basename(os.path.normpath(output_dir)),
+            title=model_name or Path(output_dir).resolve().name,
             hub_model_id=self.hub_model_id,
             dataset=dataset_name,
             student=describe_model(self.model, name),
             teacher=self._teacher_text,
-            base_model=name if name and readable_name(name) == name else None,
+            origin=self._student_origin,
+            is_adapter=self._student is not self.accelerator.unwrap_model(self.model),
             args=self.args,
             tokens=int(self._token_counter.tokens),
             # An upload hands over the tags of the model, which are the trainer's once more.
             tags=[*dict.fromkeys(own + ([tags] if isinstance(tags, str) else list(tags or [])))],
             results=describe_results(self.state.log_history, best_step),
         )
-        card.save(os.path.join(output_dir, "README.md"))
+        save_card(Path(output_dir), card)
+
+    @cached_property
+    def _student_origin(self) -> Origin:
+        """Looked up once: a card is written at every checkpoint."""
+        return origin_of(self._student_name)

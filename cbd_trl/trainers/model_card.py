@@ -1,49 +1,18 @@
-"""The card that is saved beside a distilled model."""
+"""What the card beside a distilled model says."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from torch import nn
 
+from cbd_trl.cards.losses import evaluation_prefix, losses_table
+from cbd_trl.cards.metadata import card_metadata, license_sentence
+from cbd_trl.cards.origin import Origin
+from cbd_trl.cards.template import Card, code, generate_with, plain
 from cbd_trl.names import readable_name
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.projectors import without_projectors
-
-_TEXT = """---
-{data}
----
-
-# {title}
-
-A language model distilled with `cbd_trl.{trainer}`{dataset}.
-
-| | |
-|---|---|
-| student | {student} |
-| teacher | {teacher} |
-| data | {data_text} |
-| loss | {loss} |
-| hybrid steps | {hybrid} |
-| tokens seen | {tokens:,} |
-{results}
-```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="{model_id}")
-print(generator("Once upon a time")[0]["generated_text"])
-```
-"""
-
-# Logged terms, by what they are called on the card. A unit only where it is the same for every divergence and weight.
-_RESULTS = {
-    "loss": "loss",
-    "kd": "divergence from the teacher",
-    "ce": "cross-entropy (nats)",
-    "hidden": "distance of the layers (no unit)",
-    "teacher_ce": "cross-entropy of the teacher (nats)",
-    "unaligned": "share that the teacher has no tokens for",
-}
 
 
 def describe_model(model: nn.Module, name: str | None) -> str:
@@ -60,7 +29,7 @@ def describe_model(model: nn.Module, name: str | None) -> str:
     parameters = without_projectors(dict(model.named_parameters())).values()
     size = f"{type(model).__name__}, {sum(getattr(p, 'ds_numel', p.numel()) for p in parameters):,} parameters"
     label = readable_name(name)
-    return f"`{label}` ({size})" if label else f"a model made in memory ({size})"
+    return f"{code(label)} ({size})" if label else f"a model made in memory ({size})"
 
 
 def describe_loss(args: DistillConfig) -> str:
@@ -94,25 +63,15 @@ def describe_results(history: Sequence[Mapping[str, Any]], last_step: int | None
         last_step: of the model that is kept, where it is not the last one; later entries are left out.
 
     Returns:
-        Markdown between blank lines; empty if nothing was logged.
+        Markdown; empty if nothing was logged.
     """
     columns: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for entry in history:
         for key in entry:
-            prefix = key.removesuffix("loss")
-            known = prefix == "" or (prefix.startswith("eval_") and prefix != key)
-            if known and (last_step is None or entry.get("step", 0) <= last_step):
-                columns[prefix] = (f"{prefix.removesuffix('_') or 'training'}, step {entry.get('step', 0):,}", entry)
-    if not columns:
-        return ""
-    lines = ["| per token | " + " | ".join(title for title, _ in columns.values()) + " |"]
-    lines.append("|---" * (1 + len(columns)) + "|")
-    for name, text in _RESULTS.items():
-        values = [entry.get(f"{prefix}{name}") for prefix, (_, entry) in columns.items()]
-        if any(value is not None for value in values):
-            cells = ("" if value is None else f"{value:.4g}" for value in values)
-            lines.append(f"| {text} | " + " | ".join(cells) + " |")
-    return "\n" + "\n".join(lines) + "\n"
+            prefix, step = evaluation_prefix(key), entry.get("step", 0)
+            if prefix is not None and (last_step is None or step <= last_step):
+                columns[prefix] = (f"{plain(prefix.removesuffix('_')) or 'training'}, step {step:,}", entry)
+    return losses_table(columns)
 
 
 def distillation_card(
@@ -123,12 +82,13 @@ def distillation_card(
     dataset: str | None,
     student: str,
     teacher: str,
-    base_model: str | None,
+    origin: Origin,
+    is_adapter: bool,
     args: DistillConfig,
     tokens: int,
     tags: list[str],
     results: str,
-) -> ModelCard:
+) -> str:
     """The card of a distilled model.
 
     Args:
@@ -138,34 +98,44 @@ def distillation_card(
         dataset: Hub id of the training data, if known.
         student: from `describe_model`.
         teacher: from `describe_model`.
-        base_model: Hub id of the student, if it came from there.
+        origin: what the student was before.
+        is_adapter: whether what is saved is an adapter.
         args: of the run.
         tokens: tokens seen in training.
         tags: of the card.
         results: from `describe_results`.
 
     Returns:
-        a card ready to save.
+        the text of its README.md.
+
+    Raises:
+        ValueError: the metadata are nothing that the Hub takes, such as a tag that is no text.
     """
-    data: dict[str, Any] = {"library_name": "transformers", "model_name": title, "tags": tags}
-    if base_model:
-        data["base_model"] = base_model
-    if dataset:
-        data["datasets"] = dataset
-    swap = args.swap_probability or 0
-    return ModelCard(
-        _TEXT.format(
-            data=ModelCardData(**data).to_yaml().strip(),
-            trainer=trainer,
-            title=title,
-            dataset=f" on `{dataset}`" if dataset else "",
-            student=student,
-            teacher=teacher,
-            data_text=f"`{dataset}`" if dataset else "not named",
-            loss=describe_loss(args),
-            hybrid=f"{swap:.0%} of the steps" if swap else "none",
-            tokens=tokens,
-            results=results,
-            model_id=hub_model_id or title,
-        )
+    # A name of a file may look like an id.
+    datasets = [dataset] if dataset and not os.path.exists(dataset) else []
+    origins = [] if origin == Origin() else [origin]
+    data = card_metadata(
+        origins,
+        relation="adapter" if is_adapter else "finetune",
+        library="peft" if is_adapter else "transformers",
+        name=plain(title),
+        datasets=datasets,
+        tags=tags,
     )
+    swap = args.swap_probability or 0
+    card = Card(
+        title=plain(title),
+        summary=f"{'An adapter of a' if is_adapter else 'A'} language model, distilled with `cbd_trl.{trainer}`.",
+        facts={
+            "student": student,
+            "teacher": teacher,
+            "data": code(readable_name(dataset)) if dataset else "not named",
+            "loss": describe_loss(args),
+            "hybrid steps": f"{swap:.0%} of the steps" if swap else "none",
+            "tokens seen": f"{tokens:,}",
+        },
+        use=generate_with(hub_model_id or title),
+        license=license_sentence(origins),
+        sections=[f"## Losses\n\n{results}"] if results else [],
+    )
+    return card.text(data)

@@ -1,19 +1,14 @@
 """One tiny chain for the tests that only read one, and a Hub to which it goes."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
-from huggingface_hub.utils import _http
-from transformers.utils import hub as transformers_hub
 
 from cbd_trl import Chain
 from tests.chain.helpers import build_tiny_chain
 from tests.chain.hub_repositories import Hub
-from tests.chain.hub_server import serving
+from tests.chain.hub_server import go_online, serving
 
 
 @pytest.fixture(scope="session")
@@ -30,17 +25,5 @@ def chain(chain_folder: Path) -> Chain:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """An empty Hub with two users, an empty cache, and a client that may go online and is logged in as "me"."""
     with serving(Hub({"token-of-me": "me", "token-of-you": "you"})) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.address)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        # Xet's own protocol is not HTTP requests that one could answer here; without it the client sends files by LFS.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "token-of-me")
-        # transformers keeps a client, with the address of the first time.
-        monkeypatch.setattr(transformers_hub, "_hf_api", None)
-        # Between its tries the client waits for half a minute in all.
-        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+        go_online(monkeypatch, server, tmp_path / "cache")
         yield server

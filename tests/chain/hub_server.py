@@ -4,13 +4,20 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
+from huggingface_hub.utils import _http
+from transformers.utils import hub as transformers_hub
 
 from tests.chain.hub_repositories import Hub, Refused, apply_commit, is_large, object_id, tree
 
@@ -31,6 +38,22 @@ def serving(hub: Hub) -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def go_online(patch: pytest.MonkeyPatch, hub: Hub, cache: Path) -> None:
+    """Have the Hub's client talk to this hub, with a cache of its own, logged in as "me"."""
+    url = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    patch.setattr(constants, "ENDPOINT", hub.address)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # Xet's own protocol is not HTTP requests that one could answer here; without it the client sends files by LFS.
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setenv("HF_TOKEN", "token-of-me")
+    # transformers keeps a client, with the address of the first time.
+    patch.setattr(transformers_hub, "_hf_api", None)
+    # Between its tries the client waits for half a minute in all.
+    patch.setattr(_http, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
 
 
 class _Handler(BaseHTTPRequestHandler):
