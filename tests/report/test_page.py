@@ -72,7 +72,8 @@ def test_hostile_names_are_text_everywhere(word_chain, words, tmp_path):
     flags = ["--data", data, "--operators", "nested", "--output", tmp_path / "out", *QUICK]
     code, shown, err = run(chain, "--compare", word_chain, *flags)
     assert code == 0, err
-    assert "<img src=x onerror=alert(1)>" in shown and "[/red]" in shown
+    # The terminal breaks lines where it likes.
+    assert "".join(HOSTILE.split()) in "".join(shown.split())
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert_self_contained(text)
     texts = Elements(text).texts
