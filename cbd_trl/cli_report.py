@@ -133,6 +133,8 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
 
     assert arguments.data is not None
     output = Path(arguments.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file, and --output names the folder of the report. Give another name.")
     results = Results(output / "results.json")
     rows = held_out_rows(arguments.data, arguments.split)
     chains = [Chain.from_pretrained(name, revision=arguments.revision)]
@@ -152,9 +154,9 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
             save_cards(chain, found)
         console.print(rich_table(found, title=found["name"]))
         for sentence in findings(found):
-            console.print(sentence, highlight=False)
+            console.print(sentence, highlight=False, markup=False)
     if len(measured) > 1 and (said := compared(measured)):
-        console.print(said, highlight=False)
+        console.print(said, highlight=False, markup=False)
     print(f"Written: {', '.join(map(str, files))}")
 
 

@@ -221,7 +221,11 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["biuld"], 2, r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, init, push, report, cache"),
+        (
+            ["biuld"],
+            2,
+            r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, init, push, report, cache",
+        ),
         (["init"], 2, "The chain is missing: cbd-trl init CHAIN"),
         (["init", "chain"], 2, "--output is missing"),
         (["init", "chain", "--ouptut", "x"], 2, r"no flag '--ouptut'. Did you mean '--output'\?"),

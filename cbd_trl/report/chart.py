@@ -18,6 +18,8 @@ _MARKS = {
     "star": "M0,-9L2.3,-3.1L8.6,-2.8L3.7,1.2L5.3,7.3L0,3.8L-5.3,7.3L-3.7,1.2L-8.6,-2.8L-2.3,-3.1Z",
 }
 MARKS = tuple(_MARKS)
+# How wide a letter of a label is.
+_LETTER = 6.8
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def _axes(frame: Frame, y_label: str) -> list[str]:
 
 def _run(series: Series, run: Sequence[Point], frame: Frame) -> list[str]:
     parts = []
+    labels: list[tuple[float, float, float]] = []
     shown = [point for point in run if point.y <= frame.y_range[1]]
     if series.joined and len(shown) > 1:
         places = "L".join(f"{frame.x(point.x):.1f},{frame.y(point.y):.1f}" for point in shown)
@@ -175,10 +178,24 @@ def _run(series: Series, run: Sequence[Point], frame: Frame) -> list[str]:
             parts.append(f'<path class="spread" d="M{x:.1f},{low:.1f}V{high:.1f}"/>')
         parts.append(_marked(series.mark, x, y, point.hover))
         if point.label:
-            middle = min(max(x, frame.left + 20), frame.width - frame.right - 20)
-            place = f'x="{middle:.1f}" y="{y + 22:.1f}" text-anchor="middle"'
+            labels.append(_label_place(point.label, x, y, frame, labels))
+            place = 'x="{:.1f}" y="{:.1f}" text-anchor="middle"'.format(*labels[-1])
             parts.append(f'<text class="label" {place}>{escape(point.label)}</text>')
     return parts
+
+
+def _label_place(
+    text: str, x: float, y: float, frame: Frame, labels: Sequence[tuple[float, float, float]]
+) -> tuple[float, float, float]:
+    """Middle, base line and half the width of a label: below its mark, or else where no earlier one is."""
+    half = len(text) * _LETTER / 2
+    middle = min(max(x, half), frame.width - half)
+    # Above the mark, then further down and up; the last place is taken whatever is there.
+    for place in (y + 22, y - 14, y + 36, y - 28, y + 50):
+        near = [each for each in labels if abs(each[0] - middle) < each[2] + half and abs(each[1] - place) < 13]
+        if not near and place < frame.height - frame.bottom:
+            break
+    return middle, place, half
 
 
 def _marked(mark: str, x: float, y: float, hover: str, css: str = "") -> str:

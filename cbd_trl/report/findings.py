@@ -65,12 +65,12 @@ def compared(reports: Sequence[Mapping[str, Any]]) -> str | None:
     gaps = [y - against for y, against in pairs if against is not None]
     if not gaps:
         return None
-    unit = UNITS[key]
+    unit, mean = UNITS[key], sum(gaps) / len(gaps)
     names = [report["name"] for report in reports]
     return (
         f"{names[1]} is ahead of {names[0]} at {sum(gap < 0 for gap in gaps)} of the {len(gaps)} sizes that lie "
-        f"within both, by {-sum(gaps) / len(gaps):+.3f} {unit} on average; between measured sizes {names[0]} is read "
-        "off a straight line."
+        f"within both, and on average {abs(mean):.3f} {unit} {'below' if mean < 0 else 'above'} it; between measured "
+        f"sizes {names[0]} is read off a straight line."
     )
 
 

@@ -12,8 +12,10 @@ from cbd_trl.report.sweep import RANDOM
 from cbd_trl.report.tables import describe_shape, format_count
 
 _MARK_OF = {"nested": "circle", "patch": "plus", "slice": "square", "expand": "up", "linear": "down", RANDOM: "cross"}
-# A wide drawing, and one whose text can be read on a phone: the page shows the one that fits.
-_SIZES = {"wide": (860.0, 400.0), "narrow": (370.0, 330.0)}
+# A wide drawing, one for half of a wide page, and one whose text can be read on a phone: the page shows what fits.
+_SIZES = {"wide": (860.0, 400.0), "half": (600.0, 360.0), "narrow": (370.0, 330.0)}
+# An anchor's name in a label; the whole of it is in the table.
+_LONGEST_NAME = 14
 
 Value = Callable[[Any], float]
 
@@ -67,7 +69,7 @@ def comparison_chart(reports: Sequence[Mapping[str, Any]], key: str) -> str:
         key: "loss" or "bits_per_byte".
     """
     series = []
-    for number, report in enumerate(reports, 1):
+    for number, report in reversed(list(enumerate(reports, 1))):
         points = curve(report, key)
         hovers = [f"{report['name']}, {format_count(x)}: {y:.3f} {UNITS[key]}" for x, y, _ in points]
         line = [Point(x, y, hover) for (x, y, _), hover in zip(points, hovers, strict=True)]
@@ -187,11 +189,15 @@ def _anchors(
             f"anchor {anchor['name']}, {format_count(anchor['num_parameters'])} ({describe_shape(anchor['shape'])}): "
             f"{told(anchor[key])}",
             spread(anchor[key]),
-            f"{anchor['name']} · {value(anchor[key]):.2f}",
+            f"{_short(anchor['name'])} · {value(anchor[key]):.2f}",
         )
         for anchor in anchors
     ]
     return [Series("anchors and the straight line between them", "anchor", "star", [points])]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _chart(

@@ -1,6 +1,7 @@
 """The picture of a sweep: held-out loss against the number of parameters."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +86,9 @@ def plot_side_by_side(
     for name in formats:
         written.append(Path(path).with_suffix(f".{name}"))
         # Without a date, and with fixed ids, the same sweep gives the same SVG.
-        with rc_context({"svg.hashsalt": "cbd_trl"}):
+        with rc_context({"svg.hashsalt": "cbd_trl"}), warnings.catch_warnings():
+            # A letter of a name that the font lacks is drawn as a box, which needs no warning.
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
             figure.savefig(written[-1], dpi=150, metadata={"Date": None} if name == "svg" else None)
     return written
 
@@ -108,7 +111,8 @@ def _draw_sweep(figure: SubFigure, report: Mapping[str, Any], title: str) -> Non
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="best", frameon=True, framealpha=0.9, fontsize=9)
     if title:
-        figure.suptitle(title, fontsize=12)
+        # A name with dollars in it is no formula.
+        figure.suptitle(title, fontsize=12, parse_math=False)
 
 
 def _sorted(report: Mapping[str, Any]) -> tuple[list[Any], list[Any], list[str]]:
@@ -211,6 +215,7 @@ def _draw_anchors(axes: Axes, anchors: Any) -> None:
             va="top",
             fontsize=9,
             zorder=7,
+            parse_math=False,
         )
     axes.margins(x=0.08)
 

@@ -19,7 +19,12 @@ def step_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     Yields:
         what `sweep` calls as `on_step`: label, number from 0, total.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=None)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 _SHORT = {
     "num_hidden_layers": "layers",
@@ -141,7 +142,8 @@ def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=title or None,
+        # A name is not markup.
+        title=Text(title) if title else None,
         caption="★ anchor. Held-out loss in nats per token; seconds to build the first operator's model.",
     )
     for column, name in enumerate(header):

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from transformers import TrainingArguments
 
 from cbd_trl import Chain
+from cbd_trl.report import chain_report
 from tests.chain.hub_server import Hub, serving
 from tests.docs.programs import Reader
 from tests.docs.reading import ROOT, Step, guides, read_steps
@@ -41,6 +42,8 @@ def quick_training():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingArguments, "__post_init__", quick)
+        # A report reads 64 blocks, here of a few tokens.
+        patch.setattr(chain_report, "_BLOCK_LENGTH", 8)
         # The benchmarks compare with a trainer of trl.experimental, whose import warns.
         patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
         yield

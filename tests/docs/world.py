@@ -140,6 +140,7 @@ INPUTS: dict[str, Callable[[Path], None]] = {
     "rows.jsonl": _text_rows,
     "text.jsonl": _text_rows,
     "prompts.jsonl": _prompts,
+    "held-out.jsonl": lambda file: _write_rows(file, [{"text": text} for text in _texts(60)]),
     "examples": _examples,
 }
 # Those that are on the Hub of the tests, and in no folder.
