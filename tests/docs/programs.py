@@ -17,6 +17,7 @@ from unittest import mock
 
 import cbd_trl
 from cbd_trl.cli import COMMANDS, main
+from cbd_trl.recipe.shipped import find_recipe, shipped_recipes
 from tests.docs.reading import ROOT, Step
 from tests.docs.world import INPUTS, VARIABLES, World, miniature
 
@@ -71,8 +72,8 @@ class Reader:
         made = {word for flag, word in itertools.pairwise(words) if flag.lstrip("-") in _OUTPUTS}
         self._need(set(words) - made)
         for word in words:
-            if word.endswith(".yaml") and Path(word).is_file():
-                self._need(re.findall(r"[\w./-]+", Path(word).read_text()))
+            if file := _file_of(words, word):
+                self._need(re.findall(r"[\w./-]+", file.read_text()))
         PROGRAMS[words[0]](words[1:])
 
     def _python(self, text: str) -> None:
@@ -92,6 +93,13 @@ class Reader:
         for name in INPUTS:
             if any(word == name or (isinstance(word, str) and word.startswith(f"{name}/")) for word in words):
                 self.world.place(name, self.folder)
+
+
+def _file_of(words: Sequence[str], word: str) -> Path | None:
+    """The YAML that a word of a command names."""
+    if word.endswith(".yaml") and Path(word).is_file():
+        return Path(word)
+    return find_recipe(word) if "build" in words and word in shipped_recipes() else None
 
 
 def _cbd_trl(words: Sequence[str]) -> None:
