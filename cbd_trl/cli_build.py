@@ -19,7 +19,12 @@ def build(flags: list[str]) -> None:
     Args:
         flags: as typed.
     """
-    if flags and (not flags[0].startswith("-") or flags[0].partition("=")[0] in _RECIPE_FLAGS):
+    if not flags or "--recipe" in {flag.partition("=")[0] for flag in flags}:
+        raise UsageError(
+            "Name a recipe without a flag: cbd-trl build recipe.yaml --dry-run, or one that --list-recipes names: "
+            "cbd-trl build smollm2-135m --dry-run. Or say it all in flags, from --source on."
+        )
+    if not flags[0].startswith("-") or flags[0].partition("=")[0] in _RECIPE_FLAGS:
         _build_recipe(flags)
     else:
         _build_from_flags(flags)
@@ -77,7 +82,7 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
     if dry_run:
         print("Nothing was built or written: this is a dry run.")
     if check.problems:
-        raise RecipeError(recipe.name, check.problems)
+        raise RecipeError(recipe.name, check.problems, recipe.lines)
     if not dry_run:
         _tell(build_checked(check), recipe.output_dir)
 

@@ -4,18 +4,20 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 import torch
 from trl import SFTConfig
 
 from cbd_trl.recipe.schema import Recipe
-from cbd_trl.recipe.values import Values, inside
+from cbd_trl.recipe.values import Values, inside, shown
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 
 # The chain's folder is that of the recipe, and each training's is inside it.
 _NOT_HERE = ("output_dir",)
+_Config = TypeVar("_Config", bound=DistillConfig)
 
 
 def read_arguments(values: Values, value: Any, place: str, config: type[DistillConfig]) -> dict[str, Any]:
@@ -43,17 +45,20 @@ def read_arguments(values: Values, value: Any, place: str, config: type[DistillC
 def _as_annotated(value: Any, hint: Any) -> Any:
     """A value of a field's type. YAML reads 4e-4 as text: a number wants a dot for it (4.0e-4)."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) else (hint,)
+    if value is False and any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):
+        # YAML reads a bare `no` so.
+        return "no"
     if any(kind not in (int, float, bool, str, type(None)) for kind in kinds):
         return value
-    if value is None or type(value) in kinds:
+    if value is None or type(value) in kinds or (float in kinds and type(value) is int):
         return value
-    if float in kinds and not isinstance(value, bool):
+    if float in kinds and isinstance(value, str):
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except ValueError:
             pass
     names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-    raise ValueError(f"{value!r} is a {type(value).__name__}, wanted {names}.")
+    raise ValueError(f"{shown(value)} is a {type(value).__name__}, wanted {names}.")
 
 
 def anchor_args(recipe: Recipe, own: Mapping[str, Any]) -> DistillConfig:
@@ -66,7 +71,7 @@ def anchor_args(recipe: Recipe, own: Mapping[str, Any]) -> DistillConfig:
     Raises:
         ValueError: a value that has no meaning.
     """
-    return DistillConfig(output_dir=recipe.output_dir, **{**_of_the_machine(), **recipe.args, **own})
+    return _without_evaluation(DistillConfig(recipe.output_dir, **{**_of_the_machine(), **recipe.args, **own}))
 
 
 def bridge_args(recipe: Recipe) -> BridgeDistillConfig:
@@ -82,7 +87,22 @@ def bridge_args(recipe: Recipe) -> BridgeDistillConfig:
     # The source's way of being loaded is not the student's, nor is what compares models of one tokenizer.
     shared = {field.name for field in dataclasses.fields(SFTConfig) if field.init} - {"model_init_kwargs"}
     common = {key: value for key, value in recipe.args.items() if key in shared}
-    return BridgeDistillConfig(output_dir=recipe.output_dir, **{**_of_the_machine(), **common, **recipe.bridge.args})
+    args = BridgeDistillConfig(recipe.output_dir, **{**_of_the_machine(), **common, **recipe.bridge.args})
+    return _without_evaluation(args)
+
+
+def default_args(recipe: Recipe) -> DistillConfig:
+    """Arguments to look at the rest of a recipe with, whose own are wrong."""
+    return DistillConfig(recipe.output_dir, **_of_the_machine())
+
+
+def _without_evaluation(args: _Config) -> _Config:
+    if str(args.eval_strategy).rpartition(".")[2].lower() != "no":
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy!s}: in a recipe the trainings have no text to evaluate on. Leave it "
+            "out; `evaluation` measures the finished chain."
+        )
+    return args
 
 
 def _of_the_machine() -> dict[str, Any]:

@@ -16,9 +16,10 @@ from cbd_trl.chain.finished import finished_anchors
 from cbd_trl.chain.head import Head, source_head
 from cbd_trl.chain.plan import Step, anchor_name, plan_step
 from cbd_trl.chain.source import Source
-from cbd_trl.recipe.arguments import anchor_args, bridge_args
-from cbd_trl.recipe.data import check_data
+from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
+from cbd_trl.recipe.data import check_data, check_mix
 from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, bridge_cost, disk_needed, head_cost, measure_speed
+from cbd_trl.recipe.remember import check_unchanged
 from cbd_trl.recipe.schema import Recipe
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -37,6 +38,7 @@ class Check:
         costs: of all anchors, largest first.
         finished: how many of them an earlier run finished.
         speed: of this machine.
+        tokenizer: of the anchors; None where it is not known.
         disk_free: bytes.
     """
 
@@ -48,6 +50,7 @@ class Check:
     costs: list[Cost] = field(default_factory=list)
     finished: int = 0
     speed: Speed | None = None
+    tokenizer: Any = None
     disk_free: int = 0
 
     @property
@@ -78,14 +81,16 @@ def check_recipe(recipe: Recipe) -> Check:
     check.args = check.attempt("args", lambda: anchor_args(recipe, {}))
     if recipe.bridge is not None:
         check.bridge = check.attempt("bridge.args", lambda: bridge_args(recipe))
-    head = None if recipe.source is None or check.args is None else _head(check, check.args)
-    _check_data(check, None if head is None else head.tokenizer)
+    head = None if recipe.source is None else _head(check, check.args or default_args(recipe))
+    check.tokenizer = None if head is None else head.tokenizer
+    _check_data(check)
     if head is not None:
-        assert check.args is not None
-        plan_costs(check, head.architecture, _source_parameters(check))
-        if len(check.steps) == len(recipe.anchors):
+        plan_costs(check, head.architecture, check.attempt("source", lambda: _source_parameters(check)))
+        _check_lengths(check, head.architecture)
+        if not check.problems:
             done = check.attempt("output_dir", lambda: finished_anchors(Path(recipe.output_dir), head, check.steps))
             check.finished = len(done or {})
+            check.attempt("output_dir", lambda: check_unchanged(recipe))
         _check_disk(check)
     return check
 
@@ -98,8 +103,7 @@ def plan_costs(check: Check, head: Architecture, source_parameters: int | None =
         head: the largest anchor.
         source_parameters: of the source, where there is a bridge.
     """
-    recipe, args = check.recipe, check.args
-    assert args is not None
+    recipe, args = check.recipe, check.args or default_args(check.recipe)
     speed = check.speed = measure_speed(args, head.sizes["width"])
     names, upper = [anchor_name(head.num_parameters)], head
     if check.bridge is not None and source_parameters is not None:
@@ -109,7 +113,9 @@ def plan_costs(check: Check, head: Architecture, source_parameters: int | None =
         check.costs.append(head_cost(names[0], head, args, recipe.calibration_tokens, speed))
     for position, anchor in enumerate(recipe.anchors):
         place = f"anchors[{position}]"
-        own = check.attempt(f"{place}.args", partial(anchor_args, recipe, anchor.args))
+        # Where the arguments of all are wrong, the shapes are still looked at.
+        read = partial(anchor_args, recipe, anchor.args)
+        own = args if check.args is None else check.attempt(f"{place}.args", read)
         if own is None:
             continue
         step = check.attempt(place, lambda: plan_step(upper, anchor.what, position, own, None, names))  # noqa: B023
@@ -126,6 +132,11 @@ def _head(check: Check, args: DistillConfig) -> Head | None:
     assert recipe.source is not None
     origin = Source(recipe.source.name, recipe.source.revision)
     check.attempt("source", lambda: _check_weights(recipe.source.name))  # type: ignore[union-attr]
+    if recipe.source.revision is not None and Path(recipe.source.name).is_dir():
+        check.problems.append(
+            f"source.revision: {recipe.source.name} is a folder, which has no revision {recipe.source.revision!r}. "
+            "Leave it out, or name a model on the Hub."
+        )
     if recipe.bridge is None:
         return check.attempt("source", lambda: source_head(origin, None, args, None))
     check.attempt("bridge.model", lambda: _check_weights(recipe.bridge.model))  # type: ignore[union-attr]
@@ -145,12 +156,49 @@ def _check_weights(name: str) -> None:
         )
 
 
-def _check_data(check: Check, tokenizer: Any) -> None:
+def _check_data(check: Check) -> None:
     recipe = check.recipe
-    parts = [*recipe.data, *(part for anchor in recipe.anchors for part in anchor.data)]
-    parts += [*(recipe.bridge.data if recipe.bridge else ()), *(recipe.evaluation.data if recipe.evaluation else ())]
-    for part in parts:
-        check.attempt(part.where, partial(check_data, part, tokenizer))
+    trained = [
+        ("data", recipe.data),
+        *((f"anchors[{n}].data", anchor.data) for n, anchor in enumerate(recipe.anchors)),
+    ]
+    trained += [("bridge.data", recipe.bridge.data)] if recipe.bridge else []
+    held_out = recipe.evaluation.data if recipe.evaluation else ()
+    for place, parts in [*trained, ("evaluation.data", held_out)]:
+        columns = [check.attempt(part.where, partial(check_data, part, check.tokenizer)) for part in parts]
+        if None not in columns:
+            check.attempt(place, partial(check_mix, parts, columns))
+    known = {(part.name, part.config, part.split): part.where for _, parts in trained for part in parts}
+    for part in held_out:
+        if where := known.get((part.name, part.config, part.split)):
+            check.problems.append(
+                f"{part.where}: {part.name} ({part.split}) is trained on, too ({where}), so its loss would say "
+                "nothing of other text. Name another file or split, or slices that share no row: train[:95%] and "
+                "train[95%:]."
+            )
+
+
+def _check_lengths(check: Check, head: Architecture) -> None:
+    """Rows and blocks within the positions of the models; sizes to measure within those of the anchors."""
+    positions, evaluation = int(head.config.max_position_embeddings), check.recipe.evaluation
+    lengths = [
+        (f"anchors[{n}].args.max_length", step.args.max_length) for n, step in enumerate(check.steps) if check.args
+    ]
+    lengths = list({length: (place, length) for place, length in reversed(lengths)}.values())
+    lengths += [("bridge.args.max_length", check.bridge.max_length)] if check.bridge else []
+    lengths += [("evaluation.length", evaluation.length)] if evaluation else []
+    for place, length in lengths:
+        if length is not None and length > positions:
+            check.problems.append(f"{place}: {length} tokens are more than the {positions} that the models can read.")
+    if evaluation is None or len(check.costs) <= len(check.recipe.anchors):
+        return
+    largest, smallest = (check.costs[end].architecture.num_parameters for end in (0, -1))
+    for number, size in enumerate(evaluation.sizes):
+        if not smallest <= size <= largest:
+            check.problems.append(
+                f"evaluation.sizes[{number}]: {size:,.0f} parameters are not between the smallest anchor "
+                f"({smallest:,}) and the largest ({largest:,}), where all targets lie."
+            )
 
 
 def _source_parameters(check: Check) -> int | None:

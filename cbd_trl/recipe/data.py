@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, interleave_datasets
+from datasets import Dataset, ReadInstruction, interleave_datasets
 
 from cbd_trl.chain.calibration import row_text
 from cbd_trl.cli_parsing import load_rows
@@ -30,12 +30,7 @@ def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int) -> Dataset:
     loaded = [_columns(_load(part, tokenizer), part) for part in parts]
     if len(loaded) == 1:
         return loaded[0]
-    formats = {part.where: sorted(rows.column_names) for part, rows in zip(parts, loaded, strict=True)}
-    if len({tuple(columns) for columns in formats.values()}) > 1:
-        raise ValueError(
-            f"A mix needs rows of one format, and these have several: {formats}. Name the column that holds the text "
-            "of each (`column`), or bring them into one format beforehand."
-        )
+    check_mix(parts, [rows.column_names for rows in loaded])
     whole = sum(part.share for part in parts)
     # Oversampling would show the rows of a small dataset many times while the others last.
     return interleave_datasets(
@@ -43,19 +38,32 @@ def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int) -> Dataset:
     )
 
 
-def check_data(part: DataPart, tokenizer: Any) -> None:
+def check_data(part: DataPart, tokenizer: Any) -> list[str]:
     """Read the first row of a dataset, and no more.
 
     Args:
         part: the dataset.
         tokenizer: of the source, or None where it is not known: chats are then not laid out.
 
+    Returns:
+        the columns that would be trained on.
+
     Raises:
         ValueError: the dataset cannot be read, holds no row, or has none of the columns that are wanted.
     """
     if part.name == DEMO:
-        _demo_rows(part, None)
-        return
+        return _demo_rows(part, None).column_names
+    try:
+        ReadInstruction.from_spec(part.split)
+    except ValueError as error:
+        raise ValueError(
+            f"the split {part.split!r} of {part.name} cannot be read ({error}). Write train, or a slice: train[:90%]."
+        ) from error
+    if Path(part.name).is_file() and part.split.partition("[")[0] != "train":
+        raise ValueError(
+            f"{part.name} is a file, which has no split {part.split!r}: all of it is `train`. Leave split out, or "
+            "name a slice, such as train[90%:]."
+        )
     try:
         rows = load_rows(part.name, part.config, part.split.partition("[")[0], streaming=True)
         row = next(iter(rows), None)
@@ -66,10 +74,28 @@ def check_data(part: DataPart, tokenizer: Any) -> None:
     if part.column is not None:
         if not isinstance(row.get(part.column), str):
             raise ValueError(f"{part.name} has no column {part.column!r} of text. Its columns: {', '.join(row)}.")
-        return
-    if tokenizer is None or "input_ids" in row:
-        return
-    row_text(row, tokenizer)
+        return ["text"]
+    if tokenizer is not None and "input_ids" not in row:
+        row_text(row, tokenizer)
+    return _kept(list(row))
+
+
+def check_mix(parts: Sequence[DataPart], columns: Sequence[list[str]]) -> None:
+    """Refuse datasets whose rows cannot be mixed.
+
+    Args:
+        parts: the datasets.
+        columns: of each, those that would be trained on.
+
+    Raises:
+        ValueError: their rows are of several formats.
+    """
+    if len({tuple(sorted(names)) for names in columns}) > 1:
+        formats = {part.where: names for part, names in zip(parts, columns, strict=True)}
+        raise ValueError(
+            f"a mix needs rows of one format, and these have several: {formats}. Name the column that holds the text "
+            "of each (`column`), or bring them into one format beforehand."
+        )
 
 
 def _load(part: DataPart, tokenizer: Any) -> Dataset:
@@ -100,6 +126,9 @@ def _columns(rows: Dataset, part: DataPart) -> Dataset:
     if part.column is not None:
         rows = rows.select_columns([part.column])
         return rows if part.column == "text" else rows.rename_column(part.column, "text")
-    names = set(rows.column_names)
-    kept = next((wanted for wanted in _FORMATS if wanted <= names), names)
-    return rows.select_columns(sorted(kept, key=rows.column_names.index))
+    return rows.select_columns(_kept(rows.column_names))
+
+
+def _kept(names: list[str]) -> list[str]:
+    kept = next((wanted for wanted in _FORMATS if wanted <= set(names)), set(names))
+    return sorted(kept, key=names.index)

@@ -1,5 +1,6 @@
 """From a YAML file to a `Recipe`, everything that is wrong with the file said together."""
 
+import dataclasses
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import yaml
 
 from cbd_trl.recipe.arguments import read_arguments
+from cbd_trl.recipe.lines import lines_of, without
 from cbd_trl.recipe.schema import AnchorPart, BridgePart, DataPart, EvaluationPart, Place, Recipe
 from cbd_trl.recipe.shipped import find_recipe
-from cbd_trl.recipe.values import Values, inside
+from cbd_trl.recipe.values import Values, inside, shown
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 
@@ -45,15 +47,17 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
     """
     file = find_recipe(recipe)
     try:
+        text = file.read_text(encoding="utf-8")
         # The loader is a safe one: plain data, and no object of any class.
-        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        raw = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"The recipe {recipe} cannot be read as YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"The recipe {recipe} holds no mapping. Its keys are: {', '.join(_KEYS)}.")
     for change in changes:
         _change(raw, change)
-    return parse_recipe(raw, file.stem)
+    lines = without(lines_of(text), (change.partition("=")[0] for change in changes))
+    return dataclasses.replace(parse_recipe(raw, file.stem), lines=lines)
 
 
 def parse_recipe(raw: Any, name: str) -> Recipe:
@@ -118,6 +122,9 @@ def _anchor(values: Values, place: str, value: Any) -> AnchorPart | None:
         return None if number is None else AnchorPart(number)
     given = values.mapping(value, place, (*_SIZES, "args", "data"))
     named = [key for key in _SIZES if key in given]
+    if not named and len(given) < len(value):
+        # A misspelt key, which has been refused.
+        return None
     if len(named) != 1:
         values.refuse(place, f"one of {', '.join(_SIZES)} says how large it is; there are {len(named)} of them.")
         return None
@@ -131,8 +138,11 @@ def _anchor(values: Values, place: str, value: Any) -> AnchorPart | None:
 def _what(values: Values, key: str, value: Any, place: str) -> dict[str, Any] | float | None:
     if key == "shape":
         if isinstance(value, dict) and value:
-            return value
-        values.refuse(place, f"{value!r} is no mapping of config fields. Write {{num_hidden_layers: 16}}.")
+            # `build_chain` has them among the config fields; here they stand beside the shape.
+            for other in {"args", "data", "dataset"} & value.keys():
+                values.refuse(inside(place, other), "is no config field. Write `args` and `data` beside `shape`.")
+            return {field: entry for field, entry in value.items() if field not in ("args", "data", "dataset")}
+        values.refuse(place, f"{shown(value)} is no mapping of config fields. Write {{num_hidden_layers: 16}}.")
         return None
     number = values.positive(value, place)
     if number is not None and (number <= 1) != (key == "ratio"):
@@ -184,7 +194,7 @@ def _change(raw: dict[str, Any], change: str) -> None:
     elif isinstance(place, dict):
         place[last] = yaml.safe_load(text)
     else:
-        raise ValueError(f"--set {change}: {place!r} is no mapping, so {last!r} cannot be set in it.")
+        raise ValueError(f"--set {change}: {shown(place)} is no mapping, so {last!r} cannot be set in it.")
 
 
 def _entry(place: Any, step: str, change: str) -> Any:
@@ -194,4 +204,4 @@ def _entry(place: Any, step: str, change: str) -> Any:
             return place.setdefault(step, {})
     elif isinstance(place, list) and int(step[1:-1]) < len(place):
         return place[int(step[1:-1])]
-    raise ValueError(f"--set {change}: there is no {step.strip('[]')} in {place!r}.")
+    raise ValueError(f"--set {change}: there is no {step.strip('[]')} in {shown(place)}.")

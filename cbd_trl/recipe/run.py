@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.chain.bridge_step import BridgeStep
@@ -17,6 +18,7 @@ from cbd_trl.recipe.check import Check, check_recipe
 from cbd_trl.recipe.data import load_data
 from cbd_trl.recipe.evaluate import evaluate_chain
 from cbd_trl.recipe.problems import RecipeError
+from cbd_trl.recipe.remember import remember
 from cbd_trl.recipe.schema import AnchorPart, Recipe
 from cbd_trl.trainers.distill_config import DistillConfig
 
@@ -46,22 +48,26 @@ def build_checked(check: Check) -> Chain:
     """
     recipe, args = check.recipe, check.args
     if check.problems:
-        raise RecipeError(recipe.name, check.problems)
+        raise RecipeError(recipe.name, check.problems, recipe.lines)
     assert recipe.source is not None and args is not None
-    tokenizer = Source(recipe.source.name, recipe.source.revision).tokenizer_or(None)
+    tokenizer, state = Source(recipe.source.name, recipe.source.revision).tokenizer_or(None), PartialState()
+    # Read first: text that cannot be measured on is better known before days of training than after them.
+    blocks = _held_out(recipe, args, check.tokenizer) if recipe.evaluation is not None else None
+    dataset = load_data(recipe.data, tokenizer, args.seed)
+    if state.is_main_process:
+        remember(recipe)
     chain = build_chain(
         recipe.source.name,
         [_anchor(recipe, *both, tokenizer) for both in zip(check.steps, recipe.anchors, strict=True)],
-        dataset=load_data(recipe.data, tokenizer, args.seed),
+        dataset=dataset,
         output_dir=recipe.output_dir,
         args=args,
         bridge=_bridge(check, tokenizer),
         calibration_tokens=recipe.calibration_tokens,
         revision=recipe.source.revision,
     )
-    state = PartialState()
-    if recipe.evaluation is not None and state.is_main_process:
-        _evaluate(recipe, args, chain)
+    if recipe.evaluation is not None and blocks is not None and state.is_main_process:
+        evaluate_chain(chain, Path(recipe.output_dir), blocks, recipe.evaluation.sizes, args.device)
     state.wait_for_everyone()
     return chain
 
@@ -83,10 +89,11 @@ def _bridge(check: Check, tokenizer: PreTrainedTokenizerBase) -> BridgeStep | No
     return BridgeStep(bridge.model, args=check.bridge, dataset=dataset)
 
 
-def _evaluate(recipe: Recipe, args: DistillConfig, chain: Chain) -> None:
+def _held_out(recipe: Recipe, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Blocks of the text to measure on, in the tokens of the anchors: with a bridge these are not the source's."""
     assert recipe.evaluation is not None
-    # With a bridge it is not the source's.
-    tokenizer = chain.tokenizer()
-    rows = load_data(recipe.evaluation.data, tokenizer, args.seed)
-    blocks = token_blocks(rows, tokenizer, recipe.evaluation.tokens, recipe.evaluation.length, args.dataset_text_field)
-    evaluate_chain(chain, Path(recipe.output_dir), blocks, recipe.evaluation.sizes, args.device)
+    rows, wanted = load_data(recipe.evaluation.data, tokenizer, args.seed), recipe.evaluation
+    try:
+        return token_blocks(rows, tokenizer, wanted.tokens, wanted.length, args.dataset_text_field)
+    except ValueError as error:
+        raise RecipeError(recipe.name, [f"evaluation.data: {error}"], recipe.lines) from error

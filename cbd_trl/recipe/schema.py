@@ -101,6 +101,7 @@ class Recipe:
         args: fields of `DistillConfig`, for every anchor.
         calibration_tokens: tokens behind the statistics.
         problems: what is wrong with the file itself, each with its place in it.
+        lines: of the places in the file.
     """
 
     name: str
@@ -113,3 +114,4 @@ class Recipe:
     args: Mapping[str, Any] = field(default_factory=dict)
     calibration_tokens: int = 8192
     problems: tuple[str, ...] = ()
+    lines: Mapping[str, int] = field(default_factory=dict)

@@ -1,11 +1,16 @@
 """Values of a recipe, checked one by one; what is wrong with them is collected, each with its place in the file."""
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cbd_trl.cli_values import parse_count
 from cbd_trl.names import did_you_mean
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
 
 
 class Values:
@@ -38,7 +43,9 @@ class Values:
         """
         known = list(known)
         if not isinstance(value, Mapping):
-            self.refuse(place or "the file", f"{value!r} is no mapping. Write it with the keys {', '.join(known)}.")
+            self.refuse(
+                place or "the file", f"{shown(value)} is no mapping. Write it with the keys {', '.join(known)}."
+            )
             return {}
         for key in value:
             if key not in known:
@@ -54,14 +61,14 @@ class Values:
         """A string; None for None and for anything else, which is refused."""
         if value is None or (isinstance(value, str) and value.strip()):
             return value
-        self.refuse(place, f"{value!r} is no text.")
+        self.refuse(place, f"{shown(value)} is no text.")
         return None
 
     def whole(self, value: Any, place: str, default: int) -> int:
         """A whole number of at least 2."""
         if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
             return value
-        self.refuse(place, f"{value!r} is no whole number of at least 2.")
+        self.refuse(place, f"{shown(value)} is no whole number of at least 2.")
         return default
 
     def positive(self, value: Any, place: str) -> float | None:
@@ -72,7 +79,7 @@ class Values:
             number = 0.0
         if number > 0 and math.isfinite(number):
             return number
-        self.refuse(place, f"{value!r} is no number above 0. Write 44e6, 44M or 0.5.")
+        self.refuse(place, f"{shown(value)} is no number above 0. Write 44e6, 44M or 0.5.")
         return None
 
     def items(self, value: Any, place: str) -> list[tuple[str, Any]]:
@@ -87,3 +94,8 @@ class Values:
 def inside(place: str, key: Any) -> str:
     """The place of a key."""
     return f"{place}.{key}" if place else str(key)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long or deep."""
+    return _SHORT.repr(value)

@@ -17,6 +17,7 @@ from unittest import mock
 
 import cbd_trl
 from cbd_trl.cli import COMMANDS, main
+from cbd_trl.recipe.shipped import find_recipe, shipped_recipes
 from tests.docs.reading import ROOT, Step
 from tests.docs.world import INPUTS, VARIABLES, World, miniature
 
@@ -75,8 +76,8 @@ class Reader:
         made = {word for flag, word in itertools.pairwise(words) if flag.lstrip("-") in _OUTPUTS}
         self._need(set(words) - made)
         for word in words:
-            if word.endswith(".yaml") and Path(word).is_file():
-                self._need(re.findall(r"[\w./-]+", Path(word).read_text()))
+            if file := _file_of(words, word):
+                self._need(re.findall(r"[\w./-]+", file.read_text()))
         PROGRAMS[words[0]](words[1:])
 
     def _python(self, text: str) -> None:
@@ -98,6 +99,13 @@ class Reader:
                 self.world.place(name, self.folder)
 
 
+def _file_of(words: Sequence[str], word: str) -> Path | None:
+    """The YAML that a word of a command names."""
+    if word.endswith(".yaml") and Path(word).is_file():
+        return Path(word)
+    return find_recipe(word) if "build" in words and word in shipped_recipes() else None
+
+
 def _cbd_trl(words: Sequence[str]) -> None:
     if not words or "..." in words:
         assert not words or words[0] in COMMANDS, f"there is no command {words[0]!r}"
@@ -112,7 +120,7 @@ def _cbd_trl(words: Sequence[str]) -> None:
 
 
 def _python(words: Sequence[str]) -> None:
-    """A benchmark reads its flags and goes no further; an example is there, and has a test of its own; what is written in
+    """A benchmark reads its flags and goes no further; an example is there, and has a test of its own; what is part of
     another project is not looked at."""
     if words[0].startswith(OTHER_PROJECTS):
         return

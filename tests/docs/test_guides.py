@@ -12,7 +12,7 @@ from cbd_trl.report import chain_report
 from tests.chain.hub_server import Hub, serving
 from tests.docs.programs import Reader
 from tests.docs.reading import ROOT, Step, guides, read_steps
-from tests.docs.world import World
+from tests.docs.world import World, small_recipes
 
 # Whatever a guide says of a training, here it is one step on the CPU.
 _QUICK = {
@@ -60,6 +60,8 @@ def world(tmp_path_factory, quick_training):
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(Chain, "push_to_hub", lambda chain, repo_id: hub.commit(repo_id, chain.path, "main", "v1"))
+        recipes = small_recipes(folder / "recipes")
+        patch.setattr("cbd_trl.recipe.shipped._folder", lambda: recipes)
         yield World(folder, hub)
 
 

@@ -120,6 +120,18 @@ def _examples(folder: Path) -> None:
         file.write_text(miniature(file.read_text()))
 
 
+def small_recipes(folder: Path) -> Path:
+    """The recipes that the package ships, at the scale of the tiny models.
+
+    Args:
+        folder: where they are to be.
+    """
+    shutil.copytree(ROOT / "cbd_trl" / "recipes", folder)
+    for file in folder.glob("*.yaml"):
+        file.write_text(miniature(file.read_text()))
+    return folder
+
+
 # What a guide may name without having made it. A new name: one line here.
 INPUTS: dict[str, Callable[[Path], None]] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _llama,

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from datasets import interleave_datasets, load_dataset
 from safetensors.torch import load_file
 
-from cbd_trl import Chain, DistillConfig, build_chain, from_chain
+from cbd_trl import Chain, DistillConfig, DistillTrainer, build_chain, from_chain
 from cbd_trl.chain.calibration import token_blocks
 from cbd_trl.cli import main
 from cbd_trl.losses.held_out import held_out_loss
@@ -34,18 +35,35 @@ def _rows(file: Path):
     return load_dataset("json", data_files=str(file), split="train")
 
 
+class Built(NamedTuple):
+    """What the command was given, what it made, and what its trainers were given."""
+
+    recipe: Path
+    folder: Path
+    trainings: list[dict[str, Any]]
+
+    @property
+    def flags(self) -> list[str]:
+        return ["--set", f"output_dir={self.folder}", "--set", f"evaluation.sizes=[{SIZE}]"]
+
+
 @pytest.fixture(scope="module")
-def built(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The recipe and the chain that the command built from it."""
-    folder = tmp_path_factory.mktemp("built")
-    file = write_recipe(inputs)
-    recipe = file.rename(folder / "recipe.yaml")
-    flags = ["--set", f"output_dir={folder / 'chain'}", "--set", f"evaluation.sizes=[{SIZE}]"]
-    assert main(["build", str(recipe), *flags]) == 0
-    return recipe, folder / "chain"
+def built(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder, trainings = tmp_path_factory.mktemp("built"), []
+
+    class Noting(DistillTrainer):
+        def __init__(self, **given: Any) -> None:
+            trainings.append(given)
+            super().__init__(**given)
+
+    built = Built(write_recipe(inputs).rename(folder / "recipe.yaml"), folder / "chain", trainings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cbd_trl.chain.build.DistillTrainer", Noting)
+        assert main(["build", str(built.recipe), *built.flags]) == 0
+    return built
 
 
-def test_the_chain_is_that_of_build_chain(inputs: Path, built: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_chain_is_that_of_build_chain(inputs: Path, built: Built, tmp_path: Path) -> None:
     more = _rows(inputs / "more.jsonl")
     mix = interleave_datasets([_rows(inputs / "rows.jsonl"), more], probabilities=[0.75, 0.25], seed=3)
     args = DistillConfig(output_dir=str(tmp_path), **ARGS)
@@ -58,38 +76,82 @@ def test_the_chain_is_that_of_build_chain(inputs: Path, built: tuple[Path, Path]
         args=args,
         calibration_tokens=64,
     )
-    _assert_same(Chain.from_pretrained(built[1]), expected)
+    _assert_same(Chain.from_pretrained(built.folder), expected)
 
 
-def test_what_the_chain_is_worth_stands_beside_it(inputs: Path, built: tuple[Path, Path]) -> None:
-    report = json.loads((built[1] / "evaluation.json").read_text())
-    chain = Chain.from_pretrained(built[1])
+def test_each_step_has_its_own_objective_and_text(inputs: Path, built: Built) -> None:
+    upper, lower = built.trainings
+    assert (upper["args"].divergence, upper["args"].learning_rate) == ("reverse_kl", 2e-3)
+    assert (lower["args"].divergence, lower["args"].learning_rate) == ("forward_kl", 1e-3)
+    more = _rows(inputs / "more.jsonl")["text"]
+    assert lower["train_dataset"]["text"] == more
+    assert set(upper["train_dataset"]["text"]) <= {*_rows(inputs / "rows.jsonl")["text"], *more}
+
+
+def test_what_the_chain_is_worth_stands_beside_it(inputs: Path, built: Built) -> None:
+    report, chain = json.loads((built.folder / "evaluation.json").read_text()), Chain.from_pretrained(built.folder)
     blocks = token_blocks(_rows(inputs / "held.jsonl"), tiny_tokenizer(), 64, 16)
-    models = [*(anchor.load_model() for anchor in chain.anchors), from_chain(chain, SIZE)]
-    assert report["tokens"] == blocks.numel() == 64
-    assert [entry["loss"] for entry in report["models"]] == [held_out_loss(model, blocks) for model in models]
-    assert [entry["num_parameters"] for entry in report["models"]] == [model.num_parameters() for model in models]
-    assert [entry["kind"] for entry in report["models"]] == ["anchor"] * 3 + ["target"]
+    assert blocks.numel() == 64
+    for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
+        assert (entry["name"], entry["loss"]) == (anchor.name, held_out_loss(anchor.load_model(), blocks))
+    [entry], target = report["targets"], from_chain(chain, SIZE)
+    assert entry["num_parameters"] == target.num_parameters()
+    assert entry["loss"] == {"nested": held_out_loss(target, blocks)}
+    card = (built.folder / "README.md").read_text()
+    assert "## Measured" in card and f"{report['anchors'][0]['loss']:.3f}" in card
 
 
-def test_run_again_nothing_is_redone(built: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    recipe, folder = built
-    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
-    assert len(before) == 6
-    flags = ["--set", f"output_dir={folder}", "--set", f"evaluation.sizes=[{SIZE}]"]
-    assert main(["build", str(recipe), *flags]) == 0
-    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
+def test_the_recipe_is_kept_beside_the_chain(built: Built) -> None:
+    kept = json.loads((built.folder / "recipe.json").read_text())
+    assert [part["share"] for part in kept["data"]] == [0.75, 0.25]
+    assert kept["anchors"][0]["args"] == {"learning_rate": 2e-3, "divergence": "reverse_kl"}
+
+
+def test_a_dry_run_tells_what_is_finished(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.stat().st_mtime_ns for file in built.folder.rglob("*")}
+    shape = "{shape: {num_hidden_layers: 3}}"
+    more = f"anchors=[{{shape: {CHAIN_ANCHORS[0]}, args: {{learning_rate: 0.002, divergence: reverse_kl}}}}, {shape}]"
+    assert main(["build", str(built.recipe), *built.flags, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("finished") == 3 and " left " in shown and "this is a dry run" in shown
+    assert main(["build", str(built.recipe), *built.flags, "--set", more, "--dry-run"]) == 1
+    assert "built with other settings than are asked for now" in capsys.readouterr().err
+    assert {file: file.stat().st_mtime_ns for file in built.folder.rglob("*")} == before
+
+
+def test_run_again_nothing_is_redone(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    # Pictures are copied beside the cards each time.
+    files = [file for file in built.folder.rglob("*.*") if file.suffix != ".png"]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    assert sum(file.suffix == ".safetensors" for file in before) == 6
+    assert main(["build", str(built.recipe), *built.flags]) == 0
+    assert {file: file.stat().st_mtime_ns for file in files} == before
     assert capsys.readouterr().out.count("finished") == 3
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("args.max_steps=3", "changed arguments: ['max_steps']"),
+        ("anchors[1].args={divergence: jsd}", "changed arguments: ['divergence']"),
+        ("data[0].share=0.5", "begun with another data"),
+        ("anchors[1].data=held.jsonl", "begun with another anchors[1].data"),
+        ("calibration_tokens=128", "begun with another calibration_tokens: 64, and 128"),
+        ("anchors[1].shape.hidden_size=8", "built with other settings"),
+    ],
+)
 def test_another_recipe_over_the_same_folder_is_refused(
-    built: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+    inputs: Path, built: Built, change: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, folder = built
-    before = (folder / "chain.json").read_bytes()
-    assert main(["build", str(recipe), "--set", f"output_dir={folder}", "--set", "args.max_steps=3"]) == 1
-    assert "changed arguments: ['max_steps']" in capsys.readouterr().err
-    assert (folder / "chain.json").read_bytes() == before
+    before = {file: file.read_bytes() for file in built.folder.rglob("*.json")}
+    change = change.replace("held.jsonl", str(inputs / "held.jsonl"))
+    flags = ["--set", f"output_dir={built.folder}", "--set", change]
+    if "held" in change:
+        flags += ["--set", f"evaluation.data={inputs / 'rows.jsonl'}", "--set", f"data={inputs / 'more.jsonl'}"]
+    assert main(["build", str(built.recipe), *flags]) == 1
+    shown = capsys.readouterr().err
+    assert said in shown and "output_dir" in shown
+    assert {file: file.read_bytes() for file in built.folder.rglob("*.json")} == before
 
 
 def test_an_anchor_given_by_its_size_may_have_args_of_its_own(inputs: Path, tmp_path: Path) -> None:
