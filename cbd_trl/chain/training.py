@@ -10,11 +10,13 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations import TensorBoardCallback
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.model import stock_model
 from cbd_trl.durable import writing
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
+from cbd_trl.trainers.progress import show_progress
 
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
@@ -109,7 +111,11 @@ def _remove(work: Path) -> None:
 
 
 def train(
-    trainer: Any, student: PreTrainedModel, checkpoint: str | None, generation_config: GenerationConfig | None
+    trainer: Any,
+    student: PreTrainedModel,
+    checkpoint: str | None,
+    generation_config: GenerationConfig | None,
+    label: str,
 ) -> Trained:
     """Train to the end, and evaluate where there is text for it.
 
@@ -118,11 +124,14 @@ def train(
         student: the model that it was given.
         checkpoint: where to go on from; None to begin.
         generation_config: for the trained model.
+        label: what the line of its progress begins with.
 
     Returns:
         the model in eval mode, on the CPU and apart from the trainer.
     """
     architecture, dtype = describe(student.config), student.dtype
+    show_progress(trainer, label)
+    _keep_logs(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = _last_losses(trainer.state.log_history)
     if trainer.eval_dataset is not None:
@@ -132,6 +141,15 @@ def train(
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = generation_config
     return Trained(model, int(losses.pop("num_tokens", 0)), losses)
+
+
+def _keep_logs(trainer: Any) -> None:
+    """TensorBoard's files would go to the work folder, and with it: they are kept in runs/<anchor> beside the anchors,
+    unless TENSORBOARD_LOGGING_DIR says where."""
+    work = Path(trainer.args.output_dir)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(work.parents[1] / "runs" / work.name)
 
 
 def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
