@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.integrations import TensorBoardCallback
 
@@ -136,11 +138,28 @@ def train(
     losses = _last_losses(trainer.state.log_history)
     if trainer.eval_dataset is not None:
         losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    state = {name: state[name].detach().cpu() for name in architecture.state_shapes}
+    state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = generation_config
     return Trained(model, int(losses.pop("num_tokens", 0)), losses)
+
+
+def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The trained weights, on the CPU of every process."""
+    accelerator = trainer.accelerator
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
+    if not sharded or accelerator.num_processes == 1:
+        return {name: state[name].detach().cpu() for name in shapes}
+    # What was sharded is put together in the main process alone.
+    whole = {}
+    for name, shape in shapes.items():
+        if accelerator.is_main_process:
+            tensor = state[name].detach().to(accelerator.device, dtype)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=accelerator.device)
+        whole[name] = broadcast(tensor).cpu()
+    return whole
 
 
 def _keep_logs(trainer: Any) -> None:
