@@ -13,7 +13,8 @@ from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.results import write_text
 from cbd_trl.report.sweep import fingerprint
 
-EVALUATION = "evaluation.json"
+# Not the evaluation.json of the cards, which is what a sweep measured.
+EVALUATION = "held_out.json"
 
 
 def evaluate_chain(
@@ -23,7 +24,7 @@ def evaluate_chain(
 
     Args:
         chain: finished.
-        folder: of the chain; `evaluation.json` is written there after every measurement.
+        folder: of the chain; `held_out.json` is written there after every measurement.
         blocks: (N, T) int64, text that nothing was trained on.
         sizes: parameter counts of targets.
         device: to measure on.

@@ -62,7 +62,7 @@ def test_the_chain_is_that_of_build_chain(inputs: Path, built: tuple[Path, Path]
 
 
 def test_what_the_chain_is_worth_stands_beside_it(inputs: Path, built: tuple[Path, Path]) -> None:
-    report = json.loads((built[1] / "evaluation.json").read_text())
+    report = json.loads((built[1] / "held_out.json").read_text())
     chain = Chain.from_pretrained(built[1])
     blocks = token_blocks(_rows(inputs / "held.jsonl"), tiny_tokenizer(), 64, 16)
     models = [*(anchor.load_model() for anchor in chain.anchors), from_chain(chain, SIZE)]
