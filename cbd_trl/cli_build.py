@@ -79,7 +79,7 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
             console = Console(width=160)
         console.print(recipe_table(check))
         print(how_estimated(check))
-    if dry_run:
+    if dry_run and PartialState().is_main_process:
         print("Nothing was built or written: this is a dry run.")
     if check.problems:
         raise RecipeError(recipe.name, check.problems, recipe.lines)
@@ -88,6 +88,10 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
 
 
 def _tell(chain: Any, folder: str) -> None:
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
     for anchor in chain.anchors:
         print(f"{anchor.name}: {anchor.num_parameters:,} parameters, {anchor.shape}")
     print(f"The chain is in {folder}. A size from it: cbd-trl init {folder} --num-parameters N --output DIR")

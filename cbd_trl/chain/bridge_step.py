@@ -117,7 +117,7 @@ def bridged_head(
         record=record,
         sources=[sides.student, origin],
         doing=f"distilling {name} from the source, across tokenizers: {architecture.shape}",
-        make=lambda: _distil(work_folder(output_dir, name, settings), sides, args, text, eval_dataset),
+        make=lambda label: _distil(work_folder(output_dir, name, settings), sides, args, text, eval_dataset, label),
     )
 
 
@@ -150,7 +150,9 @@ def _check_apart(sides: _Sides) -> None:
     Bridge(one, other)
 
 
-def _distil(work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, eval_dataset: Any) -> Trained:
+def _distil(
+    work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, eval_dataset: Any, label: str
+) -> Trained:
     args = copy.deepcopy(args)
     args.output_dir = str(work)
     student: Any = sides.student.model(args.model_init_kwargs)
@@ -169,7 +171,7 @@ def _distil(work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, 
             processing_class=sides.tokenizer,
             teacher_processing_class=sides.teacher_tokenizer if asked else None,
         )
-        return train(trainer, student, last_checkpoint(work), generation_config)
+        return train(trainer, student, last_checkpoint(work), generation_config, label)
 
 
 @contextmanager

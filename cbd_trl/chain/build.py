@@ -107,15 +107,15 @@ def _make_anchors(
     upper = done.get(0)
     if upper is None:
         state.print(f"[1/{len(steps) + 1}] {head.doing}")
-        upper = _make_head(output_dir, head, calibration_tokens)
+        upper = _make_head(output_dir, head, f"{head.name} 1/{len(steps) + 1}", calibration_tokens)
     for number, step in enumerate(steps, start=1):
         if number in done:
             upper = done[number]
             continue
-        state.print(
-            f"[{number + 1}/{len(steps) + 1}] distilling {step.name} from {upper.name}: {step.architecture.shape}"
-        )
-        upper = _distil_anchor(output_dir, upper, step, head.tokenizer, eval_dataset, calibration_tokens)
+        place = f"{number + 1}/{len(steps) + 1}"
+        state.print(f"[{place}] distilling {step.name} from {upper.name}: {step.architecture.shape}")
+        label = f"{step.name} {place}"
+        upper = _distil_anchor(output_dir, upper, step, head.tokenizer, eval_dataset, calibration_tokens, label)
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -129,8 +129,8 @@ def _calibration_blocks(
     return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args.dataset_text_field)
 
 
-def _make_head(output_dir: Path, head: Head, calibration_tokens: int) -> Anchor:
-    made = head.make()
+def _make_head(output_dir: Path, head: Head, label: str, calibration_tokens: int) -> Anchor:
+    made = head.make(label)
     model: Any = made.model
     model.to(head.args.device)
     blocks = _calibration_blocks(model.config, head.dataset, head.args, head.tokenizer, calibration_tokens)
@@ -146,6 +146,7 @@ def _distil_anchor(
     tokenizer: PreTrainedTokenizerBase,
     eval_dataset: Dataset | None,
     calibration_tokens: int,
+    label: str,
 ) -> Anchor:
     record = training_record(step.args)
     work = work_folder(output_dir, step.name, {"upper": upper.files, "shape": step.architecture.shape, **record})
@@ -171,7 +172,7 @@ def _distil_anchor(
         block_costs=costs,
         hybrid=width_hybrid(upper, step, student, blocks),
     )
-    trained = train(trainer, student, checkpoint, generation_config)
+    trained = train(trainer, student, checkpoint, generation_config, label)
     model: Any = trained.model
     model.to(args.device)
     statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())

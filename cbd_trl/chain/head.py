@@ -37,7 +37,7 @@ class Head:
         record: what it is made from, as chain.json has it.
         sources: the models that it is made from.
         doing: what is said while it is made.
-        make: gives the model, in the coordinates it has.
+        make: gives the model, in the coordinates it has; given what the line of its progress begins with.
     """
 
     architecture: Architecture
@@ -47,7 +47,7 @@ class Head:
     record: dict[str, Any]
     sources: Sequence[Source]
     doing: str
-    make: Callable[[], Trained]
+    make: Callable[[str], Trained]
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ def source_head(origin: Source, tokenizer: PreTrainedTokenizerBase | None, args:
         record=origin.record(),
         sources=[origin],
         doing=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
-        make=lambda: Trained(origin.model(args.model_init_kwargs)),
+        make=lambda label: Trained(origin.model(args.model_init_kwargs)),
     )
 
 

@@ -13,6 +13,7 @@ from cbd_trl.chain.solve_shape import solve_anchor
 from cbd_trl.chain.width_hybrid import targets_between
 from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.trainers.checks import check_hybrids_whole
 from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
 
@@ -157,6 +158,7 @@ def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -
             "smaller."
         )
     check_config(args)
+    check_hybrids_whole(args)
     return args
 
 

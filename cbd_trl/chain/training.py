@@ -8,13 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.integrations import TensorBoardCallback
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.model import stock_model
 from cbd_trl.durable import writing
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
+from cbd_trl.trainers.progress import show_progress
 
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
@@ -109,7 +113,11 @@ def _remove(work: Path) -> None:
 
 
 def train(
-    trainer: Any, student: PreTrainedModel, checkpoint: str | None, generation_config: GenerationConfig | None
+    trainer: Any,
+    student: PreTrainedModel,
+    checkpoint: str | None,
+    generation_config: GenerationConfig | None,
+    label: str,
 ) -> Trained:
     """Train to the end, and evaluate where there is text for it.
 
@@ -118,20 +126,49 @@ def train(
         student: the model that it was given.
         checkpoint: where to go on from; None to begin.
         generation_config: for the trained model.
+        label: what the line of its progress begins with.
 
     Returns:
         the model in eval mode, on the CPU and apart from the trainer.
     """
     architecture, dtype = describe(student.config), student.dtype
+    show_progress(trainer, label)
+    _keep_logs(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     losses = _last_losses(trainer.state.log_history)
     if trainer.eval_dataset is not None:
         losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
-    state = trainer.accelerator.get_state_dict(trainer.model)
-    state = {name: state[name].detach().cpu() for name in architecture.state_shapes}
+    state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = generation_config
     return Trained(model, int(losses.pop("num_tokens", 0)), losses)
+
+
+def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The trained weights, on the CPU of every process."""
+    accelerator = trainer.accelerator
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
+    if not sharded or accelerator.num_processes == 1:
+        return {name: state[name].detach().cpu() for name in shapes}
+    # What was sharded is put together in the main process alone.
+    whole = {}
+    for name, shape in shapes.items():
+        if accelerator.is_main_process:
+            tensor = state[name].detach().to(accelerator.device, dtype)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=accelerator.device)
+        whole[name] = broadcast(tensor).cpu()
+    return whole
+
+
+def _keep_logs(trainer: Any) -> None:
+    """TensorBoard's files would go to the work folder, and with it: they are kept in runs/<anchor> beside the anchors,
+    unless TENSORBOARD_LOGGING_DIR says where."""
+    work = Path(trainer.args.output_dir)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(work.parents[1] / "runs" / work.name)
 
 
 def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -30,7 +30,7 @@ def evaluate_chain(
         device: to measure on.
 
     Returns:
-        what `evaluation.json` holds; see `sweep`.
+        what `loss-against-size.json` holds; see `sweep`.
     """
 
     def loss(model: PreTrainedModel) -> float:

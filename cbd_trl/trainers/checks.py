@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from transformers import ProcessorMixin
 
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -122,12 +123,27 @@ def check_run(trainer: Any) -> None:
             "them over the devices: there can be one of the two. Leave teacher_offload out, and let FSDP or DeepSpeed "
             "offload parameters if memory is short."
         )
-    swap = trainer.args.swap_probability
-    if swap and sharded:
+    check_hybrids_whole(trainer.args, sharded)
+
+
+def check_hybrids_whole(args: Any, sharded: bool | None = None) -> None:
+    """Refuse hybrids of models that are sharded.
+
+    Args:
+        args: of the run.
+        sharded: by FSDP or DeepSpeed; None before there is an accelerator: what the arguments and the launcher say.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    if sharded is None:
+        launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+        sharded = bool(args.fsdp or args.deepspeed) or any(parse_flag_from_env(name) for name in launcher)
+    if args.swap_probability and sharded:
         raise ValueError(
-            f"swap_probability={swap} runs the teacher's layers inside the student, or mixes the weights of the two, "
-            "which FSDP and DeepSpeed shard each on their own. Set swap_probability=0, or train with DDP or one "
-            "process."
+            f"swap_probability={args.swap_probability} runs the teacher's layers inside the student, or mixes the "
+            "weights of the two, which FSDP and DeepSpeed shard each on their own. Set swap_probability=0, or train "
+            "with DDP or one process."
         )
 
 

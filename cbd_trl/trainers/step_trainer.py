@@ -139,7 +139,7 @@ class StepTrainer(EvaluationTrainer):
         if "loss" in logs:
             logs.update(self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum")))
             logs.update(self._scheduled_weights())
-            logs["num_tokens"] = int(self._token_counter.tokens)
+            logs["num_tokens"] = self.tokens_seen
         super().log(logs, start_time)
 
     def _scheduled_weights(self) -> dict[str, float]:
@@ -147,6 +147,11 @@ class StepTrainer(EvaluationTrainer):
         weights = self.args.weights((self.state.global_step - 1) / max(self.state.max_steps, 1))
         schedules = self.args.schedules().items()
         return {f"{term}_weight": getattr(weights, term) for term, how in schedules if how.shape != "constant"}
+
+    @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far, in all processes; of a resumed run, those before its checkpoint too."""
+        return int(self._token_counter.tokens)
 
     @property
     def _token_counter(self) -> TokenCounter:

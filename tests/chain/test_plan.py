@@ -63,7 +63,7 @@ def older(source, tmp_path, monkeypatch):
 
 
 def test_an_argument_that_an_older_chain_did_not_have_was_at_its_default(source, older):
-    head = Head(source, tiny_tokenizer(), chain_config(), chain_rows(), {}, [], "", lambda: None)
+    head = Head(source, tiny_tokenizer(), chain_config(), chain_rows(), {}, [], "", lambda label: None)
     assert len(finished_anchors(older, head, planned(source))) == 3
     with pytest.raises(ValueError, match=r"changed arguments: \['top_k', 'hidden_loss'\]"):
         finished_anchors(older, head, planned(source, top_k=8, hidden_loss="cosine", hidden_weight=2.0))
@@ -72,6 +72,16 @@ def test_an_argument_that_an_older_chain_did_not_have_was_at_its_default(source,
 def test_a_projector_goes_without_hybrids(source):
     steps = planned(source, hidden_projector=True, hidden_weight=1.0)
     assert [step.args.swap_probability for step in steps] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_hybrids_are_refused_where_models_are_sharded_before_any_work(source, monkeypatch, launcher):
+    args = chain_config()
+    monkeypatch.setenv(launcher, "true")
+    with pytest.raises(ValueError, match=r"swap_probability=0\.5 runs .* Set swap_probability=0, or train with DDP"):
+        plan_chain(source, [{"num_hidden_layers": 4}], args, chain_rows())
+    args.swap_probability = 0.0
+    assert plan_chain(source, [{"num_hidden_layers": 4}], args, chain_rows())[0].args.swap_probability == 0.0
 
 
 def test_hybrids_are_refused_where_no_shape_lies_between(source):

@@ -171,7 +171,19 @@ def _accelerate(words: Sequence[str]) -> None:
     assert options.config_file is None or Path(options.config_file).is_file(), (
         f"{options.config_file} is shown by no block of the guide: begin one with `# {options.config_file}`"
     )
+    if options.config_file is not None:
+        _reads_its_config(options)
     _python([*(["-m"] if options.module else []), options.training_script, *options.training_script_args])
+
+
+def _reads_its_config(options: argparse.Namespace) -> None:
+    """Every key of the launcher's file is one that accelerate knows."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config: Any = load_config_from_file(options.config_file)
+    for section in ("fsdp_config", "deepspeed_config"):
+        unknown = set(getattr(config, section)) - vars(options).keys()
+        assert not unknown, f"{options.config_file}: {section} has no {sorted(unknown)}"
 
 
 def _make(words: Sequence[str]) -> None:

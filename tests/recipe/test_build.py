@@ -89,7 +89,10 @@ def test_each_step_has_its_own_objective_and_text(inputs: Path, built: Built) ->
 
 
 def test_what_the_chain_is_worth_stands_beside_it(inputs: Path, built: Built) -> None:
-    report, chain = json.loads((built.folder / "evaluation.json").read_text()), Chain.from_pretrained(built.folder)
+    report, chain = (
+        json.loads((built.folder / "loss-against-size.json").read_text()),
+        Chain.from_pretrained(built.folder),
+    )
     blocks = token_blocks(_rows(inputs / "held.jsonl"), tiny_tokenizer(), 64, 16)
     assert blocks.numel() == 64
     for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):

@@ -37,7 +37,7 @@ CASES = {
     "fsdp of the rest": ["plain", "tied", "lora", "self", "projector", "ensemble"],
     "zero": ["plain", "packed", "tied", "lora", "head", "self", "projector", "ensemble"],
 }
-_SHARDING = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False}
+SHARDING = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False}
 
 # SGD, because two ways of adding up a gradient of almost 0 are two steps of Adam.
 _ZERO = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "model_init_kwargs": {"dtype": "float32"}}
@@ -146,7 +146,7 @@ def resume(folder: str) -> dict[str, tuple]:
 
 
 def _sharded(folder: str) -> dict[str, Any]:
-    return {"output_dir": folder, "fsdp": True, "fsdp_config": dict(_SHARDING)}
+    return {"output_dir": folder, "fsdp": True, "fsdp_config": dict(SHARDING)}
 
 
 def _partitioned(name: str) -> dict[str, Any]:
