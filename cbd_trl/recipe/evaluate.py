@@ -34,7 +34,7 @@ def evaluate_chain(
     """
 
     def loss(model: PreTrainedModel) -> float:
-        return held_out_loss(model.to(device), blocks)  # type: ignore[arg-type]
+        return held_out_loss(model.to(device), blocks)
 
     report = sweep(
         chain,
