@@ -11,6 +11,8 @@ from cbd_trl.trainers.distill_config import DistillConfig
 # An untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside the cross-entropy on 154k of its tokens, is
 # at 2.317 bits per byte with it, at 2.365 by the cross-entropy alone: one seed (docs/bridge.md).
 _DEFAULT = "prefix"
+# Of the mean cosine distance of the layers, beside it: of 0, 1, 4 and 12 the best there (docs/bridge.md).
+HIDDEN_WEIGHT = 4.0
 # What a DistillConfig has and this one refuses, and why.
 _WITHOUT_MEANING = {
     "teacher_cache": "a cache holds what a teacher says of the student's tokens, and this one has tokens of its own",
@@ -39,7 +41,9 @@ class BridgeDistillConfig(DistillConfig):
     """Arguments of `BridgeDistillTrainer`: those of `DistillConfig`, with these differences.
 
     Of `DistillConfig` it refuses `teacher_cache`, `self_distillation`, `teacher_weights` and `swap_probability`, which
-    need one vocabulary. `hidden_weight` is of states behind the same text and always needs `hidden_projector`.
+    need one vocabulary. `hidden_weight` is of states behind the same text and always needs `hidden_projector`. None:
+    both are on (4.0) where the student's layers can be paired with the teacher's, which is as deep or deeper, and the
+    optimizer is the Trainer's; else there is no such term.
 
     Args:
         objective: what the two models are compared by: `prefix` (the default), `alm`, `uld`, `shared` or `dskd-cma`

@@ -8,12 +8,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from cbd_trl.architectures import decoder_layers
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.local import load_teacher
 from cbd_trl.teachers.tokenizers import check_rows, find_tokenizer, tokenizer_name, vocabulary_rows
 from cbd_trl.trainers.bridge_batches import BridgeCollator
-from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
 from cbd_trl.trainers.bridge_step_loss import BridgeTeacher
 from cbd_trl.trainers.model_card import describe_model
 from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, open_student
@@ -89,6 +90,27 @@ def set_up_bridge_teacher(
     text = f"{describe_model(model, place)}, by a tokenizer of {len(teacher_tokenizer):,} tokens"
     asked = BridgeTeacher(model, embedded="dskd-cma" in args.objectives)
     return TeacherSetup(asked, model, vocabulary_rows(student), text), bridge
+
+
+def fill_in_hidden(args: BridgeDistillConfig, student: Any, teacher: Any, optimizer: Any) -> None:
+    """Switch the hidden-state term on or off where the arguments say nothing of it.
+
+    Args:
+        args: changed in place.
+        student: not wrapped for training.
+        teacher: likewise.
+        optimizer: that was passed in, made before there were projectors; None for the Trainer's own.
+    """
+    if args.hidden_weight is None:
+        args.hidden_projector = optimizer is None and _layers_pair_up(student, teacher)
+        args.hidden_weight = HIDDEN_WEIGHT if args.hidden_projector else 0.0
+
+
+def _layers_pair_up(student: Any, teacher: Any) -> bool:
+    try:
+        return len(decoder_layers(student)) <= len(decoder_layers(teacher))
+    except ValueError:
+        return False
 
 
 def check_datasets(collator: BridgeCollator, datasets: Iterable[Any]) -> None:

@@ -16,7 +16,7 @@ from cbd_trl.teachers.tokenizers import vocabulary_rows
 from cbd_trl.trainers.bridge_batches import BridgeCollator
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_projectors import BridgeProjectors
-from cbd_trl.trainers.bridge_setup import TeacherWatch, check_datasets, set_up_bridge_teacher
+from cbd_trl.trainers.bridge_setup import TeacherWatch, check_datasets, fill_in_hidden, set_up_bridge_teacher
 from cbd_trl.trainers.bridge_step_loss import BridgeStepLoss
 from cbd_trl.trainers.chat_rows import CHAT, holds_chats, prepare_chats
 from cbd_trl.trainers.distill_trainer import DistillTrainer
@@ -85,6 +85,7 @@ class BridgeDistillTrainer(DistillTrainer):
             self._step_loss = SequenceLevelLoss
             return set_up_black_box(student, tokenizer)
         setup, self._bridge = set_up_bridge_teacher(named, student, self.args, self.processing_class, tokenizer)
+        fill_in_hidden(self.args, student, setup.model, self.optimizer)
         self._watch = TeacherWatch(self._bridge, vocabulary_rows(setup.model))
         return setup
 

@@ -51,7 +51,7 @@ def teacher(family: str = "gpt_neox", **overrides: Any) -> Any:
 
 
 def make_bridge_config(**overrides: Any) -> BridgeDistillConfig:
-    """Float32 on the CPU, quiet, one step over four rows, by "alm".
+    """Float32 on the CPU, quiet, one step over four rows, by "alm" alone.
 
     Args:
         overrides: fields of `BridgeDistillConfig`.
@@ -59,7 +59,7 @@ def make_bridge_config(**overrides: Any) -> BridgeDistillConfig:
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     step = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "max_grad_norm": 0.0}
     defaults = {**quiet, **step, "output_dir": _OUTPUT, "learning_rate": 1e-2, "max_length": 96}
-    defaults["objective"] = "alm"
+    defaults |= {"objective": "alm", "hidden_weight": 0.0}
     return BridgeDistillConfig(**{**defaults, **overrides})
 
 

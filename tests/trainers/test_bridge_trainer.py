@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cbd_trl.bridge.bridge import Bridge, StudentRows
 from cbd_trl.bridge.prefix_table import PrefixTable
+from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT
 from tests.bridge.alignment_helpers import normalising
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (
@@ -240,3 +241,21 @@ def test_it_trains_in_bfloat16() -> None:
     halves = {"model": student().bfloat16(), "teacher_model": teacher().bfloat16()}
     half, _ = one_step(make_bridge(**halves, hidden_weight=1.0, hidden_projector=True))
     assert half["kd"] > 0 and all(gradient.isfinite().all() for gradient in grads.values())
+
+
+def test_the_layers_are_compared_by_default() -> None:
+    trainer = make_bridge(hidden_weight=None)
+    assert (trainer.args.hidden_weight, trainer.args.hidden_projector) == (HIDDEN_WEIGHT, True)
+    asked = make_bridge(hidden_weight=HIDDEN_WEIGHT, hidden_projector=True)
+    _assert_same_run(one_step(trainer), one_step(asked))
+
+
+def test_layers_that_do_not_pair_up_are_not_compared() -> None:
+    def of(**how: Any) -> tuple[Any, Any]:
+        args = make_bridge(hidden_weight=None, **how).args
+        return args.hidden_weight, args.hidden_projector
+
+    assert of(model=student(num_hidden_layers=4)) == (HIDDEN_WEIGHT, True)
+    assert of(model=student(num_hidden_layers=5)) == (0.0, False)
+    model = student()
+    assert of(model=model, optimizers=(torch.optim.SGD(model.parameters()), None)) == (0.0, False)
