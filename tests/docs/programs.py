@@ -120,8 +120,13 @@ def _cbd_trl(words: Sequence[str]) -> None:
 
 
 def _python(words: Sequence[str]) -> None:
+<<<<<<< HEAD
     """A benchmark reads its flags and goes no further; an example is there, and has a test of its own; what is part of
     another project is not looked at."""
+=======
+    """A benchmark, or what executes the notebooks, reads its flags and goes no further; an example is there, and has a
+    test of its own; what is written in another project is not looked at."""
+>>>>>>> f3806b91bd2a8386ccb95d1ccb70b9c8275dcf6e
     if words[0].startswith(OTHER_PROJECTS):
         return
     if words[:2] == ["-m", "cbd_trl.cli"]:
@@ -132,7 +137,9 @@ def _python(words: Sequence[str]) -> None:
     if module.startswith("examples."):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"there is no {module}"
         return
-    assert module.startswith("benchmarks."), f"nothing is known of python {module}: add it to _python in {__name__}"
+    assert module.startswith(("benchmarks.", "tests.examples.")), (
+        f"nothing is known of python {module}: add it to _python in {__name__}"
+    )
     # A script finds what lies beside it.
     with mock.patch.object(sys, "path", [str(ROOT / "benchmarks"), *sys.path]):
         _reads_its_flags(importlib.import_module(module).main, [module, *flags])
