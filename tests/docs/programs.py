@@ -120,13 +120,8 @@ def _cbd_trl(words: Sequence[str]) -> None:
 
 
 def _python(words: Sequence[str]) -> None:
-<<<<<<< HEAD
-    """A benchmark reads its flags and goes no further; an example is there, and has a test of its own; what is part of
-    another project is not looked at."""
-=======
     """A benchmark, or what executes the notebooks, reads its flags and goes no further; an example is there, and has a
     test of its own; what is written in another project is not looked at."""
->>>>>>> f3806b91bd2a8386ccb95d1ccb70b9c8275dcf6e
     if words[0].startswith(OTHER_PROJECTS):
         return
     if words[:2] == ["-m", "cbd_trl.cli"]:
