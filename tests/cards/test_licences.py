@@ -67,7 +67,7 @@ def folder_with(tmp_path, card):
         ("---\nlicense: Apache-2.0\n---\n", {"license": "apache-2.0"}),
         ("---\nlicense: [mit]\nbase_model: org/one\n---\n", {"license": "mit", "base_models": ("org/one",)}),
         ("---\nlicense: [mit, gpl]\n---\n", {"license": "mit, gpl"}),
-        ("---\nbase_model: [org/one, ../there, /root/it, org/two]\n---\n", {"base_models": ("org/one", "org/two")}),
+        ("---\nbase_model: [org/one, ../there, /home/it, org/two]\n---\n", {"base_models": ("org/one", "org/two")}),
         # In the form of an id, and a folder here.
         ("---\nbase_model: runs/before\n---\n", {}),
         # Nobody copies the file that it means.
@@ -121,7 +121,7 @@ def test_records_come_back_and_nonsense_is_not_known():
     ("field", "value", "message"),
     [
         ("base_model", "org/a", r"base_model of a card must be a list of names, got 'org/a'. Write .* as \[name\]"),
-        ("base_model", ["/root/a"], "base_model of a card names '/root/a', which is no Hub id.*can not follow a path"),
+        ("base_model", ["/home/a"], "base_model of a card names '/home/a', which is no Hub id.*can not follow a path"),
         ("datasets", ["a/b/c"], "datasets of a card names 'a/b/c', which is no Hub id"),
         ("tags", [""], "tags of a card must be a list of names"),
         ("license", "apache", "license 'apache' of a card is none of the Hub's.*Did you mean 'apache-2.0'?"),
