@@ -13,12 +13,13 @@ from cbd_trl.chain.build import build_chain
 from cbd_trl.chain.from_chain import from_chain
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.demo.answers import answer
-from cbd_trl.demo.clock import Clock, format_seconds, peak_memory, predict
+from cbd_trl.demo.clock import Clock, peak_memory, predict
 from cbd_trl.demo.corpus import split
 from cbd_trl.demo.plan import SMOLLM2, Plan, training_args
 from cbd_trl.demo.settings import settle
 from cbd_trl.demo.source import HUB_ID, prepare_source
 from cbd_trl.demo.summary import write_report
+from cbd_trl.durations import format_seconds
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.progress import quiet_loading, step_bar
 from cbd_trl.report.results import Results

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cbd_trl.demo.clock import format_seconds
+from cbd_trl.durations import format_seconds
 from cbd_trl.report.plots import plot_sweep
 from cbd_trl.report.results import write_text
 from cbd_trl.report.tables import format_count, markdown_table, rich_table

@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from cbd_trl.demo.clock import format_seconds
+from cbd_trl.durations import format_seconds
 from cbd_trl.recipe.check import Check
 from cbd_trl.recipe.estimate import Cost, Speed
 from cbd_trl.report.tables import describe_shape, format_count

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
-from cbd_trl.demo.clock import format_seconds
+from cbd_trl.durations import format_seconds
 
 # Steps that the rates are taken over: enough for hybrids, which are beside some steps only, to even out.
 _WINDOW = 50
