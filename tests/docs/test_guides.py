@@ -59,7 +59,7 @@ def world(tmp_path_factory, quick_training):
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(Chain, "push_to_hub", lambda chain, repo_id: hub.commit(repo_id, chain.path, "main", "v1"))
+        patch.setattr(Chain, "push_to_hub", lambda chain, repo_id, **_: hub.commit(repo_id, chain.path, "main", "v1"))
         recipes = small_recipes(folder / "recipes")
         patch.setattr("cbd_trl.recipe.shipped._folder", lambda: recipes)
         yield World(folder, hub)
