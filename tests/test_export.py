@@ -81,14 +81,14 @@ def test_a_saved_target_is_a_folder_like_any_other(chain, tmp_path):
     config = json.loads((tmp_path / "target" / "config.json").read_text())
     assert type(model) is LlamaForCausalLM and config["architectures"] == ["LlamaForCausalLM"]
     assert not {"auto_map", "custom_pipelines"} & config.keys()
-    # The same files, tensors and fields as one that transformers made from the same config, and one field more.
+    # Files, tensors and fields of one that transformers made from the same config; one field more, and a card.
     del model.config.cbd_trl
     LlamaForCausalLM(model.config).save_pretrained(tmp_path / "stock")
     tiny_tokenizer().save_pretrained(tmp_path / "stock")
     stock = json.loads((tmp_path / "stock" / "config.json").read_text())
     assert config.keys() - stock.keys() == {"cbd_trl"} and stock.keys() <= config.keys()
     names = {path.name for path in (tmp_path / "stock").iterdir()}
-    assert names == {path.name for path in (tmp_path / "target").iterdir()}
+    assert names | {"README.md"} == {path.name for path in (tmp_path / "target").iterdir()}
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("target", "stock"))
     assert {key: tensor.shape for key, tensor in ours.items()} == {key: one.shape for key, one in theirs.items()}
     assert AutoTokenizer.from_pretrained(tmp_path / "target").chat_template == tiny_tokenizer().chat_template

@@ -189,7 +189,8 @@ def _label_place(
 ) -> tuple[float, float, float]:
     """Middle, base line and half the width of a label: below its mark, or else where no earlier one is."""
     half = len(text) * _LETTER / 2
-    middle = min(max(x, half), frame.width - half)
+    # To the left of the plot stand the numbers of the axis.
+    middle = max(min(x, frame.width - half), frame.left + half)
     # Above the mark, then further down and up; the last place is taken whatever is there.
     for place in (y + 22, y - 14, y + 36, y - 28, y + 50):
         near = [each for each in labels if abs(each[0] - middle) < each[2] + half and abs(each[1] - place) < 13]
