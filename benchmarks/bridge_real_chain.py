@@ -37,13 +37,15 @@ def build(benchmark: Benchmark, seed: int) -> Chain:
     return build_chain(
         str(options.teacher),
         anchors=ANCHORS,
-        dataset=benchmark.dataset("prefix", seed),
+        dataset=benchmark.dataset("default", seed),
         output_dir=options.output / "chain",
         args=DistillConfig(
             **{**settings, "max_steps": options.anchor_steps, "ce_weight": options.ce_weight},
             model_init_kwargs={"dtype": "bfloat16"},
         ),
-        bridge=BridgeStep(student, args=benchmark.args("prefix", seed, {"save_strategy": "steps", "save_steps": 100})),
+        bridge=BridgeStep(
+            student, args=benchmark.args("default", seed, {"save_strategy": "steps", "save_steps": 100})
+        ),
     )
 
 

@@ -50,15 +50,14 @@ BODY = {
     "n_positions": 512,
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
 }
-# What a run is trained by: arguments of BridgeDistillConfig; None where there is no teacher.
+# What a run is trained by: arguments of BridgeDistillConfig; None where there is no teacher. Each objective is alone but
+# for the cross-entropy; "default" is what is taken where nothing is asked for: "prefix", and the layers beside it.
+OBJECTIVES = ("uld", "alm", "shared", "dskd-cma", "prefix")
 RUNS: dict[str, dict[str, Any] | None] = {
     "sft": None,
     "seqkd": None,
-    "uld": {"objective": "uld"},
-    "alm": {"objective": "alm"},
-    "shared": {"objective": "shared"},
-    "dskd-cma": {"objective": "dskd-cma"},
-    "prefix": {"objective": "prefix"},
+    **{name: {"objective": name, "hidden_weight": 0.0} for name in OBJECTIVES},
+    "default": {},
 }
 SAME = ("same-sft", "same-kd")
 
@@ -231,7 +230,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=600, help="of batch-size rows")
+    parser.add_argument("--steps", type=int, default=400, help="of batch-size rows")
     parser.add_argument("--batch-size", type=int, default=1, help=f"rows of {BLOCK_LENGTH} tokens")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--ce-weight", type=float, default=1.0, help="of all runs with a teacher")
