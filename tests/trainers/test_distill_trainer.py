@@ -144,7 +144,7 @@ def test_checkpoints_hold_the_student_alone_and_resume_exactly(tmp_path: Path) -
         n: t.shape for n, t in whole.model.state_dict().items()
     }
     card = (tmp_path / "whole" / "checkpoint-4").parent.joinpath("README.md").read_text()
-    assert "fine-tuned version of" not in card and "None" not in card and str(tmp_path) not in card
+    assert "fine-tuned version of" not in card and "of None" not in card and str(tmp_path) not in card
     assert "0.5 x cross-entropy" in card and "35,104 parameters" in card and "50% of the steps" in card
 
 
