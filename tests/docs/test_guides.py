@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import CommitInfo, constants
 from transformers import TrainingArguments
 
 from cbd_trl import Chain
@@ -59,7 +59,12 @@ def world(tmp_path_factory, quick_training):
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(Chain, "push_to_hub", lambda chain, repo_id, **_: hub.commit(repo_id, chain.path, "main", "v1"))
+
+        def push(chain, repo_id, **options):
+            commit = hub.commit(repo_id, chain.path, "main", "v1")
+            return CommitInfo(f"{hub.address}/{repo_id}/commit/{commit}", "", "", commit)
+
+        patch.setattr(Chain, "push_to_hub", push)
         recipes = small_recipes(folder / "recipes")
         patch.setattr("cbd_trl.recipe.shipped._folder", lambda: recipes)
         yield World(folder, hub)
