@@ -67,8 +67,8 @@ def test_headers(folder, name):
 )
 def test_files_of_a_model(folder, name, read):
     file = folder / LARGE / name
-    outcomes = set()
+    refused = 0
     for changed in list(flips(file.read_bytes(), seed=3))[:100]:
         file.write_bytes(changed)
-        outcomes.add(outcome(lambda: read(folder / LARGE)) is None)
-    assert True in outcomes
+        refused += outcome(lambda: read(folder / LARGE)) is None
+    assert refused > 0
