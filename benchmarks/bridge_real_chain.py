@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.bridge_real_text import BODY, Benchmark, add_arguments, bits_per_byte, make_student
+from benchmarks.bridge_real_text import BODY, Benchmark, add_arguments, make_student, measure_texts
 from benchmarks.tables import machine, markdown
 from cbd_trl import BridgeStep, Chain, DistillConfig, build_chain, from_chain
 from cbd_trl.report.results import write_text
@@ -60,8 +60,7 @@ def main() -> None:
     lines, rows = [], []
 
     def measure(what: str, model: PreTrainedModel) -> None:
-        found = {name: bits_per_byte(model, benchmark.tokenizer, texts) for name, texts in benchmark.texts.items()}
-        found["mean"] = sum(found.values()) / len(found)
+        found = measure_texts(model, benchmark.tokenizer, benchmark.texts)
         size = model.num_parameters()
         rows.append({"model": what, "parameters": size, "bits_per_byte": found})
         lines.append([what, f"{size / 1e6:.1f}M", *(f"{value:.3f}" for value in found.values())])

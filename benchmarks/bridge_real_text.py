@@ -118,6 +118,14 @@ def bits_per_byte(
     return nats / size / math.log(2)
 
 
+def measure_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: dict[str, list[str]]
+) -> dict[str, float]:
+    """`bits_per_byte` of each of the texts, and their mean."""
+    found = {name: bits_per_byte(model, tokenizer, rows) for name, rows in texts.items()}
+    return {**found, "mean": sum(found.values()) / len(found)}
+
+
 class Benchmark:
     """Texts, teacher and settings of all runs.
 
@@ -132,10 +140,10 @@ class Benchmark:
         self.training = (gsm8k, wikitext)
         self.tokenizer = train_tokenizer([*gsm8k, *wikitext], VOCABULARY)
         self.teacher_tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-        self.texts = {
-            name: [row[:600] for row in rows[: options.held_out_rows]]
-            for name, rows in {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}.items()
-        }
+        held_out, count = {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}, options.held_out_rows
+        self.texts = {name: [row[:600] for row in rows[:count]] for name, rows in held_out.items()}
+        # No setting was chosen by these.
+        self.untouched = {name: [row[:600] for row in rows[count : 2 * count]] for name, rows in held_out.items()}
         self.results = Results(options.output / "results.json")
 
     def settings(self, seed: int) -> dict[str, Any]:
@@ -195,15 +203,15 @@ class Benchmark:
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        found = {text: bits_per_byte(trainer.model, tokenizer, rows) for text, rows in self.texts.items()}
-        found["mean"] = sum(found.values()) / len(found)
+        texts = {"bits_per_byte": self.texts, "untouched": self.untouched}
+        measured = {part: measure_texts(trainer.model, tokenizer, rows) for part, rows in texts.items()}
         if self.options.save:
             trainer.save_model(str(self.options.output / f"{name}-{seed}"))
         return {
             "run": name,
             "seed": seed,
             "seconds": seconds,
-            "bits_per_byte": found,
+            **measured,
             "log": trainer.state.log_history,
         }
 
@@ -215,7 +223,7 @@ class Benchmark:
         objective = RUNS.get(name)
         names = ("steps", "batch_size", "learning_rate", "ce_weight", "fp32", "held_out_rows")
         settings = {each: getattr(self.options, each) for each in names}
-        key = fingerprint(name, seed, objective, settings)
+        key = fingerprint(name, seed, objective, settings, "untouched")
         if self.results.get(key) is None:
             self.results.put(key, self.train(name, seed, objective))
         found = self.results.get(key)
@@ -252,11 +260,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     benchmark = Benchmark(options)
     found = [benchmark.run(name, seed) for seed in options.seeds for name in options.only]
-    lines = []
-    for name in options.only:
-        runs = [each["bits_per_byte"] for each in found if each["run"] == name]
-        lines.append([name, *(" / ".join(f"{run[text]:.3f}" for run in runs) for text in (*benchmark.texts, "mean"))])
-    text = f"{markdown(['bits per byte, by seed', *benchmark.texts, 'mean'], lines)}\n{machine(options.threads)}\n"
+    text = ""
+    for part, title in (
+        ("bits_per_byte", "held out"),
+        ("untouched", "rows behind these, by which nothing was chosen"),
+    ):
+        lines = []
+        for name in options.only:
+            runs = [each[part] for each in found if each["run"] == name]
+            numbers = (" / ".join(f"{run[text]:.3f}" for run in runs) for text in (*benchmark.texts, "mean"))
+            lines.append([name, *numbers])
+        text += f"{markdown([f'bits per byte, by seed: {title}', *benchmark.texts, 'mean'], lines)}\n"
+    text += f"{machine(options.threads)}\n"
     write_text(options.output / "report.md", text)
     write_text(options.output / "report.json", json.dumps(found, indent=1))
     print(text)

@@ -16,8 +16,8 @@ from tests.tiny import own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 LENGTHS = (3, 9, 5, 12)
-# The Trainer makes its folder even if nothing is saved in it.
-_OUTPUT = os.path.join(tempfile.gettempdir(), "cbd-trl-tests")
+# The Trainer makes its folder even if nothing is saved in it. Each of pytest-xdist's workers has its own.
+OUTPUT = os.path.join(tempfile.gettempdir(), "cbd-trl-tests", os.environ.get("PYTEST_XDIST_WORKER", "alone"))
 
 
 def text_rows(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> Dataset:
@@ -39,7 +39,7 @@ def make_config(**overrides: Any) -> DistillConfig:
     """
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     step = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "max_grad_norm": 0.0}
-    defaults = {**quiet, **step, "output_dir": _OUTPUT, "learning_rate": 1e-2, "max_length": 32}
+    defaults = {**quiet, **step, "output_dir": OUTPUT, "learning_rate": 1e-2, "max_length": 32}
     return DistillConfig(**{**defaults, **overrides})
 
 

@@ -1,8 +1,6 @@
 """One optimiser step of a `BridgeDistillTrainer` on tiny models with byte-level tokenizers of different sizes."""
 
 import functools
-import os
-import tempfile
 from typing import Any
 
 from datasets import Dataset
@@ -11,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 from tests.tiny import own_names, tiny_model
+from tests.training import OUTPUT
 
-_OUTPUT = os.path.join(tempfile.gettempdir(), "cbd-trl-tests")
 TEMPLATE = (
     "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '</s>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
@@ -58,7 +56,7 @@ def make_bridge_config(**overrides: Any) -> BridgeDistillConfig:
     """
     quiet = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
     step = {"max_steps": 1, "logging_steps": 1, "per_device_train_batch_size": 4, "max_grad_norm": 0.0}
-    defaults = {**quiet, **step, "output_dir": _OUTPUT, "learning_rate": 1e-2, "max_length": 96}
+    defaults = {**quiet, **step, "output_dir": OUTPUT, "learning_rate": 1e-2, "max_length": 96}
     defaults |= {"objective": "alm", "hidden_weight": 0.0}
     return BridgeDistillConfig(**{**defaults, **overrides})
 
