@@ -6,10 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-# Of a forward pass of the same model: the backward pass, and the loss with its optimiser step.
-_STEP_COST = 3.4
-# Mixed precision on CPUs with bf16 instructions, against float32.
-BF16_SPEED = 2.2
+from cbd_trl.trainers.step_cost import BF16_SPEED, step_cost
+
 # What choosing 16 of 30 layers comes to, in tokens of the source's forward pass.
 _CHOOSING_TOKENS = 15_000
 
@@ -101,17 +99,6 @@ def predict(
     # Writing one token at a time reads every weight for it: about six times as slow as reading.
     seconds["answers"] = (len(shares) + targets) * (1.0 + answer_tokens * 6 * mean / speed)
     return seconds
-
-
-def step_cost(upper: float, lower: float, hybrids: float) -> float:
-    """What an optimiser step of an anchor costs, in the unit of what a forward pass of the two models costs.
-
-    Args:
-        upper: a forward pass of the anchor above it.
-        lower: a forward pass of its own.
-        hybrids: share of the steps that have a hybrid beside them, which is of the mean size of the two.
-    """
-    return upper + _STEP_COST * (lower + hybrids * (upper + lower) / 2)
 
 
 def peak_memory() -> float:

@@ -1,6 +1,5 @@
 """What the demo does, as data; the tests run the same code on a plan of seconds."""
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -78,30 +77,6 @@ def default_steps(bf16: bool) -> int:
         bf16: whether training runs in bf16 mixed precision.
     """
     return 70 if bf16 else 32
-
-
-def bf16_pays() -> bool:
-    """Whether bf16 mixed precision is worth it here: measured, because CPUs without bf16 instructions emulate them.
-
-    Returns:
-        whether a matrix product in bf16 is clearly faster than in float32.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
-
-
-@torch.no_grad()
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    left, right = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
-    torch.mm(left, right)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 def training_args(plan: Plan, anchor: int, output: str, steps: int, seed: int, bf16: bool) -> DistillConfig:

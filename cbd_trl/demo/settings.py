@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cbd_trl.demo.plan import Plan, bf16_pays, default_steps
+from cbd_trl.demo.plan import Plan, default_steps
 from cbd_trl.report.results import Results
+from cbd_trl.trainers.step_cost import bf16_pays
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.describe_targets import multiplied_weights
 from cbd_trl.chain.plan import Step
-from cbd_trl.demo.clock import BF16_SPEED, step_cost
-from cbd_trl.demo.plan import bf16_pays
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.step_cost import BF16_SPEED, bf16_pays, step_cost
 
 # Of the disk of the bfloat16 weights (docs/chains.md).
 STATISTICS_SHARE = 0.15
