@@ -12,9 +12,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.integrations import TensorBoardCallback
 
 from cbd_trl.architectures import describe
+from cbd_trl.chain.logs import own_run
 from cbd_trl.chain.model import stock_model
 from cbd_trl.durable import writing
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
@@ -133,11 +133,12 @@ def train(
     """
     architecture, dtype = describe(student.config), student.dtype
     show_progress(trainer, label)
-    _keep_logs(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    losses = _last_losses(trainer.state.log_history)
-    if trainer.eval_dataset is not None:
-        losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
+    work = Path(trainer.args.output_dir)
+    with own_run(trainer, work.name, work.parents[1]):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        losses = _last_losses(trainer.state.log_history)
+        if trainer.eval_dataset is not None:
+            losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = generation_config
@@ -160,15 +161,6 @@ def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: t
             tensor = torch.empty(shape, dtype=dtype, device=accelerator.device)
         whole[name] = broadcast(tensor).cpu()
     return whole
-
-
-def _keep_logs(trainer: Any) -> None:
-    """TensorBoard's files would go to the work folder, and with it: they are kept in runs/<anchor> beside the anchors,
-    unless TENSORBOARD_LOGGING_DIR says where."""
-    work = Path(trainer.args.output_dir)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-            callback.logging_dir = str(work.parents[1] / "runs" / work.name)
 
 
 def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
