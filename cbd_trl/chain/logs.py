@@ -12,9 +12,10 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 def own_run(trainer: Any, anchor: str, folder: Path) -> Iterator[None]:
     """Keep the logs of one training apart from those of the next.
 
-    The run is called after the anchor, behind the `run_name` of the arguments. TensorBoard's files would go to the work
-    folder, and with it: they are kept beside the anchors, unless TENSORBOARD_LOGGING_DIR says where. A run of Weights
-    & Biases, which the Trainer leaves open for whatever comes next, is finished, unless the caller had begun it.
+    The run is called after the anchor, behind the `run_name` of the arguments. TensorBoard's files would go to the
+    work folder, and with it: they are kept beside the anchors, unless TENSORBOARD_LOGGING_DIR says where. A run of
+    Weights & Biases, which the Trainer leaves open for whatever comes next, is finished, unless the caller had begun
+    it.
 
     Args:
         trainer: a `DistillTrainer`, with arguments that no other training has.
