@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -15,6 +16,7 @@ from transformers import TrainerCallback
 from cbd_trl import DistillTrainer
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
+from tests.trainers.bridge_runs import make_bridge, student, teacher, texts
 from tests.training import make_config, text_rows
 
 _LORA = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -28,14 +30,17 @@ _CASES: dict[str, dict[str, Any]] = {
     "self": {"peft": {**_LORA, "modules_to_save": ["lm_head"]}, "self_distillation": True},
     "projector": {"student": _NARROW, "hidden_weight": 1.0, "hidden_projector": True},
     "ensemble": {"teachers": 2},
+    # Across vocabularies and architectures.
+    "bridge": {"bridge": True, "objective": "prefix", "hidden_weight": 4.0, "hidden_projector": True},
+    "bridge packed": {"bridge": True, "objective": "alm=1,uld=1", "packing": True},
     "streamed": {"stream": True, "hidden_weight": 1.0},
     "streamed packs": {"stream": True, "packing": True, "max_length": 20},
 }
 CASES = {
-    "ddp": ["lora", "self", "streamed", "streamed packs"],
+    "ddp": ["bridge", "lora", "self", "streamed", "streamed packs"],
     "fsdp": ["packed", "head"],
-    "fsdp of the rest": ["plain", "tied", "lora", "self", "projector", "ensemble"],
-    "zero": ["plain", "packed", "tied", "lora", "head", "self", "projector", "ensemble"],
+    "fsdp of the rest": ["plain", "tied", "lora", "self", "projector", "ensemble", "bridge", "bridge packed"],
+    "zero": ["plain", "packed", "tied", "lora", "head", "self", "projector", "ensemble", "bridge", "bridge packed"],
 }
 SHARDING = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False}
 
@@ -69,27 +74,45 @@ def make_case(name: str, processes: int, models: str | None = None, **how: Any) 
         how: further fields of `DistillConfig`.
     """
     case = {**_CASES[name], **how}
+    if case.pop("bridge", False):
+        return _make_bridge_case(name, processes, models, case)
     peft, shape, teachers = case.pop("peft", None), case.pop("student", {}), case.pop("teachers", 1)
     rows = text_rows((3, 9, 5, 12) * 3)
     data = rows.to_iterable_dataset() if case.pop("stream", False) else rows
     torch.manual_seed(0)  # draws the adapter
-    student: Any = tiny_model("llama", seed=1, num_hidden_layers=2, **shape)
+    learner: Any = tiny_model("llama", seed=1, num_hidden_layers=2, **shape)
     every: list[Any] = [tiny_model("llama", seed=2 + i) for i in range(teachers)]
     if models is not None:
-        student, *every = (_saved(model, models, f"{name} {i}") for i, model in enumerate([student, *every]))
+        learner, *every = (_saved(model, models, f"{name} {i}") for i, model in enumerate([learner, *every]))
     # Four rows a step, or the two that they are packed into.
     batch = (2 if "packing" in case else 4) // processes
     args = make_config(
         **{"per_device_train_batch_size": batch, "per_device_eval_batch_size": 2, "max_steps": 3, **case}
     )
     return DistillTrainer(
-        student,
+        learner,
         None if args.self_distillation else every,
         args,
         data,
         text_rows((1, 12, 2, 9, 4), seed=3),
         tiny_tokenizer(),
         peft_config=None if peft is None else LoraConfig(**peft),
+    )
+
+
+def _make_bridge_case(name: str, processes: int, models: str | None, case: dict[str, Any]) -> DistillTrainer:
+    torch.manual_seed(0)  # draws the projectors
+    pair: list[Any] = [student(), teacher()]
+    if models is not None:
+        pair = [_saved(model, models, f"{name} {i}") for i, model in enumerate(pair)]
+    # Rows of 96 tokens: of the texts, 4 are packed into one or two.
+    batch = (2 if "packing" in case else 4) // processes
+    return make_bridge(
+        model=pair[0],
+        teacher_model=pair[1],
+        train_dataset=Dataset.from_dict({"text": texts(12)}),
+        eval_dataset=Dataset.from_dict({"text": texts(5, seed=3)}),
+        **{"per_device_train_batch_size": batch, "per_device_eval_batch_size": 2, "max_steps": 3, **case},
     )
 
 
