@@ -18,9 +18,10 @@ from cbd_trl.chain.plan import Step, anchor_name, plan_step
 from cbd_trl.chain.source import Source
 from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
 from cbd_trl.recipe.data import check_data, check_mix
-from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, bridge_cost, disk_needed, head_cost, measure_speed
+from cbd_trl.recipe.estimate import Cost, anchor_cost, bridge_cost, disk_needed, head_cost
 from cbd_trl.recipe.remember import check_unchanged
 from cbd_trl.recipe.schema import Recipe
+from cbd_trl.recipe.speed import Speed, measure_speed
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 

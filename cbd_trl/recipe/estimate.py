@@ -1,27 +1,29 @@
 """What a chain will take: disk, memory, tokens and time of every anchor, told before any work."""
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from cbd_trl.architectures import Architecture
+from cbd_trl.chain.calibration import calibration_length
 from cbd_trl.chain.describe_targets import multiplied_weights
 from cbd_trl.chain.plan import Step
+from cbd_trl.losses.fused import default_chunk
+from cbd_trl.recipe.speed import Speed, half_precision
+from cbd_trl.surgery.block_search import measured_blocks
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.trainers.step_cost import BF16_SPEED, bf16_pays, step_cost
+from cbd_trl.trainers.step_cost import step_cost
 
 # Of the disk of the bfloat16 weights (docs/chains.md).
 STATISTICS_SHARE = 0.15
 _BF16_BYTES, _FLOAT32_BYTES = 2, 4
 # AdamW keeps two moments of every weight.
 _OPTIMISER_COPIES = 2
-# Share of the speed of one matrix product that a whole model comes to: on a CPU measured (SmolLM2-135M, float32); on a
-# GPU assumed.
-_CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.4
 # Floats that a layer keeps for the backward pass, for each token: of the width, and of the FFN.
 _KEPT_WIDTHS, _KEPT_FFNS = 12, 4
+# Copies of a chunk of logits, in float32, while a loss is computed: two models', their logarithms, a gradient.
+_KEPT_LOGITS = 4
+# Bytes of the libraries themselves, on a CPU measured; on a GPU its context.
+_LIBRARIES = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,6 @@ class Cost:
     tokens: int | None
     memory: int
     seconds: float | None
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast this machine is.
-
-    Args:
-        products: FLOPs a second of a matrix product in float32 on a CPU, or in the training's dtype on a GPU.
-        device: what does them.
-        training: FLOPs a second of a training step.
-        forward: FLOPs a second of a forward pass without gradients.
-    """
-
-    products: float
-    device: str
-    training: float
-    forward: float
 
 
 def disk_needed(costs: Sequence[Cost]) -> int:
@@ -95,7 +80,7 @@ def head_cost(name: str, head: Architecture, args: DistillConfig, calibration_to
         disk=weights + _statistics_disk(head),
         checkpoints=0,
         tokens=0,
-        memory=2 * weights + _statistics_memory(head),
+        memory=_LIBRARIES + 2 * weights + _statistics_memory(head),
         seconds=_calibration_seconds(head, calibration_tokens, speed),
     )
 
@@ -110,10 +95,15 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
         speed: of this machine.
     """
     lower, args = step.architecture, step.args
-    teacher = upper.num_parameters * _weight_bytes(args)
-    return _trained_cost(
-        step.name, lower, args, (teacher, multiplied_weights(upper)), calibration_tokens, speed, upper.sizes
-    )
+    teacher = (upper.num_parameters * _weight_bytes(args), multiplied_weights(upper))
+    cost = _trained_cost(step.name, lower, args, teacher, calibration_tokens, speed, upper)
+    if cost.seconds is None:
+        return cost
+    # Each block of layers that one could stand for is measured twice on one block of tokens, then those chosen are
+    # refitted to the teacher.
+    chosen = 2 * len(measured_blocks(upper.depth, lower.depth)) * calibration_length(upper.config)
+    before = _forward_seconds(upper, chosen, speed) + _calibration_seconds(upper, calibration_tokens, speed)
+    return replace(cost, seconds=cost.seconds + before)
 
 
 def bridge_cost(
@@ -130,36 +120,7 @@ def bridge_cost(
         speed: of this machine.
     """
     teacher = (source_parameters * _weight_bytes(args), source_parameters)
-    return _trained_cost(name, head, args, teacher, calibration_tokens, speed, head.sizes)
-
-
-def measure_speed(args: DistillConfig, width: int) -> Speed:
-    """Time a matrix product of 1,024 tokens of a width.
-
-    Args:
-        args: of the training: its device and precision.
-        width: of the source.
-    """
-    device, half = args.device, args.bf16 or args.fp16
-    on_cpu = device.type == "cpu"
-    dtype = torch.float32 if on_cpu or not half else torch.bfloat16 if args.bf16 else torch.float16
-    products = _product_speed(device, dtype, width)
-    efficiency = _CPU_EFFICIENCY if on_cpu else _GPU_EFFICIENCY
-    faster = BF16_SPEED if on_cpu and half and bf16_pays() else 1.0
-    return Speed(products, str(device), efficiency * faster * products, efficiency * products)
-
-
-@torch.no_grad()
-def _product_speed(device: torch.device, dtype: torch.dtype, width: int) -> float:
-    left = torch.randn(1024, width, device=device, dtype=dtype)
-    right = torch.randn(width, width, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        # Read back, so that a device that runs beside the CPU has finished.
-        torch.mm(left, right)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * left.shape[0] * width * width / best
+    return _trained_cost(name, head, args, teacher, calibration_tokens, speed, head)
 
 
 def _trained_cost(
@@ -169,7 +130,7 @@ def _trained_cost(
     teacher: tuple[int, int],
     calibration_tokens: int,
     speed: Speed,
-    upper_sizes: dict[str, int],
+    upper: Architecture,
 ) -> Cost:
     teacher_bytes, teacher_weights = teacher
     weights, tokens, swap = (
@@ -178,8 +139,11 @@ def _trained_cost(
         args.swap_probability or 0,
     )
     optimiser = _OPTIMISER_COPIES * weights
-    # A hybrid of another width is mixed anew at every step, and has a gradient.
-    mixed = (teacher_bytes + weights) if swap and lower.sizes != upper_sizes else 0
+    # A hybrid is as deep as either on average; one of another width is mixed anew at every step, and has a gradient.
+    hybrid = 0
+    if swap:
+        hybrid = _activations(lower, args, depth=(lower.depth + upper.depth) // 2)
+        hybrid += (teacher_bytes + weights) if lower.sizes != upper.sizes else 0
     seconds = None
     if tokens is not None:
         passes = step_cost(2.0 * teacher_weights, 2.0 * multiplied_weights(lower), swap)
@@ -191,9 +155,12 @@ def _trained_cost(
         disk=weights + _statistics_disk(lower),
         checkpoints=_kept_checkpoints(args) * (weights + optimiser),
         tokens=tokens,
-        memory=max(
-            teacher_bytes + 2 * weights + optimiser + mixed + _activations(lower, args),
-            teacher_bytes + weights + _statistics_memory(lower),
+        memory=_LIBRARIES
+        + teacher_bytes
+        + weights
+        + max(
+            weights + optimiser + hybrid + _activations(lower, args) + _losses(lower, args),
+            _statistics_memory(lower),
         ),
         seconds=seconds,
     )
@@ -223,13 +190,29 @@ def _length(axis: Sequence[str], sizes: dict[str, int]) -> int:
     return length
 
 
-def _activations(architecture: Architecture, args: DistillConfig) -> int:
-    """What a micro-batch keeps for the backward pass."""
-    tokens = args.per_device_train_batch_size * (args.max_length or 1024)
-    width, ffn, depth = architecture.sizes["width"], architecture.sizes["ffn"], architecture.depth
-    size = _BF16_BYTES if args.bf16 or args.fp16 else _FLOAT32_BYTES
+def _activations(architecture: Architecture, args: DistillConfig, depth: int | None = None) -> int:
+    """What a micro-batch keeps for the backward pass, through so many layers or all."""
+    width, ffn, depth = architecture.sizes["width"], architecture.sizes["ffn"], depth or architecture.depth
     layer = _KEPT_WIDTHS * width + _KEPT_FFNS * ffn
-    return tokens * size * (layer + depth * width if args.gradient_checkpointing else depth * layer)
+    kept = layer + depth * width if args.gradient_checkpointing else depth * layer
+    return _micro_batch(args) * kept * (_BF16_BYTES if half_precision(args) else _FLOAT32_BYTES)
+
+
+def _losses(architecture: Architecture, args: DistillConfig) -> int:
+    """Logits of a chunk, and under autocast the weights in half precision."""
+    rows = architecture.config.get_text_config().vocab_size
+    chunk = min(args.loss_chunk_size or default_chunk(rows, args.device), _micro_batch(args))
+    copies = (
+        _BF16_BYTES * architecture.num_parameters
+        if half_precision(args) and _weight_bytes(args) == _FLOAT32_BYTES
+        else 0
+    )
+    return _KEPT_LOGITS * chunk * rows * _FLOAT32_BYTES + copies
+
+
+def _micro_batch(args: DistillConfig) -> int:
+    """Tokens, at most."""
+    return args.per_device_train_batch_size * (args.max_length or 1024)
 
 
 def _kept_checkpoints(args: DistillConfig) -> int:
@@ -244,4 +227,8 @@ def _kept_checkpoints(args: DistillConfig) -> int:
 
 def _calibration_seconds(architecture: Architecture, tokens: int, speed: Speed) -> float:
     # Summing the moments takes a fifth as long again.
-    return 1.2 * 2.0 * multiplied_weights(architecture) * tokens / speed.forward
+    return 1.2 * _forward_seconds(architecture, tokens, speed)
+
+
+def _forward_seconds(architecture: Architecture, tokens: int, speed: Speed) -> float:
+    return 2.0 * multiplied_weights(architecture) * tokens / speed.forward

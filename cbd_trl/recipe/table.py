@@ -5,7 +5,8 @@ from rich.table import Table
 
 from cbd_trl.durations import format_seconds
 from cbd_trl.recipe.check import Check
-from cbd_trl.recipe.estimate import Cost, Speed
+from cbd_trl.recipe.estimate import Cost
+from cbd_trl.recipe.speed import Speed
 from cbd_trl.report.tables import describe_shape, format_count
 
 
@@ -46,8 +47,8 @@ def how_estimated(check: Check) -> str:
         "Disk: weights and statistics (0.15 of the weights in bfloat16); checkpoints are there while an anchor is "
         f"trained. Free: {_bytes(check.disk_free)}.",
         "Tokens: those of full rows; shorter rows that are not packed have fewer.",
-        "Memory: weights of teacher and student, gradients, AdamW's moments and the activations of a micro-batch, on "
-        "one device, with nothing sharded.",
+        "Memory: weights of teacher and student, gradients, AdamW's moments, the activations of a micro-batch and "
+        "0.5 GB of libraries, on one device, with nothing sharded.",
     ]
     if check.speed is not None:
         lines.append(_speed(check.speed))

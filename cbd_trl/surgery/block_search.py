@@ -59,13 +59,24 @@ def cheapest_blocks(
         return even
     if not batches:
         raise ValueError("There is no calibration text to choose the layers by. Give at least one batch.")
-    longest = ceil((total - 1) / (depth - 1))
     costs: _Costs = {(i, i): (0.0, i) for i in range(total)}
     measure = _Measure(model, architecture, batches, held_out)
-    spans = [(first, first + more) for more in range(1, longest) for first in range(total - 1 - more)]
-    for first, last in tqdm(spans, desc="Choosing layers", disable=not progress, leave=False):
+    for first, last in tqdm(measured_blocks(total, depth), desc="Choosing layers", disable=not progress, leave=False):
         costs[first, last] = min((measure.cost(range(first, last + 1), kept), kept) for kept in (first, last))
     return _shortest_path(costs, total, depth)
+
+
+def measured_blocks(total: int, depth: int) -> list[tuple[int, int]]:
+    """First and last layer of every block of more than one that `cheapest_blocks` measures: each of them twice.
+
+    Args:
+        total: layers of the model.
+        depth: number of blocks.
+    """
+    if depth in (1, total):
+        return []
+    longest = ceil((total - 1) / (depth - 1))
+    return [(first, first + more) for more in range(1, longest) for first in range(total - 1 - more)]
 
 
 def _shortest_path(costs: _Costs, total: int, depth: int) -> list[Block]:

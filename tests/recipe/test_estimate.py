@@ -8,11 +8,13 @@ import pytest
 from rich.console import Console
 
 from cbd_trl import DistillConfig
+from cbd_trl.chain.describe_targets import multiplied_weights
 from cbd_trl.chain.plan import plan_chain
 from cbd_trl.recipe.check import Check, check_recipe
-from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, disk_needed, measure_speed, trained_tokens
+from cbd_trl.recipe.estimate import Cost, anchor_cost, disk_needed, trained_tokens
 from cbd_trl.recipe.read import parse_recipe
 from cbd_trl.recipe.run import build_checked
+from cbd_trl.recipe.speed import Speed, measure_speed
 from cbd_trl.recipe.table import how_estimated, recipe_table
 from tests.chain.helpers import CHAIN_ANCHORS
 from tests.recipe.helpers import ARGS, raw_recipe
@@ -127,22 +129,44 @@ def test_memory_is_weights_gradients_moments_and_activations() -> None:
     lower = cost.architecture.num_parameters
     # A layer keeps 12 floats of the width (32) and 4 of the FFN (48) for each of 16 tokens.
     activations = 16 * 4 * 2 * (12 * 32 + 4 * 48)
-    assert cost.memory == 4 * (upper + 4 * lower) + activations
+    # Four times the logits of 16 tokens, of 64 each, and the libraries.
+    activations += 4 * 16 * 64 * 4
+    libraries = 500_000_000
+    assert cost.memory == libraries + 4 * (upper + 4 * lower) + activations
     assert _cost(_args(per_device_train_batch_size=8)).memory - cost.memory == 7 * activations
     checkpointed = _cost(_args(per_device_train_batch_size=8, gradient_checkpointing=True))
     assert checkpointed.memory < _cost(_args(per_device_train_batch_size=8)).memory
     halves = _cost(_args(per_device_train_batch_size=1, model_init_kwargs={"dtype": "bfloat16"}))
-    assert halves.memory == 2 * (upper + 4 * lower) + activations
+    assert halves.memory == libraries + 2 * (upper + 4 * lower) + activations
+    # A hybrid between 2 layers and 4.
+    assert _cost(_args(per_device_train_batch_size=1, swap_probability=0.5)).memory - cost.memory == (
+        16 * 4 * 3 * (12 * 32 + 4 * 48)
+    )
+    # Under autocast activations and copies of the weights are of two bytes.
+    autocast = _cost(_args(per_device_train_batch_size=1, bf16=True)).memory - cost.memory
+    assert autocast == 2 * lower - 16 * 2 * 2 * (12 * 32 + 4 * 48)
 
 
 def test_time_follows_the_measured_speed_and_the_tokens() -> None:
     twice = dataclasses.replace(SPEED, training=4e9, forward=4e9)
     seconds = _cost().seconds
     assert seconds and _cost(speed=twice).seconds == pytest.approx(seconds / 2)
-    calibration = _cost(_args(max_steps=2)).seconds - (_cost(_args(max_steps=4)).seconds - seconds)
-    assert _cost(_args(max_steps=200)).seconds == pytest.approx(100 * (seconds - calibration) + calibration)
+    beside = seconds - (_cost(_args(max_steps=4)).seconds - seconds)
+    assert _cost(_args(max_steps=200)).seconds == pytest.approx(100 * (seconds - beside) + beside)
     # Hybrids beside the steps are more work.
-    assert _cost(_args(swap_probability=1.0)).seconds > 1.3 * seconds
+    assert _cost(_args(swap_probability=1.0)).seconds - beside > 1.3 * (seconds - beside)
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(4, 0), (3, 2), (2, 3)])
+def test_time_counts_the_choosing_and_refitting_of_layers(depth: int, blocks: int) -> None:
+    """Nothing is trained: what is left are forward passes, of 64 tokens of calibration and of each block twice."""
+    fields = {"num_hidden_layers": depth, "intermediate_size": 32}
+    one, two = (_cost(_args(max_steps=steps), **fields) for steps in (1, 2))
+    untrained = 2 * one.seconds - two.seconds  # type: ignore[operator]
+    upper = described(tiny_model("llama", num_hidden_layers=4))[1]
+    calibration = 1.2 * 64 * (multiplied_weights(upper) + multiplied_weights(one.architecture))
+    chosen = 2 * blocks * upper.config.max_position_embeddings * multiplied_weights(upper)
+    assert untrained == pytest.approx(2 * (calibration + chosen) / SPEED.forward)
 
 
 def test_the_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +174,7 @@ def test_the_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed.device == "cpu" and speed.products > 1e8
     assert speed.training == speed.forward == 0.5 * speed.products
     now = iter(range(100))
-    monkeypatch.setattr("cbd_trl.recipe.estimate.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("cbd_trl.recipe.speed.time.perf_counter", lambda: next(now))
     assert measure_speed(_args(), 64).products == 2 * 1024 * 64 * 64
 
 

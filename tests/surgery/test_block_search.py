@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import decoder_layers
-from cbd_trl.surgery.block_search import _Measure, _shortest_path, cheapest_blocks
+from cbd_trl.surgery.block_search import _Measure, _shortest_path, cheapest_blocks, measured_blocks
 from cbd_trl.surgery.blocks import Block, check_blocks
 from cbd_trl.surgery.refit import OutputProjection, refit_layer
 from cbd_trl.surgery.stream import layer_inputs
@@ -88,6 +88,16 @@ def test_the_cheapest_split_of_all():
         blocks = _shortest_path(costs, total, depth)
         check_blocks([block.layers for block in blocks], depth, total)
         assert sum(block.cost for block in blocks) == pytest.approx(min(sums))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5, 6])
+def test_each_block_of_more_than_one_layer_is_measured_twice(depth, monkeypatch):
+    measured = []
+    monkeypatch.setattr(_Measure, "cost", lambda self, layers, kept: measured.append((layers[0], layers[-1])) or 1.0)
+    model = deep_model()
+    cheapest_blocks(model, described(model)[1], depth, FIT, HELD_OUT)
+    assert sorted(measured) == sorted(2 * measured_blocks(6, depth))
+    assert bool(measured) == (depth not in (1, 6))
 
 
 def test_what_needs_no_measuring():
