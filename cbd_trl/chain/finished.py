@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cbd_trl.chain.arguments import changed_arguments
+from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.head import Head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step
@@ -23,9 +24,12 @@ def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dic
         steps: the others.
 
     Raises:
-        ValueError: the folder holds a chain that was built from something else or with other settings.
+        ValueError: the folder holds a chain that was built from something else or with other settings, or something
+            else in the place of an anchor.
     """
+    names = [head.name, *(step.name for step in steps)]
     if not (output_dir / MANIFEST).exists():
+        check_place(output_dir, names)
         return {}
     anchors = Chain.from_pretrained(output_dir).anchors
     way_out = "Choose another output_dir, or delete that folder to build anew."
@@ -42,6 +46,7 @@ def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dic
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
                 f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}. {way_out}"
             )
+    check_place(output_dir, names[len(anchors) :])
     return dict(enumerate(anchors))
 
 

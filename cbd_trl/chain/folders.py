@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cbd_trl.chain.chain_json import (
 )
 from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.chain.model_files import drop_code
-from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
+from cbd_trl.chain.records import MANIFEST, RESTORE, STATISTICS_FILE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
 from cbd_trl.chain.tokenizer_hash import stored_tokenizer_hash
 from cbd_trl.chain.tokenizers import check_one_tokenizer
@@ -115,6 +115,29 @@ def check_block_map(folder: Path, anchor: Anchor, above: Anchor) -> None:
         check_blocks(anchor.block_map or [], anchor.architecture().depth, above.architecture().depth)
     except ValueError as error:
         raise ValueError(f"{folder / MANIFEST}: anchor {anchor.name!r}: {error} {RESTORE}") from error
+
+
+def check_place(folder: Path, names: Iterable[str]) -> None:
+    """Refuse to write anchors where something else is, which would be gone.
+
+    A folder without the statistics of an anchor is none that a run left here when it was killed.
+
+    Args:
+        folder: the chain's folder, which need not be there.
+        names: of the anchors to write.
+
+    Raises:
+        ValueError: the folder is a file, or holds something of that name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a chain is a folder. Choose another output_dir.")
+    for name in names:
+        place = folder / name
+        if place.exists() and not (place / STATISTICS_FILE).is_file():
+            raise ValueError(
+                f"{place} is there already, and no anchor of a chain (it has no {STATISTICS_FILE}): the anchor {name} "
+                "would take its place. Choose another output_dir, or move it away."
+            )
 
 
 def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[Path], None]) -> Anchor:

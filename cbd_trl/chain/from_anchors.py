@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.cards.history import ORIGINS
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.coordinates import Coordinates
+from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.chain.members import Member, check_functions, plan_members
 from cbd_trl.chain.model import build_model
@@ -121,6 +122,7 @@ def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Ma
         ValueError: the folder holds another chain.
     """
     if not (output_dir / MANIFEST).exists():
+        check_place(output_dir, [member.name for member in members])
         return 0
     anchors = Chain.from_pretrained(output_dir).anchors
     for anchor, member, wanted in zip(anchors, members, settings, strict=False):
@@ -132,6 +134,7 @@ def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Ma
                 f"other settings than are asked for now, {member.architecture.shape}: {differing} (there, now). "
                 "Choose another output_dir, or delete that folder to build anew."
             )
+    check_place(output_dir, [member.name for member in members[len(anchors) :]])
     return len(anchors)
 
 

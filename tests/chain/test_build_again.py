@@ -226,6 +226,33 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, no_training, ch
     assert not (tmp_path / "chain").exists()
 
 
+@pytest.mark.parametrize("name", ["49K", "8.8K"])
+def test_what_is_in_the_place_of_an_anchor_stays(name, tmp_path, no_training):
+    mine = tmp_path / "chain" / name / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("work of years")
+    message = rf"{name} is there already, and no anchor of a chain \(it has no statistics.safetensors\)"
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path / "chain")
+    assert mine.read_text() == "work of years" and [*(tmp_path / "chain").iterdir()] == [mine.parent]
+
+
+def test_what_is_in_the_place_of_a_further_anchor_stays(copied, no_training):
+    shorter = [*CHAIN_ANCHORS, {"num_hidden_layers": 2}]
+    mine = copied / plan_chain(describe(chain_source().config), shorter, chain_config(), None)[-1].name / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("work of years")
+    with pytest.raises(ValueError, match="is there already, and no anchor of a chain"):
+        build(copied, anchors=shorter)
+    assert mine.read_text() == "work of years"
+
+
+def test_a_file_is_no_folder(tmp_path, no_training):
+    (tmp_path / "chain").write_text("mine")
+    with pytest.raises(ValueError, match=r"chain is a file, and a chain is a folder. Choose another output_dir"):
+        build(tmp_path / "chain")
+
+
 def test_anchors_of_like_size_get_names_of_their_own():
     source = describe(chain_source().config)
     fields = [{"num_hidden_layers": 4}, {"intermediate_size": 47}, {"intermediate_size": 46}]

@@ -74,6 +74,17 @@ def test_mistakes_are_found_before_anything_is_written(anchors, message, tmp_pat
     assert not (tmp_path / "chain").exists()
 
 
+def test_what_is_in_the_place_of_an_anchor_stays(tmp_path):
+    models = sizes()
+    names = [anchor.name for anchor in make(tmp_path / "first", models).anchors]
+    mine = tmp_path / "chain" / names[1] / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("work of years")
+    with pytest.raises(ValueError, match=rf"{names[1]} is there already, and no anchor of a chain"):
+        make(tmp_path / "chain", models)
+    assert mine.read_text() == "work of years" and [*(tmp_path / "chain").iterdir()] == [mine.parent]
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     sizes()[1].save_pretrained(tmp_path / "other")
     tiny_tokenizer([f"x{i}" for i in range(54)]).save_pretrained(tmp_path / "other")
