@@ -116,11 +116,7 @@ def check_causal(model: Any) -> None:
     other = ids.clone()
     other[0, -1] = 0
     one, two = (model(input_ids=each, use_cache=False, inside=lambda hidden: hidden[0, :-1]) for each in (ids, other))
-    if not (one.isfinite().all() and two.isfinite().all()):
-        raise ValueError(
-            f"What this {type(model).__name__} computes is not finite (NaN or infinity): its weights are damaged, or "
-            "its dtype is too narrow. Load it from a good copy, or in bfloat16 or float32."
-        )
+    _check_finite(model, one, two)
     if not torch.allclose(one, two, rtol=1e-2, atol=1e-2 * one.std().item()):
         raise ValueError(
             f"{type(model).__name__} reads what follows a token, as an encoder does, so what it says of the next one "
@@ -136,7 +132,7 @@ def check_head(model: Any) -> None:
         model: a causal LM with an opened forward, not wrapped.
 
     Raises:
-        ValueError: if the two differ on a few tokens.
+        ValueError: if the two differ on a few tokens, or are not finite.
     """
     if not _runs_here(model):
         return
@@ -146,11 +142,20 @@ def check_head(model: Any) -> None:
         with output_head(model) as head:
             hidden = model(input_ids=ids, use_cache=False, inside=lambda hidden: hidden[0])
             ours = head.logits(hidden.to(head.weight_VD.device, head.weight_VD.dtype)).to(own.device)
+    _check_finite(model, own, ours)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.std().item()):
         raise ValueError(
             f"The logits of {type(model).__name__} are not its output embedding times its last hidden state, with the "
             "logit scale and soft-capping of its config, which is how the loss computes them without holding all of "
             "them in memory. Distil a model with a plain head."
+        )
+
+
+def _check_finite(model: Any, *computed: Tensor) -> None:
+    if not all(tensor.isfinite().all() for tensor in computed):
+        raise ValueError(
+            f"What this {type(model).__name__} computes is not finite (NaN or infinity): its weights are damaged, or "
+            "its dtype is too narrow. Load it from a good copy, or in bfloat16 or float32."
         )
 
 

@@ -35,9 +35,9 @@ def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dic
     way_out = "Choose another output_dir, or delete that folder to build anew."
     _check_head(output_dir, anchors[0], head, way_out)
     if len(anchors) > len(steps) + 1:
-        names = ", ".join(anchor.name for anchor in anchors)
+        there = ", ".join(anchor.name for anchor in anchors)
         raise ValueError(
-            f"{output_dir} already holds a chain of more anchors ({names}) than are asked for now. {way_out}"
+            f"{output_dir} already holds a chain of more anchors ({there}) than are asked for now. {way_out}"
         )
     for anchor, step in zip(anchors[1:], steps, strict=False):
         changed = changed_arguments(anchor.training, step.args)

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from cbd_trl import BridgeDistillTrainer
 from cbd_trl.bridge.bridge import Bridge
+from cbd_trl.trainers.bridge_setup import TeacherWatch
 from tests.bridge.alignment_helpers import normalising, padded
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (
@@ -56,6 +57,55 @@ def test_a_wrong_tokenizer_is_caught_by_the_loss() -> None:
     guess = f"{math.log(420):.2f}"
     with pytest.raises(ValueError, match=rf"guessing among its 420 tokens costs {guess}: .* \(300 tokens\), the teac"):
         make_bridge(teacher_model=sure, train_dataset=rows, per_device_train_batch_size=8).train()
+
+
+def test_what_a_teacher_that_knows_little_may_be(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    guess = math.log(420)
+
+    def look(mean: float) -> None:
+        watch = TeacherWatch(Bridge(students_tokenizer(), teachers_tokenizer()), 420)
+        watch.look(40 * mean, 40)
+        assert watch.waiting
+        watch.look(24 * mean, 24)
+
+    look(0.7 * guess)
+    assert not caplog.text
+    look(0.9 * guess)
+    assert "own tokens is 5.44 nats, and guessing among its 420 tokens costs 6.04: so little is known" in caplog.text
+    assert "The student's is" in caplog.text
+    look(guess + 1.4)
+    with pytest.raises(ValueError, match="it was not trained with the tokenizer it was given"):
+        look(guess + 1.6)
+    with pytest.raises(ValueError, match=r"is nan nats, .* what it computes is damaged, or too large for its dtype"):
+        look(math.nan)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("role", ["model", "teacher_model"])
+def test_damaged_heads_are_refused(role: str, bad: float) -> None:
+    damaged = student() if role == "model" else teacher()
+    with torch.no_grad():
+        damaged.get_output_embeddings().weight[3, 2] = bad
+    with pytest.raises(
+        ValueError, match=r"ForCausalLM computes is not finite \(NaN or infinity\): its weights are dam"
+    ):
+        make_bridge(**{role: damaged})
+
+
+def test_a_tokenizer_that_is_not_the_students_own_is_suspicious(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    student().save_pretrained(tmp_path)
+    students_tokenizer().save_pretrained(tmp_path)
+    make_bridge(model=str(tmp_path))
+    assert "another model's" not in caplog.text
+    make_bridge(model=str(tmp_path), processing_class=make_tokenizer("byte_level", 300, seed=1))
+    assert "of the 300 tokens of the `processing_class` have another id in the tokenizer saved with" in caplog.text
+    assert "If the student was not given another vocabulary since, it is another model's" in caplog.text
 
 
 def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -105,12 +155,16 @@ def test_a_tokenizer_of_few_of_the_teachers_rows_is_suspicious(
     assert "tokens for 420 of them" in caplog.text
 
 
-def test_an_untrained_teacher_is_no_wrong_tokenizer() -> None:
+def test_an_untrained_teacher_is_no_wrong_tokenizer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     bland = teacher()
     with torch.no_grad():
         bland.get_output_embeddings().weight *= 1e-3
     logs, _ = one_step(make_bridge(teacher_model=bland, train_dataset=Dataset.from_dict({"text": texts(8)})))
     assert logs["kd"] > 0
+    assert caplog.text.count("so little is known by a teacher that is hardly trained") == 1
 
 
 def _t5() -> Any:
