@@ -13,7 +13,7 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_bitsandbytes_available
+from transformers.quantizers import quantizer_bnb_4bit
 
 from cbd_trl import Chain, DistillTrainer, from_chain
 from cbd_trl.cli_parsing import _Parser
@@ -156,14 +156,13 @@ def test_a_ternary_student_is_trained_and_loads_as_one(run, chain, tmp_path, mon
     assert len(linear[0](torch.eye(linear[0].in_features)).unique()) == 3
 
 
-@pytest.mark.skipif(is_bitsandbytes_available(), reason="says what to do where bitsandbytes is missing")
-def test_a_four_bit_teacher_asks_for_the_extra(run, chain):
+def test_a_four_bit_teacher_asks_for_the_extra(run, chain, monkeypatch):
+    monkeypatch.setattr(quantizer_bnb_4bit, "is_bitsandbytes_available", lambda: False)
     flags = f"{TRAINING} --teacher_model_name_or_path {chain.anchors[1].path}"
     with pytest.raises(ImportError, match=r"teacher.*33K.*bitsandbytes.*pip install 'cbd-trl\[quantized\]'; or leave"):
         run("four_bit_teacher.py", flags)
 
 
-@pytest.mark.skipif(not is_bitsandbytes_available(), reason="needs the extra `quantized`")
 def test_a_four_bit_teacher_teaches(run, chain, tmp_path):
     # On a CPU bitsandbytes takes widths in blocks of 64.
     wide = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
