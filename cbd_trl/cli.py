@@ -1,5 +1,6 @@
 """The command `cbd-trl`: picks the subcommand; nothing heavy is imported before it is known."""
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, flags: list[str]) -> int:
+    # Where it is installed it warns of kernels for 4-bit weights on a CPU, whatever the command.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from cbd_trl import cli_commands
     from cbd_trl.cli_parsing import UsageError
     from cbd_trl.recipe.problems import RecipeError
