@@ -1,9 +1,13 @@
 """Reads the flags, the YAML file and the rows that the subcommands of `cbd-trl` have in common."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from gzip import BadGzipFile
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from cbd_trl.names import did_you_mean
@@ -61,6 +65,12 @@ def parse_flags(
         *parsed, remaining = parser.parse_args_and_config(flags, return_remaining_strings=True)
     except OSError as error:
         raise UsageError(f"The config file cannot be read: {error}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        file = flags[flags.index("--config") + 1]
+        raise UsageError(
+            f"The config file {file} is not YAML ({' '.join(str(error).split())}). Wanted a line of `flag: value` for "
+            "each flag, in UTF-8."
+        ) from error
     if remaining:
         _refuse_unknown(remaining, parser.known_flags())
     return parsed
@@ -128,7 +138,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
         streaming: read while training.
 
     Raises:
-        ValueError: for a local file of another kind, or one that is not there.
+        ValueError: for a local file of another kind, one that is not there, or one whose content cannot be read.
     """
     from datasets import load_dataset
 
@@ -136,7 +146,8 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
     if not path.exists() and path.suffix.lower() in (*_FILE_KINDS, ".gz"):
         raise ValueError(f"There is no file {name}. Give a file that exists, or the Hub id of a dataset.")
     if not path.is_file():
-        return load_dataset(name, name=config, split=split, streaming=streaming)
+        with _explained_rows(name):
+            return load_dataset(name, name=config, split=split, streaming=streaming)
     suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     kind = _FILE_KINDS.get(suffix.lower())
     if kind is None:
@@ -144,8 +155,34 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
             f"{name} is not a dataset file that can be read: its name must end in {', '.join(_FILE_KINDS)}."
         )
     own = split if split.startswith("train[") else "train"
-    rows = load_dataset(kind, data_files=str(path), split=own, streaming=streaming)
+    with _explained_rows(name):
+        rows = load_dataset(kind, data_files=str(path), split=own, streaming=streaming)
     return rows.filter(lambda row: bool(row["text"].strip())) if kind == "text" else rows
+
+
+@contextmanager
+def _explained_rows(name: str) -> Iterator[None]:
+    """What `datasets` says of a file that it cannot read, which is a traceback without the file, as one sentence."""
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+
+    try:
+        yield
+    except (DatasetGenerationError, ArrowInvalid, BadGzipFile, UnicodeDecodeError, StopIteration) as error:
+        # The cause is wrapped, except where an error of rows that differ is told in full.
+        cause = error.__cause__ or error
+        if isinstance(cause, StopIteration):
+            raise ValueError(f"{name} is empty: there are no rows to read. Give a file with rows.") from error
+        if Path(name).is_dir():
+            wanted = "every file in it to have the same kind and columns; or give one file"
+        elif isinstance(cause, UnicodeDecodeError):
+            wanted = "text in UTF-8: convert it, as in `iconv -f latin1 -t utf-8`"
+        else:
+            wanted = "what its name says: in .jsonl one JSON object on each line, all with the same columns"
+        raise ValueError(
+            f"The rows of {name} cannot be read: {' '.join(str(cause).split())} ({type(cause).__name__}). "
+            f"Wanted {wanted}."
+        ) from error
 
 
 def evaluation_rows(script: ScriptArguments, args: Any) -> Any:

@@ -19,7 +19,9 @@ class PushArguments:
 
     private: bool = field(
         default=False,
-        metadata={"help": "Make the repository private if it is made. Not set: what the owner's default is."},
+        metadata={
+            "help": "A repository that is made is private, and a public one is refused. Not set: the owner's default."
+        },
     )
     revision: str | None = field(
         default=None, metadata={"help": "Branch to push to, made if there is none. Not set: the main one."}

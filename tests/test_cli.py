@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbd_trl import Chain
 from cbd_trl.cache import TeacherCache
 from cbd_trl.cli import COMMANDS, main
+from cbd_trl.cli_parsing import load_rows
 from cbd_trl.cli_values import parse_anchors, parse_count, parse_shape
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.tiny import tiny_model
@@ -325,6 +326,67 @@ def test_a_file_of_another_kind_is_refused(folder, tmp_path, capsys):
     ]
     assert main(["build", *flags]) == 1
     assert "must end in .jsonl, .json, .csv" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b"\n',
+            r"a\.jsonl cannot be read: JSON parse error.*one JSON object on each",
+        ),
+        (
+            "a.txt",
+            "café\n".encode("latin1"),
+            r"a\.txt cannot be read: 'utf-8' codec.*Wanted text in UTF-8: convert it",
+        ),
+        ("a.csv", b"a,b\n1,2\n1,2,3,4\n", r"a\.csv cannot be read: Error tokenizing data.*ParserError"),
+        (
+            "a.parquet",
+            b"text, and more of it",
+            r"a\.parquet cannot be read: Parquet magic bytes not found.*Wanted what its name says",
+        ),
+        ("a.jsonl.gz", b"text", r"a\.jsonl\.gz cannot be read: Not a gzipped file.*Wanted what its name says"),
+        ("a.jsonl", b"", r"a\.jsonl is empty: there are no rows to read"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_cause(tmp_path, monkeypatch, name, content, message):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_a_folder_of_files_that_do_not_go_together_is_named_with_the_cause(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "data" / "b.jsonl").write_text('{"other": 1}\n')
+    with pytest.raises(ValueError, match=r"rows of .*data cannot be read: .*other.*every file in it to have the same"):
+        load_rows(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    "command", [["report", "chain", "--data"], ["init", "chain", "--output", "x", "--calibration-data"]]
+)
+def test_the_commands_say_what_is_wrong_with_a_file_without_a_traceback(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "rows.jsonl").write_text("no JSON\n")
+    assert main([*command, str(tmp_path / "rows.jsonl")]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(
+        rf"^cbd-trl {command[0]}: error: The rows of .*rows\.jsonl cannot be read: JSON parse error", said
+    )
+
+
+@pytest.mark.parametrize("content", [b"output: [chain", b"output: \xe9\n", b"a: 1\n b: 2\n"])
+def test_a_config_file_that_is_no_yaml_is_named(tmp_path, capsys, content):
+    (tmp_path / "init.yaml").write_bytes(content)
+    assert main(["init", "chain", "--config", str(tmp_path / "init.yaml")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert re.search(r"The config file .*init\.yaml is not YAML \(.*\)\. Wanted a line of `flag: value`", said)
+    assert len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

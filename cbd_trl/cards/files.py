@@ -89,5 +89,9 @@ def _save_measurements(folder: Path, report: Mapping[str, Any]) -> None:
     # Drawing takes a library that nothing else here needs.
     from cbd_trl.report.plots import plot_sweep
 
-    write_text(folder / MEASURED, json.dumps(report, indent=1) + "\n")
+    # It goes to the Hub with the chain, where nobody is to read what the folders here are called.
+    kept = {key: value for key, value in report.items() if key != "path" or report.get("revision") is not None}
+    if "name" in kept:
+        kept["name"] = Path(kept["name"]).name
+    write_text(folder / MEASURED, json.dumps(kept, indent=1) + "\n")
     plot_sweep(report, folder / PICTURE, formats=("png",))

@@ -234,12 +234,13 @@ class Chain:
 
         Args:
             repo_id: the repository, "me/my-chain".
-            private: whether a repository that is made is private; None for the owner's default.
+            private: whether a repository that is made is private; None for the owner's default. With True, one that is
+                there and public is refused.
             token: Hub token; None for the one that was logged in with.
             revision: branch, made if there is none; None for the main branch.
             commit_message: of the commit.
             own_repos: put each anchor in a repository of its own, "me/my-chain-<anchor>", where it is a model like any
-                other, and pin its commit in chain.json.
+                other, and pin its commit in chain.json. One that holds another model is refused.
 
         Returns:
             The commit: its address, with the hash in `oid`.

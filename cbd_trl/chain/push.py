@@ -2,21 +2,29 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from cbd_trl.cards import CARD_FILES, MEASURED, anchor_card, chain_card, current_card
 from cbd_trl.cards.files import README
 from cbd_trl.cards.history import AnyChain
-from cbd_trl.chain.chain_json import manifest_text
+from cbd_trl.chain.chain_json import manifest_text, read_manifest
 from cbd_trl.chain.hub_errors import hub_reason, told
-from cbd_trl.chain.records import MANIFEST, Anchor, Manifest
+from cbd_trl.chain.records import MANIFEST, STATISTICS_FILE, Anchor, Manifest
 
 # Name in the repository -> a file here, or what it is to hold.
 Content = Mapping[str, Path | bytes]
 _WEIGHTS = ".safetensors"
+# Of a model that somebody else's library wrote, too.
+_ANY_WEIGHTS = (_WEIGHTS, ".bin", ".gguf", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx")
+# What a push leaves of an anchor that another number of shards takes the place of.
+_SHARDS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Push:
     hash, before it is in a commit, and the same push after an interruption does not send it again.
 
     Args:
-        private: whether a repository that is made is private; None for what the owner's default is.
+        private: whether a repository that is made is private; None for what the owner's default is. With True one
+            that is there and public is refused.
         token: Hub token.
         revision: branch, made if there is none; None for the main branch.
         commit_message: of every commit.
@@ -53,23 +62,25 @@ class Push:
             The commit that holds chain.json.
 
         Raises:
-            ValueError: a bad id, a token that may not write there, a repository of something else, or a file here
-                that is damaged.
+            ValueError: a bad id, a token that may not write there, a repository of something else or one that all
+                can read where private=True, or a file here that is damaged.
             ConnectionError: the upload was cut off.
         """
         for anchor in chain.anchors:
             anchor.need(*anchor.files)
         repo_id = self._make(repo_id)
         before = self._there(repo_id)
+        own_repos = self._make_own(repo_id, chain, before) if self.own_repos else {}
         # As its cards call it.
         named = copy.copy(chain)
         named.name_or_path, named.revision = repo_id, self.revision or "main"
         content: dict[str, Path | bytes] = {}
         anchors = []
         for anchor in chain.anchors:
-            if self.own_repos:
-                own = self._make(f"{repo_id}-{anchor.name}")
-                commit = self._commit(own, _anchor_content(named, anchor, own))
+            if anchor.name in own_repos:
+                own, earlier = own_repos[anchor.name]
+                there = _anchor_content(named, anchor, own)
+                commit = self._commit(own, there, [name for name in earlier if name not in there])
                 anchors.append(dataclasses.replace(anchor, repo={"repo_id": own, "revision": commit.oid}))
             else:
                 there = _anchor_content(named, anchor)
@@ -87,20 +98,63 @@ class Push:
         api = HfApi(token=self.token)
         try:
             repo_id = api.create_repo(repo_id, private=self.private, exist_ok=True).repo_id
-            if self.revision is not None:
+            # One that was there is as it was.
+            seen = bool(self.private) and not api.model_info(repo_id).private
+            if self.revision is not None and not seen:
                 api.create_branch(repo_id, branch=self.revision, exist_ok=True)
         # The client lets errors of its HTTP library through, and which one that is depends on its version.
         except Exception as error:
             raise _explained(repo_id, error) from error
+        if seen:
+            raise ValueError(
+                f"{repo_id!r} is there and public, and private=True (--private) asks for a private repository: "
+                "everybody could read what is uploaded, and nothing was. Make it private in its settings on the Hub, "
+                "choose another id, or leave private out."
+            )
         return repo_id
+
+    def _make_own(self, repo_id: str, chain: AnyChain, before: list[str]) -> dict[str, tuple[str, list[str]]]:
+        """Anchor -> its own repository, and what an earlier push left there. All are made and looked at before the
+        first gets anything."""
+        pinned = self._pinned(repo_id) if MANIFEST in before else {}
+        made = {}
+        for anchor in chain.anchors:
+            own = self._make(f"{repo_id}-{anchor.name}")
+            there = self._files(own)
+            if own not in pinned and _is_model(there) and not _is_pushed(there, anchor):
+                raise ValueError(
+                    f"{own!r} holds a model that is no anchor of this chain: the {MANIFEST} of {repo_id!r} does not "
+                    "name it, and it is not what an interrupted push of the same anchor leaves. Nothing there is "
+                    f"overwritten. Choose another id, or rename or delete {own!r} on the Hub."
+                )
+            sent = {*pinned.get(own, ()), *CARD_FILES, STATISTICS_FILE}
+            made[anchor.name] = own, [name for name in there if name in sent or _SHARDS.fullmatch(name)]
+        return made
+
+    def _pinned(self, repo_id: str) -> dict[str, set[str]]:
+        """Repository -> files of the anchor that the chain.json there pins in it; empty where it cannot be read, as a
+        damaged one is pushed over."""
+        try:
+            file = HfApi(token=self.token).hf_hub_download(repo_id, MANIFEST, revision=self.revision)
+        except Exception as error:
+            raise _explained(repo_id, error) from error
+        anchors: tuple[Anchor, ...] = ()
+        with suppress(ValueError):
+            anchors = read_manifest(Path(file).parent).anchors
+        return {anchor.repo["repo_id"]: set(anchor.files) for anchor in anchors if anchor.repo is not None}
+
+    def _files(self, repo_id: str) -> dict[str, RepoFile]:
+        api = HfApi(token=self.token)
+        try:
+            entries = list(api.list_repo_tree(repo_id, recursive=True, revision=self.revision))
+        except Exception as error:
+            raise _explained(repo_id, error) from error
+        return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def _there(self, repo_id: str) -> list[str]:
         """The files of a repository that holds a chain, or no model at all."""
-        try:
-            files = list(HfApi(token=self.token).list_repo_files(repo_id, revision=self.revision))
-        except Exception as error:
-            raise _explained(repo_id, error) from error
-        if MANIFEST not in files and any(name.endswith(_WEIGHTS) for name in files):
+        files = list(self._files(repo_id))
+        if MANIFEST not in files and _is_model(files):
             raise ValueError(
                 f"{repo_id!r} holds weights and no {MANIFEST}: it is not a chain, and nothing there is overwritten. "
                 "Choose another id."
@@ -121,6 +175,23 @@ class Push:
             )
         except Exception as error:
             raise _explained(repo_id, error) from error
+
+
+def _is_model(files: Iterable[str]) -> bool:
+    """Whether a repository with these files holds a model, or a chain of some whose weights may lie elsewhere."""
+    return any(name.endswith(_ANY_WEIGHTS) or name == MANIFEST for name in files)
+
+
+def _is_pushed(there: Mapping[str, RepoFile], anchor: Anchor) -> bool:
+    """Whether a repository holds this very anchor, and nothing that a push does not send."""
+    return there.keys() <= {*anchor.files, *CARD_FILES, ".gitattributes"} and all(
+        name in there and _is_same(there[name], anchor.path / name, sha256) for name, sha256 in anchor.files.items()
+    )
+
+
+def _is_same(there: RepoFile, file: Path, sha256: str) -> bool:
+    # The Hub knows a large file by its sha256, and any other by git's hash.
+    return there.blob_id == git_hash(file.read_bytes()) if there.lfs is None else there.lfs.sha256 == sha256
 
 
 def _anchor_content(chain: AnyChain, anchor: Anchor, own: str | None = None) -> Content:

@@ -20,7 +20,7 @@ from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, RANDOM, Target, fingerprint, sweep
 from cbd_trl.report.tables import format_count
 from cbd_trl.report.tasks import task_probes
-from cbd_trl.report.text import bits_per_byte, held_out_blocks, scored_bytes
+from cbd_trl.report.text import bits_per_byte, check_text_column, held_out_blocks, scored_bytes
 
 CONTROLS = (*OPERATORS, RANDOM)
 # Between two neighbouring anchors, where no sizes are asked for.
@@ -112,6 +112,7 @@ def measure_chains(
     _refuse_sizes_outside(chains, options)
     jobs = [_Job(chain, name, options) for chain, name in zip(chains, _names(chains), strict=True)]
     rows = list(rows)
+    check_text_column(rows, options.text_field)
     for job in jobs:
         job.read(rows)
     steps = [job.steps for job in jobs]

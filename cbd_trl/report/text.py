@@ -4,7 +4,7 @@ Shapes: N blocks, T tokens in each.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,28 @@ from torch import Tensor
 
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.calibration import token_blocks
+
+
+def check_text_column(rows: Iterable[Mapping[str, Any]], column: str) -> None:
+    """Refuse rows without the column that was asked for: another one would be measured in its place.
+
+    Args:
+        rows: of any SFT format.
+        column: its name; "text" stands for whatever the format has.
+
+    Raises:
+        ValueError: a row has no text there; the message names the columns that the rows have.
+    """
+    if column == "text":
+        return
+    for row in rows:
+        if not isinstance(row.get(column), str):
+            found = f"{type(row[column]).__name__} in the column" if column in row else "no column"
+            raise ValueError(
+                f"A row of the held-out text has {found} {column!r}, of which text is to be measured; its columns are "
+                f"{sorted(row)}. Name one that holds text in every row, or leave --text_column (text_field) out: "
+                "'text', chats, and prompts with completions are found by themselves."
+            )
 
 
 def held_out_blocks(tokenizer: Any, texts: Iterable[str], length: int, count: int) -> Tensor:

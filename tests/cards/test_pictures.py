@@ -65,6 +65,17 @@ def test_without_measurements_there_is_none(chain, tmp_path):
         assert PICTURE not in read(folder) and not (folder / PICTURE).exists()
 
 
+def test_where_the_chain_lies_here_is_not_kept(chain, tmp_path):
+    chain.save_pretrained(tmp_path / "copy")
+    copy = Chain.from_pretrained(tmp_path / "copy")
+    save_cards(copy, {**report_of(copy), "name": f"{copy.path} (1)", "path": str(copy.path), "revision": None})
+    kept = (copy.path / MEASURED).read_text()
+    assert str(tmp_path) not in kept and "path" not in json.loads(kept)
+    assert json.loads(kept)["name"] == "copy (1)"
+    save_cards(copy, {**report_of(copy), "path": "me/chain", "revision": "0" * 40})
+    assert json.loads((copy.path / MEASURED).read_text())["path"] == "me/chain"
+
+
 def test_it_goes_to_the_hub_and_away_with_the_chain(hub, chain, measured, tmp_path):
     measured.push_to_hub("me/pushed")
     files = hub.files("me/pushed")

@@ -137,8 +137,10 @@ def _branch(request: _Handler, repo_id: str, branch: str) -> Answer:
 
 
 def _info(request: _Handler, repo_id: str, revision: str = "main") -> Answer:
-    commit, files = request.hub.readable(repo_id, request.user()).at(revision)
-    return _json({"id": repo_id, "sha": commit, "siblings": [{"rfilename": name} for name in sorted(files)]})
+    repository = request.hub.readable(repo_id, request.user())
+    commit, files = repository.at(revision)
+    siblings = [{"rfilename": name} for name in sorted(files)]
+    return _json({"id": repo_id, "sha": commit, "private": repository.private, "siblings": siblings})
 
 
 def _tree(request: _Handler, repo_id: str, revision: str) -> Answer:

@@ -1,5 +1,7 @@
 """Anchors in repositories of their own, at the commits that chain.json pins."""
 
+import dataclasses
+import hashlib
 import json
 import re
 
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain import chain_json
-from cbd_trl.chain.chain_json import read_manifest
+from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from tests.chain.helpers import WIDE, same_weights
 
 # How the Hub's client sends a file is on its way out in its HTTP library; neither is ours.
@@ -113,6 +115,74 @@ def test_an_interrupted_push_pins_nothing_and_goes_on(hub, chain):
     chain.push_to_hub("me/chain", own_repos=True)
     assert len(hub.uploads) == len(set(hub.uploads)) and hub.head(own_repo(chain.source)) == first
     assert Chain.from_pretrained("me/chain").source.repo == {"repo_id": own_repo(chain.source), "revision": first}
+
+
+def committed(hub, repo_id, folder, **files):
+    """A repository with these files beside those that it has."""
+    folder.mkdir(exist_ok=True)
+    there = hub.files(repo_id) if repo_id in hub.repositories else {}
+    for name, content in {**there, **files}.items():
+        (folder / name).write_bytes(content)
+    return hub.commit(repo_id, folder, "main")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "model.gguf", "chain.json"])
+def test_a_model_that_is_no_anchor_is_not_overwritten(hub, chain, tmp_path, name):
+    own = own_repo(chain.anchors[2])
+    before = committed(hub, own, tmp_path / "theirs", **{name: b"theirs", "adapter_config.json": b"{}"})
+    with pytest.raises(ValueError, match=rf"'{own}' holds a model that is no anchor of this chain.*Choose another id"):
+        chain.push_to_hub("me/chain", own_repos=True)
+    assert hub.head(own) == before and not hub.uploads
+    assert set(hub.files("me/chain")) == set(hub.files(own_repo(chain.source))) == {".gitattributes"}
+
+
+def test_a_chain_that_pins_others_does_not_make_it_one(pinned, chain, tmp_path):
+    own = own_repo(chain.anchors[2])
+    said = json.loads(pinned.files("me/chain")["chain.json"])
+    pinned.repositories["me/chain"].references["main"] = next(iter(pinned.repositories["me/chain"].commits))
+    # The same anchor, as an interrupted push leaves it, may be pushed again; with something beside it, it is not that.
+    chain.push_to_hub("me/chain", own_repos=True)
+    assert json.loads(pinned.files("me/chain")["chain.json"]) == said
+    pinned.repositories["me/chain"].references["main"] = next(iter(pinned.repositories["me/chain"].commits))
+    for files in ({"adapter_config.json": b"{}"}, {"config.json": b"{}"}):
+        pinned.repositories[own].references["main"] = said["anchors"][2]["repo"]["revision"]
+        before = committed(pinned, own, tmp_path / next(iter(files)), **files)
+        with pytest.raises(ValueError, match=rf"'{own}' holds a model that is no anchor of this chain"):
+            chain.push_to_hub("me/chain", own_repos=True)
+        assert pinned.head(own) == before
+
+
+def test_what_an_earlier_anchor_left_is_taken_away_and_nothing_else(pinned, chain, tmp_path):
+    own = own_repo(chain.source)
+    files = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}"}
+    files |= {"model.Q4_K_M.gguf": b"mine", "notes.txt": b"mine"}
+    committed(pinned, own, tmp_path / "earlier", **files)
+    chain.push_to_hub("me/chain", own_repos=True)
+    there = pinned.files(own)
+    assert set(there) == {".gitattributes", "README.md", *chain.source.files, "model.Q4_K_M.gguf", "notes.txt"}
+    AutoModelForCausalLM.from_pretrained(own)
+
+
+def test_files_that_only_the_earlier_anchor_had_are_taken_away(hub, chain, tmp_path):
+    chain.save_pretrained(tmp_path / "more")
+    said = read_manifest(tmp_path / "more")
+    (tmp_path / "more" / said.anchors[0].name / "extra.json").write_text("{}")
+    files = {**said.anchors[0].files, "extra.json": hashlib.sha256(b"{}").hexdigest()}
+    anchors = (dataclasses.replace(said.anchors[0], files=files), *said.anchors[1:])
+    write_manifest(tmp_path / "more", dataclasses.replace(said, anchors=anchors))
+    Chain.from_pretrained(tmp_path / "more").push_to_hub("me/chain", own_repos=True)
+    assert "extra.json" in hub.files(own_repo(chain.source))
+    chain.push_to_hub("me/chain", own_repos=True)
+    assert "extra.json" not in hub.files(own_repo(chain.source))
+    assert Chain.from_pretrained("me/chain").checksum != chain.checksum
+
+
+def test_no_anchor_goes_to_a_public_repository_when_all_is_to_be_private(hub, chain):
+    own = own_repo(chain.anchors[1])
+    hub.create({"name": own.split("/")[1]}, "me")
+    with pytest.raises(ValueError, match=rf"'{own}' is there and public, and private=True .* asks for a private"):
+        chain.push_to_hub("me/chain", own_repos=True, private=True)
+    assert not hub.uploads and set(hub.files(own)) == {".gitattributes"}
 
 
 COMMIT = "0123456789" * 4

@@ -133,6 +133,32 @@ def test_a_model_is_not_overwritten(hub, chain):
     assert hub.head("me/model") == before
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.Q4_K_M.gguf", "weights/model.pt"])
+def test_a_model_of_another_format_is_not_overwritten(hub, chain, tmp_path, name):
+    (tmp_path / "model" / name).parent.mkdir(parents=True)
+    (tmp_path / "model" / name).write_bytes(b"weights")
+    (tmp_path / "model" / "README.md").write_text("Mine.")
+    before = hub.commit("me/model", tmp_path / "model", "main")
+    with pytest.raises(ValueError, match=r"'me/model' holds weights and no chain.json: it is not a chain"):
+        chain.push_to_hub("me/model")
+    assert hub.head("me/model") == before
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_what_is_to_be_private_does_not_go_where_all_can_read_it(hub, chain, shorter, revision):
+    before = shorter.push_to_hub("me/pushed").oid
+    sent = list(hub.uploads)
+    public = (
+        r"'me/pushed' is there and public, and private=True .*Make it private in its settings.*or leave private out"
+    )
+    with pytest.raises(ValueError, match=public):
+        chain.push_to_hub("me/pushed", private=True, revision=revision)
+    assert hub.repositories["me/pushed"].references == {"main": before} and hub.uploads == sent
+    hub.repositories["me/pushed"].private = True
+    chain.push_to_hub("me/pushed", private=True, revision=revision)
+    assert hub.head("me/pushed", revision or "main") != before
+
+
 def test_a_branch_of_its_own(hub, chain, shorter):
     before = shorter.push_to_hub("me/pushed").oid
     commit = chain.push_to_hub("me/pushed", revision="v2")

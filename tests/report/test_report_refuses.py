@@ -29,7 +29,10 @@ def nothing_measured(monkeypatch):
         (["--include_path", "nowhere", "--tasks", "colours"], r"no folder nowhere"),
         (["--data", "gone.jsonl"], r"There is no file gone\.jsonl"),
         (["--compare", "no-such-chain"], r"no-such-chain"),
-        (["--text_column", "body", "--data", "{rows}"], r"columns \['words'\], and none of the SFT formats.*'body'"),
+        (["--data", "{rows}"], r"columns \['words'\], and none of the SFT formats.*'text'"),
+        (["--text_column", "body", "--data", "{rows}"], r"no column 'body'.*columns are \['words'\]\. Name one that"),
+        (["--text_column", "nope"], r"no column 'nope', of which text is to be measured; its columns are \['text'\]"),
+        (["--text_column", "id", "--data", "{numbers}"], r"int in the column 'id'.*columns are \['id', 'text'\]"),
         (["--data", "{empty}"], r"empty\.jsonl is empty: there is no text"),
         (["--data", "{blank}"], r"blank\.txt holds no rows of text"),
         (["--data", "{document}"], r"text\.docx is not a dataset file"),
@@ -39,7 +42,9 @@ def nothing_measured(monkeypatch):
 def test_it_says_what_is_wrong_and_writes_nothing(word_chain, words, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     files = {"rows": "rows.jsonl", "empty": "empty.jsonl", "blank": "blank.txt", "document": "text.docx"}
-    for name, content in zip(files.values(), ('{"words": "w1 w2"}\n', "", " \n\n", "w1 w2"), strict=True):
+    files["numbers"] = "numbers.jsonl"
+    contents = ('{"words": "w1 w2"}\n', "", " \n\n", "w1 w2", '{"text": "w1 w2", "id": 3}\n')
+    for name, content in zip(files.values(), contents, strict=True):
         (tmp_path / name).write_text(content)
     flags = [flag.format(**files) for flag in flags]
     code, _, err = run(word_chain, "--data", words, *QUICK, *flags)
