@@ -24,14 +24,19 @@ from cbd_trl.losses.signals import HiddenSignal, Logits
 class CrossModelAttention(nn.Module):
     """The projections of DSKD-CMA, no part of the student: query (2d to 2D), t2s (D to d) and s2t (d to D).
 
-    Queries are the student's input and target embeddings side by side, keys the teacher's; values are the states, the
-    teacher's with its target embedding added. Each position of the student attends to those of the teacher in the
-    same text, and for the way back each of the teacher's to those of the student.
+    With h the last hidden states, e(x) and e(y) the embeddings of the token that is read and of the one that follows,
+    and u what brings a vector to a common size:
 
-    Deviations: every state and embedding of the teacher, and the student's embeddings, are divided by their own root
-    mean square, the paper's code divides the teacher's by the standard deviation of the batch: a loss would depend on
-    what else is in the micro-batch. The maps have no bias and start orthogonal, so that scores start with a spread of
-    about 1; the paper's are torch's linear layers.
+        Q = W_q u[e_S(x); e_S(y)], (N, 2D); K = u[e_T(x); e_T(y)], (M, 2D); Z = Q K^T / sqrt(2D), (N, M)
+        there = softmax(Z) W_t2s (u h_T + u e_T(y)), (N, d); back = softmax(Z^T) W_s2t h_S, (M, D)
+
+    Each position of the student attends to those of the teacher in the same text, and for the way back each of the
+    teacher's to those of the student. The equations are those of the authors' code (songmzhang/DSKD).
+
+    Deviations: u divides each vector by its own root mean square; in that code it divides what is the teacher's by the
+    standard deviation of the batch, so that a loss depends on what else is in the micro-batch, and leaves the
+    student's embeddings as they are. The maps have no bias and start orthogonal, so that scores start with a spread
+    of about 1; theirs are torch's linear layers.
 
     Args:
         student_width: d, of hidden states and embeddings.
@@ -104,15 +109,20 @@ def _unit(states_ND: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CrossAttention:
-    """The objective of DSKD-CMA, in both models' spaces, as in the authors' code.
+    """The objective of DSKD-CMA, in both models' spaces, as in the authors' code (songmzhang/DSKD).
 
-    Three terms: the student against the teacher's states as seen through the student's head, where those predict the
-    right token; the cross-entropy of the latter, which trains the maps; and KL of the teacher against the student's
-    states as seen through the teacher's head. Heads are constants where they read states of the other model. The
-    authors give the three together the weight of the cross-entropy, 0.5 each, and the maps a learning rate of 1e-3.
+    With s and t the logits of student and teacher, `there` and `back` as `CrossModelAttention` has them, p_T(z) =
+    softmax(z / T), t2s = there H_S^T, s2t = back H_T^T, and the heads H constants in these two:
 
-    Deviations: the terms are sums over positions, the third over the teacher's, so that accumulation changes nothing;
-    multiplied by T squared (or what the divergence asks for); positions of the teacher are those of aligned tokens.
+        kd = sum_N [argmax t2s = y] KL(p_T(t2s) | p_T(s)) + sum_N -log p_1(t2s)[y] + sum_M KL(p_T(t) | p_T(s2t))
+
+    The first term teaches the student, t2s being a constant there; the second trains the maps; the third both. The
+    authors' whole loss is (1 - k) ce + k kd with k = 0.5, over the tokens of a step; their maps have a learning rate
+    of 1e-3. Here the two weights are `weights`.
+
+    Deviations: both divergences are multiplied by T squared (or what the divergence asks for); positions of the
+    teacher are those of aligned tokens, theirs are all it is scored on; heads keep their bias, scale and softcap,
+    theirs are the weight alone; t2s has no temperature of its own besides T.
 
     Attributes:
         attention: trained along, and never saved with the student.

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,10 @@ class Reduction:
 def reduce_vocabulary(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Iterable[str],
     size: int,
     *,
-    held_out: Sequence[str] | None = None,
+    held_out: Iterable[str] | None = None,
     **options: Any,
 ) -> Reduction:
     """Give a model a vocabulary of fewer tokens, those that some texts need.
@@ -64,7 +64,7 @@ def reduce_vocabulary(
     Args:
         model: a causal LM; it is not changed.
         tokenizer: its own, a fast BPE.
-        texts: what the model is for; a BPE of the same kind is trained on them.
+        texts: what the model is for, kept as a list; a BPE of the same kind is trained on them.
         size: tokens of the new vocabulary, special ones included; fewer where the texts have no more to merge.
         held_out: texts that are measured and not trained on; None for every tenth of `texts`.
         options: `method` and the rest of `transplant_vocabulary`.
@@ -76,7 +76,10 @@ def reduce_vocabulary(
         ValueError: a size that is too large or too small, a tokenizer that is no BPE, no held-out text, and as
             `transplant_vocabulary`.
     """
-    if held_out is None:
+    texts = list(texts)
+    if held_out is not None:
+        held_out = list(held_out)
+    else:
         held_out = texts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
         texts = [text for number, text in enumerate(texts, start=1) if number % HELD_OUT_EVERY]
     if not any(held_out):

@@ -16,7 +16,10 @@ from cbd_trl.losses.divergences import tempered_log_probs
 def sorted_distance(student_GV: Tensor, teacher_GW: Tensor, top_k: int | None = None) -> Tensor:
     """Sum over ranks of the difference between the probabilities of that rank, the shorter list filled with zeros.
 
+        sum_i |sort(p_S)_i - sort(p_T)_i|, i from 1 to max(V, W), both in falling order
+
     What the paper's Wasserstein distance comes to, in which moving a share from any token to any other costs the same.
+    Deviation: `top_k` is ours.
 
     Args:
         student_GV: probabilities, (G, V) float32; of all tokens, or of some.
@@ -45,10 +48,20 @@ def _ranked(probabilities_GV: Tensor, kept: int) -> Tensor:
 class SortedDistance(GroupObjective):
     """ULD on the first token of each group.
 
-    Deviation: the paper pairs the t-th tokens of both answers and drops what is left over, so that from the first
-    difference on it compares distributions on different texts. Where a group begins both models have read the same
-    bytes: those positions are paired, and no others. Times T, for the gradients of a first-order distance shrink so.
-    The authors add 1.5 of it to the cross-entropy.
+    The paper's loss, for answers of m and n tokens, and ours, for G groups of which the g-th begins at position a(g)
+    of the student and b(g) of the teacher:
+
+        ce + lambda mean_t sum_i |sort(p_S,t)_i - sort(p_T,t)_i|, t from 1 to min(m, n), lambda = 1.5 and T = 1
+        T sum_g sum_i |sort(p_S,a(g))_i - sort(p_T,b(g))_i|, p = softmax(logits / T)
+
+    Deviations:
+
+    - The paper pairs the t-th tokens of both answers and drops what is left over, so that from the first difference on
+      it compares distributions on different texts. Where a group begins both models have read the same bytes: those
+      positions are paired, and no others.
+    - Times T, for the gradients of a first-order distance shrink so.
+    - Groups are summed up, and the trainer divides by the student's tokens; the paper's is a mean over the pairs.
+    - lambda is the weight of the objective, by default 1.
 
     Attributes:
         top_k: see `sorted_distance`.

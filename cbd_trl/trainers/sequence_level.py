@@ -1,7 +1,13 @@
 """SeqKD: the student learns text that its teacher wrote, and the teacher itself does not run.
 
-Kim and Rush 2016 (arXiv 1606.07947), section 3.2: the teacher's distribution over sequences is replaced by its mode,
-which leaves the cross-entropy of what it writes. Here the text may as well be drawn from the teacher.
+Kim and Rush 2016 (arXiv 1606.07947), section 3.2: of the cross-entropy of whole sequences, the teacher's distribution
+is replaced by its mode, which a beam search comes near to,
+
+    L = -sum_y q(y | x) log p(y | x), about -log p(y^ | x) = -sum_t log p(y^_t | y^_<t, x)
+
+with q the teacher, p the student, x what is given and y^ the teacher's output. Deviations: y^ is whatever the data
+holds, drawn from the teacher by default (`cbd-trl generate`) and not searched for; and it is read in the student's
+tokens, the teacher's may be others.
 """
 
 from collections.abc import Sequence
@@ -36,7 +42,7 @@ class AbsentTeacher:
 
 
 class SequenceLevelLoss(StepLoss):
-    """`StepLoss` whose one term is the cross-entropy of the data's tokens, "ce"."""
+    """`StepLoss` whose one term is the cross-entropy of the data's tokens, "ce": -log p(y^_t | y^_<t, x), nats."""
 
     def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_Nd = select_scored(hidden_BTd, labels_BT).to(product_dtype(head, hidden_BTd.device))

@@ -55,6 +55,16 @@ def test_held_out_text_is_not_trained_on_and_options_reach_the_transplant() -> N
     assert b"baba" in learned and b"xyz" not in learned
 
 
+def test_texts_may_come_one_at_a_time() -> None:
+    tokenizer, model, texts = make_tokenizer(size=500), tiny_model("llama", vocab_size=500), corpus()
+    for held_out in (None, texts[:7]):
+        whole = reduce_vocabulary(model, tokenizer, texts, 300, held_out=held_out)
+        streamed = reduce_vocabulary(model, tokenizer, iter(texts), 300, held_out=held_out and iter(held_out))
+        assert str(streamed) == str(whole) and streamed.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=r"measured on held-out texts, got none"):
+        reduce_vocabulary(model, tokenizer, iter(texts), 300, held_out=iter(()))
+
+
 def test_special_tokens_chat_template_and_its_marks_are_kept() -> None:
     tokenizer = make_tokenizer(size=500)
     size = len(tokenizer)
