@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.cards import MEASURED, save_cards
+from cbd_trl.chain.describe_targets import describe_targets
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.sweep import Target, fingerprint, sweep
@@ -26,7 +27,8 @@ def evaluate_chain(
         chain: finished.
         folder: of the chain. The report is written there, with a picture, and the chain's card shows both.
         blocks: (N, T) int64, text that nothing was trained on.
-        sizes: parameter counts of targets.
+        sizes: parameter counts of targets. One that no target has is left out and named: which layers stand for which
+            is known only when the anchors are made, and with it the depths between two of them.
         device: to measure on.
 
     Returns:
@@ -38,7 +40,7 @@ def evaluate_chain(
 
     report = sweep(
         chain,
-        [Target(num_parameters=size) for size in sizes],
+        [Target(num_parameters=size) for size in sizes if _can_be_had(chain, size)],
         ("nested",),
         loss,
         results=folder / RESULTS,
@@ -49,6 +51,15 @@ def evaluate_chain(
     if report != _written(folder / MEASURED):
         save_cards(chain, report)
     return report
+
+
+def _can_be_had(chain: Chain, size: float) -> bool:
+    try:
+        describe_targets(chain, [size])
+    except ValueError as error:
+        print(f"evaluation.sizes: {size:,.0f} is not measured. {error}")
+        return False
+    return True
 
 
 def _written(file: Path) -> Any:

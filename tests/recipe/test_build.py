@@ -169,3 +169,17 @@ def test_an_anchor_given_by_its_size_may_have_args_of_its_own(inputs: Path, tmp_
         calibration_tokens=64,
     )
     _assert_same(chain, other)
+
+
+def test_a_size_that_no_target_has_is_named_and_the_others_are_measured(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between 4 layers and 2 there may be a target of 3 or not: which, the anchors tell."""
+    anchors = [{"shape": {"num_hidden_layers": 4}}, {"shape": {"num_hidden_layers": 2}}]
+    evaluation = {"data": str(inputs / "held.jsonl"), "tokens": 64, "length": 16, "sizes": [28_000, 33_000]}
+    folder = tmp_path / "chain"
+    recipe = write_recipe(inputs, anchors=anchors, evaluation=evaluation, output_dir=str(folder))
+    assert main(["build", str(recipe)]) == 0
+    assert "evaluation.sizes: 28,000 is not measured. No reachable size is within" in capsys.readouterr().out
+    [target] = json.loads((folder / "loss-against-size.json").read_text())["targets"]
+    assert target["num_parameters"] == 33_056
