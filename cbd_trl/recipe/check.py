@@ -17,7 +17,7 @@ from cbd_trl.chain.head import Head, source_head
 from cbd_trl.chain.plan import Step, anchor_name, plan_step
 from cbd_trl.chain.source import Source
 from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
-from cbd_trl.recipe.data import check_data, check_mix
+from cbd_trl.recipe.data import check_data, check_mix, shares_rows
 from cbd_trl.recipe.estimate import Cost, anchor_cost, bridge_cost, disk_needed, head_cost
 from cbd_trl.recipe.remember import check_unchanged
 from cbd_trl.recipe.schema import Recipe
@@ -169,13 +169,13 @@ def _check_data(check: Check) -> None:
         columns = [check.attempt(part.where, partial(check_data, part, check.tokenizer)) for part in parts]
         if None not in columns:
             check.attempt(place, partial(check_mix, parts, columns))
-    known = {(part.name, part.config, part.split): part.where for _, parts in trained for part in parts}
     for part in held_out:
-        if where := known.get((part.name, part.config, part.split)):
+        both = (known for _, others in trained for known in others if shares_rows(part, known))
+        if known := next(both, None):
             check.problems.append(
-                f"{part.where}: {part.name} ({part.split}) is trained on, too ({where}), so its loss would say "
-                "nothing of other text. Name another file or split, or slices that share no row: train[:95%] and "
-                "train[95%:]."
+                f"{part.where}: {part.name} ({part.split}) is trained on, too ({known.where}: {known.split}), so its "
+                "loss would say nothing of other text. Name another file or split, or slices that share no row: "
+                "train[:95%] and train[95%:]."
             )
 
 
