@@ -76,7 +76,11 @@ def test_a_dataset_is_refused(tmp_path: Path, options: dict[str, str], said: str
     [
         ("a.jsonl", None, "there is no file"),
         ("empty.jsonl", "", "cannot be read|holds no row"),
-        ("other.jsonl", '{"question": "w1"}\n', r"has the columns \['question'\], and none of the SFT formats"),
+        (
+            "other.jsonl",
+            '{"question": "w1"}\n',
+            r"has the columns \['question'\], and none of the SFT formats: .* Name the column",
+        ),
         ("broken.jsonl", '{"text": "w1"\n', "cannot be read"),
     ],
 )
