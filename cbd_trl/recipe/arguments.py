@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from trl import SFTConfig
 
+from cbd_trl.recipe.argument_checks import check_argument
 from cbd_trl.recipe.schema import Recipe
 from cbd_trl.recipe.values import Values, inside, shown
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
@@ -21,7 +22,7 @@ _Config = TypeVar("_Config", bound=DistillConfig)
 
 
 def read_arguments(values: Values, value: Any, place: str, config: type[DistillConfig]) -> dict[str, Any]:
-    """Fields of a config, those that are unknown or of the wrong type refused and left out.
+    """Fields of a config, those that are unknown, of the wrong type or without a meaning refused and left out.
 
     Args:
         values: takes the problems.
@@ -36,7 +37,9 @@ def read_arguments(values: Values, value: Any, place: str, config: type[DistillC
     arguments = {}
     for key, entry in values.mapping(value, place, known).items():
         try:
-            arguments[key] = _as_annotated(entry, hints[key])
+            read = _as_annotated(entry, hints[key])
+            check_argument(key, read)
+            arguments[key] = read
         except ValueError as error:
             values.refuse(inside(place, key), str(error))
     return arguments
@@ -50,6 +53,8 @@ def _as_annotated(value: Any, hint: Any) -> Any:
         return "no"
     if any(kind not in (int, float, bool, str, type(None)) for kind in kinds):
         return value
+    if value is None and type(None) not in kinds:
+        raise ValueError("it has no value. Give it one, or leave it out for the default.")
     if value is None or type(value) in kinds or (float in kinds and type(value) is int):
         return value
     if float in kinds and isinstance(value, str):

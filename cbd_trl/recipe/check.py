@@ -17,7 +17,7 @@ from cbd_trl.chain.head import Head, source_head
 from cbd_trl.chain.plan import Step, anchor_name, plan_step
 from cbd_trl.chain.source import Source
 from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
-from cbd_trl.recipe.data import check_data, check_mix
+from cbd_trl.recipe.data import check_data, check_mix, shares_rows
 from cbd_trl.recipe.estimate import Cost, anchor_cost, bridge_cost, disk_needed, head_cost
 from cbd_trl.recipe.remember import check_unchanged
 from cbd_trl.recipe.schema import Recipe
@@ -63,8 +63,11 @@ class Check:
         """What `work` returns; None where it raises, which is then a problem of that place."""
         try:
             return work()
-        except (ValueError, TypeError, OSError) as error:
+        except Exception as error:  # what a library raises on a value that it did not expect may be anything
             text = " ".join(str(error).split())
+            # Of these the text alone says what is wrong; of a KeyError, for one, it is a key.
+            if not text or not isinstance(error, ValueError | TypeError | OSError | ImportError):
+                text = f"{type(error).__name__}: {text}".rstrip(": ")
             self.problems.append(text if place and text.startswith(place) else f"{place}: {text}")
             return None
 
@@ -79,6 +82,7 @@ def check_recipe(recipe: Recipe) -> Check:
         all that is wrong with it, and what it will take.
     """
     check = Check(recipe, list(recipe.problems))
+    check.attempt("output_dir", lambda: _check_folder(Path(recipe.output_dir)))
     check.args = check.attempt("args", lambda: anchor_args(recipe, {}))
     if recipe.bridge is not None:
         check.bridge = check.attempt("bridge.args", lambda: bridge_args(recipe))
@@ -169,13 +173,13 @@ def _check_data(check: Check) -> None:
         columns = [check.attempt(part.where, partial(check_data, part, check.tokenizer)) for part in parts]
         if None not in columns:
             check.attempt(place, partial(check_mix, parts, columns))
-    known = {(part.name, part.config, part.split): part.where for _, parts in trained for part in parts}
     for part in held_out:
-        if where := known.get((part.name, part.config, part.split)):
+        both = (known for _, others in trained for known in others if shares_rows(part, known))
+        if known := next(both, None):
             check.problems.append(
-                f"{part.where}: {part.name} ({part.split}) is trained on, too ({where}), so its loss would say "
-                "nothing of other text. Name another file or split, or slices that share no row: train[:95%] and "
-                "train[95%:]."
+                f"{part.where}: {part.name} ({part.split}) is trained on, too ({known.where}: {known.split}), so its "
+                "loss would say nothing of other text. Name another file or split, or slices that share no row: "
+                "train[:95%] and train[95%:]."
             )
 
 
@@ -188,7 +192,11 @@ def _check_lengths(check: Check, head: Architecture) -> None:
     lengths = list({length: (place, length) for place, length in reversed(lengths)}.values())
     lengths += [("bridge.args.max_length", check.bridge.max_length)] if check.bridge else []
     lengths += [("evaluation.length", evaluation.length)] if evaluation else []
+    # In place of a length that was refused there is the default, which nobody asked for.
+    refused = {problem.partition(":")[0] for problem in check.recipe.problems}
     for place, length in lengths:
+        if place in refused or (place.endswith("args.max_length") and "args.max_length" in refused):
+            continue
         if length is not None and length > positions:
             check.problems.append(f"{place}: {length} tokens are more than the {positions} that the models can read.")
     if evaluation is None or len(check.costs) <= len(check.recipe.anchors):
@@ -215,10 +223,24 @@ def _source_parameters(check: Check) -> int | None:
             return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def _check_disk(check: Check) -> None:
-    folder = Path(check.recipe.output_dir).absolute()
+def _check_folder(folder: Path) -> None:
+    there = _nearest(folder)
+    if not there.is_dir():
+        raise ValueError(
+            f"{there} is a file, so the chain cannot be written to {folder}. Name a folder, or one that is yet to be."
+        )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or what there is of the way to it."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
+    return folder
+
+
+def _check_disk(check: Check) -> None:
+    folder = _nearest(Path(check.recipe.output_dir))
     check.disk_free = shutil.disk_usage(folder).free
     if check.disk_needed > check.disk_free:
         check.problems.append(

@@ -75,9 +75,50 @@ def check_data(part: DataPart, tokenizer: Any) -> list[str]:
         if not isinstance(row.get(part.column), str):
             raise ValueError(f"{part.name} has no column {part.column!r} of text. Its columns: {', '.join(row)}.")
         return ["text"]
+    if not any(wanted <= set(row) for wanted in _FORMATS):
+        raise ValueError(
+            f"{part.name} has the columns {sorted(row)}, and none of the SFT formats: text, messages, prompt and "
+            "completion, or input_ids. Name the column that holds the text: {name: ..., column: ...}."
+        )
     if tokenizer is not None and "input_ids" not in row:
         row_text(row, tokenizer)
     return _kept(list(row))
+
+
+def shares_rows(part: DataPart, other: DataPart) -> bool:
+    """Whether two datasets have rows in common, however their file is named.
+
+    Slices are compared without reading the rows, as those of a dataset of very many: one in rows and one in percent
+    (`train[:1000]`, `train[90%:]`) count as apart where they are so in a large one.
+
+    Args:
+        part: one of them.
+        other: the other; a split of either that cannot be read has no rows.
+    """
+    if _identity(part) != _identity(other):
+        return False
+    return any(
+        split == theirs and max(start, from_) < min(end, to)
+        for split, start, end in _spans(part.split)
+        for theirs, from_, to in _spans(other.split)
+    )
+
+
+def _identity(part: DataPart) -> tuple[str, str | None]:
+    path = Path(part.name)
+    if part.name == DEMO or not path.exists():
+        return part.name, part.config
+    # A configuration is one of the Hub's: of a file there is none.
+    return str(path.resolve()), None if path.is_file() else part.config
+
+
+def _spans(spec: str) -> list[tuple[str, int, int]]:
+    """(split, first row, row behind the last) of each slice, of splits of so many rows that rounding is no matter."""
+    lengths = {slice_.partition("[")[0].strip(): 10**12 for slice_ in spec.split("+")}
+    try:
+        return [(one.splitname, one.from_, one.to) for one in ReadInstruction.from_spec(spec).to_absolute(lengths)]
+    except ValueError:
+        return []
 
 
 def check_mix(parts: Sequence[DataPart], columns: Sequence[list[str]]) -> None:

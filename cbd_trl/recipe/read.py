@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,31 @@ from cbd_trl.trainers.distill_config import DistillConfig
 _KEYS = ("source", "data", "anchors", "bridge", "evaluation", "output_dir", "calibration_tokens", "args")
 _REQUIRED = ("source", "data", "anchors", "output_dir")
 _SIZES = ("shape", "size", "ratio")
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
     """The safe loader, which refuses a key that stands twice: the last one would win in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if twice:
-            raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} stands there twice.")
-        return super().construct_mapping(node, deep)
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names behind the mapping's own keys, once no own key stands twice.
+
+        Here and not where a mapping is made: what is merged is flattened before, and has keys of both from then on.
+        """
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            keys = [key.value if key.tag == _MERGE else self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+            if twice:
+                several = " Merge several mappings as a list: <<: [*one, *other]." if twice[0] == "<<" else ""
+                raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} stands there twice.{several}")
+        super().flatten_mapping(node)
+        # A few merges of merges would be more keys than there is memory for; the last of each is the one that counts.
+        node.value = list({id(key): (key, value) for key, value in reversed(node.value)}.values())[::-1]
 
 
 def read_recipe(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
@@ -73,7 +87,9 @@ def parse_recipe(raw: Any, name: str) -> Recipe:
     problems: list[str] = []
     values = Values(problems)
     given = values.mapping(raw, "", _KEYS, _REQUIRED)
-    anchors = [_anchor(values, *item) for item in values.items(given.get("anchors", []), "anchors")]
+    # Where there are none, `mapping` has said so.
+    listed = [] if given.get("anchors") is None else values.items(given["anchors"], "anchors")
+    anchors = [_anchor(values, *item) for item in listed]
     return Recipe(
         name=name,
         source=_place(values, given.get("source")),
@@ -184,17 +200,29 @@ def _change(raw: dict[str, Any], change: str) -> None:
     steps = re.findall(r"[^.\[\]]+|\[\d+\]", key)
     if not separator or not steps or "".join(steps) != key.replace(".", ""):
         raise ValueError(f"--set {change}: write the place of a key and its value, such as args.max_steps=20.")
+    value = _read_value(text, change)
     place: Any = raw
     for step in steps[:-1]:
         place = _entry(place, step, change)
     last = steps[-1]
     if last.startswith("["):
         _entry(place, last, change)
-        place[int(last[1:-1])] = yaml.safe_load(text)
+        place[int(last[1:-1])] = value
     elif isinstance(place, dict):
-        place[last] = yaml.safe_load(text)
+        place[last] = value
     else:
         raise ValueError(f"--set {change}: {shown(place)} is no mapping, so {last!r} cannot be set in it.")
+
+
+def _read_value(text: str, change: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--set {change}: {text!r} cannot be read as YAML ({' '.join(str(error).split())}). Write a value as it "
+            "would stand in the file: close its brackets, and put quotes around text that has a colon or bracket in "
+            "it, such as --set 'source=\"a: b\"'."
+        ) from error
 
 
 def _entry(place: Any, step: str, change: str) -> Any:

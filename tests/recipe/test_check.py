@@ -110,6 +110,17 @@ def test_measuring_on_what_was_trained_on(inputs: Path, tmp_path: Path) -> None:
     assert _problems(inputs, tmp_path, data=data, anchors=anchors, evaluation=evaluation) == []
 
 
+def test_a_slice_of_what_was_trained_on_by_another_path(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    evaluation = {"data": {"name": str(inputs / "rows.jsonl"), "split": "train[90%:]"}, "tokens": 64, "length": 16}
+    [problem] = _problems(inputs, tmp_path, data="./rows.jsonl", anchors=[{"shape": DEEP}], evaluation=evaluation)
+    text = inputs / "rows.jsonl"
+    assert problem.startswith(f"evaluation.data: {text} (train[90%:]) is trained on, too (data: train), so its loss")
+    assert problem.endswith("slices that share no row: train[:95%] and train[95%:].")
+
+
 def test_what_cannot_be_measured(inputs: Path, tmp_path: Path) -> None:
     held = str(inputs / "held.jsonl")
     evaluation = {"data": held, "length": 128, "sizes": [60e3, 30e3, "8K"]}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from cbd_trl.recipe.data import check_data, load_data
+from cbd_trl.recipe.data import check_data, load_data, shares_rows
 from cbd_trl.recipe.schema import DataPart
 from tests.tokenizer import tiny_tokenizer
 
@@ -76,7 +76,11 @@ def test_a_dataset_is_refused(tmp_path: Path, options: dict[str, str], said: str
     [
         ("a.jsonl", None, "there is no file"),
         ("empty.jsonl", "", "cannot be read|holds no row"),
-        ("other.jsonl", '{"question": "w1"}\n', r"has the columns \['question'\], and none of the SFT formats"),
+        (
+            "other.jsonl",
+            '{"question": "w1"}\n',
+            r"has the columns \['question'\], and none of the SFT formats: .* Name the column",
+        ),
         ("broken.jsonl", '{"text": "w1"\n', "cannot be read"),
     ],
 )
@@ -91,3 +95,38 @@ def test_a_file_is_refused(tmp_path: Path, name: str, content: str | None, said:
 def test_the_demo_has_two_splits() -> None:
     with pytest.raises(ValueError, match="demo has no split 'test': there are train and held_out"):
         check_data(DataPart("demo", split="test"), None)
+
+
+@pytest.mark.parametrize(
+    ("split", "other", "shared"),
+    [
+        ("train", "train", True),
+        ("train", "train[90%:]", True),
+        ("train[:90%]", "train[50%:]", True),
+        ("train[:20]", "train[10:30]", True),
+        ("train[:-10]", "train[20:]", True),
+        ("train[:10%]+train[90%:]", "train[95%:]", True),
+        ("train[1000:]", "train[90%:]", True),
+        ("train[:90%]", "train[90%:]", False),
+        ("train[:20]", "train[20:]", False),
+        ("train[:-10]", "train[-10:]", False),
+        ("train[:10%]+train[90%:]", "train[10%:90%]", False),
+        ("train", "test", False),
+        ("train[:90%", "train", False),
+    ],
+)
+def test_slices_that_share_rows(split: str, other: str, shared: bool) -> None:
+    one, two = DataPart("me/data", split=split), DataPart("me/data", split=other)
+    assert shares_rows(one, two) == shares_rows(two, one) == shared
+    assert not shares_rows(one, DataPart("me/data", "en", split=other))
+    assert not shares_rows(one, DataPart("me/other", split=other))
+
+
+def test_a_file_is_the_same_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = _file(tmp_path, "a.jsonl", [{"text": "w1"}])
+    (tmp_path / "link.jsonl").symlink_to(name)
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.jsonl", "./a.jsonl", f"../{tmp_path.name}/a.jsonl", "link.jsonl"):
+        assert shares_rows(DataPart(name), DataPart(path)), path
+    other = _file(tmp_path, "b.jsonl", [{"text": "w2"}])
+    assert not shares_rows(DataPart(name), DataPart(other))

@@ -1,5 +1,6 @@
 """A recipe is read: what is wrong with the file is said at once, each with its line and its place."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,26 @@ def test_a_change_that_cannot_be_made(tmp_path: Path, change: str) -> None:
         _read(tmp_path, SHORT, change)
 
 
+@pytest.mark.parametrize("change", ["args=[1", "source=a: b: c", "args={a: 1, a: 2}", "source=!!python/name:os.x"])
+def test_a_changed_value_that_is_no_yaml(tmp_path: Path, change: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^--set {re.escape(change)}: .* cannot be read as YAML .* put quotes around"
+    ):
+        _read(tmp_path, SHORT, change)
+
+
+@pytest.mark.parametrize("anchors", ["anchors: null\n", ""])
+def test_no_anchors_are_said_once(tmp_path: Path, anchors: str) -> None:
+    assert _read(tmp_path, f"source: s\ndata: d\noutput_dir: out\n{anchors}").problems == ("anchors: is missing.",)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("source: a\nsource: b\n", "line 1: the key 'source' stands there twice"),
+        ("a: &a {x: 1}\nb: {<<: *a, y: 1, y: 2}\n", "line 2: the key 'y' stands there twice"),
+        ("a: &a {x: 1}\nb: {<<: *a, <<: *a}\n", r"line 2: the key '<<' stands there twice. .*<<: \[\*one, \*other\]"),
+        ("a: {<<: 3}\n", "expected a mapping or list of mappings for merging"),
         ("source: !!python/object/apply:os.system ['touch hacked']\n", "could not determine a constructor"),
         ("source: !!python/name:os.system\n", "could not determine a constructor"),
         ("source: [\n", "expected the node content"),
@@ -183,6 +200,28 @@ def test_what_stands_in_several_places_may_be_written_once(tmp_path: Path) -> No
     text = "source: s\ndata: d\nanchors:\n  - {ratio: 0.5, args: &own {max_steps: 3}}\n  - {ratio: 0.5, args: *own}\n"
     recipe = _read(tmp_path, f"{text}output_dir: out\n")
     assert recipe.problems == () and recipe.anchors[1].args == {"max_steps": 3}
+
+
+def test_merged_keys_give_way_to_own_ones(tmp_path: Path) -> None:
+    text = (
+        "source: s\ndata: d\noutput_dir: out\nanchors:\n"
+        "  - {ratio: 0.5, args: &one {max_steps: 3, seed: 1}}\n"
+        "  - {ratio: 0.5, args: &two {seed: 2, <<: *one}}\n"
+        "  - {ratio: 0.5, args: {<<: [*two, *one], learning_rate: 1.0}}\n"
+    )
+    recipe = _read(tmp_path, text)
+    assert recipe.problems == ()
+    assert [anchor.args for anchor in recipe.anchors] == [
+        {"max_steps": 3, "seed": 1},
+        {"max_steps": 3, "seed": 2},
+        {"max_steps": 3, "seed": 2, "learning_rate": 1.0},
+    ]
+
+
+def test_merges_of_merges_are_no_trouble(tmp_path: Path) -> None:
+    bomb = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{f'*a{n - 1},' * 9}]}}\n" for n in range(1, 30))
+    recipe = _read(tmp_path, f"{bomb}source: s\ndata: d\nanchors: [0.5]\noutput_dir: out\nargs: *a29\n")
+    assert "args.x: there is no such key." in recipe.problems
 
 
 def test_yaml_that_was_dumped_reads_the_same(tmp_path: Path) -> None:
