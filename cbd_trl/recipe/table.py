@@ -56,7 +56,9 @@ def how_estimated(check: Check) -> str:
 
 
 def _speed(speed: Speed) -> str:
-    measured = f"a matrix product does {speed.products / 1e9:,.0f} GFLOP/s on {speed.device} now"
+    products = speed.products / 1e9
+    told = f"{products:,.0f}" if products >= 10 else f"{products:.2g}"
+    measured = f"a matrix product does {told} GFLOP/s on {speed.device} now"
     share = f"{speed.training / speed.products:.2g} of that is assumed in training"
     known = "within a factor of two or so" if speed.device == "cpu" else "not compared with any run on such a device"
     return f"Time: {measured}, {share}, {known}; evaluation is not counted."

@@ -209,5 +209,8 @@ def test_epochs_and_days_are_told() -> None:
     assert "by epochs" in shown and "not known" in shown and "3.21 GB" in shown and "12 MB" in shown
     check.costs = [dataclasses.replace(cost, tokens=2_000_000_000, seconds=3 * 86400.0)]
     assert "2B" in _shown(check) and "about" in _shown(check)
+    for products, told in ((4e9, "4"), (0.31e9, "0.31"), (60e12, "60,000")):
+        check.speed = dataclasses.replace(SPEED, products=products)
+        assert f"a matrix product does {told} GFLOP/s" in how_estimated(check)
     check.speed = dataclasses.replace(SPEED, device="cuda:0")
     assert "not compared with any run on such a device" in how_estimated(check)
