@@ -28,21 +28,32 @@ Groups = list[tuple[list[int], list[int]]]
 
 
 def random_texts(seed: int, texts: int) -> list[str]:
-    """Words of the training corpus among letters of many scripts, with marks to compose and letters to normalise."""
+    """Words of the training corpus among letters of many scripts, with marks to compose and letters to normalise, and
+    among any code points that UTF-8 can say, assigned or not."""
     draw = random.Random(seed)
     words = corpus(texts=8)
     made = []
     for _ in range(texts):
         parts = []
         for _ in range(draw.randint(1, 12)):
-            if draw.random() < 0.5:
+            kind = draw.random()
+            if kind < 0.4:
                 text = draw.choice(words)
                 start = draw.randrange(len(text))
                 parts.append(text[start : start + draw.randint(1, 12)])
-            else:
+            elif kind < 0.7:
                 parts.append("".join(draw.choices(draw.choice(_ALPHABETS), k=draw.randint(1, 6))))
+            else:
+                parts.append("".join(_any_character(draw) for _ in range(draw.randint(1, 4))))
         made.append("".join(parts))
     return made
+
+
+def _any_character(draw: random.Random) -> str:
+    """Of one to four bytes, each as likely; no half of a surrogate pair, which is no text."""
+    low, high = draw.choice([(0, 0x80), (0x80, 0x800), (0x800, 0x10000), (0x10000, 0x110000)])
+    point = draw.randrange(low, high)
+    return chr(point) if not 0xD800 <= point < 0xE000 else "\ufffd"
 
 
 def normalising(kind: str, normalizer: normalizers.Normalizer, size: int = 400) -> PreTrainedTokenizerFast:

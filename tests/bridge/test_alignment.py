@@ -9,7 +9,7 @@ from cbd_trl.bridge.alignment import NOWHERE, Placed, align
 from tests.bridge.alignment_helpers import groups_of, naive_groups, normalising, random_texts, read, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 
-TEXTS = random_texts(0, 40)
+TEXTS = [text for seed in range(4) for text in random_texts(seed, 15)]
 
 
 def _tokenizers() -> dict[str, PreTrainedTokenizerFast]:
@@ -56,7 +56,7 @@ def test_groups_are_those_of_a_naive_twin(student: str, teacher: str) -> None:
 @pytest.mark.parametrize("student", TOKENIZERS)
 def test_groups_are_in_order_the_same_bytes_and_as_fine_as_can_be(student: str, teacher: str) -> None:
     one, other = TOKENIZERS[student], TOKENIZERS[teacher]
-    texts = TEXTS[:12]
+    texts = TEXTS[::4]
     rows = read(one, other, texts)
     for row, text in enumerate(texts):
         ours = spelled(one, one(text)["input_ids"])
@@ -81,12 +81,15 @@ def test_groups_are_in_order_the_same_bytes_and_as_fine_as_can_be(student: str, 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_with_the_same_tokenizer_every_token_is_a_group(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    rows = read(tokenizer, tokenizer, TEXTS)
+    # Of two spaces at the start one is taken for added (`Reader.added_spaces`).
+    texts = [text for text in TEXTS if not text[:2].isspace()]
+    assert len(texts) > 50
+    rows = read(tokenizer, tokenizer, texts)
     sizes = rows.alignment.sizes()
     assert sizes[0].tolist() == sizes[1].tolist() == [1] * rows.alignment.groups
     torch.testing.assert_close(rows.alignment.student_BT, rows.alignment.teacher_RU)
     # Unknown tokens are no text.
-    ids = tokenizer(TEXTS)["input_ids"]
+    ids = tokenizer(texts)["input_ids"]
     assert rows.unaligned == sum(row[1:].count(tokenizer.unk_token_id) for row in ids)
 
 
