@@ -85,11 +85,7 @@ def set_up_bridge_teacher(
             "the student's, so its own are needed to let it read. Pass `teacher_processing_class`; if it has the "
             "student's tokenizer, use DistillTrainer."
         )
-    origin = getattr(student.config, "_name_or_path", None)
-    own = find_tokenizer(origin, None, local_only=True)
-    if own is not None:
-        # It may have been given another vocabulary since.
-        _compare_with_saved(tokenizer, own, "student", readable_name(origin), loaded=False)
+    _compare_with_students(tokenizer, student)
     check_rows("student", vocabulary_rows(student), tokenizer, "processing_class")
     check_rows("teacher", vocabulary_rows(model), teacher_tokenizer, "teacher_processing_class")
     _warn_of_unused_rows(vocabulary_rows(model), teacher_tokenizer)
@@ -213,6 +209,14 @@ def _warn_of_unused_rows(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
             f"The teacher has {rows} vocabulary rows, and its tokenizer, {tokenizer_name(tokenizer)}, tokens for "
             f"{tokens} of them: it may be another model's, which its loss does not always show."
         )
+
+
+def _compare_with_students(given: PreTrainedTokenizerBase, student: Any) -> None:
+    place = getattr(student.config, "_name_or_path", None)
+    saved = find_tokenizer(place, None, local_only=True)
+    if saved is not None:
+        # Suspicious at most: it may have been given another vocabulary since.
+        _compare_with_saved(given, saved, "student", readable_name(place), loaded=False)
 
 
 def _compare_with_saved(
