@@ -187,8 +187,11 @@ class TeacherWatch:
             f"The teacher's cross-entropy on its own tokens is {mean:.2f} nats, and guessing among its {self._rows} "
             f"tokens costs {guess:.2f}"
         )
-        if math.isnan(mean):
-            raise ValueError(f"{found}: what it computes is damaged, or too large for its dtype.")
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"{found}: its weights are damaged, or its dtype is too narrow. Load it from a good copy, or in "
+                "bfloat16 or float32."
+            )
         names = f"The student's is {self._names[0]}, the teacher's {self._names[1]}."
         if mean > guess + _MARGIN:
             raise ValueError(
@@ -198,7 +201,8 @@ class TeacherWatch:
         if mean > _SUSPICIOUS * guess:
             logger.warning(
                 f"{found}: so little is known by a teacher that is hardly trained, on text of a kind it never saw, or "
-                f"with a tokenizer that is another model's. {names}"
+                f"with a tokenizer that is another model's. {names} If the teacher's own is another, pass that as "
+                "`teacher_processing_class`."
             )
 
 
