@@ -86,6 +86,8 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
     console.print(target_table(summaries, f"What {opened.name_or_path} would give"))
     if arguments.calibration_data is not None:
         print("With --calibration-data the operator and alpha may turn out otherwise, by measured loss.")
+    for limit in dict.fromkeys(summary.engine_limit for summary in summaries if summary.engine_limit):
+        print(limit)
     print("Nothing was built or written: this is a dry run.")
     _refuse_failed(failed, len(sizes))
 
@@ -102,7 +104,7 @@ def _told(told: dict[str, Any]) -> str:
         text += f", blocks {told['swapped_blocks']} from the upper one"
     if "calibration_tokens" in told:
         text += f"; chosen by the loss on {told['calibration_tokens']:,} tokens of calibration text"
-    return text + "."
+    return text + "." + (f" {told['engine_limit']}" if "engine_limit" in told else "")
 
 
 def _refuse_failed(failed: list[tuple[str, str]], count: int) -> None:

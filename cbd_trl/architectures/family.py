@@ -75,6 +75,8 @@ class Family:
         gain_offset: added to every stored norm weight to give the gain (Gemma: 1).
         embedding_scale: config -> what the model multiplies its input embeddings by.
         per_layer_fields: config lists with one entry a layer.
+        engine_patterns: {model type: {per-layer field: its period, from the first layer on}} where engines other than
+            transformers (llama.cpp) have these entries built in by position and read no list.
         when: which configs of its model types it describes.
         fused: {stored tensor of a layer: the tensors of `layer_tensors` that its rows hold, one after the other}.
         file_names: {name in a safetensors file: name in the model} where transformers renames between the two.
@@ -100,6 +102,7 @@ class Family:
     gain_offset: float = 0.0
     embedding_scale: Callable[[Any], float] = lambda config: 1.0
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    engine_patterns: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(default_factory=dict)
     when: Callable[[Any], bool] = lambda config: True
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     file_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -260,6 +263,70 @@ class Architecture:
             if entries is not None:
                 setattr(config, name, [entries[layer] for layer in layers])
         return Architecture(self.family, config)
+
+    @cached_property
+    def engine_pattern(self) -> Mapping[str, tuple[Any, ...]]:
+        """What engines have built in of the per-layer entries: `{field: period}`, empty where they read them all."""
+        return self.family.engine_patterns.get(self.config.model_type, {})
+
+    def _differing(self, layer: int, position: int) -> list[str]:
+        """Fields in which a layer is not what engines take the layer at a position for."""
+        pattern = self.engine_pattern.items()
+        return [field for field, period in pattern if self.entry(field, layer) != period[position % len(period)]]
+
+    def entry(self, field: str, layer: int) -> Any:
+        """What a per-layer list of the config says of one layer; None where there is no such list."""
+        entries = getattr(self.config, field, None)
+        return None if entries is None else entries[layer]
+
+    @cached_property
+    def off_pattern(self) -> list[int]:
+        """Layers that engines with a built-in pattern take for others than they are."""
+        return [layer for layer in range(self.depth) if self._differing(layer, layer)]
+
+    def fits(self, layer: int, position: int) -> bool:
+        """Whether a layer of this model keeps the engines' pattern at a position of a model made from it.
+
+        Args:
+            layer: index here.
+            position: index there.
+
+        Returns:
+            True, too, where this model is off the pattern itself: there is nothing to keep.
+        """
+        return bool(self.off_pattern) or not self._differing(layer, position)
+
+    def begins_alike(self, layer: int, position: int) -> bool:
+        """Whether whole periods of the engines' pattern stand for whole periods.
+
+        Args:
+            layer: the first layer here of what stands for the rest of a shallower model.
+            position: the first layer there of that rest.
+
+        Returns:
+            False where a period of the pattern begins there and not here.
+        """
+        periods = [] if self.off_pattern else [len(period) for period in self.engine_pattern.values()]
+        return all(position % period or not layer % period for period in periods)
+
+    def on_pattern(self) -> "Architecture":
+        """The same architecture with the per-layer entries that engines assume at every position."""
+        config = copy.deepcopy(self.config)
+        for field, period in self.engine_pattern.items():
+            setattr(config, field, [period[layer % len(period)] for layer in range(self.depth)])
+        return Architecture(self.family, config)
+
+    def engine_limit(self) -> str | None:
+        """What runs differently outside of transformers, in a sentence; None where nothing does."""
+        if not self.off_pattern:
+            return None
+        fields = {field: period for field, period in self.engine_pattern.items()}
+        built_in = " and ".join(f"{field} as {list(period)} over and over" for field, period in fields.items())
+        return (
+            f"llama.cpp has {built_in} built in for {self.config.model_type}, and layer"
+            f"{'s' * (len(self.off_pattern) > 1)} {', '.join(map(str, self.off_pattern))} of this model differ"
+            f"{'s' * (len(self.off_pattern) == 1)}: as a GGUF file it computes something else than in transformers."
+        )
 
     def with_eps(self, eps: float) -> "Architecture":
         """The same architecture with another norm epsilon.

@@ -1,7 +1,7 @@
 """Gemma 2 and 3 (text): gains stored as 1 + w, scaled embeddings, norms before and after attention and FFN.
 
 Their head size, attention scale (`query_pre_attn_scalar`) and soft-caps are constants of the config that no surgery
-changes; sliding and full layers alternate by `layer_types`, which travel with their layers.
+changes; sliding and full layers alternate by `layer_types`, which travel with their layers (llama.cpp counts instead).
 """
 
 from dataclasses import replace
@@ -49,4 +49,8 @@ GEMMA = replace(
     output_norms=_output_norms,
     gain_offset=1.0,
     embedding_scale=lambda config: float(config.hidden_size**0.5),
+    engine_patterns={
+        "gemma2": {"layer_types": ("sliding_attention", "full_attention")},
+        "gemma3_text": {"layer_types": (*["sliding_attention"] * 5, "full_attention")},
+    },
 )

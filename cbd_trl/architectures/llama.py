@@ -119,4 +119,5 @@ LLAMA = Family(
     check=lambda config: None,
     output_norms=lambda config: QK_NORMS if config.model_type == "qwen3" else {},
     per_layer_fields=("layer_types", "no_rope_layers"),
+    engine_patterns={"smollm3": {"no_rope_layers": (1, 1, 1, 0)}},
 )

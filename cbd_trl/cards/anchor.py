@@ -81,6 +81,8 @@ def _facts(anchor: Anchor) -> Iterator[tuple[str, str]]:
     yield "made by", how_made(anchor)
     if anchor.parent is not None:
         yield "layers of the parent that were kept", code(anchor.kept_layers)
+    if limit := anchor.architecture().engine_limit():
+        yield "outside of transformers", plain(limit)
     yield "tokens seen here", f"{anchor.tokens_seen:,}"
     if anchor.tokens_seen:
         yield "data", ", ".join(map(code, anchor_datasets(anchor))) or "not named"

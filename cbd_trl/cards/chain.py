@@ -71,11 +71,13 @@ def _example(anchors: list[Anchor]) -> int:
     if len(anchors) < 2:
         return anchors[0].num_parameters
     upper, lower, blocks = anchors[0].architecture(), anchors[1].architecture(), anchors[1].block_map or []
+    kept = anchors[1].kept_layers
     middle = round(float(f"{(upper.num_parameters + lower.num_parameters) / 2:.3g}"))
     with suppress(ValueError):
-        solve_target(upper, lower, blocks, middle)
+        solve_target(upper, lower, blocks, middle, kept=kept)
         return middle
-    return target_architecture(upper, solve_target(upper, lower, blocks, middle, tolerance=1.0)).num_parameters
+    fields = solve_target(upper, lower, blocks, middle, tolerance=1.0, kept=kept)
+    return target_architecture(upper, fields).num_parameters
 
 
 def _anchors_table(anchors: list[Anchor]) -> str:

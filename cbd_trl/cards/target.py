@@ -63,4 +63,6 @@ def _facts(chain: AnyChain, told: Mapping[str, Any]) -> Iterator[tuple[str, str]
             digests = ", ".join(map(code, weight_hashes(anchor).values()))
             seen = f"{anchor.num_parameters:,} parameters, {anchor.tokens_seen:,} tokens seen"
             yield f"anchor {anchor.name}", f"{seen}, sha256 {digests}"
+    if "engine_limit" in told:
+        yield "outside of transformers", plain(told["engine_limit"])
     yield "tokens seen here", "0"

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import dims_of, select
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.blocks import spaced_layers
+from cbd_trl.surgery.blocks import Fits, fitting_layers, spaced_layers
 from cbd_trl.surgery.weights import Weights
 
 # What a target may take from between its anchors.
@@ -105,16 +105,20 @@ def _special_tokens(config: PretrainedConfig) -> list[int]:
     return found
 
 
-def check_neighbours(names: tuple[str, str], upper: Architecture, lower: Architecture) -> None:
-    """Refuse two anchors, in their common form, between which nothing can be made.
+def layers_beside(names: tuple[str, str], upper: Architecture, lower: Architecture) -> list[int]:
+    """Pair the layers of two anchors, in their common form, or refuse two between which nothing can be made.
 
     Args:
         names: of the upper and the lower anchor.
         upper, lower: what their tensors mean.
 
+    Returns:
+        for each lower layer the upper one that it stands beside: evenly spaced, or as near to that as the kinds of
+        their layers allow.
+
     Raises:
-        ValueError: the lower one is larger in some dimension or altogether, or a size that no target can lie between
-            differs, such as the head size.
+        ValueError: the lower one is larger in some dimension or altogether, a size that no target can lie between
+            differs, such as the head size, or its layers are of kinds that the upper one does not have in that order.
     """
     if lower.num_parameters >= upper.num_parameters:
         raise ValueError(
@@ -136,16 +140,56 @@ def check_neighbours(names: tuple[str, str], upper: Architecture, lower: Archite
                 f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}. {why}Leave one of the "
                 "two out, or distil the lower one with build_chain."
             )
-    kept = spaced_layers(upper.depth, lower.depth)
-    beside = upper.with_layers(kept).config
-    for field in upper.family.per_layer_fields:
-        ours, theirs = getattr(lower.config, field, None), getattr(beside, field, None)
-        if ours != theirs:
-            raise ValueError(
-                f"The layers of {names[1]} are not of the kinds of those they stand for in {names[0]}: {field} is "
-                f"{ours} against {theirs} (layers {kept}). Leave one of the two out, or distil the lower one with "
-                "build_chain."
-            )
+    fields = upper.family.per_layer_fields
+
+    def alike(layer: int, position: int) -> bool:
+        return all(upper.entry(field, layer) == lower.entry(field, position) for field in fields)
+
+    kept = fitting_layers(spaced_layers(upper.depth, lower.depth), upper.depth, alike)
+    if kept is None:
+        raise ValueError(_no_layers_beside(names, upper, lower))
+    return kept
+
+
+def _no_layers_beside(names: tuple[str, str], upper: Architecture, lower: Architecture) -> str:
+    """Which layer of the lower anchor has none of its kind beside it, and which depths would."""
+
+    def kind(architecture: Architecture, layer: int) -> tuple[Any, ...]:
+        return tuple(architecture.entry(field, layer) for field in architecture.family.per_layer_fields)
+
+    def described(architecture: Architecture, layer: int) -> str:
+        entries = zip(architecture.family.per_layer_fields, kind(architecture, layer), strict=True)
+        return ", ".join(f"{field} {entry}" for field, entry in entries if entry is not None)
+
+    last, position = upper.depth - 1, 0
+    if kind(upper, last) != kind(lower, lower.depth - 1):
+        # The last layers stand beside each other.
+        position, layer = lower.depth - 1, last
+        reason = f"it stands beside layer {last} of {names[0]}, which has {described(upper, last)}"
+    else:
+        layer = 0
+        while layer < last and position < lower.depth:
+            position += kind(upper, layer) == kind(lower, position)
+            layer += 1
+        position = min(position, lower.depth - 1)
+        reason = f"{names[0]} has no layer of this kind left for it, in order"
+    fitting = [depth for depth in range(1, upper.depth) if fitting_layers(*_own_pattern(upper, depth))]
+    ways = f", such as one of {', '.join(map(str, fitting))} layers with the pattern of {names[0]}" if fitting else ""
+    return (
+        f"Layer {position} of {names[1]} has {described(lower, position)}, but {reason}. Between two anchors every "
+        f"lower layer stands for upper layers of its kind. Give another anchor{ways}; or distil one from {names[0]} "
+        "with build_chain."
+    )
+
+
+def _own_pattern(upper: Architecture, depth: int) -> tuple[list[int], int, Fits]:
+    """What `fitting_layers` is asked for a model of fewer layers that begin as those of `upper` do."""
+    fields = upper.family.per_layer_fields
+
+    def fits(layer: int, position: int) -> bool:
+        return all(upper.entry(field, layer) == upper.entry(field, position) for field in fields)
+
+    return spaced_layers(upper.depth, depth), upper.depth, fits
 
 
 @torch.no_grad()

@@ -114,6 +114,8 @@ def _make_anchors(
             continue
         place = f"{number + 1}/{len(steps) + 1}"
         state.print(f"[{place}] distilling {step.name} from {upper.name}: {step.architecture.shape}")
+        if limit := step.architecture.engine_limit():
+            state.print(limit)
         label = f"{step.name} {place}"
         upper = _distil_anchor(output_dir, upper, step, head.tokenizer, eval_dataset, calibration_tokens, label)
 

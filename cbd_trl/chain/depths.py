@@ -1,30 +1,49 @@
-"""Depths between two anchors: which there are, and which blocks of the upper anchor give one."""
+"""Depths between two anchors: which there are, and which blocks of the upper anchor give one.
 
-from collections.abc import Sequence
+Where an engine takes a layer's kind from its position (`Architecture.fits`), the depths and blocks on offer are those
+that leave every layer where it belongs.
+"""
 
-from cbd_trl.surgery.blocks import check_blocks
+from collections.abc import Iterator, Sequence
+
+from cbd_trl.surgery.blocks import Fits, anywhere, check_blocks
 
 Blocks = Sequence[Sequence[int]]
 
 
-def reachable_depths(upper_depth: int, block_map: Blocks) -> list[int]:
+def reachable_depths(
+    upper_depth: int, block_map: Blocks, kept: Sequence[int] | None = None, fits: Fits = anywhere
+) -> list[int]:
     """Depths that replacing whole blocks of the lower anchor by their upper layers can give, ascending.
+
+    Args:
+        upper_depth: layers of the upper anchor.
+        block_map: for each lower layer the upper layers it stands for.
+        kept: for each lower layer the upper layer it was cut from; None: the last of its block.
+        fits: which upper layer may stand at which position; both anchors' own depths are on offer whatever it says.
 
     Raises:
         ValueError: the block map does not split the upper layers.
     """
     check_blocks(block_map, len(block_map), upper_depth)
-    extra = _sums(block_map)[-1]
-    return sorted(len(block_map) + more for more in extra)
+    return sorted({len(block_map), upper_depth} | _Stacks(block_map, kept, fits).depths[-1])
 
 
-def blocks_for_depth(block_map: Blocks, depth: int, costs: Sequence[float] | None = None) -> set[int]:
+def blocks_for_depth(
+    block_map: Blocks,
+    depth: int,
+    costs: Sequence[float] | None = None,
+    kept: Sequence[int] | None = None,
+    fits: Fits = anywhere,
+) -> set[int]:
     """Which blocks to replace for a depth: those that cost the most, or, where costs are unknown, the last ones.
 
     Args:
         block_map: for each lower layer the upper layers it stands for.
         depth: wanted.
         costs: for each lower layer what it costs that it stands for them (`Block.cost`).
+        kept, fits: as in `reachable_depths`; sets of blocks that leave a layer where it does not fit are taken only
+            where all do.
 
     Returns:
         indices of lower layers. With costs, of all sets that give the depth the one with the greatest sum; without,
@@ -34,43 +53,67 @@ def blocks_for_depth(block_map: Blocks, depth: int, costs: Sequence[float] | Non
     Raises:
         ValueError: no set of blocks gives this depth.
     """
-    sums = _sums(block_map)
-    missing = depth - len(block_map)
-    if missing not in sums[-1]:
-        reachable = ", ".join(str(len(block_map) + more) for more in sorted(sums[-1]))
-        raise ValueError(f"No set of whole blocks gives {depth} layers. Depths that blocks can give: {reachable}.")
-    if missing == 0:
+    count = len(block_map)
+    if depth == count:
         return set()
-    if missing == max(sums[-1]):
-        return set(range(len(block_map)))
+    if depth == sum(map(len, block_map)):
+        return set(range(count))
+    stacks = _Stacks(block_map, kept, fits)
+    if depth not in stacks.depths[-1]:
+        stacks = _Stacks(block_map, kept, anywhere)
+    if depth not in stacks.depths[-1]:
+        reachable = ", ".join(str(one) for one in sorted(stacks.depths[-1]))
+        raise ValueError(f"No set of whole blocks gives {depth} layers. Depths that blocks can give: {reachable}.")
     if costs is not None:
-        return _costliest(block_map, missing, costs)
-    swapped = set()
-    for i in reversed(range(len(block_map))):
-        more = len(block_map[i]) - 1
-        if more and missing - more in sums[i]:
+        return stacks.costliest(depth, costs)
+    swapped, position = set(), depth
+    for i in reversed(range(count)):
+        more = len(block_map[i])
+        if more > 1 and stacks.may_swap(i, position - more) and position - more in stacks.depths[i]:
             swapped.add(i)
-            missing -= more
-    first = min(swapped, default=len(block_map))
-    return swapped | {i for i in range(first, len(block_map)) if len(block_map[i]) == 1}
+            position -= more
+        else:
+            position -= 1
+    first = min(swapped, default=count)
+    return swapped | {i for i in range(first, count) if len(block_map[i]) == 1}
 
 
-def _costliest(block_map: Blocks, missing: int, costs: Sequence[float]) -> set[int]:
-    """Of all sets of blocks that add `missing` layers the one with the greatest sum of costs."""
-    best: dict[int, tuple[float, set[int]]] = {0: (0.0, set())}
-    for i, block in enumerate(block_map):
-        more = len(block) - 1
-        if not more:
-            continue
-        for total, (cost, chosen) in sorted(best.items(), reverse=True):
-            if total + more not in best or cost + costs[i] > best[total + more][0]:
-                best[total + more] = (cost + costs[i], chosen | {i})
-    return best[missing][1]
+class _Stacks:
+    """All ways to go through the blocks, keeping the lower layer of each or taking its upper layers.
 
+    Args:
+        blocks, kept, fits: as in `reachable_depths`.
+    """
 
-def _sums(block_map: Blocks) -> list[set[int]]:
-    """Entry i: the numbers of layers that replacing some of the first i blocks can add."""
-    sums = [{0}]
-    for block in block_map:
-        sums.append(sums[-1] | {total + len(block) - 1 for total in sums[-1]})
-    return sums
+    def __init__(self, blocks: Blocks, kept: Sequence[int] | None, fits: Fits) -> None:
+        self._blocks, self._fits = blocks, fits
+        self._kept = [block[-1] for block in blocks] if kept is None else kept
+        # Entry i: the numbers of layers that the first i blocks can give.
+        self.depths: list[set[int]] = [{0}]
+        for i in range(len(blocks)):
+            before = self.depths[-1]
+            self.depths.append({start + more for start in before for more in self._lengths(i, start)})
+
+    def may_swap(self, i: int, start: int) -> bool:
+        """Whether the upper layers of block i may stand at positions from `start` on."""
+        return all(self._fits(layer, start + n) for n, layer in enumerate(self._blocks[i]))
+
+    def _lengths(self, i: int, start: int) -> Iterator[int]:
+        """How many layers block i can give from position `start` on: that of the lower anchor first."""
+        if self._fits(self._kept[i], start):
+            yield 1
+        if len(self._blocks[i]) > 1 and self.may_swap(i, start):
+            yield len(self._blocks[i])
+
+    def costliest(self, depth: int, costs: Sequence[float]) -> set[int]:
+        """Of all sets of blocks that give the depth the one with the greatest sum of costs."""
+        best: dict[int, tuple[float, set[int]]] = {0: (0.0, set())}
+        for i in range(len(self._blocks)):
+            found: dict[int, tuple[float, set[int]]] = {}
+            for start, (cost, chosen) in best.items():
+                for more in self._lengths(i, start):
+                    way = (cost, chosen) if more == 1 else (cost + costs[i], chosen | {i})
+                    if start + more not in found or way[0] > found[start + more][0]:
+                        found[start + more] = way
+            best = found
+        return best[depth][1]

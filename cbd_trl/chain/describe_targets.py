@@ -34,6 +34,7 @@ class TargetSummary:
             is multiplied with, the head included whether tied or not, looking up embeddings not.
         attention_flops: more of them for every token of context that a token attends to: four for every channel of a
             query head in every layer. Norms, activations, biases and softmax count nothing.
+        engine_limit: what runs differently outside of transformers (`Architecture.engine_limit`), or None.
     """
 
     asked: float | None
@@ -48,6 +49,7 @@ class TargetSummary:
     cache_bytes: int
     flops: int
     attention_flops: int
+    engine_limit: str | None = None
 
     @property
     def other_parameters(self) -> int:
@@ -104,6 +106,7 @@ def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) ->
         cache_bytes=2 * depth * sizes["group"] * sizes["dim"] * kind.itemsize,
         flops=2 * multiplied_weights(architecture),
         attention_flops=4 * depth * sizes["group"] * sizes["query"] * sizes["dim"],
+        engine_limit=architecture.engine_limit(),
     )
 
 

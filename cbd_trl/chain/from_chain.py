@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from cbd_trl.architectures import describe
 from cbd_trl.cards import copy_picture, save_card, target_card
 from cbd_trl.chain.calibrate import choose_plan
 from cbd_trl.chain.calibration import calibration_length, token_blocks
@@ -48,7 +49,8 @@ def from_chain(
         num_parameters: size wanted (a tied table counts once); the nearest reachable shape on the line between the
             two neighbouring anchors is made.
         config: config fields to fix, for example `{"num_hidden_layers": 20}`; `num_parameters`, or else the line,
-            decides the rest.
+            decides the rest. Depths that leave the pattern of layers that llama.cpp has built in (SmolLM3, Gemma 2
+            and 3; docs/export.md) are made only when they are asked for here.
         operator: "nested" (upper blocks for depth, least-squares cut mixed with the lower anchor for width), "patch"
             (blocks only), "slice" (upper anchor alone), "expand" (lower anchor alone, grown exactly) or "linear"
             (arXiv 2605.07783).
@@ -154,6 +156,8 @@ def make_model(
         model.generation_config = upper.load_generation_config()
         if plan.swapped is not None:
             told["swapped_blocks"] = sorted(plan.swapped)
+    if limit := describe(model.config).engine_limit():
+        told["engine_limit"] = limit
     model.config.cbd_trl = told
     return model
 

@@ -186,7 +186,7 @@ class Chain:
         """
         entries = []
         for upper, lower in zip(self.anchors, self.anchors[1:], strict=False):
-            between = list_sizes(upper.architecture(), lower.architecture(), lower.block_map or [])
+            between = list_sizes(upper.architecture(), lower.architecture(), lower.block_map or [], lower.kept_layers)
             entries.append({"upper": upper.name, "lower": lower.name, **between})
         return entries
 

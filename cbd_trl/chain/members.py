@@ -9,12 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture, describe
-from cbd_trl.chain.alike import CommonForm, check_neighbours, check_same_function, common_form
+from cbd_trl.chain.alike import CommonForm, check_same_function, common_form, layers_beside
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.tokenizers import ONE_TOKENIZER
-from cbd_trl.surgery.blocks import spaced_layers
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.teachers.tokenizers import find_tokenizer, tokenizer_difference
 
@@ -78,8 +77,7 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
         kept = list(range(architecture.depth))
         if members:
             above = members[-1]
-            check_neighbours((above.label, label), above.architecture, architecture)
-            kept = spaced_layers(above.architecture.depth, architecture.depth)
+            kept = layers_beside((above.label, label), above.architecture, architecture)
         if own[label].tied and not form.tied:
             logger.warning(
                 f"{label} gets a head of its own, a copy of its table ({architecture.num_parameters:,} parameters "

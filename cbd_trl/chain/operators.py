@@ -29,6 +29,23 @@ def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | No
     return None
 
 
+def planned_architecture(operator: str, pair: Pair, target: Architecture) -> Architecture:
+    """What an operator will make of a shape: with the per-layer entries of the layers that it takes.
+
+    Args:
+        operator: its name.
+        pair: the anchors; no weight is read.
+        target: depth and widths.
+    """
+    if operator in ("nested", "patch"):
+        layers = [layer for _, layer in layer_stack(pair, Plan(target))]
+        return pair.upper_architecture.resized(**target.sizes).with_layers(layers)
+    if operator == "expand":
+        return grow_depth({}, pair.lower_architecture.resized(**target.sizes), target.depth)[1]
+    # These make tensors only when they are asked for one.
+    return linear(pair, Plan(target))[1] if operator == "linear" else target
+
+
 def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """Whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one
     where they share coordinates (see `cut_upper` and `mixer`)."""
@@ -71,7 +88,7 @@ def check_patch(pair: Pair, target: Architecture) -> None:
 def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """The upper anchor alone: evenly spaced layers, least-squares cut in width."""
     widths = pair.upper_architecture.resized(**plan.target.sizes)
-    layers = spaced_layers(widths.depth, plan.target.depth)
+    layers = spaced_layers(widths.depth, plan.target.depth, widths.fits)
     if widths.sizes == pair.upper_architecture.sizes:
         return select_layers(pair.upper, widths, layers)
     cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths)
@@ -87,7 +104,8 @@ def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783): plain cut, zero
-    padding, layers at equal relative depth; what kind of layer each is, as in the anchor of the greater weight."""
+    padding, layers at equal relative depth; what kind of layer each is, as in the anchor of the greater weight, or, if
+    engines tell layers apart by position (`Architecture.fits`), as these have it."""
     alpha = pair.fraction(plan.target) if plan.alpha is None else plan.alpha
     depth = plan.target.depth
 
@@ -98,6 +116,8 @@ def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     large, architecture = at_relative_depth(pair.upper, pair.upper_architecture)
     small, small_architecture = at_relative_depth(pair.lower, pair.lower_architecture)
     target = (architecture if alpha < 0.5 else small_architecture).resized(**plan.target.sizes)
+    if not pair.upper_architecture.off_pattern and not pair.lower_architecture.off_pattern:
+        target = target.on_pattern()
     large = plain_cut(large, architecture, target)
     small = zero_pad(small, small_architecture, target)
     return LazyWeights(large, lambda key: torch.lerp(large[key].float(), small[key].float(), alpha)), target

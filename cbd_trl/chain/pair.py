@@ -72,7 +72,9 @@ class Plan:
 
 def swapped_blocks(pair: Pair, plan: Plan) -> Collection[int]:
     """The lower layers that a target has the upper blocks of."""
-    return plan.swapped if plan.swapped is not None else blocks_for_depth(pair.blocks, plan.target.depth, pair.costs)
+    if plan.swapped is not None:
+        return plan.swapped
+    return blocks_for_depth(pair.blocks, plan.target.depth, pair.costs, pair.kept, pair.upper_architecture.fits)
 
 
 def layer_stack(pair: Pair, plan: Plan) -> list[tuple[int | None, int]]:

@@ -164,5 +164,5 @@ def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -
 
 def _models_between(upper: Architecture, lower: Architecture) -> bool:
     """Whether there are shapes that hybrids can have."""
-    blocks = [list(block.layers) for block in spaced_blocks(upper.depth, lower.depth)]
+    blocks = [list(block.layers) for block in spaced_blocks(upper.depth, lower.depth, upper.fits)]
     return lower.sizes == upper.sizes or bool(targets_between(upper, lower, blocks))

@@ -41,7 +41,7 @@ def target_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Archi
 
     Args:
         upper: the architecture to cut from; its config's per-layer lists travel with the evenly spaced layers that
-            are kept.
+            are kept, those that engines tell apart by position (`Architecture.fits`) where they belong if that can be.
         fields: config fields of the family (`Architecture.shape` lists them) with their values.
 
     Raises:
@@ -50,7 +50,7 @@ def target_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Archi
     """
     depth, sizes = upper.resolve_sizes(fields)
     _check_not_larger(upper, depth, sizes, fields)
-    target = upper.with_layers(spaced_layers(upper.depth, depth)).resized(**sizes)
+    target = upper.with_layers(spaced_layers(upper.depth, depth, upper.fits)).resized(**sizes)
     complaint = _config_complaint(target)
     if complaint is not None:
         raise ValueError(_refused_width(target, complaint))

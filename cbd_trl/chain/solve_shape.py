@@ -8,7 +8,7 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.chain.candidates import Candidate, Grid, candidates, heads_for_width, widths
 from cbd_trl.chain.depths import Blocks, reachable_depths
 from cbd_trl.chain.shapes import target_architecture
-from cbd_trl.surgery.blocks import check_blocks
+from cbd_trl.surgery.blocks import Fits, anywhere, check_blocks, fitting_layers, spaced_layers
 
 # Operators that replace whole blocks; the others can keep any number of layers.
 _BLOCK_OPERATORS = ("nested", "patch")
@@ -18,6 +18,8 @@ _ANCHOR_TOLERANCE = 0.25
 
 def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
     """The shape of an anchor of a given size below `upper`: fewer layers down to half of them, then narrower.
+
+    Depths that leave the pattern of layers that engines have built in (`Architecture.fits`) are not on offer.
 
     Args:
         upper: architecture of the anchor above (or the source).
@@ -38,7 +40,10 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
         )
     wanted = size if size > 1 else size * total
     half = -(-upper.depth // 2)
-    shallower = Grid(upper, upper.sizes, upper.depth, range(half, upper.depth), {})
+    depths = [depth for depth in range(half, upper.depth) if _keeps_pattern(depth, upper.depth, upper.fits)]
+    # Of a model in whose pattern no depth fits, only the width is changed.
+    half = min(depths, default=upper.depth)
+    shallower = Grid(upper, upper.sizes, upper.depth, depths, {})
     by_depth = list(candidates(shallower, wanted))
     if by_depth and min(option.num_parameters for option in by_depth) <= wanted:
         return _fields(upper, min(by_depth, key=lambda option: abs(option.num_parameters - wanted)))
@@ -70,6 +75,7 @@ def solve_target(
     config: Mapping[str, Any] | None = None,
     tolerance: float = 0.03,
     operator: str = "nested",
+    kept: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """The shape of a target between two anchors: the fields given exactly, the others on the line or near it.
 
@@ -79,7 +85,10 @@ def solve_target(
         num_parameters: size wanted; None: the fields that `config` leaves out go where those it gives are on the line.
         config: config fields to fix.
         tolerance: largest |size - num_parameters| / num_parameters.
-        operator: `nested` and `patch` reach the depths that whole blocks give, the others every depth between.
+        operator: `nested` and `patch` reach the depths that whole blocks give, the others every depth between. Where
+            engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere are made
+            only if `config` has them.
+        kept: for each lower layer the upper layer it was cut from; None: the last of its block.
 
     Returns:
         All shape fields of the family.
@@ -99,7 +108,7 @@ def solve_target(
     _check_range(upper, lower, fields)
     if num_parameters is not None:
         _check_size_range(upper, lower, num_parameters, tolerance)
-    grid = _grid(upper, lower, block_map, fields, operator)
+    grid = _grid(upper, lower, block_map, kept, fields, operator)
     options = list(candidates(grid, num_parameters))
     if not options:
         raise ValueError(_impossible(grid, fields))
@@ -111,14 +120,16 @@ def solve_target(
     return _fields(upper, best)
 
 
-def list_sizes(upper: Architecture, lower: Architecture, block_map: Blocks) -> dict[str, Any]:
+def list_sizes(
+    upper: Architecture, lower: Architecture, block_map: Blocks, kept: Sequence[int] | None = None
+) -> dict[str, Any]:
     """What `nested` can make between two anchors.
 
     Returns:
         `num_parameters`: [smallest, largest]; `shape`: for every config field the values on offer, ascending.
     """
     _check_pair(upper, lower)
-    grid = _grid(upper, lower, block_map, {}, "nested")
+    grid = _grid(upper, lower, block_map, kept, {}, "nested")
     low, high = lower.sizes, upper.sizes
     values = {
         "layer": list(grid.depths),
@@ -137,13 +148,24 @@ def list_sizes(upper: Architecture, lower: Architecture, block_map: Blocks) -> d
 
 
 def _grid(
-    upper: Architecture, lower: Architecture, block_map: Blocks, fields: Mapping[str, int], operator: str
+    upper: Architecture,
+    lower: Architecture,
+    block_map: Blocks,
+    kept: Sequence[int] | None,
+    fields: Mapping[str, int],
+    operator: str,
 ) -> Grid:
     check_blocks(block_map, lower.depth, upper.depth)
+    fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
+    # A depth that is asked for by name may leave the pattern that engines have built in.
+    fits = anywhere if "layer" in fixed else upper.fits
     depths: Iterable[int] = range(lower.depth, upper.depth + 1)
     if operator in _BLOCK_OPERATORS:
-        depths = reachable_depths(upper.depth, block_map)
-    fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
+        depths = reachable_depths(upper.depth, block_map, kept, fits)
+    elif operator == "slice":
+        depths = [depth for depth in depths if _keeps_pattern(depth, upper.depth, fits)]
+    elif operator == "expand" and "layer" not in fixed:
+        depths = [depth for depth in depths if _keeps_pattern(lower.depth, depth, lambda i, j: lower.fits(j, i))]
     if "layer" in fixed:
         if fixed["layer"] not in depths:
             raise ValueError(
@@ -153,6 +175,11 @@ def _grid(
             )
         depths = [fixed["layer"]]
     return Grid(upper, lower.sizes, lower.depth, list(depths), fixed)
+
+
+def _keeps_pattern(kept: int, total: int, fits: Fits) -> bool:
+    """Whether so many of the layers can be chosen that each comes to stand where it belongs."""
+    return fitting_layers(spaced_layers(total, kept), total, fits) is not None
 
 
 def _nearest(options: Sequence[Candidate], wanted: float, tolerance: float) -> Candidate:

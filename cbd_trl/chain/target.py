@@ -9,7 +9,13 @@ import torch
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.manifest import Chain
-from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS, check_patch, default_alpha
+from cbd_trl.chain.operators import (
+    MIXING_OPERATORS,
+    OPERATORS,
+    check_patch,
+    default_alpha,
+    planned_architecture,
+)
 from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.records import STATISTICS_FILE, Anchor, weight_files
 from cbd_trl.chain.shapes import target_architecture
@@ -109,17 +115,17 @@ def find_target(chain: Chain, request: Request) -> Target:
     upper, lower = chain.pair_for(request.num_parameters, request.config, request.tolerance)
     blocks = lower.block_map or []
     above, below = upper.architecture(), lower.architecture()
-    fields = solve_target(
-        above, below, blocks, request.num_parameters, request.config, request.tolerance, request.operator
-    )
+    wanted = (request.num_parameters, request.config, request.tolerance, request.operator)
+    fields = solve_target(above, below, blocks, *wanted, lower.kept_layers)
     for anchor in own:
         if anchor.shape == fields:
             return Target((anchor,), anchor.architecture(), ANCHOR)
     architecture = target_architecture(above, fields)
     # What an operator says about a shape, it says without looking at weights.
-    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [])
+    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs)
     if request.operator == "patch":
         check_patch(pair, architecture)
+    architecture = planned_architecture(request.operator, pair, architecture)
     alpha = default_alpha(request.operator, pair, architecture)
     if alpha is not None and request.alpha is not None:
         alpha = request.alpha

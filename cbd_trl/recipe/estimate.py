@@ -101,7 +101,7 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
         return cost
     # Each block of layers that one could stand for is measured twice on one block of tokens, then those chosen are
     # refitted to the teacher.
-    chosen = 2 * len(measured_blocks(upper.depth, lower.depth)) * calibration_length(upper.config)
+    chosen = 2 * len(measured_blocks(upper, lower.depth)) * calibration_length(upper.config)
     before = _forward_seconds(upper, chosen, speed) + _calibration_seconds(upper, calibration_tokens, speed)
     return replace(cost, seconds=cost.seconds + before)
 

@@ -15,12 +15,12 @@ from torch.nn.functional import kl_div
 from tqdm.auto import tqdm
 
 from cbd_trl.architectures import Architecture, decoder_layers
-from cbd_trl.surgery.blocks import Block, spaced_blocks
+from cbd_trl.surgery.blocks import Block, Fits, anywhere, spaced_blocks
 from cbd_trl.surgery.refit import OutputProjection, refit_layer
 from cbd_trl.surgery.stream import layer_inputs
 
-# First and last layer of a block -> what it costs, and the layer that it keeps.
-_Costs = dict[tuple[int, int], tuple[float, int]]
+# First and last layer of a block -> what it costs to keep the one or the other of them.
+_Costs = dict[tuple[int, int], dict[int, float]]
 
 
 @torch.no_grad()
@@ -36,8 +36,9 @@ def cheapest_blocks(
 
     Every block considered is measured alone: its first or its last layer, refitted (`refit_layers`) to end where the
     block ends, takes the place of the block, and the cost is the divergence KL(model || changed model) on held-out
-    text. Of all ways to split the layers the one with the least sum of costs is found by dynamic programming. The last
-    layer, which writes what the head reads, is a block of its own.
+    text. Of all ways to split the layers the one with the least sum of costs is found by dynamic programming: of those
+    that keep each layer where engines take it for what it is (`Architecture.fits`), if there are any. The last layer,
+    which writes what the head reads, is a block of its own.
 
     Args:
         model: the model; the same after as before.
@@ -54,44 +55,67 @@ def cheapest_blocks(
         ValueError: the depth is out of range, or there is no text.
     """
     total = architecture.depth
-    even = spaced_blocks(total, depth)
+    even = spaced_blocks(total, depth, architecture.fits)
     if depth in (1, total):
         return even
     if not batches:
         raise ValueError("There is no calibration text to choose the layers by. Give at least one batch.")
-    costs: _Costs = {(i, i): (0.0, i) for i in range(total)}
     measure = _Measure(model, architecture, batches, held_out)
-    for first, last in tqdm(measured_blocks(total, depth), desc="Choosing layers", disable=not progress, leave=False):
-        costs[first, last] = min((measure.cost(range(first, last + 1), kept), kept) for kept in (first, last))
-    return _shortest_path(costs, total, depth)
+    costs = _single(total)
+    blocks = measured_blocks(architecture, depth)
+    for first, last in tqdm(blocks, desc="Choosing layers", disable=not progress, leave=False):
+        costs[first, last] = {kept: measure.cost(range(first, last + 1), kept) for kept in (first, last)}
+    splits = (_shortest_path(costs, total, depth, *rule) for rule in _rules(architecture))
+    return next(split for split in splits if split)
 
 
-def measured_blocks(total: int, depth: int) -> list[tuple[int, int]]:
+def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, int]]:
     """First and last layer of every block of more than one that `cheapest_blocks` measures: each of them twice.
 
     Args:
-        total: layers of the model.
+        architecture: of the model; its blocks are as long as it takes for a split that keeps the pattern of its layers
+            (`Architecture.fits`), if there is one.
         depth: number of blocks.
     """
+    total = architecture.depth
     if depth in (1, total):
         return []
-    longest = ceil((total - 1) / (depth - 1))
-    return [(first, first + more) for more in range(1, longest) for first in range(total - 1 - more)]
+    for rule in _rules(architecture):
+        for longest in range(ceil((total - 1) / (depth - 1)), total):
+            blocks = [(first, first + more) for more in range(1, longest) for first in range(total - 1 - more)]
+            costs: _Costs = {**_single(total), **{block: dict.fromkeys(block, 0.0) for block in blocks}}
+            if _shortest_path(costs, total, depth, *rule):
+                return blocks
+    raise AssertionError("without a rule the shortest blocks split the layers")
 
 
-def _shortest_path(costs: _Costs, total: int, depth: int) -> list[Block]:
-    """The cheapest `depth` blocks that split `total` layers."""
+def _rules(architecture: Architecture) -> list[tuple[Fits, Fits]]:
+    """Which layer may be kept at a position, and begin a block there; the first rule that leaves a split counts.
+
+    Where whole periods of a pattern stand for whole periods, targets between the two depths keep it, too.
+    """
+    return [(architecture.fits, architecture.begins_alike), (architecture.fits, anywhere), (anywhere, anywhere)]
+
+
+def _single(total: int) -> _Costs:
+    """Every layer as a block of its own."""
+    return {(i, i): {i: 0.0} for i in range(total)}
+
+
+def _shortest_path(costs: _Costs, total: int, depth: int, fits: Fits, begins: Fits) -> list[Block]:
+    """The cheapest `depth` blocks that split `total` layers; empty where the rule leaves none."""
     ways: dict[tuple[int, int], tuple[float, list[Block]]] = {(0, 0): (0.0, [])}
-    for (first, last), (cost, kept) in sorted(costs.items()):
-        block = Block(tuple(range(first, last + 1)), kept, cost)
+    for (first, last), by_kept in sorted(costs.items()):
         for number in range(depth):
-            if (first, number) not in ways:
+            allowed = [(cost, kept) for kept, cost in by_kept.items() if fits(kept, number)]
+            if (first, number) not in ways or not allowed or not begins(first, number):
                 continue
+            cost, kept = min(allowed)
             sum_before, before = ways[first, number]
-            way = (sum_before + cost, [*before, block])
+            way = (sum_before + cost, [*before, Block(tuple(range(first, last + 1)), kept, cost)])
             if (last + 1, number + 1) not in ways or way[0] < ways[last + 1, number + 1][0]:
                 ways[last + 1, number + 1] = way
-    return ways[total, depth][1]
+    return ways[total, depth][1] if (total, depth) in ways else []
 
 
 class _Measure:

@@ -1,6 +1,6 @@
 """Depth: which layers are kept, which block each stands for, and putting layers of two models into one stack."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,10 +32,20 @@ def block_costs(blocks: Sequence[Block]) -> list[float] | None:
     return costs if len(costs) == len(blocks) else None
 
 
-def spaced_layers(total: int, kept: int) -> list[int]:
+# (layer of the upper model, position in a shallower one) -> whether it may stand there; see `Architecture.fits`.
+Fits = Callable[[int, int], bool]
+
+
+def anywhere(layer: int, position: int) -> bool:
+    """Let every layer stand at every position."""
+    return True
+
+
+def spaced_layers(total: int, kept: int, fits: Fits = anywhere) -> list[int]:
     """`kept` of `total` layers, evenly spaced; the first one and the last two stay.
 
-    Of two kept, these are the first and the last; of one, it is the last.
+    Of two kept, these are the first and the last; of one, it is the last. Layers that may not stand where the even
+    spacing has them give way to the nearest choice of layers that all may (`fitting_layers`), if there is one.
 
     Raises:
         ValueError: `kept` is not between 1 and `total`.
@@ -43,7 +53,34 @@ def spaced_layers(total: int, kept: int) -> list[int]:
     if not 1 <= kept <= total:
         raise ValueError(f"Cannot keep {kept} of {total} layers. Ask for 1 to {total}.")
     # The last layers of a decoder do not stand in for each other, so the even spacing ends one layer early.
-    return [round(i * (total - 2) / max(kept - 2, 1)) for i in range(kept - 1)] + [total - 1]
+    even = [round(i * (total - 2) / max(kept - 2, 1)) for i in range(kept - 1)] + [total - 1]
+    if all(fits(layer, position) for position, layer in enumerate(even)):
+        return even
+    return fitting_layers(even, total, fits) or even
+
+
+def fitting_layers(wanted: Sequence[int], total: int, fits: Fits) -> list[int] | None:
+    """The layers nearest to those wanted, by squared distance, that may all stand where they come to stand.
+
+    Args:
+        wanted: layers in ascending order; the last one stays the last.
+        total: number of layers to choose from.
+        fits: which layer may stand at which position.
+
+    Returns:
+        as many, ascending, ending with the last layer; None where there are none.
+    """
+    # Entry j: the least sum of squared distances of a choice that ends with layer j, and that choice.
+    best: dict[int, tuple[int, list[int]]] = {-1: (0, [])}
+    for position, layer in enumerate(wanted):
+        found: dict[int, tuple[int, list[int]]] = {}
+        for candidate in range(position, total):
+            before = [(cost, chosen) for end, (cost, chosen) in best.items() if end < candidate]
+            if before and fits(candidate, position):
+                cost, chosen = min(before)
+                found[candidate] = (cost + (candidate - layer) ** 2, [*chosen, candidate])
+        best = found
+    return best[total - 1][1] if total - 1 in best else None
 
 
 def blocks_of(kept_layers: Sequence[int]) -> list[list[int]]:
@@ -52,9 +89,9 @@ def blocks_of(kept_layers: Sequence[int]) -> list[list[int]]:
     return [list(range(start, layer + 1)) for start, layer in zip(starts, kept_layers, strict=True)]
 
 
-def spaced_blocks(total: int, kept: int) -> list[Block]:
+def spaced_blocks(total: int, kept: int, fits: Fits = anywhere) -> list[Block]:
     """`blocks_of` `spaced_layers`, each keeping its last layer, nothing measured."""
-    return [Block(tuple(block), block[-1]) for block in blocks_of(spaced_layers(total, kept))]
+    return [Block(tuple(block), block[-1]) for block in blocks_of(spaced_layers(total, kept, fits))]
 
 
 def check_blocks(blocks: Sequence[Sequence[int]], lower_depth: int, upper_depth: int) -> None:

@@ -112,7 +112,8 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     """Insert evenly spaced layers that add nothing; logits stay equal.
 
     Output projections and biases of a new layer are zero, or the gains of the norms that follow them; the rest of it
-    is a copy of the layer after it.
+    is a copy of the layer after it. Where engines tell layers apart by position (`Architecture.fits`), they are put
+    where the old layers keep their places in the pattern, if that can be.
 
     Raises:
         ValueError: `depth` is smaller than the model's.
@@ -122,9 +123,12 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
             f"Cannot grow {architecture.depth} layers to {depth}. Ask for {architecture.depth} or more, or keep fewer "
             "with `select_layers`."
         )
-    old = spaced_layers(depth, architecture.depth)
+    old = spaced_layers(depth, architecture.depth, lambda layer, position: architecture.fits(position, layer))
     following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
     repeated, deeper = select_layers(weights, architecture, following)
+    if all(architecture.fits(layer, position) for layer, position in enumerate(old)):
+        # What adds nothing may be a layer of any kind.
+        deeper = deeper if architecture.off_pattern else deeper.on_pattern()
     last = _last_modules(architecture)
     silent = {deeper.layer_name(layer, module) for layer in set(range(depth)) - set(old) for module in last}
 

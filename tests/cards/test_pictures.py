@@ -157,7 +157,9 @@ def test_the_size_that_a_card_asks_for_can_be_made(upper, lower):
     above, below = (describe(tiny_model("llama", num_hidden_layers=layers).config) for layers in (upper, lower))
     blocks = blocks_of(spaced_layers(upper, lower))
     anchors = [
-        SimpleNamespace(architecture=lambda one=one: one, num_parameters=one.num_parameters, block_map=blocks)
+        SimpleNamespace(
+            architecture=lambda one=one: one, num_parameters=one.num_parameters, block_map=blocks, kept_layers=None
+        )
         for one in (above, below)
     ]
     size = _example(anchors)

@@ -62,13 +62,14 @@ def random_pair(family: str, tied: bool, what: str, **options: Any) -> Pair:
     upper_weights, upper_architecture = described(upper)
     fields = depth_of(family, LOWER_DEPTH) if what != "width" else {}
     fields |= widths_of(family, _NARROW) if what != "depth" else {}
-    lower_architecture = target_architecture(upper_architecture, fields)
+    blocks = [[layer] for layer in range(UPPER_DEPTH)] if what == "width" else BLOCKS
+    kept = [block[-1] for block in blocks]
+    sizes = target_architecture(upper_architecture, fields).sizes
+    lower_architecture = upper_architecture.with_layers(kept).resized(**sizes)
     lower = type(upper)(lower_architecture.config).double()
     randomise(lower, seed=2)
     statistics = None if what == "depth" else moments(upper, upper_architecture)
-    blocks = [[layer] for layer in range(UPPER_DEPTH)] if what == "width" else BLOCKS
     lower_weights = weights_of(lower, lower_architecture)
-    kept = [block[-1] for block in blocks]
     return Pair(upper_weights, upper_architecture, lower_weights, lower_architecture, statistics, blocks, kept)
 
 

@@ -49,7 +49,7 @@ def test_layers_of_other_kinds_are_refused(tmp_path):
         tiny_model("qwen2", **options, num_hidden_layers=2, layer_types=kinds[::-1]),
     ]
     with pytest.raises(
-        ValueError, match=r"layers of anchors\[1\] are not of the kinds .* anchors\[0\]: layer_types is"
+        ValueError, match=r"Layer 1 of anchors\[1\] .* layer_types full_attention, .* beside layer 3 of anchors\[0\]"
     ):
         make(tmp_path / "chain", models)
 

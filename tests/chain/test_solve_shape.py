@@ -38,9 +38,10 @@ FAMILIES = {
     "mistral": MistralConfig(**SIZES, head_dim=32),
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
-    "smollm3": SmolLM3Config(**SIZES),
-    "gemma2": Gemma2Config(**SIZES, head_dim=32),
-    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=32),
+    # Off the pattern that engines have built in, so that all depths are on offer: see test_patterns.py for the others.
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2),
+    "gemma2": Gemma2Config(**SIZES, head_dim=32, layer_types=["full_attention"] * 12),
+    "gemma3_text": Gemma3TextConfig(**SIZES, head_dim=32, sliding_window_pattern=3),
     "olmo2": Olmo2Config(**SIZES),
     "gpt2": GPT2Config(vocab_size=5000, n_embd=192, n_layer=12, n_head=6, n_positions=64),
 }

@@ -9,7 +9,7 @@ from torch import nn
 
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.surgery.block_search import _Measure, _shortest_path, cheapest_blocks, measured_blocks
-from cbd_trl.surgery.blocks import Block, check_blocks
+from cbd_trl.surgery.blocks import Block, anywhere, check_blocks
 from cbd_trl.surgery.refit import OutputProjection, refit_layer
 from cbd_trl.surgery.stream import layer_inputs
 from tests.surgery.helpers import described, every_family, full_model, tokens
@@ -76,16 +76,16 @@ def test_the_cheapest_split_of_all():
     generator = torch.Generator().manual_seed(0)
     total, depth = 7, 4
     for _ in range(20):
-        costs = {(i, i): (0.0, i) for i in range(total)}
+        costs = {(i, i): {i: 0.0} for i in range(total)}
         for first, last in itertools.combinations(range(total), 2):
             if last - first < 3:
-                costs[first, last] = (float(torch.rand((), generator=generator)), last)
+                costs[first, last] = {kept: float(torch.rand((), generator=generator)) for kept in (first, last)}
         sums = []
         for cuts in itertools.combinations(range(1, total), depth - 1):
             spans = list(itertools.pairwise([0, *cuts, total]))
             if all((first, end - 1) in costs for first, end in spans):
-                sums.append(sum(costs[first, end - 1][0] for first, end in spans))
-        blocks = _shortest_path(costs, total, depth)
+                sums.append(sum(min(costs[first, end - 1].values()) for first, end in spans))
+        blocks = _shortest_path(costs, total, depth, anywhere, anywhere)
         check_blocks([block.layers for block in blocks], depth, total)
         assert sum(block.cost for block in blocks) == pytest.approx(min(sums))
 
@@ -96,7 +96,7 @@ def test_each_block_of_more_than_one_layer_is_measured_twice(depth, monkeypatch)
     monkeypatch.setattr(_Measure, "cost", lambda self, layers, kept: measured.append((layers[0], layers[-1])) or 1.0)
     model = deep_model()
     cheapest_blocks(model, described(model)[1], depth, FIT, HELD_OUT)
-    assert sorted(measured) == sorted(2 * measured_blocks(6, depth))
+    assert sorted(measured) == sorted(2 * measured_blocks(described(model)[1], depth))
     assert bool(measured) == (depth not in (1, 6))
 
 
