@@ -320,12 +320,14 @@ class Architecture:
         """What runs differently outside of transformers, in a sentence; None where nothing does."""
         if not self.off_pattern:
             return None
-        fields = {field: period for field, period in self.engine_pattern.items()}
-        built_in = " and ".join(f"{field} as {list(period)} over and over" for field, period in fields.items())
+        built_in = " and ".join(
+            f"{field} (every {len(period)} layers)" for field, period in self.engine_pattern.items()
+        )
+        layers = ", ".join(map(str, self.off_pattern))
         return (
-            f"llama.cpp has {built_in} built in for {self.config.model_type}, and layer"
-            f"{'s' * (len(self.off_pattern) > 1)} {', '.join(map(str, self.off_pattern))} of this model differ"
-            f"{'s' * (len(self.off_pattern) == 1)}: as a GGUF file it computes something else than in transformers."
+            f"llama.cpp does not read {built_in} of {self.config.model_type} but counts them, and "
+            f"takes layers {layers} of this model for others than they are, so a GGUF file of it computes something "
+            "else than transformers does."
         )
 
     def with_eps(self, eps: float) -> "Architecture":
