@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -82,22 +83,18 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
         ValueError: the tokenizer has no tokenizer.json, or its tokens do not tell their bytes exactly.
     """
     spelling = spelling_of(tokenizer)
-    description = _description(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    table: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
+    backend: Any = _backend(tokenizer)
+    table: list[bytes | None] = [None] * (max(backend.get_vocab().values(), default=-1) + 1)
     in_model = backend.get_vocab(with_added_tokens=False)
     for token, index in in_model.items():
         table[index] = spelling.read(token)
-    for added in description["added_tokens"]:
-        if added["special"] or added["lstrip"] or added["rstrip"]:
-            table[added["id"]] = None
-        elif added["content"] not in in_model:
+    for index, added in backend.get_added_tokens_decoder().items():
+        if added.special or added.lstrip or added.rstrip:
+            table[index] = None
+        elif added.content not in in_model:
             # Byte-level BPE finds it in the text before there are any letters for bytes.
-            literal = added["content"].encode()
-            table[added["id"]] = literal if spelling.byte_level else spelling.read(added["content"])
-    unknown = description["model"].get("unk_token")
-    no_text = {*tokenizer.all_special_ids, description["model"].get("unk_id"), in_model.get(unknown)}
-    for index in no_text - {None}:
+            table[index] = added.content.encode() if spelling.byte_level else spelling.read(added.content)
+    for index in {*tokenizer.all_special_ids, _unknown(backend)} - {None}:
         table[index] = None
     return table
 
@@ -111,12 +108,12 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     Raises:
         ValueError: as for `token_bytes`.
     """
-    description = _description(tokenizer)
+    backend = _backend(tokenizer)
     for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if description["model"].get(mark):
-            raise _inexact(tokenizer, f"its tokens carry marks ({mark} {description['model'][mark]!r})")
+        if letters := getattr(backend.model, mark, None):
+            raise _inexact(tokenizer, f"its tokens carry marks ({mark} {letters!r})")
     _check_keeps_text(tokenizer)
-    decoder = description["decoder"]
+    decoder = description_of(backend.decoder)
     if decoder is None:
         raise _inexact(tokenizer, "it has no decoder, which says what its tokens are in a text")
     fields: dict[str, Any] = {}
@@ -146,14 +143,34 @@ def _understood(step: dict[str, Any]) -> bool:
     return step["type"] in ("ByteLevel", "ByteFallback", "Metaspace", "Fuse")
 
 
-def _description(tokenizer: Any) -> dict[str, Any]:
+def description_of(part: Any) -> dict[str, Any] | None:
+    """What tokenizer.json says of a part of a tokenizer, such as its decoder; None where there is no such part.
+
+    The file as a whole (`to_str`) takes seconds where a vocabulary is large.
+
+    Args:
+        part: of the `tokenizers` library.
+    """
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _unknown(backend: Any) -> int | None:
+    """The id of what stands for unknown text."""
+    unknown = getattr(backend.model, "unk_token", None)
+    if unknown is not None:
+        return backend.model.token_to_id(unknown)
+    # Unigram tells in the file alone.
+    return description_of(backend.model).get("unk_id") if isinstance(backend.model, models.Unigram) else None
+
+
+def _backend(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
             f"{_name(tokenizer)} is not a fast tokenizer: it has no tokenizer.json, which says what bytes its tokens "
             "stand for. Load it with AutoTokenizer.from_pretrained(...) from a folder that has one, or convert it."
         )
-    return json.loads(backend.to_str())
+    return backend
 
 
 def _check_keeps_text(tokenizer: Any) -> None:

@@ -68,7 +68,9 @@ def match_vocabularies(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
         ValueError: a tokenizer that does not tell its bytes (see `token_bytes`), or nothing in common.
     """
     old_bytes, new_bytes = token_bytes(old), token_bytes(new)
+    # Read once: each reading makes a new object of every added token.
     old_added = {added.content: index for index, added in old.added_tokens_decoder.items()}
+    new_added = set(new.added_tokens_decoder)
     by_role, neutral = _match_roles(old, new)
     exact = _ExactTokens(old, old_bytes)
     copied: dict[int, int] = {}
@@ -76,7 +78,7 @@ def match_vocabularies(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
     for token, index in sorted(new.get_vocab().items(), key=lambda pair: pair[1]):
         if index in by_role:
             continue
-        data, mark = new_bytes[index], old_added.get(token) if index in new.added_tokens_decoder else None
+        data, mark = new_bytes[index], old_added.get(token) if index in new_added else None
         if mark is not None and (data is None or old_bytes[mark] is None):
             by_role[index] = mark
         elif data is not None and (same := exact.find(token, data)) is not None:
