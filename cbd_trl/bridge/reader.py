@@ -82,6 +82,9 @@ class Reader:
             if self.texts[index] is None and index != self.unknown
         }
         self.table = ByteTable.of(self.texts, self.written)
+        self._marks = {content.decode() for content in self.written.values()}
+        # Gemma has 6,000 marks of 20 lengths.
+        self._mark_lengths = sorted({len(mark) for mark in self._marks}, reverse=True)
         self.prefix = prefix_ids(tokenizer)
         # A mark that swallows the white space beside it would hide what we look for.
         plain = [index for index in self.written if not (added[index].lstrip or added[index].rstrip)]
@@ -100,6 +103,14 @@ class Reader:
         lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], dtype=torch.int64)
         ids_N = torch.tensor([token for ids in rows["input_ids"] for token in ids], dtype=torch.int64)
         return Encoded(ids_N, torch.arange(len(texts)).repeat_interleave(lengths), rows.encodings)
+
+    def leading_mark(self, text: str) -> str:
+        """The longest mark that a text begins with, "" for none.
+
+        Args:
+            text: any.
+        """
+        return next((text[:size] for size in self._mark_lengths if text[:size] in self._marks), "")
 
     def added_spaces(self, ids_N: Tensor, first_N: Tensor) -> Tensor:
         """Which tokens begin with a space that is not in the text.

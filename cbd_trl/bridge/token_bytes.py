@@ -65,6 +65,50 @@ class Spelling:
         return [f"<0x{ord(part) & 0xFF:02X}>" if _NO_UTF8.match(part) else part for part in parts if part]
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer's tokens are, read once: where there are 262,144 of them each reading takes a second.
+
+    Args:
+        tokenizer: it was read from.
+        spelling: how its tokens are written.
+        ids: {token: id} of all, added ones included.
+        added: ids of the added ones.
+        bytes: of every id, see `token_bytes`.
+    """
+
+    tokenizer: Any
+    spelling: Spelling
+    ids: dict[str, int]
+    added: frozenset[int]
+    bytes: list[bytes | None]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
+        """Read a tokenizer.
+
+        Raises:
+            ValueError: as `token_bytes`.
+        """
+        spelling = spelling_of(tokenizer)
+        backend: Any = _backend(tokenizer)
+        ids = backend.get_vocab(with_added_tokens=False)
+        added_tokens = backend.get_added_tokens_decoder()
+        table: list[bytes | None] = [None] * (max([*ids.values(), *added_tokens], default=-1) + 1)
+        for token, index in ids.items():
+            table[index] = spelling.read(token)
+        for index, added in added_tokens.items():
+            if added.special or added.lstrip or added.rstrip:
+                table[index] = None
+            elif added.content not in ids:
+                # Byte-level BPE finds it in the text before there are any letters for bytes.
+                table[index] = added.content.encode() if spelling.byte_level else spelling.read(added.content)
+        for index in {*tokenizer.all_special_ids, _unknown(backend)} - {None}:
+            table[index] = None
+        ids.update((added.content, index) for index, added in added_tokens.items())
+        return cls(tokenizer, spelling, ids, frozenset(added_tokens), table)
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes of every id of a tokenizer, in the order of the ids.
 
@@ -82,21 +126,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     Raises:
         ValueError: the tokenizer has no tokenizer.json, or its tokens do not tell their bytes exactly.
     """
-    spelling = spelling_of(tokenizer)
-    backend: Any = _backend(tokenizer)
-    table: list[bytes | None] = [None] * (max(backend.get_vocab().values(), default=-1) + 1)
-    in_model = backend.get_vocab(with_added_tokens=False)
-    for token, index in in_model.items():
-        table[index] = spelling.read(token)
-    for index, added in backend.get_added_tokens_decoder().items():
-        if added.special or added.lstrip or added.rstrip:
-            table[index] = None
-        elif added.content not in in_model:
-            # Byte-level BPE finds it in the text before there are any letters for bytes.
-            table[index] = added.content.encode() if spelling.byte_level else spelling.read(added.content)
-    for index in {*tokenizer.all_special_ids, _unknown(backend)} - {None}:
-        table[index] = None
-    return table
+    return Vocabulary.of(tokenizer).bytes
 
 
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
