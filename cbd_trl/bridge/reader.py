@@ -39,16 +39,27 @@ class Encoded:
         return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a tokenizer puts before a text by itself, such as BOS.
+def marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before a text by itself, such as BOS, and those behind it.
 
     Args:
         tokenizer: any.
     """
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
-    starts = range(len(whole) - len(bare) + 1)
-    return next((whole[:start] for start in starts if whole[start : start + len(bare)] == bare), [])
+    # Of a vocabulary that has no "a" nothing is between.
+    starts = range(len(whole) - len(bare) + 1) if bare else [len(whole)]
+    start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
+    return ([], []) if start is None else (whole[:start], whole[start + len(bare) :])
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a tokenizer puts before a text by itself, such as BOS.
+
+    Args:
+        tokenizer: any.
+    """
+    return marks_around(tokenizer)[0]
 
 
 class Reader:

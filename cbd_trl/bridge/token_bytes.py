@@ -103,7 +103,8 @@ class Vocabulary:
             elif added.content not in ids:
                 # Byte-level BPE finds it in the text before there are any letters for bytes.
                 table[index] = added.content.encode() if spelling.byte_level else spelling.read(added.content)
-        for index in {*tokenizer.all_special_ids, _unknown(backend)} - {None}:
+        unknown = _unknown(backend)
+        for index in [*tokenizer.all_special_ids, *([] if unknown is None else [unknown])]:
             table[index] = None
         ids.update((added.content, index) for index, added in added_tokens.items())
         return cls(tokenizer, spelling, ids, frozenset(added_tokens), table)
@@ -190,7 +191,7 @@ def _unknown(backend: Any) -> int | None:
     if unknown is not None:
         return backend.model.token_to_id(unknown)
     # Unigram tells in the file alone.
-    return description_of(backend.model).get("unk_id") if isinstance(backend.model, models.Unigram) else None
+    return json.loads(backend.model.__getstate__())["unk_id"] if isinstance(backend.model, models.Unigram) else None
 
 
 def _backend(tokenizer: Any) -> Any:

@@ -105,6 +105,26 @@ def match_read(old: Vocabulary, new: Vocabulary) -> VocabularyMatch:
     return VocabularyMatch(len(new.bytes), copied, by_role, built, others)
 
 
+def counterpart(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, index: int) -> int | None:
+    """The new id that takes over an old special token, as `match_vocabularies` says.
+
+    Args:
+        old: the tokenizer that a model has.
+        new: the one it shall have.
+        index: of the old one.
+
+    Returns:
+        that of the same role where there are several; None for none.
+    """
+    matched = _match_roles(old, new)[0]
+    same = [getattr(new, role) for role in _ROLES if getattr(old, role) == index]
+    by_role = next((found for found in [*same, *matched] if matched.get(found) == index), None)
+    if by_role is not None:
+        return by_role
+    by_text: int | None = new.added_tokens_encoder.get(old.convert_ids_to_tokens(index))
+    return None if by_text in matched else by_text
+
+
 def covered_share(match: VocabularyMatch, new: PreTrainedTokenizerBase, texts: Iterable[str]) -> float:
     """The share of the bytes of texts that stand in tokens taken over as they are.
 
