@@ -37,7 +37,8 @@ class ByteTable:
         """
         pieces = [marks.get(index, b"") if text is None else text for index, text in enumerate(texts)]
         lengths_V = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-        pool_X = torch.tensor(list(b"".join(pieces)), dtype=torch.uint8)
+        joined = bytearray(b"".join(pieces))
+        pool_X = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
         marks_V = torch.tensor([text is None for text in texts], dtype=torch.bool)
         return cls(pool_X, lengths_V.cumsum(0) - lengths_V, lengths_V, marks_V)
 

@@ -171,8 +171,8 @@ def _leading_mark(reader: Reader, text: str, start: int) -> Span | None:
     """Where the special token is with which a text begins, white space aside."""
     bare = text.lstrip()
     start += len(text) - len(bare)
-    found = [mark for mark in map(bytes.decode, reader.written.values()) if bare.startswith(mark)]
-    return (start, start + max(map(len, found))) if found else None
+    mark = reader.leading_mark(bare)
+    return (start, start + len(mark)) if mark else None
 
 
 def _shared_pieces(sides: Sequence[Sequence[Rendered]], lines: Sequence[Texts]) -> tuple[Pieces, Pieces]:

@@ -18,6 +18,17 @@ _DROPPED = (
 )
 
 
+def named_ids(model: Any) -> set[int]:
+    """The ids that a model's configs name: begin, end (there may be several) and padding.
+
+    Args:
+        model: of transformers.
+    """
+    configs = (model.config.get_text_config(), model.generation_config)
+    found = [getattr(config, role, None) for config in configs if config is not None for role in _ROLES]
+    return {index for ids in found if ids is not None for index in (ids if isinstance(ids, list) else [ids])}
+
+
 def move_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase, match: VocabularyMatch) -> None:
     """Have the configs of a model name the ids of its new tokenizer.
 

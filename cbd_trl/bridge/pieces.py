@@ -2,29 +2,24 @@
 
 from collections.abc import Iterable
 
-from transformers import PreTrainedTokenizerBase
-
-from cbd_trl.bridge.token_bytes import spelling_of, token_bytes
+from cbd_trl.bridge.token_bytes import Vocabulary
 
 
-def pieces_of(tokenizer: PreTrainedTokenizerBase, chunks: Iterable[bytes]) -> list[tuple[int, ...]]:
+def pieces_of(vocabulary: Vocabulary, chunks: Iterable[bytes]) -> list[tuple[int, ...]]:
     """The tokens of each chunk of bytes, read as the inside of a text.
 
     The tokenizer's model reads them alone: no normaliser, nothing put before a text, no cut between words. So the
     bytes of the pieces are those of the chunk, and a chunk that is one of the model's tokens is mostly that one.
 
     Args:
-        tokenizer: as `token_bytes` takes it.
+        vocabulary: of the tokenizer.
         chunks: the bytes.
 
     Returns:
         ids for each chunk. Bytes that the vocabulary cannot write are left out.
-
-    Raises:
-        ValueError: as `token_bytes`.
     """
-    spelling, table, ids = spelling_of(tokenizer), token_bytes(tokenizer), tokenizer.get_vocab()
-    model = tokenizer.backend_tokenizer.model
+    spelling, table, ids = vocabulary.spelling, vocabulary.bytes, vocabulary.ids
+    model = vocabulary.tokenizer.backend_tokenizer.model
 
     def read(word: str) -> list[int]:
         if spelling.is_byte_token(word):

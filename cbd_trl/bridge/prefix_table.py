@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.bridge.token_bytes import token_bytes
-from cbd_trl.bridge.vocabulary_match import match_vocabularies
+from cbd_trl.bridge.token_bytes import Vocabulary
+from cbd_trl.bridge.vocabulary_match import match_read
 
 NO_NODE = -1
 ROOT = 0
@@ -49,7 +49,8 @@ class PrefixTable:
         Raises:
             ValueError: as `match_vocabularies`.
         """
-        match, ours, theirs = match_vocabularies(student, teacher), token_bytes(student), token_bytes(teacher)
+        old, new = Vocabulary.of(student), Vocabulary.of(teacher)
+        match, ours, theirs = match_read(old, new), old.bytes, new.bytes
         spellings: dict[int, Sequence[int]] = {index: (own,) for index, own in match.source.items()}
         for index, pieces in match.built.items():
             if b"".join(ours[piece] or b"" for piece in pieces) == theirs[index]:
@@ -73,8 +74,11 @@ class PrefixTable:
                 "nothing of theirs. Check that both tokenizers are the ones that are meant."
             )
         rows = sorted((tuple(own), index) for index, own in spellings.items())
-        longest = max(len(own) for own, _ in rows)
-        table_ML = torch.tensor([(*own, *[-1] * (longest - len(own))) for own, _ in rows], dtype=torch.int64)
+        lengths_M = torch.tensor([len(own) for own, _ in rows])
+        longest = int(lengths_M.max())
+        table_ML = torch.full((len(rows), longest), -1)
+        spelled = torch.tensor([token for own, _ in rows for token in own])
+        table_ML.masked_scatter_(torch.arange(longest) < lengths_M[:, None], spelled)
         nodes_M = torch.zeros(len(rows), dtype=torch.int64)
         keys, starts, ends, longer = [], [0], [len(rows)], [0]
         # A node's number is the place of its key, so those of a depth are numbered behind those above.

@@ -39,16 +39,27 @@ class Encoded:
         return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
 
 
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a tokenizer puts before a text by itself, such as BOS.
+def marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer puts before a text by itself, such as BOS, and those behind it.
 
     Args:
         tokenizer: any.
     """
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole: list[int] = tokenizer("a")["input_ids"]
-    starts = range(len(whole) - len(bare) + 1)
-    return next((whole[:start] for start in starts if whole[start : start + len(bare)] == bare), [])
+    # Of a vocabulary that has no "a" nothing is between.
+    starts = range(len(whole) - len(bare) + 1) if bare else [len(whole)]
+    start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
+    return ([], []) if start is None else (whole[:start], whole[start + len(bare) :])
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that a tokenizer puts before a text by itself, such as BOS.
+
+    Args:
+        tokenizer: any.
+    """
+    return marks_around(tokenizer)[0]
 
 
 class Reader:
@@ -82,6 +93,9 @@ class Reader:
             if self.texts[index] is None and index != self.unknown
         }
         self.table = ByteTable.of(self.texts, self.written)
+        self._marks = {content.decode() for content in self.written.values()}
+        # Gemma has 6,000 marks of 20 lengths.
+        self._mark_lengths = sorted({len(mark) for mark in self._marks}, reverse=True)
         self.prefix = prefix_ids(tokenizer)
         # A mark that swallows the white space beside it would hide what we look for.
         plain = [index for index in self.written if not (added[index].lstrip or added[index].rstrip)]
@@ -100,6 +114,14 @@ class Reader:
         lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], dtype=torch.int64)
         ids_N = torch.tensor([token for ids in rows["input_ids"] for token in ids], dtype=torch.int64)
         return Encoded(ids_N, torch.arange(len(texts)).repeat_interleave(lengths), rows.encodings)
+
+    def leading_mark(self, text: str) -> str:
+        """The longest mark that a text begins with, "" for none.
+
+        Args:
+            text: any.
+        """
+        return next((text[:size] for size in self._mark_lengths if text[:size] in self._marks), "")
 
     def added_spaces(self, ids_N: Tensor, first_N: Tensor) -> Tensor:
         """Which tokens begin with a space that is not in the text.

@@ -2,19 +2,27 @@
 
 import copy
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 
-from cbd_trl.bridge.token_bytes import Spelling, spelling_of
+from cbd_trl.bridge.config_ids import named_ids
+from cbd_trl.bridge.text_marks import renumber
+from cbd_trl.bridge.token_bytes import Spelling, Vocabulary
 from cbd_trl.bridge.transplant import transplant_vocabulary
 from cbd_trl.bridge.vocabulary_match import VocabularyMatch, covered_share, match_vocabularies
 
 # Without held-out texts every tenth one is kept from training.
 HELD_OUT_EVERY = 10
+# What a tokenizer remembers of the files that it was made from.
+_OF_LOADING = ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "name_or_path")
+# A special token that only holds a place for one to come.
+_PLACEHOLDER = re.compile(r"(?i)[^a-z]*(unused|reserved|extra|dummy|placeholder)([^a-z]|special|token|id)*\d+[^a-z]*")
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ def reduce_vocabulary(
             f"Bytes per token are measured on held-out texts, got none. Pass `held_out`, or {HELD_OUT_EVERY} texts or "
             "more, of which every tenth is kept for it."
         )
-    smaller = train_smaller_tokenizer(tokenizer, texts, size)
+    smaller = train_smaller_tokenizer(tokenizer, texts, size, keep=named_ids(model))
     made = transplant_vocabulary(model, tokenizer, smaller, **options)
     match = match_vocabularies(tokenizer, smaller)
     return Reduction(
@@ -112,66 +120,132 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) ->
 
 
 def train_smaller_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], size: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], size: int, *, keep: Collection[int] = ()
 ) -> PreTrainedTokenizerBase:
-    """A BPE of the same kind and with the same special tokens, chat template and byte tokens.
+    """A BPE of the same kind and with the same rules, special tokens, chat template and byte tokens.
 
-    Of the added tokens that are not special, those that the chat template writes are kept.
+    Special tokens that only hold a place, such as `<unused12>` (Gemma has 6,242 of them), are left out, and so are
+    added tokens that are not special and that the texts do not contain; unless a role, the chat template, the rules or
+    `keep` name them. Text is learned between the added tokens, as it is read.
 
     Args:
-        tokenizer: a fast BPE.
+        tokenizer: a fast BPE; it is not changed.
         texts: to train on.
         size: tokens at most.
+        keep: ids of further added tokens that stay.
 
     Raises:
         ValueError: as `reduce_vocabulary`.
     """
-    spelling = spelling_of(tokenizer)
-    kind = type(tokenizer.backend_tokenizer.model).__name__
+    old: Any = tokenizer
+    vocabulary, backend = Vocabulary.of(old), old.backend_tokenizer
+    kind = type(backend.model).__name__
     if kind != "BPE":
         raise ValueError(
             f"A smaller BPE can be trained from a BPE, got a tokenizer whose model is {kind}. Train a smaller one of "
             "its kind yourself and pass both to transplant_vocabulary."
         )
-    ids = tokenizer.get_vocab()
-    if not 0 < size < len(ids):
-        raise ValueError(f"size must be less than the {len(ids)} tokens there are, and positive, got {size}.")
-    byte_tokens = sorted(filter(spelling.is_byte_token, ids), key=ids.__getitem__)
-    template = str(getattr(tokenizer, "chat_template", None) or "")
-    marks = [
-        added for added in tokenizer.added_tokens_decoder.values() if not added.special and added.content in template
-    ]
-    learner = _cutting_at_spaces(tokenizer, spelling)
-    trained: Any = learner.train_new_from_iterator(
-        texts, max(size - len(byte_tokens) - len(marks), 0), show_progress=False
-    )
-    trained.backend_tokenizer.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
-    if byte_tokens:
-        _append(trained, byte_tokens)
-    trained.add_tokens(marks)
-    trained.chat_template = tokenizer.chat_template
-    trained.name_or_path = ""
-    if len(trained) > size:
+    if not 0 < size < len(vocabulary.ids):
         raise ValueError(
-            f"size={size} is too small: letters, bytes and special tokens alone are {len(trained)}. Ask for more."
+            f"size must be less than the {len(vocabulary.ids)} tokens there are, and positive, got {size}."
         )
-    return trained
+    description = json.loads(backend.to_str())
+    special, ordinary = _kept_tokens(old, description, texts, keep)
+    # Of the model itself, which no trainer knows of; as added tokens they would be looked for in texts.
+    plain = [token for token in vocabulary.ids if vocabulary.spelling.is_byte_token(token)]
+    plain = sorted([*plain, *filter(None, [description["model"]["unk_token"]])], key=vocabulary.ids.__getitem__)
+    plain = [token for token in plain if token not in {added["content"] for added in special}]
+    model = _learn(description, vocabulary.spelling, texts, special, ordinary, size - len(plain) - len(ordinary))
+    ids = model["vocab"]
+    for token in plain:
+        ids.setdefault(token, len(ids))
+    places = dict(ids)
+    for added in ordinary:
+        places.setdefault(added["content"], len(places))
+    if len(places) > size:
+        raise ValueError(
+            f"size={size} is too small: {len(special)} special tokens, {len(ordinary)} other added tokens that the "
+            f"texts or the rules contain, {len(plain)} byte tokens and the letters of the texts alone are "
+            f"{len(places)}. Ask for more."
+        )
+    description["model"] |= {"vocab": ids, "merges": model["merges"]}
+    description["added_tokens"] = [{**added, "id": places[added["content"]]} for added in [*special, *ordinary]]
+    renumber(description["post_processor"], places)
+    return _with_backend(old, Tokenizer.from_str(json.dumps(description)), places)
 
 
-def _cutting_at_spaces(tokenizer: PreTrainedTokenizerBase, spelling: Spelling) -> Any:
-    """A copy to train with: where the normaliser writes the spaces, nothing else would keep words apart."""
-    learner: Any = copy.deepcopy(tokenizer)
-    backend = learner.backend_tokenizer
-    if spelling.space and backend.normalizer and spelling.space in backend.normalizer.normalize_str("a b"):
-        backend.pre_tokenizer = pre_tokenizers.Split(spelling.space, "merged_with_next")
-    return learner
+def _kept_tokens(
+    tokenizer: Any, description: dict[str, Any], texts: Sequence[str], keep: Collection[int]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The added tokens of a smaller tokenizer, special ones and others, as tokenizer.json has them."""
+    templates = tokenizer.chat_template or ""
+    template = templates if isinstance(templates, str) else "\n".join(templates.values())
+    rules = json.dumps(description["post_processor"], ensure_ascii=False)
+    roles = {*tokenizer.special_tokens_map.values(), description["model"]["unk_token"]}
+    special: list[dict[str, Any]] = []
+    ordinary: list[dict[str, Any]] = []
+    asked: list[dict[str, Any]] = []
+    for added in sorted(description["added_tokens"], key=lambda added: added["id"]):
+        content = added["content"]
+        named = content in roles or added["id"] in keep or content in template
+        named = named or json.dumps(content, ensure_ascii=False) in rules
+        if added["special"]:
+            special += [added] if named or not _PLACEHOLDER.fullmatch(content) else []
+        else:
+            (ordinary if named else asked).append(added)
+    if asked:
+        pattern = _cuts(asked)
+        found = {text for whole in texts for text in pattern.findall(whole)}
+        # Some swallow the white space beside them.
+        found |= {text.strip() for text in found}
+        ordinary = [added for added in [*ordinary, *asked] if added in ordinary or added["content"] in found]
+    return special, sorted(ordinary, key=lambda added: added["id"])
 
 
-def _append(tokenizer: Any, byte_tokens: list[str]) -> None:
-    """Add byte tokens to the model, which no trainer knows of; as added tokens they would be looked for in texts."""
-    fields = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    vocabulary, merges = fields.pop("vocab"), [tuple(merge) for merge in fields.pop("merges")]
-    options = {name: value for name, value in fields.items() if name != "type" and value is not None}
-    further = [token for token in byte_tokens if token not in vocabulary]
-    vocabulary.update({token: len(vocabulary) + place for place, token in enumerate(further)})
-    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=merges, **options)
+def _cuts(added_tokens: Iterable[dict[str, Any]]) -> re.Pattern[str]:
+    """Finds added tokens in texts, the longest first, as the `tokenizers` library does."""
+    ways = []
+    for added in sorted(added_tokens, key=lambda added: -len(added["content"])):
+        way = re.escape(added["content"])
+        way = rf"(?<!\w){way}(?!\w)" if added["single_word"] else way
+        ways.append(r"\s*" * added["lstrip"] + way + r"\s*" * added["rstrip"])
+    return re.compile("|".join(ways) or "(?!)")
+
+
+def _learn(
+    description: dict[str, Any],
+    spelling: Spelling,
+    texts: Iterable[str],
+    special: list[dict[str, Any]],
+    ordinary: list[dict[str, Any]],
+    size: int,
+) -> dict[str, Any]:
+    """A BPE of the texts between added tokens, as tokenizer.json has it."""
+    empty = {**description["model"], "vocab": {}, "merges": []}
+    learner = Tokenizer.from_str(
+        json.dumps({**description, "model": empty, "added_tokens": [], "post_processor": None})
+    )
+    # Where the normaliser writes the spaces, nothing else would keep words apart.
+    if spelling.space and learner.normalizer and spelling.space in learner.normalizer.normalize_str("a b"):
+        learner.pre_tokenizer = pre_tokenizers.Split(spelling.space, "merged_with_next")
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=max(size, 0),
+        special_tokens=[added["content"] for added in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if spelling.byte_level else [],
+        show_progress=False,
+    )
+    cuts = _cuts([*special, *ordinary])
+    texts = tqdm(texts, desc="Learning a smaller vocabulary", unit="text")
+    learner.train_from_iterator((part for text in texts for part in cuts.split(text)), trainer)
+    return json.loads(learner.to_str())["model"]
+
+
+def _with_backend(tokenizer: Any, backend: Tokenizer, ids: Mapping[str, int]) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer with other tokens, of which special ones are left out that it no longer has."""
+    made = copy.deepcopy(tokenizer, {id(tokenizer.backend_tokenizer): backend})
+    made._tokenizer = backend
+    made.extra_special_tokens = [token for token in made.extra_special_tokens if token in ids]
+    # What it was loaded with: old ids, which saving would write again.
+    made.init_kwargs = {key: value for key, value in made.init_kwargs.items() if key not in _OF_LOADING}
+    made.name_or_path = ""
+    return made

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.group_objective import GroupObjective, Said
 from cbd_trl.bridge.sorted_distance import sorted_distance
-from cbd_trl.bridge.vocabulary_match import match_vocabularies
+from cbd_trl.bridge.token_bytes import Vocabulary
+from cbd_trl.bridge.vocabulary_match import match_read
 from cbd_trl.losses.divergences import Divergence, get_divergence, tempered_log_probs
 
 
@@ -44,8 +45,8 @@ class SharedTokens:
         Raises:
             ValueError: as there.
         """
-        to_teacher = match_vocabularies(teacher, student).source
-        to_student = match_vocabularies(student, teacher).source
+        ours, theirs = Vocabulary.of(student), Vocabulary.of(teacher)
+        to_teacher, to_student = match_read(theirs, ours).source, match_read(ours, theirs).source
         pairs = sorted((own, other) for own, other in to_teacher.items() if to_student.get(other) == own)
         ids_2S = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
         return cls(ids_2S[0], ids_2S[1])

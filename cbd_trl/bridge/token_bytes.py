@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -64,6 +65,51 @@ class Spelling:
         return [f"<0x{ord(part) & 0xFF:02X}>" if _NO_UTF8.match(part) else part for part in parts if part]
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a tokenizer's tokens are, read once: where there are 262,144 of them each reading takes a second.
+
+    Args:
+        tokenizer: it was read from.
+        spelling: how its tokens are written.
+        ids: {token: id} of all, added ones included.
+        added: ids of the added ones.
+        bytes: of every id, see `token_bytes`.
+    """
+
+    tokenizer: Any
+    spelling: Spelling
+    ids: dict[str, int]
+    added: frozenset[int]
+    bytes: list[bytes | None]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
+        """Read a tokenizer.
+
+        Raises:
+            ValueError: as `token_bytes`.
+        """
+        spelling = spelling_of(tokenizer)
+        backend: Any = _backend(tokenizer)
+        ids = backend.get_vocab(with_added_tokens=False)
+        added_tokens = backend.get_added_tokens_decoder()
+        table: list[bytes | None] = [None] * (max([*ids.values(), *added_tokens], default=-1) + 1)
+        for token, index in ids.items():
+            table[index] = spelling.read(token)
+        for index, added in added_tokens.items():
+            if added.special or added.lstrip or added.rstrip:
+                table[index] = None
+            elif added.content not in ids:
+                # Byte-level BPE finds it in the text before there are any letters for bytes.
+                table[index] = added.content.encode() if spelling.byte_level else spelling.read(added.content)
+        unknown = _unknown(backend)
+        for index in [*tokenizer.all_special_ids, *([] if unknown is None else [unknown])]:
+            table[index] = None
+        ids.update((added.content, index) for index, added in added_tokens.items())
+        return cls(tokenizer, spelling, ids, frozenset(added_tokens), table)
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     """The bytes of every id of a tokenizer, in the order of the ids.
 
@@ -81,25 +127,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
     Raises:
         ValueError: the tokenizer has no tokenizer.json, or its tokens do not tell their bytes exactly.
     """
-    spelling = spelling_of(tokenizer)
-    description = _description(tokenizer)
-    backend = tokenizer.backend_tokenizer
-    table: list[bytes | None] = [None] * (max(tokenizer.get_vocab().values(), default=-1) + 1)
-    in_model = backend.get_vocab(with_added_tokens=False)
-    for token, index in in_model.items():
-        table[index] = spelling.read(token)
-    for added in description["added_tokens"]:
-        if added["special"] or added["lstrip"] or added["rstrip"]:
-            table[added["id"]] = None
-        elif added["content"] not in in_model:
-            # Byte-level BPE finds it in the text before there are any letters for bytes.
-            literal = added["content"].encode()
-            table[added["id"]] = literal if spelling.byte_level else spelling.read(added["content"])
-    unknown = description["model"].get("unk_token")
-    no_text = {*tokenizer.all_special_ids, description["model"].get("unk_id"), in_model.get(unknown)}
-    for index in no_text - {None}:
-        table[index] = None
-    return table
+    return Vocabulary.of(tokenizer).bytes
 
 
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
@@ -111,12 +139,12 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     Raises:
         ValueError: as for `token_bytes`.
     """
-    description = _description(tokenizer)
+    backend = _backend(tokenizer)
     for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if description["model"].get(mark):
-            raise _inexact(tokenizer, f"its tokens carry marks ({mark} {description['model'][mark]!r})")
+        if letters := getattr(backend.model, mark, None):
+            raise _inexact(tokenizer, f"its tokens carry marks ({mark} {letters!r})")
     _check_keeps_text(tokenizer)
-    decoder = description["decoder"]
+    decoder = description_of(backend.decoder)
     if decoder is None:
         raise _inexact(tokenizer, "it has no decoder, which says what its tokens are in a text")
     fields: dict[str, Any] = {}
@@ -146,14 +174,34 @@ def _understood(step: dict[str, Any]) -> bool:
     return step["type"] in ("ByteLevel", "ByteFallback", "Metaspace", "Fuse")
 
 
-def _description(tokenizer: Any) -> dict[str, Any]:
+def description_of(part: Any) -> dict[str, Any] | None:
+    """What tokenizer.json says of a part of a tokenizer, such as its decoder; None where there is no such part.
+
+    The file as a whole (`to_str`) takes seconds where a vocabulary is large.
+
+    Args:
+        part: of the `tokenizers` library.
+    """
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _unknown(backend: Any) -> int | None:
+    """The id of what stands for unknown text."""
+    unknown = getattr(backend.model, "unk_token", None)
+    if unknown is not None:
+        return backend.model.token_to_id(unknown)
+    # Unigram tells in the file alone.
+    return json.loads(backend.model.__getstate__())["unk_id"] if isinstance(backend.model, models.Unigram) else None
+
+
+def _backend(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
             f"{_name(tokenizer)} is not a fast tokenizer: it has no tokenizer.json, which says what bytes its tokens "
             "stand for. Load it with AutoTokenizer.from_pretrained(...) from a folder that has one, or convert it."
         )
-    return json.loads(backend.to_str())
+    return backend
 
 
 def _check_keeps_text(tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.bridge.config_ids import move_token_ids
 from cbd_trl.bridge.recipes import Recipe, mean_recipe, pursuit_recipe, weighted_recipe
+from cbd_trl.bridge.text_marks import warn_of_other_marks
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.bridge.vocabulary_match import VocabularyMatch, match_vocabularies
 from cbd_trl.names import did_you_mean
@@ -46,6 +47,9 @@ def transplant_vocabulary(
 
     What the old tokenizer cannot read, and rows that no token has, are the mean of all old tokens.
 
+    The model reads texts as before where they begin as before: a warning says where the new tokenizer does not add the
+    special tokens that the old one adds, such as BOS (see `carry_over_special_tokens`).
+
     Args:
         model: a causal LM; it is not changed.
         old_tokenizer: the model's, fast.
@@ -66,6 +70,7 @@ def transplant_vocabulary(
     _check_arguments(method, donor_model, atoms, pad_to_multiple_of)
     old_ids = _check_table(model, old_tokenizer, "model", "old_tokenizer")
     match = match_vocabularies(old_tokenizer, new_tokenizer)
+    warn_of_other_marks(old_tokenizer, new_tokenizer)
     if donor_model is not None:
         _check_table(donor_model, new_tokenizer, "donor_model", "new_tokenizer")
     made: Any = copy.deepcopy(model)

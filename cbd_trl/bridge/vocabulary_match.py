@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.pieces import pieces_of
-from cbd_trl.bridge.token_bytes import spelling_of, token_bytes
+from cbd_trl.bridge.token_bytes import Vocabulary, token_bytes
 
 # Which of the old roles a new one may stand for. A text begins after the end of another where there is no begin mark.
 _ROLES = {
@@ -67,31 +68,61 @@ def match_vocabularies(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
     Raises:
         ValueError: a tokenizer that does not tell its bytes (see `token_bytes`), or nothing in common.
     """
-    old_bytes, new_bytes = token_bytes(old), token_bytes(new)
-    old_added = {added.content: index for index, added in old.added_tokens_decoder.items()}
-    by_role, neutral = _match_roles(old, new)
-    exact = _ExactTokens(old, old_bytes)
+    return match_read(Vocabulary.of(old), Vocabulary.of(new))
+
+
+def match_read(old: Vocabulary, new: Vocabulary) -> VocabularyMatch:
+    """`match_vocabularies` of two that are read already.
+
+    Args:
+        old, new: as there.
+
+    Raises:
+        ValueError: nothing in common.
+    """
+    by_role, lost = _match_roles(old.tokenizer, new.tokenizer)
+    exact = _ExactTokens(old)
     copied: dict[int, int] = {}
     rest: dict[int, bytes] = {}
-    for token, index in sorted(new.get_vocab().items(), key=lambda pair: pair[1]):
+    for token, index in sorted(new.ids.items(), key=itemgetter(1)):
         if index in by_role:
             continue
-        data, mark = new_bytes[index], old_added.get(token) if index in new.added_tokens_decoder else None
-        if mark is not None and (data is None or old_bytes[mark] is None):
+        data, mark = new.bytes[index], old.ids.get(token) if index in new.added else None
+        if mark in old.added and (data is None or old.bytes[mark] is None):
             by_role[index] = mark
         elif data is not None and (same := exact.find(token, data)) is not None:
             copied[index] = same
-        elif index not in neutral:
+        elif index not in lost:
             rest[index] = token.encode() if data is None else data
     if not copied:
         raise ValueError(
-            f"The two tokenizers ({len(old_bytes)} and {len(new_bytes)} tokens) have no token of the same bytes: "
+            f"The two tokenizers ({len(old.bytes)} and {len(new.bytes)} tokens) have no token of the same bytes: "
             "there is nothing to carry over. Check that both are the ones that are meant; else train a new embedding."
         )
     built = {index: found for index, found in zip(rest, pieces_of(old, rest.values()), strict=True) if found}
     placed = {**copied, **by_role, **built}
-    others = tuple(index for index in range(len(new_bytes)) if index not in placed)
-    return VocabularyMatch(len(new_bytes), copied, by_role, built, others)
+    others = tuple(index for index in range(len(new.bytes)) if index not in placed)
+    return VocabularyMatch(len(new.bytes), copied, by_role, built, others)
+
+
+def counterpart(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, index: int) -> int | None:
+    """The new id that takes over an old special token, as `match_vocabularies` says.
+
+    Args:
+        old: the tokenizer that a model has.
+        new: the one it shall have.
+        index: of the old one.
+
+    Returns:
+        that of the same role where there are several; None for none.
+    """
+    matched = _match_roles(old, new)[0]
+    same = [getattr(new, role) for role in _ROLES if getattr(old, role) == index]
+    by_role = next((found for found in [*same, *matched] if matched.get(found) == index), None)
+    if by_role is not None:
+        return by_role
+    by_text: int | None = new.added_tokens_encoder.get(old.convert_ids_to_tokens(index))
+    return None if by_text in matched else by_text
 
 
 def covered_share(match: VocabularyMatch, new: PreTrainedTokenizerBase, texts: Iterable[str]) -> float:
@@ -122,15 +153,18 @@ def covered_share(match: VocabularyMatch, new: PreTrainedTokenizerBase, texts: I
 class _ExactTokens:
     """Old tokens by their bytes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, table: list[bytes | None]) -> None:
-        self._ids, self._table = tokenizer.get_vocab(), table
-        spelling = spelling_of(tokenizer)
-        # "A" is what a text is made of, <0x41> is not.
-        order = sorted(self._ids.items(), key=lambda pair: (spelling.is_byte_token(pair[0]), pair[1]))
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._ids, self._table = vocabulary.ids, vocabulary.bytes
         self._first: dict[bytes, int] = {}
-        for _, index in order:
-            data = table[index]
-            if data:
+        last = []
+        for token, index in sorted(self._ids.items(), key=itemgetter(1)):
+            # "A" is what a text is made of, <0x41> is not.
+            if vocabulary.spelling.is_byte_token(token):
+                last.append(index)
+            elif data := self._table[index]:
+                self._first.setdefault(data, index)
+        for index in last:
+            if data := self._table[index]:
                 self._first.setdefault(data, index)
 
     def find(self, token: str, data: bytes) -> int | None:

@@ -1,10 +1,24 @@
-import pytest
-from tokenizers import AddedToken
+from collections import Counter
+from collections.abc import Callable
 
+import pytest
+import torch
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
+from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.bridge.pieces import pieces_of
-from cbd_trl.bridge.token_bytes import token_bytes
+from cbd_trl.bridge.prefix_table import PrefixTable
+from cbd_trl.bridge.shared_tokens import SharedTokens
+from cbd_trl.bridge.token_bytes import Vocabulary, token_bytes
 from cbd_trl.bridge.vocabulary_match import covered_share, match_vocabularies
+from cbd_trl.cache.fingerprints import tokenizer_fingerprint
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
+from cbd_trl.report.text import scored_bytes
+from cbd_trl.teachers.tokenizers import tokenizer_difference
 from tests.bridge.tokenizers_of_kinds import KINDS, corpus, letters, make_tokenizer
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -14,7 +28,7 @@ def test_pieces_have_the_bytes_of_the_chunk(kind: str) -> None:
     chunks = [word.encode() for word in ["baké", " lomün", "数学 ba\n" if kind != "unigram" else "数学 ba"]]
     if kind != "unigram":
         chunks += ["数".encode()[:2], b"a" + "é".encode()[1:] + b" b", bytes(range(256))]
-    for chunk, pieces in zip(chunks, pieces_of(tokenizer, chunks), strict=True):
+    for chunk, pieces in zip(chunks, pieces_of(Vocabulary.of(tokenizer), chunks), strict=True):
         assert b"".join(table[index] for index in pieces) == chunk  # type: ignore[misc]
 
 
@@ -22,11 +36,17 @@ def test_pieces_have_the_bytes_of_the_chunk(kind: str) -> None:
 def test_a_token_of_the_tokenizer_itself_is_one_piece(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     texts = [data for data in token_bytes(tokenizer) if data and len(data) > 3]
-    assert texts and [len(pieces) for pieces in pieces_of(tokenizer, texts)] == [1] * len(texts)
+    assert texts and [len(pieces) for pieces in pieces_of(Vocabulary.of(tokenizer), texts)] == [1] * len(texts)
 
 
 def test_what_no_token_can_write_has_no_pieces() -> None:
-    assert pieces_of(letters("a", "b"), [b"ab", b"ac", b"cc", b"\xff", b""]) == [(0, 1), (0,), (), (), ()]
+    assert pieces_of(Vocabulary.of(letters("a", "b")), [b"ab", b"ac", b"cc", b"\xff", b""]) == [
+        (0, 1),
+        (0,),
+        (),
+        (),
+        (),
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,6 +110,47 @@ def test_the_share_of_covered_bytes() -> None:
     assert covered_share(match_vocabularies(old, old), old, [*corpus(texts=1), "abc"]) == 1.0
     with pytest.raises(ValueError, match="is that of a text, got no text"):
         covered_share(match, new, [""])
+
+
+def test_added_tokens_are_read_a_few_times_and_not_once_for_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Each reading makes an object of every added token: 6,384 in Gemma's 262,144.
+    reads: Counter[str] = Counter()
+    for name in ("added_tokens_decoder", "all_special_ids", "all_special_tokens", "backend_tokenizer"):
+        plain = getattr(PreTrainedTokenizerFast, name)
+
+        def counted(self: PreTrainedTokenizerFast, name: str = name, plain: property = plain) -> object:
+            reads[name] += 1
+            return plain.fget(self)  # type: ignore[misc]
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, name, property(counted))
+    for name in ("get_vocab", "__len__"):
+
+        def called(
+            self: PreTrainedTokenizerFast, name: str = name, whole: object = getattr(PreTrainedTokenizerFast, name)
+        ) -> object:
+            reads[name] += 1
+            return whole(self)  # type: ignore[operator]
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, name, called)
+    model = tiny_model("llama", vocab_size=400, tie_word_embeddings=True)
+    ours, theirs = make_tokenizer("byte_level", 400), make_tokenizer("byte_fallback", 500)
+    ours.add_tokens(["<a>", AddedToken("<b>", special=True)])
+    steps: dict[str, Callable[[], object]] = {
+        "match": lambda: match_vocabularies(ours, theirs),
+        "bridge": lambda: Bridge(ours, theirs),
+        "prefix": lambda: PrefixTable.of(ours, theirs),
+        "shared": lambda: SharedTokens.of(ours, theirs),
+        "transplant": lambda: transplant_vocabulary(model, make_tokenizer("byte_level", 400), theirs),
+        "reduce": lambda: reduce_vocabulary(model, make_tokenizer("byte_level", 400), corpus(), 350),
+        "bytes": lambda: scored_bytes(ours, torch.zeros(1, 2, dtype=torch.int64)),
+        "difference": lambda: tokenizer_difference(ours, theirs, names=("a", "b")),
+        "hash": lambda: tokenizer_hash(ours),
+        "fingerprint": lambda: tokenizer_fingerprint(ours),
+    }
+    for step, run in steps.items():
+        reads.clear()
+        run()
+        assert max(reads.values(), default=0) <= 30, (step, reads)
 
 
 def test_nothing_in_common_is_refused() -> None:
