@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import describe
 from cbd_trl.bridge.bridge import Bridge
-from cbd_trl.chain.arguments import check_no_teacher, training_record
+from cbd_trl.chain.arguments import check_chain_arguments, training_record
 from cbd_trl.chain.head import Head
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.tokenizer_hash import tokenizer_hash
-from cbd_trl.chain.training import Trained, train, work_folder
+from cbd_trl.chain.training import ARGUMENTS, Trained, train, work_folder
 from cbd_trl.teachers.tokenizers import check_rows, tokenizer_difference
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
@@ -104,7 +104,7 @@ def bridged_head(
         "student": known["source"],
         "student_fingerprint": known["fingerprint"],
         "source_tokenizer": tokenizer_hash(sides.teacher_tokenizer),
-        "arguments": training_record(args),
+        ARGUMENTS: training_record(args),
     }
     record, text = {**origin.record(), "bridge": told}, dataset if step.dataset is None else step.dataset
     settings = {**record, "tokenizer": tokenizer_hash(sides.tokenizer), "shape": architecture.shape}
@@ -133,7 +133,7 @@ def _checked_args(step: Any, output_dir: Path) -> BridgeDistillConfig:
             f"The args of the bridge are a {type(args).__name__}: a BridgeDistillConfig is needed, since the two "
             "models have tokens of their own. Give BridgeStep(model, args=BridgeDistillConfig(...))."
         )
-    check_no_teacher(args, "the bridge", "the teacher of its model is the source")
+    check_chain_arguments(args, "the bridge", "the teacher of its model is the source")
     return args
 
 

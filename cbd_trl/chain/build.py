@@ -23,7 +23,7 @@ from cbd_trl.chain.plan import Step, plan_chain
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.student import choose_blocks, initial_student, refit_student, width_hybrid
-from cbd_trl.chain.training import remove_work_folder, train, work_folder
+from cbd_trl.chain.training import ARGUMENTS, remove_work_folder, train, work_folder
 from cbd_trl.durable import check_writable
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
@@ -149,7 +149,8 @@ def _distil_anchor(
     label: str,
 ) -> Anchor:
     record = training_record(step.args)
-    work = work_folder(output_dir, step.name, {"upper": upper.files, "shape": step.architecture.shape, **record})
+    settings = {"upper": upper.files, "shape": step.architecture.shape, ARGUMENTS: record}
+    work = work_folder(output_dir, step.name, settings)
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
     teacher: Any = upper.load_model()

@@ -145,6 +145,10 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
         ),
         ({"args": chain_config(hidden_weight=1.0)}, r"changed arguments: \['hidden_weight'\]"),
         (
+            {"args": chain_config(completion_only_loss=False, neftune_noise_alpha=1.0, data_seed=3)},
+            r"changed arguments: \['neftune_noise_alpha', 'data_seed', 'completion_only_loss'\]",
+        ),
+        (
             {"args": chain_config(top_k=8, kd_schedule="linear", kd_weight_end=0.5, hidden_loss="cosine")},
             r"changed arguments: \['kd_schedule', 'kd_weight_end', 'top_k', 'hidden_loss'\]",
         ),
