@@ -6,7 +6,7 @@ from typing import Any
 
 from cbd_trl.chain.arguments import changed_arguments, training_record
 from cbd_trl.chain.folders import check_place
-from cbd_trl.chain.head import Head
+from cbd_trl.chain.head import MADE_WITH, Head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step
 from cbd_trl.chain.records import MANIFEST
@@ -61,6 +61,8 @@ def _check_head(output_dir: Path, anchor: Anchor, head: Head, way_out: str) -> N
             f"{shape}). {way_out}"
         )
     changed = _changed_bridge(anchor.training.get("bridge"), head)
+    made = anchor.training.get(MADE_WITH) or {}
+    changed += [name for name, value in head.record.get(MADE_WITH, {}).items() if made.get(name, value) != value]
     if anchor.tokenizer is not None and anchor.tokenizer != tokenizer_hash(head.tokenizer):
         changed.insert(0, "tokenizer")
     if anchor.shape != shape or changed:

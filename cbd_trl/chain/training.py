@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.arguments import changed_arguments
@@ -120,7 +120,6 @@ def train(
     trainer: Any,
     student: PreTrainedModel,
     checkpoint: str | None,
-    generation_config: GenerationConfig | None,
     label: str,
 ) -> Trained:
     """Train to the end, and evaluate where there is text for it.
@@ -129,7 +128,6 @@ def train(
         trainer: a `DistillTrainer`.
         student: the model that it was given.
         checkpoint: where to go on from; None to begin.
-        generation_config: for the trained model.
         label: what the line of its progress begins with.
 
     Returns:
@@ -145,7 +143,7 @@ def train(
             losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
-    model.generation_config = generation_config
+    model.generation_config = student.generation_config
     return Trained(model, int(losses.pop("num_tokens", 0)), losses)
 
 
