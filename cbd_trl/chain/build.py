@@ -17,7 +17,7 @@ from cbd_trl.chain.arguments import training_record
 from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.finished import finished_anchors
-from cbd_trl.chain.head import Head, source_head, store_head
+from cbd_trl.chain.head import MADE_WITH, Head, source_head, store_head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step, plan_chain
 from cbd_trl.chain.source import Source
@@ -83,6 +83,7 @@ def build_chain(
         head = source_head(origin, processing_class, args, dataset, special)
     else:
         head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special)
+    head.record[MADE_WITH]["calibration_tokens"] = calibration_tokens
     steps = plan_chain(head.architecture, anchors, args, dataset)
     done = finished_anchors(output_dir, head, steps)
     if not done:
