@@ -1,6 +1,7 @@
 """Building a chain: sort the source once, then cut and distil each anchor from the one above it."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def build_chain(
         head = source_head(origin, processing_class, args, dataset, special)
     else:
         head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special)
-    head.record[MADE_WITH]["calibration_tokens"] = calibration_tokens
+    made_with = {**head.record[MADE_WITH], "calibration_tokens": calibration_tokens}
+    head = dataclasses.replace(head, record={**head.record, MADE_WITH: made_with})
     steps = plan_chain(head.architecture, anchors, args, dataset)
     done = finished_anchors(output_dir, head, steps)
     if not done:
