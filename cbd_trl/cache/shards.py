@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from cbd_trl.cache.codec import dequantise, high_bytes, pack_ids, quantise, row_key, unpack_ids
 from cbd_trl.cache.manifest import Settings, Shard, write_atomically
 from cbd_trl.tensor_header import read_header
 from cbd_trl.untrusted import check_inside
+from cbd_trl.utils.tensor_files import tensor_bytes
 
 KEY_BYTES = 16
 _WIDTHS = {"int32": ("I32", 4), "int64": ("I64", 8), "uint8": ("U8", 1), "uint16": ("U16", 2), "float32": ("F32", 4)}
@@ -120,7 +120,7 @@ def write_shard(
             columns["tail"] = torch.cat([_known(row.tail) for row in predictions]).numpy()
     wanted = _columns(settings, len(lengths), sum(lengths))
     tensors = {name: torch.as_tensor(columns[name]).contiguous() for name in wanted}
-    data = safetensors_torch.save(tensors, metadata={"format": "pt"})
+    data = tensor_bytes(tensors, {"format": "pt"})
     name = f"rows-{number:05d}.safetensors"
     write_atomically(folder / name, data)
     return Shard(name, len(lengths), sum(lengths), len(data), hashlib.sha256(data).hexdigest()), highest

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors import torch as safetensors_torch
 
 from cbd_trl.cache.codec import row_key
 from cbd_trl.cache.manifest import (
@@ -21,6 +20,7 @@ from cbd_trl.cache.manifest import (
 )
 from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, write_shard
 from cbd_trl.losses.head import Head
+from cbd_trl.utils.tensor_files import tensor_bytes
 
 SHARD_TOKENS = 65536
 
@@ -97,7 +97,7 @@ class CacheWriter:
             tensors = {"weight": self._head.weight_VD.detach().cpu().contiguous()}
             if self._head.bias_V is not None:
                 tensors["bias"] = self._head.bias_V.detach().cpu().contiguous()
-            data = safetensors_torch.save(tensors, metadata={"format": "pt"})
+            data = tensor_bytes(tensors, {"format": "pt"})
             digest = hashlib.sha256(data).hexdigest()
             write_atomically(self.folder / HEAD_FILE, data)
         self._update(complete=False, rows_wanted=self._rows_wanted, head_sha256=digest)

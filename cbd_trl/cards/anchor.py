@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cbd_trl.cards.history import (
-    DATASETS,
-    ORIGINS,
+    GIVEN,
+    VERSIONS,
     AnyChain,
     anchor_datasets,
     anchor_origins,
@@ -96,17 +96,32 @@ def _training(anchor: Anchor) -> Iterator[str]:
     if arguments := _arguments(anchor.training):
         rows = [[code(name), code(value)] for name, value in arguments.items()]
         summary = "<details><summary>what decided the result</summary>"
-        yield f"## Parameters\n\n{summary}\n\n{table(['argument', 'value'], rows)}\n\n</details>"
+        yield (
+            f"## Parameters\n\n{summary}\n\n{table(['argument', 'value'], rows)}\n\n"
+            f"{_defaults(anchor.training)}</details>"
+        )
 
 
 def _arguments(told: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded arguments of a training; of a matched model how well it matched."""
+    """The arguments of a training that were not at their default; of a matched model how well it matched."""
     if "aligned" in told:
         match = told.get("match")
         return {f"match of {what}": quality for what, quality in match.items()} if isinstance(match, Mapping) else {}
+    record = _record(told)
+    given = record.get(GIVEN)
+    return {name: record[name] for name in given if name in record} if isinstance(given, list) else {}
+
+
+def _defaults(told: Mapping[str, Any]) -> str:
+    """Whose defaults the other arguments have."""
+    versions = _record(told).get(VERSIONS)
+    if not isinstance(versions, Mapping):
+        return ""
+    libraries = ", ".join(f"{plain(str(name))} {plain(str(version))}" for name, version in versions.items())
+    return f"All others are the defaults of {libraries}.\n\n"
+
+
+def _record(told: Mapping[str, Any]) -> Mapping[str, Any]:
     bridge = told.get("bridge")
-    arguments = bridge.get("arguments") if isinstance(bridge, Mapping) else told
-    if not isinstance(arguments, Mapping):
-        return {}
-    beside = ("source", "fingerprint", ORIGINS, DATASETS)
-    return {name: value for name, value in arguments.items() if name not in beside and value is not None}
+    record = bridge.get("arguments") if isinstance(bridge, Mapping) else told
+    return record if isinstance(record, Mapping) else {}

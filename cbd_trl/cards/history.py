@@ -11,6 +11,8 @@ from cbd_trl.chain.records import Anchor, weight_files
 # Under these names in an anchor's `training`.
 ORIGINS = "origins"
 DATASETS = "datasets"
+# Beside the arguments of a training: names of those that were not at their default, and whose defaults the others are.
+GIVEN, VERSIONS = "given", "versions"
 
 
 class AnyChain(Protocol):

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import describe
 from cbd_trl.bridge.bridge import Bridge
-from cbd_trl.chain.arguments import check_no_teacher, training_record
-from cbd_trl.chain.head import Head
+from cbd_trl.chain.arguments import check_chain_arguments, training_record
+from cbd_trl.chain.head import Head, head_record
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
+from cbd_trl.chain.special_tokens import SpecialTokens
 from cbd_trl.chain.tokenizer_hash import tokenizer_hash
-from cbd_trl.chain.training import Trained, train, work_folder
+from cbd_trl.chain.training import ARGUMENTS, Trained, train, work_folder
 from cbd_trl.teachers.tokenizers import check_rows, tokenizer_difference
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
@@ -58,6 +59,7 @@ class _Sides:
     teacher_options: dict[str, Any] | str | None
     student: Source
     tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
 
 
 def bridged_head(
@@ -68,6 +70,7 @@ def bridged_head(
     dataset: Any,
     eval_dataset: Any,
     output_dir: Path,
+    special: SpecialTokens,
 ) -> Head:
     """Anchor zero as it is to be made, checked.
 
@@ -79,6 +82,7 @@ def bridged_head(
         dataset: of the chain.
         eval_dataset: evaluated on after training, if any.
         output_dir: the chain's folder.
+        special: what the trainings of the chain make of its tokenizer.
 
     Raises:
         ValueError: the two models or tokenizers cannot be bridged, or need no bridge; the arguments name a teacher.
@@ -92,7 +96,8 @@ def bridged_head(
         teacher_tokenizer=origin.tokenizer_or(source_tokenizer),
         teacher_options=chain_args.model_init_kwargs,
         student=student,
-        tokenizer=student.tokenizer_or(step.processing_class),
+        tokenizer=special.tokenizer(student.tokenizer_or(step.processing_class)),
+        special=special,
     )
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if rows is not None:
@@ -104,14 +109,16 @@ def bridged_head(
         "student": known["source"],
         "student_fingerprint": known["fingerprint"],
         "source_tokenizer": tokenizer_hash(sides.teacher_tokenizer),
-        "arguments": training_record(args),
+        ARGUMENTS: training_record(args),
     }
-    record, text = {**origin.record(), "bridge": told}, dataset if step.dataset is None else step.dataset
+    record, text = head_record(origin, chain_args, special), dataset if step.dataset is None else step.dataset
+    record["bridge"] = told
     settings = {**record, "tokenizer": tokenizer_hash(sides.tokenizer), "shape": architecture.shape}
     name = anchor_name(architecture.num_parameters)
     return Head(
         architecture=architecture,
         tokenizer=sides.tokenizer,
+        special=special,
         args=args,
         dataset=text,
         record=record,
@@ -133,7 +140,7 @@ def _checked_args(step: Any, output_dir: Path) -> BridgeDistillConfig:
             f"The args of the bridge are a {type(args).__name__}: a BridgeDistillConfig is needed, since the two "
             "models have tokens of their own. Give BridgeStep(model, args=BridgeDistillConfig(...))."
         )
-    check_no_teacher(args, "the bridge", "the teacher of its model is the source")
+    check_chain_arguments(args, "the bridge", "the teacher of its model is the source")
     return args
 
 
@@ -158,7 +165,9 @@ def _distil(
     student: Any = sides.student.model(args.model_init_kwargs)
     if student is sides.student.place:
         student = copy.deepcopy(student)
-    generation_config = copy.deepcopy(student.generation_config)
+    sides.special.follow(student, sides.tokenizer)
+    # The tokenizer has it.
+    args.chat_template_path = None
     # Text that the source wrote is all that "seqkd" asks of it.
     asked = not args.black_box
     with _left_as_it_is(sides.teacher.model(sides.teacher_options)) if asked else nullcontext() as teacher:
@@ -171,7 +180,7 @@ def _distil(
             processing_class=sides.tokenizer,
             teacher_processing_class=sides.teacher_tokenizer if asked else None,
         )
-        return train(trainer, student, last_checkpoint(work), generation_config, label)
+        return train(trainer, student, last_checkpoint(work), label)
 
 
 @contextmanager

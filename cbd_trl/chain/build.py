@@ -1,6 +1,7 @@
 """Building a chain: sort the source once, then cut and distil each anchor from the one above it."""
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from cbd_trl.chain.arguments import training_record
 from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.finished import finished_anchors
-from cbd_trl.chain.head import Head, source_head, store_head
+from cbd_trl.chain.head import MADE_WITH, Head, source_head, store_head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step, plan_chain
 from cbd_trl.chain.source import Source
+from cbd_trl.chain.special_tokens import SpecialTokens
 from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.student import choose_blocks, initial_student, refit_student, width_hybrid
-from cbd_trl.chain.training import remove_work_folder, train, work_folder
+from cbd_trl.chain.training import ARGUMENTS, remove_work_folder, train, work_folder
 from cbd_trl.durable import check_writable
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
@@ -60,7 +62,9 @@ def build_chain(
         dataset: training text in any format of SFTTrainer; its first tokens also calibrate.
         output_dir: where the chain is written.
         args: training arguments for every anchor. `hidden_weight` (2.0; 0 where a width differs) and
-            `swap_probability` (0.5, or 1 where a width differs) have defaults of their own here.
+            `swap_probability` (0.5, or 1 where a width differs) have defaults of their own here. `eos_token`,
+            `pad_token` and `chat_template_path`, of an anchor's own too, hold for the whole chain, its first anchor
+            included: what is made from it stops where the anchors were taught to.
         processing_class: the source's tokenizer; by default the one it was saved with. The chain's, too, without a
             `bridge`.
         bridge: for a source of another tokenizer or family: what it teaches first, across vocabularies. That is then
@@ -75,10 +79,13 @@ def build_chain(
     output_dir = Path(output_dir)
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
     origin = Source(source, revision, token)
+    special = _special_tokens(args, anchors, bridge)
     if bridge is None:
-        head = source_head(origin, processing_class, args, dataset)
+        head = source_head(origin, processing_class, args, dataset, special)
     else:
-        head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir)
+        head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special)
+    made_with = {**head.record[MADE_WITH], "calibration_tokens": calibration_tokens}
+    head = dataclasses.replace(head, record={**head.record, MADE_WITH: made_with})
     steps = plan_chain(head.architecture, anchors, args, dataset)
     done = finished_anchors(output_dir, head, steps)
     if not done:
@@ -92,6 +99,13 @@ def build_chain(
         remove_work_folder(output_dir, anchor.name)
     _make_anchors(output_dir, head, steps, done, eval_dataset, calibration_tokens)
     return finished_chain(output_dir)
+
+
+def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeStep | None) -> SpecialTokens:
+    own = [anchor.get("args") for anchor in anchors if isinstance(anchor, Mapping)]
+    # What is none of the right type is refused where the anchor is planned.
+    trainings = [args, *own, getattr(bridge, "args", None)]
+    return SpecialTokens.of(vars(training) for training in trainings if isinstance(training, DistillConfig))
 
 
 def _make_anchors(
@@ -117,7 +131,7 @@ def _make_anchors(
         if limit := step.architecture.engine_limit():
             state.print(limit)
         label = f"{step.name} {place}"
-        upper = _distil_anchor(output_dir, upper, step, head.tokenizer, eval_dataset, calibration_tokens, label)
+        upper = _distil_anchor(output_dir, head, upper, step, eval_dataset, calibration_tokens, label)
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,22 +157,26 @@ def _make_head(output_dir: Path, head: Head, label: str, calibration_tokens: int
 
 def _distil_anchor(
     output_dir: Path,
+    head: Head,
     upper: Anchor,
     step: Step,
-    tokenizer: PreTrainedTokenizerBase,
     eval_dataset: Dataset | None,
     calibration_tokens: int,
     label: str,
 ) -> Anchor:
-    record = training_record(step.args)
-    work = work_folder(output_dir, step.name, {"upper": upper.files, "shape": step.architecture.shape, **record})
+    record, tokenizer = training_record(step.args), head.tokenizer
+    settings = {"upper": upper.files, "shape": step.architecture.shape, ARGUMENTS: record}
+    work = work_folder(output_dir, step.name, settings)
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
+    # The tokenizer has it.
+    args.chat_template_path = None
     teacher: Any = upper.load_model()
-    generation_config = copy.deepcopy(teacher.generation_config)
     tokens = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
     blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
     student: Any = initial_student(upper, step, blocks)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    head.special.follow(student, head.tokenizer)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
     checkpoint = last_checkpoint(work)
     if checkpoint is None:
@@ -174,7 +192,7 @@ def _distil_anchor(
         block_costs=costs,
         hybrid=width_hybrid(upper, step, student, blocks),
     )
-    trained = train(trainer, student, checkpoint, generation_config, label)
+    trained = train(trainer, student, checkpoint, label)
     model: Any = trained.model
     model.to(args.device)
     statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())

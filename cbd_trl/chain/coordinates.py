@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from cbd_trl.chain.members import Member
@@ -20,6 +19,7 @@ from cbd_trl.surgery.permute import Order
 from cbd_trl.surgery.sort import Importance, importance, importance_order
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
+from cbd_trl.utils.tensor_files import save_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Coordinates:
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         metadata = {"settings": json.dumps(settings), "matches": json.dumps(self.matches)}
-        save_file(tensors, file, metadata=metadata)
+        save_tensors(tensors, file, metadata)
 
     @classmethod
     def load(cls, file: Path, settings: Sequence[Mapping[str, Any]]) -> "Coordinates | None":

@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.chain.arguments import changed_arguments
+from cbd_trl.chain.arguments import changed_arguments, training_record
 from cbd_trl.chain.folders import check_place
-from cbd_trl.chain.head import Head
+from cbd_trl.chain.head import MADE_WITH, Head
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.plan import Step
 from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.tokenizer_hash import tokenizer_hash
+from cbd_trl.chain.training import ARGUMENTS
 
 _SOURCE = ("source", "fingerprint")
 
@@ -40,7 +41,7 @@ def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dic
             f"{output_dir} already holds a chain of more anchors ({there}) than are asked for now. {way_out}"
         )
     for anchor, step in zip(anchors[1:], steps, strict=False):
-        changed = changed_arguments(anchor.training, step.args)
+        changed = changed_arguments(anchor.training, training_record(step.args))
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
@@ -60,6 +61,8 @@ def _check_head(output_dir: Path, anchor: Anchor, head: Head, way_out: str) -> N
             f"{shape}). {way_out}"
         )
     changed = _changed_bridge(anchor.training.get("bridge"), head)
+    made = anchor.training.get(MADE_WITH) or {}
+    changed += [name for name, value in head.record.get(MADE_WITH, {}).items() if made.get(name, value) != value]
     if anchor.tokenizer is not None and anchor.tokenizer != tokenizer_hash(head.tokenizer):
         changed.insert(0, "tokenizer")
     if anchor.shape != shape or changed:
@@ -78,5 +81,5 @@ def _changed_bridge(recorded: Mapping[str, Any] | None, head: Head) -> list[str]
     wanted = head.record.get("bridge")
     if recorded is None or wanted is None:
         return [] if recorded is wanted else ["bridge"]
-    there = {key: value for key, value in recorded.items() if key != "arguments"}
-    return _differing(there, wanted) + changed_arguments(recorded.get("arguments") or {}, head.args)
+    there = {key: value for key, value in recorded.items() if key != ARGUMENTS}
+    return _differing(there, wanted) + changed_arguments(recorded.get(ARGUMENTS) or {}, wanted[ARGUMENTS])

@@ -20,6 +20,7 @@ from cbd_trl.chain.members import Member, check_functions, plan_members
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.source import Source
+from cbd_trl.chain.special_tokens import SpecialTokens
 from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.surgery.blocks import blocks_of
 from cbd_trl.surgery.permute import permute
@@ -155,6 +156,7 @@ def _write(
         permuted = build_model(member.architecture, weights, model.dtype)
         permuted.generation_config = model.generation_config
         model = permuted
+    SpecialTokens().follow(model, tokenizer)
     model.to(PartialState().device)
     statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
     record = {

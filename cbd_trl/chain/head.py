@@ -1,5 +1,6 @@
 """The anchor at the head of a chain: the source, or what was bridged from it, sorted."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.cards.history import DATASETS, ORIGINS
 from cbd_trl.cards.origin import hub_datasets
+from cbd_trl.chain.arguments import loading_options
 from cbd_trl.chain.manifest import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source
+from cbd_trl.chain.special_tokens import SpecialTokens
 from cbd_trl.chain.store import calibration_batches, store_anchor
 from cbd_trl.chain.training import Trained
 from cbd_trl.surgery.rotate import can_rotate, to_principal_axes
@@ -24,6 +27,9 @@ from cbd_trl.surgery.weights import weights_of
 from cbd_trl.teachers.tokenizers import check_rows
 from cbd_trl.trainers.distill_config import DistillConfig
 
+# In the record of the first anchor: arguments that decide it, and that are those of no training.
+MADE_WITH = "made_with"
+
 
 @dataclass(frozen=True)
 class Head:
@@ -32,6 +38,7 @@ class Head:
     Args:
         architecture: its shape.
         tokenizer: its own, and that of the whole chain.
+        special: what trainings changed of it.
         args: training arguments; where nothing is trained, for the names of columns and the device.
         dataset: text that it is trained and calibrated on.
         record: what it is made from, as chain.json has it.
@@ -42,6 +49,7 @@ class Head:
 
     architecture: Architecture
     tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
     args: DistillConfig
     dataset: Any
     record: dict[str, Any]
@@ -55,7 +63,13 @@ class Head:
         return anchor_name(self.architecture.num_parameters)
 
 
-def source_head(origin: Source, tokenizer: PreTrainedTokenizerBase | None, args: DistillConfig, dataset: Any) -> Head:
+def source_head(
+    origin: Source,
+    tokenizer: PreTrainedTokenizerBase | None,
+    args: DistillConfig,
+    dataset: Any,
+    special: SpecialTokens,
+) -> Head:
     """The source as it is.
 
     Args:
@@ -63,23 +77,37 @@ def source_head(origin: Source, tokenizer: PreTrainedTokenizerBase | None, args:
         tokenizer: the one given for it.
         args: of the chain; its `model_init_kwargs` load the source.
         dataset: of the chain.
+        special: what the trainings of the chain make of its tokenizer.
 
     Raises:
-        ValueError: the source cannot be cut, or has no tokenizer or another one.
+        ValueError: the source cannot be cut, or has no tokenizer, another one, or one without these tokens.
     """
     architecture = describe(origin.config())
     tokenizer = origin.tokenizer_or(tokenizer)
     check_rows(origin.role, architecture.sizes["vocab"], tokenizer, "processing_class")
     return Head(
         architecture=architecture,
-        tokenizer=tokenizer,
+        tokenizer=special.tokenizer(tokenizer),
+        special=special,
         args=args,
         dataset=dataset,
-        record=origin.record(),
+        record=head_record(origin, args, special),
         sources=[origin],
         doing=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
         make=lambda label: Trained(origin.model(args.model_init_kwargs)),
     )
+
+
+def head_record(origin: Source, args: DistillConfig, special: SpecialTokens) -> dict[str, Any]:
+    """What tells a chain's beginning from another, as chain.json has it.
+
+    Args:
+        origin: the source.
+        args: of the chain.
+        special: what the trainings of the chain make of its tokenizer.
+    """
+    made = {"model_init_kwargs": loading_options(args.model_init_kwargs), **special.record()}
+    return {**origin.record(), MADE_WITH: made}
 
 
 def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor) -> Anchor:
@@ -112,5 +140,6 @@ def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor
         },
     }
     sorted_model = build_model(architecture, in_order, model.dtype)
-    sorted_model.generation_config = model.generation_config
+    sorted_model.generation_config = copy.deepcopy(model.generation_config)
+    head.special.follow(sorted_model, head.tokenizer)
     return store_anchor(output_dir, record, sorted_model, head.tokenizer, statistics)

@@ -1,5 +1,6 @@
 """Models that are to be anchors of one chain: looked at, named, and checked against each other."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,7 +47,7 @@ class Member:
         own = describe(model.config)
         weights = self.form.weights(weights_of(model, own), own)
         loaded = build_model(self.architecture, weights, model.dtype)
-        loaded.generation_config = model.generation_config
+        loaded.generation_config = copy.deepcopy(model.generation_config)
         return loaded
 
 

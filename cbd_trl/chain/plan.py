@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.arguments import check_no_teacher
+from cbd_trl.chain.arguments import check_chain_arguments
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_anchor
 from cbd_trl.chain.width_hybrid import targets_between
@@ -139,7 +139,7 @@ def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -
             f"The args of an anchor are a {type(args).__name__}: a DistillConfig is needed, it has every default. "
             "Give args=DistillConfig(...)."
         )
-    check_no_teacher(args, "a chain", "the teacher of each anchor is the anchor above it")
+    check_chain_arguments(args, "a chain", "the teacher of each anchor is the anchor above it")
     args, equal_widths = copy.deepcopy(args), target.sizes == upper.sizes
     models_between = _models_between(upper, target)
     if args.hidden_weight is None:

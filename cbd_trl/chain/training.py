@@ -11,15 +11,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cbd_trl.architectures import describe
+from cbd_trl.chain.arguments import changed_arguments
 from cbd_trl.chain.logs import own_run
 from cbd_trl.chain.model import stock_model
 from cbd_trl.durable import writing
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.progress import show_progress
 
+# Where the settings of a training have its arguments.
+ARGUMENTS = "arguments"
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
 
@@ -45,7 +48,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
     Args:
         output_dir: the chain's folder.
         name: of the anchor.
-        settings: what decides the training, as JSON values.
+        settings: what decides the training, as JSON values, its arguments under "arguments" (see `training_record`).
 
     Raises:
         ValueError: there are checkpoints of other settings, which may be days of work.
@@ -86,12 +89,13 @@ def _changed_settings(there: Any, now: Any) -> list[str]:
     names = []
     for key in now.keys() | there.keys():
         one, other = there.get(key), now.get(key)
-        if isinstance(one, dict) and isinstance(other, dict):
+        if key == ARGUMENTS and isinstance(one, dict) and isinstance(other, dict):
+            names += changed_arguments(one, other)
+        elif isinstance(one, dict) and isinstance(other, dict):
             names += [f"{key}.{name}" for name in _changed_settings(one, other)]
         elif one != other:
             names.append(key)
-    # A hash of the others says nothing beside them.
-    return sorted(name for name in names if not name.endswith("fingerprint")) or sorted(names)
+    return sorted(names)
 
 
 def remove_work_folder(output_dir: Path, name: str) -> None:
@@ -116,7 +120,6 @@ def train(
     trainer: Any,
     student: PreTrainedModel,
     checkpoint: str | None,
-    generation_config: GenerationConfig | None,
     label: str,
 ) -> Trained:
     """Train to the end, and evaluate where there is text for it.
@@ -125,7 +128,6 @@ def train(
         trainer: a `DistillTrainer`.
         student: the model that it was given.
         checkpoint: where to go on from; None to begin.
-        generation_config: for the trained model.
         label: what the line of its progress begins with.
 
     Returns:
@@ -141,7 +143,7 @@ def train(
             losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
-    model.generation_config = generation_config
+    model.generation_config = student.generation_config
     return Trained(model, int(losses.pop("num_tokens", 0)), losses)
 
 

@@ -15,6 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
+from cbd_trl.chain.arguments import REFUSED
 from cbd_trl.names import did_you_mean
 from cbd_trl.recipe.values import shown
 
@@ -74,6 +75,8 @@ def check_argument(name: str, value: Any) -> None:
     """
     if value is None:
         return
+    if name in REFUSED and value:
+        raise ValueError(f"{value!r} cannot be: {REFUSED[name]}.")
     if name in _RANGES:
         allowed, wanted = _RANGES[name]
         if not allowed(value):

@@ -16,6 +16,7 @@ from cbd_trl.chain.finished import finished_anchors
 from cbd_trl.chain.head import Head, source_head
 from cbd_trl.chain.plan import Step, anchor_name, plan_step
 from cbd_trl.chain.source import Source
+from cbd_trl.chain.special_tokens import SpecialTokens
 from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
 from cbd_trl.recipe.data import check_data, check_mix, shares_rows
 from cbd_trl.recipe.estimate import Cost, anchor_cost, bridge_cost, disk_needed, head_cost
@@ -142,13 +143,16 @@ def _head(check: Check, args: DistillConfig) -> Head | None:
             f"source.revision: {recipe.source.name} is a folder, which has no revision {recipe.source.revision!r}. "
             "Leave it out, or name a model on the Hub."
         )
+    own = [anchor.args for anchor in recipe.anchors] + ([recipe.bridge.args] if recipe.bridge else [])
+    special = check.attempt("args", lambda: SpecialTokens.of([recipe.args, *own])) or SpecialTokens()
     if recipe.bridge is None:
-        return check.attempt("source", lambda: source_head(origin, None, args, None))
+        return check.attempt("source", lambda: source_head(origin, None, args, None, special))
     check.attempt("bridge.model", lambda: _check_weights(recipe.bridge.model))  # type: ignore[union-attr]
     if check.bridge is None:
         return None
     step = BridgeStep(recipe.bridge.model, args=check.bridge)
-    return check.attempt("bridge", lambda: bridged_head(step, origin, None, args, None, None, Path(recipe.output_dir)))
+    places = (None, None, Path(recipe.output_dir))
+    return check.attempt("bridge", lambda: bridged_head(step, origin, None, args, *places, special))
 
 
 def _check_weights(name: str) -> None:

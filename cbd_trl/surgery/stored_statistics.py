@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from cbd_trl.surgery.factors import deviations, factorise, pack, packed_bytes, unpack
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.tensor_file import TensorFile
 from cbd_trl.untrusted import parse_json, shown
+from cbd_trl.utils.tensor_files import save_tensors
 
 FORMAT_VERSION = "3"
 _MARK = "cbd_trl_statistics"
@@ -34,7 +34,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
         tensors[f"{site}.vectors"] = torch.stack([vector.float() for vector in vectors])
     tensors |= {f"{norm}.squares": squares.contiguous() for norm, squares in statistics.squares.items()}
     metadata = {_MARK: FORMAT_VERSION, "tokens": json.dumps(statistics.tokens), "ridge": json.dumps(statistics.ridge)}
-    save_file(tensors, path, metadata=metadata)
+    save_tensors(tensors, path, metadata)
 
 
 class StoredStatistics:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from transformers import PreTrainedModel
+
+from cbd_trl.utils.tensor_files import save_tensors
 
 NAME = "distill_projectors"
 FILE = "projectors.safetensors"
@@ -124,7 +126,7 @@ def save_projectors(projectors: Projectors, folder: str | Path) -> None:
     file = Path(folder) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{FILE}.tmp")
-    save_file({key: value.detach().contiguous() for key, value in projectors.state_dict().items()}, temporary)
+    save_tensors({key: value.detach().contiguous() for key, value in projectors.state_dict().items()}, temporary)
     os.replace(temporary, file)
 
 

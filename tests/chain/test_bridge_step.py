@@ -165,7 +165,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path: Path) -> N
     folder = tmp_path / "chain"
     interrupt(folder, after=2, bridge=bridge_step(args=bridge_config(objective="uld")))
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-    asked = r"unfinished training .*checkpoint-2.*changed: \['bridge.arguments.objective'\].*or delete .*\.work"
+    asked = r"unfinished training .*checkpoint-2.*changed: \['bridge.objective'\].*or delete .*\.work"
     with pytest.raises(ValueError, match=asked):
         build_bridged(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == files

@@ -19,9 +19,9 @@ from tests.tokenizer import tiny_tokenizer
 def build(folder, source=None, anchors=CHAIN_ANCHORS, **options):
     """The same call as the one behind the `chain` fixture, unless told otherwise."""
     options = {"dataset": chain_rows(), "eval_dataset": chain_rows(4, seed=9), "args": chain_config(), **options}
-    options.setdefault("processing_class", tiny_tokenizer())
+    options = {"processing_class": tiny_tokenizer(), "calibration_tokens": 256, **options}
     source = chain_source() if source is None else source
-    return build_chain(source, anchors, output_dir=folder, calibration_tokens=256, **options)
+    return build_chain(source, anchors, output_dir=folder, **options)
 
 
 @pytest.fixture
@@ -145,8 +145,17 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
         ),
         ({"args": chain_config(hidden_weight=1.0)}, r"changed arguments: \['hidden_weight'\]"),
         (
+            {"args": chain_config(completion_only_loss=False, neftune_noise_alpha=1.0, data_seed=3)},
+            r"changed arguments: \['neftune_noise_alpha', 'data_seed', 'completion_only_loss'\]",
+        ),
+        (
             {"args": chain_config(top_k=8, kd_schedule="linear", kd_weight_end=0.5, hidden_loss="cosine")},
             r"changed arguments: \['kd_schedule', 'kd_weight_end', 'top_k', 'hidden_loss'\]",
+        ),
+        ({"calibration_tokens": 128}, r"anchor 49K .*changed: \['calibration_tokens'\]"),
+        (
+            {"args": chain_config(model_init_kwargs={"dtype": "bfloat16"})},
+            r"anchor 49K .*changed: \['model_init_kwargs'\]",
         ),
         ({"anchors": [{"num_hidden_layers": 5}]}, r"more anchors \(49K, 33K, 8.8K\) than are asked for now"),
         ({"anchors": CHAIN_ANCHORS[:1]}, r"more anchors \(49K, 33K, 8.8K\) than are asked for now"),

@@ -56,6 +56,8 @@ BAD = [
     ("model_init_kwargs", {"dtype": "nn"}, "dtype: 'nn' is no dtype that weights can be trained in."),
     ("model_init_kwargs", {"torch_dtype": "int8"}, "torch_dtype: 'int8' is no dtype that weights can be trained in."),
     ("model_init_kwargs", {"dtype": 16}, "dtype: 16 is no dtype that weights can be trained in. Write float32, bfloa"),
+    ("push_to_hub", True, "True cannot be: the checkpoints of every anchor would be pushed to the root of one"),
+    ("save_only_model", True, "True cannot be: a build that is interrupted goes on from its last checkpoint"),
     ("deepspeed", "nope.json", "there is no file nope.json, which would hold the settings of DeepSpeed as JSON."),
 ]
 
