@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
 from cbd_trl.cache import TeacherCache
@@ -18,6 +19,8 @@ from cbd_trl.teachers.tokenizers import check_vocabularies, vocabulary_rows
 from cbd_trl.trainers.cached_batches import CachedTeacherCollator
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.model_card import describe_model
+
+logger = logging.get_logger(__name__)
 
 TeacherModel = str | PreTrainedModel | Sequence[str | PreTrainedModel] | None
 
@@ -104,7 +107,20 @@ def open_student(student: Any) -> Any:
     open_forward(base)
     keep_trainable(base)
     check_head(base)
+    if base is student:
+        _untie_config(base)
     return base
+
+
+def _untie_config(student: Any) -> None:
+    """Have the config of a student that is trained with a table and a head apart say so, as it is saved with both."""
+    head, table = student.get_output_embeddings().weight, student.get_input_embeddings().weight
+    if student.config.tie_word_embeddings and head is not table and not (head.is_meta or table.is_meta):
+        logger.warning(
+            f"The config of the student, a {type(student).__name__}, says tie_word_embeddings=True, but its head and "
+            "its table of embeddings are two: they are trained apart, and the config says so from now on."
+        )
+        student.config.tie_word_embeddings = False
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
