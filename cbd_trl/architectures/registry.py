@@ -86,7 +86,7 @@ def is_tied(model: Any) -> bool:
     if tied != stated:
         logger.warning_once(
             f"The config of the {type(model).__name__} {model.name_or_path or 'made in memory'} says "
-            f"tie_word_embeddings={stated}, but its head is {'the' if tied else 'not the'} table of its embeddings: it "
-            f"is taken to be {'tied' if tied else 'untied'}, as its weights are."
+            f"tie_word_embeddings={stated}, but its head is {'the' if tied else 'not the'} table of its embeddings. "
+            f"It is taken to be {'tied' if tied else 'untied'}, as its weights are."
         )
     return tied

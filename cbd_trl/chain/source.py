@@ -1,5 +1,6 @@
 """A model that a chain is made from, wherever it is: in memory, in a folder or on the Hub."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping
@@ -105,15 +106,16 @@ class Source:
     def _has_tensor(self, key: str, file_names: Mapping[str, str]) -> bool:
         """Whether its safetensors files list a tensor: those here, or else on the Hub."""
         names: set[str] = set()
-        config = cached_file(str(self.place), "config.json", revision=self.revision, token=self.token)
+        place = str(self.place)
+        config = cached_file(place, "config.json", revision=self.revision, token=self.token)
         files = list(Path(config).parent.glob("*.safetensors")) if config else []
         for file in files:
             names |= read_header(file)[0].keys()
-        if not files and not Path(self.place).is_dir():
+        if not files and not Path(place).is_dir():
             # Offline, or in another format: what is wrong with it is said when it is loaded.
             with suppress(Exception):
-                api = HfApi(token=self.token)
-                names |= api.get_safetensors_metadata(str(self.place), revision=self.revision).weight_map.keys()
+                listed = HfApi(token=self.token).get_safetensors_metadata(place, revision=self.revision)
+                names |= listed.weight_map.keys()
         return any(f".{file_names.get(name, name)}".endswith(f".{key}") for name in names)
 
     def tokenizer_or(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
@@ -124,6 +126,8 @@ class Source:
         """
         if given is None:
             return self._tokenizer()
+        # A trainer sets the tokens of a tokenizer that it lacks, or that its arguments name.
+        given = copy.deepcopy(given)
         own = find_tokenizer(self.name, self.revision, local_only=isinstance(self.place, PreTrainedModel))
         if own is None:
             return given

@@ -108,19 +108,21 @@ def open_student(student: Any) -> Any:
     keep_trainable(base)
     check_head(base)
     if base is student:
-        _untie_config(base)
+        _say_whether_tied(base)
     return base
 
 
-def _untie_config(student: Any) -> None:
-    """Have the config of a student that is trained with a table and a head apart say so, as it is saved with both."""
+def _say_whether_tied(student: Any) -> None:
+    """Have the config of a student say whether one table is trained or two: saved, it would be read as another."""
     head, table = student.get_output_embeddings().weight, student.get_input_embeddings().weight
-    if student.config.tie_word_embeddings and head is not table and not (head.is_meta or table.is_meta):
+    stated, tied = bool(student.config.tie_word_embeddings), head is table
+    if stated != tied and not (head.is_meta or table.is_meta):
         logger.warning(
-            f"The config of the student, a {type(student).__name__}, says tie_word_embeddings=True, but its head and "
-            "its table of embeddings are two: they are trained apart, and the config says so from now on."
+            f"The config of the student, a {type(student).__name__}, says tie_word_embeddings={stated}, but its head "
+            f"and its table of embeddings are {'one' if tied else 'two'}. So they are trained, and so its config says "
+            "from now on."
         )
-        student.config.tie_word_embeddings = False
+        student.config.tie_word_embeddings = tied
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
