@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -13,15 +14,18 @@ from cbd_trl.architectures.backbone import take_off_patches
 from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
 from tests.surgery.helpers import logits
 from tests.tiny import randomise, tiny_model
-from tests.tokenizer import SPECIAL, WORDS, tiny_tokenizer
-from tests.trainers.bridge_runs import make_bridge, students_tokenizer
-from tests.training import make_trainer, text_rows
+from tests.trainers.bridge_runs import make_bridge, students_tokenizer, teachers_tokenizer, texts
+from tests.training import make_trainer
+
+
+def _rows() -> Dataset:
+    return Dataset.from_dict({"text": texts()})
 
 
 def _supervised(model: PreTrainedModel, folder: str, bf16: bool = False) -> PreTrainedModel:
     own = {"max_steps": 1, "use_cpu": True, "bf16": bf16, "report_to": "none", "disable_tqdm": True}
     args = SFTConfig(folder, save_strategy="no", max_length=32, gradient_checkpointing=False, **own)
-    SFTTrainer(model, args, train_dataset=text_rows(), processing_class=tiny_tokenizer()).train()
+    SFTTrainer(model, args, train_dataset=_rows(), processing_class=students_tokenizer()).train()
     return model
 
 
@@ -29,15 +33,17 @@ def _trained(how: str, folder: str) -> PreTrainedModel:
     if how == "bridge":
         trainer = make_bridge(gradient_checkpointing=False)
     else:
-        student = tiny_model("llama", seed=1, num_hidden_layers=2)
+        student = tiny_model("llama", seed=1, num_hidden_layers=2, vocab_size=300)
         if how.startswith("sft"):
             student = _supervised(student, folder, bf16=how == "sft in bf16, then distilled")
-        teacher = {"self_distillation": True} if how == "adapter" else {}
+        teacher = {"teacher": tiny_model("llama", seed=2, vocab_size=300)}
+        teacher = {"self_distillation": True} if how == "adapter" else teacher
+        data = {"train_dataset": _rows(), "processing_class": students_tokenizer()}
         adapter = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if how == "adapter" else {}
         hybrid = {"swap_probability": 1.0, "hidden_weight": 1.0} if how == "with hybrids" else {}
         # Its hooks are nothing that Python can pickle.
         precision = {"bf16": how == "in bf16", "gradient_checkpointing": False}
-        trainer = make_trainer(student=student, **precision, **teacher, **adapter, **hybrid)
+        trainer = make_trainer(student=student, **precision, **data, **teacher, **adapter, **hybrid)
     trainer.train()
     return trainer.model.merge_and_unload() if how == "adapter" else trainer.model
 
@@ -47,7 +53,15 @@ def _reloaded(model: PreTrainedModel, folder) -> torch.Tensor:
     return logits(AutoModelForCausalLM.from_pretrained(folder))
 
 
-HOW = ["distilled", "with hybrids", "adapter", "bridge", "sft, then distilled", "sft in bf16, then distilled", "in bf16"]
+HOW = [
+    "distilled",
+    "with hybrids",
+    "adapter",
+    "bridge",
+    "sft, then distilled",
+    "sft in bf16, then distilled",
+    "in bf16",
+]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -60,21 +74,17 @@ def test_a_model_that_was_trained_here_is_copied_with_its_weights(how, tmp_path)
         assert torch.equal(logits(copied), _reloaded(copied, tmp_path / "copied"))
         assert torch.equal(logits(model), _reloaded(model, tmp_path / "model"))
     assert torch.equal(logits(pickle.loads(pickle.dumps(copied))), _reloaded(copied, tmp_path / "copied"))
-    old = students_tokenizer() if how == "bridge" else tiny_tokenizer()
-    new = tiny_tokenizer(WORDS[:40])
-    if how == "bridge":
-        made = [reduce_vocabulary(model, old, ["the cat sat"] * 20, 290).model]
-    else:
-        made = [transplant_vocabulary(model, old, new)]
-        assert made[0].get_input_embeddings().num_embeddings == len(SPECIAL) + 40
-    for one in made:
+    made = transplant_vocabulary(model, students_tokenizer(), teachers_tokenizer())
+    for one in (made, reduce_vocabulary(model, students_tokenizer(), texts(20), 290).model):
         randomise(one, seed=8)
+        assert logits(one).shape[-1] == one.get_input_embeddings().num_embeddings
         assert torch.equal(logits(one), _reloaded(one, tmp_path / "made"))
 
 
-def test_a_second_trainer_trains_what_it_was_given_as_it_was_asked_to(tmp_path):
+def test_a_second_trainer_trains_what_it_was_given_as_it_was_asked_to():
     """In float32 what was trained in bfloat16, and with the weights that a copy has."""
-    first = _trained("in bf16", str(tmp_path / "out"))
+    first = tiny_model("llama", seed=1, num_hidden_layers=2)
+    make_trainer(student=first, bf16=True).train()
     weights = {key: tensor.clone() for key, tensor in first.state_dict().items()}
     copied = copy.deepcopy(first)
     randomise(copied, seed=7)
