@@ -44,7 +44,7 @@ if __name__ == "__main__":
     arguments, training = HfArgumentParser((Arguments, GRPOConfig)).parse_args_into_dataclasses()
     dataset = load_dataset(arguments.dataset, split="train")
     # With beta > 0 the trainer loads its reference by the model's name, which is this folder: what training begins at.
-    # Without it the name would be that of the upper anchor, which is another model.
+    # A model that is saved nowhere has no name that a reference could be loaded by.
     model = from_chain(
         arguments.chain, arguments.num_parameters, save_directory=Path(training.output_dir, "untrained")
     )

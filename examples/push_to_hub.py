@@ -18,6 +18,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
 
     model = from_chain(arguments.chain, arguments.num_parameters)
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(model.config.name_or_path)
     for part in (model, tokenizer):
         part.push_to_hub(arguments.repo_id, private=not arguments.public)

@@ -2,6 +2,16 @@
 
 from cbd_trl.architectures.family import Architecture, Family, OutputNorm, Site
 from cbd_trl.architectures.layers import decoder_layers
-from cbd_trl.architectures.registry import describe, supported_model_types
+from cbd_trl.architectures.registry import architecture_of, describe, is_tied, supported_model_types
 
-__all__ = ["Architecture", "Family", "OutputNorm", "Site", "decoder_layers", "describe", "supported_model_types"]
+__all__ = [
+    "Architecture",
+    "Family",
+    "OutputNorm",
+    "Site",
+    "architecture_of",
+    "decoder_layers",
+    "describe",
+    "is_tied",
+    "supported_model_types",
+]

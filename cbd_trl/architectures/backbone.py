@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
+from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
@@ -25,24 +26,72 @@ _PROBE_LENGTH = 4
 def open_forward(model: nn.Module) -> None:
     """Let `model(**inputs, inside=f)` return f(last hidden state (B, T, D)) instead of logits.
 
-    Without `inside` the forward is what it was. To be called on the causal LM itself, before anything wraps it.
+    Without `inside` the forward is what it was. To be called on the causal LM itself, before anything wraps it. What
+    other trainers left on it is taken off first (see `take_off_patches`).
 
     Args:
         model: a causal LM with a `base_model`.
     """
-    if getattr(model.forward, "opened", False):
-        return
-    own = model.__dict__.get("forward")
+    take_off_patches(model)
+    # Called with the model that runs: a deep copy computes with its own weights.
+    plain = _with_self(model.__dict__["forward"]) if "forward" in model.__dict__ else type(model).forward
 
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, inside: Callable[[Tensor], Any] | None = None, **kwargs: Any) -> Any:
         if inside is not None:
             return _run_inside(inside, self.base_model(*args, **kwargs).last_hidden_state)
-        # The class's forward is looked up on the model that is called, so that a deep copy calls its own.
-        return own(*args, **kwargs) if own is not None else type(self).forward(self, *args, **kwargs)
+        return plain(self, *args, **kwargs)
 
-    forward.opened = True  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+
+
+def take_off_patches(model: nn.Module) -> None:
+    """Give a model its own forward again, where trainers have put others on the object itself.
+
+    TRL's fused head holds on to the model that it was made for, so that a deep copy would compute with the weights of
+    the first; accelerate's mixed precision would stay for a trainer that asks for another. A trainer that goes on with
+    the model puts its own there again. What is under them stays: a hook of accelerate (offloading), or a forward that
+    somebody else put there.
+
+    Args:
+        model: a causal LM, not wrapped; changed in place. One that FSDP sharded is left as it is.
+    """
+    if "forward" not in model.__dict__ or _in_fsdp(model):
+        return
+    found = forward = _with_self(model.__dict__["forward"])
+    while (inner := _inside_patch(forward)) is not None:
+        forward = inner
+    if forward is type(model).forward:
+        del model.forward
+    elif forward is not found:
+        model.forward = types.MethodType(forward, model)
+    if model.__dict__.pop("_original_forward", None) is not None:
+        # With this mark accelerate would not put its mixed precision there again.
+        model.__dict__.pop("_is_accelerate_prepared", None)
+
+
+def _with_self(forward: Any) -> Callable[..., Any]:
+    """A forward found on an object, as a function that takes the object first."""
+    if isinstance(forward, types.MethodType):
+        return forward.__func__
+    if isinstance(forward, functools.partial):  # a hook of accelerate, which binds the object so
+        return forward.func
+    return lambda model, *args, **kwargs: forward(*args, **kwargs)
+
+
+def _inside_patch(forward: Any) -> Callable[..., Any] | None:
+    """What the forward of a trainer calls, as a function that takes the object first; None for any other forward."""
+    if isinstance(forward, types.FunctionType):
+        names = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
+        held = {name: cell.cell_contents for name, cell in names}
+        if "fused_lm_head" in (forward.__kwdefaults__ or {}):
+            return _with_self(held["original_forward"])
+        if "inside" in (forward.__kwdefaults__ or {}):
+            return held["plain"]
+        if isinstance(wrapped := getattr(forward, "__wrapped__", None), ConvertOutputsToFp32):
+            # Around torch's decorator for autocast.
+            return wrapped.__wrapped__.__wrapped__
+    return None
 
 
 def keep_trainable(model: nn.Module) -> None:
@@ -189,4 +238,5 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
 def _in_fsdp(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(model, FSDPModule) or any("_fsdp" in name for name in vars(model))
+    # FSDP 2, and the mark that FSDP 1 leaves on what it manages.
+    return isinstance(model, FSDPModule) or getattr(model, "_is_fsdp_managed_module", False)

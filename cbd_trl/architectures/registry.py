@@ -1,6 +1,11 @@
 """The families there are: one row each."""
 
+import copy
+from typing import Any
+
+import torch
 from transformers import PretrainedConfig
+from transformers.utils import logging
 
 from cbd_trl.architectures.family import Architecture
 from cbd_trl.architectures.gemma import GEMMA
@@ -10,6 +15,8 @@ from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
+
+logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
 FAMILIES = (LLAMA, GEMMA, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3)
@@ -41,3 +48,45 @@ def describe(config: PretrainedConfig) -> Architecture:
         f"interpolate it. Supported model types: {', '.join(supported_model_types())}. "
         "DistillTrainer itself takes any causal LM."
     )
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The same for a model at hand: whether its head is tied, its weights say and not its config.
+
+    transformers loads a head that differs from the table although `tie_word_embeddings` is set, as merged adapters and
+    edited checkpoints have it, and a program may tie what the config has apart.
+
+    Args:
+        model: a causal LM with its weights; it is not changed.
+
+    Raises:
+        ValueError: as `describe`.
+    """
+    config, tied = model.config, is_tied(model)
+    if bool(config.tie_word_embeddings) != tied:
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = tied
+    return describe(config)
+
+
+@torch.no_grad()
+def is_tied(model: Any) -> bool:
+    """Whether a causal LM has one table for input and output: the same one, or by its config and with equal values.
+    Where its config says otherwise there is a warning.
+
+    Args:
+        model: a causal LM; of one whose weights are not here the config is believed.
+    """
+    stated = bool(model.config.tie_word_embeddings)
+    head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    tied = head is table
+    if stated and not tied:
+        here = not (head.is_meta or table.is_meta)
+        tied = not here or (head.shape == table.shape and torch.equal(head, table.to(head.device)))
+    if tied != stated:
+        logger.warning_once(
+            f"The config of the {type(model).__name__} {model.name_or_path or 'made in memory'} says "
+            f"tie_word_embeddings={stated}, but its head is {'the' if tied else 'not the'} table of its embeddings. "
+            f"It is taken to be {'tied' if tied else 'untied'}, as its weights are."
+        )
+    return tied

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_trl.architectures import is_tied
+from cbd_trl.architectures.backbone import take_off_patches
 from cbd_trl.bridge.config_ids import move_token_ids
 from cbd_trl.bridge.recipes import Recipe, mean_recipe, pursuit_recipe, weighted_recipe
 from cbd_trl.bridge.text_marks import warn_of_other_marks
@@ -74,8 +76,9 @@ def transplant_vocabulary(
     if donor_model is not None:
         _check_table(donor_model, new_tokenizer, "donor_model", "new_tokenizer")
     made: Any = copy.deepcopy(model)
+    take_off_patches(made)
     embedding, head = made.get_input_embeddings(), made.get_output_embeddings()
-    tied = head.weight is embedding.weight
+    tied = is_tied(model)
     inputs, outputs = _recipes(match, method, old_tokenizer, donor_model, atoms, tied)
     rows = -(-match.size // pad_to_multiple_of) * pad_to_multiple_of
     with torch.no_grad():
@@ -84,6 +87,7 @@ def transplant_vocabulary(
         if getattr(head, "bias", None) is not None:
             head.bias = _replaced(head.bias, match, outputs, old_ids, rows)
     move_token_ids(made, new_tokenizer, match)
+    made.config.tie_word_embeddings = tied
     _resize(made, embedding, head, rows)
     made.config._name_or_path = made.name_or_path = ""
     return made

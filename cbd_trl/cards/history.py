@@ -31,9 +31,14 @@ def hub_id(chain: AnyChain) -> str | None:
     return None if chain.revision is None else chain.name_or_path
 
 
+def chain_label(chain: AnyChain) -> str:
+    """What to call a chain in front of a reader: its Hub id, or the name of its folder, never a path."""
+    return hub_id(chain) or chain.path.resolve().name
+
+
 def chain_name(chain: AnyChain) -> str:
-    """What to call a chain in front of a reader: its Hub id, or the name of its folder."""
-    return plain(hub_id(chain) or chain.path.resolve().name)
+    """The same as text of a card."""
+    return plain(chain_label(chain))
 
 
 def chain_origins(chain: AnyChain) -> tuple[Origin, ...]:

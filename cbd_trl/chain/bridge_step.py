@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import describe
+from cbd_trl.architectures import is_tied
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.chain.arguments import check_chain_arguments, training_record
 from cbd_trl.chain.head import Head, head_record
@@ -90,7 +90,7 @@ def bridged_head(
     """
     args = _checked_args(step, output_dir)
     student = Source(step.model, token=origin.token, role="model of the bridge")
-    config, architecture = origin.config(), describe(student.config())
+    config, architecture = origin.config(), student.architecture()
     sides = _Sides(
         teacher=origin,
         teacher_tokenizer=origin.tokenizer_or(source_tokenizer),
@@ -165,6 +165,9 @@ def _distil(
     student: Any = sides.student.model(args.model_init_kwargs)
     if student is sides.student.place:
         student = copy.deepcopy(student)
+    if is_tied(student):
+        # Two equal tables would be trained apart.
+        student.get_output_embeddings().weight = student.get_input_embeddings().weight
     sides.special.follow(student, sides.tokenizer)
     # The tokenizer has it.
     args.chat_template_path = None

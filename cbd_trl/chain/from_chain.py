@@ -1,8 +1,10 @@
 """A model of any size between two anchors, without a teacher or a forward pass."""
 
+import functools
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -15,12 +17,14 @@ from transformers import PreTrainedModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.cards import copy_picture, save_card, target_card
+from cbd_trl.cards.history import chain_label
 from cbd_trl.chain.calibrate import choose_plan
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.manifest import Anchor, Chain
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import OPERATORS, default_alpha
 from cbd_trl.chain.pair import Pair, Plan
+from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.weights import Weights
@@ -61,8 +65,9 @@ def from_chain(
         dtype: of the result; None: that of the anchors.
         tolerance: largest relative distance from `num_parameters`.
         save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it
-            `name_or_path` is the anchor that the tokenizer loads from; trainers that reload a reference model by name
-            (GRPO with beta > 0, DPO) need the directory.
+            the model is nowhere to be loaded from: trainers find its tokenizer, but an adapter trained on it has no
+            base that can be loaded, and trainers that reload a reference model by name (GRPO with beta > 0, DPO)
+            refuse it.
         revision, token: of a chain on the Hub.
 
     Returns:
@@ -84,8 +89,11 @@ def from_chain(
     with nullcontext() if opened is chain else _verified(chain, target):
         tokens = None if calibration_dataset is None else calibration_tokens(target, calibration_dataset)
         model = make_model(chain, request, target, tokens, dtype)
+        if directory is None and target.operator != ANCHOR:
+            _name_unsaved(model, chain)
     if directory is not None:
         save_model(model, chain, directory)
+        model.config._name_or_path = model.name_or_path = str(save_directory)
     return model
 
 
@@ -120,7 +128,7 @@ def make_model(
     dtype: torch.dtype | str | None,
     pair: Pair | None = None,
 ) -> PreTrainedModel:
-    """The model of a target, in eval mode, named after the anchor that its tokenizer loads from.
+    """The model of a target, in eval mode; it has a name only where it is an anchor.
 
     Args:
         tokens: calibration text (N, T), or None.
@@ -128,10 +136,9 @@ def make_model(
     """
     upper = target.anchors[0]
     wanted = target_dtype(dtype, upper)
-    # The model's name leads here to the tokenizer.
-    upper.need(*upper.small_files)
     told: dict[str, Any] = {
-        "chain": chain.name_or_path,
+        # It goes wherever the model goes: no path of this machine.
+        "chain": chain_label(chain),
         "revision": chain.revision,
         "anchors": [anchor.name for anchor in target.anchors],
         "operator": target.operator,
@@ -152,7 +159,7 @@ def make_model(
         weights, architecture = OPERATORS[operator](pair, plan)
         if operator == "linear" or not pair.equal_widths:
             weights = _finite(weights, operator)
-        model = build_model(architecture, weights, wanted, name_or_path=str(upper.path))
+        model = build_model(architecture, weights, wanted)
         model.generation_config = upper.load_generation_config()
         if plan.swapped is not None:
             told["swapped_blocks"] = sorted(plan.swapped)
@@ -160,6 +167,45 @@ def make_model(
         told["engine_limit"] = limit
     model.config.cbd_trl = told
     return model
+
+
+def _name_unsaved(model: PreTrainedModel, chain: Chain) -> None:
+    """Name a model that is saved nowhere, so that its tokenizer is found and other weights are not.
+
+    Trainers look up its tokenizer, and some a reference model, by the name in its config: a folder that has all that a
+    saved target has but the weights, as long as the process lives. peft takes the model's own name for the base of an
+    adapter, and other people read it: a sentence, which no library finds a model by.
+    """
+    told = model.config.cbd_trl
+    size = anchor_name(told["num_parameters"])
+    folder = Path(tempfile.mkdtemp(dir=_unsaved_folder().name)) / f"{size}-from-{Path(told['chain']).name}-not-saved"
+    folder.mkdir()
+    upper = chain[told["anchors"][0]]
+    upper.need(*upper.small_files)
+    for name in upper.small_files:
+        if "config" not in name or name.startswith("tokenizer"):
+            _link((upper.path / name).resolve(), folder / name)
+    model.config.save_pretrained(folder)
+    save_card(folder, target_card(chain, told, folder.name))
+    model.config._name_or_path = str(folder)
+    model.name_or_path = (
+        f"{size} from {told['chain']}, made in memory and saved nowhere: give cbd_trl.from_chain a save_directory"
+    )
+
+
+@functools.cache
+def _unsaved_folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="cbd_trl-")
+
+
+def _link(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.symlink_to(file)
+    except OSError:
+        # A system that does not let everyone make links.
+        shutil.copyfile(file, place)
 
 
 def load_pair(upper: Anchor, lower: Anchor) -> Pair:
@@ -217,7 +263,6 @@ def save_model(model: PreTrainedModel, chain: Chain, directory: Path) -> None:
     temporary, before = (directory.parent / f".{kind}-{directory.name}-{os.getpid()}" for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.config._name_or_path = model.name_or_path = str(directory)
         model.save_pretrained(temporary)
         chain[told["anchors"][0]].load_tokenizer().save_pretrained(temporary)
         copy_picture(chain, temporary)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures import Architecture, architecture_of
 from cbd_trl.cards.history import DATASETS, ORIGINS
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.arguments import loading_options
@@ -82,7 +82,7 @@ def source_head(
     Raises:
         ValueError: the source cannot be cut, or has no tokenizer, another one, or one without these tokens.
     """
-    architecture = describe(origin.config())
+    architecture = origin.architecture()
     tokenizer = origin.tokenizer_or(tokenizer)
     check_rows(origin.role, architecture.sizes["vocab"], tokenizer, "processing_class")
     return Head(
@@ -120,7 +120,13 @@ def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor
         blocks: (N, T) calibration text.
     """
     model: PreTrainedModel = made.model
-    architecture = describe(model.config)
+    architecture = architecture_of(model)
+    if architecture.tied != head.architecture.tied:
+        # Planned by the config of a model on the Hub whose tensors could not be looked at before.
+        raise ValueError(
+            f"tie_word_embeddings is {head.architecture.tied} in the config of the {type(model).__name__} that was "
+            f"loaded, but {architecture.tied} by its weights, which are here now: run the same again."
+        )
     weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
     statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
     scores = importance(weights, architecture, statistics)

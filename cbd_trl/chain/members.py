@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures import Architecture, architecture_of
 from cbd_trl.chain.alike import CommonForm, check_same_function, common_form, layers_beside
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import anchor_name
@@ -44,7 +44,7 @@ class Member:
     def load(self) -> PreTrainedModel:
         """The model in the common form, in the dtype and the coordinates it has."""
         model = self.source.model({"dtype": "auto"})
-        own = describe(model.config)
+        own = architecture_of(model)
         weights = self.form.weights(weights_of(model, own), own)
         loaded = build_model(self.architecture, weights, model.dtype)
         loaded.generation_config = copy.deepcopy(model.generation_config)
@@ -62,7 +62,7 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
         ValueError: some do not go together.
     """
     labels = [f"anchors[{i}]" + (f" ({source.name})" if source.name else "") for i, source in enumerate(sources)]
-    own = {label: describe(source.config()) for label, source in zip(labels, sources, strict=True)}
+    own = {label: source.architecture() for label, source in zip(labels, sources, strict=True)}
     kinds = [architecture.config.model_type for architecture in own.values()]
     if len(set(kinds)) > 1:
         raise ValueError(

@@ -1,12 +1,16 @@
 """A model that a chain is made from, wherever it is: in memory, in a folder or on the Hub."""
 
+import copy
 import hashlib
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -15,9 +19,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
+from cbd_trl.architectures import Architecture, architecture_of, describe
 from cbd_trl.cards.origin import Origin, origin_of
+from cbd_trl.chain.hashes import sha256_of
+from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, tokenizer_difference
+from cbd_trl.tensor_header import read_header
 
 
 @dataclass(frozen=True)
@@ -37,21 +46,25 @@ class Source:
 
     @property
     def name(self) -> str:
-        return str(self.place.name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
+        # Of a target that is saved nowhere the name in the config leads to its tokenizer and its card.
+        return str(self.place.config._name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
 
     def fingerprint(self) -> str | None:
-        """sha256 of the weights of a model in memory, whose name may say nothing; None for a path or a Hub id."""
-        if not isinstance(self.place, PreTrainedModel):
-            return None
+        """sha256 of the weights of a model in memory or in a folder, whose name may say nothing; None for a Hub id."""
         digest = hashlib.sha256()
+        if not isinstance(self.place, PreTrainedModel):
+            files = sorted(Path(self.place).glob("*.safetensors"))
+            for file in files:
+                digest.update(sha256_of(file).encode())
+            return digest.hexdigest() if files else None
         for key, tensor in sorted(self.place.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What tells it from another, as chain.json has it."""
-        return {"source": self.name, "fingerprint": self.fingerprint()}
+        """What tells it from another, as chain.json has it: no path, since that goes where the chain goes."""
+        return {"source": readable_name(self.name) or "", "fingerprint": self.fingerprint()}
 
     def origin(self) -> Origin:
         """What its card says of it; asked for once it was loaded."""
@@ -75,6 +88,36 @@ class Source:
                 "Give a model, the path of a folder with config.json, or a Hub id."
             ) from error
 
+    def architecture(self) -> Architecture:
+        """What its tensors mean, its head tied or not as its weights have it (see `architecture_of`).
+
+        Weights are read only where the config has the head tied and there is one among the tensors all the same.
+
+        Raises:
+            ValueError: no chain can be made of it.
+        """
+        stated = describe(self.config())
+        if isinstance(self.place, PreTrainedModel):
+            return architecture_of(self.place)
+        if stated.tied and self._has_tensor(f"{stated.family.head}.weight", stated.family.file_names):
+            return architecture_of(self.model({"dtype": "auto"}))
+        return stated
+
+    def _has_tensor(self, key: str, file_names: Mapping[str, str]) -> bool:
+        """Whether its safetensors files list a tensor: those here, or else on the Hub."""
+        names: set[str] = set()
+        place = str(self.place)
+        config = cached_file(place, "config.json", revision=self.revision, token=self.token)
+        files = list(Path(config).parent.glob("*.safetensors")) if config else []
+        for file in files:
+            names |= read_header(file)[0].keys()
+        if not files and not Path(place).is_dir():
+            # Offline, or in another format: what is wrong with it is said when it is loaded.
+            with suppress(Exception):
+                listed = HfApi(token=self.token).get_safetensors_metadata(place, revision=self.revision)
+                names |= listed.weight_map.keys()
+        return any(f".{file_names.get(name, name)}".endswith(f".{key}") for name in names)
+
     def tokenizer_or(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """The tokenizer that is given for it, its own where none is.
 
@@ -83,6 +126,8 @@ class Source:
         """
         if given is None:
             return self._tokenizer()
+        # A trainer sets the tokens of a tokenizer that it lacks, or that its arguments name.
+        given = copy.deepcopy(given)
         own = find_tokenizer(self.name, self.revision, local_only=isinstance(self.place, PreTrainedModel))
         if own is None:
             return given

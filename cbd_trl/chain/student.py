@@ -65,7 +65,7 @@ def initial_student(upper: Anchor, step: Step, blocks: list[Block]) -> PreTraine
         weights = balance_norms(cut, narrow)
         architecture = narrow
     kept, shallow = select_layers(weights, architecture, [block.kept for block in blocks])
-    return build_model(shallow, kept, getattr(torch, upper.dtype), name_or_path=str(upper.path))
+    return build_model(shallow, kept, getattr(torch, upper.dtype))
 
 
 def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], tokens: torch.Tensor) -> None:

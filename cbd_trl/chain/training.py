@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel
 
-from cbd_trl.architectures import describe
+from cbd_trl.architectures import architecture_of
 from cbd_trl.chain.arguments import changed_arguments
 from cbd_trl.chain.logs import own_run
 from cbd_trl.chain.model import stock_model
@@ -133,7 +133,7 @@ def train(
     Returns:
         the model in eval mode, on the CPU and apart from the trainer.
     """
-    architecture, dtype = describe(student.config), student.dtype
+    architecture, dtype = architecture_of(student), student.dtype
     show_progress(trainer, label)
     work = Path(trainer.args.output_dir)
     with own_run(trainer, work.name, work.parents[1]):

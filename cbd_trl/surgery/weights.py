@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import nn
 
-from cbd_trl.architectures import Architecture, Site
+from cbd_trl.architectures import Architecture, Site, is_tied
 from cbd_trl.architectures.axes import Axes
 from cbd_trl.surgery.lazy import LazyWeights
 
@@ -32,7 +32,7 @@ def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.
         ValueError: the model lacks a tensor of its family or has one that the description does not know.
     """
     state = model.state_dict()
-    tied_head = {f"{architecture.family.head}.weight"} if architecture.tied else set()
+    tied_head = {f"{architecture.family.head}.weight"} if architecture.tied and is_tied(model) else set()
     wanted = set(architecture.state_shapes)
     missing, unknown = sorted(wanted - state.keys()), sorted(state.keys() - wanted - tied_head)
     if missing or unknown:

@@ -1,5 +1,6 @@
 """Off-policy distillation on SFT-shaped data: wiring only, the formulas are in `cbd_trl.losses`."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -90,7 +91,8 @@ class DistillTrainer(StepTrainer):
         hybrid: Hybrid | None = None,
         **kwargs: Any,
     ) -> None:
-        args = self._config("distilled") if args is None else args
+        # Filled in below, and the same config may be used for another pair of models.
+        args = self._config("distilled") if args is None else copy.copy(args)
         check_arguments(args, self._config, processing_class, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)

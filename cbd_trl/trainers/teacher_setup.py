@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
 from cbd_trl.cache import TeacherCache
@@ -18,6 +19,8 @@ from cbd_trl.teachers.tokenizers import check_vocabularies, vocabulary_rows
 from cbd_trl.trainers.cached_batches import CachedTeacherCollator
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.model_card import describe_model
+
+logger = logging.get_logger(__name__)
 
 TeacherModel = str | PreTrainedModel | Sequence[str | PreTrainedModel] | None
 
@@ -104,7 +107,22 @@ def open_student(student: Any) -> Any:
     open_forward(base)
     keep_trainable(base)
     check_head(base)
+    if base is student:
+        _say_whether_tied(base)
     return base
+
+
+def _say_whether_tied(student: Any) -> None:
+    """Have the config of a student say whether one table is trained or two: saved, it would be read as another."""
+    head, table = student.get_output_embeddings().weight, student.get_input_embeddings().weight
+    stated, tied = bool(student.config.tie_word_embeddings), head is table
+    if stated != tied and not (head.is_meta or table.is_meta):
+        logger.warning(
+            f"The config of the student, a {type(student).__name__}, says tie_word_embeddings={stated}, but its head "
+            f"and its table of embeddings are {'one' if tied else 'two'}. So they are trained, and so its config says "
+            "from now on."
+        )
+        student.config.tie_word_embeddings = tied
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:

@@ -1,16 +1,28 @@
 """What from_chain writes is a normal model folder, written whole or not at all."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from trl import GRPOConfig, GRPOTrainer
 
 from cbd_trl import from_chain
 from tests.chain.helpers import DEEP, WIDE
 from tests.surgery.helpers import logits
 from tests.tokenizer import tiny_tokenizer
+from tests.training import make_trainer
 
 
 def test_a_saved_model_is_a_normal_model(chain, tmp_path):
@@ -27,7 +39,7 @@ def test_a_saved_model_is_a_normal_model(chain, tmp_path):
     assert (generation.temperature, generation.do_sample) == (0.7, True)
     told = json.loads((folder / "config.json").read_text())["cbd_trl"]
     assert told == model.config.cbd_trl == loaded.config.cbd_trl
-    assert told["operator"] == "nested" and told["chain"] == chain.name_or_path
+    assert told["operator"] == "nested" and told["chain"] == chain.path.name
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
@@ -40,11 +52,54 @@ def test_an_anchor_is_saved_with_everything_too(chain, tmp_path):
     assert AutoTokenizer.from_pretrained(model.name_or_path).chat_template == tiny_tokenizer().chat_template
 
 
-def test_without_a_directory_the_name_leads_to_the_tokenizer(chain):
+def test_without_a_directory_the_name_leads_to_the_tokenizer_and_to_no_weights(chain):
     model = from_chain(chain, config=WIDE)
-    assert model.name_or_path == model.config._name_or_path == str(chain.anchors[1].path)
-    assert AutoTokenizer.from_pretrained(model.name_or_path).get_vocab() == tiny_tokenizer().get_vocab()
+    name = model.config.name_or_path
+    assert AutoTokenizer.from_pretrained(name).get_vocab() == tiny_tokenizer().get_vocab()
+    assert AutoTokenizer.from_pretrained(name).chat_template == tiny_tokenizer().chat_template
+    assert AutoConfig.from_pretrained(name).hidden_size == WIDE["hidden_size"]
+    with pytest.raises(OSError, match=r"no file named model.safetensors.*not-saved"):
+        AutoModelForCausalLM.from_pretrained(name)
     assert model.generation_config.temperature == 0.7
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in 41K from chain, made in memory:UserWarning")
+def test_an_adapter_names_the_base_that_it_was_trained_on_or_none(chain, tmp_path):
+    """It says which model it was where that was never saved, and loads nothing else in its place."""
+    ids = torch.arange(6, 18)[None]
+    for place in (None, tmp_path / "base"):
+        base = from_chain(chain, config=DEEP, save_directory=place)
+        adapted = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        adapted.save_pretrained(tmp_path / "adapter")
+        named = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        if place is None:
+            assert re.fullmatch(r"41K from chain, made in memory.*give cbd_trl.from_chain a save_directory", named)
+            with pytest.raises(OSError, match=r"41K from chain, made in memory"):
+                AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        else:
+            assert named == str(place)
+            loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+            assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_trainers_find_the_tokenizer_of_a_target_and_no_other_reference(chain, tmp_path, saved):
+    """GRPO's reference is the model by the config's name: itself where it was saved, and an error where not."""
+    model = from_chain(chain, config=DEEP, save_directory=tmp_path / "base" if saved else None)
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False, "report_to": "none"}
+    own = make_trainer(student=model, processing_class=None)
+    assert own.processing_class.get_vocab() == tiny_tokenizer().get_vocab()
+    prompts = Dataset.from_dict({"prompt": ["w1 w2"] * 8})
+
+    def reinforce() -> GRPOTrainer:
+        return GRPOTrainer(model, lambda completions, **_: [0.0], GRPOConfig(beta=0.1, **options), prompts)
+
+    if not saved:
+        with pytest.raises(OSError, match="not-saved"):
+            reinforce()
+        return
+    reference = reinforce().ref_model
+    assert torch.equal(logits(reference), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base")))
 
 
 def test_a_failed_save_leaves_the_old_model(chain, tmp_path, monkeypatch):

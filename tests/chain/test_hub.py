@@ -46,7 +46,7 @@ def test_a_target_fetches_the_files_of_its_two_anchors(hub, chain):
     ) | files_of(small, "config.json", "model.safetensors")
     assert not any(name.startswith(large.name) for name in fetched)
     # What it is called leads trainers to a tokenizer, on this machine.
-    assert AutoTokenizer.from_pretrained(model.name_or_path).get_vocab() == tiny_tokenizer().get_vocab()
+    assert AutoTokenizer.from_pretrained(model.config.name_or_path).get_vocab() == tiny_tokenizer().get_vocab()
 
 
 def test_a_depth_target_needs_no_statistics_and_an_anchor_nothing_but_itself(hub, chain):

@@ -15,7 +15,7 @@ def test_a_target_and_its_tokenizer_are_pushed_like_any_model(hub, chain_folder)
     hub.commit("me/chain", chain_folder, "main", "v1")
     model = from_chain("me/chain", config=DEEP, revision="v1")
     model.push_to_hub("me/target", private=True)
-    AutoTokenizer.from_pretrained(model.name_or_path).push_to_hub("me/target")
+    AutoTokenizer.from_pretrained(model.config.name_or_path).push_to_hub("me/target")
     files = set(hub.files("me/target"))
     assert hub.repositories["me/target"].private
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= files
