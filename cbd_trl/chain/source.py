@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -17,7 +16,8 @@ from transformers import (
 )
 
 from cbd_trl.cards.origin import Origin, origin_of
-from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, tokenizer_difference
+from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, text_tokenizer, tokenizer_difference
+from cbd_trl.utils.modeling import check_no_adapter, check_plain, load_causal_lm
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,22 @@ class Source:
         place: a model, a path or a Hub id.
         revision, token: of a Hub id.
         role: what an error calls it.
+
+    Raises:
+        ValueError: it is a PEFT adapter, in memory or in a folder.
+        TypeError: it is no model of transformers.
     """
 
     place: str | Path | PreTrainedModel
     revision: str | None = None
     token: str | None = None
     role: str = "source"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.place, str | Path):
+            check_no_adapter(self.place, self.role, revision=self.revision, token=self.token)
+        else:
+            check_plain(self.place, self.role)
 
     @property
     def name(self) -> str:
@@ -81,6 +91,7 @@ class Source:
         Raises:
             ValueError: there is none, or the one given has other ids than the one that the model was saved with.
         """
+        given = text_tokenizer(given)
         if given is None:
             return self._tokenizer()
         own = find_tokenizer(self.name, self.revision, local_only=isinstance(self.place, PreTrainedModel))
@@ -110,11 +121,13 @@ class Source:
             ) from error
 
     def model(self, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
-        """The model itself; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype."""
+        """The model itself; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype.
+
+        Raises:
+            ValueError: weights are missing, unknown, of another shape or in no safetensors.
+        """
         if isinstance(self.place, PreTrainedModel):
             return self.place
         given = json.loads(init_kwargs) if isinstance(init_kwargs, str) else (init_kwargs or {})
         options = {"dtype": torch.float32, "revision": self.revision, "token": self.token, **given}
-        # Safetensors only, and no code of the repository: nothing that runs is read, whatever it holds.
-        safe = {"use_safetensors": True, "trust_remote_code": False}
-        return AutoModelForCausalLM.from_pretrained(self.place, **{**options, **safe})
+        return load_causal_lm(self.place, role=self.role, **{**options, "trust_remote_code": False})

@@ -25,7 +25,7 @@ from cbd_trl.generation.completions_file import CompletionsFile
 from cbd_trl.generation.decoding import DecodingConfig
 from cbd_trl.generation.prompts import Prompts
 from cbd_trl.names import readable_name
-from cbd_trl.teachers.tokenizers import find_tokenizer
+from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def generate_completions(
     state = PartialState(cpu=use_cpu)
     decoding = decoding or DecodingConfig()
     source = _source(model, model_init_kwargs)
-    tokenizer = processing_class or _find_tokenizer(source)
+    tokenizer = text_tokenizer(processing_class) or _find_tokenizer(source)
     prompts = Prompts(dataset, tokenizer, prompt_tokens)
     quiet = disable_tqdm or not state.is_main_process
     total = len(prompts) * decoding.num_return_sequences
