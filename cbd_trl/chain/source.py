@@ -14,10 +14,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, text_tokenizer, tokenizer_difference
-from cbd_trl.utils.modeling import check_no_adapter, check_plain, load_causal_lm
+from cbd_trl.utils.modeling import check_no_adapter, check_plain, load_causal_lm, text_config, text_model
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,17 +71,18 @@ class Source:
         return origin_of(self.name, self.revision, self.token)
 
     def config(self) -> PretrainedConfig:
-        """Its config, without the weights.
+        """Its config, without the weights; of a multimodal model that of its language model.
 
         Raises:
             ValueError: nothing of that name can be read.
         """
         if isinstance(self.place, PreTrainedModel):
-            return self.place.config
+            return text_config(self.place.config)
         try:
-            return AutoConfig.from_pretrained(
+            config = AutoConfig.from_pretrained(
                 self.place, revision=self.revision, token=self.token, trust_remote_code=False
             )
+            return text_config(config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The {self.role} {self.name!r} is no model folder and could not be fetched from the Hub ({error}). "
@@ -123,11 +127,22 @@ class Source:
     def model(self, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
         """The model itself; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype.
 
+        Of a multimodal model it is the language model, which is said.
+
         Raises:
             ValueError: weights are missing, unknown, of another shape or in no safetensors.
         """
         if isinstance(self.place, PreTrainedModel):
-            return self.place
+            return self._text(self.place)
         given = json.loads(init_kwargs) if isinstance(init_kwargs, str) else (init_kwargs or {})
         options = {"dtype": torch.float32, "revision": self.revision, "token": self.token, **given}
-        return load_causal_lm(self.place, role=self.role, **{**options, "trust_remote_code": False})
+        return self._text(load_causal_lm(self.place, role=self.role, **{**options, "trust_remote_code": False}))
+
+    def _text(self, model: PreTrainedModel) -> PreTrainedModel:
+        text = text_model(model)
+        if text is not model:
+            logger.warning_once(
+                f"Of the {self.role} {self.name!r}, a {type(model).__name__}, the language model is taken, a "
+                f"{type(text).__name__}: what it has for images and sounds is left out."
+            )
+        return text

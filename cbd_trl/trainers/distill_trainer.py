@@ -29,6 +29,7 @@ from cbd_trl.trainers.student_setup import find_student_tokenizer, load_student,
 from cbd_trl.trainers.teacher_setup import (
     TeacherModel,
     TeacherSetup,
+    check_named_teachers,
     make_objective,
     read_from_cache,
     set_up_teacher,
@@ -94,6 +95,7 @@ class DistillTrainer(StepTrainer):
         args = self._config("distilled") if args is None else args
         check_arguments(args, self._config, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
+        check_named_teachers(teacher_model, args)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         named = isinstance(model, str)
         if isinstance(model, str):

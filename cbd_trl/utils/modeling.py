@@ -1,5 +1,6 @@
 """Loading a causal language model: safetensors only, no code of its repository, and no weight that is not there."""
 
+import copy
 import json
 import os
 import re
@@ -12,12 +13,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from cbd_trl.names import readable_name
 
@@ -74,14 +82,46 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
     if options.get("gguf_file") is None:
         options["use_safetensors"] = True
     try:
-        loaded: Any = _auto_class(place, options).from_pretrained(place, **options)
+        model, info = _loaded(place, options)
     except (OSError, SafetensorError) as error:
         if (reason := _unreadable(place, options, error)) is not None:
             raise ValueError(f"{name} {reason}") from error
         raise
-    model, info = loaded
+    except NotImplementedError:
+        # A head that is to be tied and has another size than the table ends it before it is told: untied, it is.
+        model, info = _loaded(place, options | {"tie_word_embeddings": False, "device_map": "meta"})
+        _check_keys(model, info, name)
+        raise
     _check_keys(model, info, name)
     return model
+
+
+def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> None:
+    """Refuse what `load_causal_lm` would, by the headers of the files: in a second, before any long work.
+
+    What only loading can tell is left to it: quantized checkpoints, adapters, and models with code of their own.
+
+    Args:
+        place: path or Hub id.
+        role: what an error calls it.
+        adapters: whether an adapter may be loaded, too.
+        options: of `from_pretrained`; only those that say where the files are count.
+
+    Raises:
+        ValueError: as `load_causal_lm`.
+        OSError: there is nothing of that name.
+    """
+    where = _where(options)
+    later = options.get("trust_remote_code") or options.get("gguf_file") or is_deepspeed_zero3_enabled()
+    if later or (adapters and _adapter(place, where)):
+        return
+    check_no_adapter(place, role, **where)
+    with suppress(OSError, ValueError):  # no config to read: loading says so
+        if getattr(_config(place, where), "quantization_config", None) is not None:
+            return
+    of_files = {key: options[key] for key in ("variant", "key_mapping") if key in options}
+    with quiet():
+        load_causal_lm(place, role=role, device_map="meta", **where, **of_files)
 
 
 def check_plain(model: Any, role: str) -> None:
@@ -108,25 +148,48 @@ def check_plain(model: Any, role: str) -> None:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar and no report of transformers for what is in memory already, or is loaded again later."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
     """Have a model on a device for a time, and back on its own after it.
 
-    A model that is spread over devices, or quantized, stays where it is.
+    One that is spread over devices stays where it is.
 
     Args:
         model: the caller's.
         device: where it is to be.
     """
-    here: Any = model
-    own, apart = here.device, hasattr(here, "hf_device_map") or getattr(here, "is_quantized", False)
-    if apart:
-        yield here
+    moved: Any = model
+    if is_spread(moved):
+        yield moved
         return
-    here.to(device)
+    own = moved.device
+    moved.to(device)
     try:
-        yield here
+        yield moved
     finally:
-        here.to(own)
+        moved.to(own)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a `device_map` put the parts of a model on several devices, or off them.
+
+    Args:
+        model: of transformers.
+    """
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
 def is_multimodal(model: Any) -> bool:
@@ -138,22 +201,45 @@ def is_multimodal(model: Any) -> bool:
     return model.config.get_text_config() is not model.config
 
 
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model in a multimodal one, where that is a causal LM that transformers knows.
+
+    Args:
+        config: of any model.
+
+    Returns:
+        a copy with the head that the whole model has; the config itself of a text model, of a quantized one, and where
+        the language model is not one by itself.
+    """
+    text = config.get_text_config()
+    whole = text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if whole or getattr(config, "quantization_config", None) is not None:
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
+
+
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The language model of a multimodal one, as a causal LM of its own that shares its weights; a text model itself.
 
     Args:
         model: a causal LM.
+
+    Returns:
+        the model itself where `text_config` gives its config as it is.
     """
-    if not is_multimodal(model):
-        return model
     whole: Any = model
-    config = whole.config.get_text_config()
+    config = text_config(whole.config)
+    if config is whole.config:
+        return model
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in whole.get_decoder().state_dict().items()}
     state |= {f"lm_head.{key}": tensor for key, tensor in whole.get_output_embeddings().state_dict().items()}
-    text, info = cls.from_pretrained(
-        None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
-    )
+    with quiet():
+        text, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
+        )
     _check_keys(text, info, f"The language model of {type(model).__name__}")
     text.generation_config, text.name_or_path = whole.generation_config, whole.name_or_path
     text.config._name_or_path = whole.name_or_path
@@ -164,11 +250,20 @@ def _has_adapter_layers(model: Any) -> bool:
     return isinstance(model, nn.Module) and any(hasattr(module, "base_layer") for module in model.modules())
 
 
+def _loaded(place: str | Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _auto_class(place, options).from_pretrained(place, **options)
+
+
+def _config(place: str | Path, options: Mapping[str, Any]) -> PretrainedConfig:
+    code = bool(options.get("trust_remote_code"))
+    return AutoConfig.from_pretrained(place, trust_remote_code=code, **_where(options))
+
+
 def _auto_class(place: str | Path, options: Mapping[str, Any]) -> Any:
     """`AutoModelForCausalLM`; for a multimodal model that it does not know, the class that does."""
     if options.get("gguf_file") is not None or "config" in options:
         return AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(place, trust_remote_code=options["trust_remote_code"], **_where(options))
+    config = _config(place, options)
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
