@@ -14,7 +14,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     # A PEFT wrapper's and a model's own attributes, which nn.Module does not declare.
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     depth = base.config.get_text_config().num_hidden_layers
-    for module in base.modules():
+    # Not those of a tower for images, which may be as many.
+    for module in base.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise ValueError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
 from cbd_trl.cache.codec import row_key
@@ -23,7 +23,8 @@ from cbd_trl.cache.writer import CacheWriter
 from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.head import Head
 from cbd_trl.names import readable_name
-from cbd_trl.teachers.tokenizers import find_tokenizer
+from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
+from cbd_trl.utils.modeling import check_checkpoint, load_causal_lm
 
 
 def write_cache(
@@ -74,7 +75,11 @@ def write_cache(
     args = _of_one_process(_default_args(output_dir) if args is None else args)
     name = teacher if isinstance(teacher, str) else getattr(teacher.config, "_name_or_path", None)
     revision = (model_init_kwargs or {}).get("revision")
-    tokenizer = processing_class or find_tokenizer(name, revision, local_only=not isinstance(teacher, str))
+    tokenizer = text_tokenizer(processing_class) or find_tokenizer(
+        name, revision, local_only=not isinstance(teacher, str)
+    )
+    if isinstance(teacher, str):
+        check_checkpoint(teacher, role="teacher", adapters=True, **(model_init_kwargs or {}))
     rows = prepared_rows(dataset, tokenizer, args)
     model = _load(teacher, model_init_kwargs, args)
     with in_eval_mode(model):
@@ -157,9 +162,8 @@ def check_disk(folder: Path, settings: Settings, rows: int, tokens: int, head: H
 
 def _load(teacher: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, args: SFTConfig) -> PreTrainedModel:
     if isinstance(teacher, str):
-        # Safetensors only, and no code of the repository: nothing that runs is read.
-        safe = {"use_safetensors": True, "trust_remote_code": False}
-        model: Any = AutoModelForCausalLM.from_pretrained(teacher, **{**(init_kwargs or {}), **safe})
+        options = {**(init_kwargs or {}), "trust_remote_code": False}
+        model: Any = load_causal_lm(teacher, role="teacher", adapters=True, **options)
         return model.to(args.device)
     if init_kwargs:
         raise ValueError(

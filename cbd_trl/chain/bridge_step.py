@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.hooks import remove_hook_from_module
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.modeling import is_spread
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _distil(
     args = copy.deepcopy(args)
     args.output_dir = str(work)
     student: Any = sides.student.model(args.model_init_kwargs)
-    if student is sides.student.place:
+    if not isinstance(sides.student.place, str | Path):
         student = copy.deepcopy(student)
     if is_tied(student):
         # Two equal tables would be trained apart.
@@ -187,12 +189,20 @@ def _distil(
 
 
 @contextmanager
-def _left_as_it_is(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """A teacher is frozen and in eval mode; a model in memory is the caller's, who may go on training it."""
+def _left_as_it_is(model: Any) -> Iterator[PreTrainedModel]:
+    """A teacher is placed, frozen and in eval mode; a model in memory is the caller's, who may go on training it."""
     training, learning = model.training, [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device, spread, attributes = model.device, is_spread(model), dict(vars(model))
     try:
         yield model
     finally:
+        if not spread:
+            # Of `teacher_offload`, which keeps the parameters in its hooks.
+            remove_hook_from_module(model, recurse=True)
+            model.to(device)
+        # The trainer opens the forward, the accelerator casts in it and marks the model as prepared.
+        vars(model).clear()
+        vars(model).update(attributes)
         model.train(training)
         for parameter in learning:
             parameter.requires_grad_(True)

@@ -32,6 +32,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.utils.modeling import on_device
 
 
 def build_chain(
@@ -97,7 +98,13 @@ def build_chain(
     for anchor in done.values():
         # Of a run that was killed while it removed it.
         remove_work_folder(output_dir, anchor.name)
-    _make_anchors(output_dir, head, steps, done, eval_dataset, calibration_tokens)
+    upper, tokenizer, count = done.get(0), head.tokenizer, len(steps) + 1
+    if upper is None:
+        PartialState().print(f"[1/{count}] {head.doing}")
+        upper = _make_head(output_dir, head, f"{head.name} 1/{count}", calibration_tokens)
+    # A model in memory is stored now, and need not stay there for the rest of the build.
+    del source, origin, bridge, head
+    _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens)
     return finished_chain(output_dir)
 
 
@@ -110,18 +117,16 @@ def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeS
 
 def _make_anchors(
     output_dir: Path,
-    head: Head,
+    upper: Anchor,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
     steps: Sequence[Step],
     done: Mapping[int, Anchor],
     eval_dataset: Dataset | None,
     calibration_tokens: int,
 ) -> None:
-    """Make those that an earlier run did not finish."""
+    """Make those below the first that an earlier run did not finish."""
     state = PartialState()
-    upper = done.get(0)
-    if upper is None:
-        state.print(f"[1/{len(steps) + 1}] {head.doing}")
-        upper = _make_head(output_dir, head, f"{head.name} 1/{len(steps) + 1}", calibration_tokens)
     for number, step in enumerate(steps, start=1):
         if number in done:
             upper = done[number]
@@ -131,7 +136,7 @@ def _make_anchors(
         if limit := step.architecture.engine_limit():
             state.print(limit)
         label = f"{step.name} {place}"
-        upper = _distil_anchor(output_dir, head, upper, step, eval_dataset, calibration_tokens, label)
+        upper = _distil_anchor(output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, label)
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -147,24 +152,24 @@ def _calibration_blocks(
 
 def _make_head(output_dir: Path, head: Head, label: str, calibration_tokens: int) -> Anchor:
     made = head.make(label)
-    model: Any = made.model
-    model.to(head.args.device)
-    blocks = _calibration_blocks(model.config, head.dataset, head.args, head.tokenizer, calibration_tokens)
-    anchor = store_head(output_dir, head, made, blocks)
+    blocks = _calibration_blocks(made.model.config, head.dataset, head.args, head.tokenizer, calibration_tokens)
+    with on_device(made.model, head.args.device):
+        anchor = store_head(output_dir, head, made, blocks)
     remove_work_folder(output_dir, head.name)
     return anchor
 
 
 def _distil_anchor(
     output_dir: Path,
-    head: Head,
     upper: Anchor,
     step: Step,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
     eval_dataset: Dataset | None,
     calibration_tokens: int,
     label: str,
 ) -> Anchor:
-    record, tokenizer = training_record(step.args), head.tokenizer
+    record = training_record(step.args)
     settings = {"upper": upper.files, "shape": step.architecture.shape, ARGUMENTS: record}
     work = work_folder(output_dir, step.name, settings)
     args = copy.deepcopy(step.args)
@@ -176,7 +181,7 @@ def _distil_anchor(
     blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
     student: Any = initial_student(upper, step, blocks)
     student.generation_config = copy.deepcopy(teacher.generation_config)
-    head.special.follow(student, head.tokenizer)
+    special.follow(student, tokenizer)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
     checkpoint = last_checkpoint(work)
     if checkpoint is None:

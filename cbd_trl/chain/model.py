@@ -1,17 +1,16 @@
 """From weights to a stock transformers model and back to disk."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.surgery.weights import Weights, to_state
+from cbd_trl.utils.modeling import quiet
 
 
 def build_model(
@@ -38,7 +37,7 @@ def stock_model(
     config.dtype = dtype
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [cls.__name__]
-    with _quiet():
+    with quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
         model = cls.from_pretrained(None, config=config, state_dict=_parameters(state, dtype), dtype=dtype)
     model.config._name_or_path = model.name_or_path = name_or_path
@@ -58,15 +57,3 @@ def _parameters(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
         used.add(tensor.untyped_storage().data_ptr())
         parameters[key] = tensor
     return parameters
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar for tensors that are in memory already."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -13,20 +13,22 @@ import torch
 from huggingface_hub import HfApi
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from cbd_trl.architectures import Architecture, architecture_of, describe
 from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.names import readable_name
-from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, tokenizer_difference
+from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, text_tokenizer, tokenizer_difference
 from cbd_trl.tensor_header import read_header
+from cbd_trl.utils.modeling import check_no_adapter, check_plain, load_causal_lm, text_config, text_model
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,22 @@ class Source:
         place: a model, a path or a Hub id.
         revision, token: of a Hub id.
         role: what an error calls it.
+
+    Raises:
+        ValueError: it is a PEFT adapter, in memory or in a folder.
+        TypeError: it is no model of transformers.
     """
 
     place: str | Path | PreTrainedModel
     revision: str | None = None
     token: str | None = None
     role: str = "source"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.place, str | Path):
+            check_no_adapter(self.place, self.role, revision=self.revision, token=self.token)
+        else:
+            check_plain(self.place, self.role)
 
     @property
     def name(self) -> str:
@@ -71,17 +83,18 @@ class Source:
         return origin_of(self.name, self.revision, self.token)
 
     def config(self) -> PretrainedConfig:
-        """Its config, without the weights.
+        """Its config, without the weights; of a multimodal model that of its language model.
 
         Raises:
             ValueError: nothing of that name can be read.
         """
         if isinstance(self.place, PreTrainedModel):
-            return self.place.config
+            return text_config(self.place.config)
         try:
-            return AutoConfig.from_pretrained(
+            config = AutoConfig.from_pretrained(
                 self.place, revision=self.revision, token=self.token, trust_remote_code=False
             )
+            return text_config(config)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"The {self.role} {self.name!r} is no model folder and could not be fetched from the Hub ({error}). "
@@ -98,7 +111,7 @@ class Source:
         """
         stated = describe(self.config())
         if isinstance(self.place, PreTrainedModel):
-            return architecture_of(self.place)
+            return architecture_of(text_model(self.place))
         if stated.tied and self._has_tensor(f"{stated.family.head}.weight", stated.family.file_names):
             return architecture_of(self.model({"dtype": "auto"}))
         return stated
@@ -124,6 +137,7 @@ class Source:
         Raises:
             ValueError: there is none, or the one given has other ids than the one that the model was saved with.
         """
+        given = text_tokenizer(given)
         if given is None:
             return self._tokenizer()
         # A trainer sets the tokens of a tokenizer that it lacks, or that its arguments name.
@@ -155,11 +169,24 @@ class Source:
             ) from error
 
     def model(self, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
-        """The model itself; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype."""
+        """The model itself; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype.
+
+        Of a multimodal model it is the language model, which is said.
+
+        Raises:
+            ValueError: weights are missing, unknown, of another shape or in no safetensors.
+        """
         if isinstance(self.place, PreTrainedModel):
-            return self.place
+            return self._text(self.place)
         given = json.loads(init_kwargs) if isinstance(init_kwargs, str) else (init_kwargs or {})
         options = {"dtype": torch.float32, "revision": self.revision, "token": self.token, **given}
-        # Safetensors only, and no code of the repository: nothing that runs is read, whatever it holds.
-        safe = {"use_safetensors": True, "trust_remote_code": False}
-        return AutoModelForCausalLM.from_pretrained(self.place, **{**options, **safe})
+        return self._text(load_causal_lm(self.place, role=self.role, **{**options, "trust_remote_code": False}))
+
+    def _text(self, model: PreTrainedModel) -> PreTrainedModel:
+        text = text_model(model)
+        if text is not model:
+            logger.warning_once(
+                f"Of the {self.role} {self.name!r}, a {type(model).__name__}, the language model is taken, a "
+                f"{type(text).__name__}: what it has for images and sounds is left out."
+            )
+        return text

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from cbd_trl.cards import save_cards
 from cbd_trl.chain.build import build_chain
@@ -26,6 +26,7 @@ from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
 from cbd_trl.report.tables import describe_shape, format_count
 from cbd_trl.report.text import held_out_blocks
+from cbd_trl.utils.modeling import load_causal_lm
 
 
 class Demo:
@@ -113,7 +114,7 @@ class Demo:
 
     def _predict(self, folder: Path) -> Clock:
         """The clock, set by timing the source on the held-out tokens."""
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model = load_causal_lm(folder, role="model of the demo", dtype=torch.float32)
         size = model.num_parameters()
         known = self.results.get("speed")
         if known is None:

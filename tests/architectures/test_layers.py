@@ -26,7 +26,9 @@ def test_peft_wrappers_are_looked_through(family):
 
 
 def test_model_without_a_stack_is_refused():
-    model = nn.Linear(2, 2)
-    model.config = tiny_model("llama").config
-    with pytest.raises(ValueError, match=r"No stack of 4 decoder layers.*Linear.*`hidden_weight=0` and `swap_prob"):
+    model = tiny_model("llama")
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(
+        ValueError, match=r"No stack of 4 decoder layers.*LlamaForCausalLM.*`hidden_weight=0` and `swap_prob"
+    ):
         decoder_layers(model)

@@ -45,7 +45,7 @@ def test_without_wheel_and_hub_both_ways_are_named(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("We couldn't connect to the Hub.\nMore lines.")
 
-    monkeypatch.setattr(source.AutoModelForCausalLM, "from_pretrained", offline)
+    monkeypatch.setattr(source, "load_causal_lm", offline)
     with pytest.raises(ValueError, match=r"couldn't connect to the Hub\. Run `make demo`.*--wheel"):
         prepare_source(tmp_path / "source")
 

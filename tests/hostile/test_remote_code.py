@@ -91,11 +91,11 @@ def test_what_is_asked_for_is_named(evil, said):
 def test_a_teacher_names_what_it_is_about_to_run(evil, said, monkeypatch):
     seen = {}
 
-    def from_pretrained(place, **options):
+    def load(place, **options):
         seen.update(options, said=[record.getMessage() for record in said.records])
-        return tiny_model("llama", seed=1), {"missing_keys": set()}
+        return tiny_model("llama", seed=1)
 
-    monkeypatch.setattr("cbd_trl.teachers.local.AutoModelForCausalLM.from_pretrained", from_pretrained)
+    monkeypatch.setattr("cbd_trl.teachers.local.load_causal_lm", load)
     load_teacher(str(evil), tiny_model("llama"), trust_remote_code=True)
     assert seen["trust_remote_code"] is True and "modeling_evil.Model" in seen["said"][-1]
     said.clear()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from cbd_trl.cli import main
 from cbd_trl.recipe.check import check_recipe
@@ -150,7 +151,7 @@ def test_a_source_without_safetensors(inputs: Path, tmp_path: Path) -> None:
     source = tmp_path.with_name("without")
     shutil.copytree(inputs / "source", source, ignore=shutil.ignore_patterns("*.safetensors"))
     [problem] = _problems(inputs, tmp_path, source=str(source))
-    assert "holds no weights in safetensors" in problem
+    assert "has no model.safetensors" in problem
 
 
 def test_a_bridge(inputs: Path, teacher: Path, student: Path, tmp_path: Path) -> None:
@@ -201,7 +202,13 @@ def test_nothing_is_written_or_loaded_before_the_check_is_passed(
 ) -> None:
     recipe = write_recipe(inputs, anchors=[{"shape": {"num_hidden_layers": 7}}]).rename(tmp_path / "recipe.yaml")
     flags = ["build", str(recipe), "--set", f"output_dir={tmp_path / 'chain'}"]
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    look = AutoModelForCausalLM.from_pretrained
+
+    def only_headers(*place: Any, **options: Any) -> Any:
+        assert options["device_map"] == "meta", "loaded"
+        return look(*place, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", only_headers)
     assert main(flags) == 1
     assert "line 8, anchors[0]: num_hidden_layers=7" in capsys.readouterr().err
     assert main([*flags, "--set", "anchors[0].shape.num_hidden_layers=4", "--dry-run"]) == 0

@@ -121,7 +121,7 @@ def test_a_shipped_name_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr()
     assert "134.5M" in shown.out and "84.95M" in shown.out and "44.05M" in shown.out
     assert "this is a dry run" in shown.out
-    assert "holds no weights in safetensors" in shown.err
+    assert "has no model.safetensors" in shown.err
     assert shown.err.count("\n  - ") == 1
     (tmp_path / "source" / "model.safetensors").touch()
     assert main(["build", "demo", *flags]) == 0

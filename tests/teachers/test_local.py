@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_trl.teachers.local import LocalTeacher, load_teacher
 from cbd_trl.teachers.tokenizers import check_same_tokenizer, check_vocabularies, find_tokenizer, shared_vocabulary
@@ -31,11 +31,11 @@ def test_a_path_loads_in_the_dtype_and_attention_of_the_student(tmp_path) -> Non
 def test_revision_and_remote_code_reach_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
 
-    def from_pretrained(name: str, **kwargs: object) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+    def load(name: str, **kwargs: object) -> PreTrainedModel:
         seen.update(kwargs, name=name)
-        return tiny_model("llama", seed=1), {"missing_keys": set()}
+        return tiny_model("llama", seed=1)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("cbd_trl.teachers.local.load_causal_lm", load)
     load_teacher("me/teacher", tiny_model("llama"), revision="v2", trust_remote_code=True)
     assert (seen["name"], seen["revision"], seen["trust_remote_code"]) == ("me/teacher", "v2", True)
 

@@ -1,0 +1,412 @@
+"""Loading a causal language model: safetensors only, no code of its repository, and no weight that is not there."""
+
+import copy
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+from transformers.utils import cached_file, find_adapter_config_file, logging
+
+from cbd_trl.names import readable_name
+
+# Of the options of `from_pretrained`, those that say where the files are.
+_WHERE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
+# Buffers that old checkpoints hold and models compute: transformers knows those of most classes, not of all.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
+# What wrappers put into the keys of the model inside, and how to save the model itself.
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile wrapped it: save the model inside, `model._orig_mod.save_pretrained(...)`",
+    "_fsdp_wrapped_module.": "FSDP wrapped it: save its full state dict, `trainer.save_model(...)`",
+    "_checkpoint_wrapped_module.": "activation checkpointing wrapped it: save the model inside",
+    "lora_": "a LoRA adapter is still on it: `model.merge_and_unload().save_pretrained(...)`",
+    "base_layer.": "a PEFT adapter is still on it: `model.merge_and_unload().save_pretrained(...)`",
+    "base_model.model.": "PEFT wrapped it: `model.merge_and_unload().save_pretrained(...)`",
+    "module.": "DataParallel or DeepSpeed wrapped it: save the model inside, `model.module.save_pretrained(...)`",
+}
+_NAMED = 5
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> PreTrainedModel:
+    """Load a causal LM whose every weight is what its checkpoint says.
+
+    transformers fills what a checkpoint lacks with random numbers and leaves out what it does not know; here both are
+    refused, but for what it ignores by design: buffers that the model computes, a tied head, older names of keys. Only
+    safetensors (or the GGUF file that is named) are read, and no code of the repository is run unless
+    `trust_remote_code` is among the options. Of a multimodal checkpoint the whole model is loaded.
+
+    Args:
+        place: path or Hub id.
+        role: what an error calls it, such as "source".
+        adapters: take the folder of a PEFT adapter, too: its base, with the adapter on top.
+        options: of `from_pretrained`.
+
+    Returns:
+        the model, in eval mode.
+
+    Raises:
+        ValueError: keys are missing, unknown or of another shape; files are lost, cut off or not safetensors; or it is
+            an adapter and none may be.
+        OSError: there is nothing of that name.
+        ImportError: it is quantized, or is to be, by a package that is not installed.
+    """
+    name = f"The {role} {readable_name(str(place))!r}"
+    options = {"trust_remote_code": False, **options}
+    adapter = _adapter(place, options)
+    if adapter is not None:
+        if not adapters:
+            raise ValueError(_merge(f"{name} is a PEFT adapter"))
+        return _with_adapter(place, adapter, role, options)
+    # Sizes that differ are told by name below, with everything else.
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    if options.get("gguf_file") is None:
+        options["use_safetensors"] = True
+    try:
+        model, info = _loaded(place, options)
+    except (OSError, SafetensorError) as error:
+        if (reason := _unreadable(place, options, error)) is not None:
+            raise ValueError(f"{name} {reason}") from error
+        raise
+    except NotImplementedError:
+        # A head that is to be tied and has another size than the table ends it before it is told: untied, it is.
+        model, info = _loaded(place, options | {"tie_word_embeddings": False, "device_map": "meta"})
+        _check_keys(model, info, name)
+        raise
+    _check_keys(model, info, name)
+    return model
+
+
+def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> None:
+    """Refuse what `load_causal_lm` would, by the headers of the files: in a second, before any long work.
+
+    What only loading can tell is left to it: quantized checkpoints, adapters, and models with code of their own.
+
+    Args:
+        place: path or Hub id.
+        role: what an error calls it.
+        adapters: whether an adapter may be loaded, too.
+        options: of `from_pretrained`; only those that say where the files are count.
+
+    Raises:
+        ValueError: as `load_causal_lm`.
+        OSError: there is nothing of that name.
+    """
+    where = _where(options)
+    later = options.get("trust_remote_code") or options.get("gguf_file") or is_deepspeed_zero3_enabled()
+    if later or (adapters and _adapter(place, where)):
+        return
+    check_no_adapter(place, role, **where)
+    with suppress(OSError, ValueError):  # no config to read: loading says so
+        if getattr(_config(place, where), "quantization_config", None) is not None:
+            return
+    of_files = {key: options[key] for key in ("variant", "key_mapping") if key in options}
+    with quiet():
+        load_causal_lm(place, role=role, device_map="meta", **where, **of_files)
+
+
+def check_plain(model: Any, role: str) -> None:
+    """Refuse a model in memory whose weights are not a plain model's.
+
+    Args:
+        model: what was given for a model.
+        role: what an error calls it.
+
+    Raises:
+        TypeError: it is no model of transformers, such as one that `torch.compile` or a trainer wrapped.
+        ValueError: it has a PEFT adapter.
+    """
+    if hasattr(model, "get_base_model") or _has_adapter_layers(model):
+        raise ValueError(_merge(f"The {role} is a {type(model).__name__} with a PEFT adapter"))
+    if not isinstance(model, PreTrainedModel):
+        inside = next(
+            (f" Give the model inside: `model.{at}`." for at in ("_orig_mod", "module") if at in dir(model)), ""
+        )
+        raise TypeError(
+            f"The {role} is a {type(model).__name__}: it must be a model of transformers, the path of a folder with "
+            f"config.json, or a Hub id.{inside}"
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bar and no report of transformers for what is in memory already, or is loaded again later."""
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(max(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
+    """Have a model on a device for a time, and back on its own after it.
+
+    One that is spread over devices stays where it is.
+
+    Args:
+        model: the caller's.
+        device: where it is to be.
+    """
+    moved: Any = model
+    if is_spread(moved):
+        yield moved
+        return
+    own = moved.device
+    moved.to(device)
+    try:
+        yield moved
+    finally:
+        moved.to(own)
+
+
+def is_spread(model: Any) -> bool:
+    """Whether a `device_map` put the parts of a model on several devices, or off them.
+
+    Args:
+        model: of transformers.
+    """
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+def is_multimodal(model: Any) -> bool:
+    """Whether the language model is a part of this one, beside a tower for images or sounds.
+
+    Args:
+        model: a causal LM.
+    """
+    return model.config.get_text_config() is not model.config
+
+
+def text_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the language model in a multimodal one, where that is a causal LM that transformers knows.
+
+    Args:
+        config: of any model.
+
+    Returns:
+        a copy with the head that the whole model has; the config itself of a text model, of a quantized one, and where
+        the language model is not one by itself.
+    """
+    text = config.get_text_config()
+    whole = text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if whole or getattr(config, "quantization_config", None) is not None:
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model of a multimodal one, as a causal LM of its own that shares its weights; a text model itself.
+
+    Args:
+        model: a causal LM.
+
+    Returns:
+        the model itself where `text_config` gives its config as it is.
+    """
+    whole: Any = model
+    config = text_config(whole.config)
+    if config is whole.config:
+        return model
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    state = {f"{cls.base_model_prefix}.{key}": tensor for key, tensor in whole.get_decoder().state_dict().items()}
+    state |= {f"lm_head.{key}": tensor for key, tensor in whole.get_output_embeddings().state_dict().items()}
+    with quiet():
+        text, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=model.dtype, output_loading_info=True
+        )
+    _check_keys(text, info, f"The language model of {type(model).__name__}")
+    text.generation_config, text.name_or_path = whole.generation_config, whole.name_or_path
+    text.config._name_or_path = whole.name_or_path
+    return text
+
+
+def _has_adapter_layers(model: Any) -> bool:
+    return isinstance(model, nn.Module) and any(hasattr(module, "base_layer") for module in model.modules())
+
+
+def _loaded(place: str | Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _auto_class(place, options).from_pretrained(place, **options)
+
+
+def _config(place: str | Path, options: Mapping[str, Any]) -> PretrainedConfig:
+    code = bool(options.get("trust_remote_code"))
+    return AutoConfig.from_pretrained(place, trust_remote_code=code, **_where(options))
+
+
+def _auto_class(place: str | Path, options: Mapping[str, Any]) -> Any:
+    """`AutoModelForCausalLM`; for a multimodal model that it does not know, the class that does."""
+    if options.get("gguf_file") is not None or "config" in options:
+        return AutoModelForCausalLM
+    config = _config(place, options)
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def _check_keys(model: Any, info: Mapping[str, Any], name: str) -> None:
+    """Refuse what transformers found missing, unknown or of another shape.
+
+    Args:
+        model: that was loaded.
+        info: the loading info.
+        name: begins the error.
+    """
+    missing = set(info["missing_keys"])
+    unknown = {key for key in info["unexpected_keys"] if not _COMPUTED.search(key)}
+    if getattr(model, "is_quantized", False):
+        # A format's scales and maps, which a kernel may do without; its weights are packed under their own names.
+        unknown = {key for key in unknown if key.endswith((".weight", ".bias"))}
+    shapes = {key: (tuple(stored), tuple(wanted)) for key, stored, wanted in info["mismatched_keys"]}
+    if not (missing or unknown or shapes):
+        return
+    found = [
+        f"{len(keys)} weights {what}: {_listed(keys)}"
+        for what, keys in (("are missing", missing), ("are not known to it", unknown))
+        if keys
+    ]
+    if shapes:
+        different = [f"{key} ({list(stored)}, not {list(wanted)})" for key, (stored, wanted) in sorted(shapes.items())]
+        found.append(f"{len(shapes)} weights have another shape: {_listed(different)}")
+    raise ValueError(
+        f"{name} is not a whole {type(model).__name__}: {'; '.join(found)}. What is missing would be random numbers, "
+        f"and what is not known left out. {_way_out(model, missing, unknown, shapes)}"
+    )
+
+
+def _way_out(model: Any, missing: set[str], unknown: set[str], shapes: Collection[str]) -> str:
+    for part, what in _WRAPPERS.items():
+        if any(part in key for key in unknown):
+            return f"The keys carry `{part}`: {what}."
+    prefixes = Counter(
+        key.removesuffix(own) for key in unknown for own in missing if key.endswith(f".{own}") and key != own
+    )
+    if prefixes:
+        prefix = prefixes.most_common(1)[0][0]
+        return f"The keys carry `{prefix}`: save the model inside the one that has this prefix."
+    head = model.get_output_embeddings()
+    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    if missing and missing <= {key for key, parameter in model.named_parameters() if id(parameter) in of_head}:
+        return (
+            "It is a model without a head. Give one that was saved as a causal language model (or, if the head is the "
+            "table, set tie_word_embeddings=true in its config.json)."
+        )
+    if shapes:
+        return "The config.json is another model's, or was not saved after a change such as resized embeddings."
+    if missing:
+        return "A part was lost in saving, converting or copying: fetch or save it again."
+    return (
+        "The config.json is another model's, such as one with fewer layers, or a part was added to it, such as a "
+        "value head. If the weights are to be left out, load the model yourself and give it as a model."
+    )
+
+
+def _listed(names: Collection[str]) -> str:
+    some = sorted(names)[:_NAMED]
+    return ", ".join(some) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+
+
+def _unreadable(place: str | Path, options: Mapping[str, Any], error: Exception) -> str | None:
+    """What is wrong with its files; None where there is no such place, or it cannot be reached."""
+    again = "Fetch or save it again."
+    if isinstance(error, SafetensorError):
+        return f"has a weight file that is damaged or cut off ({error}). {again}"
+    folder = Path(place) / (options.get("subfolder") or "")
+    if isinstance(error, FileNotFoundError):
+        lost = os.path.basename(str(error.filename or str(error).rsplit(" ", 1)[-1]))
+        return f"has lost a weight file that its index names: {lost}. {again}"
+    if folder.is_dir() and (folder / "config.json").is_file():
+        found = sorted(
+            file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".h5", ".gguf")
+        )
+        if any(name.endswith(".gguf") for name in found):
+            return f"has no model.safetensors but {_listed(found)}. {_CONVERT_GGUF}"
+        return f"has no model.safetensors{f' but {_listed(found)}' if found else ''}. {_CONVERT if found else again}"
+    if "model.safetensors" in str(error):
+        return f"has no model.safetensors ({str(error).splitlines()[0]}). {_CONVERT}"
+    return None
+
+
+_CONVERT = (
+    "A pickle can run code, so it is not read. If you trust it, convert it once: "
+    "`AutoModelForCausalLM.from_pretrained(place, use_safetensors=False).save_pretrained(folder)`, and give that."
+)
+_CONVERT_GGUF = (
+    "Convert it once: `AutoModelForCausalLM.from_pretrained(place, gguf_file=..., dtype=torch.float32)`, and save it "
+    "without its marks of quantization."
+)
+
+
+def _merge(found: str) -> str:
+    return (
+        f"{found}, not a plain model. Merge it first: `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, "
+        "or `model.merge_and_unload()` of a PEFT model in memory. Give what that returns, or a folder that holds it."
+    )
+
+
+def check_no_adapter(place: str | Path, role: str, **where: Any) -> None:
+    """Refuse the folder of a PEFT adapter, which is not a model of its own.
+
+    Args:
+        place: path or Hub id.
+        role: what an error calls it.
+        where: `revision` and `token` of a Hub id.
+
+    Raises:
+        ValueError: there is an adapter.
+    """
+    if _adapter(place, where) is not None:
+        raise ValueError(_merge(f"The {role} {readable_name(str(place))!r} is a PEFT adapter"))
+
+
+def _adapter(place: str | Path, options: Mapping[str, Any]) -> str | None:
+    """The config file of the PEFT adapter at a place, None where there is none."""
+    with suppress(OSError):  # nothing of that name: loading says so
+        return find_adapter_config_file(str(place), **_where(options))
+    return None
+
+
+def _where(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in _WHERE if options.get(key) is not None}
+
+
+def _with_adapter(place: str | Path, adapter: str, role: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """The base of an adapter, with the adapter on top, both of them whole."""
+    name, where = readable_name(str(place)), _where(options)
+    if cached_file(str(place), _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **where) is None:
+        raise ValueError(
+            f"The {role} {name!r} is a PEFT adapter without {_ADAPTER_WEIGHTS}. A pickle can run code, so it is not "
+            "read. If you trust it, load and save it once with peft."
+        )
+    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    model: Any = load_causal_lm(base, role=f"{role}'s base", **of_base)
+    info = model.load_adapter(str(place), adapter_kwargs=where, dtype=model.dtype, ignore_mismatched_sizes=True)
+    _check_keys(model, info.to_dict(), f"The adapter of the {role} {name!r}")
+    return model
