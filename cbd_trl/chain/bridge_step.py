@@ -23,6 +23,7 @@ from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.datasets import sft_dataset
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def bridged_head(
         "source_tokenizer": tokenizer_hash(sides.teacher_tokenizer),
         "arguments": training_record(args),
     }
-    record, text = {**origin.record(), "bridge": told}, dataset if step.dataset is None else step.dataset
+    record = {**origin.record(), "bridge": told}
+    text = dataset if step.dataset is None else sft_dataset(step.dataset, "dataset of the bridge", args)
     settings = {**record, "tokenizer": tokenizer_hash(sides.tokenizer), "shape": architecture.shape}
     name = anchor_name(architecture.num_parameters)
     return Head(

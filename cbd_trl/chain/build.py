@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.utils.datasets import has_template_file, sft_dataset, sft_datasets, training_tokenizer
 
 
 def build_chain(
@@ -74,12 +76,15 @@ def build_chain(
     """
     output_dir = Path(output_dir)
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
+    dataset = sft_dataset(dataset, "dataset", args)
+    eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
     origin = Source(source, revision, token)
     if bridge is None:
         head = source_head(origin, processing_class, args, dataset)
     else:
         head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir)
     steps = plan_chain(head.architecture, anchors, args, dataset)
+    head = replace(head, tokenizer=_tokenizer_of_all(head, steps))
     done = finished_anchors(output_dir, head, steps)
     if not done:
         _check_text(head.dataset, head.args, head.tokenizer)
@@ -120,13 +125,30 @@ def _make_anchors(
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a dataset that gives no tokens before the first anchor is trained, not after it."""
-    token_blocks(dataset, tokenizer, 2, text_field=args.dataset_text_field)
+    token_blocks(dataset, tokenizer, 2, args=args)
+
+
+def _tokenizer_of_all(head: Head, steps: Sequence[Step]) -> PreTrainedTokenizerBase:
+    """The tokenizer that all anchors are trained and saved with: the source's, with the arguments' chat template."""
+    every = [head.args, *(step.args for step in steps)]
+    paths = {args.chat_template_path: None for args in every}
+    if len(paths) > 1:
+        raise ValueError(
+            f"chat_template_path differs between the anchors ({', '.join(map(repr, paths))}), and a chain has one "
+            "tokenizer. Give the same in all `args`."
+        )
+    if every[0].chat_template_path is not None and not has_template_file(every[0]):
+        raise ValueError(
+            f"chat_template_path={every[0].chat_template_path!r} is no .jinja file: of a tokenizer the tokens would be "
+            "added too, and all anchors have the vocabulary of the source. Save its `chat_template` as a .jinja file."
+        )
+    return training_tokenizer(head.tokenizer, every[0])
 
 
 def _calibration_blocks(
     config: Any, dataset: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int
 ) -> torch.Tensor:
-    return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args.dataset_text_field)
+    return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args)
 
 
 def _make_head(output_dir: Path, head: Head, label: str, calibration_tokens: int) -> Anchor:

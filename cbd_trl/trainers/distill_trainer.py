@@ -32,6 +32,7 @@ from cbd_trl.trainers.teacher_setup import (
     read_from_cache,
     set_up_teacher,
 )
+from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 
 
 class DistillTrainer(StepTrainer):
@@ -93,6 +94,10 @@ class DistillTrainer(StepTrainer):
         args = self._config("distilled") if args is None else args
         check_arguments(args, self._config, processing_class, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
+        formatted = kwargs.get("formatting_func") is not None
+        if train_dataset is not None:
+            train_dataset = sft_dataset(train_dataset, "train_dataset", args, formatted=formatted)
+        eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args, formatted=formatted)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         if args.trust_remote_code and isinstance(model, str):
             options: Any = args.model_init_kwargs or {}  # a string on the command line, a dict once parsed
@@ -150,6 +155,18 @@ class DistillTrainer(StepTrainer):
         """
         with self._attention():
             return super().train(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `trl.SFTTrainer`, on the formats and with the checks of the trainer's own data sets.
+
+        Args:
+            eval_dataset: as there.
+            args: as there.
+            kwargs: as there.
+        """
+        formatted = self._formatting_func is not None
+        eval_dataset = sft_datasets(eval_dataset, "eval_dataset", self.args, formatted=formatted)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `StepTrainer`.
