@@ -139,7 +139,7 @@ def _tokenizer_of_all(head: Head, steps: Sequence[Step]) -> PreTrainedTokenizerB
         )
     if every[0].chat_template_path is not None and not has_template_file(every[0]):
         raise ValueError(
-            f"chat_template_path={every[0].chat_template_path!r} is no .jinja file: of a tokenizer the tokens would be "
+            f"chat_template_path={every[0].chat_template_path!r} is no .jinja file: a tokenizer's tokens would be "
             "added too, and all anchors have the vocabulary of the source. Save its `chat_template` as a .jinja file."
         )
     return training_tokenizer(head.tokenizer, every[0])

@@ -58,7 +58,7 @@ class Prompts:
                 f"The prompts are a {type(dataset).__name__}, a stream: a run that goes on where it was interrupted "
                 "needs rows by number. Give a datasets.Dataset, or a list of rows."
             )
-        self._rows = sft_dataset(dataset, "the dataset", prompts=True)
+        self._rows = sft_dataset(dataset, "dataset", prompts=True)
         self._tokenizer: Any = tokenizer
         self._prompt_tokens = prompt_tokens
         self._prefix = prefix_ids(tokenizer)
@@ -118,7 +118,7 @@ class Prompts:
         return digest.hexdigest()
 
     def _find_column(self, row: Mapping[str, Any]) -> str:
-        (column,) = text_columns(row, "the dataset", prompts=True)
+        (column,) = text_columns(row, "dataset", prompts=True)
         if column == "text" and (self._prompt_tokens is None or self._prompt_tokens < 0):
             raise ValueError(
                 f"prompt_tokens={self._prompt_tokens} for a dataset of texts: it says how many tokens of each are the "

@@ -440,4 +440,4 @@ def _is_main_process() -> bool:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return f"a {type(value).__name__}, {text if len(text) < 80 else f'{text[:80]}...'}"
+    return f"{text if len(text) < 80 else f'{text[:80]}...'} ({type(value).__name__})"
