@@ -78,6 +78,12 @@ def sft_dataset(
         raise ValueError(f"The data set given as {name} holds nothing but empty chats. Give one with text.")
     for column in columns:
         _check_value(first[column], column, name)
+    options = first.get("chat_template_kwargs", {})
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"The column 'chat_template_kwargs' of {name} holds {_short(options)}, and must hold dicts. Read the text "
+            "first, if it is JSON."
+        )
     return kept
 
 

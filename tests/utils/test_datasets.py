@@ -207,6 +207,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         [{"prompt": [1], "completion": [2]}],
         r"'prompt' of the data holds \[1\] \(list\).*must hold texts, or lists of messages",
     ),
+    "arguments of the template in JSON": (
+        [{"messages": CHATS[0], "chat_template_kwargs": "{}"}],
+        r"'chat_template_kwargs' of the data holds '{}' \(str\), and must hold dicts",
+    ),
     "values of several types": ([{"text": "w1"}, {"text": 3}], "several types in a column"),
 }
 
