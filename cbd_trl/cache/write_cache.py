@@ -17,13 +17,13 @@ from cbd_trl.cache.codec import row_key
 from cbd_trl.cache.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from cbd_trl.cache.manifest import HIDDEN_DTYPES, Manifest, Settings, check_kind
 from cbd_trl.cache.predict import Predictor
-from cbd_trl.cache.rows import prepared_rows, token_rows
 from cbd_trl.cache.shards import stored_bytes
 from cbd_trl.cache.writer import CacheWriter
 from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.head import Head
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
+from cbd_trl.utils.datasets import cut_rows, prepared_rows
 from cbd_trl.utils.modeling import check_checkpoint, load_causal_lm
 
 
@@ -105,7 +105,7 @@ def _predict_rows(writer: CacheWriter, predictor: Predictor, rows: Any, args: SF
     with tqdm(
         total=new_tokens, desc="Asking the teacher", unit="tok", unit_scale=True, disable=args.disable_tqdm
     ) as bar:
-        for batch in _batches(writer, token_rows(rows, args), batch_size):
+        for batch in _batches(writer, _predicted_rows(rows, args), batch_size):
             writer.add(batch, predictor.predict(batch, writer.settings))
             bar.update(sum(map(len, batch)))
 
@@ -123,10 +123,16 @@ def _batches(writer: CacheWriter, rows: Iterator[np.ndarray], batch_size: int) -
         yield list(batch.values())
 
 
+def _predicted_rows(rows: Any, args: SFTConfig) -> Iterator[np.ndarray]:
+    """Rows with something to predict. Those whose scored tokens are all cut off are kept, which TRL drops: packed ones
+    are trained beside others."""
+    return (row for row in cut_rows(rows, args) if len(row) > 1)
+
+
 def _count_new(writer: CacheWriter, rows: Any, args: SFTConfig) -> tuple[int, int]:
     new: set[bytes] = set()
     tokens = 0
-    for row in token_rows(rows, args):
+    for row in _predicted_rows(rows, args):
         key = row_key(row)
         if key not in new and not writer.has(row):
             new.add(key)

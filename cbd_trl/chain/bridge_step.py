@@ -25,6 +25,7 @@ from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.modeling import is_spread
 
 
@@ -113,8 +114,8 @@ def bridged_head(
         "source_tokenizer": tokenizer_hash(sides.teacher_tokenizer),
         ARGUMENTS: training_record(args),
     }
-    record, text = head_record(origin, chain_args, special), dataset if step.dataset is None else step.dataset
-    record["bridge"] = told
+    record = {**head_record(origin, chain_args, special), "bridge": told}
+    text = dataset if step.dataset is None else sft_dataset(step.dataset, "dataset of the bridge", args)
     settings = {**record, "tokenizer": tokenizer_hash(sides.tokenizer), "shape": architecture.shape}
     name = anchor_name(architecture.num_parameters)
     return Head(

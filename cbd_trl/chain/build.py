@@ -32,6 +32,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 from cbd_trl.utils.modeling import on_device
 
 
@@ -79,6 +80,8 @@ def build_chain(
     """
     output_dir = Path(output_dir)
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
+    dataset = sft_dataset(dataset, "dataset", args)
+    eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
     origin = Source(source, revision, token)
     special = _special_tokens(args, anchors, bridge)
     if bridge is None:
@@ -141,13 +144,13 @@ def _make_anchors(
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a dataset that gives no tokens before the first anchor is trained, not after it."""
-    token_blocks(dataset, tokenizer, 2, text_field=args.dataset_text_field)
+    token_blocks(dataset, tokenizer, 2, args=args)
 
 
 def _calibration_blocks(
     config: Any, dataset: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int
 ) -> torch.Tensor:
-    return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args.dataset_text_field)
+    return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args)
 
 
 def _make_head(output_dir: Path, head: Head, label: str, calibration_tokens: int) -> Anchor:

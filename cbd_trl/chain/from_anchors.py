@@ -26,6 +26,7 @@ from cbd_trl.surgery.blocks import blocks_of
 from cbd_trl.surgery.permute import permute
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
+from cbd_trl.utils.datasets import sft_dataset
 
 
 def chain_from_anchors(
@@ -65,7 +66,7 @@ def chain_from_anchors(
         ValueError: before anything is written, for anchors that do not go together (the message says why) or a folder
             that holds another chain.
     """
-    output_dir = Path(output_dir)
+    output_dir, dataset = Path(output_dir), sft_dataset(dataset, "dataset")
     sources = [Source(place, token=token, role="anchor") for place in anchors]
     if len(sources) < 2:
         raise ValueError(f"A chain needs two anchors or more, got {len(sources)}. Give models, paths or Hub ids.")

@@ -28,6 +28,7 @@ from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.weights import Weights
+from cbd_trl.utils.datasets import sft_dataset
 
 CALIBRATION_TOKENS = 4096
 
@@ -116,7 +117,7 @@ def calibration_tokens(target: Target, dataset: Dataset) -> torch.Tensor | None:
     to decide."""
     if target.operator == ANCHOR:
         return None
-    upper = target.anchors[0]
+    upper, dataset = target.anchors[0], sft_dataset(dataset, "calibration_dataset")
     return token_blocks(dataset, upper.load_tokenizer(), CALIBRATION_TOKENS, calibration_length(upper.config()))
 
 

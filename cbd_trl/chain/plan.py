@@ -16,6 +16,7 @@ from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.checks import check_hybrids_whole
 from cbd_trl.trainers.config_checks import check_config
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.datasets import sft_dataset
 
 # Measured on SmolLM2-135M (docs/quality.md). Between two depths the hidden-state term keeps an anchor's layers near
 # the blocks that replace them, and hybrids beside half of the steps bring the models between from 0.84 to 1.23 of what
@@ -114,12 +115,10 @@ def plan_step(
             f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "
             f"({upper.num_parameters:,}). List anchors from large to small."
         )
-    return Step(
-        name=anchor_name(target.num_parameters, taken),
-        architecture=target,
-        args=_with_chain_defaults(own.get("args", args), upper, target),
-        dataset=own.get("dataset", dataset),
-    )
+    args = _with_chain_defaults(own.get("args", args), upper, target)
+    if "dataset" in own:
+        dataset = sft_dataset(own["dataset"], f"anchors[{position}]['dataset']", args)
+    return Step(anchor_name(target.num_parameters, taken), target, args, dataset)
 
 
 def _size(anchor: Any, position: int) -> float:

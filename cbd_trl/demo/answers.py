@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from cbd_trl.generation.prompts import Prompts
+
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
@@ -18,12 +20,9 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
     Returns:
         the answer on one line, special tokens left out.
     """
-    if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    else:
-        text = prompt
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+    turns = [{"role": "user", "content": prompt}]
+    row = {"prompt": turns if getattr(tokenizer, "chat_template", None) else prompt}
+    ids = torch.tensor([Prompts([row], tokenizer)[0].ids], device=model.device)
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),

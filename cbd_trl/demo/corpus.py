@@ -7,6 +7,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from cbd_trl.bridge.reader import prefix_ids
+
 # Every tenth row is kept from training: what the losses are measured on.
 HELD_OUT_EVERY = 10
 
@@ -33,15 +35,18 @@ def as_chat(row: dict[str, Any], tokenizer: Any) -> str:
         tokenizer: with a chat template; without one, prompt and answer are joined by a line break.
 
     Returns:
-        the text, special tokens written out; an answer that was cut off has no end-of-turn mark.
+        the text, special tokens written out but for those that the tokenizer puts before any text; an answer that was
+        cut off has no end-of-turn mark.
     """
     if not getattr(tokenizer, "chat_template", None):
         return f"{row['prompt']}\n{row['completion']}"
     question = [{"role": "user", "content": row["prompt"]}]
-    if not row["complete"]:
-        return tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False) + row["completion"]
-    answer = {"role": "assistant", "content": row["completion"]}
-    return tokenizer.apply_chat_template([*question, answer], tokenize=False)
+    if row["complete"]:
+        answer = {"role": "assistant", "content": row["completion"]}
+        text = tokenizer.apply_chat_template([*question, answer], tokenize=False)
+    else:
+        text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False) + row["completion"]
+    return text.removeprefix(tokenizer.decode(prefix_ids(tokenizer)))
 
 
 def split(tokenizer: Any, limit: int | None = None) -> tuple[Dataset, list[str]]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl import maybe_convert_to_chatml
 
 from cbd_trl.bridge.reader import prefix_ids
+from cbd_trl.utils.datasets import sft_dataset, text_columns
 
-_COLUMNS = ("prompt", "messages", "text")
 # What TRL hands to the chat template beside the messages.
 _OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
@@ -35,10 +36,12 @@ class Prompt:
 
 
 class Prompts:
-    """The prompts in a dataset: texts or conversations (`prompt`), chats (`messages`), beginnings of `text`.
+    """The prompts in a dataset: texts or conversations (`prompt`), chats (`messages`, `conversations`), beginnings of
+    `text`.
 
     A text is read as it is, behind the tokens that the tokenizer puts before any text. A conversation is read in the
-    chat template; in a chat, a last turn of the assistant is what the teacher is to write, and is left out.
+    chat template; in a chat, a last turn of the assistant is what the teacher is to write, and is left out. Empty
+    chats are skipped; which columns are read is decided as in training (see `sft_dataset`).
 
     Args:
         dataset: rows by number, not a stream.
@@ -55,13 +58,11 @@ class Prompts:
                 f"The prompts are a {type(dataset).__name__}, a stream: a run that goes on where it was interrupted "
                 "needs rows by number. Give a datasets.Dataset, or a list of rows."
             )
-        if len(dataset) == 0:
-            raise ValueError("The dataset is empty: there is nothing to complete. Give one with rows.")
-        self._rows = dataset
+        self._rows = sft_dataset(dataset, "dataset", prompts=True)
         self._tokenizer: Any = tokenizer
         self._prompt_tokens = prompt_tokens
         self._prefix = prefix_ids(tokenizer)
-        self._column = self._find_column(dataset[0])
+        self._column = self._find_column(self._rows[0])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -76,15 +77,17 @@ class Prompts:
             ValueError: naming it, if it is no prompt.
         """
         row = self._rows[number]
-        value = row.get(self._column)
+        if self._column == "conversations":
+            row = maybe_convert_to_chatml(dict(row))
+        value = row["messages" if self._column == "conversations" else self._column]
         if self._column == "text" and isinstance(value, str):
             return self._read_text(self._beginning(value), number)
         if isinstance(value, str) and self._column == "prompt":
             return self._read_text(value, number)
         if isinstance(value, list) and value and self._column != "text":
             return self._read_chat(value, row, number)
-        wanted = {"prompt": "a text or a list of messages", "messages": "a list of messages", "text": "a text"}
-        raise ValueError(f"Row {number}: {self._column} is {value!r}, and must be {wanted[self._column]}.")
+        wanted = {"prompt": "a text or a list of messages", "text": "a text"}.get(self._column, "a list of messages")
+        raise ValueError(f"Row {number}: {self._column} is {value!r}, and must be {wanted}.")
 
     def check(self, room: int | None, numbers: Iterable[int]) -> str:
         """Read every prompt before the first is completed.
@@ -115,12 +118,7 @@ class Prompts:
         return digest.hexdigest()
 
     def _find_column(self, row: Mapping[str, Any]) -> str:
-        column = next((name for name in _COLUMNS if name in row), None)
-        if column is None:
-            raise ValueError(
-                f"The dataset has the columns {sorted(row)}, and no prompts: it needs `prompt` (texts or "
-                "conversations), `messages` (chats), or `text` with prompt_tokens."
-            )
+        (column,) = text_columns(row, "dataset", prompts=True)
         if column == "text" and (self._prompt_tokens is None or self._prompt_tokens < 0):
             raise ValueError(
                 f"prompt_tokens={self._prompt_tokens} for a dataset of texts: it says how many tokens of each are the "

@@ -16,6 +16,8 @@ _SHAPES = (
 )
 # Characters of a failed response in a message.
 _SHOWN = 200
+# What TRL hands to the chat template beside the messages.
+_OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
 class _Failed(Exception):
@@ -34,7 +36,9 @@ def read_completions(path: str | Path, *, requests: str | Path | None = None, dr
     - a response by itself, `{"choices": [{"message": ...} or {"text": ...}]}`, with `prompt` or `messages` beside, or
       with a `custom_id` (or `id`) that `requests` has.
 
-    Several choices become several rows. Responses that failed are left out, and their number is logged.
+    `tools` and `chat_template_kwargs` of a line, or of the body of its request, are kept, since training hands them to
+    the chat template. Several choices become several rows. Responses that failed are left out, and their number is
+    logged.
 
     Args:
         path: of the file.
@@ -43,7 +47,8 @@ def read_completions(path: str | Path, *, requests: str | Path | None = None, dr
             end where a row ends, wherever that is.
 
     Returns:
-        rows of `messages`, or of `prompt` and `completion`, with `finish_reason` where the file has any.
+        rows of `messages`, or of `prompt` and `completion`, with `finish_reason`, `tools` (as JSON) and
+        `chat_template_kwargs` where the file has any.
 
     Raises:
         ValueError: for a file that is missing or gives no row, and for a line that is not of these shapes, with its
@@ -64,10 +69,8 @@ def read_completions(path: str | Path, *, requests: str | Path | None = None, dr
     if cut_off:
         what = "left out" if drop_truncated else "kept; drop_truncated=True leaves them out"
         logger.info(f"{path}: {cut_off} completions were cut off; they are {what}.")
-    told = any(row["finish_reason"] for row in rows)
-    return Dataset.from_dict(
-        {name: [row[name] for row in rows] for name in rows[0] if told or name != "finish_reason"}
-    )
+    told = {name: any(row[name] for row in rows) for name in ("finish_reason", *_OF_TEMPLATE)}
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0] if told.get(name, True)})
 
 
 def _gather(path: Path, prompts: Mapping[str, Any] | None) -> tuple[list[dict[str, Any]], list[str]]:
@@ -108,9 +111,9 @@ def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             yield number, value
 
 
-def _read_requests(path: Path) -> dict[str, Any]:
-    """The prompt of each request, by its id."""
-    prompts: dict[str, Any] = {}
+def _read_requests(path: Path) -> dict[str, dict[str, Any]]:
+    """The prompt of each request and what the template was given beside it, by its id."""
+    prompts: dict[str, dict[str, Any]] = {}
     for number, line in _lines(path):
         try:
             name = line.get("custom_id")
@@ -122,12 +125,12 @@ def _read_requests(path: Path) -> dict[str, Any]:
     return prompts
 
 
-def _rows(line: Mapping[str, Any], prompts: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _rows(line: Mapping[str, Any], prompts: Mapping[str, dict[str, Any]] | None) -> list[dict[str, Any]]:
     if "response" in line or "choices" in line or line.get("error"):
         choices = _choices(line)
         prompt = _prompt(line) if {"prompt", "messages"} & line.keys() else _prompt_of(line, prompts)
         return [_answered(prompt, choice) for choice in choices]
-    reason = {"finish_reason": line.get("finish_reason")}
+    reason = {"finish_reason": line.get("finish_reason"), **_of_template(line)}
     if "messages" in line:
         return [{"messages": _messages(line["messages"]), **reason}]
     if {"prompt", "completion"} <= line.keys():
@@ -152,7 +155,7 @@ def _choices(line: Mapping[str, Any]) -> list[Any]:
     return choices
 
 
-def _prompt_of(line: Mapping[str, Any], prompts: Mapping[str, Any] | None) -> Any:
+def _prompt_of(line: Mapping[str, Any], prompts: Mapping[str, dict[str, Any]] | None) -> dict[str, Any]:
     name = line.get("custom_id", line.get("id"))
     if prompts is None:
         raise ValueError(
@@ -164,7 +167,8 @@ def _prompt_of(line: Mapping[str, Any], prompts: Mapping[str, Any] | None) -> An
     return prompts[name]
 
 
-def _answered(prompt: Any, choice: Any) -> dict[str, Any]:
+def _answered(asked: Mapping[str, Any], choice: Any) -> dict[str, Any]:
+    prompt = asked["prompt"]
     if not isinstance(choice, dict):
         raise ValueError(f"a choice is {choice!r}, and must be an object.")
     reason = {"finish_reason": choice.get("finish_reason")}
@@ -175,16 +179,23 @@ def _answered(prompt: Any, choice: Any) -> dict[str, Any]:
     if (message is None) != isinstance(prompt, str):
         raise ValueError("one of prompt and answer is a text and the other a conversation: both must be alike.")
     answer: Any = text if message is None else [{"role": "assistant", "content": text}]
-    return {"prompt": prompt, "completion": answer, **reason}
+    return {**asked, "completion": answer, **reason}
 
 
-def _prompt(body: Any) -> Any:
-    """The prompt of a request."""
+def _prompt(body: Any) -> dict[str, Any]:
+    """The prompt of a request, and what the template was given beside it."""
     if isinstance(body, dict) and "messages" in body:
-        return _messages(body["messages"])
+        return {"prompt": _messages(body["messages"]), **_of_template(body)}
     if isinstance(body, dict) and "prompt" in body:
-        return _text_or_messages(body["prompt"], "prompt")
+        return {"prompt": _text_or_messages(body["prompt"], "prompt"), **_of_template(body)}
     raise ValueError("there is no `messages` or `prompt` in what was asked.")
+
+
+def _of_template(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Tools as JSON: a table would give every tool the fields of all others."""
+    tools = body.get("tools")
+    text = tools if isinstance(tools, str) or not tools else json.dumps(tools)
+    return {"tools": text or None, "chat_template_kwargs": body.get("chat_template_kwargs") or {}}
 
 
 def _text_or_messages(value: Any, name: str) -> Any:

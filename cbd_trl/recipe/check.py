@@ -171,7 +171,7 @@ def _check_data(check: Check) -> None:
     trained += [("bridge.data", recipe.bridge.data)] if recipe.bridge else []
     held_out = recipe.evaluation.data if recipe.evaluation else ()
     for place, parts in [*trained, ("evaluation.data", held_out)]:
-        columns = [check.attempt(part.where, partial(check_data, part, check.tokenizer)) for part in parts]
+        columns = [check.attempt(part.where, partial(check_data, part, check.tokenizer, check.args)) for part in parts]
         if None not in columns:
             check.attempt(place, partial(check_mix, parts, columns))
     for part in held_out:

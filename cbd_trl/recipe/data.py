@@ -5,15 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, ReadInstruction, interleave_datasets
+from trl import SFTConfig
 
-from cbd_trl.chain.calibration import row_text
 from cbd_trl.cli_parsing import load_rows
 from cbd_trl.demo import corpus
 from cbd_trl.recipe.schema import DataPart
+from cbd_trl.utils.datasets import read_columns, sft_dataset, token_rows
 
 # The text that the package ships.
 DEMO = "demo"
-_FORMATS = ({"text"}, {"messages"}, {"prompt", "completion"}, {"input_ids"})
 
 
 def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int) -> Dataset:
@@ -38,12 +38,13 @@ def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int) -> Dataset:
     )
 
 
-def check_data(part: DataPart, tokenizer: Any) -> list[str]:
+def check_data(part: DataPart, tokenizer: Any, args: SFTConfig | None = None) -> list[str]:
     """Read the first row of a dataset, and no more.
 
     Args:
         part: the dataset.
         tokenizer: of the source, or None where it is not known: chats are then not laid out.
+        args: of the training.
 
     Returns:
         the columns that would be trained on.
@@ -75,14 +76,16 @@ def check_data(part: DataPart, tokenizer: Any) -> list[str]:
         if not isinstance(row.get(part.column), str):
             raise ValueError(f"{part.name} has no column {part.column!r} of text. Its columns: {', '.join(row)}.")
         return ["text"]
-    if not any(wanted <= set(row) for wanted in _FORMATS):
+    try:
+        kept = read_columns(row, part.name)
+    except ValueError as error:
         raise ValueError(
             f"{part.name} has the columns {sorted(row)}, and none of the SFT formats: text, messages, prompt and "
             "completion, or input_ids. Name the column that holds the text: {name: ..., column: ...}."
-        )
-    if tokenizer is not None and "input_ids" not in row:
-        row_text(row, tokenizer)
-    return _kept(list(row))
+        ) from error
+    if tokenizer is not None and row[kept[0]] != []:
+        next(token_rows([row], tokenizer, args))
+    return kept
 
 
 def shares_rows(part: DataPart, other: DataPart) -> bool:
@@ -167,9 +170,5 @@ def _columns(rows: Dataset, part: DataPart) -> Dataset:
     if part.column is not None:
         rows = rows.select_columns([part.column])
         return rows if part.column == "text" else rows.rename_column(part.column, "text")
-    return rows.select_columns(_kept(rows.column_names))
-
-
-def _kept(names: list[str]) -> list[str]:
-    kept = next((wanted for wanted in _FORMATS if wanted <= set(names)), set(names))
-    return sorted(kept, key=names.index)
+    rows = sft_dataset(rows, part.where or part.name)
+    return rows.select_columns(read_columns(rows[0], part.name))

@@ -94,6 +94,6 @@ def _held_out(recipe: Recipe, args: DistillConfig, tokenizer: PreTrainedTokenize
     assert recipe.evaluation is not None
     rows, wanted = load_data(recipe.evaluation.data, tokenizer, args.seed), recipe.evaluation
     try:
-        return token_blocks(rows, tokenizer, wanted.tokens, wanted.length, args.dataset_text_field)
+        return token_blocks(rows, tokenizer, wanted.tokens, wanted.length, args)
     except ValueError as error:
         raise RecipeError(recipe.name, [f"evaluation.data: {error}"], recipe.lines) from error

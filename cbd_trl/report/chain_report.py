@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cbd_trl.chain.calibration import row_text
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.chain.operators import OPERATORS as KNOWN_OPERATORS
 from cbd_trl.chain.target import ANCHOR, Request, find_target
@@ -20,7 +19,7 @@ from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, RANDOM, Target, fingerprint, sweep
 from cbd_trl.report.tables import format_count
 from cbd_trl.report.tasks import task_probes
-from cbd_trl.report.text import bits_per_byte, check_text_column, held_out_blocks, scored_bytes
+from cbd_trl.report.text import bits_per_byte, held_out_blocks, held_out_rows, scored_bytes
 
 CONTROLS = (*OPERATORS, RANDOM)
 # Between two neighbouring anchors, where no sizes are asked for.
@@ -110,9 +109,8 @@ def measure_chains(
         ValueError: a size, text or task that cannot be had; the message says what can.
     """
     _refuse_sizes_outside(chains, options)
+    rows = held_out_rows(rows, options.text_field)
     jobs = [_Job(chain, name, options) for chain, name in zip(chains, _names(chains), strict=True)]
-    rows = list(rows)
-    check_text_column(rows, options.text_field)
     for job in jobs:
         job.read(rows)
     steps = [job.steps for job in jobs]
@@ -226,10 +224,9 @@ class _Job:
         controls = RANDOM in self.options.operators
         return len(self.chain.anchors) + sum(len(target.operators or ()) + controls for target in self.targets)
 
-    def read(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def read(self, rows: Any) -> None:
         """Take the held-out text, in the chain's own tokens."""
-        texts = (row_text(dict(row), self.tokenizer, self.options.text_field) for row in rows)
-        self.blocks: Tensor = held_out_blocks(self.tokenizer, texts, self.block_length, self.options.blocks)
+        self.blocks: Tensor = held_out_blocks(self.tokenizer, rows, self.block_length, self.options.blocks)
         self.tokens = self.blocks.shape[0] * (self.blocks.shape[1] - 1)
         try:
             self.bytes: int | None = scored_bytes(self.tokenizer, self.blocks) or None

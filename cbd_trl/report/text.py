@@ -8,24 +8,29 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor
 
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.calibration import token_blocks
+from cbd_trl.utils.datasets import sft_dataset
 
 
-def check_text_column(rows: Iterable[Mapping[str, Any]], column: str) -> None:
-    """Refuse rows without the column that was asked for: another one would be measured in its place.
+def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
+    """Held-out text as a data set, checked whole.
 
     Args:
         rows: of any SFT format.
-        column: its name; "text" stands for whatever the format has.
+        column: what is measured: "text" stands for whatever the format has, any other name for that column alone.
+
+    Returns:
+        a `Dataset`, or an `IterableDataset`.
 
     Raises:
         ValueError: a row has no text there; the message names the columns that the rows have.
     """
     if column == "text":
-        return
+        return sft_dataset(rows, "the held-out text")
     for row in rows:
         if not isinstance(row.get(column), str):
             found = f"{type(row[column]).__name__} in the column" if column in row else "no column"
@@ -34,14 +39,16 @@ def check_text_column(rows: Iterable[Mapping[str, Any]], column: str) -> None:
                 f"{sorted(row)}. Name one that holds text in every row, or leave --text_column (text_field) out: "
                 "'text', chats, and prompts with completions are found by themselves."
             )
+    return Dataset.from_dict({"text": [row[column] for row in rows]})
 
 
-def held_out_blocks(tokenizer: Any, texts: Iterable[str], length: int, count: int) -> Tensor:
-    """The first `count` blocks of `length` tokens of the texts, joined by the end-of-text token.
+def held_out_blocks(tokenizer: Any, texts: Any, length: int, count: int) -> Tensor:
+    """The first `count` blocks of `length` tokens of held-out text, each row read as training would read it.
 
     Args:
         tokenizer: a transformers tokenizer; special tokens written in the texts are read as such.
-        texts: held-out texts, read in order until there are enough tokens.
+        texts: texts, or rows of any SFT format (chats are read in the chat template), in order until there are enough
+            tokens. A plain text ends with the end-of-text token.
         length: T.
         count: N.
 
@@ -51,8 +58,9 @@ def held_out_blocks(tokenizer: Any, texts: Iterable[str], length: int, count: in
     Raises:
         ValueError: if the texts are too short.
     """
-    rows = ({"text": text} for text in texts)
-    blocks = token_blocks(rows, tokenizer, length * count, length)
+    if not isinstance(texts, Dataset | IterableDataset):
+        texts = [{"text": text} if isinstance(text, str) else text for text in texts]
+    blocks = token_blocks(texts, tokenizer, length * count, length)
     if tuple(blocks.shape) != (count, length):
         raise ValueError(
             f"The held-out texts fill {len(blocks)} blocks of {blocks.shape[1]} tokens, {count} blocks of {length} "

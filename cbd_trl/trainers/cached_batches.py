@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.cache.reader import TeacherCache
-from cbd_trl.cache.rows import example_rows
+from cbd_trl.utils.datasets import example_rows
 
 
 class CachedTeacherCollator:
@@ -55,7 +55,7 @@ class CachedTeacherCollator:
         for number, example in enumerate(examples):
             line = 0 if flat else number
             start = start if flat else 0
-            for row in example_rows(example):
+            for row in example_rows(example if "input_ids" in example else _collated(batch, number)):
                 place = ids_BT[line, start : start + len(row)]
                 if not torch.equal(place, torch.from_numpy(row).to(place.dtype)):
                     raise ValueError(
@@ -68,6 +68,12 @@ class CachedTeacherCollator:
                     tensor[line, start : start + len(row) - 1] = getattr(found, name.removeprefix("teacher_"))
                 start += len(row)
         return tensors
+
+
+def _collated(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A row whose tokens the collator made."""
+    ids_T = batch["input_ids"][number]
+    return {"input_ids": ids_T[batch["attention_mask"][number].bool()] if "attention_mask" in batch else ids_T}
 
 
 def _empty(cache: TeacherCache, batch: int, length: int) -> dict[str, Tensor]:

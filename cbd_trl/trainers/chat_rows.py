@@ -72,6 +72,8 @@ def chats_of(examples: Sequence[Mapping[str, Any]], texts: int, flat: bool) -> l
         front.
     """
     chats: list[Chat | None] = []
+    if not any(CHAT in example for example in examples):
+        return [None] * texts  # rows as a collator of the user's reads them have no tokens here either
     for example in examples:
         kept, start = example.get(CHAT) or [], 0
         for length in example.get("seq_lengths") or [len(example["input_ids"])]:

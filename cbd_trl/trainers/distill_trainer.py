@@ -35,6 +35,7 @@ from cbd_trl.trainers.teacher_setup import (
     read_from_cache,
     set_up_teacher,
 )
+from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 
 
 class DistillTrainer(StepTrainer):
@@ -98,6 +99,10 @@ class DistillTrainer(StepTrainer):
         check_arguments(args, self._config, kwargs)
         teacher_model = chosen_teacher(teacher_model, args)
         check_named_teachers(teacher_model, args)
+        formatted = kwargs.get("formatting_func") is not None
+        if train_dataset is not None:
+            train_dataset = sft_dataset(train_dataset, "train_dataset", args, formatted=formatted)
+        eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args, formatted=formatted)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         named = isinstance(model, str)
         if isinstance(model, str):
@@ -158,6 +163,18 @@ class DistillTrainer(StepTrainer):
         """
         with self._attention():
             return super().train(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in `trl.SFTTrainer`, on the formats and with the checks of the trainer's own data sets.
+
+        Args:
+            eval_dataset: as there.
+            args: as there.
+            kwargs: as there.
+        """
+        formatted = self._formatting_func is not None
+        eval_dataset = sft_datasets(eval_dataset, "eval_dataset", self.args, formatted=formatted)
+        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `StepTrainer`.

@@ -10,7 +10,6 @@ from transformers.utils import logging
 
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
 from cbd_trl.cache import TeacherCache
-from cbd_trl.cache.rows import example_rows
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.objective import DistillObjective
 from cbd_trl.teachers.cached import CachedTeacher
@@ -19,6 +18,7 @@ from cbd_trl.teachers.tokenizers import check_vocabularies, vocabulary_rows
 from cbd_trl.trainers.cached_batches import CachedTeacherCollator
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.model_card import describe_model
+from cbd_trl.utils.datasets import example_rows
 from cbd_trl.utils.modeling import check_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -149,7 +149,8 @@ def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[An
     Args:
         teacher: reads the cache.
         collator: of the trainer.
-        datasets: prepared ones, to be looked up before training; streams are looked up as they come.
+        datasets: prepared ones, to be looked up before training; streams, and rows that a collator of the user's turns
+            into tokens, are looked up as they come.
 
     Returns:
         the collator to use instead.
@@ -158,7 +159,7 @@ def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[An
         ValueError: if rows are not in the cache.
     """
     for dataset in datasets:
-        if isinstance(dataset, Dataset):
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
             columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
             teacher.cache.check_rows(row for one in dataset.select_columns(columns) for row in example_rows(one))
     return CachedTeacherCollator(collator, teacher.cache)

@@ -227,7 +227,7 @@ def test_the_seed_is_a_setting_of_draws(tmp_path):
             {"dataset": Dataset.from_dict({"input_ids": [[1, 99]]})},
             "holds token 99, but the teacher has 64 vocabulary",
         ),
-        ({"dataset": Dataset.from_dict({"text": []})}, "The data set is empty"),
+        ({"dataset": Dataset.from_dict({"text": []})}, "is empty: it has no rows"),
         ({"dataset": text_rows(), "processing_class": None}, r"columns \['text'\] and has to be tokenised, but"),
     ],
 )

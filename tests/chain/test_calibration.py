@@ -1,21 +1,21 @@
-"""Rows of every SFT format as text, and text as blocks of tokens."""
+"""Rows of every SFT format as blocks of tokens."""
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
-from cbd_trl.chain.calibration import calibration_length, row_text, token_blocks
+from cbd_trl.chain.calibration import calibration_length, token_blocks
 from tests.tiny import FAMILIES, own_names, tiny_model
+from tests.training import make_config
 
 CHAT = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
 # A token's id is its number plus the six special ones; 2 ends a text, 4 and 5 are the user and the assistant.
 FORMATS = {
-    "text": ({"text": "w1 w2 w3"}, "w1 w2 w3", [7, 8, 9, 2]),
-    "messages": ({"messages": CHAT}, "<user> w1 w2 </s> <assistant> w3 </s> ", [4, 7, 8, 2, 5, 9, 2]),
-    "prompt and completion": ({"prompt": "w1 w2", "completion": " w3"}, "w1 w2 w3", [7, 8, 9, 2]),
+    "text": ({"text": "w1 w2 w3"}, [7, 8, 9, 2]),
+    "messages": ({"messages": CHAT}, [4, 7, 8, 2, 5, 9, 2]),
+    "prompt and completion": ({"prompt": "w1 w2", "completion": " w3"}, [7, 8, 9, 2]),
     "conversational prompt and completion": (
         {"prompt": CHAT[:1], "completion": CHAT[1:]},
-        "<user> w1 w2 </s> <assistant> w3 </s> ",
         [4, 7, 8, 2, 5, 9, 2],
     ),
 }
@@ -23,8 +23,7 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_read(name, tokenizer):
-    row, text, ids = FORMATS[name]
-    assert row_text(row, tokenizer) == text
+    row, ids = FORMATS[name]
     blocks = token_blocks(Dataset.from_list([row, row]), tokenizer, 100)
     assert blocks.tolist() == [ids + ids] and blocks.dtype == torch.int64
 
@@ -40,16 +39,21 @@ def test_a_stream_is_read_no_further_than_needed(tokenizer):
         yield {"text": "w4 w5 w6"}
         raise AssertionError("read too far")
 
-    blocks = token_blocks(rows(), tokenizer, 6, block_length=3)
+    stream = IterableDataset.from_generator(rows)
+    blocks = token_blocks(stream, tokenizer, 6, block_length=3)
     assert blocks.tolist() == [[7, 8, 9], [2, 10, 11]]
 
 
 def test_the_text_column_may_have_another_name(tokenizer):
-    assert row_text({"story": "w1", "text": "w2"}, tokenizer, "story") == "w1"
-    assert row_text({"text": "w2"}, tokenizer, "story") == "w2"
-    assert token_blocks(Dataset.from_dict({"story": ["w1 w2"]}), tokenizer, 9, text_field="story").tolist() == [
-        [7, 8, 2]
-    ]
+    rows, args = Dataset.from_dict({"story": ["w1 w2"], "text": ["w3"]}), make_config(dataset_text_field="story")
+    assert token_blocks(rows, tokenizer, 9, args=args).tolist() == [[7, 8, 2]]
+    assert token_blocks(rows, tokenizer, 9).tolist() == [[9, 2]]
+
+
+@pytest.mark.parametrize(("options", "ids"), [({}, [7, 8]), ({"packing": True}, [7, 8])])
+def test_rows_are_cut_as_in_training(options, ids, tokenizer):
+    rows = Dataset.from_dict({"text": ["w1 w2 w3", "w4"]})
+    assert token_blocks(rows, tokenizer, 9, args=make_config(max_length=2, **options)).tolist() == [[*ids, 10, 2]]
 
 
 def test_an_end_is_added_once(tokenizer):
@@ -71,17 +75,9 @@ def test_blocks_hold_at_most_what_was_asked_for(max_tokens, block_length, shape,
     assert blocks.flatten().tolist() == everything[: blocks.numel()]
 
 
-@pytest.mark.parametrize("row", [{"story": "w1"}, {"text": 3}, {"prompt": "w1"}, {"prompt": CHAT[:1]}])
-def test_a_row_without_text_is_refused(row, tokenizer):
-    with pytest.raises(ValueError, match=rf"row has the columns \['{next(iter(row))}'\], and none of the SFT formats"):
-        row_text(row, tokenizer)
-    with pytest.raises(ValueError, match=r"Rename the columns or set `dataset_text_field`"):
-        token_blocks([row], tokenizer, 100)
-
-
-@pytest.mark.parametrize("rows", [[], [{"text": ""}], [{"input_ids": [7]}]])
+@pytest.mark.parametrize("rows", [[{"text": ""}], [{"input_ids": [7]}]])
 def test_too_little_text_is_refused(rows, tokenizer):
-    with pytest.raises(ValueError, match=rf"holds {len(rows)} tokens, too few to calibrate on"):
+    with pytest.raises(ValueError, match="holds 1 tokens, too few to calibrate on"):
         token_blocks(rows, tokenizer, 100)
 
 

@@ -1,6 +1,7 @@
 """The shipped text, and how rows become conversations."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from cbd_trl.demo import corpus
 from tests.tokenizer import tiny_tokenizer
@@ -39,3 +40,10 @@ def test_every_tenth_row_is_held_out(tokenizer, monkeypatch):
     assert len(training) == 27
     assert [text.split()[1] for text in held_out] == ["w10", "w20", "w30"]
     assert not set(held_out) & set(training["text"])
+
+
+def test_the_first_token_is_written_by_the_template_or_the_tokenizer(tokenizer):
+    tokenizer.chat_template = "{{ bos_token }} " + tokenizer.chat_template
+    assert corpus.as_chat(ROW, tokenizer).startswith("<s> <user>")
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert tokenizer(corpus.as_chat(ROW, tokenizer))["input_ids"][:2] == [1, 4]

@@ -44,6 +44,8 @@ def test_an_empty_prompt_begins_with_bos():
         {"messages": CHAT},
         {"messages": [*CHAT, ANSWER]},
         {"messages": [{**m, "x": None} for m in CHAT]},
+        {"conversations": [{"from": m["role"], "value": m["content"]} for m in CHAT]},
+        {"prompt": "w1 w2", "messages": CHAT},
     ],
 )
 def test_a_conversation_is_read_in_the_chat_template(row):
@@ -110,17 +112,17 @@ def test_prompt_and_completion_are_one_text(tmp_path, kind):
     ("rows", "options", "message"),
     [
         (iter([]), {}, "The prompts are a list_iterator, a stream: .* needs rows by number"),
-        ([], {}, "The dataset is empty: there is nothing to complete"),
-        ([{"question": "w1"}], {}, r"columns \['question'\], and no prompts: it needs `prompt`"),
+        ([], {}, "The data set given as dataset is empty"),
+        ([{"question": "w1"}], {}, r"columns \['question'\], and no prompt: it needs `prompt`"),
         ([{"text": "w1"}], {}, "prompt_tokens=None for a dataset of texts: it says how many tokens"),
         ([{"text": "w1"}], {"prompt_tokens": -1}, "prompt_tokens=-1 for a dataset of texts"),
         ([{"prompt": "w1"}], {"prompt_tokens": 3}, "prompt_tokens=3 says where a `text` is cut, .* has 'prompt'"),
-        ([{"prompt": 3}], {}, "Row 0: prompt is 3, and must be a text or a list of messages"),
-        ([{"prompt": "w1"}, {"prompt": None}], {}, "Row 1: prompt is None"),
-        ([{"text": ["w1"]}], {"prompt_tokens": 1}, r"Row 0: text is \['w1'\], and must be a text"),
-        ([{"messages": "w1"}], {}, "Row 0: messages is 'w1', and must be a list of messages"),
-        ([{"messages": []}], {}, r"Row 0: messages is \[\], and must be a list of messages"),
-        ([{"messages": ["w1"]}], {}, r"Row 0: messages holds \['w1'\], and must hold messages with a `role`"),
+        ([{"prompt": 3}], {}, r"prompt.* holds 3 \(int\), and must hold texts, or lists of messages"),
+        ([{"prompt": "w1"}, {"prompt": None}], {}, "Row 1 .*None in the column 'prompt'"),
+        ([{"text": ["w1"]}], {"prompt_tokens": 1}, r"text.* holds \['w1'\] \(list\), and must hold texts"),
+        ([{"messages": "w1"}], {}, "messages.* holds 'w1' .*, and must hold lists of messages"),
+        ([{"messages": []}], {}, "nothing but empty chats"),
+        ([{"messages": ["w1"]}], {}, r"messages.* holds \['w1'\] .*, and must hold lists of messages with 'role'"),
         ([{"messages": [ANSWER]}], {}, "Row 0: before the assistant's turn there is none to answer"),
         ([{"prompt": [*CHAT, ANSWER]}], {}, "Row 0: the prompt ends with a turn of the assistant.*name the column"),
     ],
@@ -140,6 +142,11 @@ def test_a_conversation_needs_a_chat_template_that_reads_it():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"Row 0 is a conversation, .* no chat template .* prompts as text"):
         Prompts([{"prompt": CHAT}], tokenizer)[0]
+
+
+def test_empty_chats_are_skipped():
+    prompts = Prompts([{"messages": []}, {"messages": CHAT}, {"messages": []}], tiny_tokenizer())
+    assert len(prompts) == 1 and prompts[0].columns == {"prompt": CHAT}
 
 
 def test_a_tokenizer_that_does_not_tell_places_cannot_cut_texts(monkeypatch):

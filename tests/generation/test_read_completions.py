@@ -7,6 +7,7 @@ import pytest
 from trl import SFTConfig, SFTTrainer
 
 from cbd_trl.generation import read_completions
+from cbd_trl.utils.datasets import token_rows
 from tests.generation.helpers import complete, rows_of
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -71,6 +72,30 @@ def test_texts_as_the_older_interface_gives_them(tmp_path):
         assert read_completions(write(tmp_path / "f", line), requests=asked).to_list() == [expected]
     chat = {"messages": ASKED, "choices": [choice("w2 w3")]}
     assert read_completions(write(tmp_path / "f", chat))[0]["completion"] == ANSWERED
+
+
+def test_tools_and_arguments_of_the_template_are_kept(tmp_path):
+    tools = [{"type": "function", "function": {"name": "w7", "parameters": {"type": "object"}}}]
+    given = {"tools": tools, "chat_template_kwargs": {"mood": "w8"}}
+    kept = {"tools": json.dumps(tools), "chat_template_kwargs": {"mood": "w8"}}
+    asked = write(tmp_path / "in", request("a", messages=ASKED, **given), request("b", messages=ASKED))
+    found = write(tmp_path / "out", result("a", choice("w2 w3")), result("b", choice("w4")))
+    data = read_completions(found, requests=asked)
+    row = {"prompt": ASKED, "completion": ANSWERED, "finish_reason": "stop"}
+    assert data[0] == {**row, **kept} and data[1]["tools"] is None
+    assert read_completions(write(tmp_path / "f", {"messages": ASKED + ANSWERED, **given}))[0] == {
+        "messages": ASKED + ANSWERED,
+        **kept,
+    }
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ tools[0]['function']['name'] if tools }} {{ mood }} " + tokenizer.chat_template
+    written = complete(tmp_path / "written", dataset=[{"messages": ASKED, **given}], processing_class=tokenizer).file
+    assert read_completions(written)[0] | {"completion": None, "finish_reason": None} == {
+        **{"prompt": ASKED, "completion": None, "finish_reason": None},
+        **kept,
+    }
+    (ids,) = (row.tolist() for row in token_rows([read_completions(written)[0]], tokenizer))
+    assert tokenizer.decode(ids).startswith("w7 w8 ")
 
 
 def test_failed_responses_are_left_out_and_counted(tmp_path, caplog):

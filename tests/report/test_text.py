@@ -16,3 +16,9 @@ def test_held_out_blocks_join_texts_by_the_end_token(tokenizer):
 def test_too_little_text_is_refused(tokenizer):
     with pytest.raises(ValueError, match=r"2 blocks of 3 are needed.*Give more texts"):
         held_out_blocks(tokenizer, ["w0 w1 w2"], length=3, count=2)
+
+
+def test_rows_of_any_format_are_read_as_in_training(tokenizer):
+    chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    blocks = held_out_blocks(tokenizer, [{"messages": chat}] * 2, length=6, count=2)
+    assert blocks.tolist() == [[4, 7, 2, 5, 8, 2]] * 2
