@@ -90,7 +90,7 @@ def write_cache(
 
 def _predict_rows(writer: CacheWriter, predictor: Predictor, rows: Any, args: SFTConfig, batch_size: int) -> None:
     counted = isinstance(rows, Dataset)
-    new_rows, new_tokens = _count_new(writer, rows, args) if counted else (None, None)
+    new_rows, new_tokens = _count_new(writer, predictor, rows, args) if counted else (None, None)
     if new_rows is not None and new_tokens is not None:
         head = predictor.head if writer.settings.kind == "hidden" else None
         check_disk(writer.folder, writer.settings, new_rows, new_tokens, head)
@@ -118,10 +118,11 @@ def _batches(writer: CacheWriter, rows: Iterator[np.ndarray], batch_size: int) -
         yield list(batch.values())
 
 
-def _count_new(writer: CacheWriter, rows: Any, args: SFTConfig) -> tuple[int, int]:
+def _count_new(writer: CacheWriter, predictor: Predictor, rows: Any, args: SFTConfig) -> tuple[int, int]:
     new: set[bytes] = set()
     tokens = 0
     for row in token_rows(rows, args):
+        predictor.check_length(len(row))
         key = row_key(row)
         if key not in new and not writer.has(row):
             new.add(key)

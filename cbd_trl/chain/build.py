@@ -28,8 +28,10 @@ from cbd_trl.durable import check_writable
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
+from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.trainers.row_checks import check_before_preparing
 
 
 def build_chain(
@@ -85,6 +87,10 @@ def build_chain(
         _check_text(head.dataset, head.args, head.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
         _check_text(step.dataset, step.args, head.tokenizer)
+        check_best_metric(step.args, eval_dataset, None)
+        for name, rows in (("training", step.dataset), ("eval", eval_dataset)):
+            if rows is not None:
+                check_before_preparing(rows, step.args, head.tokenizer, head.architecture.config, name)
     if len(done) <= len(steps):
         check_writable(output_dir)
     for anchor in done.values():
