@@ -88,9 +88,7 @@ def build_chain(
     for step in steps[max(len(done) - 1, 0) :]:
         _check_text(step.dataset, step.args, head.tokenizer)
         check_best_metric(step.args, eval_dataset, None)
-        for name, rows in (("training", step.dataset), ("eval", eval_dataset)):
-            if rows is not None:
-                check_before_preparing(rows, step.args, head.tokenizer, head.architecture.config, name)
+        check_before_preparing(step.dataset, eval_dataset, step.args, head.tokenizer, head.architecture.config)
     if len(done) <= len(steps):
         check_writable(output_dir)
     for anchor in done.values():

@@ -98,16 +98,16 @@ def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: 
 
 
 def check_before_preparing(
-    dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase, config: Any, name: str
+    dataset: Any, eval_dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> None:
     """The checks of this module for a training that comes after other work.
 
     Args:
         dataset: as given, not prepared.
+        eval_dataset: likewise, or None.
         args: of the run.
         tokenizer: of the data.
         config: of the model that reads the rows.
-        name: of the data set.
 
     Raises:
         ValueError: see the other checks.
@@ -116,20 +116,34 @@ def check_before_preparing(
     # Nor is a template looked for that the trainer reads from elsewhere.
     if options.get("skip_prepare_dataset") or args.chat_template_path is not None:
         return
-    check_end_token(dataset, tokenizer, args, name)
-    if not any(_is_scored(row["labels"]) for row in _prepared(dataset, args, tokenizer)):
-        raise ValueError(_nothing_scored(args, name))
+    completions = args.completion_only_loss
+    if completions is None:
+        completions = {"prompt", "completion"} <= set(next(iter(dataset)))
     positions = learned_positions_of(config)
-    if positions is None or (args.max_length is not None and args.max_length <= positions):
-        return
-    way_out = f"Set max_length={positions} or less (it is {args.max_length}), or cut the rows."
-    packed = args.packing and args.packing_strategy == "wrapped"
-    for number, row in enumerate(_prepared(dataset, args, tokenizer)):
-        length = args.max_length if packed else len(row["input_ids"])
-        check_positions(length, positions, f"Row {number} of the {name} dataset", f"the anchor ({config.model_type})", way_out)
+    for name, rows in {"training": dataset, "eval": eval_dataset}.items():
+        if rows is None:
+            continue
+        check_end_token(rows, tokenizer, args, name)
+        if not any(_is_scored(row["labels"]) for row in _prepared(rows, args, tokenizer, completions)):
+            raise ValueError(_nothing_scored(args, name))
+        if positions is not None and (args.max_length is None or args.max_length > positions):
+            _check_each(_prepared(rows, args, tokenizer, completions), positions, args, config.model_type, name)
 
 
-def _prepared(dataset: Any, args: Any, tokenizer: Any) -> Iterator[Mapping[str, Any]]:
+def _check_each(rows: Iterator[Mapping[str, Any]], positions: int, args: Any, family: str, name: str) -> None:
+    wrapped = args.packing and args.packing_strategy == "wrapped"
+    for number, row in enumerate(rows):
+        length = args.max_length if wrapped else len(row["input_ids"])
+        check_positions(
+            length,
+            positions,
+            f"Row {number} of the {name} dataset",
+            f"the anchor ({family})",
+            f"Set max_length={positions} or less (it is {args.max_length}), or cut the rows.",
+        )
+
+
+def _prepared(dataset: Any, args: Any, tokenizer: Any, completions: bool) -> Iterator[Mapping[str, Any]]:
     """The rows as TRL prepares and cuts them, one by one."""
     options = copy.copy(args)
     options.shuffle_dataset = False
@@ -137,13 +151,11 @@ def _prepared(dataset: Any, args: Any, tokenizer: Any) -> Iterator[Mapping[str, 
         # What does not fit is carried over.
         options.max_length = None
     stream = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
-    first: dict[str, Any] = next(iter(stream))
     masked = args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template)
-    completions = "prompt" in first and "completion" in first
     trainer: Any = SimpleNamespace(
         _tokenizer=tokenizer if args.eos_token is None else SimpleNamespace(eos_token=args.eos_token),
         chat_template=get_training_chat_template(tokenizer) if masked else None,
-        completion_only_loss=completions if args.completion_only_loss is None else args.completion_only_loss,
+        completion_only_loss=completions,
     )
     prepare: Any = SFTTrainer._prepare_dataset
     return iter(prepare(trainer, stream, tokenizer, options, False, None, "training"))
