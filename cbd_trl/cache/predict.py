@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import check_head, open_forward, output_head
+from cbd_trl.architectures.positions import check_positions, learned_positions
 from cbd_trl.cache.codec import row_key
 from cbd_trl.cache.manifest import Settings
 from cbd_trl.cache.shards import CachedRow
@@ -34,6 +35,7 @@ class Predictor:
 
     def __init__(self, teacher: Any) -> None:
         self._model = teacher.get_base_model() if hasattr(teacher, "get_base_model") else teacher
+        self._positions = learned_positions(self._model)
         open_forward(self._model)
         check_head(self._model)
         with output_head(self._model, keep=True) as head:
@@ -51,8 +53,10 @@ class Predictor:
             predictions of each row, on the CPU.
 
         Raises:
-            ValueError: if a token has no row in the teacher, or a prediction is not a number.
+            ValueError: if a token has no row in the teacher, a row is longer than its positions, or a prediction is
+                not a number.
         """
+        self.check_length(max(map(len, token_rows)))
         for row in token_rows:
             if int(row.max()) >= settings.vocabulary_rows or int(row.min()) < 0:
                 raise ValueError(
@@ -78,6 +82,18 @@ class Predictor:
                     f"{row[:12].tolist()}. Load it, and store hidden states, in float32 or bfloat16."
                 )
         return predictions
+
+    def check_length(self, longest: int) -> None:
+        """Refuse a row that the teacher has no positions for.
+
+        Args:
+            longest: its tokens.
+
+        Raises:
+            ValueError: it is too long.
+        """
+        way_out = f"Set max_length={self._positions} or less in `args` (--max_length), or cut the rows."
+        check_positions(longest, self._positions, "A row", f"the teacher ({type(self._model).__name__})", way_out)
 
     def _last_hidden(self, token_rows: Sequence[np.ndarray]) -> list[Tensor]:
         """The states at the positions that predict something, (P, D) for each row."""

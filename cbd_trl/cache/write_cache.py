@@ -95,7 +95,7 @@ def write_cache(
 
 def _predict_rows(writer: CacheWriter, predictor: Predictor, rows: Any, args: SFTConfig, batch_size: int) -> None:
     counted = isinstance(rows, Dataset)
-    new_rows, new_tokens = _count_new(writer, rows, args) if counted else (None, None)
+    new_rows, new_tokens = _count_new(writer, predictor, rows, args) if counted else (None, None)
     if new_rows is not None and new_tokens is not None:
         head = predictor.head if writer.settings.kind == "hidden" else None
         check_disk(writer.folder, writer.settings, new_rows, new_tokens, head)
@@ -129,10 +129,11 @@ def _predicted_rows(rows: Any, args: SFTConfig) -> Iterator[np.ndarray]:
     return (row for row in cut_rows(rows, args) if len(row) > 1)
 
 
-def _count_new(writer: CacheWriter, rows: Any, args: SFTConfig) -> tuple[int, int]:
+def _count_new(writer: CacheWriter, predictor: Predictor, rows: Any, args: SFTConfig) -> tuple[int, int]:
     new: set[bytes] = set()
     tokens = 0
     for row in _predicted_rows(rows, args):
+        predictor.check_length(len(row))
         key = row_key(row)
         if key not in new and not writer.has(row):
             new.add(key)

@@ -30,8 +30,10 @@ from cbd_trl.durable import check_writable
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
+from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.trainers.row_checks import check_before_preparing
 from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 from cbd_trl.utils.modeling import on_device
 
@@ -96,6 +98,8 @@ def build_chain(
         _check_text(head.dataset, head.args, head.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
         _check_text(step.dataset, step.args, head.tokenizer)
+        check_best_metric(step.args, eval_dataset, None)
+        check_before_preparing(step.dataset, eval_dataset, step.args, head.tokenizer, head.architecture.config)
     if len(done) <= len(steps):
         check_writable(output_dir)
     for anchor in done.values():

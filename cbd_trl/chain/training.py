@@ -23,7 +23,7 @@ from cbd_trl.trainers.progress import show_progress
 
 # Where the settings of a training have its arguments.
 ARGUMENTS = "arguments"
-_LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens")
+_LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
 
 
@@ -144,7 +144,7 @@ def train(
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = student.generation_config
-    return Trained(model, int(losses.pop("num_tokens", 0)), losses)
+    return Trained(model, trainer.tokens_seen, losses)
 
 
 def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -169,5 +169,7 @@ def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The latest value of each logged term."""
     losses: dict[str, float] = {}
     for entry in history:
+        if "loss" not in entry:
+            continue
         losses |= {key: value for key, value in entry.items() if key in _LOGGED}
     return losses

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.losses.head import Head, product_dtype
-from cbd_trl.losses.objective import LogitObjective, Weights, combine
+from cbd_trl.losses.objective import METRICS, LogitObjective, Weights, combine
 from cbd_trl.losses.signals import AnySignal
 
 # Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
@@ -64,8 +64,8 @@ def fused_terms(
             together: a chunk grows until the next of them if it must. None for anywhere.
 
     Returns:
-        the sum over tokens of the weighted terms (scalar float32, differentiable once), and every term per token (N,)
-        without gradient.
+        the sum over tokens of the weighted terms (scalar float32, differentiable once), and every term and every
+        metric of `METRICS` per token (N,) without gradient.
     """
     device = hidden_Nd.device
     dtype = product_dtype(head, device)
@@ -76,7 +76,7 @@ def fused_terms(
     )  # fmt: skip
     with torch.autocast(device.type, enabled=False):
         total, *terms = _FusedTerms.apply(hidden_Nd, head.weight_VD, head.bias_V, work)
-    return total, dict(zip(_LOGIT_TERMS, terms, strict=True))
+    return total, dict(zip((*_LOGIT_TERMS, *METRICS), terms, strict=True))
 
 
 _LOGIT_TERMS = ("kd", "ce", "teacher_ce")
@@ -98,10 +98,14 @@ class _FusedTerms(torch.autograd.Function):
         # Written into, not gathered: small tensors that stay would lie between the large ones that go, and the holes
         # of the C allocator's heap add up to gigabytes.
         terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _LOGIT_TERMS}
+        metrics = {name: torch.empty_like(terms["ce"]) for name in METRICS}
         for part in _parts(slice(0, len(inputs_Nd)), size, starts):
             projected_nV = head.project(inputs_Nd[part])
             said, targets_n = teacher.at(part), targets_N[part]
             for rows in _blocks(projected_nV, part, starts):
+                # Before the terms: what this takes is free again when they need memory.
+                for name, metric_b in _metrics(head.bound(projected_nV[rows]), targets_n[rows]).items():
+                    metrics[name][part][rows] = metric_b
                 leaf_bV = projected_nV[rows].detach().requires_grad_(any(needs))
                 with torch.set_grad_enabled(any(needs)):
                     found = objective.terms(head.bound(leaf_bV), said.rows(rows), targets_n[rows], weights)
@@ -115,8 +119,9 @@ class _FusedTerms(torch.autograd.Function):
                 _add_gradients(gradients, projected_nV, inputs_Nd[part], head.weight_VD, part)
         ctx.gradients = gradients
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden_Nd, weight_Vd, bias_V)]
-        ctx.mark_non_differentiable(*terms.values())
-        return combine(terms, weights).sum(), *terms.values()
+        returned = (*terms.values(), *metrics.values())
+        ctx.mark_non_differentiable(*returned)
+        return combine(terms, weights).sum(), *returned
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor, *unused: Any) -> Any:
@@ -129,6 +134,16 @@ class _FusedTerms(torch.autograd.Function):
         scaled = [None if g is None else g.mul_(slope) for g in ctx.gradients]
         ctx.gradients = None
         return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)), None
+
+
+def _metrics(logits_bV: Tensor, targets_b: Tensor) -> dict[str, Tensor]:
+    """The metrics of SFT at some positions; see `METRICS`."""
+    probabilities_bV, best_b1 = torch.softmax(logits_bV, -1), logits_bV.argmax(-1, keepdim=True)
+    # log of the sum of exp(logits), from a token of which both are known.
+    norm_b = (logits_bV.gather(1, best_b1) - probabilities_bV.gather(1, best_b1).log())[:, 0]
+    # An impossible token adds nothing: 0 times infinity would be NaN.
+    mean_b = torch.linalg.vecdot(probabilities_bV, logits_bV.clamp(min=torch.finfo(logits_bV.dtype).min))
+    return {"entropy": norm_b - mean_b, "mean_token_accuracy": (best_b1[:, 0] == targets_b).float()}
 
 
 def _parts(whole: slice, size: int, starts: Sequence[int] | None) -> Iterator[slice]:

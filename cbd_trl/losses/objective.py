@@ -13,9 +13,12 @@ from cbd_trl.losses.divergences import Divergence, tempered_log_probs
 from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.losses.signals import Statement
 
+# What `trl.SFTTrainer` logs beside its loss, by its names: of the student's distribution the entropy (nats), and 1
+# where its most likely token is the one that follows, else 0.
+METRICS = ("entropy", "mean_token_accuracy")
 # Everything that is logged of a token. The teacher's cross-entropy is no part of the loss, nor is whether the token is
-# one that a teacher with tokens of its own has no counterpart of.
-TERMS = ("kd", "ce", "hidden", "teacher_ce", "unaligned")
+# one that a teacher with tokens of its own has no counterpart of, nor are the metrics.
+TERMS = ("kd", "ce", "hidden", "teacher_ce", "unaligned", *METRICS)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Batch:
 
     def count_tokens(self) -> Tensor:
         """How many tokens are not padding, scalar int64."""
+        if self.row_lengths_R is not None:
+            return self.row_lengths_R.sum()
         if (mask := self.inputs.get("attention_mask")) is not None:
             return mask.sum()
         ids = self.inputs["input_ids"]

@@ -5,6 +5,7 @@ from typing import Any
 
 from cbd_trl.bridge.objectives import OBJECTIVES, SEQKD, parse_objective
 from cbd_trl.losses.divergences import DIVERGENCES
+from cbd_trl.losses.objective import METRICS
 from cbd_trl.losses.schedule import WeightSchedule
 from cbd_trl.trainers.distill_config import DistillConfig
 
@@ -136,6 +137,14 @@ class BridgeDistillConfig(DistillConfig):
         if not self.black_box:
             return super().schedules()
         return {term: WeightSchedule(float(term == "ce"), 0.0, "constant") for term in ("kd", "ce", "hidden")}
+
+    @property
+    def evaluated(self) -> list[str]:
+        """See `DistillConfig`; where it is not known yet whether there is a hidden-state term, it is named."""
+        if self.black_box:
+            return ["loss", "ce", *METRICS, "num_tokens"]
+        hidden = ["hidden"] if self.hidden_weight is None else []
+        return [*super().evaluated, *hidden, "unaligned"]
 
     @property
     def black_box(self) -> bool:

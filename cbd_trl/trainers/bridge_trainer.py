@@ -19,7 +19,9 @@ from cbd_trl.trainers.bridge_projectors import BridgeProjectors
 from cbd_trl.trainers.bridge_setup import TeacherWatch, check_datasets, fill_in_hidden, set_up_bridge_teacher
 from cbd_trl.trainers.bridge_step_loss import BridgeStepLoss
 from cbd_trl.trainers.chat_rows import CHAT, holds_chats, prepare_chats
+from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.trainers.row_checks import check_scored
 from cbd_trl.trainers.sequence_level import SequenceLevelLoss, set_up_black_box
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup
@@ -53,7 +55,7 @@ class BridgeDistillTrainer(DistillTrainer):
         TypeError: if an argument has the wrong type.
     """
 
-    _tag_names = ["cbd_trl", "bridge-distill"]
+    _tag_names = ["trl", "cbd_trl", "bridge-distill"]
     _name = "BridgeDistill"
     _config = BridgeDistillConfig
     _step_loss: type[StepLoss] = BridgeStepLoss
@@ -70,7 +72,9 @@ class BridgeDistillTrainer(DistillTrainer):
             formatting = formatting_func if rows is dataset else None
             return prepare(rows, processing_class, args, packing, formatting, dataset_name)
 
-        return prepare_chats(dataset, args, packing, prepare_by)
+        rows = prepare_chats(dataset, args, packing, prepare_by)
+        check_scored(rows, args, dataset_name)
+        return rows
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -86,6 +90,7 @@ class BridgeDistillTrainer(DistillTrainer):
             return set_up_black_box(student, tokenizer)
         setup, self._bridge = set_up_bridge_teacher(named, student, self.args, self.processing_class, tokenizer)
         fill_in_hidden(self.args, student, setup.model, self.optimizer)
+        check_best_metric(self.args, self.eval_dataset, self.compute_metrics)
         self._watch = TeacherWatch(self._bridge, vocabulary_rows(setup.model))
         return setup
 

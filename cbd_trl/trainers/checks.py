@@ -3,7 +3,11 @@
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
+from cbd_trl.names import did_you_mean
 from cbd_trl.trainers.distill_config import DistillConfig
 
 
@@ -35,6 +39,71 @@ def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
             f"{type(args).__name__}, {' or '.join(f'`{name}`' for name in args.ways_to_a_teacher)}. Give one of them."
         )
     return chosen
+
+
+# What each place of a trainer takes, of what could stand in a wrong one.
+_PLACES: dict[str, tuple[str, Any]] = {
+    "model": ("a model", nn.Module),
+    "args": ("a config", TrainingArguments),
+    "train_dataset": ("a dataset", (Dataset, IterableDataset, DatasetDict, IterableDatasetDict)),
+    "processing_class": ("a tokenizer", (PreTrainedTokenizerBase, ProcessorMixin)),
+}
+_KIND_OF = {
+    "teacher_model": "model",
+    "eval_dataset": "train_dataset",
+    "teacher_processing_class": "processing_class",
+}
+
+
+def check_places(trainer: str, **given: Any) -> None:
+    """Refuse arguments that stand in each other's place: behind the student comes its teacher, not `args` as in TRL.
+
+    Args:
+        trainer: its name.
+        given: its arguments.
+
+    Raises:
+        TypeError: naming the place, what it got, and where that belongs.
+    """
+    for name, value in given.items():
+        for right, (kind, types) in _PLACES.items():
+            if isinstance(value, types) and right != _KIND_OF.get(name, name):
+                second = ": the second place is the teacher's" if name == "teacher_model" else ""
+                raise TypeError(
+                    f"{name} of {trainer} is a {type(value).__name__}, {kind}{second}. Pass it as `{right}`, such as "
+                    f"{trainer}(model, teacher_model=teacher, args=args, train_dataset=dataset, "
+                    "processing_class=tokenizer)."
+                )
+
+
+def check_best_metric(args: DistillConfig, eval_dataset: Any, compute_metrics: Any) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation reports, before the first one looks for it in vain.
+
+    Args:
+        args: of the run.
+        eval_dataset: a dataset, or a dict of them.
+        compute_metrics: of the caller; what it reports is not known.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    metric = args.metric_for_best_model
+    if metric is None or compute_metrics is not None or args.eval_strategy == "no":
+        return
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    sets = [f"eval_{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
+    reported = [f"{prefix}{name}" for prefix in sets for name in args.evaluated]
+    speeds = [f"{prefix}{name}" for prefix in sets for name in _SPEEDS]
+    if metric not in (*reported, *speeds):
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is nothing that an evaluation reports: there are "
+            f"{', '.join(reported)}.{did_you_mean(metric, reported)} Name one of them, or leave metric_for_best_model "
+            "out."
+        )
+
+
+# What the Trainer itself reports of every evaluation.
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def check_arguments(args: Any, config: type[DistillConfig], others: dict[str, Any]) -> None:

@@ -7,9 +7,12 @@ from trl import SFTConfig
 
 from cbd_trl.losses.divergences import DIVERGENCES, divergence_option
 from cbd_trl.losses.hidden import HIDDEN_LOSSES
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import METRICS, Weights
 from cbd_trl.losses.schedule import SCHEDULES, WeightSchedule
 from cbd_trl.trainers.config_checks import check_config
+
+# Of the terms that are evaluated, by the last word of their names.
+_LOWER_IS_BETTER = ("kd", "ce", "hidden", "unaligned")
 
 
 @dataclass
@@ -211,6 +214,10 @@ class DistillConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check every value, so that a mistake is seen before a model is loaded."""
+        best = self.metric_for_best_model
+        if self.greater_is_better is None and best is not None and best.rpartition("_")[2] in _LOWER_IS_BETTER:
+            # By transformers' rule lower is better of what ends in "loss" alone.
+            self.greater_is_better = False
         super().__post_init__()
         check_config(self)
 
@@ -236,6 +243,12 @@ class DistillConfig(SFTConfig):
             progress: share of the optimiser steps done, in [0, 1].
         """
         return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
+
+    @property
+    def evaluated(self) -> list[str]:
+        """What an evaluation reports of the student, without the prefix."""
+        hidden = ["hidden"] if self.uses_hidden else []
+        return ["loss", "kd", "ce", *hidden, "teacher_ce", *METRICS, "num_tokens"]
 
     @property
     def kd_text(self) -> str:

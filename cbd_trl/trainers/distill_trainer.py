@@ -8,22 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
+from cbd_trl.architectures.positions import learned_positions
 from cbd_trl.cards.files import save_card
 from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
 from cbd_trl.teachers.tokenizers import text_tokenizer
 from cbd_trl.trainers.batches import RowLengthsCollator
-from cbd_trl.trainers.checks import check_arguments, check_hybrid, check_run, chosen_teacher
+from cbd_trl.trainers.checks import (
+    check_arguments,
+    check_best_metric,
+    check_hybrid,
+    check_places,
+    check_run,
+    chosen_teacher,
+)
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import Hybrid, Pass
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
+from cbd_trl.trainers.row_checks import check_end_token, check_lengths, check_scored
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.step_trainer import StepTrainer
 from cbd_trl.trainers.student_setup import find_student_tokenizer, load_student, student_loaded
@@ -44,10 +54,11 @@ class DistillTrainer(StepTrainer):
     The loss is kd_weight x divergence + ce_weight x cross-entropy + hidden_weight x mean distance of the layers, each
     a mean over the scored tokens of the optimiser step: gradient accumulation, packing and the number of processes do
     not change it. The logits of a whole batch are never in memory. Logged at every log event, as means over the tokens
-    since the last one: `kd`, `ce`, `hidden` (where weighted) and `teacher_ce` of the student; where there are hybrids,
-    `hybrid`, their whole loss, which is in `loss` too; the weights, where they have a schedule; and `num_tokens`, the
-    tokens seen so far. Evaluation reports the same terms of the student alone, prefixed `eval_`, as means over
-    the tokens of the whole evaluation set.
+    since the last one: `kd`, `ce`, `hidden` (where weighted) and `teacher_ce` of the student; as in SFT, its `entropy`
+    and `mean_token_accuracy`; where there are hybrids, `hybrid`, their whole loss, which is in `loss` too; the
+    weights, where they have a schedule; and `num_tokens`, the tokens seen so far, each once and without padding.
+    Evaluation reports the same of the student alone, prefixed `eval_`, as means over the tokens of the whole
+    evaluation set.
 
     Args:
         model: the student: a causal LM, or the path or Hub id of one.
@@ -73,7 +84,7 @@ class DistillTrainer(StepTrainer):
         TypeError: if an argument has the wrong type.
     """
 
-    _tag_names = ["cbd_trl", "distill"]
+    _tag_names = ["trl", "cbd_trl", "distill"]
     _name = "Distill"
     _config: type[DistillConfig] = DistillConfig
     _step_loss: type[StepLoss] = StepLoss
@@ -94,9 +105,20 @@ class DistillTrainer(StepTrainer):
         hybrid: Hybrid | None = None,
         **kwargs: Any,
     ) -> None:
+        check_places(
+            type(self).__name__,
+            model=model,
+            teacher_model=teacher_model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            teacher_processing_class=teacher_processing_class,
+        )
         # Filled in below, and the same config may be used for another pair of models.
         args = self._config("distilled") if args is None else copy.copy(args)
         check_arguments(args, self._config, kwargs)
+        check_best_metric(args, eval_dataset, kwargs.get("compute_metrics"))
         teacher_model = chosen_teacher(teacher_model, args)
         check_named_teachers(teacher_model, args)
         formatted = kwargs.get("formatting_func") is not None
@@ -136,8 +158,24 @@ class DistillTrainer(StepTrainer):
             self.data_collator = RowLengthsCollator(**vars(self.data_collator))
             self._check_rows_apart()
         evaluation = self.eval_dataset
-        datasets = [self.train_dataset, *(evaluation.values() if isinstance(evaluation, dict) else [evaluation])]
-        self.data_collator = self._collator(setup, datasets)
+        evaluated = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+        datasets = {"train": self.train_dataset, **evaluated}
+        for name, dataset in datasets.items():
+            self._check_lengths(dataset, name)
+        self.data_collator = self._collator(setup, [*datasets.values()])
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        check_end_token(dataset, processing_class, args, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        check_scored(prepared, args, dataset_name)
+        return prepared
+
+    def _check_lengths(self, dataset: Any, name: str) -> None:
+        for role, model in [("student", self._student), *(("teacher", one) for one in self._teacher.models)]:
+            described = f"the {role} ({type(model).__name__})"
+            check_lengths(dataset, learned_positions(model), self.args, self.padding_free, described, name)
 
     def _set_up_teacher(
         self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None
@@ -176,15 +214,19 @@ class DistillTrainer(StepTrainer):
         eval_dataset = sft_datasets(eval_dataset, "eval_dataset", self.args, formatted=formatted)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As in `StepTrainer`.
 
         Args:
+            dataloader: as there.
             args: as there.
             kwargs: as there.
         """
+        dataset = getattr(dataloader, "dataset", None)
+        if isinstance(dataset, Dataset):
+            self._check_lengths(dataset, "evaluation")
         with self._attention():
-            return super().evaluation_loop(*args, **kwargs)
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def _check_rows_apart(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -259,7 +301,7 @@ class DistillTrainer(StepTrainer):
             origin=self._student_origin,
             is_adapter=self._student is not self.accelerator.unwrap_model(self.model),
             args=self.args,
-            tokens=int(self._token_counter.tokens),
+            tokens=self.tokens_seen,
             # An upload hands over the tags of the model, which are the trainer's once more.
             tags=[*dict.fromkeys(own + ([tags] if isinstance(tags, str) else list(tags or [])))],
             results=describe_results(self.state.log_history, best_step),

@@ -20,6 +20,11 @@ class EvaluationTrainer(CheckpointTrainer):
     _eval_meter: TokenMeter
 
     @property
+    def tokens_seen(self) -> int:
+        """Tokens trained on so far, in all processes."""
+        raise NotImplementedError
+
+    @property
     def _weights(self) -> Weights:
         raise NotImplementedError
 
@@ -91,4 +96,5 @@ class EvaluationTrainer(CheckpointTrainer):
         metrics: Any = output.metrics
         for name, value in self._eval_meter.means().items():
             metrics[f"{metric_key_prefix}_{name}"] = value
+        metrics[f"{metric_key_prefix}_num_tokens"] = self.tokens_seen
         return output

@@ -48,10 +48,25 @@ class TokenMeter:
 
 
 class TokenCounter(TrainerCallback, ExportableState):
-    """Counts the tokens seen in training; the count is kept in checkpoints and continued on resuming."""
+    """What training has seen: its tokens, kept in checkpoints and continued on resuming, and the terms since a log.
+
+    With `auto_find_batch_size` the Trainer begins anew where a batch did not fit: nothing of an attempt is left.
+
+    Attributes:
+        tokens: seen so far.
+        terms: since the last log.
+        loss: of the micro-batches since the last optimiser step, as shares of it; scalar.
+    """
 
     def __init__(self) -> None:
         self.tokens: Tensor | int = 0
+        self.terms = TokenMeter()
+        self.loss: Tensor | float = 0.0
+        self._before = 0
+
+    def begin(self) -> None:
+        """Say that `Trainer.train` is called: what was seen before belongs to the model, whatever is begun anew."""
+        self._before = int(self.tokens)
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
@@ -60,12 +75,12 @@ class TokenCounter(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Continue the count of the checkpoint, if the run resumes from one."""
-        # A list before training starts, a dict of saved states in a checkpoint.
-        callbacks: Any = state.stateful_callbacks
-        saved = callbacks.get(type(self).__name__, {}) if isinstance(callbacks, dict) else {}
+        """Forget an attempt that was given up, and continue the count of the checkpoint, if there is one."""
+        self.tokens, self.terms, self.loss = self._before, TokenMeter(), 0.0
+        # Of a run that does not resume, the state holds what there was when it was made.
+        saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
         if isinstance(saved, dict):
-            self.tokens = saved.get("attributes", {}).get("tokens", 0)
+            self.tokens = saved["attributes"]["tokens"]
 
 
 class LayerOutputs:

@@ -13,13 +13,15 @@ tokens, the teacher's may be others.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cbd_trl.bridge.sides import chunked_cross_entropy
-from cbd_trl.losses.head import Head, product_dtype
-from cbd_trl.losses.reduction import scored_targets, select_scored
+from cbd_trl.losses.fused import fused_terms
+from cbd_trl.losses.head import Head
+from cbd_trl.losses.objective import METRICS, Weights
+from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.tokenizers import vocabulary_rows
 from cbd_trl.trainers.step_loss import StepLoss
@@ -45,9 +47,25 @@ class SequenceLevelLoss(StepLoss):
     """`StepLoss` whose one term is the cross-entropy of the data's tokens, "ce": -log p(y^_t | y^_<t, x), nats."""
 
     def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_Nd = select_scored(hidden_BTd, labels_BT).to(product_dtype(head, hidden_BTd.device))
-        ce_N = chunked_cross_entropy(hidden_Nd, head, scored_targets(labels_BT), self.chunk)
-        return self.weights.ce * ce_N.sum(), {"ce": ce_N.detach()}
+        hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
+        total, terms = fused_terms(hidden_Nd, head, targets_N, _Silence(), _TextAlone(), self.weights, self.chunk)
+        return total, {name: terms[name] for name in ("ce", *METRICS)}
+
+
+class _Silence:
+    """What an absent teacher says."""
+
+    def at(self, part: slice) -> "_Silence":
+        return self
+
+    def rows(self, rows: slice) -> "_Silence":
+        return self
+
+
+class _TextAlone:
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+        ce_N = cross_entropy(student_NV, targets_N)
+        return {"kd": torch.zeros_like(ce_N), "ce": ce_N, "teacher_ce": torch.zeros_like(ce_N)}
 
 
 def set_up_black_box(student: Any, teacher_tokenizer: Any) -> TeacherSetup:

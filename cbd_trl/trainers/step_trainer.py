@@ -32,9 +32,18 @@ class StepTrainer(EvaluationTrainer):
         super().__init__(*args, **kwargs)
         # The Trainer must count the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
-        self._train_meter, self._eval_meter = TokenMeter(), TokenMeter()
-        self._loss_of_step = torch.zeros((), device=self.accelerator.device)
+        self._eval_meter = TokenMeter()
         self.add_callback(TokenCounter())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer.
+
+        Args:
+            args: as there.
+            kwargs: as there.
+        """
+        self._seen.begin()
+        return super().train(*args, **kwargs)
 
     @property
     def _weights(self) -> Weights:
@@ -91,8 +100,8 @@ class StepTrainer(EvaluationTrainer):
         scored = outputs["ce"].numel()
         if self.model.training:
             sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
-            self._train_meter.add(sums, torch.tensor(float(scored), device=outputs["ce"].device))
-            self._token_counter.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
+            self._seen.terms.add(sums, torch.tensor(float(scored), device=outputs["ce"].device))
+            self._seen.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
         loss = normalise(outputs["total"], scored, num_items_in_batch, processes)
@@ -112,15 +121,15 @@ class StepTrainer(EvaluationTrainer):
             ValueError: the loss of the step is not finite, in whichever process.
         """
         loss = super().training_step(*args, **kwargs)
-        self._loss_of_step = self._loss_of_step + loss
+        total = self._seen.loss = self._seen.loss + loss
         if self.accelerator.sync_gradients:
-            total, self._loss_of_step = self._loss_of_step, torch.zeros_like(self._loss_of_step)
+            self._seen.loss = 0.0
             if not math.isfinite(value := self.accelerator.reduce(total, "sum").item()):
                 raise ValueError(self._not_finite(value))
         return loss
 
     def _not_finite(self, loss: float) -> str:
-        means = self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum"))
+        means = self._means_since_log()
         wrong = [name for name, value in means.items() if not math.isfinite(value)]
         teacher = " The teacher's own loss (teacher_ce) is not finite either: look at its weights and dtype first."
         return (
@@ -136,11 +145,16 @@ class StepTrainer(EvaluationTrainer):
             logs: what the Trainer logs.
             start_time: of the training, in seconds.
         """
-        if "loss" in logs:
-            logs.update(self._train_meter.means(lambda sums: self.accelerator.reduce(sums, "sum")))
-            logs.update(self._scheduled_weights())
+        # At the end of a training those of the steps since the last log, as in SFT.
+        if "loss" in logs or "train_loss" in logs:
+            logs.update(self._means_since_log())
             logs["num_tokens"] = self.tokens_seen
+        if "loss" in logs:
+            logs.update(self._scheduled_weights())
         super().log(logs, start_time)
+
+    def _means_since_log(self) -> dict[str, float]:
+        return self._seen.terms.means(lambda sums: self.accelerator.reduce(sums, "sum"))
 
     def _scheduled_weights(self) -> dict[str, float]:
         # Logged once the step is counted: its own weights, so that they explain its loss.
@@ -151,9 +165,9 @@ class StepTrainer(EvaluationTrainer):
     @property
     def tokens_seen(self) -> int:
         """Tokens trained on so far, in all processes; of a resumed run, those before its checkpoint too."""
-        return int(self._token_counter.tokens)
+        return int(self._seen.tokens)
 
     @property
-    def _token_counter(self) -> TokenCounter:
+    def _seen(self) -> TokenCounter:
         # Looked up, because the Trainer may replace its callbacks by restored ones.
         return next(c for c in self.callback_handler.callbacks if isinstance(c, TokenCounter))

@@ -80,7 +80,8 @@ def test_the_card_of_a_trained_model(chain, tmp_path, monkeypatch):
     text = read(tmp_path / "trained")
     assert metadata(text) == {
         **FROM_SOURCE, "library_name": "transformers", "pipeline_tag": "text-generation", "model_name": "trained",
-        "datasets": [HUB_ROWS], "tags": ["cbd_trl", "distillation", "generated_from_trainer", "distill", "mine"],
+        "datasets": [HUB_ROWS],
+        "tags": ["cbd_trl", "distillation", "generated_from_trainer", "trl", "distill", "mine"],
     }  # fmt: skip
     assert "`apache-2.0`: carried over from `deep`." in text and str(tmp_path) not in text
     assert "| per token | training, step 1 |" in text

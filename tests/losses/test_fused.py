@@ -212,6 +212,27 @@ def test_masked_rows_are_not_projected_and_get_no_gradient(masked: float, monkey
     assert torch.equal(moved[:, :-1], scored) and not moved[:, -1].any()
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_metrics_are_those_of_the_students_distribution(head: str, chunk: int) -> None:
+    """At temperature 1 and over all rows, whatever the divergence is taken at; an impossible token adds nothing."""
+    teacher, weights = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), Weights(1.0, 0.5)
+    objective = DistillObjective(get_divergence("forward_kl"), temperature=2.0, shared_rows=V - 3)
+    logits = naive_logits(HIDDEN.double(), HEADS[head])
+    targets = torch.where(torch.arange(N) % 3 == 0, TARGETS, logits.argmax(-1))
+    _, terms = fused_terms(HIDDEN, HEADS[head], targets, teacher, objective, weights, chunk)
+    assert_same([terms["entropy"]], [torch.distributions.Categorical(logits=logits).entropy()])
+    assert terms["mean_token_accuracy"].tolist() == (targets == logits.argmax(-1)).double().tolist()
+    if head == "bias":
+        bias = HEADS[head].bias_V.clone()
+        bias[5] = -torch.inf
+        _, without = fused_terms(
+            HIDDEN, Head(HEADS[head].weight_VD, bias), targets, teacher, objective, Weights(0.0, 0.5), chunk
+        )
+        rest = logits[:, [i for i in range(V) if i != 5]]
+        assert_same([without["entropy"]], [torch.distributions.Categorical(logits=rest).entropy()])
+
+
 def test_low_precision_products_are_summed_in_float32() -> None:
     objective, weights = DistillObjective(get_divergence("forward_kl")), Weights(1.0, 0.5)
     exact, gradients, _ = fused(HEADS["plain"], HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), objective, weights, 4)

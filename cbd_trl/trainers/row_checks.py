@@ -1,0 +1,187 @@
+"""What is refused of the rows of a data set, before a token is trained on."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer, is_conversational
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import get_dataset_column_names, is_conversational_from_value
+
+from cbd_trl.architectures.positions import check_positions, learned_positions_of
+from cbd_trl.losses.reduction import IGNORE_INDEX
+
+# Rows whose lengths are read at a time.
+_ROWS = 10_000
+
+
+def check_end_token(dataset: Any, tokenizer: Any, args: Any, name: str) -> None:
+    """Refuse rows that end with an end token where the tokenizer has none.
+
+    Args:
+        dataset: as given: not prepared yet.
+        tokenizer: of the data.
+        args: of the run, a `trl.SFTConfig`.
+        name: of the data set.
+
+    Raises:
+        ValueError: it has none, and the rows are plain text.
+    """
+    if (args.eos_token or tokenizer.eos_token) is not None or "input_ids" in get_dataset_column_names(dataset):
+        return
+    first: dict[str, Any] = next(iter(dataset))
+    if is_conversational(first) or is_conversational_from_value(first):
+        return
+    raise ValueError(
+        f"The tokenizer ({type(tokenizer).__name__}) has no end token (eos_token), and the {name} dataset is of plain "
+        "text, to each row of which SFT adds one: the student would never learn to stop. Set tokenizer.eos_token to "
+        "a token of its vocabulary, or name one as eos_token in the arguments."
+    )
+
+
+def check_scored(dataset: Any, args: Any, name: str) -> None:
+    """Refuse rows of which no token is scored.
+
+    Args:
+        dataset: prepared. Of a stream the first row is looked for: TRL leaves out those that are masked as a whole.
+        args: of the run.
+        name: of the data set.
+
+    Raises:
+        ValueError: there is no scored token.
+    """
+    if not isinstance(dataset, Dataset):
+        scored = next(iter(dataset), None) is not None
+    elif "labels" in dataset.column_names:
+        scored = any(_is_scored(labels) for row in dataset.select_columns("labels") for labels in row.values())
+    else:
+        scored = len(dataset) > 0
+    if not scored:
+        raise ValueError(_nothing_scored(args, name))
+
+
+def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: bool, model: str, name: str) -> None:
+    """Refuse rows that are longer than a model has positions.
+
+    Args:
+        dataset: prepared, or `None`. Of a stream the length that rows are cut to is what counts.
+        positions: that the model has learned; None for one whose rows may be of any length.
+        args: of the run.
+        padding_free: whether positions begin anew with each row of a pack.
+        model: names the model.
+        name: of the data set.
+
+    Raises:
+        ValueError: there are such rows, or may be.
+    """
+    columns = get_dataset_column_names(dataset) if positions is not None and dataset is not None else []
+    if "input_ids" not in columns:
+        return
+    way_out = f"Set max_length={positions} or less (it is {args.max_length}), or cut the rows."
+    longest, row = _longest(dataset, padding_free), f"A row of the {name} dataset"
+    if longest is None:
+        if args.max_length is not None and args.max_length <= positions:
+            return
+        raise ValueError(
+            f"max_length={args.max_length}: rows of the {name} dataset, a stream, may be longer than the {positions} "
+            f"positions that {model} has learned, and what stands behind them cannot be read. {way_out}"
+        )
+    if args.pad_to_multiple_of and not padding_free:
+        longest = -(-longest // args.pad_to_multiple_of) * args.pad_to_multiple_of
+        row += f", padded to a multiple of {args.pad_to_multiple_of},"
+        way_out = f"Lower pad_to_multiple_of, or set max_length to less (it is {args.max_length})."
+    check_positions(longest, positions, row, model, way_out)
+
+
+def check_before_preparing(
+    dataset: Any, eval_dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase, config: Any
+) -> None:
+    """The checks of this module for a training that comes after other work.
+
+    Args:
+        dataset: as given, not prepared.
+        eval_dataset: likewise, or None.
+        args: of the run.
+        tokenizer: of the data.
+        config: of the model that reads the rows.
+
+    Raises:
+        ValueError: see the other checks.
+    """
+    options: Any = args.dataset_kwargs or {}  # a string on the command line, a dict once parsed
+    # Nor is a template looked for that the trainer reads from elsewhere.
+    if options.get("skip_prepare_dataset") or args.chat_template_path is not None:
+        return
+    completions = args.completion_only_loss
+    if completions is None:
+        completions = {"prompt", "completion"} <= set(next(iter(dataset)))
+    positions = learned_positions_of(config)
+    for name, rows in {"training": dataset, "eval": eval_dataset}.items():
+        if rows is None:
+            continue
+        check_end_token(rows, tokenizer, args, name)
+        if not any(_is_scored(row["labels"]) for row in _prepared(rows, args, tokenizer, completions)):
+            raise ValueError(_nothing_scored(args, name))
+        if positions is not None and (args.max_length is None or args.max_length > positions):
+            _check_each(_prepared(rows, args, tokenizer, completions), positions, args, config.model_type, name)
+
+
+def _check_each(rows: Iterator[Mapping[str, Any]], positions: int, args: Any, family: str, name: str) -> None:
+    wrapped = args.packing and args.packing_strategy == "wrapped"
+    for number, row in enumerate(rows):
+        length = args.max_length if wrapped else len(row["input_ids"])
+        check_positions(
+            length,
+            positions,
+            f"Row {number} of the {name} dataset",
+            f"the anchor ({family})",
+            f"Set max_length={positions} or less (it is {args.max_length}), or cut the rows.",
+        )
+
+
+def _prepared(dataset: Any, args: Any, tokenizer: Any, completions: bool) -> Iterator[Mapping[str, Any]]:
+    """The rows as TRL prepares and cuts them, one by one."""
+    options = copy.copy(args)
+    options.shuffle_dataset = False
+    if args.packing and args.packing_strategy != "bfd":
+        # What does not fit is carried over.
+        options.max_length = None
+    stream = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
+    masked = args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template)
+    trainer: Any = SimpleNamespace(
+        _tokenizer=tokenizer if args.eos_token is None else SimpleNamespace(eos_token=args.eos_token),
+        chat_template=get_training_chat_template(tokenizer) if masked else None,
+        completion_only_loss=completions,
+    )
+    prepare: Any = SFTTrainer._prepare_dataset
+    return iter(prepare(trainer, stream, tokenizer, options, False, None, "training"))
+
+
+def _is_scored(labels: Any) -> bool:
+    # The first token of a row is never predicted.
+    return any(label != IGNORE_INDEX for label in labels[1:])
+
+
+def _nothing_scored(args: Any, name: str) -> str:
+    return (
+        f"No token of the {name} dataset is scored: max_length={args.max_length} (truncation_mode="
+        f"{args.truncation_mode!r}) cuts every completion off, or the labels mask every token. Raise max_length, keep "
+        "the end of the rows (truncation_mode='keep_end'), or give rows with a completion."
+    )
+
+
+def _longest(dataset: Any, padding_free: bool) -> int | None:
+    """Tokens of the longest row; None for a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    by_row = padding_free and "seq_lengths" in dataset.column_names
+    column = "seq_lengths" if by_row else "input_ids"
+    longest = 0
+    for batch in dataset.select_columns(column).with_format("arrow").iter(_ROWS):
+        lengths = pc.list_flatten(batch[column]) if by_row else pc.list_value_length(batch[column])
+        longest = max(longest, pc.max(lengths).as_py() or 0)
+    return longest
