@@ -45,6 +45,19 @@ def open_forward(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def last_hidden(model: Any, input_ids: Tensor) -> Tensor:
+    """Run a causal LM without its head.
+
+    Args:
+        model: not wrapped; its forward need not be opened.
+        input_ids: (B, T).
+
+    Returns:
+        what its head reads, (B, T, D).
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
 def keep_trainable(model: nn.Module) -> None:
     """Let a quantised model run in eval mode now and be trained later.
 
@@ -129,7 +142,7 @@ def check_head(model: Any) -> None:
     """Refuse a model whose logits are not its head of its last hidden state: the loss would silently be another one.
 
     Args:
-        model: a causal LM with an opened forward, not wrapped.
+        model: a causal LM, not wrapped.
 
     Raises:
         ValueError: if the two differ on a few tokens, or are not finite.
@@ -140,7 +153,7 @@ def check_head(model: Any) -> None:
     with in_eval_mode(model):
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         with output_head(model) as head:
-            hidden = model(input_ids=ids, use_cache=False, inside=lambda hidden: hidden[0])
+            hidden = last_hidden(model, ids)[0]
             ours = head.logits(hidden.to(head.weight_VD.device, head.weight_VD.dtype)).to(own.device)
     _check_finite(model, own, ours)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.std().item()):
