@@ -45,17 +45,17 @@ def open_forward(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
-def last_hidden(model: Any, input_ids: Tensor) -> Tensor:
+def last_hidden(model: Any, **inputs: Tensor) -> Tensor:
     """Run a causal LM without its head.
 
     Args:
         model: not wrapped; its forward need not be opened.
-        input_ids: (B, T).
+        inputs: `input_ids` (B, T), and an `attention_mask` where there is padding.
 
     Returns:
         what its head reads, (B, T, D).
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
 
 
 def keep_trainable(model: nn.Module) -> None:
@@ -153,7 +153,7 @@ def check_head(model: Any) -> None:
     with in_eval_mode(model):
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         with output_head(model) as head:
-            hidden = last_hidden(model, ids)[0]
+            hidden = last_hidden(model, input_ids=ids)[0]
             ours = head.logits(hidden.to(head.weight_VD.device, head.weight_VD.dtype)).to(own.device)
     _check_finite(model, own, ours)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.std().item()):

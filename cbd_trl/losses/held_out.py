@@ -54,7 +54,7 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4, l
     with in_eval_mode(model):
         check_head(causal)
         for ids, wanted in zip(blocks.split(batch_size), labels.split(batch_size), strict=True):
-            hidden_BTD = last_hidden(causal, ids.to(model.device))
+            hidden_BTD = last_hidden(causal, input_ids=ids.to(model.device))
             wanted = wanted.to(hidden_BTD.device)
             with output_head(causal) as head:
                 total += _cross_entropy_sum(select_scored(hidden_BTD, wanted), head, scored_targets(wanted))
