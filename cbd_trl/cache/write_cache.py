@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -24,6 +23,7 @@ from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.head import Head
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer
+from cbd_trl.utils.progress import Progress, progress_shown
 
 
 def write_cache(
@@ -84,7 +84,8 @@ def write_cache(
             **_asked(model, name, tokenizer),
         )
         writer = CacheWriter(output_dir, settings, predictor.head if kind == "hidden" else None)
-        _predict_rows(writer, predictor, rows, args, batch_size)
+        with progress_shown(not args.disable_tqdm):
+            _predict_rows(writer, predictor, rows, args, batch_size)
     return writer.finish()
 
 
@@ -97,9 +98,7 @@ def _predict_rows(writer: CacheWriter, predictor: Predictor, rows: Any, args: SF
     if new_rows == 0 and writer.manifest.complete:
         return
     writer.begin(new_rows)
-    with tqdm(
-        total=new_tokens, desc="Asking the teacher", unit="tok", unit_scale=True, disable=args.disable_tqdm
-    ) as bar:
+    with Progress("Asking the teacher", total=new_tokens, unit="tokens", unit_scale=True) as bar:
         for batch in _batches(writer, token_rows(rows, args), batch_size):
             writer.add(batch, predictor.predict(batch, writer.settings))
             bar.update(sum(map(len, batch)))
@@ -121,7 +120,7 @@ def _batches(writer: CacheWriter, rows: Iterator[np.ndarray], batch_size: int) -
 def _count_new(writer: CacheWriter, rows: Any, args: SFTConfig) -> tuple[int, int]:
     new: set[bytes] = set()
     tokens = 0
-    for row in token_rows(rows, args):
+    for row in Progress("Looking for new rows", token_rows(rows, args), total=len(rows), unit="rows"):
         key = row_key(row)
         if key not in new and not writer.has(row):
             new.add(key)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.utils.progress import progress_shown
 
 
 def build_chain(
@@ -80,6 +82,14 @@ def build_chain(
     else:
         head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir)
     steps = plan_chain(head.architecture, anchors, args, dataset)
+    with _progress_of(args):
+        return _build(output_dir, head, steps, eval_dataset, calibration_tokens)
+
+
+def _build(
+    output_dir: Path, head: Head, steps: Sequence[Step], eval_dataset: Dataset | None, calibration_tokens: int
+) -> Chain:
+    """Check the text and the folder, and make what is missing."""
     done = finished_anchors(output_dir, head, steps)
     if not done:
         _check_text(head.dataset, head.args, head.tokenizer)
@@ -107,7 +117,8 @@ def _make_anchors(
     upper = done.get(0)
     if upper is None:
         state.print(f"[1/{len(steps) + 1}] {head.doing}")
-        upper = _make_head(output_dir, head, f"{head.name} 1/{len(steps) + 1}", calibration_tokens)
+        with _progress_of(head.args):
+            upper = _make_head(output_dir, head, f"{head.name} 1/{len(steps) + 1}", calibration_tokens)
     for number, step in enumerate(steps, start=1):
         if number in done:
             upper = done[number]
@@ -115,7 +126,12 @@ def _make_anchors(
         place = f"{number + 1}/{len(steps) + 1}"
         state.print(f"[{place}] distilling {step.name} from {upper.name}: {step.architecture.shape}")
         label = f"{step.name} {place}"
-        upper = _distil_anchor(output_dir, upper, step, head.tokenizer, eval_dataset, calibration_tokens, label)
+        with _progress_of(step.args):
+            upper = _distil_anchor(output_dir, upper, step, head.tokenizer, eval_dataset, calibration_tokens, label)
+
+
+def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:
+    return progress_shown(PartialState().is_local_main_process and not args.disable_tqdm)
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:

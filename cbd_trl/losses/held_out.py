@@ -49,7 +49,9 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4, l
     tokens = int(scored_mask(labels).sum())
     if not tokens:
         raise ValueError("labels scores no token: all behind each block's first one are -100. Score at least one.")
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal: Any = model
+    if hasattr(causal, "get_base_model"):
+        causal = causal.get_base_model()
     total = 0.0
     with in_eval_mode(model):
         check_head(causal)

@@ -1,16 +1,16 @@
 """Refitting a cut model to the stream of the whole one: a start for distillation far ahead of the cut itself."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from cbd_trl.architectures import Architecture, decoder_layers
 from cbd_trl.surgery.statistics import normalised
 from cbd_trl.surgery.stream import Call, block_ends, layer_inputs, recorded_calls, tensor_of
 from cbd_trl.surgery.weights import as_stored, as_used, from_input_matrix, input_matrix
+from cbd_trl.utils.progress import Progress
 
 # Best of 1e-2, 0.1, 0.4 and 1.5 on 6k tokens of SmolLM2-135M (30 -> 16 layers, and 576 -> 384 channels).
 RIDGE = 0.1
@@ -22,9 +22,8 @@ def refit_layers(
     teacher: nn.Module,
     architecture: Architecture,
     blocks: Sequence[Sequence[int]],
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    batches: Sequence[Mapping[str, torch.Tensor]],
     ridge: float = RIDGE,
-    progress: bool = False,
 ) -> None:
     """Change each student layer's FFN output projection so that the layer ends where the teacher's block ends.
 
@@ -41,14 +40,13 @@ def refit_layers(
         blocks: for each student layer the teacher layers it stands for.
         batches: model inputs of calibration text, without padding.
         ridge: times the mean diagonal of E[h h^T].
-        progress: show a progress bar.
 
     Raises:
         ValueError: there are no batches.
     """
     ours, theirs = decoder_layers(student), decoder_layers(teacher)
     streams, calls, targets = [], [], []
-    for batch in batches:
+    for batch in Progress("Recording the layers to refit", batches):
         into, layer_calls = layer_inputs(student, ours, batch)
         streams.append(into[0])
         calls.append(layer_calls)
@@ -57,7 +55,7 @@ def refit_layers(
         targets.append([end[..., :width] for end in ends])
     if not streams:
         raise ValueError("There is no calibration text to refit the layers on. Give at least one batch.")
-    for i, layer in enumerate(tqdm(ours, desc="Refitting layers", disable=not progress, leave=False)):
+    for i, layer in enumerate(Progress("Refitting layers", ours)):
         layer_calls = [call[i] for call in calls]
         goals = [target[i] for target in targets]
         streams = refit_layer(OutputProjection(layer, i, architecture), streams, layer_calls, goals, ridge)

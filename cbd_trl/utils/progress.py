@@ -2,19 +2,34 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Any
 
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm as tqdm_notebook
 
 from cbd_trl.durations import format_seconds
 
-Item = TypeVar("Item")
-
 # What is over sooner gets no bar.
 _DELAY = 2.0
+_SHOWN = ContextVar("shown", default=True)
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Within it progress is shown only if this, and every such context around it, says so.
+
+    Args:
+        shown: False where `disable_tqdm` is set, and in all processes but one.
+    """
+    token = _SHOWN.set(shown and _SHOWN.get())
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
 
 
 class Ticker:
@@ -40,18 +55,17 @@ class Ticker:
         self._last = self._clock()
 
 
-class Progress(Generic[Item]):
+class Progress:
     """The progress of one piece of work: iterate over it, or enter it and tell it of each step.
 
-    On a terminal or in a notebook it is tqdm's bar, from the second second on. Where there is no terminal, a line on
-    stderr when `Ticker` says so: `Choosing layers: 12/62 · 3 min left`.
+    On a terminal or in a notebook it is tqdm's bar, once the work takes two seconds. Where there is no terminal, a
+    line on stderr when `Ticker` says so: `Choosing layers: 12/62 · 3 min left`. See `progress_shown`.
 
     Args:
         description: what is being done.
         items: what is iterated over, if anything.
         total: number of steps; None for the number of items, where they have one.
         unit: what a step is.
-        shown: whether anything is shown.
         unit_scale: whether large numbers are shortened (12.3k).
         initial: steps that an earlier run did.
     """
@@ -59,38 +73,37 @@ class Progress(Generic[Item]):
     def __init__(
         self,
         description: str,
-        items: Iterable[Item] = (),
+        items: Iterable[Any] = (),
         *,
         total: int | None = None,
         unit: str = "it",
-        shown: bool = True,
         unit_scale: bool = False,
         initial: int = 0,
     ) -> None:
         self.description, self._items = description, items
-        self.total = len(items) if total is None and hasattr(items, "__len__") else total
+        self.total = len(items) if total is None and isinstance(items, Sized) else total
         self.steps = self._initial = initial
         self._began, self._unit, self._note, self._ticker = time.monotonic(), unit, "", Ticker()
-        self._lines = shown and not _on_screen()
+        self._lines = _SHOWN.get() and not _on_screen()
         self._bar = tqdm(
             desc=description,
             total=self.total,
             unit=unit,
             unit_scale=unit_scale,
             initial=initial,
-            disable=not shown or self._lines,
+            disable=self._lines or not _SHOWN.get(),
             leave=False,
             delay=_DELAY,
             dynamic_ncols=True,
         )
 
-    def __enter__(self) -> "Progress[Item]":
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.close()
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[Any]:
         with self:
             for item in self._items:
                 yield item
@@ -110,13 +123,13 @@ class Progress(Generic[Item]):
         self._bar.update(steps)
         self._line_if_due()
 
-    def at(self, steps: int, total: int, description: str) -> None:
-        """Say which step begins.
+    def at(self, description: str, steps: int, total: int) -> None:
+        """Tell which step begins.
 
         Args:
+            description: of it.
             steps: that are done.
             total: of all.
-            description: of the one that begins.
         """
         self.total, self.description = total, description
         self._bar.total = total
