@@ -33,8 +33,8 @@ _ERRORS = 2.0
 # Logits compared at a time: what fits a CPU's caches.
 _BLOCK_ELEMENTS = 2**19
 
-# First and last layer of a block -> what it costs, and the layer that it keeps.
-_Costs = dict[tuple[int, int], tuple[float, int]]
+# First and last layer of a block -> what it costs to keep the one or the other of them.
+_Costs = dict[tuple[int, int], dict[int, float]]
 
 
 @torch.no_grad()
@@ -52,8 +52,8 @@ def cheapest_blocks(
     text. Of all ways to split the layers the one with the least sum of costs is found by dynamic programming. The last
     layer, which writes what the head reads, is a block of its own.
 
-    A sample of the positions bounds each cost from below; then the best way by these bounds is measured on all
-    positions, again and again, until the best way is one that is measured whole.
+    A sample of the positions bounds each cost from below. The best way by these bounds is measured on all positions,
+    again and again, until the best way is one that is measured whole: what cannot be a part of it is not.
 
     Args:
         model: the model; the same after as before.
@@ -76,21 +76,24 @@ def cheapest_blocks(
         raise ValueError("There is no calibration text to choose the layers by. Give at least one batch.")
     blocks = measured_blocks(total, depth)
     measure = _Measure(model, architecture, batches, held_out)
+    candidates = {block: {kept: _Candidate(block, kept) for kept in block} for block in blocks}
     # A step for each candidate's bound and, at most, for its whole cost.
     with Progress("Choosing layers", total=4 * len(blocks)) as bar:
-        candidates = {}
-        for first, last in blocks:
-            for kept in (first, last):
-                candidates[first, last, kept] = measure.candidate(range(first, last + 1), kept)
-                bar.update()
         while True:
-            found = _shortest_path(_least_costs(candidates, total), total, depth)
-            chosen = [candidates[b.layers[0], b.layers[-1], b.kept] for b in found if len(b.layers) > 1]
-            open_ones = [candidate for candidate in chosen if not candidate.whole]
-            if not open_ones:
+            costs = {(i, i): {i: 0.0} for i in range(total)}
+            costs |= {block: {kept: one.cost for kept, one in pair.items()} for block, pair in candidates.items()}
+            found = _shortest_path(costs, total, depth)
+            chosen = [candidates[b.layers[0], b.layers[-1]][b.kept] for b in found if len(b.layers) > 1]
+            unknown = [candidate for candidate in chosen if not candidate.whole]
+            if not unknown:
                 return found
-            measure.measure_whole(open_ones)
-            bar.update(len(open_ones))
+            unbounded = [candidate for candidate in unknown if candidate.hidden_ND is None]
+            for candidate in unbounded:
+                measure.bound(candidate)
+                bar.update()
+            if not unbounded:
+                measure.measure_whole(unknown)
+                bar.update(len(unknown))
 
 
 @dataclass
@@ -98,27 +101,22 @@ class _Candidate:
     """One layer standing for a block.
 
     Attributes:
-        hidden_ND: last hidden states of the model so changed, (N, D).
+        block: its first and its last layer.
+        kept: the one of them that stays.
         cost: KL(model || changed model), nats per token; at least, where it is not measured whole.
         whole: whether it is measured on all positions.
+        hidden_ND: last hidden states of the model so changed, (N, D), once there is a bound.
     """
 
-    hidden_ND: torch.Tensor
-    cost: float
-    whole: bool
-
-
-def _least_costs(candidates: Mapping[tuple[int, int, int], _Candidate], total: int) -> _Costs:
-    costs: _Costs = {(i, i): (0.0, i) for i in range(total)}
-    for (first, last, kept), candidate in candidates.items():
-        known = costs.get((first, last))
-        if known is None or candidate.cost < known[0]:
-            costs[first, last] = candidate.cost, kept
-    return costs
+    block: tuple[int, int]
+    kept: int
+    cost: float = 0.0
+    whole: bool = False
+    hidden_ND: torch.Tensor | None = None
 
 
 def measured_blocks(total: int, depth: int) -> list[tuple[int, int]]:
-    """First and last layer of every block of more than one that `cheapest_blocks` measures: each of them twice.
+    """First and last layer of every block of more than one that `cheapest_blocks` may measure: each of them twice.
 
     Args:
         total: layers of the model.
@@ -133,7 +131,8 @@ def measured_blocks(total: int, depth: int) -> list[tuple[int, int]]:
 def _shortest_path(costs: _Costs, total: int, depth: int) -> list[Block]:
     """The cheapest `depth` blocks that split `total` layers."""
     ways: dict[tuple[int, int], tuple[float, list[Block]]] = {(0, 0): (0.0, [])}
-    for (first, last), (cost, kept) in sorted(costs.items()):
+    for (first, last), by_kept in sorted(costs.items()):
+        cost, kept = min((cost, kept) for kept, cost in by_kept.items())
         block = Block(tuple(range(first, last + 1)), kept, cost)
         for number in range(depth):
             if (first, number) not in ways:
@@ -173,26 +172,26 @@ class _Measure:
         step = ceil(len(self._reference_ND) / _SAMPLE)
         self._sample = torch.arange(step // 2, len(self._reference_ND), step, device=self._reference_ND.device)
 
-    def candidate(self, layers: Sequence[int], kept: int) -> _Candidate:
-        """The block replaced by its layer `kept`, refitted, with a bound of its cost."""
+    def bound(self, candidate: _Candidate) -> None:
+        """Replace the block by the layer that stays, refitted, and bound what it costs."""
+        (first, last), kept = candidate.block, candidate.kept
         ffn = OutputProjection(self._layers[kept], kept, self._architecture)
-        with _unchanged(ffn.layer), self._in_place_of(layers, kept):
-            streams = [into[layers[0]] for into, _ in self._recorded]
+        with _unchanged(ffn.layer), self._in_place_of(last, kept):
+            streams = [into[first] for into, _ in self._recorded]
             calls = [calls[kept] for _, calls in self._recorded]
             # The last layer is never in a longer block, so there is a layer that reads the end of this one.
-            refit_layer(ffn, streams, calls, [into[layers[-1] + 1] for into, _ in self._recorded])
-            with self._starting_at(kept, self._streams[layers[0]]):
+            refit_layer(ffn, streams, calls, [into[last + 1] for into, _ in self._recorded])
+            with self._starting_at(kept, self._streams[first]):
                 hidden_ND = self._last_hidden()
         (found,) = self._divergences(self._sample, [hidden_ND])
         count, total = len(found), len(hidden_ND)
-        if count == total:
-            return _Candidate(hidden_ND, found.mean().item(), whole=True)
-        error = found.std() * ((1 - count / total) / count) ** 0.5
-        return _Candidate(hidden_ND, max(0.0, (found.mean() - _ERRORS * error).item()), whole=False)
+        error = found.std() * ((1 - count / total) / count) ** 0.5 if count < total else 0.0
+        candidate.hidden_ND, candidate.whole = hidden_ND, count == total
+        candidate.cost = max(0.0, float(found.mean() - _ERRORS * error))
 
     def measure_whole(self, candidates: Sequence[_Candidate]) -> None:
-        """Measure the costs of candidates on all positions."""
-        hidden = [candidate.hidden_ND for candidate in candidates]
+        """Measure the costs of candidates that have a bound on all positions."""
+        hidden = [candidate.hidden_ND for candidate in candidates if candidate.hidden_ND is not None]
         everywhere = torch.arange(len(self._reference_ND), device=self._reference_ND.device)
         for candidate, found in zip(candidates, self._divergences(everywhere, hidden), strict=True):
             candidate.cost, candidate.whole = found.mean().item(), True
@@ -211,9 +210,9 @@ class _Measure:
         return last_hidden(self._model, **self._held_out).flatten(0, 1).to(self._head.weight_VD.dtype)
 
     @contextmanager
-    def _in_place_of(self, layers: Sequence[int], kept: int) -> Iterator[None]:
-        """Within it the other layers of the block, and all before it, pass the stream on as it is."""
-        skipped = [layer for i, layer in enumerate(self._layers) if i <= layers[-1] and i != kept]
+    def _in_place_of(self, last: int, kept: int) -> Iterator[None]:
+        """Within it all layers up to the block's last one, but for the one kept, pass the stream on as it is."""
+        skipped = [layer for i, layer in enumerate(self._layers) if i <= last and i != kept]
         for layer in skipped:
             layer.forward = _pass_on  # of this object; the class's own comes back when it is deleted
         try:
