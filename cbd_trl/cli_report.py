@@ -126,10 +126,11 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from cbd_trl.chain.manifest import Chain
     from cbd_trl.report.chain_report import measure_chains
     from cbd_trl.report.findings import compared, findings
-    from cbd_trl.report.progress import quiet_loading, step_bar
+    from cbd_trl.report.progress import quiet_loading
     from cbd_trl.report.results import Results
     from cbd_trl.report.tables import rich_table
     from cbd_trl.report.write_report import write_report
+    from cbd_trl.utils.progress import Progress
 
     assert arguments.data is not None
     output = Path(arguments.output)
@@ -146,8 +147,8 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
             "first: Chain.from_pretrained(...).save_pretrained(...)."
         )
     console = Console()
-    with quiet_loading(), step_bar(console) as show:
-        measured = measure_chains(chains, rows, options, results, show)
+    with quiet_loading(), Progress("measuring") as bar:
+        measured = measure_chains(chains, rows, options, results, bar.at)
     files = write_report(measured, output, Path(arguments.data).name, options.tasks)
     for chain, found in zip(chains, measured, strict=True):
         if arguments.cards:

@@ -45,6 +45,19 @@ def open_forward(model: nn.Module) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def last_hidden(model: Any, **inputs: Tensor) -> Tensor:
+    """Run a causal LM without its head.
+
+    Args:
+        model: not wrapped; its forward need not be opened.
+        inputs: `input_ids` (B, T), and an `attention_mask` where there is padding.
+
+    Returns:
+        what its head reads, (B, T, D).
+    """
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
 def take_off_patches(model: nn.Module) -> None:
     """Give a model its own forward again, where trainers have put others on the object itself.
 
@@ -178,7 +191,7 @@ def check_head(model: Any) -> None:
     """Refuse a model whose logits are not its head of its last hidden state: the loss would silently be another one.
 
     Args:
-        model: a causal LM with an opened forward, not wrapped.
+        model: a causal LM, not wrapped.
 
     Raises:
         ValueError: if the two differ on a few tokens, or are not finite.
@@ -189,7 +202,7 @@ def check_head(model: Any) -> None:
     with in_eval_mode(model):
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         with output_head(model) as head:
-            hidden = model(input_ids=ids, use_cache=False, inside=lambda hidden: hidden[0])
+            hidden = last_hidden(model, input_ids=ids)[0]
             ours = head.logits(hidden.to(head.weight_VD.device, head.weight_VD.dtype)).to(own.device)
     _check_finite(model, own, ours)
     if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * own.std().item()):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.cache.fingerprints import tokenizer_fingerprint
@@ -19,6 +18,7 @@ from cbd_trl.cache.shards import CachedRow, check_shard, empty_row, read_row
 from cbd_trl.losses.head import Head
 from cbd_trl.tensor_header import read_header
 from cbd_trl.untrusted import check_inside
+from cbd_trl.utils.progress import Progress
 
 # Each open shard maps a file into memory, of which a process may have some tens of thousands.
 _OPEN_SHARDS = 64
@@ -139,7 +139,7 @@ class TeacherCache:
         """
         total = missing = 0
         first: np.ndarray | None = None
-        for row in tqdm(rows, desc="Looking up the rows in the teacher cache", unit="row", delay=2):
+        for row in Progress("Looking up the rows in the teacher cache", rows, unit="rows"):
             token_ids = np.asarray(row, np.int32)
             total += 1
             if len(token_ids) > 1 and self._find(token_ids) is None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
@@ -25,6 +24,7 @@ from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
 from cbd_trl.utils.datasets import cut_rows, prepared_rows
 from cbd_trl.utils.modeling import check_checkpoint, load_causal_lm
+from cbd_trl.utils.progress import Progress, progress_shown
 
 
 def write_cache(
@@ -89,7 +89,8 @@ def write_cache(
             **_asked(model, name, tokenizer),
         )
         writer = CacheWriter(output_dir, settings, predictor.head if kind == "hidden" else None)
-        _predict_rows(writer, predictor, rows, args, batch_size)
+        with progress_shown(not args.disable_tqdm):
+            _predict_rows(writer, predictor, rows, args, batch_size)
     return writer.finish()
 
 
@@ -102,9 +103,7 @@ def _predict_rows(writer: CacheWriter, predictor: Predictor, rows: Any, args: SF
     if new_rows == 0 and writer.manifest.complete:
         return
     writer.begin(new_rows)
-    with tqdm(
-        total=new_tokens, desc="Asking the teacher", unit="tok", unit_scale=True, disable=args.disable_tqdm
-    ) as bar:
+    with Progress("Asking the teacher", total=new_tokens, unit="tokens", unit_scale=True) as bar:
         for batch in _batches(writer, _predicted_rows(rows, args), batch_size):
             writer.add(batch, predictor.predict(batch, writer.settings))
             bar.update(sum(map(len, batch)))
@@ -132,7 +131,7 @@ def _predicted_rows(rows: Any, args: SFTConfig) -> Iterator[np.ndarray]:
 def _count_new(writer: CacheWriter, predictor: Predictor, rows: Any, args: SFTConfig) -> tuple[int, int]:
     new: set[bytes] = set()
     tokens = 0
-    for row in _predicted_rows(rows, args):
+    for row in Progress("Looking for new rows", _predicted_rows(rows, args), total=len(rows), unit="rows"):
         predictor.check_length(len(row))
         key = row_key(row)
         if key not in new and not writer.has(row):

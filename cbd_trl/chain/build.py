@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from cbd_trl.trainers.distill_trainer import DistillTrainer
 from cbd_trl.trainers.row_checks import check_before_preparing
 from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 from cbd_trl.utils.modeling import on_device
+from cbd_trl.utils.progress import progress_shown
 
 
 def build_chain(
@@ -93,26 +95,22 @@ def build_chain(
     made_with = {**head.record[MADE_WITH], "calibration_tokens": calibration_tokens}
     head = dataclasses.replace(head, record={**head.record, MADE_WITH: made_with})
     steps = plan_chain(head.architecture, anchors, args, dataset)
-    done = finished_anchors(output_dir, head, steps)
-    if not done:
-        _check_text(head.dataset, head.args, head.tokenizer)
-    for step in steps[max(len(done) - 1, 0) :]:
-        _check_text(step.dataset, step.args, head.tokenizer)
-        check_best_metric(step.args, eval_dataset, None)
-        check_before_preparing(step.dataset, eval_dataset, step.args, head.tokenizer, head.architecture.config)
-    if len(done) <= len(steps):
-        check_writable(output_dir)
-    for anchor in done.values():
-        # Of a run that was killed while it removed it.
-        remove_work_folder(output_dir, anchor.name)
-    upper, tokenizer, count = done.get(0), head.tokenizer, len(steps) + 1
-    if upper is None:
-        PartialState().print(f"[1/{count}] {head.doing}")
-        upper = _make_head(output_dir, head, f"{head.name} 1/{count}", calibration_tokens)
-    # A model in memory is stored now, and need not stay there for the rest of the build.
-    del source, origin, bridge, head
-    _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens)
-    return finished_chain(output_dir)
+    with _progress_of(args):
+        done = finished_anchors(output_dir, head, steps)
+        _check_texts(head, steps, done, eval_dataset)
+        if len(done) <= len(steps):
+            check_writable(output_dir)
+        for anchor in done.values():
+            # Of a run that was killed while it removed it.
+            remove_work_folder(output_dir, anchor.name)
+        upper, tokenizer, count = done.get(0), head.tokenizer, len(steps) + 1
+        if upper is None:
+            PartialState().print(f"[1/{count}] {head.doing}")
+            upper = _make_head(output_dir, head, f"{head.name} 1/{count}", calibration_tokens)
+        # A model in memory is stored now, and need not stay there for the rest of the build.
+        del source, origin, bridge, head
+        _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens)
+        return finished_chain(output_dir)
 
 
 def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeStep | None) -> SpecialTokens:
@@ -143,7 +141,24 @@ def _make_anchors(
         if limit := step.architecture.engine_limit():
             state.print(limit)
         label = f"{step.name} {place}"
-        upper = _distil_anchor(output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, label)
+        with _progress_of(step.args):
+            upper = _distil_anchor(
+                output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, label
+            )
+
+
+def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:
+    return progress_shown(PartialState().is_local_main_process and not args.disable_tqdm)
+
+
+def _check_texts(head: Head, steps: Sequence[Step], done: Mapping[int, Anchor], eval_dataset: Any) -> None:
+    """Refuse what the trainings that are still to come cannot read, before the first of them."""
+    if not done:
+        _check_text(head.dataset, head.args, head.tokenizer)
+    for step in steps[max(len(done) - 1, 0) :]:
+        _check_text(step.dataset, step.args, head.tokenizer)
+        check_best_metric(step.args, eval_dataset, None)
+        check_before_preparing(step.dataset, eval_dataset, step.args, head.tokenizer, head.architecture.config)
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
-from tqdm.auto import tqdm
 
 from cbd_trl.chain.depths import blocks_for_depth
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS
 from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.utils.progress import Progress
 
 _ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 
@@ -30,10 +30,7 @@ def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> 
     """
     candidates = [(operator, candidate) for candidate in _candidates(pair, plan, operator)]
     candidates += [(end, dataclasses.replace(plan, alpha=None, swapped=None)) for end in ("expand", "slice")]
-    losses = [
-        mean_loss(pair, candidate, name, tokens)
-        for name, candidate in tqdm(candidates, desc="Calibrating", leave=False)
-    ]
+    losses = [mean_loss(pair, candidate, name, tokens) for name, candidate in Progress("Calibrating", candidates)]
     return candidates[min(range(len(candidates)), key=losses.__getitem__)]
 
 

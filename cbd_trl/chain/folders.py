@@ -26,6 +26,7 @@ from cbd_trl.durable import flush
 from cbd_trl.surgery.blocks import check_blocks
 from cbd_trl.tensor_header import read_header
 from cbd_trl.untrusted import check_inside
+from cbd_trl.utils.progress import Progress
 
 # What transformers reads from a model's folder without being asked to.
 _READ_UNASKED = (".json", ".jinja", ".model", ".txt")
@@ -85,7 +86,8 @@ def verify_hashes(folder: Path, recorded: Mapping[Path, str]) -> None:
         ValueError: a file differs.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (file, digest), found in zip(recorded.items(), pool.map(sha256_of, recorded), strict=True):
+        hashes = Progress("Checking files", pool.map(sha256_of, recorded), total=len(recorded), unit="files")
+        for (file, digest), found in zip(recorded.items(), hashes, strict=True):
             if found != digest:
                 raise ValueError(
                     f"{file} is damaged or was changed: its sha256 is not the one in {folder / MANIFEST}. {RESTORE}"
@@ -198,7 +200,8 @@ def _anchors_down_to(folder: Path, anchor: Anchor) -> tuple[Anchor, ...]:
 
 def _hashes(folder: Path) -> dict[str, str]:
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: sha256_of(path) for name, path in files.items() if name not in CARD_FILES}
+    hashed = [name for name in files if name not in CARD_FILES]
+    return {name: sha256_of(files[name]) for name in Progress("Hashing files", hashed, unit="files")}
 
 
 def _fresh_folder(folder: Path) -> Path:

@@ -27,6 +27,7 @@ from cbd_trl.surgery.permute import permute
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.utils.datasets import sft_dataset
+from cbd_trl.utils.progress import progress_shown
 
 
 def chain_from_anchors(
@@ -74,7 +75,8 @@ def chain_from_anchors(
     members = plan_members(sources, tokenizer)
     length = min(calibration_length(member.architecture.config) for member in members)
     blocks = token_blocks(dataset, tokenizer, calibration_tokens, length)
-    _make(output_dir, members, tokenizer, blocks, align)
+    with progress_shown(PartialState().is_local_main_process):
+        _make(output_dir, members, tokenizer, blocks, align)
     return finished_chain(output_dir)
 
 

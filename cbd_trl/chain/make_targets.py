@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from cbd_trl.chain.from_chain import calibration_tokens, check_replaceable, load_pair, make_model, save_model
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
+from cbd_trl.utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def make_targets(
     made = {}
     # Largest first, so that the files of each pair of anchors are opened once.
     order = sorted(_directories(folder, sizes), key=lambda place: -place[0])
-    for size, directory in tqdm(order, desc="Making models", unit="model"):
+    for size, directory in Progress("Making models", order, unit="models"):
         try:
             made[size] = maker.make(requests[size], directory)
         except (ValueError, OSError, RuntimeError) as error:

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from cbd_trl.architectures import Architecture
 from cbd_trl.surgery.weights import Weights, to_state
 from cbd_trl.utils.modeling import quiet
+from cbd_trl.utils.progress import Progress
 
 
 def build_model(
@@ -48,8 +49,8 @@ def _parameters(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
     """The tensors in this dtype, copied only where they share their memory."""
     parameters: dict[str, torch.Tensor] = {}
     used: set[int] = set()
-    for key, tensor in state.items():
-        tensor = tensor.detach().to(dtype)
+    for key in Progress("Computing the weights", state):
+        tensor = state[key].detach().to(dtype)
         memory = tensor.untyped_storage()
         # Two layers made from one tensor are two parameters, and a parameter holds no more than itself.
         if memory.nbytes() != tensor.nbytes or memory.data_ptr() in used:

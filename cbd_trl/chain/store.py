@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.cards.files import save_cards
@@ -14,6 +13,7 @@ from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
 from cbd_trl.durable import writing
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.stored_statistics import save_statistics
+from cbd_trl.utils.progress import Progress
 
 # Blocks of calibration text in one forward pass.
 CALIBRATION_BATCH = 4
@@ -23,8 +23,7 @@ def calibration_batches(
     blocks: torch.Tensor, description: str = "Collecting statistics"
 ) -> Iterable[dict[str, torch.Tensor]]:
     """Blocks of tokens (N, T) as model inputs, with a progress bar."""
-    batches = [{"input_ids": batch} for batch in blocks.split(CALIBRATION_BATCH)]
-    return tqdm(batches, desc=description, disable=not PartialState().is_local_main_process, leave=False)
+    return Progress(description, [{"input_ids": batch} for batch in blocks.split(CALIBRATION_BATCH)])
 
 
 def store_anchor(

@@ -46,7 +46,6 @@ def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torc
             step.architecture.depth,
             [{"input_ids": batch} for batch in fit],
             {"input_ids": rows[-1:]},
-            progress=True,
         )
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps([asdict(block) for block in blocks]))
@@ -71,9 +70,8 @@ def initial_student(upper: Anchor, step: Step, blocks: list[Block]) -> PreTraine
 def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], tokens: torch.Tensor) -> None:
     """Fit the cut student to the teacher's stream, in place, on calibration tokens (N, T)."""
     batches = [{"input_ids": batch.to(student.device)} for batch in tokens.split(CALIBRATION_BATCH)]
-    progress = PartialState().is_local_main_process
     layers = [block.layers for block in blocks]
-    refit_layers(student, teacher, describe(student.config), layers, batches, progress=progress)
+    refit_layers(student, teacher, describe(student.config), layers, batches)
 
 
 def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: list[Block]) -> WidthHybrid | None:

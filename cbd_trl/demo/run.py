@@ -21,12 +21,13 @@ from cbd_trl.demo.source import HUB_ID, prepare_source
 from cbd_trl.demo.summary import write_report
 from cbd_trl.durations import format_seconds
 from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.report.progress import quiet_loading, step_bar
+from cbd_trl.report.progress import quiet_loading
 from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
 from cbd_trl.report.tables import describe_shape, format_count
 from cbd_trl.report.text import held_out_blocks
 from cbd_trl.utils.modeling import load_causal_lm
+from cbd_trl.utils.progress import Progress
 
 
 class Demo:
@@ -182,7 +183,7 @@ class Demo:
 
     def _sweep(self, chain: Chain) -> dict[str, Any]:
         self._stage("Every size, every operator", "sweep")
-        with step_bar(self.console) as show:
+        with Progress("measuring") as bar:
             report = sweep(
                 chain,
                 self.plan.targets,
@@ -190,7 +191,7 @@ class Demo:
                 results=self.results,
                 key=fingerprint(self.blocks),
                 seed=self.settings.seed,
-                on_step=show,
+                on_step=bar.at,
             )
         for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
             entry["tokens_seen"] = anchor.tokens_seen

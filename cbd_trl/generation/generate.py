@@ -8,13 +8,13 @@ size the file is the same but for ties so close that rounding decides them.
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.cache.fingerprints import teacher_fingerprint, tokenizer_fingerprint
@@ -27,6 +27,7 @@ from cbd_trl.generation.prompts import Prompts
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
 from cbd_trl.utils.modeling import check_checkpoint
+from cbd_trl.utils.progress import Progress, progress_shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,23 +92,24 @@ def generate_completions(
         check_checkpoint(source.place, role=source.role, **(model_init_kwargs or {}))
     tokenizer = text_tokenizer(processing_class) or _find_tokenizer(source)
     prompts = Prompts(dataset, tokenizer, prompt_tokens)
-    quiet = disable_tqdm or not state.is_main_process
     total = len(prompts) * decoding.num_return_sequences
-    digest = _read(prompts, _room(source, decoding), quiet)
+    shown = state.is_main_process and not disable_tqdm
+    with progress_shown(shown):
+        digest = _read(prompts, _room(source, decoding))
     settings: dict[str, Any] = {"rows": total, "prompts_sha256": digest, "prompt_tokens": prompt_tokens}
     settings |= {"seed": seed, "batch_size": batch_size}
     teacher = _load(source, model_init_kwargs, state)
     completer = Completer(teacher, tokenizer, decoding, seed)
     settings |= _settings(source, teacher, tokenizer, decoding, completer)
     file = CompletionsFile(output_file, settings, batch_size)
-    with in_eval_mode(teacher):
-        _write(file, prompts, completer, batch_size, total, state, quiet)
+    with in_eval_mode(teacher), progress_shown(shown):
+        _write(file, prompts, completer, batch_size, total, state)
     return _counted(file.path)
 
 
-def _read(prompts: Prompts, room: int | None, quiet: bool) -> str:
+def _read(prompts: Prompts, room: int | None) -> str:
     """The hash of all prompts. One that the teacher cannot read is found here, before the teacher is loaded."""
-    return prompts.check(room, tqdm(range(len(prompts)), desc="Reading the prompts", unit="row", disable=quiet))
+    return prompts.check(room, Progress("Reading the prompts", range(len(prompts)), unit="rows"))
 
 
 def _settings(
@@ -135,15 +137,14 @@ def _write(
     batch_size: int,
     total: int,
     state: PartialState,
-    quiet: bool,
 ) -> None:
     # Every process has looked before one of them changes anything.
     state.wait_for_everyone()
     if state.is_main_process:
         file.begin()
     step = batch_size * state.num_processes
-    with tqdm(total=total, initial=file.rows, desc="Generating", unit="row", disable=quiet) as bar:
-        tokens = 0
+    with Progress("Generating", total=total, initial=file.rows, unit="rows") as bar:
+        tokens, began = 0, time.monotonic()
         for first in range(file.rows, total, step):
             mine = first + batch_size * state.process_index
             numbers = range(mine, min(mine + batch_size, total))
@@ -151,8 +152,7 @@ def _write(
             if state.is_main_process:
                 file.append([row for row, _ in done])
             tokens += sum(count for _, count in done)
-            bar.update(len(done))
-            bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+            bar.update(len(done), f"{tokens / max(time.monotonic() - began, 1e-9):,.0f} tokens/s")
     state.wait_for_everyone()
 
 

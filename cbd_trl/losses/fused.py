@@ -35,6 +35,24 @@ def default_chunk(rows: int, device: torch.device) -> int:
     return max(1, _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS_GPU) // rows)
 
 
+def logits_in_blocks(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Tensor]]:
+    """Project to the vocabulary block by block of positions, for what needs no gradient and never all logits at once.
+
+    Args:
+        hidden_ND: last hidden states, (N, D).
+        head: that reads them; under autocast its product is taken in autocast's dtype.
+
+    Yields:
+        which positions, and their logits (n, V) float32, which may be written over.
+    """
+    dtype = product_dtype(head, hidden_ND.device)
+    head = head.to(dtype)
+    for part in _parts(slice(0, len(hidden_ND)), default_chunk(head.rows, hidden_ND.device), None):
+        projected_nV = head.project(hidden_ND[part].to(dtype))
+        for rows in _blocks(projected_nV, part, None):
+            yield slice(part.start + rows.start, part.start + rows.stop), head.bound(projected_nV[rows])
+
+
 @torch.compiler.disable
 def fused_terms(
     hidden_Nd: Tensor,

@@ -1,40 +1,72 @@
 """Held-out loss: the same fixed token blocks for every model.
 
-Shapes: N blocks, T tokens in each.
+Shapes: N blocks, T tokens in each, P scored positions of a few blocks, D width.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cbd_trl.architectures.backbone import check_head, last_hidden, output_head
 from cbd_trl.eval_mode import in_eval_mode
-from cbd_trl.losses.reduction import cross_entropy
+from cbd_trl.losses.fused import logits_in_blocks
+from cbd_trl.losses.head import Head
+from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -> float:
-    """Mean cross-entropy of the tokens of the blocks, each block's first one excepted.
+def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4, labels: Tensor | None = None) -> float:
+    """Compute the mean cross-entropy of the tokens of the blocks, each block's first one excepted.
+
+    The head runs on some hundred positions at a time: memory does not grow with batch_size x T x vocabulary.
 
     Args:
-        model: a causal language model; its train or eval mode is as it was afterwards.
+        model: a causal language model, or one with adapters; its train or eval mode is as it was afterwards.
         blocks: (N, T) int64 token ids, no padding.
         batch_size: blocks in one forward pass.
+        labels: (N, T) int64, the blocks with -100 where a token is read but not scored; None to score them all.
 
     Returns:
-        nats per predicted token, over all N x (T - 1) of them.
+        nats per scored token.
 
     Raises:
-        ValueError: if there is nothing to predict.
+        ValueError: if there is nothing to predict, labels have another shape, or the model's logits are not a plain
+            head of its last hidden state.
     """
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise ValueError(
             f"blocks has shape {tuple(blocks.shape)}, wanted (N, T) with N >= 1 and T >= 2: each block's first token "
             "is only read, so a shorter one has nothing to predict."
         )
+    labels = blocks if labels is None else labels
+    if labels.shape != blocks.shape:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} and blocks {tuple(blocks.shape)}: give one label for each token, "
+            "-100 where it is not scored."
+        )
+    tokens = int(scored_mask(labels).sum())
+    if not tokens:
+        raise ValueError("labels scores no token: all behind each block's first one are -100. Score at least one.")
+    causal: Any = model
+    if hasattr(causal, "get_base_model"):
+        causal = causal.get_base_model()
     total = 0.0
     with in_eval_mode(model):
-        for batch in blocks.split(batch_size):
-            batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).double().sum().item()
-    return total / (blocks.shape[0] * (blocks.shape[1] - 1))
+        check_head(causal)
+        for ids, wanted in zip(blocks.split(batch_size), labels.split(batch_size), strict=True):
+            hidden_BTD = last_hidden(causal, input_ids=ids.to(model.device))
+            wanted = wanted.to(hidden_BTD.device)
+            with output_head(causal) as head:
+                total += _cross_entropy_sum(select_scored(hidden_BTD, wanted), head, scored_targets(wanted))
+    return total / tokens
+
+
+def _cross_entropy_sum(hidden_PD: Tensor, head: Head, targets_P: Tensor) -> float:
+    device = head.weight_VD.device
+    hidden_PD, targets_P = hidden_PD.to(device), targets_P.to(device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for rows, logits_nV in logits_in_blocks(hidden_PD, head):
+        total += cross_entropy(logits_nV, targets_P[rows]).double().sum()
+    return total.item()

@@ -13,6 +13,7 @@ from cbd_trl.chain.describe_targets import describe_targets
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.sweep import Target, fingerprint, sweep
+from cbd_trl.utils.progress import Progress
 
 # Every measurement as soon as it is made.
 RESULTS = "evaluation-results.json"
@@ -38,16 +39,17 @@ def evaluate_chain(
     def loss(model: PreTrainedModel) -> float:
         return held_out_loss(model.to(device), blocks)
 
-    report = sweep(
-        chain,
-        [Target(num_parameters=size) for size in sizes if _can_be_had(chain, size)],
-        ("nested",),
-        loss,
-        results=folder / RESULTS,
-        key=fingerprint(blocks),
-        random=False,
-        on_step=lambda what, number, count: print(f"measuring {number + 1}/{count}: {what}"),
-    )
+    with Progress("measuring") as bar:
+        report = sweep(
+            chain,
+            [Target(num_parameters=size) for size in sizes if _can_be_had(chain, size)],
+            ("nested",),
+            loss,
+            results=folder / RESULTS,
+            key=fingerprint(blocks),
+            random=False,
+            on_step=bar.at,
+        )
     if report != _written(folder / MEASURED):
         save_cards(chain, report)
     return report

@@ -16,6 +16,7 @@ from cbd_trl.surgery.permute import Order
 from cbd_trl.surgery.sort import Importance
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
+from cbd_trl.utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def match_models(upper: Side, lower: Side, cross: Mapping[str, torch.Tensor], ke
     signs = torch.where(mirrors & (_picked(streams, width) < 0), -1.0, 1.0)
     found: dict[str, list[torch.Tensor]] = {"ffn": [], "group": [], "query": []}
     qualities: dict[str, list[Quality]] = {"width": [_quality(streams, width)], "ffn": [], "heads": []}
-    for above, below in pairs:
+    for above, below in Progress("Matching coordinates", pairs):
         if below.axis == ("ffn",):
             activations = correlation(above, below)
             found["ffn"].append(assignment(activations))

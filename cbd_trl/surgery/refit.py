@@ -1,16 +1,16 @@
 """Refitting a cut model to the stream of the whole one: a start for distillation far ahead of the cut itself."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from cbd_trl.architectures import Architecture, decoder_layers
 from cbd_trl.surgery.statistics import normalised
-from cbd_trl.surgery.stream import Call, block_ends, layer_inputs, recorded_inputs, tensor_of
+from cbd_trl.surgery.stream import Call, block_ends, layer_inputs, recorded_calls, tensor_of
 from cbd_trl.surgery.weights import as_stored, as_used, from_input_matrix, input_matrix
+from cbd_trl.utils.progress import Progress
 
 # Best of 1e-2, 0.1, 0.4 and 1.5 on 6k tokens of SmolLM2-135M (30 -> 16 layers, and 576 -> 384 channels).
 RIDGE = 0.1
@@ -22,9 +22,8 @@ def refit_layers(
     teacher: nn.Module,
     architecture: Architecture,
     blocks: Sequence[Sequence[int]],
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    batches: Sequence[Mapping[str, torch.Tensor]],
     ridge: float = RIDGE,
-    progress: bool = False,
 ) -> None:
     """Change each student layer's FFN output projection so that the layer ends where the teacher's block ends.
 
@@ -41,14 +40,13 @@ def refit_layers(
         blocks: for each student layer the teacher layers it stands for.
         batches: model inputs of calibration text, without padding.
         ridge: times the mean diagonal of E[h h^T].
-        progress: show a progress bar.
 
     Raises:
         ValueError: there are no batches.
     """
     ours, theirs = decoder_layers(student), decoder_layers(teacher)
     streams, calls, targets = [], [], []
-    for batch in batches:
+    for batch in Progress("Recording the layers to refit", batches):
         into, layer_calls = layer_inputs(student, ours, batch)
         streams.append(into[0])
         calls.append(layer_calls)
@@ -57,7 +55,7 @@ def refit_layers(
         targets.append([end[..., :width] for end in ends])
     if not streams:
         raise ValueError("There is no calibration text to refit the layers on. Give at least one batch.")
-    for i, layer in enumerate(tqdm(ours, desc="Refitting layers", disable=not progress, leave=False)):
+    for i, layer in enumerate(Progress("Refitting layers", ours)):
         layer_calls = [call[i] for call in calls]
         goals = [target[i] for target in targets]
         streams = refit_layer(OutputProjection(layer, i, architecture), streams, layer_calls, goals, ridge)
@@ -81,29 +79,32 @@ def refit_layer(
     Returns:
         where it ends now, (B, T, D).
     """
-    inner, outputs = [], []
+    inner, projected, outputs = [], [], []
     for stream, (args, kwargs) in zip(streams, calls, strict=True):
-        with recorded_inputs(ffn.module) as recorded:
+        with recorded_calls(ffn.module) as recorded:
             outputs.append(tensor_of(ffn.layer(stream, *args, **kwargs)).flatten(0, -2))
-        inner.append(recorded[0].flatten(0, -2))
+        rows, result = recorded[0]
+        inner.append(rows.flatten(0, -2))
+        projected.append(result.flatten(0, -2))
     flat = [goal.flatten(0, -2).float() for goal in goals]
-    before = [ffn(rows) for rows in inner]
+    before = [ffn.added(rows) for rows in projected]
     gaps = [goal - output.float() for goal, output in zip(flat, outputs, strict=True)]
     weights = [_token_weights(goal) for goal in flat]
-    ffn.fit(inner, gaps, weights, ridge)
+    ffn.fit(inner, projected, gaps, weights, ridge)
+    projected = [ffn.module(rows) for rows in inner]
     if ffn.norm is not None:
-        ffn.fit_gain(inner, [gap + old.float() for gap, old in zip(gaps, before, strict=True)], weights)
+        ffn.fit_gain(projected, [gap + old.float() for gap, old in zip(gaps, before, strict=True)], weights)
     return [
-        (output + ffn(rows) - old).view_as(stream)
-        for output, rows, old, stream in zip(outputs, inner, before, streams, strict=True)
+        (output + ffn.added(rows) - old).view_as(stream)
+        for output, rows, old, stream in zip(outputs, projected, before, streams, strict=True)
     ]
 
 
 class OutputProjection:
     """The FFN output projection of one layer of a model, with the norm that may follow it.
 
-    N rows: tokens of a batch. Called with what the projection reads, (N, F), it gives what the FFN adds to the stream,
-    (N, D).
+    N rows: tokens of a batch. The projection makes (N, D) of (N, F), and the norm of that what the FFN adds to the
+    stream.
     """
 
     def __init__(self, layer: nn.Module, index: int, architecture: Architecture) -> None:
@@ -116,25 +117,23 @@ class OutputProjection:
         self._norm_key = architecture.layer_name(index, f"{norm}.weight")
         self.norm: Any = None if norm is None else layer.get_submodule(norm)
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        output = self.module(rows)
-        return output if self.norm is None else self.norm(output)
-
-    def _normalised(self, rows: torch.Tensor) -> torch.Tensor:
-        return normalised(self.module(rows), "rms", self._architecture.eps)
+    def added(self, projected: torch.Tensor) -> torch.Tensor:
+        """What the FFN adds to the stream, (N, D), from what the projection gives."""
+        return projected if self.norm is None else self.norm(projected)
 
     def fit(
         self,
         inner: Sequence[torch.Tensor],
+        projected: Sequence[torch.Tensor],
         gaps: Sequence[torch.Tensor],
         weights: Sequence[torch.Tensor],
         ridge: float,
     ) -> None:
         """Move the projection so that what is added changes by the gaps, in weighted least squares."""
         sums: dict[str, torch.Tensor] = {}
-        for rows, gap, weight in zip(inner, gaps, weights, strict=True):
+        for rows, result, gap, weight in zip(inner, projected, gaps, weights, strict=True):
             if self.norm is not None:
-                rms = (self.module(rows).float().pow(2).mean(-1, keepdim=True) + self._architecture.eps).sqrt()
+                rms = (result.float().pow(2).mean(-1, keepdim=True) + self._architecture.eps).sqrt()
                 gain = as_used(self._norm_key, self.norm.weight, self._architecture).float()
                 # gap / gain, but next to nothing for a channel with next to no gain.
                 rows, gap = rows / rms, gap * gain / (gain.square() + ridge * gain.square().mean())
@@ -147,12 +146,12 @@ class OutputProjection:
             self.module.bias.add_(shift.to(weight.dtype))
 
     def fit_gain(
-        self, inner: Sequence[torch.Tensor], goals: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+        self, projected: Sequence[torch.Tensor], goals: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
     ) -> None:
         """Set each gain of the norm so that what is added is nearest to the goals, in weighted least squares."""
         above = below = torch.zeros(())
-        for rows, goal, weight in zip(inner, goals, weights, strict=True):
-            stream = self._normalised(rows)
+        for rows, goal, weight in zip(projected, goals, weights, strict=True):
+            stream = normalised(rows, "rms", self._architecture.eps)
             above = above + (weight * stream * goal).sum(0)
             below = below + (weight * stream.square()).sum(0)
         gain = above / below.clamp(min=1e-12)
@@ -181,6 +180,6 @@ def _solve(sums: Mapping[str, torch.Tensor], ridge: float, intercept: bool) -> t
     if intercept:
         second, cross = second - torch.outer(mean, mean), cross - torch.outer(gap, mean)
     second.diagonal().add_(ridge * second.diagonal().mean())
-    change = torch.linalg.solve(second, cross.T).T
+    change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(second)).T
     shift = gap - change @ mean if intercept else torch.zeros_like(gap)
     return change.float(), shift.float()

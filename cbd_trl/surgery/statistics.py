@@ -12,6 +12,7 @@ from torch import nn
 from cbd_trl.architectures import Architecture, OutputNorm, Site
 from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.surgery.factors import factorise
+from cbd_trl.utils.progress import Progress
 
 RIDGE = 1e-3
 _KINDS = ("mean", "second", "square")
@@ -95,7 +96,8 @@ class Statistics:
     def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
         """The statistics of a model whose stream at `site` is x[index[site]] (sites without an entry are dropped)."""
         means, seconds, squares = {}, {}, {}
-        for site, order in index.items():
+        for site in Progress("Sorting the statistics", index):
+            order = index[site]
             if site in self.squares:
                 squares[site] = self.squares[site][order]
             elif site in self.means:
@@ -111,7 +113,7 @@ class Statistics:
             axes: Q, (D, D) float64, orthogonal.
         """
         means, seconds = dict(self.means), dict(self.seconds)
-        for site in sites:
+        for site in Progress("Turning the statistics", sites):
             means[site] = (axes.T @ self.mean(site)).float()
             seconds[site] = _packed(axes.T @ self.second(site) @ axes)
         return dataclasses.replace(self, means=means, seconds=seconds)

@@ -12,6 +12,7 @@ from cbd_trl.surgery.factors import deviations, factorise, pack, packed_bytes, u
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.tensor_file import TensorFile
 from cbd_trl.untrusted import parse_json, shown
+from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import save_tensors
 
 FORMAT_VERSION = "3"
@@ -24,7 +25,7 @@ _VECTORS = ("mean", "variances", "prefix_squares", "diagonal", "scales")
 def save_statistics(statistics: Statistics, path: Path) -> None:
     """Write statistics to a safetensors file, about 0.15 to 0.3 times as large as the model in bfloat16."""
     tensors = {}
-    for site in statistics.means:
+    for site in Progress("Factorizing the statistics", statistics.means):
         factor = statistics.factor(site, torch.arange(len(statistics.means[site])))
         mean, squares = statistics.mean(site), statistics.variances(site)
         factor = factor / deviations(mean, squares)[:, None]

@@ -17,12 +17,12 @@ def tensor_of(output: Any) -> torch.Tensor:
 
 
 @contextmanager
-def recorded_inputs(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Within it, the inputs the module is called with are collected."""
-    inputs: list[torch.Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+def recorded_calls(module: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Within it, what the module is called with and what it gives are collected, call by call."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
     try:
-        yield inputs
+        yield calls
     finally:
         handle.remove()
 

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cbd_trl.durations import format_seconds
+from cbd_trl.utils.progress import Ticker
 
 # Steps that the rates are taken over: enough for hybrids, which are beside some steps only, to even out.
 _WINDOW = 50
@@ -31,8 +32,9 @@ def show_progress(trainer: Any, label: str) -> None:
 class ProgressLine(ProgressCallback):
     """`85M 3/5 · step 120/500 · 1,240 tokens/s · 6 min left · ce 2.41 (teacher 2.20)`.
 
-    On a terminal one line, rewritten after every step; elsewhere a line at each training log. What the Trainer logs is
-    printed as ever, above it. Only the main process says anything; the tokens are those of all processes.
+    On a terminal one line, rewritten after every step; elsewhere a line at each training log, and one a minute between
+    logs that are far apart. What the Trainer logs is printed as ever, above it. Only the main process says anything;
+    the tokens are those of all processes.
 
     Args:
         label: what the line begins with.
@@ -47,6 +49,7 @@ class ProgressLine(ProgressCallback):
         # resumed from a checkpoint has behind it, and the time it took to skip that data, are not its speed.
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW + 1)
         self._losses: dict[str, float] = {}
+        self._ticker = Ticker(clock)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,6 +88,8 @@ class ProgressLine(ProgressCallback):
             self._mark(state)
             self._show(state)
             super().on_step_end(args, state, control, **kwargs)
+            if self._off_screen and self._ticker.due():
+                self._print(state)
 
     def on_log(
         self,
@@ -100,8 +105,9 @@ class ProgressLine(ProgressCallback):
         if bar is None or not logs or "loss" not in logs:
             return
         self._losses = {name: logs[name] for name in ("ce", "teacher_ce") if name in logs}
-        if bar.disable:
-            print(self.line(state), file=sys.stdout, flush=True)
+        if self._off_screen:
+            self._ticker.reset()
+            self._print(state)
         else:
             self._show(state)
             bar.refresh()
@@ -125,6 +131,14 @@ class ProgressLine(ProgressCallback):
 
     def _mark(self, state: TrainerState) -> None:
         self._marks.append((self._clock(), state.global_step, self._tokens()))
+
+    @property
+    def _off_screen(self) -> bool:
+        bar: Any = self.training_bar
+        return bool(bar.disable)
+
+    def _print(self, state: TrainerState) -> None:
+        print(self.line(state), file=sys.stdout, flush=True)
 
     def _show(self, state: TrainerState) -> None:
         bar: Any = self.training_bar

@@ -8,10 +8,13 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import decoder_layers
-from cbd_trl.surgery.block_search import _Measure, _shortest_path, cheapest_blocks, measured_blocks
+from cbd_trl.losses import fused
+from cbd_trl.surgery import block_search
+from cbd_trl.surgery.block_search import _Candidate, _Measure, _shortest_path, cheapest_blocks, measured_blocks
 from cbd_trl.surgery.blocks import Block, anywhere, check_blocks
 from cbd_trl.surgery.refit import OutputProjection, refit_layer
 from cbd_trl.surgery.stream import layer_inputs
+from tests.largest_tensor import LargestTensor
 from tests.surgery.helpers import described, every_family, full_model, tokens
 from tests.tiny import own_names
 
@@ -61,7 +64,11 @@ def test_a_cost_is_the_divergence_of_the_model_with_one_layer_for_the_block(fami
         layers[3 - kept] = PassOn()
         logits = changed(**HELD_OUT, use_cache=False).logits.log_softmax(-1)
         expected = (reference.exp() * (reference - logits)).sum(-1).mean()
-        assert measure.cost((1, 2), kept) == pytest.approx(float(expected), rel=1e-3)
+        found = _Candidate((1, 2), kept)
+        measure.bound(found)
+        assert found.cost <= float(expected) and not found.whole
+        measure.measure_whole([found])
+        assert found.cost == pytest.approx(float(expected), rel=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert (model(**HELD_OUT).logits.log_softmax(-1) - reference).abs().max() == 0
 
@@ -69,6 +76,36 @@ def test_a_cost_is_the_divergence_of_the_model_with_one_layer_for_the_block(fami
 class PassOn(nn.Module):
     def forward(self, hidden_states, *args, **kwargs):
         return hidden_states
+
+
+@pytest.mark.parametrize("depth", [3, 4, 5])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_sample_of_the_positions_leads_to_the_same_blocks(family, depth, monkeypatch):
+    model = deep_model(family)
+    architecture, held_out = described(model)[1], {"input_ids": torch.randint(0, 64, (2, 48))}
+    wanted = cheapest_blocks(model, architecture, depth, FIT, held_out)
+    whole = []
+    original = _Measure.measure_whole
+    monkeypatch.setattr(_Measure, "measure_whole", lambda self, found: whole.extend(found) or original(self, found))
+    monkeypatch.setattr(block_search, "_SAMPLE", 24)
+    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", {"cpu": 10 * 64})
+    monkeypatch.setattr(block_search, "_BLOCK_ELEMENTS", 3 * 64)
+    found = cheapest_blocks(model, architecture, depth, FIT, held_out)
+    assert [(block.layers, block.kept) for block in found] == [(block.layers, block.kept) for block in wanted]
+    assert [block.cost for block in found] == pytest.approx([block.cost for block in wanted], rel=1e-3)
+    # Fewer than all: the sample alone rules the others out.
+    assert 0 < len(whole) < 2 * len(measured_blocks(architecture, depth))
+
+
+def test_memory_does_not_grow_with_the_logits(monkeypatch):
+    """64 positions: all logits would be 64 x 4,096 numbers; 16 rows of them are held."""
+    monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", {"cpu": 16 * 4096})
+    model = full_model("llama", tied=False, num_hidden_layers=4, vocab_size=4096)
+    held_out = {"input_ids": torch.randint(0, 4096, (2, 32))}
+    with LargestTensor() as largest:
+        cheapest_blocks(model, described(model)[1], 3, FIT, held_out)
+    # The head itself has 32 x 4,096.
+    assert largest.elements <= 32 * 4096
 
 
 def test_the_cheapest_split_of_all():
@@ -91,12 +128,18 @@ def test_the_cheapest_split_of_all():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5, 6])
-def test_each_block_of_more_than_one_layer_is_measured_twice(depth, monkeypatch):
+def test_no_candidate_is_measured_that_is_not_named_before(depth, monkeypatch):
     measured = []
-    monkeypatch.setattr(_Measure, "cost", lambda self, layers, kept: measured.append((layers[0], layers[-1])) or 1.0)
+
+    def bound(self, candidate):
+        measured.append((*candidate.block, candidate.kept))
+        candidate.hidden_ND, candidate.cost, candidate.whole = torch.zeros(1, 1), 1.0, True
+
+    monkeypatch.setattr(_Measure, "bound", bound)
     model = deep_model()
     cheapest_blocks(model, described(model)[1], depth, FIT, HELD_OUT)
-    assert sorted(measured) == sorted(2 * measured_blocks(described(model)[1], depth))
+    named = {(*block, kept) for block in measured_blocks(described(model)[1], depth) for kept in block}
+    assert len(measured) == len(set(measured)) and set(measured) <= named
     assert bool(measured) == (depth not in (1, 6))
 
 

@@ -75,6 +75,21 @@ def test_what_came_before_a_checkpoint_is_not_counted_as_speed() -> None:
     assert run.says() == "85M 3/5 · step 91/100 · 150 tokens/s · 18 s left"
 
 
+def test_off_a_terminal_a_line_comes_between_logs_that_are_far_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    run = _Run(1000)
+    for _ in range(200):
+        run.step(1.0, 10)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" · ")[1] for line in said] == [f"step {step}/1000" for step in (5, 15, 35, 75, 135, 195)]
+    run.log(loss=1.0, ce=2.0)  # begins the minute again
+    capsys.readouterr()
+    for _ in range(59):
+        run.step(1.0, 10)
+    assert not capsys.readouterr().out
+    run.step(1.0, 10)
+    assert "step 260/1000" in capsys.readouterr().out
+
+
 def _trainer(**how: Any) -> Any:
     steps = {"max_steps": 3, "disable_tqdm": False, "hidden_weight": 1.0}
     return make_trainer(**{**steps, **how})

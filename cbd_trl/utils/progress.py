@@ -1,0 +1,155 @@
+"""What is shown of long work: a bar with the time left on a terminal, elsewhere a plain line now and then."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm as tqdm_notebook
+
+from cbd_trl.durations import format_seconds
+
+# What is over sooner gets no bar.
+_DELAY = 2.0
+_SHOWN = ContextVar("shown", default=True)
+
+
+@contextmanager
+def progress_shown(shown: bool) -> Iterator[None]:
+    """Within it progress is shown only if this, and every such context around it, says so.
+
+    Args:
+        shown: False where `disable_tqdm` is set, and in all processes but one.
+    """
+    token = _SHOWN.set(shown and _SHOWN.get())
+    try:
+        yield
+    finally:
+        _SHOWN.reset(token)
+
+
+class Ticker:
+    """Tells when another plain line is due: after 5 seconds, then twice as long each time, at last every minute.
+
+    Args:
+        clock: seconds, from any moment.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._last, self._pause = clock, clock(), 5.0
+
+    def due(self) -> bool:
+        """Whether a line is to be printed now; then the pause before the next one begins."""
+        if self._clock() - self._last < self._pause:
+            return False
+        self._pause = min(2 * self._pause, 60.0)
+        self.reset()
+        return True
+
+    def reset(self) -> None:
+        """Begin the pause again, since something else was printed."""
+        self._last = self._clock()
+
+
+class Progress:
+    """The progress of one piece of work: iterate over it, or enter it and tell it of each step.
+
+    On a terminal or in a notebook it is tqdm's bar, once the work takes two seconds. Where there is no terminal, a
+    line on stderr when `Ticker` says so: `Choosing layers: 12/62 · 3 min left`. See `progress_shown`.
+
+    Args:
+        description: what is being done.
+        items: what is iterated over, if anything.
+        total: number of steps; None for the number of items, where they have one.
+        unit: what a step is.
+        unit_scale: whether large numbers are shortened (12.3k).
+        initial: steps that an earlier run did.
+    """
+
+    def __init__(
+        self,
+        description: str,
+        items: Iterable[Any] = (),
+        *,
+        total: int | None = None,
+        unit: str = "it",
+        unit_scale: bool = False,
+        initial: int = 0,
+    ) -> None:
+        self.description, self._items = description, items
+        self.total = len(items) if total is None and isinstance(items, Sized) else total
+        self.steps = self._initial = initial
+        self._began, self._unit, self._note, self._ticker = time.monotonic(), unit, "", Ticker()
+        self._lines = _SHOWN.get() and not _on_screen()
+        self._bar = tqdm(
+            desc=description,
+            total=self.total,
+            unit=unit,
+            unit_scale=unit_scale,
+            initial=initial,
+            disable=self._lines or not _SHOWN.get(),
+            leave=False,
+            delay=_DELAY,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        with self:
+            for item in self._items:
+                yield item
+                self.update()
+
+    def update(self, steps: int = 1, note: str = "") -> None:
+        """Count steps that are done.
+
+        Args:
+            steps: how many.
+            note: said beside them from now on.
+        """
+        self.steps += steps
+        if note != self._note:
+            self._note = note
+            self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(steps)
+        self._line_if_due()
+
+    def at(self, description: str, steps: int, total: int) -> None:
+        """Tell which step begins.
+
+        Args:
+            description: of it.
+            steps: that are done.
+            total: of all.
+        """
+        self.total, self.description = total, description
+        self._bar.total = total
+        self._bar.set_description(description, refresh=False)
+        self.update(steps - self.steps)
+
+    def line(self) -> str:
+        """What a plain line says."""
+        done = f"{self.steps:,}" if self.total is None else f"{self.steps:,}/{self.total:,}"
+        parts = [f"{self.description}: {done}" + ("" if self._unit == "it" else f" {self._unit}")]
+        made = self.steps - self._initial
+        if self.total is not None and made > 0:
+            left = (self.total - self.steps) * (time.monotonic() - self._began) / made
+            parts.append(f"{format_seconds(left)} left")
+        return " · ".join([*parts, self._note] if self._note else parts)
+
+    def _line_if_due(self) -> None:
+        if self._lines and self._ticker.due():
+            print(self.line(), file=sys.stderr, flush=True)
+
+
+def _on_screen() -> bool:
+    return issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
