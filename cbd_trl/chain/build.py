@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
-from cbd_trl.utils.datasets import has_template_file, sft_dataset, sft_datasets, training_tokenizer
+from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 
 
 def build_chain(
@@ -84,7 +83,6 @@ def build_chain(
     else:
         head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir)
     steps = plan_chain(head.architecture, anchors, args, dataset)
-    head = replace(head, tokenizer=_tokenizer_of_all(head, steps))
     done = finished_anchors(output_dir, head, steps)
     if not done:
         _check_text(head.dataset, head.args, head.tokenizer)
@@ -126,23 +124,6 @@ def _make_anchors(
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a dataset that gives no tokens before the first anchor is trained, not after it."""
     token_blocks(dataset, tokenizer, 2, args=args)
-
-
-def _tokenizer_of_all(head: Head, steps: Sequence[Step]) -> PreTrainedTokenizerBase:
-    """The tokenizer that all anchors are trained and saved with: the source's, with the arguments' chat template."""
-    every = [head.args, *(step.args for step in steps)]
-    paths = {args.chat_template_path: None for args in every}
-    if len(paths) > 1:
-        raise ValueError(
-            f"chat_template_path differs between the anchors ({', '.join(map(repr, paths))}), and a chain has one "
-            "tokenizer. Give the same in all `args`."
-        )
-    if every[0].chat_template_path is not None and not has_template_file(every[0]):
-        raise ValueError(
-            f"chat_template_path={every[0].chat_template_path!r} is no .jinja file: a tokenizer's tokens would be "
-            "added too, and all anchors have the vocabulary of the source. Save its `chat_template` as a .jinja file."
-        )
-    return training_tokenizer(head.tokenizer, every[0])
 
 
 def _calibration_blocks(
