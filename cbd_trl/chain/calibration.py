@@ -37,7 +37,7 @@ def token_blocks(
     """
     tokens: list[int] = []
     for ids in token_rows(dataset, tokenizer, args):
-        tokens.extend(ids.tolist())
+        tokens.extend(ids)
         if len(tokens) >= max_tokens:
             break
     tokens = tokens[:max_tokens]

@@ -181,23 +181,13 @@ def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | Non
             )
         tokenizer.eos_token = args.eos_token
     path = args.chat_template_path
-    if path is not None and has_template_file(args):
+    if path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2")):
         with open(path, encoding="utf-8") as file:
             tokenizer.chat_template = file.read()
     elif path is not None:
         # Of a model it changes the rows of the vocabulary alone.
         clone_chat_template(_model_of_no_size(len(tokenizer)), tokenizer, path)
     return tokenizer
-
-
-def has_template_file(args: SFTConfig) -> bool:
-    """Whether `chat_template_path` names a file with a template, and no tokenizer that has one.
-
-    Args:
-        args: of the training.
-    """
-    path = args.chat_template_path
-    return path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2"))
 
 
 def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None) -> Any:
@@ -223,25 +213,41 @@ def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args:
             f"The data set has the columns {sorted(first)} and has to be tokenised, but there is no tokenizer. Pass "
             "`processing_class`."
         )
-    tokenizer = training_tokenizer(tokenizer, args)
     options: Any = _defaults() if args is None else copy.copy(args)
-    # What is cut, and what is left of it, is told by `token_rows`.
-    options.max_length, options.shuffle_dataset = None, False
-    template: Any = tokenizer.chat_template
-    masked = options.assistant_only_loss and template is not None and not has_generation_markers(template)
+    # What is cut off, and what is left of a row, is decided by `cut_rows`.
+    options.max_length = None
+    return prepare(dataset, tokenizer, options).select_columns(["input_ids"])
+
+
+def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
+    """TRL's own preparation of rows, without a trainer: neither packed nor shuffled.
+
+    Args:
+        dataset: from `sft_dataset`. A stream is prepared as it is read, without progress bars or files.
+        tokenizer: of the data; it is not changed.
+        args: of the training.
+
+    Returns:
+        a data set of the same kind, with `input_ids` and `labels`, cut to `args.max_length`.
+    """
+    tokenizer, args = training_tokenizer(tokenizer, args), copy.copy(args)
+    args.shuffle_dataset = False
+    first, template = next(iter(dataset)), tokenizer.chat_template
+    masked = args.assistant_only_loss and template is not None and not has_generation_markers(template)
+    completions = "prompt" in first and "completion" in first
     trainer: Any = SimpleNamespace(
         # Without an end token there is none to add.
         _tokenizer=SimpleNamespace(eos_token=tokenizer.eos_token or ""),
         chat_template=get_training_chat_template(tokenizer) if masked else None,
-        completion_only_loss=False,
+        completion_only_loss=completions if args.completion_only_loss is None else args.completion_only_loss,
     )
-    prepare: Any = SFTTrainer._prepare_dataset
-    return prepare(trainer, dataset, tokenizer, options, False, None, "the").select_columns(["input_ids"])
+    with_trl: Any = SFTTrainer._prepare_dataset
+    return with_trl(trainer, dataset, tokenizer, args, False, None, "the")
 
 
 def token_rows(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None
-) -> Iterator[np.ndarray]:
+) -> Iterator[list[int]]:
     """Token ids of each row, as training makes and truncates them; no more rows are prepared than are taken.
 
     Args:
@@ -250,7 +256,7 @@ def token_rows(
         args: of the training; None for text that nothing is trained on, of which nothing is cut off.
 
     Yields:
-        (n,) int32; of packed rows each by itself.
+        n ids; of packed rows each by itself.
 
     Raises:
         ValueError: see `prepared_rows`; or the chat template cannot read a row.
@@ -259,7 +265,8 @@ def token_rows(
     dataset = _one_dataset(dataset, "dataset")
     stream = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
     try:
-        yield from cut_rows(prepared_rows(stream, tokenizer, args), args)
+        for row in cut_rows(prepared_rows(stream, tokenizer, args), args):
+            yield row.tolist()
     except TemplateError as error:
         raise ValueError(f"The chat template cannot read a row of the data set: {error}.") from error
 

@@ -94,7 +94,7 @@ def test_tools_and_arguments_of_the_template_are_kept(tmp_path):
         **{"prompt": ASKED, "completion": None, "finish_reason": None},
         **kept,
     }
-    (ids,) = (row.tolist() for row in token_rows([read_completions(written)[0]], tokenizer))
+    (ids,) = token_rows([read_completions(written)[0]], tokenizer)
     assert tokenizer.decode(ids).startswith("w7 w8 ")
 
 

@@ -1,6 +1,5 @@
 """Every place that takes a data set reads it alike: what cannot be read is refused before any model is loaded."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def test_the_same_rows_are_trained_evaluated_cached_measured_and_calibrate(tmp_p
     assert manifest.rows == 2  # each chat once
     chains = [
         build_chain(
-            tiny_model("llama", num_hidden_layers=3),
+            tiny_model("llama"),
             [{"num_hidden_layers": 2}],
             dataset=data,
             output_dir=tmp_path / str(number),
@@ -133,6 +132,9 @@ def test_the_same_rows_are_trained_evaluated_cached_measured_and_calibrate(tmp_p
     assert [list(map(len, each)) for each in files] == [list(map(len, files[0]))] * 3
     weights = [chain.anchors[1].load_model().state_dict() for chain in chains]
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+    target: dict[str, Any] = {"config": {"num_hidden_layers": 3}, "operator": "slice"}
+    made = [from_chain(chains[0], calibration_dataset=data, **target).state_dict() for data in (MIXED, CLEAN)]
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
     measured = [_losses(chains[0], data) for data in (MIXED, CLEAN, CLEAN.to_list())]
     assert measured[0] == measured[1] == measured[2]
     rows = [{"story": "w1 w2 w3", "messages": CHAT}] * 20
@@ -145,24 +147,20 @@ def _losses(chain: Chain, rows: Any, column: str = "text") -> list[float]:
     return [anchor["loss"] for anchor in measure_chains([chain], rows, options)[0]["anchors"]]
 
 
-def test_a_chain_of_chats_has_the_template_it_was_given(tmp_path: Path) -> None:
+def test_a_chain_is_trained_on_chats_in_the_template_it_is_given(tmp_path: Path) -> None:
     tokenizer, file = tiny_tokenizer(), tmp_path / "chat.jinja"
     file.write_text(str(tokenizer.chat_template))
     tokenizer.chat_template = None
-    options: Any = {"output_dir": tmp_path / "chain", "processing_class": tokenizer, "calibration_tokens": 64}
-    source, anchors = tiny_model("llama", num_hidden_layers=3), [{"num_hidden_layers": 2}]
-    args = chain_config(max_steps=1, chat_template_path=str(file))
-    chain = build_chain(source, anchors, dataset=CLEAN, args=args, **options)
-    assert [anchor.load_tokenizer().chat_template for anchor in chain.anchors] == [file.read_text()] * 2
-    assert tokenizer.chat_template is None
-    other = [{**anchors[0], "args": dataclasses.replace(args, chat_template_path=None)}]
-    with pytest.raises(ValueError, match=r"chat_template_path differs between the anchors .*None"):
-        build_chain(source, other, dataset=CLEAN, args=args, **{**options, "output_dir": tmp_path / "other"})
-    args = chain_config(chat_template_path=str(tmp_path))
-    with pytest.raises(ValueError, match=r"chat_template_path=.* is no .jinja file"):
-        build_chain(source, anchors, dataset=CLEAN, args=args, **{**options, "output_dir": tmp_path / "other"})
-    # A calibrated target of such a chain, made from the chats that it was trained on.
-    assert from_chain(chain, config={"num_hidden_layers": 2}, calibration_dataset=MIXED).num_parameters() > 0
+    chain = build_chain(
+        tiny_model("llama"),
+        [{"num_hidden_layers": 2}],
+        dataset=CLEAN,
+        output_dir=tmp_path / "chain",
+        args=chain_config(max_steps=1, chat_template_path=str(file)),
+        processing_class=tokenizer,
+        calibration_tokens=64,
+    )
+    assert chain.anchors[1].load_tokenizer().chat_template == file.read_text()
 
 
 def _raw(tokenizer: PreTrainedTokenizerFast) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -81,7 +81,7 @@ def _trained(dataset: Any, tokenizer: PreTrainedTokenizerFast, **args: Any) -> l
 
 
 def _read(dataset: Any, tokenizer: PreTrainedTokenizerFast, **args: Any) -> list[list[int]]:
-    return [row.tolist() for row in token_rows(dataset, tokenizer, make_config(**args))]
+    return list(token_rows(dataset, tokenizer, make_config(**args)))
 
 
 @pytest.mark.filterwarnings("ignore:The `'keep_end'` truncation mode:FutureWarning")
