@@ -6,6 +6,8 @@ Shapes: N targets, A atoms, K of them for each target, D width.
 import torch
 from torch import Tensor
 
+from cbd_trl.utils.progress import Progress
+
 # Targets at a time: their correlations with every atom are held at once.
 _BATCH = 256
 # A new atom that is this much of itself outside the span of the earlier ones, or less, says nothing new.
@@ -30,7 +32,9 @@ def matching_pursuit(target_ND: Tensor, atom_AD: Tensor, count: int) -> tuple[Te
     """
     count = min(count, *atom_AD.shape)
     direction = torch.nn.functional.normalize(atom_AD, dim=1)
-    parts = [_pursue(part, atom_AD, direction, count) for part in target_ND.split(_BATCH)]
+    parts = [
+        _pursue(part, atom_AD, direction, count) for part in Progress("Rebuilding embeddings", target_ND.split(_BATCH))
+    ]
     return torch.cat([chosen for chosen, _ in parts]), torch.cat([coefficient for _, coefficient in parts])
 
 

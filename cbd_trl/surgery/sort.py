@@ -9,6 +9,7 @@ from cbd_trl.architectures.axes import Sizes, axis_length, select
 from cbd_trl.surgery.permute import Order, permute
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
+from cbd_trl.utils.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
     """
     width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
     inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": []}
-    for site in architecture.sites:
+    for site in Progress("Ranking the coordinates", architecture.sites):
         rms = statistics.variances(site.name).clamp(min=0).sqrt()
         if site.axis == ("width",):
             gain = weights[f"{site.name}.weight"].double().abs().cpu() if site.norm else 1 / rms.square().mean().sqrt()
