@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.byte_table import ByteTable
 from cbd_trl.bridge.token_bytes import token_bytes
+from cbd_trl.utils.blocks import prefix_ids
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,6 @@ class Encoded:
         """
         spans = [span for text in texts for span in self.encodings[text].offsets]
         return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
-
-
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a tokenizer puts before a text by itself, such as BOS.
-
-    Args:
-        tokenizer: any.
-    """
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
-    starts = range(len(whole) - len(bare) + 1)
-    return next((whole[:start] for start in starts if whole[start : start + len(bare)] == bare), [])
 
 
 class Reader:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +29,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.utils.blocks import TokenBlocks
 
 
 def build_chain(
@@ -125,7 +125,7 @@ def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokeniz
 
 def _calibration_blocks(
     config: Any, dataset: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int
-) -> torch.Tensor:
+) -> TokenBlocks:
     return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args.dataset_text_field)
 
 
@@ -154,7 +154,8 @@ def _distil_anchor(
     args.output_dir = str(work)
     teacher: Any = upper.load_model()
     generation_config = copy.deepcopy(teacher.generation_config)
-    tokens = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    text = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    tokens = text.input_ids
     blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
     student: Any = initial_student(upper, step, blocks)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
@@ -182,6 +183,7 @@ def _distil_anchor(
         "block_map": block_map,
         "kept_layers": [block.kept for block in blocks],
         "block_costs": costs,
+        "block_start": list(text.start),
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,
         "training": {**record, DATASETS: hub_datasets(step.dataset)},

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl.data_utils import apply_chat_template, is_conversational
+
+from cbd_trl.utils.blocks import TokenBlocks, cut_blocks
 
 BLOCK_LENGTH = 512
 
@@ -54,22 +55,10 @@ def token_blocks(
     max_tokens: int,
     block_length: int = BLOCK_LENGTH,
     text_field: str = "text",
-) -> torch.Tensor:
-    """The first `max_tokens` tokens of a dataset, rows one after the other, as (N, block length) int64.
+) -> TokenBlocks:
+    """The first rows of a dataset, one after the other, as at most `max_tokens` tokens in blocks of one length.
 
     Raises:
-        ValueError: the dataset holds less than two tokens.
+        ValueError: the dataset holds no token to predict.
     """
-    tokens: list[int] = []
-    for ids in _token_rows(dataset, tokenizer, text_field):
-        tokens.extend(ids)
-        if len(tokens) >= max_tokens:
-            break
-    tokens = tokens[:max_tokens]
-    length = min(block_length, len(tokens))
-    if length < 2:
-        raise ValueError(
-            f"The dataset holds {len(tokens)} tokens, too few to calibrate on. Give a dataset with text in it."
-        )
-    count = len(tokens) // length
-    return torch.tensor(tokens[: count * length]).view(count, length)
+    return cut_blocks(_token_rows(dataset, tokenizer, text_field), tokenizer, max_tokens, block_length)

@@ -23,6 +23,7 @@ from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.weights import Weights
+from cbd_trl.utils.blocks import TokenBlocks
 
 CALIBRATION_TOKENS = 4096
 
@@ -101,8 +102,8 @@ def _verified(chain: Chain, target: Target) -> Iterator[None]:
             verification.result()
 
 
-def calibration_tokens(target: Target, dataset: Dataset) -> torch.Tensor | None:
-    """What decides about a target, (N, T) int64: the first tokens of a dataset. None for an anchor: there is nothing
+def calibration_tokens(target: Target, dataset: Dataset) -> TokenBlocks | None:
+    """What decides about a target: the first tokens of a dataset. None for an anchor: there is nothing
     to decide."""
     if target.operator == ANCHOR:
         return None
@@ -114,14 +115,14 @@ def make_model(
     chain: Chain,
     request: Request,
     target: Target,
-    tokens: torch.Tensor | None,
+    tokens: TokenBlocks | None,
     dtype: torch.dtype | str | None,
     pair: Pair | None = None,
 ) -> PreTrainedModel:
     """The model of a target, in eval mode, named after the anchor that its tokenizer loads from.
 
     Args:
-        tokens: calibration text (N, T), or None.
+        tokens: calibration text, or None.
         pair: the target's anchors where they are loaded already.
     """
     upper = target.anchors[0]
@@ -146,7 +147,7 @@ def make_model(
             operator, plan = choose_plan(pair, plan, operator, tokens)
             alpha = default_alpha(operator, pair, plan.target)
             told |= {"operator": operator, "alpha": alpha if plan.alpha is None or alpha is None else plan.alpha}
-            told["calibration_tokens"] = tokens.numel()
+            told["calibration_tokens"] = tokens.input_ids.numel()
         weights, architecture = OPERATORS[operator](pair, plan)
         if operator == "linear" or not pair.equal_widths:
             weights = _finite(weights, operator)

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.bridge.reader import prefix_ids
+from cbd_trl.utils.blocks import prefix_ids
 
 _COLUMNS = ("prompt", "messages", "text")
 # What TRL hands to the chat template beside the messages.

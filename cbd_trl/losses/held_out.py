@@ -8,20 +8,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.eval_mode import in_eval_mode
-from cbd_trl.losses.reduction import cross_entropy
+from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -> float:
+def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4, labels: Tensor | None = None) -> float:
     """Mean cross-entropy of the tokens of the blocks, each block's first one excepted.
 
     Args:
         model: a causal language model; its train or eval mode is as it was afterwards.
         blocks: (N, T) int64 token ids, no padding.
         batch_size: blocks in one forward pass.
+        labels: (N, T) int64, the blocks with -100 where a token is read but not scored; None to score them all.
 
     Returns:
-        nats per predicted token, over all N x (T - 1) of them.
+        nats per scored token.
 
     Raises:
         ValueError: if there is nothing to predict.
@@ -31,10 +32,11 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4) -
             f"blocks has shape {tuple(blocks.shape)}, wanted (N, T) with N >= 1 and T >= 2: each block's first token "
             "is only read, so a shorter one has nothing to predict."
         )
+    labels = blocks if labels is None else labels
     total = 0.0
     with in_eval_mode(model):
-        for batch in blocks.split(batch_size):
-            batch = batch.to(model.device)
-            logits = model(input_ids=batch, use_cache=False).logits
-            total += cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).double().sum().item()
-    return total / (blocks.shape[0] * (blocks.shape[1] - 1))
+        for batch, wanted in zip(blocks.split(batch_size), labels.split(batch_size), strict=True):
+            logits, wanted = model(input_ids=batch.to(model.device), use_cache=False).logits, wanted.to(model.device)
+            losses = cross_entropy(select_scored(logits, wanted), scored_targets(wanted))
+            total += losses.double().sum().item()
+    return total / int(scored_mask(labels).sum())

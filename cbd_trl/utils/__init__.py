@@ -1,1 +1,1 @@
-"""What is done everywhere, in one place each: loading a model safely, rows of data sets as tokens, blocks of tokens."""
+"""What is done everywhere, in one place each: loading a model safely, rows of datasets as tokens, blocks of tokens."""
