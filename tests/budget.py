@@ -28,6 +28,7 @@ BUDGET = {
     "surgery": 170,
     "teachers": 5,
     "trainers": 550,
+    "utils": 10,
 }
 
 
