@@ -34,6 +34,7 @@ from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.report.results import Results, write_text
 from cbd_trl.report.text import held_out_blocks
+from cbd_trl.utils.blocks import TokenBlocks
 
 VOCABULARY, LENGTH, ROWS, LEARNING_RATE = 1024, 96, 8, 3e-3
 # Layers, width, heads, FFN width; a head has 16 coordinates.
@@ -114,11 +115,15 @@ def trained(folder: Path, family: str, role: str, blocks: Tensor, steps: int) ->
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def measure(chain: Chain, held_out: Tensor) -> dict[str, Any]:
+def _loss(model: PreTrainedModel, held_out: TokenBlocks) -> float:
+    return held_out_loss(model, held_out.input_ids, labels=held_out.labels)
+
+
+def measure(chain: Chain, held_out: TokenBlocks) -> dict[str, Any]:
     """Losses of the anchors and of the targets of each operator at three sizes, or as many as the pair has."""
     upper, lower = chain.anchors
     large, small = upper.num_parameters, lower.num_parameters
-    ends = [held_out_loss(anchor.load_model(), held_out) for anchor in (upper, lower)]
+    ends = [_loss(anchor.load_model(), held_out) for anchor in (upper, lower)]
     targets: dict[str, dict[str, float]] = {}
     for share in SHARES:
         # A pair that differs in depth alone has few sizes; both operators get the shape of the first.
@@ -126,7 +131,7 @@ def measure(chain: Chain, held_out: Tensor) -> dict[str, Any]:
         if shape in (upper.shape, lower.shape):
             continue
         made = {name: from_chain(chain, config=shape, operator=name) for name in OPERATORS}
-        losses = {name: held_out_loss(model, held_out) for name, model in made.items()}
+        losses = {name: _loss(model, held_out) for name, model in made.items()}
         targets[str(made[OPERATORS[0]].num_parameters())] = losses
     return {"ends": ends, "sizes": [large, small], "match": lower.training["match"], "targets": targets}
 
@@ -160,7 +165,7 @@ def main() -> None:
     output = arguments.output
     tokenizer = make_tokenizer(output)
     training, texts = split(tokenizer)
-    blocks = token_blocks(training, tokenizer, 10**7, LENGTH)
+    blocks = token_blocks(training, tokenizer, 10**7, LENGTH).input_ids
     held_out = held_out_blocks(tokenizer, texts, LENGTH, 128)
     results = Results(output / "results.json")
     told = {}

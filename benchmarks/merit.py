@@ -37,6 +37,7 @@ from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.results import Results, write_text
 from cbd_trl.report.sweep import fingerprint
 from cbd_trl.report.text import held_out_blocks
+from cbd_trl.utils.blocks import TokenBlocks
 
 MEAN = "mean"
 _HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
@@ -124,7 +125,7 @@ class Merit:
     """Losses of anchors and targets, each measured once.
 
     Args:
-        texts: {name: (N, T) held-out tokens}.
+        texts: {name: held-out text}.
         calibration: text for the calibrated method; no held-out row is in it.
         results: what is known already.
         key: of the chain and the texts.
@@ -134,7 +135,7 @@ class Merit:
 
     def __init__(
         self,
-        texts: Mapping[str, torch.Tensor],
+        texts: Mapping[str, TokenBlocks],
         calibration: Dataset,
         results: Results,
         key: str,
@@ -150,7 +151,10 @@ class Merit:
         if self.results.get(place) is None:
             model = build()
             with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
-                found = {text: held_out_loss(model, blocks) for text, blocks in self.texts.items()}
+                found = {
+                    text: held_out_loss(model, blocks.input_ids, labels=blocks.labels)
+                    for text, blocks in self.texts.items()
+                }
             print(name, {text: round(loss, 3) for text, loss in found.items()}, flush=True)
             found[MEAN] = sum(found.values()) / len(found)
             self.results.put(place, {"size": model.num_parameters(), **found})
@@ -223,10 +227,14 @@ def main() -> None:
     }
     skipped, count = options.skip_blocks, options.skip_blocks + options.held_out_blocks
     blocks = {name: held_out_blocks(chain.tokenizer(), rows, BLOCK_LENGTH, count) for name, rows in held_out.items()}
-    texts = {name: found[skipped:] for name, found in blocks.items()}
-    key = fingerprint(*texts.values(), [anchor.files for anchor in chain.anchors], options.fp32)
+    texts = {
+        name: dataclasses.replace(found, input_ids=found.input_ids[skipped:], labels=found.labels[skipped:])
+        for name, found in blocks.items()
+    }
+    files = [anchor.files for anchor in chain.anchors]
+    key = fingerprint(*(text.input_ids for text in texts.values()), files, options.fp32)
     # As much of each text in every part of it. On text that the anchors learned from, the smaller one looks too good.
-    mixed = torch.stack([found[:skipped] for found in blocks.values()], 1).flatten(0, 1)
+    mixed = torch.stack([found.input_ids[:skipped] for found in blocks.values()], 1).flatten(0, 1)
     calibration = Dataset.from_dict({"input_ids": mixed.tolist()})
     results = Results(options.output / "results.json")
     merit = Merit(texts, calibration, results, key, options.methods, not options.fp32)

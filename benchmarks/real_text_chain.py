@@ -30,6 +30,7 @@ from cbd_trl.report.results import Results, write_text
 from cbd_trl.report.sweep import OPERATORS, RANDOM, fingerprint, random_model
 from cbd_trl.report.tables import markdown_table
 from cbd_trl.report.text import held_out_blocks
+from cbd_trl.utils.blocks import TokenBlocks
 
 ANCHORS = (
     {"num_hidden_layers": 16},
@@ -123,10 +124,10 @@ def make_target(chain: Chain, fields: dict[str, int], operator: str) -> PreTrain
 
 
 def measure(
-    chain: Chain, fields_of: list[dict[str, int]], texts: dict[str, torch.Tensor], results: Results, bf16: bool
+    chain: Chain, fields_of: list[dict[str, int]], texts: dict[str, TokenBlocks], results: Results, bf16: bool
 ) -> dict[str, dict[str, Any]]:
     """Every anchor and every operator at every target, on every text: `{text: report}` as `plot_sweep` takes it."""
-    key = fingerprint(*texts.values(), [anchor.files for anchor in chain.anchors])
+    key = fingerprint(*(text.input_ids for text in texts.values()), [anchor.files for anchor in chain.anchors])
     reports: dict[str, dict[str, Any]] = {name: {"anchors": [], "targets": []} for name in texts}
 
     def once(what: list[Any], make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
@@ -136,7 +137,10 @@ def measure(
             model = make()
             seconds = time.perf_counter() - started
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                losses = {text: held_out_loss(model, blocks) for text, blocks in texts.items()}
+                losses = {
+                    text: held_out_loss(model, blocks.input_ids, labels=blocks.labels)
+                    for text, blocks in texts.items()
+                }
             print(what, {text: round(loss, 3) for text, loss in losses.items()}, f"{seconds:.1f} s", flush=True)
             results.put(name, {"num_parameters": model.num_parameters(), "seconds": seconds, "loss": losses})
         return results.get(name)

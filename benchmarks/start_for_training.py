@@ -92,7 +92,7 @@ class Benchmark:
         """Names everything that a start's curve depends on."""
         settings = [self.steps(name), self.learning_rate(name), self.options.seed, self.options.fp32, TARGET]
         files = [anchor.files for anchor in self.chain.anchors]
-        return fingerprint(*self.texts.values(), files, name, settings)
+        return fingerprint(*(text.input_ids for text in self.texts.values()), files, name, settings)
 
     def args(self, name: str) -> DistillConfig:
         args = arguments(self.steps(name)[-1], self.learning_rate(name), 0.0, self.options.seed, not self.options.fp32)
@@ -103,14 +103,17 @@ class Benchmark:
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=not self.options.fp32):
-            return {text: held_out_loss(model, blocks) for text, blocks in self.texts.items()}
+            return {
+                text: held_out_loss(model, blocks.input_ids, labels=blocks.labels)
+                for text, blocks in self.texts.items()
+            }
 
     def run(self, name: str) -> None:
         """Make one start, train it, keep its curve."""
         started, args = time.perf_counter(), self.args(name)
         trainer: Any
         if name == DIRECT:
-            calibration = token_blocks(self.dataset, self.tokenizer, flops.CALIBRATION_TOKENS)
+            calibration = token_blocks(self.dataset, self.tokenizer, flops.CALIBRATION_TOKENS).input_ids
             trainer = direct_trainer(self.chain, args, self.dataset, self.tokenizer, calibration)
         else:
             model = make_start(name, self.chain, self.options.seed)

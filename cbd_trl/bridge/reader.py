@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.byte_table import ByteTable
 from cbd_trl.bridge.token_bytes import token_bytes
+from cbd_trl.utils.blocks import prefix_ids
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,6 @@ class Encoded:
         """
         spans = [span for text in texts for span in self.encodings[text].offsets]
         return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
-
-
-def marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before a text by itself, such as BOS, and those behind it.
-
-    Args:
-        tokenizer: any.
-    """
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a")["input_ids"]
-    # Of a vocabulary that has no "a" nothing is between.
-    starts = range(len(whole) - len(bare) + 1) if bare else [len(whole)]
-    start = next((start for start in starts if whole[start : start + len(bare)] == bare), None)
-    return ([], []) if start is None else (whole[:start], whole[start + len(bare) :])
-
-
-def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that a tokenizer puts before a text by itself, such as BOS.
-
-    Args:
-        tokenizer: any.
-    """
-    return marks_around(tokenizer)[0]
 
 
 class Reader:

@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from cbd_trl.bridge.reader import marks_around
 from cbd_trl.bridge.token_bytes import description_of
 from cbd_trl.bridge.vocabulary_match import counterpart
+from cbd_trl.utils.blocks import marks_around
 
 logger = logging.get_logger(__name__)
 

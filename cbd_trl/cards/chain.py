@@ -12,7 +12,7 @@ from cbd_trl.cards.template import PICTURE, Card, code, plain, table
 from cbd_trl.chain.records import Anchor
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.chain.solve_shape import solve_target
-from cbd_trl.report.tables import describe_shape, markdown_table
+from cbd_trl.report.tables import describe_shape, markdown_table, measures
 
 # What a sweep measured, beside the chain.
 MEASURED = "loss-against-size.json"
@@ -101,7 +101,7 @@ def _measured(chain: AnyChain) -> Iterator[str]:
     # A file that is no report, or of another version, is no reason to have no card.
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
         report = _plain(json.loads((chain.path / MEASURED).read_text(encoding="utf-8")))
-        yield f"## Measured\n\nHeld-out loss, nats per token.\n\n{markdown_table(report)}"
+        yield f"## Measured\n\n{measures(report)}.\n\n{markdown_table(report)}"
 
 
 def _plain(value: Any) -> Any:

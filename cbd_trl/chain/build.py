@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,6 +34,7 @@ from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 from cbd_trl.trainers.row_checks import check_before_preparing
+from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 from cbd_trl.utils.modeling import on_device
 from cbd_trl.utils.progress import progress_shown
@@ -168,7 +168,7 @@ def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokeniz
 
 def _calibration_blocks(
     config: Any, dataset: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int
-) -> torch.Tensor:
+) -> TokenBlocks:
     return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args)
 
 
@@ -199,7 +199,8 @@ def _distil_anchor(
     # The tokenizer has it.
     args.chat_template_path = None
     teacher: Any = upper.load_model()
-    tokens = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    text = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    tokens = text.input_ids
     blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
     student: Any = initial_student(upper, step, blocks)
     student.generation_config = copy.deepcopy(teacher.generation_config)
@@ -229,6 +230,7 @@ def _distil_anchor(
         "block_map": block_map,
         "kept_layers": [block.kept for block in blocks],
         "block_costs": costs,
+        "block_start": list(text.start),
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,
         "training": {**record, DATASETS: hub_datasets(step.dataset)},

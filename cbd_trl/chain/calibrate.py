@@ -10,20 +10,21 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import MIXING_OPERATORS, OPERATORS
 from cbd_trl.chain.pair import Pair, Plan
 from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.progress import Progress
 
 _ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
-def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> float:
-    """Loss of the target that `operator` makes, on calibration tokens (N, T): mean nats per predicted token."""
+def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> float:
+    """Loss of the target that `operator` makes, on calibration text: mean nats per predicted token."""
     weights, architecture = OPERATORS[operator](pair, plan)
     model = build_model(architecture, weights, torch.float32)
-    return held_out_loss(model, tokens)
+    return held_out_loss(model, tokens.input_ids, labels=tokens.labels)
 
 
-def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: torch.Tensor) -> tuple[str, Plan]:
-    """The best of the operator's own candidates, `expand` and `slice`, by loss on calibration tokens (N, T).
+def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> tuple[str, Plan]:
+    """The best of the operator's own candidates, `expand` and `slice`, by loss on calibration text.
 
     For `nested` and `patch` the candidates vary which blocks are swapped, for mixing operators how much is mixed;
     both ends included.

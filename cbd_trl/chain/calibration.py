@@ -2,10 +2,10 @@
 
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from cbd_trl.utils.blocks import TokenBlocks, cut_blocks
 from cbd_trl.utils.datasets import token_rows
 
 BLOCK_LENGTH = 512
@@ -22,8 +22,8 @@ def token_blocks(
     max_tokens: int,
     block_length: int = BLOCK_LENGTH,
     args: SFTConfig | None = None,
-) -> torch.Tensor:
-    """The first `max_tokens` tokens of a dataset, rows one after the other, as (N, block length) int64.
+) -> TokenBlocks:
+    """Cut the first rows of a dataset, one after the other, as at most `max_tokens` tokens in blocks of one length.
 
     Args:
         dataset: in any format of SFTTrainer, read no further than is needed.
@@ -33,18 +33,6 @@ def token_blocks(
         args: of the training, which decide how rows are read and cut; None for text that nothing is trained on.
 
     Raises:
-        ValueError: the dataset cannot be read, or holds less than two tokens.
+        ValueError: the dataset cannot be read, or holds no token to predict.
     """
-    tokens: list[int] = []
-    for ids in token_rows(dataset, tokenizer, args):
-        tokens.extend(ids)
-        if len(tokens) >= max_tokens:
-            break
-    tokens = tokens[:max_tokens]
-    length = min(block_length, len(tokens))
-    if length < 2:
-        raise ValueError(
-            f"The dataset holds {len(tokens)} tokens, too few to calibrate on. Give a dataset with text in it."
-        )
-    count = len(tokens) // length
-    return torch.tensor(tokens[: count * length]).view(count, length)
+    return cut_blocks(token_rows(dataset, tokenizer, args), tokenizer, max_tokens, block_length)

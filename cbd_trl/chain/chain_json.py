@@ -15,7 +15,7 @@ from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_fi
 from cbd_trl.chain.stored_weights import DTYPES
 from cbd_trl.untrusted import check_fields, check_inside, read_json, shown
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 # A name starts with a letter, digit or underscore: no hidden folders, no "..". It does not end with a dot, which
 # Windows leaves out. No file system takes longer ones.
 _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,98}[A-Za-z0-9_-])?")
@@ -25,6 +25,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 # Far above any model. What a shape says is enumerated before the tensors that prove it are there.
 _LARGEST_SIZE = 2**20
 _LARGEST_COUNT = 2**63 - 1
+_LARGEST_VOCABULARY = 2**31
 
 
 def library_versions() -> dict[str, str]:
@@ -91,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
     if body.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"{file} has schema_version {shown(body.get('schema_version'))}; this version of cbd-trl reads "
-            f"{SCHEMA_VERSION}. Install the "
+            f"{SCHEMA_VERSION}, where a chain says how its blocks of text began. Install the "
             f"cbd-trl that wrote it (versions: {shown(body.get('versions'))}) or build the chain again."
         )
     check_fields(body, _MANIFEST_KEYS, str(file), RESTORE)
@@ -126,6 +127,7 @@ _ANCHOR_KEYS: dict[str, tuple[type, ...]] = {
     "block_map": (list, type(None)),
     "kept_layers": (list, type(None)),
     "block_costs": (list, type(None)),
+    "block_start": (list,),
     "tokens_seen": (int,),
     "losses": (dict,),
     "training": (dict,),
@@ -189,6 +191,7 @@ def _fine_values(anchor: Anchor) -> Iterator[tuple[str, bool]]:
         "block_costs",
         anchor.block_costs is None or _fits(anchor.block_costs, blocks, lambda cost, _: _is_number(cost)),
     )
+    yield "block_start", all(type(token) is int and 0 <= token < _LARGEST_VOCABULARY for token in anchor.block_start)
     yield "dtype", anchor.dtype in DTYPES.values()
     yield "training", isinstance(anchor.training.get("bridge", {}), dict)
 

@@ -26,6 +26,7 @@ from cbd_trl.surgery.blocks import blocks_of
 from cbd_trl.surgery.permute import permute
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
+from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.progress import progress_shown
 
@@ -74,9 +75,9 @@ def chain_from_anchors(
     tokenizer = sources[0].tokenizer_or(processing_class)
     members = plan_members(sources, tokenizer)
     length = min(calibration_length(member.architecture.config) for member in members)
-    blocks = token_blocks(dataset, tokenizer, calibration_tokens, length)
+    text = token_blocks(dataset, tokenizer, calibration_tokens, length)
     with progress_shown(PartialState().is_local_main_process):
-        _make(output_dir, members, tokenizer, blocks, align)
+        _make(output_dir, members, tokenizer, text, align)
     return finished_chain(output_dir)
 
 
@@ -84,11 +85,11 @@ def _make(
     output_dir: Path,
     members: Sequence[Member],
     tokenizer: PreTrainedTokenizerBase,
-    blocks: torch.Tensor,
+    text: TokenBlocks,
     align: bool,
 ) -> None:
     """Write the anchors that an earlier run did not finish."""
-    state, work = PartialState(), output_dir / ".work"
+    state, work, blocks = PartialState(), output_dir / ".work", text.input_ids
     settings = _settings(members, align, blocks)
     finished = _finished(output_dir, members, settings)
     if finished == len(members):
@@ -106,7 +107,7 @@ def _make(
             coordinates.save(file, settings)
     for number in range(finished, len(members)):
         state.print(f"[{number + 1}/{len(members)}] writing {members[number].name}")
-        _write(output_dir, members, number, coordinates, settings[number], tokenizer, blocks)
+        _write(output_dir, members, number, coordinates, settings[number], tokenizer, text)
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
@@ -149,7 +150,7 @@ def _write(
     coordinates: Coordinates,
     settings: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
-    blocks: torch.Tensor,
+    text: TokenBlocks,
 ) -> None:
     """Put one anchor into its coordinates, measure it there, and write it."""
     member, order = members[number], coordinates.orders[number]
@@ -161,12 +162,14 @@ def _write(
         model = permuted
     SpecialTokens().follow(model, tokenizer)
     model.to(PartialState().device)
+    blocks = text.input_ids
     statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
     record = {
         "name": member.name,
         "parent": members[number - 1].name if number else None,
         "block_map": blocks_of(member.kept) if number else None,
         "kept_layers": list(member.kept) if number else None,
+        "block_start": list(text.start),
         "tokens_seen": 0,
         "losses": {},
         "training": {**settings, "match": coordinates.matches[number], ORIGINS: [member.source.origin().record()]},

@@ -28,6 +28,7 @@ from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.weights import Weights
+from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.datasets import sft_dataset
 
 CALIBRATION_TOKENS = 4096
@@ -112,8 +113,8 @@ def _verified(chain: Chain, target: Target) -> Iterator[None]:
             verification.result()
 
 
-def calibration_tokens(target: Target, dataset: Dataset) -> torch.Tensor | None:
-    """What decides about a target, (N, T) int64: the first tokens of a dataset. None for an anchor: there is nothing
+def calibration_tokens(target: Target, dataset: Dataset) -> TokenBlocks | None:
+    """What decides about a target: the first tokens of a dataset. None for an anchor: there is nothing
     to decide."""
     if target.operator == ANCHOR:
         return None
@@ -125,14 +126,14 @@ def make_model(
     chain: Chain,
     request: Request,
     target: Target,
-    tokens: torch.Tensor | None,
+    tokens: TokenBlocks | None,
     dtype: torch.dtype | str | None,
     pair: Pair | None = None,
 ) -> PreTrainedModel:
     """The model of a target, in eval mode; it has a name only where it is an anchor.
 
     Args:
-        tokens: calibration text (N, T), or None.
+        tokens: calibration text, or None.
         pair: the target's anchors where they are loaded already.
     """
     upper = target.anchors[0]
@@ -156,7 +157,7 @@ def make_model(
             operator, plan = choose_plan(pair, plan, operator, tokens)
             alpha = default_alpha(operator, pair, plan.target)
             told |= {"operator": operator, "alpha": alpha if plan.alpha is None or alpha is None else plan.alpha}
-            told["calibration_tokens"] = tokens.numel()
+            told["calibration_tokens"] = tokens.input_ids.numel()
         weights, architecture = OPERATORS[operator](pair, plan)
         if operator == "linear" or not pair.equal_widths:
             weights = _finite(weights, operator)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, architecture_of
@@ -26,6 +25,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.teachers.tokenizers import check_rows
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.blocks import TokenBlocks
 
 # In the record of the first anchor: arguments that decide it, and that are those of no training.
 MADE_WITH = "made_with"
@@ -110,14 +110,14 @@ def head_record(origin: Source, args: DistillConfig, special: SpecialTokens) -> 
     return {**origin.record(), MADE_WITH: made}
 
 
-def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor) -> Anchor:
+def store_head(output_dir: Path, head: Head, made: Trained, text: TokenBlocks) -> Anchor:
     """Sort the model, turn its stream onto its principal axes where that is exact, and write it as the first anchor.
 
     Args:
         output_dir: the chain's folder.
         head: what it is.
         made: what `head.make` returned, on the device to calibrate on.
-        blocks: (N, T) calibration text.
+        text: to calibrate on.
     """
     model: PreTrainedModel = made.model
     architecture = architecture_of(model)
@@ -128,6 +128,7 @@ def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor
             f"loaded, but {architecture.tied} by its weights, which are here now: run the same again."
         )
     weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
+    blocks = text.input_ids
     statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
     scores = importance(weights, architecture, statistics)
     in_order, statistics = sort_weights(weights, architecture, statistics, scores)
@@ -137,6 +138,7 @@ def store_head(output_dir: Path, head: Head, made: Trained, blocks: torch.Tensor
         "name": head.name,
         "parent": None,
         "block_map": None,
+        "block_start": list(text.start),
         "tokens_seen": made.tokens_seen,
         "losses": made.losses,
         "training": {

@@ -16,6 +16,7 @@ from cbd_trl.chain.manifest import Chain
 from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype
+from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.progress import Progress
 
 
@@ -99,7 +100,7 @@ class _Maker:
 
     def __init__(self, chain: Chain, dtype: torch.dtype | str | None, dataset: Dataset | None) -> None:
         self._chain, self._dtype, self._dataset = chain, dtype, dataset
-        self._tokens: torch.Tensor | None = None
+        self._tokens: TokenBlocks | None = None
         self._names: tuple[str, ...] = ()
         self._pair: Pair | None = None
 
@@ -117,7 +118,7 @@ class _Maker:
         save_model(model, self._chain, directory)
         return MadeTarget(request.num_parameters, directory, model.config.cbd_trl)
 
-    def _calibration(self, target: Target) -> torch.Tensor | None:
+    def _calibration(self, target: Target) -> TokenBlocks | None:
         if self._dataset is None or target.operator == ANCHOR:
             return None
         if self._tokens is None:
@@ -132,10 +133,10 @@ class _Maker:
             self._pair, self._names = load_pair(*target.anchors), names
         return self._pair
 
-    def _asked(self, request: Request, target: Target, tokens: torch.Tensor | None) -> dict[str, Any]:
+    def _asked(self, request: Request, target: Target, tokens: TokenBlocks | None) -> dict[str, Any]:
         """All that decides what is made, as JSON keeps it."""
         assert request.num_parameters is not None
-        text = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+        text = None if tokens is None else hashlib.sha256(tokens.input_ids.numpy().tobytes()).hexdigest()
         return {
             "chain": self._chain.checksum,
             "num_parameters": float(request.num_parameters),

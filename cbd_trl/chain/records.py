@@ -40,6 +40,8 @@ class Anchor:
         kept_layers: for each layer the one of them that it was cut from, None for the source.
         block_costs: for each layer what letting it stand for its block cost before training, nats per token (`Block`);
             None where that was not measured.
+        block_start: token ids in front of each block of text that its layers were chosen, its weights refitted and its
+            statistics collected on; empty where the tokenizer begins a text with nothing.
         tokens_seen: tokens it was distilled on.
         losses: name -> value in nats per token, at the end of its training.
         training: the training arguments that matter.
@@ -60,6 +62,7 @@ class Anchor:
     block_map: list[list[int]] | None = None
     kept_layers: list[int] | None = None
     block_costs: list[float] | None = None
+    block_start: list[int] = field(default_factory=list)
     tokens_seen: int = 0
     losses: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)

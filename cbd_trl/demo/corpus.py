@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from cbd_trl.bridge.reader import prefix_ids
+from cbd_trl.utils.blocks import prefix_ids
 
 # Every tenth row is kept from training: what the losses are measured on.
 HELD_OUT_EVERY = 10

@@ -25,7 +25,7 @@ from cbd_trl.report.progress import quiet_loading
 from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
 from cbd_trl.report.tables import describe_shape, format_count
-from cbd_trl.report.text import held_out_blocks
+from cbd_trl.report.text import add_bits_per_byte, held_out_blocks
 from cbd_trl.utils.modeling import load_causal_lm
 from cbd_trl.utils.progress import Progress
 
@@ -89,7 +89,7 @@ class Demo:
             "seconds_this_run": round(time.perf_counter() - self.started, 1),
             "source": HUB_ID,
             **vars(self.settings),
-            "held_out_tokens": self.blocks.numel(),
+            "held_out_tokens": self.blocks.input_ids.numel(),
             "prompt": self.plan.prompt,
             "answers": answers,
             "model": saved.as_posix(),
@@ -111,7 +111,7 @@ class Demo:
         return prepare_source(self.output / "source", self.wheel)
 
     def _evaluate(self, model: PreTrainedModel) -> float:
-        return held_out_loss(_on(model, self.device), self.blocks)
+        return held_out_loss(_on(model, self.device), self.blocks.input_ids, labels=self.blocks.labels)
 
     def _predict(self, folder: Path) -> Clock:
         """The clock, set by timing the source on the held-out tokens."""
@@ -121,7 +121,7 @@ class Demo:
         if known is None:
             started = time.perf_counter()
             loss = self._evaluate(model)
-            known = self.blocks.numel() / (time.perf_counter() - started)
+            known = self.blocks.input_ids.numel() / (time.perf_counter() - started)
             facts = f"{format_count(size)} parameters, held-out loss {loss:.3f} nats per token, {known:.0f} tokens/s."
             self.console.print(facts, highlight=False)
             self.results.put("speed", known)
@@ -138,7 +138,7 @@ class Demo:
             steps=self.settings.steps,
             step_tokens=self.plan.batch_size * self.plan.max_length,
             calibration_tokens=self.plan.calibration_tokens,
-            held_out_tokens=self.blocks.numel(),
+            held_out_tokens=self.blocks.input_ids.numel(),
             answer_tokens=self.plan.answer_tokens,
         )
         for number in range(1, self._anchors_built() + 1):
@@ -189,12 +189,13 @@ class Demo:
                 self.plan.targets,
                 evaluate=self._evaluate,
                 results=self.results,
-                key=fingerprint(self.blocks),
+                key=fingerprint(self.blocks.input_ids, self.blocks.labels),
                 seed=self.settings.seed,
                 on_step=bar.at,
             )
         for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
             entry["tokens_seen"] = anchor.tokens_seen
+        add_bits_per_byte(report, self.tokenizer, self.blocks)
         save_cards(chain, report)
         self.results.put("sweep done", True)
         self._costs()

@@ -10,7 +10,7 @@ from rich.console import Console
 from cbd_trl.durations import format_seconds
 from cbd_trl.report.plots import plot_sweep
 from cbd_trl.report.results import write_text
-from cbd_trl.report.tables import format_count, markdown_table, rich_table
+from cbd_trl.report.tables import format_count, markdown_table, measures, rich_table
 
 TITLE = "Any size from one chain: SmolLM2-135M-Instruct and two anchors distilled from it"
 
@@ -60,8 +60,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [
         f"# {TITLE}",
         "![held-out loss against the number of parameters](loss.png)",
-        f"Held-out loss in nats per token on {report['held_out_tokens']} tokens that no anchor saw; seconds to build "
-        "the model with nested. No target was trained.",
+        f"{measures(report)}; on {report['held_out_tokens']} tokens that no anchor saw. Seconds to build the model "
+        "with nested. No target was trained.",
         markdown_table(report),
         "\n".join(f"- {line}" for line in findings(report)) + f"\n- {costs(report)}",
         f"## What they say\n\n> {report['prompt']}",

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
 
-from cbd_trl.bridge.reader import prefix_ids
+from cbd_trl.utils.blocks import prefix_ids
 from cbd_trl.utils.datasets import sft_dataset, text_columns
 
 # What TRL hands to the chat template beside the messages.

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.cards import MEASURED, save_cards
@@ -13,6 +12,8 @@ from cbd_trl.chain.describe_targets import describe_targets
 from cbd_trl.chain.manifest import Chain
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.sweep import Target, fingerprint, sweep
+from cbd_trl.report.text import add_bits_per_byte
+from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.progress import Progress
 
 # Every measurement as soon as it is made.
@@ -20,24 +21,24 @@ RESULTS = "evaluation-results.json"
 
 
 def evaluate_chain(
-    chain: Chain, folder: Path, blocks: Tensor, sizes: Sequence[float], device: Any
+    chain: Chain, folder: Path, blocks: TokenBlocks, sizes: Sequence[float], device: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure each anchor, and a target of each size; what an earlier run measured is kept.
 
     Args:
         chain: finished.
         folder: of the chain. The report is written there, with a picture, and the chain's card shows both.
-        blocks: (N, T) int64, text that nothing was trained on.
+        blocks: text that nothing was trained on.
         sizes: parameter counts of targets. One that no target has is left out and named: which layers stand for which
             is known only when the anchors are made, and with it the depths between two of them.
         device: to measure on.
 
     Returns:
-        what `loss-against-size.json` holds; see `sweep`.
+        what `loss-against-size.json` holds: what `sweep` returns, with bits per byte.
     """
 
     def loss(model: PreTrainedModel) -> float:
-        return held_out_loss(model.to(device), blocks)
+        return held_out_loss(model.to(device), blocks.input_ids, labels=blocks.labels)
 
     with Progress("measuring") as bar:
         report = sweep(
@@ -46,10 +47,11 @@ def evaluate_chain(
             ("nested",),
             loss,
             results=folder / RESULTS,
-            key=fingerprint(blocks),
+            key=fingerprint(blocks.input_ids, blocks.labels),
             random=False,
             on_step=bar.at,
         )
+    add_bits_per_byte(report, chain.tokenizer(), blocks)
     if report != _written(folder / MEASURED):
         save_cards(chain, report)
     return report

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.chain.bridge_step import BridgeStep
@@ -21,6 +20,7 @@ from cbd_trl.recipe.problems import RecipeError
 from cbd_trl.recipe.remember import remember
 from cbd_trl.recipe.schema import AnchorPart, Recipe
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.blocks import TokenBlocks
 
 
 def build_recipe(recipe: Recipe) -> Chain:
@@ -89,7 +89,7 @@ def _bridge(check: Check, tokenizer: PreTrainedTokenizerBase) -> BridgeStep | No
     return BridgeStep(bridge.model, args=check.bridge, dataset=dataset)
 
 
-def _held_out(recipe: Recipe, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def _held_out(recipe: Recipe, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
     """Blocks of the text to measure on, in the tokens of the anchors: with a bridge these are not the source's."""
     assert recipe.evaluation is not None
     rows, wanted = load_data(recipe.evaluation.data, tokenizer, args.seed), recipe.evaluation

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.chain.manifest import Chain
@@ -19,7 +18,7 @@ from cbd_trl.report.results import Results
 from cbd_trl.report.sweep import OPERATORS, RANDOM, Target, fingerprint, sweep
 from cbd_trl.report.tables import format_count
 from cbd_trl.report.tasks import task_probes
-from cbd_trl.report.text import bits_per_byte, held_out_blocks, held_out_rows, scored_bytes
+from cbd_trl.report.text import add_bits_per_byte, held_out_blocks, held_out_rows, scored_bytes
 
 CONTROLS = (*OPERATORS, RANDOM)
 # Between two neighbouring anchors, where no sizes are asked for.
@@ -102,8 +101,9 @@ def measure_chains(
 
     Returns:
         for each chain what `sweep` returns, and "name", "path", "revision", "model_type", "tokenizer" (its hash),
-        "text" {"blocks", "block_length", "tokens" (predicted), "bytes" (theirs)} and "bits_per_byte" of every anchor
-        and {operator: value} of every target. The last two are None where the tokens do not tell their bytes.
+        "text" {"blocks", "block_length", "start" (ids in front of each), "tokens" (scored), "bytes" (theirs)} and
+        "bits_per_byte" of every anchor and {operator: value} of every target. The last two are None where the tokens
+        do not tell their bytes.
 
     Raises:
         ValueError: a size, text or task that cannot be had; the message says what can.
@@ -226,13 +226,7 @@ class _Job:
 
     def read(self, rows: Any) -> None:
         """Take the held-out text, in the chain's own tokens."""
-        self.blocks: Tensor = held_out_blocks(self.tokenizer, rows, self.block_length, self.options.blocks)
-        self.tokens = self.blocks.shape[0] * (self.blocks.shape[1] - 1)
-        try:
-            self.bytes: int | None = scored_bytes(self.tokenizer, self.blocks) or None
-        except ValueError:
-            # Words with marks, as some old tokenizers have: the loss can be told, bits per byte cannot.
-            self.bytes = None
+        self.blocks = held_out_blocks(self.tokenizer, rows, self.block_length, self.options.blocks)
 
     def measure(self, results: Results, on_step: Callable[[str, int, int], None]) -> dict[str, Any]:
         report: dict[str, Any] = {
@@ -242,10 +236,11 @@ class _Job:
             "model_type": self.chain.model_type,
             "tokenizer": self.chain.source.tokenizer,
             "text": {
-                "blocks": self.blocks.shape[0],
+                "blocks": len(self.blocks),
                 "block_length": self.block_length,
-                "tokens": self.tokens,
-                "bytes": self.bytes,
+                "start": list(self.blocks.start),
+                "tokens": self.blocks.scored,
+                "bytes": scored_bytes(self.tokenizer, self.blocks),
             },
         }
         report |= sweep(
@@ -254,23 +249,20 @@ class _Job:
             self.options.built,
             self._loss,
             results=results,
-            key=fingerprint(self.blocks),
+            key=fingerprint(self.blocks.input_ids, self.blocks.labels),
             seed=self.options.seed,
             random=RANDOM in self.options.operators,
             probes=self.probes,
             on_step=on_step,
         )
         for entry, anchor in zip(report["anchors"], self.chain.anchors, strict=True):
-            entry |= {"tokens_seen": anchor.tokens_seen, "bits_per_byte": self._bits(entry["loss"])}
-        for entry in report["targets"]:
-            entry["bits_per_byte"] = {name: self._bits(loss) for name, loss in entry["loss"].items()}
+            entry["tokens_seen"] = anchor.tokens_seen
+        add_bits_per_byte(report, self.tokenizer, self.blocks)
         return report
 
     def _loss(self, model: Any) -> float:
-        return held_out_loss(_on_device(model), self.blocks, self.options.batch_size)
-
-    def _bits(self, loss: float) -> float | None:
-        return None if self.bytes is None else bits_per_byte(loss, self.tokens, self.bytes)
+        blocks = self.blocks
+        return held_out_loss(_on_device(model), blocks.input_ids, self.options.batch_size, blocks.labels)
 
 
 def _on_device(model: Any) -> PreTrainedModel:

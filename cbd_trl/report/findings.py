@@ -7,6 +7,7 @@ from typing import Any
 
 from cbd_trl.report.sweep import RANDOM
 from cbd_trl.report.tables import best_of, format_count
+from cbd_trl.report.text import bits_per_byte
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
@@ -22,7 +23,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         share = last["num_parameters"] / source["num_parameters"]
         sentences.append(
             f"The smallest anchor ({format_count(last['num_parameters'])}, {share:.0%} of the source) is at "
-            f"{last['loss']:.3f} nats per token, the source at {source['loss']:.3f}."
+            f"{told_loss(report, last['loss'])}, the source at {told_loss(report, source['loss'])}."
         )
     if not targets:
         return sentences
@@ -43,9 +44,22 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     random = [target["loss"][RANDOM] for target in targets if RANDOM in target["loss"]]
     if random:
         sentences.append(
-            f"Untrained models of these shapes are at {min(random):.2f} to {max(random):.2f} nats per token."
+            f"Untrained models of these shapes are at {told_loss(report, min(random))} to "
+            f"{told_loss(report, max(random))}."
         )
     return sentences
+
+
+def told_loss(report: Mapping[str, Any], loss: float) -> str:
+    """Write a loss in nats per token, with bits per byte beside it where the tokens tell their bytes.
+
+    Args:
+        report: one of `measure_chains`.
+        loss: measured on its text.
+    """
+    text = report["text"]
+    bits = f" ({bits_per_byte(loss, text['tokens'], text['bytes']):.3f} bits per byte)" if text["bytes"] else ""
+    return f"{loss:.3f} nats per token{bits}"
 
 
 def compared(reports: Sequence[Mapping[str, Any]]) -> str | None:

@@ -135,12 +135,12 @@ def _how(report: Mapping[str, Any]) -> str:
     used = dict.fromkeys(name for chain in report["chains"] for target in chain["targets"] for name in target["loss"])
     facts = {name: OPERATORS[name] for name in used}
     facts["held-out loss"] = (
-        "Mean cross-entropy of the next token, in nats, over the same blocks for every model; the first token of a "
-        "block is only read."
+        "Mean cross-entropy of the next token, in nats, over the same blocks for every model. A block begins as the "
+        "tokenizer begins a text; that token, or else the first one of the block, is only read."
     )
     if any(chain["text"]["bytes"] for chain in report["chains"]):
         facts["bits/byte"] = (
-            "The same loss in bits, divided by the bytes of text that the predicted tokens stand for: it can be "
+            "The same loss in bits, divided by the bytes of text that the scored tokens stand for: it can be "
             "compared across tokenizers. In the table that of the anchors and the first operator."
         )
     facts["seconds"] = "To make the model of the first operator, files read included."
@@ -162,7 +162,7 @@ def _told(chain: Mapping[str, Any]) -> str:
     )
     return (
         f"{chain['path']}{revision}, {chain['model_type']}. {text['blocks']} blocks of {text['block_length']} tokens: "
-        f"{text['tokens']:,} predicted{in_bytes}.{f' Distilled: {trained}.' if trained else ''}"
+        f"{text['tokens']:,} scored{in_bytes}.{f' Distilled: {trained}.' if trained else ''}"
     )
 
 

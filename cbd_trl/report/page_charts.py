@@ -1,12 +1,13 @@
 """The charts of a report's page: what is drawn of the measurements of a chain, or of several."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 from cbd_trl.report.chart import Frame, Point, Series, legend, svg_chart, widened
-from cbd_trl.report.findings import UNITS, curve
+from cbd_trl.report.findings import UNITS, curve, told_loss
 from cbd_trl.report.plots import loss_range
 from cbd_trl.report.sweep import RANDOM
 from cbd_trl.report.tables import describe_shape, format_count
@@ -29,8 +30,9 @@ def loss_chart(report: Mapping[str, Any], y_range: tuple[float, float]) -> str:
     """
     names = _names(report)
     title = f"Held-out loss of {report['name']} against size"
-    series = [_operator(report, name, _loss, _told_loss) for name in reversed(names)]
-    return _chart([*series, *_anchors(report, _loss, _told_loss)], [report], y_range, title, UNITS["loss"])
+    told = functools.partial(told_loss, report)
+    series = [_operator(report, name, _loss, told) for name in reversed(names)]
+    return _chart([*series, *_anchors(report, _loss, told)], [report], y_range, title, UNITS["loss"])
 
 
 def task_chart(report: Mapping[str, Any], task: str, y_range: tuple[float, float]) -> str:
@@ -131,10 +133,6 @@ def _names(report: Mapping[str, Any]) -> list[str]:
 
 def _loss(found: Any) -> float:
     return float(found)
-
-
-def _told_loss(found: Any) -> str:
-    return f"{found:.3f} nats per token"
 
 
 def _no_spread(found: Any) -> float:

@@ -117,6 +117,16 @@ def best_of(found: Mapping[str, Any]) -> list[str]:
     return [name for name, rank in ranks.items() if rank == min(ranks.values())]
 
 
+def measures(report: Mapping[str, Any]) -> str:
+    """Name the units of the table: held-out loss in nats per token and, where it has them, bits per byte.
+
+    Args:
+        report: what `sweep` returned.
+    """
+    bits = f"; {BITS}: the same of the anchors and the first operator, in bits per byte of text"
+    return f"Held-out loss in nats per token{bits if _has_bits(report) else ''}"
+
+
 def _has_bits(report: Mapping[str, Any]) -> bool:
     return all(anchor.get("bits_per_byte") is not None for anchor in report["anchors"])
 
@@ -144,7 +154,7 @@ def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
         padding=(0, 1, 0, 0),
         # A name is not markup.
         title=Text(title) if title else None,
-        caption="★ anchor. Held-out loss in nats per token; seconds to build the first operator's model.",
+        caption=f"★ anchor. {measures(report)}; seconds to build the first operator's model.",
     )
     for column, name in enumerate(header):
         table.add_column(name, justify="left" if name == "shape" else "right", overflow="fold", no_wrap=column != 1)

@@ -1,7 +1,4 @@
-"""Held-out text as token blocks, the same number of tokens for every model.
-
-Shapes: N blocks, T tokens in each.
-"""
+"""Held-out text as token blocks, the same tokens for every model, and what a loss on them is in bits per byte."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -9,10 +6,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import Tensor
 
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.calibration import token_blocks
+from cbd_trl.losses.reduction import scored_targets
+from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.datasets import sft_dataset
 
 
@@ -42,7 +40,7 @@ def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
     return Dataset.from_dict({"text": [row[column] for row in rows]})
 
 
-def held_out_blocks(tokenizer: Any, texts: Any, length: int, count: int) -> Tensor:
+def held_out_blocks(tokenizer: Any, texts: Any, length: int, count: int) -> TokenBlocks:
     """The first `count` blocks of `length` tokens of held-out text, each row read as training would read it.
 
     Args:
@@ -52,46 +50,65 @@ def held_out_blocks(tokenizer: Any, texts: Any, length: int, count: int) -> Tens
         length: T.
         count: N.
 
-    Returns:
-        (N, T) int64.
-
     Raises:
         ValueError: if the texts are too short.
     """
     if not isinstance(texts, Dataset | IterableDataset):
         texts = [{"text": text} if isinstance(text, str) else text for text in texts]
     blocks = token_blocks(texts, tokenizer, length * count, length)
-    if tuple(blocks.shape) != (count, length):
+    found = tuple(blocks.input_ids.shape)
+    if found != (count, length):
         raise ValueError(
-            f"The held-out texts fill {len(blocks)} blocks of {blocks.shape[1]} tokens, {count} blocks of {length} "
-            "are needed: the same number for every model. Give more texts, or ask for fewer or shorter blocks."
+            f"The held-out texts fill {found[0]} blocks of {found[1]} tokens, {count} blocks of {length} are needed: "
+            "the same number for every model. Give more texts, or ask for fewer or shorter blocks."
         )
     return blocks
 
 
-def scored_bytes(tokenizer: Any, blocks: Tensor) -> int:
-    """Bytes of text that the predicted tokens of the blocks stand for: of all but the first token of each.
+def scored_bytes(tokenizer: Any, blocks: TokenBlocks) -> int | None:
+    """Count the bytes of text that the scored tokens of the blocks stand for.
 
     Args:
-        tokenizer: the one the blocks were made with, one that keeps every byte (see `token_bytes`).
-        blocks: (N, T) int64.
+        tokenizer: the one the blocks were made with.
+        blocks: held-out text.
 
     Returns:
-        their number; a special token, such as the end of a text, stands for none.
-
-    Raises:
-        ValueError: the tokenizer's tokens do not tell their bytes.
+        their number; a special token, such as the end of a text, stands for none. None where the tokens do not tell
+        their bytes (see `token_bytes`) or stand for no text at all: the loss can be told, bits per byte cannot.
     """
-    lengths = torch.tensor([len(data or b"") for data in token_bytes(tokenizer)])
-    return int(lengths[blocks[:, 1:]].sum())
+    try:
+        texts = token_bytes(tokenizer)
+    except ValueError:
+        return None
+    lengths = torch.tensor([len(data or b"") for data in texts])
+    return int(lengths[scored_targets(blocks.labels)].sum()) or None
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
     """A held-out loss in a unit that does not depend on the tokenizer.
 
     Args:
-        loss: nats per predicted token.
-        tokens: predicted tokens.
+        loss: nats per scored token.
+        tokens: scored tokens.
         num_bytes: bytes they stand for, from `scored_bytes`.
     """
     return loss * tokens / (math.log(2) * num_bytes)
+
+
+def add_bits_per_byte(report: Mapping[str, Any], tokenizer: Any, blocks: TokenBlocks) -> None:
+    """Put "bits_per_byte" beside every loss of a sweep, in place: None where the tokens do not tell their bytes.
+
+    Args:
+        report: what `sweep` returned; each anchor gets a number, each target {operator: number}.
+        tokenizer: the one the blocks were made with.
+        blocks: that the losses were measured on.
+    """
+    count = scored_bytes(tokenizer, blocks)
+
+    def bits(loss: float) -> float | None:
+        return None if count is None else bits_per_byte(loss, blocks.scored, count)
+
+    for entry in report["anchors"]:
+        entry["bits_per_byte"] = bits(entry["loss"])
+    for entry in report["targets"]:
+        entry["bits_per_byte"] = {name: bits(loss) for name, loss in entry["loss"].items()}

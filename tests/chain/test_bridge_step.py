@@ -103,7 +103,7 @@ def test_what_chain_json_tells_of_it(chain: Chain) -> None:
 
 def test_each_anchor_is_calibrated_on_its_own_text_in_its_tokens(chain: Chain) -> None:
     for anchor, text in zip(chain.anchors, (rows(seed=5), rows()), strict=True):
-        expected = token_blocks(text, students_tokenizer(), 256, 128).numel()
+        expected = token_blocks(text, students_tokenizer(), 256, 128).input_ids.numel()
         assert StoredStatistics(anchor.statistics_file).tokens == expected
     assert not list(chain.path.glob(".work*"))
 
@@ -231,7 +231,7 @@ def test_both_sides_as_they_are_saved(tmp_path: Path) -> None:
     assert told["bridge"]["source_tokenizer"] == tokenizer_hash(teachers_tokenizer())
     assert chain.tokenizer().get_vocab() == students_tokenizer().get_vocab()
     # Without text of its own, the chain's.
-    tokens = token_blocks(rows(), students_tokenizer(), 256, 128).numel()
+    tokens = token_blocks(rows(), students_tokenizer(), 256, 128).input_ids.numel()
     assert StoredStatistics(chain.source.statistics_file).tokens == tokens
     with pytest.raises(ValueError, match=r"already holds the anchor .*changed: \['student'\]"):
         build_bridged(tmp_path / "chain", bridge=BridgeStep(str(tmp_path / "other"), args=args), **options)

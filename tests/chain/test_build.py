@@ -76,7 +76,7 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path):
 
 def test_what_chain_json_tells(chain, chain_folder):
     body = json.loads((chain_folder / "chain.json").read_text())
-    assert body["schema_version"] == 3 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
+    assert body["schema_version"] == 4 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
     source, deep, wide = body["anchors"]
     assert [entry["parent"] for entry in body["anchors"]] == [None, source["name"], deep["name"]]
     assert [entry["name"] for entry in body["anchors"]] == ["49K", "33K", "8.8K"]
@@ -120,7 +120,7 @@ def test_the_evaluation_loss_is_that_of_the_stored_anchor(chain):
 
 
 def test_the_statistics_are_those_of_the_stored_anchor(chain):
-    blocks = token_blocks(chain_rows(), tiny_tokenizer(), 256, 64)
+    blocks = token_blocks(chain_rows(), tiny_tokenizer(), 256, 64).input_ids
     for anchor in chain.anchors:
         assert_statistics_of(anchor, blocks)
 
@@ -128,7 +128,7 @@ def test_the_statistics_are_those_of_the_stored_anchor(chain):
 def refitted(cut, architecture, upper, blocks):
     """A cut of an anchor after the refit, as build_chain calibrates it."""
     model = build_model(architecture, {key: tensor.clone() for key, tensor in cut.items()}, torch.float32)
-    text = token_blocks(chain_rows(), tiny_tokenizer(), 256, 64)
+    text = token_blocks(chain_rows(), tiny_tokenizer(), 256, 64).input_ids
     refit_layers(model, upper.load_model(), architecture, blocks, [{"input_ids": batch} for batch in text.split(4)])
     return weights_of(model, architecture)
 
@@ -207,7 +207,10 @@ def test_an_anchor_may_have_arguments_and_text_of_its_own(chain, tmp_path):
     assert same_weights(built.anchors[1].load_state_dict(), chain.anchors[1].load_state_dict())
     record = built.anchors[2]
     assert (record.training["max_steps"], record.training["hidden_weight"]) == (1, 0.5)
-    assert StoredStatistics(record.statistics_file).tokens == token_blocks(short, tiny_tokenizer(), 256, 64).numel()
+    assert (
+        StoredStatistics(record.statistics_file).tokens
+        == token_blocks(short, tiny_tokenizer(), 256, 64).input_ids.numel()
+    )
     assert record.tokens_seen < built.anchors[1].tokens_seen
 
 

@@ -9,6 +9,7 @@ from cbd_trl.chain.calibration import token_blocks
 from cbd_trl.chain.from_chain import CALIBRATION_TOKENS, load_pair
 from cbd_trl.chain.pair import Plan
 from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.utils.blocks import TokenBlocks
 from tests.chain.helpers import DEEP, SHAPES, WIDE, between, chain_rows, random_pair
 from tests.surgery.helpers import tokens
 
@@ -25,9 +26,9 @@ def test_calibrated_is_never_worse_than_the_ends(chain, operator, shape, alpha):
     text = chain_rows(30, seed=5)
     model = from_chain(chain, config=shape, operator=operator, alpha=alpha, calibration_dataset=text)
     tokens = token_blocks(text, chain.tokenizer(), CALIBRATION_TOKENS, 64)
-    assert tokens.shape[1] == 64 == model.config.max_position_embeddings
+    assert tokens.input_ids.shape[1] == 64 == model.config.max_position_embeddings
     with torch.no_grad():
-        loss = float(model(tokens, labels=tokens).loss)
+        loss = float(model(tokens.input_ids, labels=tokens.labels).loss)
     upper, lower = chain.anchors[:2] if shape is DEEP else chain.anchors[1:]
     pair, target = load_pair(upper, lower), target_architecture(upper.architecture(), model.config.cbd_trl["shape"])
     ends = [mean_loss(pair, Plan(target), end, tokens) for end in ("expand", "slice")]
@@ -64,7 +65,9 @@ def test_mean_loss_is_that_of_the_model(chain):
     with torch.no_grad():
         expected = float(upper.load_model()(text, labels=text).loss)
     plan = Plan(upper.architecture())
-    assert mean_loss(load_pair(upper, lower), plan, "slice", text) == pytest.approx(expected, rel=1e-5)
+    assert mean_loss(load_pair(upper, lower), plan, "slice", TokenBlocks(text, text)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("what", ["depth", "width", "both"])
@@ -77,7 +80,7 @@ def test_every_candidate_is_of_the_shape_asked_for(what, monkeypatch):
 
     monkeypatch.setattr("cbd_trl.chain.calibrate.mean_loss", loss)
     pair = random_pair("llama", True, what)
-    choose_plan(pair, Plan(between(pair)), "nested", tokens())
+    choose_plan(pair, Plan(between(pair)), "nested", TokenBlocks(tokens(), tokens()))
     assert len(tried) == len(set(tried)) and {("expand", None, None), ("slice", None, None)} < set(tried)
     alphas = {alpha for operator, alpha, _ in tried if operator == "nested"}
     assert alphas == {None} if what == "depth" else {0.0, 1.0, None} < alphas

@@ -25,12 +25,12 @@ FORMATS = {
 def test_every_format_is_read(name, tokenizer):
     row, ids = FORMATS[name]
     blocks = token_blocks(Dataset.from_list([row, row]), tokenizer, 100)
-    assert blocks.tolist() == [ids + ids] and blocks.dtype == torch.int64
+    assert blocks.input_ids.tolist() == [ids + ids] and blocks.input_ids.dtype == torch.int64
 
 
 def test_tokenised_rows_are_taken_as_they_are(tokenizer):
     rows = Dataset.from_dict({"input_ids": [[7, 8, 9], [10, 2]]})
-    assert token_blocks(rows, tokenizer, 100).tolist() == [[7, 8, 9, 10, 2]]
+    assert token_blocks(rows, tokenizer, 100).input_ids.tolist() == [[7, 8, 9, 10, 2]]
 
 
 def test_a_stream_is_read_no_further_than_needed(tokenizer):
@@ -41,26 +41,28 @@ def test_a_stream_is_read_no_further_than_needed(tokenizer):
 
     stream = IterableDataset.from_generator(rows)
     blocks = token_blocks(stream, tokenizer, 6, block_length=3)
-    assert blocks.tolist() == [[7, 8, 9], [2, 10, 11]]
+    assert blocks.input_ids.tolist() == [[7, 8, 9], [2, 10, 11]]
 
 
 def test_the_text_column_may_have_another_name(tokenizer):
     rows, args = Dataset.from_dict({"story": ["w1 w2"], "text": ["w3"]}), make_config(dataset_text_field="story")
-    assert token_blocks(rows, tokenizer, 9, args=args).tolist() == [[7, 8, 2]]
-    assert token_blocks(rows, tokenizer, 9).tolist() == [[9, 2]]
+    assert token_blocks(rows, tokenizer, 9, args=args).input_ids.tolist() == [[7, 8, 2]]
+    assert token_blocks(rows, tokenizer, 9).input_ids.tolist() == [[9, 2]]
 
 
 @pytest.mark.parametrize(("options", "ids"), [({}, [7, 8]), ({"packing": True}, [7, 8])])
 def test_rows_are_cut_as_in_training(options, ids, tokenizer):
     rows = Dataset.from_dict({"text": ["w1 w2 w3", "w4"]})
-    assert token_blocks(rows, tokenizer, 9, args=make_config(max_length=2, **options)).tolist() == [[*ids, 10, 2]]
+    assert token_blocks(rows, tokenizer, 9, args=make_config(max_length=2, **options)).input_ids.tolist() == [
+        [*ids, 10, 2]
+    ]
 
 
 def test_an_end_is_added_once(tokenizer):
     rows = Dataset.from_dict({"text": ["w1 </s>", "w2"]})
-    assert token_blocks(rows, tokenizer, 100).tolist() == [[7, 2, 8, 2]]
+    assert token_blocks(rows, tokenizer, 100).input_ids.tolist() == [[7, 2, 8, 2]]
     tokenizer.eos_token = None
-    assert token_blocks(rows, tokenizer, 100).tolist() == [[7, 2, 8]]
+    assert token_blocks(rows, tokenizer, 100).input_ids.tolist() == [[7, 2, 8]]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_an_end_is_added_once(tokenizer):
 )
 def test_blocks_hold_at_most_what_was_asked_for(max_tokens, block_length, shape, tokenizer):
     rows = Dataset.from_dict({"text": ["w0 w1 w2 w3 w4 w5 w6 w7 w8"] * 4})
-    blocks = token_blocks(rows, tokenizer, max_tokens, block_length)
+    blocks = token_blocks(rows, tokenizer, max_tokens, block_length).input_ids
     assert tuple(blocks.shape) == shape
     everything = [*range(6, 15), 2] * 4
     assert blocks.flatten().tolist() == everything[: blocks.numel()]

@@ -151,7 +151,7 @@ def test_what_chain_json_tells(tmp_path):
 
 def test_the_statistics_are_those_of_the_stored_anchor(tmp_path):
     chain = make(tmp_path / "chain", sizes())
-    blocks = token_blocks(chain_rows(60), tiny_tokenizer(), 512, 64)
+    blocks = token_blocks(chain_rows(60), tiny_tokenizer(), 512, 64).input_ids
     for anchor in chain.anchors:
         assert_statistics_of(anchor, blocks)
 

@@ -235,7 +235,10 @@ def test_damaged_manifest(folder, text, message):
 
 
 MANIFEST_EDITS = [
-    (lambda body: body.update(schema_version=2), r"schema_version 2; this version of cbd-trl reads 3"),
+    (
+        lambda body: body.update(schema_version=3),
+        r"schema_version 3; this version of cbd-trl reads 4, .*how its blocks of text began",
+    ),
     (lambda body: body.pop("schema_version"), r"schema_version None"),
     (lambda body: body.pop("model_type"), r"missing keys \['model_type'\]"),
     (lambda body: body.pop("checksum"), r"missing keys \['checksum'\]"),
@@ -269,6 +272,10 @@ ANCHOR_EDITS = [
     ({"kept_layers": None}, r"bad value in kept_layers"),
     ({"block_costs": [0.0, 0.5]}, r"bad value in block_costs"),
     ({"block_costs": [0.0, "0.5", 0.0]}, r"bad value in block_costs"),
+    ({"block_start": [0, "1"]}, r"bad value in block_start"),
+    ({"block_start": [-1]}, r"bad value in block_start"),
+    ({"block_start": [True]}, r"bad value in block_start"),
+    ({"block_start": None}, r"block_start must be of type list, got None"),
     ({"finished": False}, r"'middle' is not finished. Run build_chain again"),
     ({"files": {"config.json": "0" * 64}}, r"'middle' has no config.json or no model.safetensors"),
     ({"files": {"config.json": 0, "model.safetensors": "0"}}, r"bad value in files"),

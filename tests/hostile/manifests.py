@@ -87,8 +87,8 @@ REVISIONS = {
 MANIFESTS = [
     # Not JSON, or not one JSON.
     Case("empty", raw(b""), "cannot be read"),
-    Case("not-utf8", raw(b'{"schema_version": 3, "model_type": "\xff"}'), "cannot be read"),
-    Case("utf16", raw('{"schema_version": 3}'.encode("utf-16")), "cannot be read"),
+    Case("not-utf8", raw(b'{"schema_version": 4, "model_type": "\xff"}'), "cannot be read"),
+    Case("utf16", raw('{"schema_version": 4}'.encode("utf-16")), "cannot be read"),
     Case("zeros", raw(bytes(4096)), "cannot be read"),
     Case("deep-object", raw(DEEP), "nested too deeply"),
     Case("deep-array", raw(b"[" * 100_000 + b"]" * 100_000), "nested too deeply"),
@@ -101,16 +101,16 @@ MANIFESTS = [
     Case(
         "key-twice", replaced('"name": "large"', '"name": "large", "name": "small"'), "the key 'name' is there twice"
     ),
-    Case("top-key-twice", replaced("{", '{"schema_version": 3,'), "the key 'schema_version' is there twice"),
+    Case("top-key-twice", replaced("{", '{"schema_version": 4,'), "the key 'schema_version' is there twice"),
     Case("nan", replaced('"ce": 2.5', '"ce": NaN'), "the number NaN is not finite"),
     Case("infinity", replaced('"ce": 2.5', '"ce": -Infinity'), "the number -Infinity is not finite"),
     Case("overflow", replaced('"ce": 2.5', '"ce": 1e999'), "the number 1e999 is not finite"),
     Case("huge-int", replaced('"tokens_seen": 0', f'"tokens_seen": {"9" * 5000}'), "a number of 5000 digits"),
     # Other versions and types.
-    Case("newer", body(schema_version=99), "has schema_version 99; this version of cbd-trl reads 3"),
-    Case("version-text", body(schema_version="3"), "has schema_version '3'"),
+    Case("newer", body(schema_version=99), "has schema_version 99; this version of cbd-trl reads 4"),
+    Case("version-text", body(schema_version="4"), "has schema_version '4'"),
     Case("version-object", body(schema_version={"a": [1] * 10_000}), "has schema_version {'a': .*}"),
-    Case("version-float", body(schema_version=3.0), "schema_version must be of type int, got 3.0"),
+    Case("version-float", body(schema_version=4.0), "schema_version must be of type int, got 4.0"),
     Case("anchors-object", body(anchors={}), "anchors must be of type list"),
     Case("anchors-empty", body(anchors=[]), "must list at least one anchor"),
     Case("anchor-text", body(anchors=["large"]), r"anchors\[0\] must be an object, got str"),

@@ -93,7 +93,7 @@ def test_what_the_chain_is_worth_stands_beside_it(inputs: Path, built: Built) ->
         json.loads((built.folder / "loss-against-size.json").read_text()),
         Chain.from_pretrained(built.folder),
     )
-    blocks = token_blocks(_rows(inputs / "held.jsonl"), tiny_tokenizer(), 64, 16)
+    blocks = token_blocks(_rows(inputs / "held.jsonl"), tiny_tokenizer(), 64, 16).input_ids
     assert blocks.numel() == 64
     for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
         assert (entry["name"], entry["loss"]) == (anchor.name, held_out_loss(anchor.load_model(), blocks))

@@ -30,7 +30,7 @@ def made_up(name: str = "my-chain", worse: float = 0.0, tokenizer: str = "a", ta
     """
     report: dict[str, Any] = {"name": name, "path": f"chains/{name}", "revision": None, "model_type": "llama"}
     report |= {"tokenizer": tokenizer, "anchors": [], "targets": []}
-    report["text"] = {"blocks": 64, "block_length": 256, "tokens": 16320, "bytes": 61_000}
+    report["text"] = {"blocks": 64, "block_length": 256, "start": [], "tokens": 16320, "bytes": 61_000}
 
     def found(loss: float) -> dict[str, Any]:
         return {} if task is None else {task: _score(loss)}

@@ -104,10 +104,13 @@ def test_a_loss_that_is_no_number_is_null_in_the_json_and_marked_on_the_chart(tm
 def test_what_the_numbers_say():
     report = made_up()
     said = findings(report)
-    assert said[0].startswith("The smallest anchor (44.21M, 33% of the source) is at 3.391")
+    assert said[0].startswith("The smallest anchor (44.21M, 33% of the source) is at 3.391 nats per token (1.309")
     assert said[1] == "nested has the lowest loss of all operators at 6 of 6 sizes."
     assert "at 6 of 6 sizes (worst: -0.020 nats)" in said[2]
-    assert said[3] == "Untrained models of these shapes are at 10.35 to 10.88 nats per token."
+    assert said[3] == (
+        "Untrained models of these shapes are at 10.346 nats per token (3.993 bits per byte) to 10.876 nats per token "
+        "(4.198 bits per byte)."
+    )
     report["targets"][0]["loss"]["slice"] = 2.0
     report["targets"][1]["loss"]["nested"] += 0.12
     said = findings(report)

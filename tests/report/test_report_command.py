@@ -47,7 +47,7 @@ def test_anchors_have_the_loss_and_the_bits_per_byte_computed_here(measured, cha
     spelled = tokenizer.convert_ids_to_tokens(blocks[:, 1:].flatten().tolist())
     num_bytes = sum(len(token) for token in spelled if token not in tokenizer.all_special_tokens)
     assert num_bytes > blocks[:, 1:].numel()
-    assert report["text"] == {"blocks": 3, "block_length": 24, "tokens": 69, "bytes": num_bytes}
+    assert report["text"] == {"blocks": 3, "block_length": 24, "start": [], "tokens": 69, "bytes": num_bytes}
     assert [entry["name"] for entry in report["anchors"]] == [anchor.name for anchor in chain.anchors]
     for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
         model = AutoModelForCausalLM.from_pretrained(anchor.path, dtype=torch.float32)

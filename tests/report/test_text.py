@@ -7,7 +7,7 @@ from cbd_trl.report.text import held_out_blocks
 
 
 def test_held_out_blocks_join_texts_by_the_end_token(tokenizer):
-    blocks = held_out_blocks(tokenizer, ["w0 w1", "w2 </s>", "w3 w4 w5"], length=3, count=2)
+    blocks = held_out_blocks(tokenizer, ["w0 w1", "w2 </s>", "w3 w4 w5"], length=3, count=2).input_ids
     ids = {word: tokenizer.convert_tokens_to_ids(word) for word in ("w0", "w1", "w2", "w3", "</s>")}
     assert blocks.dtype == torch.int64
     assert blocks.tolist() == [[ids["w0"], ids["w1"], ids["</s>"]], [ids["w2"], ids["</s>"], ids["w3"]]]
