@@ -95,7 +95,7 @@ def _like_gemma(kind: str, folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _UNUSED])
     tokenizer.add_tokens([AddedToken("\n" * count, normalized=False) for count in range(1, 5)])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _HTML])
-    tokenizer.add_tokens([AddedToken("<trim>", lstrip=True, rstrip=True), AddedToken("xylo", single_word=True)])
+    tokenizer.add_tokens([AddedToken("<trim>", lstrip=True, rstrip=True), AddedToken("qux", single_word=True)])
     tokenizer.add_tokens(
         [AddedToken("<|reserved_special_token_7|>", special=True), AddedToken("<role>", special=True)]
     )
@@ -116,13 +116,13 @@ def test_of_many_added_tokens_those_that_are_used_are_kept_and_the_size_is_reach
 ) -> None:
     old = _like_gemma(kind, tmp_path)
     old.chat_template = "{% for m in messages %}<unused2>{{ m['content'] }}<unused3>\n{% endfor %}"
-    texts = [f"ba\n\n<table>{text.strip()} <trim> x xylo xylophone <unused4>" for text in corpus(texts=40)]
+    texts = [f"ba\n\n<table>{text.strip()} <trim> x qux quxphone <unused4>" for text in corpus(texts=40)]
     model = tiny_model("llama", vocab_size=len(old) + 3, tie_word_embeddings=True)
     ids = old.get_vocab()
     model.generation_config.eos_token_id = [ids["</s>"], ids["<unused5>"]]
     reduced = reduce_vocabulary(model, old, texts, size)
     new = reduced.tokenizer
-    used = {f"<unused{place}>" for place in (1, 2, 3, 4, 5)} | {"\n\n", "\n", "<table>", "<trim>", "xylo", "<role>"}
+    used = {f"<unused{place}>" for place in (1, 2, 3, 4, 5)} | {"\n\n", "\n", "<table>", "<trim>", "qux", "<role>"}
     added = {token.content for token in new.added_tokens_decoder.values()}
     assert added == used | {token for token in SPECIAL if token in old.added_tokens_encoder}
     assert len(new) == size == len(reduced.model.get_input_embeddings().weight) and set(new.get_vocab().values()) == {

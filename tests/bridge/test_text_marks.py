@@ -89,7 +89,7 @@ def test_a_model_says_the_same_of_a_text_where_its_begin_is_carried_over(
     new = _spelling("", "c", "b", "a", **roles)
     model = tiny_model("llama", vocab_size=len(old))
     transplant_vocabulary(model, old, new)
-    assert "adds '<s>' before to a text, the new one nothing" in caplog.text and "carry_over_special_t" in caplog.text
+    assert "adds '<s>' before it, the new one nothing" in caplog.text and "carry_over_special_t" in caplog.text
     caplog.clear()
     made = carry_over_special_tokens(old, new)
     moved = transplant_vocabulary(model, old, made)
@@ -107,7 +107,7 @@ def test_the_other_way_round_nothing_is_added(caplog: pytest.LogCaptureFixture) 
     old = _spelling("", "a", "b", eos_token="</s>")
     new = _spelling("bos", "b", "a", bos_token="<s>", eos_token="</s>")
     transplant_vocabulary(tiny_model("llama", vocab_size=len(old)), old, new)
-    assert "adds nothing to a text, the new one '<s>' before" in caplog.text
+    assert "adds nothing, the new one '<s>' before it" in caplog.text
     made = carry_over_special_tokens(old, new)
     assert made("ab")["input_ids"] == new("ab", add_special_tokens=False)["input_ids"] and len(made) == len(new)
 
