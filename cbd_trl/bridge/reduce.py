@@ -124,9 +124,9 @@ def train_smaller_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """A BPE of the same kind and with the same rules, special tokens, chat template and byte tokens.
 
-    Special tokens that only hold a place, such as `<unused12>` (Gemma has 6,242 of them), are left out, and so are
-    added tokens that are not special and that the texts do not contain; unless a role, the chat template, the rules or
-    `keep` name them. Text is learned between the added tokens, as it is read.
+    Left out are special tokens that only hold a place, such as `<unused12>` (Gemma has 6,242 of them), and added
+    tokens that are not special, unless the texts contain them, or a role, the chat template, the rules or `keep` name
+    them. Text is learned between the added tokens, as it is read.
 
     Args:
         tokenizer: a fast BPE; it is not changed.
@@ -182,24 +182,25 @@ def _kept_tokens(
     template = templates if isinstance(templates, str) else "\n".join(templates.values())
     rules = json.dumps(description["post_processor"], ensure_ascii=False)
     roles = {*tokenizer.special_tokens_map.values(), description["model"]["unk_token"]}
-    special: list[dict[str, Any]] = []
-    ordinary: list[dict[str, Any]] = []
-    asked: list[dict[str, Any]] = []
-    for added in sorted(description["added_tokens"], key=lambda added: added["id"]):
-        content = added["content"]
-        named = content in roles or added["id"] in keep or content in template
-        named = named or json.dumps(content, ensure_ascii=False) in rules
-        if added["special"]:
-            special += [added] if named or not _PLACEHOLDER.fullmatch(content) else []
-        else:
-            (ordinary if named else asked).append(added)
-    if asked:
-        pattern = _cuts(asked)
-        found = {text for whole in texts for text in pattern.findall(whole)}
-        # Some swallow the white space beside them.
-        found |= {text.strip() for text in found}
-        ordinary = [added for added in [*ordinary, *asked] if added in ordinary or added["content"] in found]
-    return special, sorted(ordinary, key=lambda added: added["id"])
+    tokens = sorted(description["added_tokens"], key=lambda added: added["id"])
+    asked = [
+        added
+        for added in tokens
+        if not (
+            added["content"] in roles
+            or added["id"] in keep
+            or added["content"] in template
+            or json.dumps(added["content"], ensure_ascii=False) in rules
+            or (added["special"] and not _PLACEHOLDER.fullmatch(added["content"]))
+        )
+    ]
+    pattern = _cuts(asked)
+    found = {text for whole in texts for text in pattern.findall(whole)}
+    # Some swallow the white space beside them.
+    found |= {text.strip() for text in found}
+    left_out = {added["id"] for added in asked if added["content"] not in found}
+    kept = [added for added in tokens if added["id"] not in left_out]
+    return [added for added in kept if added["special"]], [added for added in kept if not added["special"]]
 
 
 def _cuts(added_tokens: Iterable[dict[str, Any]]) -> re.Pattern[str]:

@@ -17,6 +17,7 @@ from cbd_trl.utils.blocks import marks_around
 logger = logging.get_logger(__name__)
 
 _ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
+_PLACES = ("before it", "behind it")
 _PROBE = [{"role": "user", "content": "a"}]
 
 
@@ -67,11 +68,9 @@ def warn_of_other_marks(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBa
     wanted = tuple([counterpart(old, new, index) for index in ids] for ids in marks_around(old))
     if wanted == marks_around(new):
         return
-    ours, theirs = (
-        [tokenizer.convert_ids_to_tokens(ids) for ids in marks_around(tokenizer)] for tokenizer in (old, new)
-    )
+    ours, theirs = (_names(tokenizer, marks_around(tokenizer)) for tokenizer in (old, new))
     logger.warning(
-        f"The model's tokenizer adds {_told(ours)} to a text, the new one {_told(theirs)}: a model predicts far worse "
+        f"To a text the model's tokenizer adds {ours}, the new one {theirs}: a model predicts far worse "
         "where texts do not begin as in its training (Gemma without BOS has twice the loss). Have the new one add the "
         "same before the transplant, and train with that one and save it: new_tokenizer = "
         "cbd_trl.bridge.carry_over_special_tokens(old_tokenizer, new_tokenizer)."
@@ -154,6 +153,7 @@ def _begun(made: Any, template: str, marks: list[str]) -> str:
     return f"{{{{ {json.dumps(''.join(marks), ensure_ascii=False)} }}}}{template}"
 
 
-def _told(sides: list[list[str]]) -> str:
-    told = [f"{' '.join(side)!r} {where}" for side, where in zip(sides, ("before", "behind"), strict=True) if side]
-    return " and ".join(told) or "nothing"
+def _names(tokenizer: Any, sides: tuple[list[int], list[int]]) -> str:
+    """The marks before and behind a text, for a message."""
+    texts = (" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in sides)
+    return " and ".join(f"{text!r} {place}" for text, place in zip(texts, _PLACES, strict=True) if text) or "nothing"

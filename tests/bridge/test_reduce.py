@@ -1,6 +1,10 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cbd_trl.bridge import Reduction, reduce_vocabulary
 from cbd_trl.bridge.reduce import bytes_per_token, train_smaller_tokenizer
@@ -81,6 +85,93 @@ def test_special_tokens_chat_template_and_its_marks_are_kept() -> None:
     assert len(tokenizer) == size + 3
 
 
+_UNUSED = [f"<unused{place}>" for place in range(200)]
+_HTML = ["<table>", "<hr>", "<b>", "<i>"]
+
+
+def _like_gemma(kind: str, folder: Path) -> PreTrainedTokenizerFast:
+    """Loaded from a folder, with many special tokens that nothing uses, and added ones that are plain text."""
+    tokenizer = make_tokenizer(kind, 500)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in _UNUSED])
+    tokenizer.add_tokens([AddedToken("\n" * count, normalized=False) for count in range(1, 5)])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _HTML])
+    tokenizer.add_tokens([AddedToken("<trim>", lstrip=True, rstrip=True), AddedToken("qux", single_word=True)])
+    tokenizer.add_tokens(
+        [AddedToken("<|reserved_special_token_7|>", special=True), AddedToken("<role>", special=True)]
+    )
+    ids = tokenizer.get_vocab()
+    template = processors.TemplateProcessing(
+        single="<unused1> $A", pair="<unused1> $A $B", special_tokens=[("<unused1>", ids["<unused1>"])]
+    )
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", _SIZES)
+@pytest.mark.parametrize("size", [340, 420, 480])
+def test_of_many_added_tokens_those_that_are_used_are_kept_and_the_size_is_reached(
+    kind: str, size: int, tmp_path: Path
+) -> None:
+    old = _like_gemma(kind, tmp_path)
+    old.chat_template = "{% for m in messages %}<unused2>{{ m['content'] }}<unused3>\n{% endfor %}"
+    texts = [f"ba\n\n<table>{text.strip()} <trim> x qux quxphone <unused4>" for text in corpus(texts=40)]
+    model = tiny_model("llama", vocab_size=len(old) + 3, tie_word_embeddings=True)
+    ids = old.get_vocab()
+    model.generation_config.eos_token_id = [ids["</s>"], ids["<unused5>"]]
+    reduced = reduce_vocabulary(model, old, texts, size)
+    new = reduced.tokenizer
+    used = {f"<unused{place}>" for place in (1, 2, 3, 4, 5)} | {"\n\n", "\n", "<table>", "<trim>", "qux", "<role>"}
+    added = {token.content for token in new.added_tokens_decoder.values()}
+    assert added == used | {token for token in SPECIAL if token in old.added_tokens_encoder}
+    assert len(new) == size == len(reduced.model.get_input_embeddings().weight) and set(new.get_vocab().values()) == {
+        *range(size)
+    }
+    now = new.get_vocab()
+    assert reduced.model.generation_config.eos_token_id == [now["</s>"], now["<unused5>"]]
+    flags = {token.content: token for token in old.added_tokens_decoder.values()}
+    for token in new.added_tokens_decoder.values():
+        assert repr(token) == repr(flags[token.content])
+    new.save_pretrained(tmp_path / "new")
+    again = AutoTokenizer.from_pretrained(tmp_path / "new")
+    assert again.get_vocab() == now
+    for text in [*TRICKY, "a<hr>\n\n\n\n<table> \n", *texts[:2]]:
+        for reader in (new, again):
+            found = reader(text)["input_ids"]
+            assert found[0] == now["<unused1>"] and found == new(text)["input_ids"]
+            assert reader.decode(found[1:]) == old.decode(old(text)["input_ids"][1:])
+    # No token of the text reaches over an added one.
+    learned = [data for data in token_bytes(new) if data]
+    assert {data for data in learned if b"<table>" in data or b"\n\n" in data} == {b"<table>", b"\n\n"}
+    _check_kept_rows(model, reduced)
+
+
+def _check_kept_rows(model: Any, reduced: Reduction) -> None:
+    """Of ids that both have the two models say the same."""
+    new = torch.tensor(list(reduced.match.source))
+    old = torch.tensor(list(reduced.match.source.values()))
+    draw = torch.randint(len(new), (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = model(old[draw]).logits[..., old], reduced.model(new[draw]).logits[..., new]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.std()))
+
+
+def test_ids_with_gaps_and_an_unknown_token_that_nobody_calls_special() -> None:
+    letters = {letter: 3 * place for place, letter in enumerate("abc ")}
+    vocabulary = {**letters, "?": 20, "ab": 30, "abc": 31, "ca": 41, "cab": 43}
+    merges = [("a", "b"), ("ab", "c"), ("c", "a"), ("c", "ab")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="?"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    model = tiny_model("llama", vocab_size=64)
+    reduced = reduce_vocabulary(model, tokenizer, ["cabab"] * 20, 6)
+    assert len(reduced.tokenizer) == 6 == len(reduced.model.get_input_embeddings().weight)
+    ids = reduced.tokenizer("cabz")["input_ids"]
+    assert reduced.tokenizer.decode(ids) == "cab?" and reduced.match.source[ids[0]] in vocabulary.values()
+    _check_kept_rows(model, reduced)
+
+
 def test_words_stay_apart_where_the_normaliser_writes_the_spaces() -> None:
     tokenizer = make_tokenizer("byte_fallback", 600)
     smaller = train_smaller_tokenizer(tokenizer, ["to va to va to va"] * 20, 340)
@@ -92,7 +183,9 @@ def test_bad_sizes_texts_and_kinds_are_refused() -> None:
     tokenizer, model = make_tokenizer(size=400), tiny_model("llama", vocab_size=400)
     with pytest.raises(ValueError, match=r"less than the 400 tokens there are, and positive, got 400"):
         reduce_vocabulary(model, tokenizer, corpus(), 400)
-    with pytest.raises(ValueError, match=r"size=100 is too small: 6 special tokens.* alone are 262"):
+    with pytest.raises(
+        ValueError, match=r"size=100 is too small: 6 special tokens, 0 other added tokens.* alone are 262"
+    ):
         reduce_vocabulary(model, tokenizer, corpus(), 100)
     with pytest.raises(
         ValueError, match=r"measured on held-out texts, got none. Pass `held_out`, or 10 texts or more"
