@@ -232,7 +232,8 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
     if args.assistant_only_loss and not is_conversational(first):
         raise ValueError(
             "assistant_only_loss=True needs chats as `messages`, or as `prompt` and `completion`, and the rows have "
-            f"the columns {sorted(first)}. Set it to False, or convert them (trl.maybe_convert_to_chatml for ShareGPT)."
+            f"the columns {sorted(first)}. Set it to False, or convert them (for ShareGPT with "
+            "trl.maybe_convert_to_chatml)."
         )
     masked = args.assistant_only_loss and template is not None and not has_generation_markers(template)
     completions = "prompt" in first and "completion" in first
