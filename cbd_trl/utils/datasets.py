@@ -6,6 +6,7 @@ trained.
 
 import copy
 import dataclasses
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from jinja2 import TemplateError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, is_conversational
 from trl.chat_template_utils import clone_chat_template, get_training_chat_template, has_generation_markers
 
 logger = logging.get_logger(__name__)
@@ -68,22 +69,17 @@ def sft_dataset(
     others = [other for other in _TEXTS if other in first and other not in columns and other != field]
     if others and columns[0] != "input_ids":
         dataset = dataset.remove_columns(others)
+    chats = isinstance(first[columns[0]], list)
     if isinstance(dataset, Dataset):
         kept = _rows_with_text(dataset, columns, name)
     else:
-        options = {"columns": columns, "name": name}
+        options = {"columns": columns, "chats": chats, "name": name}
         kept = dataset.filter(_has_text, with_indices=True, fn_kwargs=options)
     first = next(iter(kept), None)
     if first is None:
         raise ValueError(f"The data set given as {name} holds nothing but empty chats. Give one with text.")
-    for column in columns:
-        _check_value(first[column], column, name)
-    options = first.get("chat_template_kwargs", {})
-    if not isinstance(options, Mapping):
-        raise ValueError(
-            f"The column 'chat_template_kwargs' of {name} holds {_short(options)}, and must hold dicts. Read the text "
-            "first, if it is JSON."
-        )
+    # The values of a column of a `Dataset` are of one type.
+    _check_row(first, columns, chats, name)
     return kept
 
 
@@ -233,6 +229,12 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
     tokenizer, args = training_tokenizer(tokenizer, args), copy.copy(args)
     args.shuffle_dataset = False
     first, template = next(iter(dataset)), tokenizer.chat_template
+    if args.assistant_only_loss and not is_conversational(first):
+        raise ValueError(
+            "assistant_only_loss=True needs chats as `messages`, or as `prompt` and `completion`, and the rows have "
+            f"the columns {sorted(first)}. Set it to False, or convert them (for ShareGPT with "
+            "trl.maybe_convert_to_chatml)."
+        )
     masked = args.assistant_only_loss and template is not None and not has_generation_markers(template)
     completions = "prompt" in first and "completion" in first
     trainer: Any = SimpleNamespace(
@@ -262,8 +264,7 @@ def token_rows(
         ValueError: see `prepared_rows`; or the chat template cannot read a row.
     """
     # A stream: rows are looked at and prepared one by one, without progress bars or files.
-    dataset = _one_dataset(dataset, "dataset")
-    stream = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
+    stream = _as_stream(_one_dataset(dataset, "dataset"))
     try:
         for row in cut_rows(prepared_rows(stream, tokenizer, args), args):
             yield row.tolist()
@@ -330,6 +331,13 @@ def _model_of_no_size(vocabulary: int) -> LlamaForCausalLM:
     )
 
 
+def _as_stream(dataset: Any) -> Any:
+    if not isinstance(dataset, Dataset):
+        return dataset
+    formatted = dataset.format["type"] is not None or dataset.format["columns"] != dataset.column_names
+    return IterableDataset.from_generator(lambda: iter(dataset)) if formatted else dataset.to_iterable_dataset()
+
+
 def _one_dataset(dataset: Any, name: str) -> Any:
     """A data set, made of rows where it is none."""
     if isinstance(dataset, Dataset | IterableDataset):
@@ -354,68 +362,89 @@ def _one_dataset(dataset: Any, name: str) -> Any:
         raise ValueError(f"The rows given as {name} have values of several types in a column: {error}.") from error
 
 
-def _check_value(value: Any, column: str, name: str) -> None:
-    """Refuse what TRL would take for something else, or fail at."""
-    place = f"The column {column!r} of {name}"
-    if column == "input_ids":
-        return
-    if column in ("messages", "conversations"):
-        keys = ("from", "value") if column == "conversations" else ("role",)
-        turn = value[0] if isinstance(value, list) else None
-        if isinstance(turn, Mapping) and all(key in turn for key in keys):
-            return
-        way_out = "Write the turns as [{'role': ..., 'content': ...}]"
-        if isinstance(value, str):
-            way_out = "Read the text first, if it is JSON: dataset.map(lambda row: {...: json.loads(row[...])})"
-        elif isinstance(turn, Mapping) and "role" in turn:
-            way_out = "Rename the column to `messages`"
-        raise ValueError(
-            f"{place} holds {_short(value)}, and must hold lists of messages with {' and '.join(map(repr, keys))}. "
-            f"{way_out}."
-        )
-    is_chat = isinstance(value, list) and isinstance(value[0], Mapping) and "role" in value[0]
-    if not isinstance(value, str) and not (is_chat and column in ("prompt", "completion")):
-        chats = ", or lists of messages with 'role' and 'content'" if column in ("prompt", "completion") else ""
-        raise ValueError(
-            f"{place} holds {_short(value)}, and must hold texts{chats}. Convert it, or name another column "
-            "(`dataset_text_field`)."
-        )
-
-
-def _check_row(row: Mapping[str, Any], number: int, columns: Sequence[str], name: str) -> None:
-    for column in (*columns, "chat_template_kwargs"):
-        if column in columns and column not in row:
+def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats: bool, name: str) -> bool:
+    """Whether a row of a stream is no empty chat."""
+    for column in columns:
+        if column not in row:
             raise ValueError(
                 f"Row {number} of {name} has the columns {sorted(row)} and no {column!r}, which the first row has. "
                 "Give all rows the same columns."
             )
+    for column in (*columns, "chat_template_kwargs"):
         if column in row and row[column] is None:
             raise ValueError(_missing(number, column, name))
+    if any(isinstance(row[column], list) and not row[column] for column in columns):
+        if _is_main_process():
+            logger.warning_once(f"There are empty chats in {name}, a stream: they are skipped.")
+        return False
+    _check_row(row, columns, chats, f"row {number} of {name}")
+    return True
+
+
+def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name: str) -> None:
+    """Refuse what TRL would take for something else, or fail at.
+
+    Args:
+        row: none of its columns is empty.
+        columns: that its tokens are made from.
+        chats: whether they are lists, in the first row.
+        name: of the row.
+    """
+    if columns[0] == "input_ids":
+        return
+    if len({isinstance(row[column], list) for column in columns} | {chats}) > 1:
+        raise ValueError(
+            f"The columns {list(columns)} of {name} hold text and messages, or not what those of the first row hold. "
+            "Give all as text, or all as lists of messages."
+        )
+    for column in columns:
+        _check_value(row[column], column, name)
+    tools, options = row.get("tools"), row.get("chat_template_kwargs", {})
+    if isinstance(tools, str):
+        try:
+            json.loads(tools)
+        except ValueError as error:
+            raise ValueError(f"The column 'tools' of {name} holds {_short(tools)}, no JSON: {error}.") from error
+    if not isinstance(options, Mapping):
+        raise ValueError(
+            f"The column 'chat_template_kwargs' of {name} holds {_short(options)}, and must hold dicts. Read the text "
+            "first, if it is JSON."
+        )
+
+
+def _check_value(value: Any, column: str, name: str) -> None:
+    keys = ("from", "value") if column == "conversations" else ("role",)
+    wrong = [turn for turn in value if not _is_message(turn, keys)] if isinstance(value, list) else []
+    if column in ("messages", "conversations"):
+        if isinstance(value, list) and not wrong:
+            return
+        way_out = "Write the turns as [{'role': ..., 'content': ...}]"
+        if isinstance(value, str):
+            way_out = "Read the text first, if it is JSON: dataset.map(lambda row: {...: json.loads(row[...])})"
+        elif wrong and _is_message(wrong[0], ("role",)):
+            way_out = "Rename the column to `messages`"
+        raise ValueError(
+            f"The column {column!r} of {name} holds {_short(value)}, and must hold lists of messages with "
+            f"{' and '.join(map(repr, keys))}. {way_out}."
+        )
+    may_be_chat = column in ("prompt", "completion")
+    if not isinstance(value, str) and not (may_be_chat and isinstance(value, list) and not wrong):
+        wanted = "texts, or lists of messages with 'role' and 'content'" if may_be_chat else "texts"
+        raise ValueError(
+            f"The column {column!r} of {name} holds {_short(value)}, and must hold {wanted}. Convert it, or name "
+            "another column (`dataset_text_field`)."
+        )
+
+
+def _is_message(turn: Any, keys: Sequence[str]) -> bool:
+    # What a message says may be None: that of a call of tools is.
+    return isinstance(turn, Mapping) and all(key in turn for key in keys) and turn[keys[0]] is not None
 
 
 def _missing(number: int, column: str, name: str) -> str:
     return (
         f"Row {number} (from 0) of {name} has None in the column {column!r}: nothing can be read. Leave it out, as in "
         f"dataset.filter(lambda row: row[{column!r}] is not None), or fill it in."
-    )
-
-
-def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], name: str) -> bool:
-    """Whether a row of a stream is no empty chat."""
-    _check_row(row, number, columns, name)
-    if any(isinstance(row[column], list) and not row[column] for column in columns):
-        if _is_main_process():
-            logger.warning_once(f"There are empty chats in {name}, a stream: they are skipped.")
-        return False
-    if len({isinstance(row[column], str) for column in columns}) > 1:
-        raise ValueError(_mixed(number, name, columns))
-    return True
-
-
-def _mixed(number: int, name: str, columns: Sequence[str]) -> str:
-    return (
-        f"Row {number} of {name} has text in one of the columns {list(columns)} and messages in the other. Give both "
-        "as text, or both as lists of messages."
     )
 
 
@@ -431,12 +460,14 @@ def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Data
                 raise ValueError(_missing(number + pc.index(pc.is_null(values), True).as_py(), column, name))
             if column in columns and (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
                 bare |= pc.equal(pc.list_value_length(values), 0).to_numpy()
+                if (row := _row_without_role(values)) is not None:
+                    raise ValueError(
+                        f"Row {number + row} (from 0) of {name} has None for a message, or for who wrote it, in the "
+                        f"column {column!r}. Leave it out, or fill it in."
+                    )
         empty.append(bare)
         number += len(batch)
     empty_N = np.concatenate(empty)
-    types = {pa.types.is_nested(dataset.features.arrow_schema.field(column).type) for column in columns}
-    if len(types) > 1:
-        raise ValueError(_mixed(0, name, columns))
     if not empty_N.any():
         return dataset
     if _is_main_process():
@@ -445,6 +476,16 @@ def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Data
             f"{int(empty_N.sum())} of {len(empty_N)} rows of {name} are empty chats, such as row {first}: skipped."
         )
     return dataset.select(np.flatnonzero(~empty_N))
+
+
+def _row_without_role(values: Any) -> int | None:
+    """The first row of a column of lists that has a message without a role."""
+    flat = pc.list_flatten(values)
+    fields = [field.name for field in flat.type] if pa.types.is_struct(flat.type) else []
+    role = next((name for name in ("role", "from") if name in fields), None)
+    if role is None or not (roles := pc.struct_field(flat, role)).null_count:
+        return None
+    return pc.list_parent_indices(values.combine_chunks())[pc.index(pc.is_null(roles), True).as_py()].as_py()
 
 
 def _is_main_process() -> bool:

@@ -202,7 +202,20 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "chats in JSON": ([{"messages": json.dumps(CHATS[0])}], r"'messages' of the data holds .* \(str\).*json.loads"),
     "texts for chats": ([{"messages": ["w1"]}], r"'messages' of the data holds .* \(list\).*'role'"),
     "roles in the other column": ([{"conversations": CHATS[0]}], "Rename the column to `messages`"),
-    "text and a chat": ([{"prompt": "w1", "completion": CHATS[0][1:]}], "Row 0 .*text in one of the columns"),
+    "no message": ([{"messages": CHATS[0]}] * 3 + [{"messages": [None]}], "Row 3 .*None for a message"),
+    "no role": (
+        [{"messages": CHATS[0]}, {"messages": [*CHATS[1], {"role": None, "content": "w1"}]}],
+        "Row 1 .*None for a message, or for who wrote it, in the column 'messages'",
+    ),
+    "no role in a turn": (
+        [{"conversations": TURNS[0]}, {"conversations": [{"from": None, "value": "w1"}]}],
+        "Row 1 .*in the column 'conversations'",
+    ),
+    "tools that are no JSON": ([{"messages": CHATS[0], "tools": "[{"}], r"'tools' of the data holds '\[{' \(str\)"),
+    "text and a chat": (
+        [{"prompt": "w1", "completion": CHATS[0][1:]}],
+        r"\['prompt', 'completion'\] of the data hold text and messages",
+    ),
     "a list of numbers for a completion": (
         [{"prompt": [1], "completion": [2]}],
         r"'prompt' of the data holds \[1\] \(list\).*must hold texts, or lists of messages",
@@ -235,8 +248,15 @@ def test_what_is_no_dataset_is_refused(dataset: Any) -> None:
         ([{"text": "w1"}, {"body": "w1"}], r"Row 1 of the data has the columns \['body'\] and no 'text'"),
         (
             [{"prompt": "w1", "completion": "w2"}, {"prompt": "w1", "completion": CHATS[0]}],
-            "Row 1 .*text in one of the columns",
+            "of row 1 of the data hold text and messages",
         ),
+        (
+            [{"prompt": CHATS[0][:1], "completion": CHATS[0][1:]}, {"prompt": "w1", "completion": "w2"}],
+            "of row 1 of the data hold text and messages, or not what those of the first row hold",
+        ),
+        ([{"text": "w1"}, {"text": 3}], r"'text' of row 1 of the data holds 3 \(int\)"),
+        ([{"messages": CHATS[0]}, {"messages": [{"role": None}]}], "'messages' of row 1 of the data holds"),
+        ([{"messages": CHATS[0]}, {"messages": None}], "Row 1 .*None in the column 'messages'"),
     ],
 )
 def test_a_row_of_a_stream_is_refused_when_it_is_met(rows: list[dict[str, Any]], message: str) -> None:
@@ -245,6 +265,20 @@ def test_a_row_of_a_stream_is_refused_when_it_is_met(rows: list[dict[str, Any]],
     assert next(read) == rows[0]
     with pytest.raises(ValueError, match=message):
         next(read)
+
+
+def test_rows_in_a_format_are_read() -> None:
+    rows = Dataset.from_dict({"text": ["w1", "w2"], "words": ["w3", "w4"]})
+    made = rows.with_transform(lambda batch: {"text": batch["words"]})
+    for formatted in (rows.with_format("numpy"), rows.with_format("numpy", columns=["text"])):
+        assert _read(formatted, _tokenizer(False)) == [[7, 2], [8, 2]]
+    assert _read(made, _tokenizer(False)) == [[9, 2], [10, 2]]
+
+
+def test_the_assistant_alone_needs_messages() -> None:
+    for columns in (TEXT, {"conversations": TURNS}):
+        with pytest.raises(ValueError, match="assistant_only_loss=True needs chats as `messages`"):
+            _read(Dataset.from_dict(columns), _tokenizer(False), assistant_only_loss=True)
 
 
 def test_a_tokenizer_is_needed_and_its_end_known() -> None:
