@@ -3,13 +3,14 @@
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.cards.history import ORIGINS
 from cbd_trl.chain.calibration import calibration_length, token_blocks
@@ -20,7 +21,7 @@ from cbd_trl.chain.members import Member, check_functions, plan_members
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.special_tokens import SpecialTokens
+from cbd_trl.chain.special_tokens import SpecialTokens, listed
 from cbd_trl.chain.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.surgery.blocks import blocks_of
 from cbd_trl.surgery.permute import permute
@@ -105,9 +106,11 @@ def _make(
         coordinates = Coordinates.matched(members, blocks)
         if state.is_main_process:
             coordinates.save(file, settings)
+    # A target between two anchors stops where either of them does.
+    ends = [end for member in members for end in _ends(member)]
     for number in range(finished, len(members)):
         state.print(f"[{number + 1}/{len(members)}] writing {members[number].name}")
-        _write(output_dir, members, number, coordinates, settings[number], tokenizer, text)
+        _write(output_dir, members, number, coordinates, settings[number], tokenizer, ends, text)
     if state.is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     state.wait_for_everyone()
@@ -143,6 +146,18 @@ def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Ma
     return len(anchors)
 
 
+def _ends(member: Member) -> list[int]:
+    """What ends a text of a model, by its generation config or, where it has none, its config."""
+    source = member.source
+    generation: Any = getattr(source.place, "generation_config", None)
+    if not isinstance(source.place, PreTrainedModel):
+        with suppress(OSError):
+            generation = GenerationConfig.from_pretrained(source.place, revision=source.revision, token=source.token)
+    if generation is None:
+        generation = member.architecture.config.get_text_config()
+    return listed(generation.eos_token_id)
+
+
 def _write(
     output_dir: Path,
     members: Sequence[Member],
@@ -150,6 +165,7 @@ def _write(
     coordinates: Coordinates,
     settings: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
     text: TokenBlocks,
 ) -> None:
     """Put one anchor into its coordinates, measure it there, and write it."""
@@ -160,7 +176,7 @@ def _write(
         permuted = build_model(member.architecture, weights, model.dtype)
         permuted.generation_config = model.generation_config
         model = permuted
-    SpecialTokens().follow(model, tokenizer)
+    SpecialTokens().follow(model, tokenizer, ends)
     model.to(PartialState().device)
     blocks = text.input_ids
     statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())

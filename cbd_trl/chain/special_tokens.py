@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ class SpecialTokens:
         taught.chat_template = other.get_chat_template()
         taught.eos_token = other.eos_token
 
-    def follow(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def follow(self, model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> None:
         """Have a model's configs name the tokens of its tokenizer, in place, as they do once a trainer has had both.
 
         Of several ends in the generation config, any of which ends a text, none is taken away. What pads is left to
@@ -95,20 +95,23 @@ class SpecialTokens:
         Args:
             model: its config and generation config are changed.
             tokenizer: what `tokenizer` returned.
+            ends: further ids that end a text.
         """
         config, generation = model.config.get_text_config(), model.generation_config
         for role in ("bos_token_id", "pad_token_id") if self.pad_token else ("bos_token_id",):
             if (own := getattr(tokenizer, role)) is not None:
                 setattr(config, role, own)
                 setattr(generation, role, own)
-        if (own := tokenizer.eos_token_id) is None:
-            return
-        ends, listed = _listed(generation.eos_token_id), _listed(config.eos_token_id)
-        if self.eos_token is not None or own not in listed or own not in ends:
-            several = isinstance(config.eos_token_id, list) and self.eos_token is None
-            config.eos_token_id = [own, *(end for end in listed if end != own)] if several else own
-        if own not in ends:
-            generation.eos_token_id = [own, *ends]
+        there = listed(generation.eos_token_id)
+        if (own := tokenizer.eos_token_id) is not None:
+            before = listed(config.eos_token_id)
+            if self.eos_token is not None or own not in before or own not in there:
+                several = isinstance(config.eos_token_id, list) and self.eos_token is None
+                config.eos_token_id = [own, *(end for end in before if end != own)] if several else own
+            if own not in there:
+                generation.eos_token_id = there = [own, *there]
+        if further := [end for end in dict.fromkeys(ends) if end not in there]:
+            generation.eos_token_id = [*there, *further]
 
 
 def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
@@ -120,5 +123,6 @@ def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
     return token
 
 
-def _listed(ids: Any) -> list[int]:
+def listed(ids: Any) -> list[int]:
+    """Token ids of a config, which may have several, one or none."""
     return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]

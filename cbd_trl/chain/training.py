@@ -23,6 +23,8 @@ from cbd_trl.trainers.progress import show_progress
 
 # Where the settings of a training have its arguments.
 ARGUMENTS = "arguments"
+# Of a work folder's settings.
+_FORMAT = 2
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
 
@@ -54,7 +56,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
         ValueError: there are checkpoints of other settings, which may be days of work.
     """
     work = output_dir / ".work" / name
-    state, file = PartialState(), work / "settings.json"
+    state, file, settings = PartialState(), work / "settings.json", {"format": _FORMAT, **settings}
     there = _read_settings(file)
     # Through JSON and back: tuples are lists there.
     changed = _changed_settings(there, json.loads(json.dumps(settings)))
@@ -78,14 +80,16 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
 
 def _read_settings(file: Path) -> dict[str, Any] | None:
     with suppress(OSError, ValueError):
-        return json.loads(file.read_text())
+        found = json.loads(file.read_text())
+        # An earlier cbd-trl did not write down all of it.
+        return found if isinstance(found, dict) and found.get("format") == _FORMAT else None
     return None
 
 
 def _changed_settings(there: Any, now: Any) -> list[str]:
     """Names of what differs between two sets of settings, those inside another behind a dot."""
     if not isinstance(there, dict):
-        return ["everything: what was asked for then is not known"]
+        return ["everything: what was asked for then is not known, or not all of it"]
     names = []
     for key in now.keys() | there.keys():
         one, other = there.get(key), now.get(key)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 EXCEPTIONS = {
     "`training_args.bin`": r"run/.*training_args\.bin",
     "`evaluation-results.json`, `loss-against-size.json`": r"(chain|copy)/(evaluation-results|loss-.*-size)\.json",
-    "`report.json`, `results.json`, `report.html`, `report.md`": r"report/(report|results)\.(json|html|md)",
+    "`report.json`, `results.json`, `report.html`": r"report/(report\.json|results\.json|report\.html)",
     "`README.md`": r"(chain|copy)/README\.md",
     "`runs/`": r"(chain|bridged|run)/runs/.*",
 }

@@ -133,17 +133,29 @@ def test_a_bridge_ends_as_its_chain(tmp_path: Path) -> None:
         assert found["generation_config.eos_token_id"][0] == end
 
 
-def test_anchors_that_were_trained_apart_end_as_the_tokenizer_of_the_chain(tmp_path: Path) -> None:
-    models = [ending(tiny_model("llama", num_hidden_layers=depth), 5, [5, 4]) for depth in (4, 2)]
+@pytest.mark.parametrize("saved_before", [False, True])
+def test_anchors_that_were_trained_apart_end_as_the_tokenizer_and_each_of_them(
+    saved_before: bool, tmp_path: Path
+) -> None:
+    models = [
+        ending(tiny_model("llama", num_hidden_layers=4), 5, 5),
+        ending(tiny_model("llama", num_hidden_layers=2), 5, [5, 4]),
+    ]
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "w7"
+    for model in models if saved_before else []:
+        model.save_pretrained(tmp_path / str(model.config.num_hidden_layers))
     chain = chain_from_anchors(
-        models, dataset=chain_rows(), output_dir=tmp_path, processing_class=tokenizer, calibration_tokens=64
+        [tmp_path / "4", tmp_path / "2"] if saved_before else models,
+        dataset=chain_rows(),
+        output_dir=tmp_path / "chain",
+        processing_class=tokenizer,
+        calibration_tokens=64,
     )
     for anchor in chain.anchors:
         found = saved(anchor.path)
         assert (found["config.eos_token_id"], found["generation_config.eos_token_id"]) == (13, [13, 5, 4])
-    assert models[0].generation_config.eos_token_id == [5, 4]
+    assert [model.generation_config.eos_token_id for model in models] == [5, [5, 4]]
 
 
 @pytest.mark.parametrize("name", ["eos_token", "pad_token"])

@@ -56,6 +56,14 @@ def test_a_recipe_that_is_right_has_no_problems(inputs: Path, tmp_path: Path) ->
             {"anchors": [{"shape": DEEP}, {"shape": {"num_hidden_layers": 5}}]},
             "anchors[1]: num_hidden_layers=5 is lar",
         ),
+        (
+            {"args": {**ARGS, "eos_token": "w7"}, "anchors": [{"shape": DEEP, "args": {"eos_token": "w8"}}]},
+            "args: The trainings of the chain set eos_token='w7' and eos_token='w8'. A chain has one tokenizer",
+        ),
+        (
+            {"args": {**ARGS, "eos_token": "<end>"}},
+            "source: eos_token='<end>' is not in the vocabulary of the chain's tokenizer (60 tokens)",
+        ),
         ({"anchors": [{"shape": {"hidden_size": 18}}]}, "anchors[0]: transformers refuses to save or load a llama"),
         ({"anchors": [{"shape": {"num_hidden_layer": 4}}]}, "anchors[0]: "),
         ({"anchors": [{"shape": {"num_hidden_layers": "four"}}]}, "anchors[0]: "),
