@@ -21,25 +21,30 @@ from cbd_trl.losses.head import Head
 
 # How many tokens the own logits of a model are compared with `Head` on.
 _PROBE_LENGTH = 4
+# What trainers leave on the object of a model.
+_PATCHES = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 def open_forward(model: nn.Module) -> None:
     """Let `model(**inputs, inside=f)` return f(last hidden state (B, T, D)) instead of logits.
 
     Without `inside` the forward is what it was. To be called on the causal LM itself, before anything wraps it. What
-    other trainers left on it is taken off first (see `take_off_patches`).
+    other trainers left on it is taken off (see `take_off_patches`), save that TRL's own still find their fused head.
 
     Args:
         model: a causal LM with a `base_model`.
     """
+    fused = next((forward for forward in _forwards(model) if _takes(forward, "fused_lm_head")), None)
     take_off_patches(model)
-    # Called with the model that runs: a deep copy computes with its own weights.
-    plain = _with_self(model.__dict__["forward"]) if "forward" in model.__dict__ else type(model).forward
+    plain = _forwards(model)[0]
 
+    # What it calls gets the model that runs, so that a deep copy computes with its own weights.
     @functools.wraps(type(model).forward)
     def forward(self: Any, *args: Any, inside: Callable[[Tensor], Any] | None = None, **kwargs: Any) -> Any:
         if inside is not None:
             return _run_inside(inside, self.base_model(*args, **kwargs).last_hidden_state)
+        if kwargs.pop("fused_lm_head", False) and fused is not None:
+            return fused(self, *args, fused_lm_head=True, **kwargs)
         return plain(self, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -62,25 +67,42 @@ def take_off_patches(model: nn.Module) -> None:
     """Give a model its own forward again, where trainers have put others on the object itself.
 
     TRL's fused head holds on to the model that it was made for, so that a deep copy would compute with the weights of
-    the first; accelerate's mixed precision would stay for a trainer that asks for another. A trainer that goes on with
-    the model puts its own there again. What is under them stays: a hook of accelerate (offloading), or a forward that
-    somebody else put there.
+    the first; accelerate's mixed precision would stay for a trainer that asks for another. What is under them stays: a
+    hook of accelerate (offloading), or a forward that somebody else put there.
 
     Args:
         model: a causal LM, not wrapped; changed in place. One that FSDP sharded is left as it is.
     """
     if "forward" not in model.__dict__ or _in_fsdp(model):
         return
-    found = forward = _with_self(model.__dict__["forward"])
-    while (inner := _inside_patch(forward)) is not None:
-        forward = inner
-    if forward is type(model).forward:
+    *patches, own = _forwards(model)
+    if own is type(model).forward:
         del model.forward
-    elif forward is not found:
-        model.forward = types.MethodType(forward, model)
+    elif patches:
+        model.forward = types.MethodType(own, model)
     if model.__dict__.pop("_original_forward", None) is not None:
         # With this mark accelerate would not put its mixed precision there again.
         model.__dict__.pop("_is_accelerate_prepared", None)
+
+
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Within it a model of somebody else's, who may go on training it, runs without the patches of trainers."""
+    kept = {name: model.__dict__[name] for name in _PATCHES if name in model.__dict__}
+    take_off_patches(model)
+    try:
+        yield
+    finally:
+        model.__dict__.update(kept)
+
+
+def _forwards(model: nn.Module) -> list[Callable[..., Any]]:
+    """What a model's forward calls, from the outermost patch of a trainer to its own; all take the model first."""
+    own = model.__dict__.get("forward")
+    found = [type(model).forward if own is None else _with_self(own)]
+    while (inner := _inside_patch(found[-1])) is not None:
+        found.append(inner)
+    return found
 
 
 def _with_self(forward: Any) -> Callable[..., Any]:
@@ -97,14 +119,18 @@ def _inside_patch(forward: Any) -> Callable[..., Any] | None:
     if isinstance(forward, types.FunctionType):
         names = zip(forward.__code__.co_freevars, forward.__closure__ or (), strict=True)
         held = {name: cell.cell_contents for name, cell in names}
-        if "fused_lm_head" in (forward.__kwdefaults__ or {}):
+        if _takes(forward, "fused_lm_head"):
             return _with_self(held["original_forward"])
-        if "inside" in (forward.__kwdefaults__ or {}):
-            return held["plain"]
+        if _takes(forward, "inside"):
+            return held["fused"] or held["plain"]
         if isinstance(wrapped := getattr(forward, "__wrapped__", None), ConvertOutputsToFp32):
             # Around torch's decorator for autocast.
             return wrapped.__wrapped__.__wrapped__
     return None
+
+
+def _takes(forward: Any, keyword: str) -> bool:
+    return keyword in (getattr(forward, "__kwdefaults__", None) or {})
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from cbd_trl.architectures.backbone import own_forward
 from cbd_trl.generation.decoding import DecodingConfig
 from cbd_trl.generation.draws import DrawByRow, RefuseNonNumbers
 from cbd_trl.generation.prompts import Prompt
@@ -91,7 +92,7 @@ class Completer:
         padded = [[self._padding] * (width - len(prompt.ids)) + prompt.ids for prompt in prompts]
         kept = [[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in prompts]
         device = self._model.device
-        with torch.no_grad(), self._settings_of_our_own() as settings:
+        with torch.no_grad(), own_forward(self._model), self._settings_of_our_own() as settings:
             written = self._model.generate(
                 generation_config=settings,
                 input_ids=torch.tensor(padded, device=device),

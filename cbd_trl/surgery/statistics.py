@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
+from cbd_trl.architectures.backbone import own_forward
 from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.surgery.factors import factorise
 from cbd_trl.utils.progress import Progress
@@ -191,7 +192,8 @@ def collect_statistics(
 
     device = next(model.parameters()).device
     tokens = 0
-    with in_eval_mode(model), watched(model, architecture, [*architecture.sites, *over_outputs.values()], add):
+    sites = [*architecture.sites, *over_outputs.values()]
+    with own_forward(model), in_eval_mode(model), watched(model, architecture, sites, add):
         for batch in batches:
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             inputs.pop("labels", None)

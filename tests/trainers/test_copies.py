@@ -10,12 +10,16 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
+from cbd_trl.architectures import describe
 from cbd_trl.architectures.backbone import take_off_patches
 from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
+from cbd_trl.generation import DecodingConfig, generate_completions
+from cbd_trl.surgery.statistics import collect_statistics
 from tests.surgery.helpers import logits
 from tests.tiny import randomise, tiny_model
+from tests.tokenizer import tiny_tokenizer
 from tests.trainers.bridge_runs import make_bridge, students_tokenizer, teachers_tokenizer, texts
-from tests.training import make_trainer
+from tests.training import make_trainer, text_rows
 
 
 def _rows() -> Dataset:
@@ -79,6 +83,41 @@ def test_a_model_that_was_trained_here_is_copied_with_its_weights(how, tmp_path)
         randomise(one, seed=8)
         assert logits(one).shape[-1] == one.get_input_embeddings().num_embeddings
         assert torch.equal(logits(one), _reloaded(one, tmp_path / "made"))
+
+
+def test_a_copy_that_nobody_here_made_is_measured_and_written_with_as_it_is(tmp_path):
+    """TRL's forward on a deep copy computes with the weights of the first, which a stock call cannot tell."""
+    first = _supervised(tiny_model("llama", seed=1, num_hidden_layers=2, vocab_size=300), str(tmp_path / "out"))
+    copied = copy.deepcopy(first)
+    randomise(copied, seed=7)
+    fresh = tiny_model("llama", seed=7, num_hidden_layers=2, vocab_size=300)
+    batches = [{"input_ids": torch.arange(4, 68).view(2, 32)}]
+    found, wanted = (collect_statistics(one, describe(fresh.config), batches, 64) for one in (copied, fresh))
+    assert all(torch.equal(found.means[name], mean) for name, mean in wanted.means.items())
+    rows = Dataset.from_dict({"prompt": texts(3)})
+    options = {"processing_class": students_tokenizer(), "decoding": DecodingConfig(do_sample=False, max_new_tokens=8)}
+    written = [
+        generate_completions(one, rows, tmp_path / name, disable_tqdm=True, **options).file.read_text()
+        for name, one in (("copied.jsonl", copied), ("fresh.jsonl", fresh))
+    ]
+    assert written[0] == written[1]
+    assert not torch.equal(logits(copied), logits(fresh)), "the copy is as stock TRL left it"
+
+
+def test_a_trainer_of_trl_goes_on_with_a_model_that_taught_in_between(tmp_path):
+    args = SFTConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", save_strategy="no", max_length=32
+    )
+    losses = []
+    for taught in (False, True):
+        model = tiny_model("llama", seed=2)
+        trainer = SFTTrainer(model, args, train_dataset=text_rows(), processing_class=tiny_tokenizer())
+        if taught:
+            make_trainer(teacher=model).train()
+            model.requires_grad_(True)
+        trainer.train()
+        losses.append(trainer.state.log_history[-1]["train_loss"])
+    assert losses[0] == losses[1]
 
 
 def test_a_second_trainer_trains_what_it_was_given_as_it_was_asked_to():
