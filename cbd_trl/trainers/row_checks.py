@@ -169,8 +169,8 @@ def _is_scored(labels: Any) -> bool:
 def _nothing_scored(args: Any, name: str) -> str:
     return (
         f"No token of the {name} dataset is scored: max_length={args.max_length} (truncation_mode="
-        f"{args.truncation_mode!r}) cuts every completion off, or the labels mask every token. Raise max_length, keep "
-        "the end of the rows (truncation_mode='keep_end'), or give rows with a completion."
+        f"{args.truncation_mode!r}) cuts every completion off, or its rows are empty, of one token or masked. Raise "
+        "max_length, keep the end of the rows (truncation_mode='keep_end'), or give other rows."
     )
 
 

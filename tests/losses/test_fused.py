@@ -11,7 +11,7 @@ from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
 from cbd_trl.losses.events import draw, teacher_top_k
 from cbd_trl.losses.fused import _parts, default_chunk, fused_terms
 from cbd_trl.losses.head import Head
-from cbd_trl.losses.objective import DistillObjective, Weights
+from cbd_trl.losses.objective import METRICS, DistillObjective, Weights
 from cbd_trl.losses.reduction import scored_targets, select_scored
 from cbd_trl.losses.signals import HiddenSignal, MixtureSignal, SampledSignal, Signal, TopKSignal
 
@@ -93,7 +93,9 @@ def test_dense_is_fused(name: str, temperature: float, head: str, chunk: int) ->
     total, ours, terms = fused(HEADS[head], HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), objective, weights, chunk)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(ours, gradients)
-    assert {name: term.shape for name, term in terms.items()} == dict.fromkeys(("kd", "ce", "teacher_ce"), (N,))
+    assert {name: term.shape for name, term in terms.items()} == dict.fromkeys(
+        ("kd", "ce", "teacher_ce", *METRICS), (N,)
+    )
     assert not any(term.requires_grad for term in terms.values())
     teacher_ce = -log_probs(naive_logits(TEACHER_HIDDEN, TEACHER_HEAD), 1.0)[torch.arange(N), TARGETS]
     torch.testing.assert_close(terms["teacher_ce"], teacher_ce, rtol=1e-5, atol=1e-5)
