@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any
 
 from tqdm.auto import tqdm
-from tqdm.notebook import tqdm as tqdm_notebook
 
 from cbd_trl.durations import format_seconds
 
@@ -152,4 +151,6 @@ class Progress:
 
 
 def _on_screen() -> bool:
-    return issubclass(tqdm, tqdm_notebook) or sys.stderr.isatty()
+    # By name: importing a notebook's tqdm imports IPython.
+    notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+    return notebook or sys.stderr.isatty()
