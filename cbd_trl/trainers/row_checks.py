@@ -2,18 +2,17 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer, is_conversational
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
 from cbd_trl.architectures.positions import check_positions, learned_positions_of
 from cbd_trl.losses.reduction import IGNORE_INDEX
+from cbd_trl.utils.datasets import as_stream, prepare
 
 # Rows whose lengths are read at a time.
 _ROWS = 10_000
@@ -113,21 +112,18 @@ def check_before_preparing(
         ValueError: see the other checks.
     """
     options: Any = args.dataset_kwargs or {}  # a string on the command line, a dict once parsed
-    # Nor is a template looked for that the trainer reads from elsewhere.
-    if options.get("skip_prepare_dataset") or args.chat_template_path is not None:
+    if options.get("skip_prepare_dataset"):
         return
-    completions = args.completion_only_loss
-    if completions is None:
-        completions = {"prompt", "completion"} <= set(next(iter(dataset)))
     positions = learned_positions_of(config)
-    for name, rows in {"training": dataset, "eval": eval_dataset}.items():
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, rows in {"training": dataset, **evaluated}.items():
         if rows is None:
             continue
         check_end_token(rows, tokenizer, args, name)
-        if not any(_is_scored(row["labels"]) for row in _prepared(rows, args, tokenizer, completions)):
+        if not any(_is_scored(row["labels"]) for row in _prepared(rows, args, tokenizer)):
             raise ValueError(_nothing_scored(args, name))
         if positions is not None and (args.max_length is None or args.max_length > positions):
-            _check_each(_prepared(rows, args, tokenizer, completions), positions, args, config.model_type, name)
+            _check_each(_prepared(rows, args, tokenizer), positions, args, config.model_type, name)
 
 
 def _check_each(rows: Iterator[Mapping[str, Any]], positions: int, args: Any, family: str, name: str) -> None:
@@ -143,22 +139,13 @@ def _check_each(rows: Iterator[Mapping[str, Any]], positions: int, args: Any, fa
         )
 
 
-def _prepared(dataset: Any, args: Any, tokenizer: Any, completions: bool) -> Iterator[Mapping[str, Any]]:
+def _prepared(dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[Mapping[str, Any]]:
     """The rows as TRL prepares and cuts them, one by one."""
     options = copy.copy(args)
-    options.shuffle_dataset = False
     if args.packing and args.packing_strategy != "bfd":
         # What does not fit is carried over.
         options.max_length = None
-    stream = dataset.to_iterable_dataset() if isinstance(dataset, Dataset) else dataset
-    masked = args.assistant_only_loss and not has_generation_markers(tokenizer.chat_template)
-    trainer: Any = SimpleNamespace(
-        _tokenizer=tokenizer if args.eos_token is None else SimpleNamespace(eos_token=args.eos_token),
-        chat_template=get_training_chat_template(tokenizer) if masked else None,
-        completion_only_loss=completions,
-    )
-    prepare: Any = SFTTrainer._prepare_dataset
-    return iter(prepare(trainer, stream, tokenizer, options, False, None, "training"))
+    return iter(prepare(as_stream(dataset), tokenizer, options))
 
 
 def _is_scored(labels: Any) -> bool:

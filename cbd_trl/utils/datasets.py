@@ -229,7 +229,7 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
     tokenizer, args = training_tokenizer(tokenizer, args), copy.copy(args)
     args.shuffle_dataset = False
     first, template = next(iter(dataset)), tokenizer.chat_template
-    if args.assistant_only_loss and not is_conversational(first):
+    if args.assistant_only_loss and "input_ids" not in first and not is_conversational(first):
         raise ValueError(
             "assistant_only_loss=True needs chats as `messages`, or as `prompt` and `completion`, and the rows have "
             f"the columns {sorted(first)}. Set it to False, or convert them (for ShareGPT with "
@@ -264,7 +264,7 @@ def token_rows(
         ValueError: see `prepared_rows`; or the chat template cannot read a row.
     """
     # A stream: rows are looked at and prepared one by one, without progress bars or files.
-    stream = _as_stream(_one_dataset(dataset, "dataset"))
+    stream = as_stream(_one_dataset(dataset, "dataset"))
     try:
         for row in cut_rows(prepared_rows(stream, tokenizer, args), args):
             yield row.tolist()
@@ -331,7 +331,8 @@ def _model_of_no_size(vocabulary: int) -> LlamaForCausalLM:
     )
 
 
-def _as_stream(dataset: Any) -> Any:
+def as_stream(dataset: Any) -> Any:
+    """Read a data set row by row, with whatever format the user gave it."""
     if not isinstance(dataset, Dataset):
         return dataset
     formatted = dataset.format["type"] is not None or dataset.format["columns"] != dataset.column_names
