@@ -22,7 +22,7 @@ from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.head import Head
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
-from cbd_trl.utils.datasets import cut_rows, prepared_rows
+from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
 from cbd_trl.utils.modeling import check_checkpoint, load_causal_lm
 from cbd_trl.utils.progress import Progress, progress_shown
 
@@ -78,6 +78,7 @@ def write_cache(
     tokenizer = text_tokenizer(processing_class) or find_tokenizer(
         name, revision, local_only=not isinstance(teacher, str)
     )
+    dataset = sft_dataset(dataset, "dataset", args)
     if isinstance(teacher, str):
         check_checkpoint(teacher, role="teacher", adapters=True, **(model_init_kwargs or {}))
     rows = prepared_rows(dataset, tokenizer, args)

@@ -26,7 +26,14 @@ from cbd_trl.chain.hashes import sha256_of
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer, lacks_tokenizer, text_tokenizer, tokenizer_difference
 from cbd_trl.tensor_header import read_header
-from cbd_trl.utils.modeling import check_no_adapter, check_plain, load_causal_lm, text_config, text_model
+from cbd_trl.utils.modeling import (
+    check_checkpoint,
+    check_no_adapter,
+    check_plain,
+    load_causal_lm,
+    text_config,
+    text_model,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -107,9 +114,12 @@ class Source:
         Weights are read only where the config has the head tied and there is one among the tensors all the same.
 
         Raises:
-            ValueError: no chain can be made of it.
+            ValueError: no chain can be made of it, or a folder's tensors are not those of its config.
         """
         stated = describe(self.config())
+        if isinstance(self.place, str | Path) and Path(self.place).is_dir():
+            # Of a model on the Hub only loading it tells.
+            check_checkpoint(self.place, role=self.role)
         if isinstance(self.place, PreTrainedModel):
             return architecture_of(text_model(self.place))
         if stated.tied and self._has_tensor(f"{stated.family.head}.weight", stated.family.file_names):

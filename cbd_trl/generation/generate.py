@@ -88,10 +88,10 @@ def generate_completions(
     state = PartialState(cpu=use_cpu)
     decoding = decoding or DecodingConfig()
     source = _source(model, model_init_kwargs)
-    if isinstance(source.place, str):
-        check_checkpoint(source.place, role=source.role, **(model_init_kwargs or {}))
     tokenizer = text_tokenizer(processing_class) or _find_tokenizer(source)
     prompts = Prompts(dataset, tokenizer, prompt_tokens)
+    if isinstance(source.place, str):
+        check_checkpoint(source.place, role=source.role, **(model_init_kwargs or {}))
     total = len(prompts) * decoding.num_return_sequences
     shown = state.is_main_process and not disable_tqdm
     with progress_shown(shown):

@@ -120,11 +120,11 @@ class DistillTrainer(StepTrainer):
         check_arguments(args, self._config, kwargs)
         check_best_metric(args, eval_dataset, kwargs.get("compute_metrics"))
         teacher_model = chosen_teacher(teacher_model, args)
-        check_named_teachers(teacher_model, args)
         formatted = kwargs.get("formatting_func") is not None
         if train_dataset is not None:
             train_dataset = sft_dataset(train_dataset, "train_dataset", args, formatted=formatted)
         eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args, formatted=formatted)
+        check_named_teachers(teacher_model, args)
         student_name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", None)
         named = isinstance(model, str)
         if isinstance(model, str):
