@@ -152,7 +152,9 @@ def _ends(member: Member) -> list[int]:
     generation: Any = getattr(source.place, "generation_config", None)
     if not isinstance(source.place, PreTrainedModel):
         with suppress(OSError):
-            generation = GenerationConfig.from_pretrained(source.place, revision=source.revision, token=source.token)
+            generation = GenerationConfig.from_pretrained(
+                source.place, revision=source.revision or "main", token=source.token
+            )
     if generation is None:
         generation = member.architecture.config.get_text_config()
     return listed(generation.eos_token_id)
