@@ -69,21 +69,23 @@ class Source:
         return str(self.place.config._name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
 
     def fingerprint(self) -> str | None:
-        """sha256 of the weights of a model in memory or in a folder, whose name may say nothing; None for a Hub id."""
-        digest = hashlib.sha256()
+        """sha256 of the weights of a model in memory, whose name may say nothing; None for a path or a Hub id."""
         if not isinstance(self.place, PreTrainedModel):
-            files = sorted(Path(self.place).glob("*.safetensors"))
-            for file in files:
-                digest.update(sha256_of(file).encode())
-            return digest.hexdigest() if files else None
+            return None
+        digest = hashlib.sha256()
         for key, tensor in sorted(self.place.state_dict().items()):
             digest.update(key.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What tells it from another, as chain.json has it: no path, since that goes where the chain goes."""
-        return {"source": readable_name(self.name) or "", "fingerprint": self.fingerprint()}
+        """What tells it from another, as chain.json has it: of a folder its name and the hash of its weights, no path,
+        since that goes where the chain goes."""
+        name = readable_name(self.name) or ""
+        if not isinstance(self.place, PreTrainedModel) and (files := sorted(Path(self.place).glob("*.safetensors"))):
+            hashes = "".join(map(sha256_of, files))
+            name += f"@{hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
+        return {"source": name, "fingerprint": self.fingerprint()}
 
     def origin(self) -> Origin:
         """What its card says of it; asked for once it was loaded."""

@@ -192,7 +192,7 @@ def collect_statistics(
 
     device = next(model.parameters()).device
     tokens = 0
-    sites = [*architecture.sites, *over_outputs.values()]
+    sites: list[Site | OutputNorm] = [*architecture.sites, *over_outputs.values()]
     with own_forward(model), in_eval_mode(model), watched(model, architecture, sites, add):
         for batch in batches:
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}

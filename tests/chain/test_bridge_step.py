@@ -226,8 +226,8 @@ def test_both_sides_as_they_are_saved(tmp_path: Path) -> None:
     options = {"source": tmp_path / "source", "processing_class": None, "args": chain_config(max_steps=1)}
     chain = build_bridged(tmp_path / "chain", bridge=BridgeStep(str(tmp_path / "zero"), args=args), **options)
     told = chain.source.training
-    assert (told["source"], len(told["fingerprint"])) == ("source", 64)
-    assert (told["bridge"]["student"], len(told["bridge"]["student_fingerprint"])) == ("zero", 64)
+    assert told["source"].startswith("source@") and told["fingerprint"] is None
+    assert told["bridge"]["student"].startswith("zero@") and told["bridge"]["student_fingerprint"] is None
     assert told["bridge"]["source_tokenizer"] == tokenizer_hash(teachers_tokenizer())
     assert chain.tokenizer().get_vocab() == students_tokenizer().get_vocab()
     # Without text of its own, the chain's.

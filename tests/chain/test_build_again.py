@@ -187,6 +187,13 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
     assert steps == []
     with pytest.raises(ValueError, match=r"a chain of another source .*one.*asked for: .*two"):
         build(tmp_path / "chain", tmp_path / "two", CHAIN_ANCHORS[:1], args=args)
+    # By what it is, and not where it lies.
+    moved = shutil.copytree(tmp_path / "one", tmp_path / "elsewhere" / "one")
+    build(tmp_path / "chain", moved, CHAIN_ANCHORS[:1], args=args)
+    assert steps == []
+    tiny_model("llama", seed=3, tie_word_embeddings=True, num_hidden_layers=6).save_pretrained(moved)
+    with pytest.raises(ValueError, match=r"a chain of another source .*one@.*asked for: .*one@"):
+        build(tmp_path / "chain", moved, CHAIN_ANCHORS[:1], args=args)
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,7 @@ def test_folders_keep_their_dtype_and_their_tokenizer(tmp_path):
         tiny_tokenizer().save_pretrained(tmp_path / name)
     chain = make(tmp_path / "chain", [tmp_path / "a", str(tmp_path / "b")], processing_class=None)
     assert [anchor.dtype for anchor in chain.anchors] == ["bfloat16"] * 2
-    assert [anchor.training["source"] for anchor in chain.anchors] == ["a", "b"]
-    assert len({anchor.training["fingerprint"] for anchor in chain.anchors}) == 2
+    assert [anchor.training["source"].partition("@")[0] for anchor in chain.anchors] == ["a", "b"]
     assert chain.tokenizer().chat_template == tiny_tokenizer().chat_template
 
 

@@ -85,6 +85,16 @@ def test_a_model_that_was_trained_here_is_copied_with_its_weights(how, tmp_path)
         assert torch.equal(logits(one), _reloaded(one, tmp_path / "made"))
 
 
+def test_a_copy_with_its_adapter_computes_with_both(tmp_path):
+    adapter = {"self_distillation": True, "peft_config": LoraConfig(r=2, target_modules="all-linear")}
+    trainer = make_trainer(student=tiny_model("llama", seed=1, num_hidden_layers=2), **adapter)
+    trainer.train()
+    copied = copy.deepcopy(trainer.model).eval()
+    randomise(copied, seed=7)
+    expected = _reloaded(copy.deepcopy(copied).merge_and_unload(), tmp_path)
+    torch.testing.assert_close(logits(copied), expected, rtol=0, atol=float(1e-5 * expected.std()))
+
+
 def test_a_copy_that_nobody_here_made_is_measured_and_written_with_as_it_is(tmp_path):
     """TRL's forward on a deep copy computes with the weights of the first, which a stock call cannot tell."""
     first = _supervised(tiny_model("llama", seed=1, num_hidden_layers=2, vocab_size=300), str(tmp_path / "out"))
