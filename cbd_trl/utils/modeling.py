@@ -87,10 +87,9 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
         if (reason := _unreadable(place, options, error)) is not None:
             raise ValueError(f"{name} {reason}") from error
         raise
-    except NotImplementedError:
-        # A head that is to be tied and has another size than the table ends it before it is told: untied, it is.
-        model, info = _loaded(place, options | {"tie_word_embeddings": False, "device_map": "meta"})
-        _check_keys(model, info, name)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError):
+            _look_again(place, options, name)
         raise
     _check_keys(model, info, name)
     return model
@@ -254,6 +253,35 @@ def _loaded(place: str | Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
     return _auto_class(place, options).from_pretrained(place, **options)
 
 
+def _look_again(place: str | Path, options: Mapping[str, Any], name: str) -> None:
+    """Refuse by name what makes transformers fail before it tells.
+
+    That is a part of a quantized checkpoint that is missing, or a tied head of another size than the table.
+    """
+    config = _config(place, options)
+    tied, quantized = config.get_text_config().tie_word_embeddings, hasattr(config, "quantization_config")
+    for part in {id(one): one for one in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False
+        vars(part).pop("quantization_config", None)
+    plain = {key: value for key, value in options.items() if key != "quantization_config"}
+    with quiet():
+        model, info = _loaded(place, {**plain, "config": config, "device_map": "meta"})
+    if tied:
+        info["missing_keys"] -= _head_keys(model)
+    if quantized:
+        # Packed weights have other shapes, and other names beside that of their module.
+        stored = {key.rpartition(".")[0] for key in info["unexpected_keys"]}
+        missing = {key for key in info["missing_keys"] if key.rpartition(".")[0] not in stored}
+        info |= {"missing_keys": missing, "unexpected_keys": set(), "mismatched_keys": set()}
+    _check_keys(model, info, name)
+
+
+def _head_keys(model: Any) -> set[str]:
+    head = model.get_output_embeddings()
+    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return {key for key, parameter in model.named_parameters() if id(parameter) in of_head}
+
+
 def _config(place: str | Path, options: Mapping[str, Any]) -> PretrainedConfig:
     code = bool(options.get("trust_remote_code"))
     return AutoConfig.from_pretrained(place, trust_remote_code=code, **_where(options))
@@ -261,9 +289,9 @@ def _config(place: str | Path, options: Mapping[str, Any]) -> PretrainedConfig:
 
 def _auto_class(place: str | Path, options: Mapping[str, Any]) -> Any:
     """`AutoModelForCausalLM`; for a multimodal model that it does not know, the class that does."""
-    if options.get("gguf_file") is not None or "config" in options:
+    if options.get("gguf_file") is not None:
         return AutoModelForCausalLM
-    config = _config(place, options)
+    config = options.get("config") or _config(place, options)
     multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return AutoModelForImageTextToText
@@ -310,9 +338,7 @@ def _way_out(model: Any, missing: set[str], unknown: set[str], shapes: Collectio
     if prefixes:
         prefix = prefixes.most_common(1)[0][0]
         return f"The keys carry `{prefix}`: save the model inside the one that has this prefix."
-    head = model.get_output_embeddings()
-    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    if missing and missing <= {key for key, parameter in model.named_parameters() if id(parameter) in of_head}:
+    if missing and missing <= _head_keys(model):
         return (
             "It is a model without a head. Give one that was saved as a causal language model (or, if the head is the "
             "table, set tie_word_embeddings=true in its config.json)."

@@ -124,7 +124,8 @@ def test_a_shipped_name_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "has no model.safetensors" in shown.err
     assert shown.err.count("\n  - ") == 1
     (tmp_path / "source" / "model.safetensors").touch()
-    assert main(["build", "demo", *flags]) == 0
+    assert main(["build", "demo", *flags]) == 1
+    assert "a weight file that is damaged or cut off" in capsys.readouterr().err
     assert not (tmp_path / "chain").exists()
 
 

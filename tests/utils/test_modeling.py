@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import cbd_trl
-from cbd_trl.utils.modeling import check_no_adapter, check_plain, load_causal_lm
+from cbd_trl.utils.modeling import check_checkpoint, check_no_adapter, check_plain, load_causal_lm
 from tests.tiny import FAMILIES, tiny_model
 
 IDS = torch.arange(3, 15)[None]
@@ -217,3 +217,35 @@ def test_a_config_of_another_depth_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(ValueError, match=r"9 weights are not known to it: model\.layers\.3\."):
         load_causal_lm(tmp_path, role="student")
+
+
+def test_a_tied_head_of_another_size_is_refused_by_name(tmp_path) -> None:
+    twice = added(lm_head__weight=torch.ones(128, 32))
+    folder = rewritten(tiny_model("llama", tie_word_embeddings=True), tmp_path / "resized", twice)
+    for look in (load_causal_lm, check_checkpoint):
+        with pytest.raises(ValueError, match=r"another shape: lm_head\.weight \(\[128, 32\], not \[64, 32\]\)"):
+            look(folder, role="source")
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, {"load_in_8bit": True}])
+def test_a_quantized_checkpoint_is_held_to_the_same(tmp_path, bits) -> None:
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 64, "num_attention_heads": 2}
+    model = tiny_model("llama", num_key_value_heads=2, **wide)
+    model.save_pretrained(tmp_path / "plain")
+    options = {"role": "teacher", "quantization_config": BitsAndBytesConfig(**bits)}
+    packed = load_causal_lm(tmp_path / "plain", **options)
+    packed.save_pretrained(tmp_path / "packed")
+    check_checkpoint(tmp_path / "packed", role="teacher")
+    with torch.no_grad():
+        loaded = load_causal_lm(tmp_path / "packed", role="teacher")
+        assert torch.allclose(loaded(IDS).logits, packed(IDS).logits, atol=1e-2 * packed(IDS).logits.std().item())
+    for lost in (DOWN, "lm_head.weight"):
+        folder = rewritten(packed, tmp_path / lost, lambda state, lost=lost: without(*matching(state, lost))(state))
+        with pytest.raises(ValueError, match=rf"1 weights are missing: {re.escape(lost)}"):
+            load_causal_lm(folder, role="teacher")
+
+
+def matching(state, key):
+    """A weight and what its format stores beside it."""
+    return [one for one in state if one.startswith(key.removesuffix("weight"))]
