@@ -374,7 +374,7 @@ def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats
     for column in (*columns, "chat_template_kwargs"):
         if column in row and row[column] is None:
             raise ValueError(_missing(number, column, name))
-    if any(isinstance(row[column], list) and not row[column] for column in columns):
+    if any(row[column] == [] for column in columns if column in _TEXTS):
         if _is_main_process():
             logger.warning_once(f"There are empty chats in {name}, a stream: they are skipped.")
         return False
@@ -459,7 +459,7 @@ def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Data
             values = batch[column]
             if values.null_count:
                 raise ValueError(_missing(number + pc.index(pc.is_null(values), True).as_py(), column, name))
-            if column in columns and (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+            if column in _TEXTS and (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
                 bare |= pc.equal(pc.list_value_length(values), 0).to_numpy()
                 if (row := _row_without_role(values)) is not None:
                     raise ValueError(

@@ -61,6 +61,7 @@ READ: dict[str, tuple[dict[str, list[Any]], dict[str, Any]]] = {
     "cut": ({"messages": CHATS}, {"max_length": 5}),
     "cut in front": (TEXT, {"max_length": 2, "truncation_mode": "keep_end"}),
     "tokens": ({"input_ids": [[7, 8, 9, 10], [11, 2]]}, {"max_length": 3}),
+    "tokens, and a row of none": ({"input_ids": [[7, 8], [], [11, 2]]}, {"max_length": None}),
 }
 
 
