@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from cbd_trl.utils.blocks import prefix_ids
+
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
@@ -18,12 +20,14 @@ def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
     Returns:
         the answer on one line, special tokens left out.
     """
+    start: list[int] = []
     if getattr(tokenizer, "chat_template", None):
         turns = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     else:
-        text = prompt
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
+        # A template writes what begins a text itself.
+        text, start = prompt, prefix_ids(tokenizer)
+    ids = torch.tensor([[*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]], device=model.device)
     output = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
