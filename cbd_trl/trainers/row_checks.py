@@ -104,7 +104,7 @@ def check_before_preparing(
 
     Args:
         dataset: as given, not prepared.
-        eval_dataset: likewise, or None.
+        eval_dataset: likewise, or a dict of them, or None.
         args: of the run.
         tokenizer: of the data.
         config: of the model that reads the rows.
@@ -120,7 +120,8 @@ def check_before_preparing(
     if completions is None:
         completions = {"prompt", "completion"} <= set(next(iter(dataset)))
     positions = learned_positions_of(config)
-    for name, rows in {"training": dataset, "eval": eval_dataset}.items():
+    evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}
+    for name, rows in {"training": dataset, **evaluated}.items():
         if rows is None:
             continue
         check_end_token(rows, tokenizer, args, name)
