@@ -78,8 +78,8 @@ class TokenCounter(TrainerCallback, ExportableState):
         """Forget an attempt that was given up, and continue the count of the checkpoint, if there is one."""
         self.tokens, self.terms, self.loss = self._before, TokenMeter(), 0.0
         # Of a run that does not resume, the state holds what there was when it was made.
-        saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
-        if isinstance(saved, dict):
+        callbacks: Any = state.stateful_callbacks if state.global_step else {}
+        if saved := callbacks.get(type(self).__name__):
             self.tokens = saved["attributes"]["tokens"]
 
 

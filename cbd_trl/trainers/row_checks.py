@@ -103,7 +103,7 @@ def check_before_preparing(
 
     Args:
         dataset: as given, not prepared.
-        eval_dataset: likewise, or None.
+        eval_dataset: likewise, or a dict of them, or None.
         args: of the run.
         tokenizer: of the data.
         config: of the model that reads the rows.
