@@ -40,7 +40,8 @@ class BridgeStep:
         model: anchor zero before it is trained, of a family that chains are built from: a model, a path or a Hub id.
             A new one, or one with a transplanted vocabulary; it is not changed. Where a run may be interrupted it is
             the same each time: saved, or made with a seed.
-        processing_class: its tokenizer; by default the one it was saved with.
+        processing_class: its tokenizer; by default the one it was saved with. Of a transplanted vocabulary that of
+            `carry_over_special_tokens`.
         args: arguments of the training, among them `model_init_kwargs` to load `model` with; by default those of
             `BridgeDistillConfig`.
         dataset: text of its own, which calibrates it too; by default the chain's.

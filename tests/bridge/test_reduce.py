@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cbd_trl.bridge import Reduction, reduce_vocabulary
 from cbd_trl.bridge.reduce import bytes_per_token, train_smaller_tokenizer
 from cbd_trl.bridge.token_bytes import token_bytes
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import SPECIAL, TRICKY, corpus, make_tokenizer
 from tests.tiny import tiny_model
 
@@ -135,7 +136,7 @@ def test_of_many_added_tokens_those_that_are_used_are_kept_and_the_size_is_reach
         assert repr(token) == repr(flags[token.content])
     new.save_pretrained(tmp_path / "new")
     again = AutoTokenizer.from_pretrained(tmp_path / "new")
-    assert again.get_vocab() == now
+    assert again.get_vocab() == now and tokenizer_hash(again) == tokenizer_hash(new)
     for text in [*TRICKY, "a<hr>\n\n\n\n<table> \n", *texts[:2]]:
         for reader in (new, again):
             found = reader(text)["input_ids"]

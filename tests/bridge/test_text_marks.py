@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cbd_trl.bridge import carry_over_special_tokens, match_vocabularies, transplant_vocabulary
 from cbd_trl.bridge.reader import marks_around
+from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import TRICKY, letters, make_tokenizer
 from tests.tiny import tiny_model
 
@@ -60,6 +61,7 @@ def test_a_text_gets_what_the_old_tokenizer_adds(
         pair = [reader(text, add_special_tokens=False)["input_ids"] for text in ("ba", "to")]
         ids = reader.convert_tokens_to_ids
         assert reader("ba", "to")["input_ids"] == [t for part in pair for t in (*ids(front), *part, *ids(behind))]
+    assert tokenizer_hash(AutoTokenizer.from_pretrained(tmp_path)) == tokenizer_hash(made)
     if beside:
         assert made("  ba", return_offsets_mapping=True, add_special_tokens=False) == new(
             "  ba", return_offsets_mapping=True, add_special_tokens=False
