@@ -1,6 +1,7 @@
 """What a build shows of its phases where there is no terminal."""
 
 import pytest
+from datasets import concatenate_datasets
 
 from cbd_trl import build_chain
 from cbd_trl.utils.progress import Ticker
@@ -29,7 +30,12 @@ def test_every_phase_of_a_build_is_shown_unless_disable_tqdm_says_no(silent, tmp
     monkeypatch.setattr(Ticker, "due", lambda self: True)
     source = full_model("llama", tied=False, **depth_of("llama", 6)).float()
     args = chain_config(max_steps=2, save_strategy="no", disable_tqdm=silent, logging_steps=100)
-    how = {"dataset": chain_rows(), "args": args, "processing_class": tiny_tokenizer(), "calibration_tokens": 512}
+    how = {
+        "dataset": concatenate_datasets([chain_rows()] * 8),
+        "args": args,
+        "processing_class": tiny_tokenizer(),
+        "calibration_tokens": 512,
+    }
     capsys.readouterr()
     build_chain(source, [depth_of("llama", 4)], output_dir=tmp_path / "chain", **how)
     said = capsys.readouterr()
