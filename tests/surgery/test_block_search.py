@@ -98,7 +98,8 @@ def test_a_sample_of_the_positions_leads_to_the_same_blocks(family, depth, monke
 
 
 def test_memory_does_not_grow_with_the_logits(monkeypatch):
-    """64 positions: all logits would be 64 x 4,096 numbers; 16 rows of them are held."""
+    """64 positions: all logits would be 64 x 4,096 numbers; a chunk of 16 rows and the sample's 16 are held."""
+    monkeypatch.setattr(block_search, "_SAMPLE", 16)
     monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", {"cpu": 16 * 4096})
     model = full_model("llama", tied=False, num_hidden_layers=4, vocab_size=4096)
     held_out = {"input_ids": torch.randint(0, 4096, (2, 32))}
