@@ -27,8 +27,9 @@ def carry_over_special_tokens(
     """A copy of a tokenizer that adds to a text the special tokens that another one adds.
 
     A model that has read every text behind BOS is lost without: Gemma 3 270M, given the vocabulary of SmolLM2, whose
-    tokenizer adds nothing, has twice the loss. What the new tokenizer adds and the old one does not is left out. Where
-    chats of the old template begin with them, or there is none, the new template writes them in front.
+    tokenizer adds nothing, has 5.8 nats a token instead of 3.1. What the new tokenizer adds and the old one does not
+    is left out. Where chats of the old template begin with them, or there is none, the new template writes them in
+    front.
 
     Args:
         old_tokenizer: the model's.
@@ -70,8 +71,8 @@ def warn_of_other_marks(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBa
         return
     ours, theirs = (_names(tokenizer, marks_around(tokenizer)) for tokenizer in (old, new))
     logger.warning(
-        f"To a text the model's tokenizer adds {ours}, the new one {theirs}: a model predicts far worse "
-        "where texts do not begin as in its training (Gemma without BOS has twice the loss). Have the new one add the "
+        f"To a text the model's tokenizer adds {ours}, the new one {theirs}: a model predicts worse where texts do "
+        "not begin as in its training, far worse where BOS is missing that was always there. Have the new one add the "
         "same before the transplant, and train with that one and save it: new_tokenizer = "
         "cbd_trl.bridge.carry_over_special_tokens(old_tokenizer, new_tokenizer)."
     )
