@@ -41,7 +41,7 @@ def side(weights, architecture):
 def matched(upper, lower):
     """The match of two (weights, architecture), with the upper layers beside the lower ones and both sides."""
     (upper_model, upper_side), (lower_model, lower_side) = side(*upper), side(*lower)
-    kept = spaced_layers(upper[1].depth, lower[1].depth)
+    kept = spaced_layers(upper[1].depth, lower[1].depth, upper[1].fits)
     cross = collect_cross_moments(upper_model, upper[1], lower_model, lower[1], kept, BATCHES)
     return match_models(upper_side, lower_side, cross, kept), kept, upper_side, lower_side
 
