@@ -19,9 +19,12 @@ def learned_positions(model: nn.Module) -> int | None:
     Returns:
         None for positions that are computed (rotary, ALiBi): there rows may be of any length.
     """
+    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # A tower for images has positions of its own.
+    decoder = inside.get_decoder() if hasattr(inside, "get_decoder") else inside
     tables = [
         module.num_embeddings - int(getattr(module, "offset", 0))
-        for name, module in model.named_modules()
+        for name, module in decoder.named_modules()
         if isinstance(module, nn.Embedding) and _NAMES & set(name.split("."))
     ]
     return min(tables, default=None)

@@ -97,6 +97,9 @@ def build_chain(
     steps = plan_chain(head.architecture, anchors, args, dataset)
     with _progress_of(args):
         done = finished_anchors(output_dir, head, steps)
+        if not done:
+            for one in head.sources:
+                one.check_weights()
         _check_texts(head, steps, done, eval_dataset)
         if len(done) <= len(steps):
             check_writable(output_dir)

@@ -75,6 +75,8 @@ def chain_from_anchors(
         raise ValueError(f"A chain needs two anchors or more, got {len(sources)}. Give models, paths or Hub ids.")
     tokenizer = sources[0].tokenizer_or(processing_class)
     members = plan_members(sources, tokenizer)
+    for source in sources:
+        source.check_weights()
     length = min(calibration_length(member.architecture.config) for member in members)
     text = token_blocks(dataset, tokenizer, calibration_tokens, length)
     with progress_shown(PartialState().is_local_main_process):

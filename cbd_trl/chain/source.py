@@ -116,17 +116,23 @@ class Source:
         Weights are read only where the config has the head tied and there is one among the tensors all the same.
 
         Raises:
-            ValueError: no chain can be made of it, or a folder's tensors are not those of its config.
+            ValueError: no chain can be made of it.
         """
         stated = describe(self.config())
-        if isinstance(self.place, str | Path) and Path(self.place).is_dir():
-            # Of a model on the Hub only loading it tells.
-            check_checkpoint(self.place, role=self.role)
         if isinstance(self.place, PreTrainedModel):
             return architecture_of(text_model(self.place))
         if stated.tied and self._has_tensor(f"{stated.family.head}.weight", stated.family.file_names):
             return architecture_of(self.model({"dtype": "auto"}))
         return stated
+
+    def check_weights(self) -> None:
+        """Refuse a folder whose tensors are not those of its config; of a model on the Hub only loading it tells.
+
+        Raises:
+            ValueError: see `check_checkpoint`.
+        """
+        if isinstance(self.place, str | Path) and Path(self.place).is_dir():
+            check_checkpoint(self.place, role=self.role)
 
     def _has_tensor(self, key: str, file_names: Mapping[str, str]) -> bool:
         """Whether its safetensors files list a tensor: those here, or else on the Hub."""

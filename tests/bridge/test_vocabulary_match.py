@@ -17,6 +17,7 @@ from cbd_trl.cache.fingerprints import tokenizer_fingerprint
 from cbd_trl.chain.tokenizer_hash import tokenizer_hash
 from cbd_trl.report.text import scored_bytes
 from cbd_trl.teachers.tokenizers import tokenizer_difference
+from cbd_trl.utils.blocks import TokenBlocks
 from tests.bridge.tokenizers_of_kinds import KINDS, corpus, letters, make_tokenizer
 from tests.tiny import tiny_model
 
@@ -142,7 +143,9 @@ def test_added_tokens_are_read_a_few_times_and_not_once_for_each_token(monkeypat
         "shared": lambda: SharedTokens.of(ours, theirs),
         "transplant": lambda: transplant_vocabulary(model, make_tokenizer("byte_level", 400), theirs),
         "reduce": lambda: reduce_vocabulary(model, make_tokenizer("byte_level", 400), corpus(), 350),
-        "bytes": lambda: scored_bytes(ours, torch.zeros(1, 2, dtype=torch.int64)),
+        "bytes": lambda: scored_bytes(
+            ours, TokenBlocks(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+        ),
         "difference": lambda: tokenizer_difference(ours, theirs, names=("a", "b")),
         "hash": lambda: tokenizer_hash(ours),
         "fingerprint": lambda: tokenizer_fingerprint(ours),

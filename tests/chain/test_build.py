@@ -244,7 +244,8 @@ def test_dtype(what, tmp_path):
     assert [anchor.dtype for anchor in chain.anchors] == [dtype] * 3
     assert from_chain(chain, config={"num_hidden_layers": 5}).dtype == getattr(torch, dtype)
     if what != "memory":
-        assert chain.anchors[0].training["source"] == str(tmp_path / "source")
+        # The folder's name alone: a path would go where the chain goes.
+        assert chain.anchors[0].training["source"].startswith("source@")
 
 
 def test_a_source_in_memory_is_left_as_it_was(tmp_path):

@@ -229,7 +229,7 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
         ),
         ({"processing_class": None}, r"No tokenizer could be loaded from the source .*Pass `processing_class`"),
         ({"dataset": Dataset.from_dict({"story": ["w1 w2"]})}, r"columns \['story'\], and none of the SFT formats"),
-        ({"dataset": Dataset.from_dict({"text": []})}, r"holds 0 tokens, too few to calibrate on"),
+        ({"dataset": Dataset.from_dict({"text": []})}, r"dataset is empty"),
         (
             {"anchors": [CHAIN_ANCHORS[0], {**CHAIN_ANCHORS[1], "dataset": Dataset.from_dict({"story": ["w1"]})}]},
             r"columns \['story'\], and none of the SFT formats",

@@ -181,7 +181,7 @@ def test_a_tokenizer_with_other_ids_than_the_models_own_is_refused(saved: Path, 
 @pytest.mark.parametrize("words", [WORDS, WORDS[:50], [*WORDS, "w54"]])
 def test_a_tokenizer_with_more_or_fewer_tokens_may_stand_for_the_models_own(words: list[str], saved: Path) -> None:
     given = tiny_tokenizer(words)
-    assert Source(saved).tokenizer_or(given) is given
+    assert Source(saved).tokenizer_or(given).get_vocab() == given.get_vocab()
 
 
 def test_a_folder_without_a_tokenizer_gives_no_empty_one(tmp_path: Path) -> None:
