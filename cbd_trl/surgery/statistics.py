@@ -169,6 +169,9 @@ def collect_statistics(
 ) -> Statistics:
     """Run calibration batches through a model and average the moments at every site.
 
+    What begins a text counts like any other token: of Gemma 3 270M, cut to four fifths, KL to the source is 1.54 nats
+    with `<bos>` in the moments and 2.61 without (docs/quality.md).
+
     Args:
         model: the causal LM described by `architecture`; put into eval mode for the run.
         batches: model inputs (`input_ids` (B, T), and `attention_mask` where there is padding); `labels` are ignored.
