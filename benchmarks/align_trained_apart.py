@@ -116,7 +116,7 @@ def trained(folder: Path, family: str, role: str, blocks: Tensor, steps: int) ->
 
 
 def _loss(model: PreTrainedModel, held_out: TokenBlocks) -> float:
-    return held_out_loss(model, held_out.input_ids, labels=held_out.labels)
+    return held_out_loss(model, held_out)
 
 
 def measure(chain: Chain, held_out: TokenBlocks) -> dict[str, Any]:

@@ -151,10 +151,7 @@ class Merit:
         if self.results.get(place) is None:
             model = build()
             with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
-                found = {
-                    text: held_out_loss(model, blocks.input_ids, labels=blocks.labels)
-                    for text, blocks in self.texts.items()
-                }
+                found = {text: held_out_loss(model, blocks) for text, blocks in self.texts.items()}
             print(name, {text: round(loss, 3) for text, loss in found.items()}, flush=True)
             found[MEAN] = sum(found.values()) / len(found)
             self.results.put(place, {"size": model.num_parameters(), **found})

@@ -137,10 +137,7 @@ def measure(
             model = make()
             seconds = time.perf_counter() - started
             with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                losses = {
-                    text: held_out_loss(model, blocks.input_ids, labels=blocks.labels)
-                    for text, blocks in texts.items()
-                }
+                losses = {text: held_out_loss(model, blocks) for text, blocks in texts.items()}
             print(what, {text: round(loss, 3) for text, loss in losses.items()}, f"{seconds:.1f} s", flush=True)
             results.put(name, {"num_parameters": model.num_parameters(), "seconds": seconds, "loss": losses})
         return results.get(name)

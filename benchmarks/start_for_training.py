@@ -103,10 +103,7 @@ class Benchmark:
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=not self.options.fp32):
-            return {
-                text: held_out_loss(model, blocks.input_ids, labels=blocks.labels)
-                for text, blocks in self.texts.items()
-            }
+            return {text: held_out_loss(model, blocks) for text, blocks in self.texts.items()}
 
     def run(self, name: str) -> None:
         """Make one start, train it, keep its curve."""

@@ -20,7 +20,7 @@ def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> flo
     """Loss of the target that `operator` makes, on calibration text: mean nats per predicted token."""
     weights, architecture = OPERATORS[operator](pair, plan)
     model = build_model(architecture, weights, torch.float32)
-    return held_out_loss(model, tokens.input_ids, labels=tokens.labels)
+    return held_out_loss(model, tokens)
 
 
 def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> tuple[str, Plan]:

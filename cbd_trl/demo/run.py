@@ -111,7 +111,7 @@ class Demo:
         return prepare_source(self.output / "source", self.wheel)
 
     def _evaluate(self, model: PreTrainedModel) -> float:
-        return held_out_loss(_on(model, self.device), self.blocks.input_ids, labels=self.blocks.labels)
+        return held_out_loss(_on(model, self.device), self.blocks)
 
     def _predict(self, folder: Path) -> Clock:
         """The clock, set by timing the source on the held-out tokens."""

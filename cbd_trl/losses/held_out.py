@@ -14,19 +14,22 @@ from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.losses.fused import logits_in_blocks
 from cbd_trl.losses.head import Head
 from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
+from cbd_trl.utils.blocks import TokenBlocks
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4, labels: Tensor | None = None) -> float:
+def held_out_loss(
+    model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_size: int = 4, labels: Tensor | None = None
+) -> float:
     """Compute the mean cross-entropy of the tokens of the blocks, each block's first one excepted.
 
     The head runs on some hundred positions at a time: memory does not grow with batch_size x T x vocabulary.
 
     Args:
         model: a causal language model, or one with adapters; its train or eval mode is as it was afterwards.
-        blocks: (N, T) int64 token ids, no padding.
+        blocks: text, with what of it is scored; or (N, T) int64 token ids, no padding.
         batch_size: blocks in one forward pass.
-        labels: (N, T) int64, the blocks with -100 where a token is read but not scored; None to score them all.
+        labels: (N, T) int64, token ids with -100 where one is read but not scored; None to score them all.
 
     Returns:
         nats per scored token.
@@ -35,6 +38,8 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor, batch_size: int = 4, l
         ValueError: if there is nothing to predict, labels have another shape, or the model's logits are not a plain
             head of its last hidden state.
     """
+    if isinstance(blocks, TokenBlocks):
+        blocks, labels = blocks.input_ids, blocks.labels
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise ValueError(
             f"blocks has shape {tuple(blocks.shape)}, wanted (N, T) with N >= 1 and T >= 2: each block's first token "

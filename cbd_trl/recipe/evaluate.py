@@ -38,7 +38,7 @@ def evaluate_chain(
     """
 
     def loss(model: PreTrainedModel) -> float:
-        return held_out_loss(model.to(device), blocks.input_ids, labels=blocks.labels)
+        return held_out_loss(model.to(device), blocks)
 
     with Progress("measuring") as bar:
         report = sweep(
