@@ -25,7 +25,7 @@ def run(capsys, *flags):
 
 def test_many_sizes_in_one_pass(chain_folder, sizes, tmp_path, capsys):
     flags = [chain_folder, "--sizes", ",".join(sizes), "--tolerance", 0.1, "--output", tmp_path / "models"]
-    code, shown, err = run(capsys, *flags)
+    code, shown, _ = run(capsys, *flags)
     assert code == 0 and "Kept" not in shown
     folders = sorted(path.name for path in (tmp_path / "models").iterdir())
     assert len(folders) == 2 and all(name.endswith("K") for name in folders)

@@ -21,4 +21,4 @@ def test_too_little_text_is_refused(tokenizer):
 def test_rows_of_any_format_are_read_as_in_training(tokenizer):
     chat = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
     blocks = held_out_blocks(tokenizer, [{"messages": chat}] * 2, length=6, count=2)
-    assert blocks.tolist() == [[4, 7, 2, 5, 8, 2]] * 2
+    assert blocks.input_ids.tolist() == [[4, 7, 2, 5, 8, 2]] * 2

@@ -36,7 +36,7 @@ def test_the_card_that_is_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     card, history = ModelCard(Hub.uploaded), trainer.state.log_history
     assert card.data.to_dict() == {
         "library_name": "transformers", "pipeline_tag": "text-generation", "model_name": "small",
-        "datasets": ["org/rows"], "tags": ["cbd_trl", "distillation", "generated_from_trainer", "distill"],
+        "datasets": ["org/rows"], "tags": ["cbd_trl", "distillation", "generated_from_trainer", "trl", "distill"],
     }  # fmt: skip
     for part in (
         "| student | a model made in memory (LlamaForCausalLM, ",
