@@ -39,7 +39,8 @@ def held_out_loss(
             head of its last hidden state.
     """
     if isinstance(blocks, TokenBlocks):
-        blocks, labels = blocks.input_ids, blocks.labels
+        labels = blocks.labels
+        blocks = blocks.input_ids
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise ValueError(
             f"blocks has shape {tuple(blocks.shape)}, wanted (N, T) with N >= 1 and T >= 2: each block's first token "
