@@ -83,7 +83,7 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
         options["use_safetensors"] = True
     try:
         model, info = _loaded(place, options)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
         if (reason := _unreadable(place, options, error)) is not None:
             raise ValueError(f"{name} {reason}") from error
         raise
@@ -363,6 +363,10 @@ def _unreadable(place: str | Path, options: Mapping[str, Any], error: Exception)
     again = "Fetch or save it again."
     if isinstance(error, SafetensorError):
         return f"has a weight file that is damaged or cut off ({error}). {again}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"has an index of its weight files that is no JSON ({error}). {again}"
+    if "is not a valid JSON file" in str(error):
+        return f"has a config.json that is no JSON. {again}"
     folder = Path(place) / (options.get("subfolder") or "")
     if isinstance(error, FileNotFoundError):
         lost = os.path.basename(str(error.filename or str(error).rsplit(" ", 1)[-1]))

@@ -107,6 +107,13 @@ def lose_a_shard(folder) -> None:
     os.remove(folder / "model-00002-of-00003.safetensors")
 
 
+def index_cut_off(folder) -> None:
+    shutil.rmtree(folder)
+    tiny_model("llama").save_pretrained(folder, max_shard_size="60KB")
+    file = folder / "model.safetensors.index.json"
+    file.write_text(file.read_text()[:-20])
+
+
 def cut_off(folder) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-500])
@@ -125,6 +132,8 @@ def only_gguf(folder) -> None:
     ("damage", "said"),
     [
         (lose_a_shard, "lost a weight file that its index names: model-00002-of-00003.safetensors"),
+        (index_cut_off, r"an index of its weight files that is no JSON \("),
+        (lambda folder: (folder / "config.json").write_text("{"), "has a config.json that is no JSON"),
         (cut_off, "a weight file that is damaged or cut off"),
         (only_pickles, r"no model.safetensors but pytorch_model.bin.*use_safetensors=False\).save_pretrained"),
         (only_gguf, r"no model.safetensors but model-q8_0.gguf.*gguf_file="),
