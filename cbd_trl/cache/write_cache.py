@@ -23,7 +23,7 @@ from cbd_trl.losses.head import Head
 from cbd_trl.names import readable_name
 from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
-from cbd_trl.utils.modeling import check_checkpoint, load_causal_lm
+from cbd_trl.utils.modeling import check_checkpoint, check_writes, load_causal_lm
 from cbd_trl.utils.progress import Progress, progress_shown
 
 
@@ -81,6 +81,8 @@ def write_cache(
     dataset = sft_dataset(dataset, "dataset", args)
     if isinstance(teacher, str):
         check_checkpoint(teacher, role="teacher", adapters=True, **(model_init_kwargs or {}))
+    else:
+        check_writes(teacher, "teacher")
     rows = prepared_rows(dataset, tokenizer, args)
     model = _load(teacher, model_init_kwargs, args)
     with in_eval_mode(model):

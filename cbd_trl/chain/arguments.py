@@ -86,6 +86,8 @@ MEASURED = (
 )
 _FOLLOWS_A_MEASURE = ("reduce_lr_on_plateau", "greedy")
 _EXCLUDED = frozenset(name for names in NOT_RECORDED.values() for name in names)
+# What a tokenizer's chat template and tokens are in.
+_TOKENIZER_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
 # Of options that a model is loaded with: secrets, and where it is kept.
 _NOT_OF_THE_MODEL = (
     "token",
@@ -168,10 +170,14 @@ def loading_options(options: Mapping[str, Any] | str | None) -> str | None:
 
 
 def template_record(path: str | None) -> str | None:
-    """A chat template as a record has it: what a file says, and not where it lies."""
+    """A chat template as a record has it: what a file, or a tokenizer in a folder, says, and not where it lies."""
     if path is None or not Path(path).exists():
         return path
-    return Path(path).name if Path(path).is_dir() else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    files = [Path(path) / name for name in _TOKENIZER_FILES] if Path(path).is_dir() else [Path(path)]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    return digest.hexdigest()
 
 
 def _recorded(args: DistillConfig, name: str) -> int | float | str | None:

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
 
 from cbd_trl.utils.blocks import prefix_ids
-from cbd_trl.utils.datasets import sft_dataset, text_columns
+from cbd_trl.utils.datasets import is_of_template, sft_dataset, text_columns
 
 # What TRL hands to the chat template beside the messages.
 _OF_TEMPLATE = ("tools", "chat_template_kwargs")
@@ -182,7 +181,9 @@ class Prompts:
         options = {"tools": tools, **extras.get("chat_template_kwargs", {})}
         try:
             return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
-        except TemplateError as error:
+        except Exception as error:
+            if not is_of_template(error):
+                raise
             raise ValueError(f"Row {number}: the teacher's chat template cannot read it ({error}).") from error
 
     def _encode(self, text: str, **options: Any) -> Any:

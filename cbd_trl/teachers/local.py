@@ -17,7 +17,7 @@ from cbd_trl.losses.signals import HiddenSignal, MixtureSignal
 from cbd_trl.names import readable_name
 from cbd_trl.remote_code import name_remote_code
 from cbd_trl.teachers.batch import Batch
-from cbd_trl.utils.modeling import load_causal_lm
+from cbd_trl.utils.modeling import check_writes, load_causal_lm
 
 
 def load_teacher(
@@ -77,7 +77,7 @@ def load_teacher(
             "such as `copy.deepcopy(model)`, or set self_distillation=True to learn from the student's own base."
         )
     teacher = _without_wrapper(teacher)
-    _check_writes(teacher)
+    check_writes(teacher, "teacher")
     teacher.eval()
     teacher.requires_grad_(False)
     open_forward(teacher)
@@ -95,19 +95,6 @@ def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
             "or 8 bits: pip install 'cbd-trl[quantized]'; or leave `quantization_config` out of "
             "teacher_model_init_kwargs and load it whole."
         ) from error
-
-
-def _check_writes(teacher: Any) -> None:
-    """Refuse a model that does not say what the next token of a text is."""
-    head = getattr(teacher, "get_output_embeddings", lambda: None)()
-    if head is None or getattr(teacher.config, "is_encoder_decoder", False):
-        reason = (
-            "has no head over the vocabulary" if head is None else "writes an answer to a text, not its next token"
-        )
-        raise ValueError(
-            f"The teacher is a {type(teacher).__name__}, which {reason}: there are no logits to learn from. Give a "
-            "causal language model, such as `AutoModelForCausalLM` loads."
-        )
 
 
 def _without_wrapper(teacher: Any) -> PreTrainedModel:

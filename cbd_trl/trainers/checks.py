@@ -1,5 +1,6 @@
 """What `DistillTrainer` refuses, before a token is trained on."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
@@ -66,14 +67,20 @@ def check_places(trainer: str, **given: Any) -> None:
         TypeError: naming the place, what it got, and where that belongs.
     """
     for name, value in given.items():
+        rows = isinstance(value, list | tuple) and any(isinstance(row, Mapping) for row in value)
         for right, (kind, types) in _PLACES.items():
-            if isinstance(value, types) and right != _KIND_OF.get(name, name):
+            if (isinstance(value, types) or (rows and right == "train_dataset")) and right != _KIND_OF.get(name, name):
                 second = ": the second place is the teacher's" if name == "teacher_model" else ""
                 raise TypeError(
                     f"{name} of {trainer} is a {type(value).__name__}, {kind}{second}. Pass it as `{right}`, such as "
                     f"{trainer}(model, teacher_model=teacher, args=args, train_dataset=dataset, "
                     "processing_class=tokenizer)."
                 )
+    if not isinstance(given["model"], str | nn.Module):
+        raise TypeError(
+            f"model of {trainer} is a {type(given['model']).__name__}: it must be a causal language model, or the "
+            "path or Hub id of one, as a string."
+        )
 
 
 def check_best_metric(args: DistillConfig, eval_dataset: Any, compute_metrics: Any) -> None:

@@ -45,7 +45,8 @@ from cbd_trl.trainers.teacher_setup import (
     read_from_cache,
     set_up_teacher,
 )
-from cbd_trl.utils.datasets import sft_dataset, sft_datasets
+from cbd_trl.utils.datasets import sft_dataset, sft_datasets, template_reads
+from cbd_trl.utils.modeling import check_writes
 
 
 class DistillTrainer(StepTrainer):
@@ -129,6 +130,8 @@ class DistillTrainer(StepTrainer):
         named = isinstance(model, str)
         if isinstance(model, str):
             model = load_student(model, args, kwargs.pop("quantization_config", None))
+        else:
+            check_writes(model, "student")
         if processing_class is None:
             processing_class = find_student_tokenizer(model, args, named)
         with student_loaded(model, args, named):
@@ -168,7 +171,11 @@ class DistillTrainer(StepTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         check_end_token(dataset, processing_class, args, dataset_name)
-        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        own = formatting_func is not None
+        with nullcontext() if own else template_reads(dataset, processing_class, args, f"the {dataset_name} dataset"):
+            prepared = super()._prepare_dataset(
+                dataset, processing_class, args, packing, formatting_func, dataset_name
+            )
         check_scored(prepared, args, dataset_name)
         return prepared
 

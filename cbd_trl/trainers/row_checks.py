@@ -12,7 +12,7 @@ from trl.data_utils import get_dataset_column_names, is_conversational_from_valu
 
 from cbd_trl.architectures.positions import check_positions, learned_positions_of
 from cbd_trl.losses.reduction import IGNORE_INDEX
-from cbd_trl.utils.datasets import as_stream, prepare
+from cbd_trl.utils.datasets import as_stream, prepare, template_reads
 
 # Rows whose lengths are read at a time.
 _ROWS = 10_000
@@ -120,7 +120,9 @@ def check_before_preparing(
         if rows is None:
             continue
         check_end_token(rows, tokenizer, args, name)
-        if not any(_is_scored(row["labels"]) for row in _prepared(rows, args, tokenizer)):
+        with template_reads(rows, tokenizer, args, f"the {name} dataset"):
+            scored = any(_is_scored(row["labels"]) for row in _prepared(rows, args, tokenizer))
+        if not scored:
             raise ValueError(_nothing_scored(args, name))
         if positions is not None and (args.max_length is None or args.max_length > positions):
             _check_each(_prepared(rows, args, tokenizer), positions, args, config.model_type, name)

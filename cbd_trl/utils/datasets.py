@@ -8,7 +8,9 @@ import copy
 import dataclasses
 import json
 import os
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,6 +66,8 @@ def sft_dataset(
     # Rows that a collator or a transform of the user's reads are theirs.
     if formatted or _is_prepared(args) or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         return dataset
+    dataset = _by_row(dataset)
+    first = next(iter(dataset))
     field = "text" if args is None else args.dataset_text_field
     columns = text_columns(first, name, field, prompts)
     others = [other for other in _TEXTS if other in first and other not in columns and other != field]
@@ -182,7 +186,13 @@ def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | Non
             tokenizer.chat_template = file.read()
     elif path is not None:
         # Of a model it changes the rows of the vocabulary alone.
-        clone_chat_template(_model_of_no_size(len(tokenizer)), tokenizer, path)
+        try:
+            clone_chat_template(_model_of_no_size(len(tokenizer)), tokenizer, path)
+        except OSError as error:
+            raise ValueError(
+                f"chat_template_path={path!r} is no .jinja file, and no folder or Hub id of a tokenizer that can be "
+                f"read: {error}"
+            ) from error
     return tokenizer
 
 
@@ -212,7 +222,8 @@ def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args:
     options: Any = _defaults() if args is None else copy.copy(args)
     # What is cut off, and what is left of a row, is decided by `cut_rows`.
     options.max_length = None
-    return prepare(dataset, tokenizer, options).select_columns(["input_ids"])
+    with template_reads(dataset, tokenizer, options, "the data set"):
+        return prepare(dataset, tokenizer, options).select_columns(["input_ids"])
 
 
 def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
@@ -261,15 +272,60 @@ def token_rows(
         n ids; of packed rows each by itself.
 
     Raises:
-        ValueError: see `prepared_rows`; or the chat template cannot read a row.
+        ValueError: see `prepared_rows`.
     """
     # A stream: rows are looked at and prepared one by one, without progress bars or files.
     stream = as_stream(_one_dataset(dataset, "dataset"))
+    rows = cut_rows(prepared_rows(stream, tokenizer, args), args)
+    while True:
+        with template_reads(stream, tokenizer, args, "the data set"):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row.tolist()
+
+
+@contextmanager
+def template_reads(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None, name: str
+) -> Iterator[None]:
+    """Refuse by its number the row that a chat template fails at.
+
+    Args:
+        dataset: from `sft_dataset`, which is prepared meanwhile.
+        tokenizer: of the data.
+        args: of the training; None for none.
+        name: of the data set, for messages.
+
+    Raises:
+        ValueError: there is such a row.
+    """
     try:
-        for row in cut_rows(prepared_rows(stream, tokenizer, args), args):
-            yield row.tolist()
-    except TemplateError as error:
-        raise ValueError(f"The chat template cannot read a row of the data set: {error}.") from error
+        yield
+    except Exception as error:
+        if tokenizer is None or not is_of_template(error):
+            raise
+        options: Any = _defaults() if args is None else copy.copy(args)
+        # Cutting reads ahead.
+        options.max_length, number = None, 0
+        with suppress(Exception):
+            for _ in prepare(as_stream(dataset), tokenizer, options):
+                number += 1
+        raise ValueError(
+            f"The chat template cannot read row {number} (from 0) of {name}: {error}. Convert the row to what the "
+            "template knows (a `content` that is None or a list of parts may be what it does not), leave it out, or "
+            "give another template (`chat_template_path`)."
+        ) from error
+
+
+def is_of_template(error: BaseException) -> bool:
+    """Whether an error was raised by a chat template, or inside one.
+
+    Args:
+        error: as it was caught.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, TemplateError) or (bool(frames) and frames[-1].filename == "<template>")
 
 
 def cut_rows(prepared: Iterable[Mapping[str, Any]], args: SFTConfig | None) -> Iterator[np.ndarray]:
@@ -335,8 +391,16 @@ def as_stream(dataset: Any) -> Any:
     """Read a data set row by row, with whatever format the user gave it."""
     if not isinstance(dataset, Dataset):
         return dataset
+    dataset = _by_row(dataset)
     formatted = dataset.format["type"] is not None or dataset.format["columns"] != dataset.column_names
     return IterableDataset.from_generator(lambda: iter(dataset)) if formatted else dataset.to_iterable_dataset()
+
+
+def _by_row(dataset: Any) -> Any:
+    """A data set whose rows are dicts, where it is set to be read as tables of pandas, Polars or Arrow."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] not in ("pandas", "polars", "arrow"):
+        return dataset
+    return dataset.with_format(None, columns=dataset.format["columns"])
 
 
 def _one_dataset(dataset: Any, name: str) -> Any:
@@ -392,6 +456,7 @@ def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name
         name: of the row.
     """
     if columns[0] == "input_ids":
+        _check_tokens(row, name)
         return
     if len({isinstance(row[column], list) for column in columns} | {chats}) > 1:
         raise ValueError(
@@ -411,6 +476,20 @@ def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name
             f"The column 'chat_template_kwargs' of {name} holds {_short(options)}, and must hold dicts. Read the text "
             "first, if it is JSON."
         )
+
+
+def _check_tokens(row: Mapping[str, Any], name: str) -> None:
+    token_ids = np.asarray(row["input_ids"])
+    if token_ids.ndim != 1 or (token_ids.size and (token_ids.dtype.kind not in "iu" or token_ids.min() < 0)):
+        raise ValueError(
+            f"The column 'input_ids' of {name} holds {_short(row['input_ids'])}, and must hold lists of token ids."
+        )
+    for column in ("labels", "completion_mask", "assistant_masks"):
+        if column in row and len(row[column]) != len(token_ids):
+            raise ValueError(
+                f"The column {column!r} of {name} has {len(row[column])} entries for {len(token_ids)} tokens: each "
+                "needs one."
+            )
 
 
 def _check_value(value: Any, column: str, name: str) -> None:

@@ -132,7 +132,7 @@ def check_plain(model: Any, role: str) -> None:
 
     Raises:
         TypeError: it is no model of transformers, such as one that `torch.compile` or a trainer wrapped.
-        ValueError: it has a PEFT adapter.
+        ValueError: it has a PEFT adapter, or no head.
     """
     if hasattr(model, "get_base_model") or _has_adapter_layers(model):
         raise ValueError(_merge(f"The {role} is a {type(model).__name__} with a PEFT adapter"))
@@ -143,6 +143,28 @@ def check_plain(model: Any, role: str) -> None:
         raise TypeError(
             f"The {role} is a {type(model).__name__}: it must be a model of transformers, the path of a folder with "
             f"config.json, or a Hub id.{inside}"
+        )
+    check_writes(model, role)
+
+
+def check_writes(model: Any, role: str) -> None:
+    """Refuse a model that does not say what the next token of a text is.
+
+    Args:
+        model: in memory.
+        role: what an error calls it.
+
+    Raises:
+        ValueError: it has no head, or is an encoder with a decoder.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(model.config, "is_encoder_decoder", False):
+        reason = (
+            "has no head over the vocabulary" if head is None else "writes an answer to a text, not its next token"
+        )
+        raise ValueError(
+            f"The {role} is a {type(model).__name__}, which {reason}: there are no logits to distil. Give a "
+            "causal language model, such as `AutoModelForCausalLM` loads."
         )
 
 

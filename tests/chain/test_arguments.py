@@ -18,6 +18,7 @@ from cbd_trl.chain.arguments import (
     check_chain_arguments,
     training_record,
 )
+from tests.tokenizer import tiny_tokenizer
 from tests.trainers.bridge_runs import make_bridge_config
 from tests.training import make_config
 
@@ -114,6 +115,16 @@ def test_no_secret_and_no_place_is_recorded(tmp_path: Any) -> None:
     assert "hf_secret" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
     template.write_text("{{ messages | upper }}")
     assert changed_arguments(record, training_record(args)) == ["chat_template_path"]
+
+
+def test_a_template_in_a_folder_is_what_the_folder_says(tmp_path: Any) -> None:
+    tokenizer, records = tiny_tokenizer(), []
+    for folder, template in (("a/tokenizer", "{{ 1 }}"), ("b/tokenizer", "{{ 2 }}"), ("moved", "{{ 1 }}")):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / folder)
+        records.append(training_record(make_config(chat_template_path=str(tmp_path / folder))))
+    assert changed_arguments(records[0], records[1]) == ["chat_template_path"]
+    assert changed_arguments(records[0], records[2]) == []
 
 
 @pytest.mark.parametrize(

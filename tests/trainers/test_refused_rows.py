@@ -159,6 +159,8 @@ ARGS, ROWS, TOKENIZER, MODEL = make_config(), text_rows(), tiny_tokenizer(), tin
         ((MODEL, MODEL, ARGS, ROWS, None, MODEL), "processing_class of .*as `model`"),
         ((ROWS,), "model of .*as `train_dataset`"),
         ((MODEL, TOKENIZER), "teacher_model of .*as `processing_class`"),
+        ((MODEL, [{"text": "w1"}]), "teacher_model of .* is a list, a dataset.*as `train_dataset`"),
+        ((None, MODEL), "model of .* is a NoneType: it must be a causal language model"),
     ],
 )
 @pytest.mark.parametrize("trainer", [DistillTrainer, BridgeDistillTrainer])

@@ -11,10 +11,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl import SFTTrainer
 
+from cbd_trl.trainers.row_checks import check_before_preparing
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset, token_rows, training_tokenizer
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
-from tests.training import make_config
+from tests.training import make_config, make_trainer
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{% for tool in tools %}{{ tool['function']['name'] }} {% endfor %}{% endif %}"
@@ -127,6 +128,10 @@ USABLE: dict[str, tuple[Any, Any]] = {
         [{"messages": CHATS[0]}, {"messages": CHATS[1], "tools": TOOLS[0]}],
         {"messages": CHATS, "tools": [None, TOOLS[0]]},
     ),
+    "rows read as tables of pandas": (
+        Dataset.from_dict({"messages": CHATS}).with_format("pandas"),
+        {"messages": CHATS},
+    ),
     "a prompt beside chats": (
         Dataset.from_dict({"prompt": ["w1 w2", "w4"], "messages": CHATS}),
         {"messages": CHATS},
@@ -159,7 +164,7 @@ def test_what_trl_would_stumble_over_is_read(name: str) -> None:
     expected = _trained(Dataset.from_dict(same), _tokenizer(True))
     assert _trained(sft_dataset(dataset, "dataset"), _tokenizer(True)) == expected
     assert _read(dataset, _tokenizer(True)) == expected
-    if isinstance(dataset, Dataset):
+    if isinstance(dataset, Dataset) and dataset.format["type"] is None:
         assert _read(dataset.to_iterable_dataset(), _tokenizer(True)) == expected
 
 
@@ -225,6 +230,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
         [{"messages": CHATS[0], "chat_template_kwargs": "{}"}],
         r"'chat_template_kwargs' of the data holds '{}' \(str\), and must hold dicts",
     ),
+    "token ids that are none": ([{"input_ids": [1.0, 2.0]}], r"'input_ids' .*holds \[1.0, 2.0\] .*token ids"),
+    "a token id below 0": ([{"input_ids": [7, -100]}], r"'input_ids' .*holds \[7, -100\]"),
+    "fewer labels than tokens": ([{"input_ids": [7, 8], "labels": [8]}], "'labels' .*has 1 entries for 2 tokens"),
     "values of several types": ([{"text": "w1"}, {"text": 3}], "several types in a column"),
 }
 
@@ -287,6 +295,26 @@ def test_a_tokenizer_is_needed_and_its_end_known() -> None:
         prepared_rows(Dataset.from_dict(TEXT), None)
     with pytest.raises(ValueError, match="eos_token='<end>' is not in the vocabulary"):
         _read(Dataset.from_dict(TEXT), _tokenizer(False), eos_token="<end>")
-    tokenizer = _tokenizer(False, "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ValueError, match="chat template cannot read a row of the data set: roles must alternate"):
-        _read(Dataset.from_dict({"messages": CHATS}), tokenizer)
+    for path in ("no/tokenizer", __file__):
+        with pytest.raises(ValueError, match=r"chat_template_path=.* is no \.jinja file, and no folder"):
+            _read(Dataset.from_dict(TEXT), _tokenizer(False), chat_template_path=path)
+
+
+def test_a_row_that_the_template_cannot_read_is_refused_by_its_number() -> None:
+    unsaid = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": None}]
+    alternates = "{% if messages[0].role != 'user' %}{{ raise_exception('alternate') }}{% endif %}w1"
+    for row, template, said in (
+        (unsaid, TEMPLATE, "content"),
+        (CHATS[0][::-1], alternates, "alternate"),
+    ):
+        dataset, tokenizer = Dataset.from_dict({"messages": [*CHATS, row, CHATS[0]]}), _tokenizer(False, template)
+        for read in (
+            lambda dataset, tokenizer: _read(dataset, tokenizer, max_length=9),
+            lambda dataset, tokenizer: prepared_rows(dataset, tokenizer, make_config()),
+            lambda dataset, tokenizer: check_before_preparing(
+                dataset.select([2]), dataset, make_config(), tokenizer, tiny_model("llama").config
+            ),
+            lambda dataset, tokenizer: make_trainer(train_dataset=dataset, processing_class=tokenizer),
+        ):
+            with pytest.raises(ValueError, match=rf"template cannot read row [02] \(from 0\) of .*{said}"):
+                read(dataset, tokenizer)

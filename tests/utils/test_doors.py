@@ -77,6 +77,13 @@ def test_an_adapter_as_source_says_merge(tmp_path, in_memory) -> None:
             make_trainer(student=place)
 
 
+@pytest.mark.parametrize("door", [door for door in DOORS if "bridge" not in door and door != "recipe"])
+def test_a_model_without_a_head_closes_the_door(tmp_path, door) -> None:
+    body, good = tiny_model("llama").model, tiny_model("llama", num_hidden_layers=6 if door == "anchor, last" else 2)
+    with pytest.raises(ValueError, match="is a LlamaModel, which has no head over the vocabulary"):
+        DOORS[door](body, good, tmp_path / "out")
+
+
 def test_a_student_by_name_is_loaded_as_sfttrainer_loads_it(tmp_path) -> None:
     place = saved(tmp_path / "model", tiny_tokenizer())
     tiny_model("llama").to(torch.bfloat16).save_pretrained(place)
