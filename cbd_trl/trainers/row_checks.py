@@ -11,7 +11,7 @@ from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
 from cbd_trl.architectures.positions import check_positions, learned_positions_of
-from cbd_trl.losses.reduction import IGNORE_INDEX
+from cbd_trl.utils.blocks import IGNORE_INDEX
 from cbd_trl.utils.datasets import as_stream, is_prepared, prepare
 
 # Rows whose lengths are read at a time.
