@@ -9,13 +9,13 @@ from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import tqdm
 
 from cbd_trl.bridge.config_ids import named_ids
 from cbd_trl.bridge.text_marks import renumber
 from cbd_trl.bridge.token_bytes import Spelling, Vocabulary
 from cbd_trl.bridge.transplant import transplant_vocabulary
 from cbd_trl.bridge.vocabulary_match import VocabularyMatch, covered_share, match_vocabularies
+from cbd_trl.utils.progress import Progress
 
 # Without held-out texts every tenth one is kept from training.
 HELD_OUT_EVERY = 10
@@ -236,8 +236,8 @@ def _learn(
         show_progress=False,
     )
     cuts = _cuts([*special, *ordinary])
-    texts = tqdm(texts, desc="Learning a smaller vocabulary", unit="text")
-    learner.train_from_iterator((part for text in texts for part in cuts.split(text)), trainer)
+    shown = Progress("Learning a smaller vocabulary", texts, unit="texts")
+    learner.train_from_iterator((part for text in shown for part in cuts.split(text)), trainer)
     return json.loads(learner.to_str())["model"]
 
 

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.losses.fused import default_chunk
 from cbd_trl.losses.head import Head
-from cbd_trl.losses.reduction import IGNORE_INDEX, cross_entropy, scored_mask, scored_targets, select_scored
+from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
+from cbd_trl.utils.blocks import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

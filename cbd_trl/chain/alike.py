@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import dims_of, select
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.blocks import Fits, fitting_layers, spaced_layers
+from cbd_trl.surgery.blocks import fitting_layers, spaced_layers
 from cbd_trl.surgery.weights import Weights
 
 # What a target may take from between its anchors.
@@ -142,56 +142,49 @@ def layers_beside(names: tuple[str, str], upper: Architecture, lower: Architectu
                 f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}. {why}Leave one of the "
                 "two out, or distil the lower one with build_chain."
             )
-    fields = upper.family.per_layer_fields
-
-    def alike(layer: int, position: int) -> bool:
-        return all(upper.entry(field, layer) == lower.entry(field, position) for field in fields)
-
-    kept = fitting_layers(spaced_layers(upper.depth, lower.depth), upper.depth, alike)
+    above, below = _layer_kinds(upper), _layer_kinds(lower)
+    even = spaced_layers(upper.depth, lower.depth)
+    kept = fitting_layers(even, upper.depth, lambda layer, position: above[layer] == below[position])
     if kept is None:
-        raise ValueError(_no_layers_beside(names, upper, lower))
+        raise ValueError(_no_layers_beside(names, above, below))
     return kept
 
 
-def _no_layers_beside(names: tuple[str, str], upper: Architecture, lower: Architecture) -> str:
-    """Which layer of the lower anchor has none of its kind beside it, and which depths would."""
+def _layer_kinds(architecture: Architecture) -> list[dict[str, Any]]:
+    """Of each layer its entries in the per-layer lists of the config."""
+    fields = architecture.family.per_layer_fields
+    return [{field: architecture.entry(field, layer) for field in fields} for layer in range(architecture.depth)]
 
-    def kind(architecture: Architecture, layer: int) -> tuple[Any, ...]:
-        return tuple(architecture.entry(field, layer) for field in architecture.family.per_layer_fields)
 
-    def described(architecture: Architecture, layer: int) -> str:
-        entries = zip(architecture.family.per_layer_fields, kind(architecture, layer), strict=True)
-        return ", ".join(f"{field} {entry}" for field, entry in entries if entry is not None)
+def _no_layers_beside(
+    names: tuple[str, str], above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]]
+) -> str:
+    """Name the first layer of the lower anchor that has none of its kind beside it, why, and depths that would do.
 
-    last, position = upper.depth - 1, 0
-    if kind(upper, last) != kind(lower, lower.depth - 1):
-        # The last layers stand beside each other.
-        position, layer = lower.depth - 1, last
-        reason = f"it stands beside layer {last} of {names[0]}, which has {described(upper, last)}"
-    else:
-        layer = 0
-        while layer < last and position < lower.depth:
-            position += kind(upper, layer) == kind(lower, position)
-            layer += 1
-        position = min(position, lower.depth - 1)
+    Args:
+        names: of the upper and the lower anchor.
+        above, below: the kinds of their layers, between which there is no pairing.
+    """
+    last = len(above) - 1
+    # The last layers stand beside each other, each other lower layer beside the next upper one of its kind.
+    left = iter(above[:-1])
+    position = next((number for number, kind in enumerate(below[:-1]) if kind not in left), len(below) - 1)
+    if position < len(below) - 1:
         reason = f"{names[0]} has no layer of this kind left for it, in order"
-    fitting = [depth for depth in range(1, upper.depth) if fitting_layers(*_own_pattern(upper, depth))]
-    ways = f", such as one of {', '.join(map(str, fitting))} layers with the pattern of {names[0]}" if fitting else ""
+    else:
+        reason = f"it stands beside layer {last} of {names[0]}, which has {_described(above[last])}"
+    # Cut to these depths, the upper one ends with a layer of the kind that it ends with now.
+    depths = ", ".join(str(depth) for depth in range(1, last + 1) if above[depth - 1] == above[last])
+    ways = f", such as one of {depths} layers with the pattern of {names[0]}" if depths else ""
     return (
-        f"Layer {position} of {names[1]} has {described(lower, position)}, but {reason}. Between two anchors every "
+        f"Layer {position} of {names[1]} has {_described(below[position])}, but {reason}. Between two anchors every "
         f"lower layer stands for upper layers of its kind. Give another anchor{ways}; or distil one from {names[0]} "
         "with build_chain."
     )
 
 
-def _own_pattern(upper: Architecture, depth: int) -> tuple[list[int], int, Fits]:
-    """What `fitting_layers` is asked for a model of fewer layers that begin as those of `upper` do."""
-    fields = upper.family.per_layer_fields
-
-    def fits(layer: int, position: int) -> bool:
-        return all(upper.entry(field, layer) == upper.entry(field, position) for field in fields)
-
-    return spaced_layers(upper.depth, depth), upper.depth, fits
+def _described(kind: Mapping[str, Any]) -> str:
+    return ", ".join(f"{field} {entry}" for field, entry in kind.items() if entry is not None)
 
 
 @torch.no_grad()

@@ -3,12 +3,12 @@
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cbd_trl.chain.arguments import template_record
+from cbd_trl.utils.datasets import read_template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,8 @@ class SpecialTokens:
         return taught
 
     def _render(self, taught: Any, path: str) -> None:
-        if Path(path).is_file():
-            taught.chat_template = Path(path).read_text(encoding="utf-8")
+        if (template := read_template(path)) is not None:
+            taught.chat_template = template
             return
         other = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         added = [token.content for token in other.added_tokens_decoder.values()]

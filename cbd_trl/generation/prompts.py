@@ -10,10 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import maybe_convert_to_chatml
 
 from cbd_trl.utils.blocks import prefix_ids
-from cbd_trl.utils.datasets import is_of_template, sft_dataset, text_columns
-
-# What TRL hands to the chat template beside the messages.
-_OF_TEMPLATE = ("tools", "chat_template_kwargs")
+from cbd_trl.utils.datasets import TEMPLATE_COLUMNS, is_of_template, sft_dataset, text_columns
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ class Prompts:
         messages = messages[:-1] if answered else messages
         if not messages:
             raise ValueError(f"Row {number}: before the assistant's turn there is none to answer. Leave the row out.")
-        extras = {name: row[name] for name in _OF_TEMPLATE if row.get(name)}
+        extras = {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name)}
         return Prompt(
             {"prompt": messages, **extras}, self._encode(self._render(messages, extras, number))["input_ids"]
         )

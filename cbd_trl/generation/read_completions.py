@@ -8,6 +8,8 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
+from cbd_trl.utils.datasets import TEMPLATE_COLUMNS
+
 logger = logging.get_logger(__name__)
 
 _SHAPES = (
@@ -16,8 +18,6 @@ _SHAPES = (
 )
 # Characters of a failed response in a message.
 _SHOWN = 200
-# What TRL hands to the chat template beside the messages.
-_OF_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
 class _Failed(Exception):
@@ -69,7 +69,7 @@ def read_completions(path: str | Path, *, requests: str | Path | None = None, dr
     if cut_off:
         what = "left out" if drop_truncated else "kept; drop_truncated=True leaves them out"
         logger.info(f"{path}: {cut_off} completions were cut off; they are {what}.")
-    told = {name: any(row[name] for row in rows) for name in ("finish_reason", *_OF_TEMPLATE)}
+    told = {name: any(row[name] for row in rows) for name in ("finish_reason", *TEMPLATE_COLUMNS)}
     return Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0] if told.get(name, True)})
 
 

@@ -18,9 +18,7 @@ from cbd_trl.utils.blocks import TokenBlocks
 
 
 @torch.no_grad()
-def held_out_loss(
-    model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_size: int = 4, labels: Tensor | None = None
-) -> float:
+def held_out_loss(model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_size: int = 4) -> float:
     """Compute the mean cross-entropy of the tokens of the blocks, each block's first one excepted.
 
     The head runs on some hundred positions at a time: memory does not grow with batch_size x T x vocabulary.
@@ -29,28 +27,20 @@ def held_out_loss(
         model: a causal language model, or one with adapters; its train or eval mode is as it was afterwards.
         blocks: text, with what of it is scored; or (N, T) int64 token ids, no padding.
         batch_size: blocks in one forward pass.
-        labels: (N, T) int64, token ids with -100 where one is read but not scored; None to score them all.
 
     Returns:
         nats per scored token.
 
     Raises:
-        ValueError: if there is nothing to predict, labels have another shape, or the model's logits are not a plain
-            head of its last hidden state.
+        ValueError: if there is nothing to predict, or the model's logits are not a plain head of its last hidden
+            state.
     """
-    if isinstance(blocks, TokenBlocks):
-        labels = blocks.labels
-        blocks = blocks.input_ids
+    text = blocks if isinstance(blocks, TokenBlocks) else TokenBlocks(blocks, blocks)
+    blocks, labels = text.input_ids, text.labels
     if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2:
         raise ValueError(
             f"blocks has shape {tuple(blocks.shape)}, wanted (N, T) with N >= 1 and T >= 2: each block's first token "
             "is only read, so a shorter one has nothing to predict."
-        )
-    labels = blocks if labels is None else labels
-    if labels.shape != blocks.shape:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)} and blocks {tuple(blocks.shape)}: give one label for each token, "
-            "-100 where it is not scored."
         )
     tokens = int(scored_mask(labels).sum())
     if not tokens:

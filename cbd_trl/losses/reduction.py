@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from cbd_trl.utils.blocks import IGNORE_INDEX
 
 
 def scored_mask(labels_BT: Tensor) -> Tensor:

@@ -261,8 +261,7 @@ class _Job:
         return report
 
     def _loss(self, model: Any) -> float:
-        blocks = self.blocks
-        return held_out_loss(_on_device(model), blocks.input_ids, self.options.batch_size, blocks.labels)
+        return held_out_loss(_on_device(model), self.blocks, self.options.batch_size)
 
 
 def _on_device(model: Any) -> PreTrainedModel:

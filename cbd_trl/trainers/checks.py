@@ -83,6 +83,10 @@ def check_places(trainer: str, **given: Any) -> None:
         )
 
 
+# What the Trainer itself reports of every evaluation.
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+
+
 def check_best_metric(args: DistillConfig, eval_dataset: Any, compute_metrics: Any) -> None:
     """Refuse a `metric_for_best_model` that no evaluation reports, before the first one looks for it in vain.
 
@@ -107,10 +111,6 @@ def check_best_metric(args: DistillConfig, eval_dataset: Any, compute_metrics: A
             f"{', '.join(reported)}.{did_you_mean(metric, reported)} Name one of them, or leave metric_for_best_model "
             "out."
         )
-
-
-# What the Trainer itself reports of every evaluation.
-_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def check_arguments(args: Any, config: type[DistillConfig], others: dict[str, Any]) -> None:

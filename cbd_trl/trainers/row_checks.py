@@ -11,8 +11,8 @@ from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
 from cbd_trl.architectures.positions import check_positions, learned_positions_of
-from cbd_trl.losses.reduction import IGNORE_INDEX
-from cbd_trl.utils.datasets import as_stream, prepare, template_reads
+from cbd_trl.utils.blocks import IGNORE_INDEX
+from cbd_trl.utils.datasets import as_stream, is_prepared, prepare, template_reads
 
 # Rows whose lengths are read at a time.
 _ROWS = 10_000
@@ -111,8 +111,7 @@ def check_before_preparing(
     Raises:
         ValueError: see the other checks.
     """
-    options: Any = args.dataset_kwargs or {}  # a string on the command line, a dict once parsed
-    if options.get("skip_prepare_dataset"):
+    if is_prepared(args):
         return
     positions = learned_positions_of(config)
     evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval": eval_dataset}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 # The label of a token that is not scored, in torch and everywhere after it.
-_UNSCORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TokenBlocks:
     @property
     def scored(self) -> int:
         """How many tokens are predicted and scored."""
-        return int((self.labels[:, 1:] != _UNSCORED).sum())
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 def marks_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -100,7 +100,7 @@ def cut_blocks(
             front = start[:room] if begins or room == length else ()
             part = content[: room - len(front)]
             ids += [*front, *part]
-            labels += [*[_UNSCORED] * len(front), *part]
+            labels += [*[IGNORE_INDEX] * len(front), *part]
             content, begins = content[len(part) :], False
         if len(ids) >= max_tokens:
             break
@@ -109,10 +109,8 @@ def cut_blocks(
     shape = (-1, max(length, 1))
     blocks = TokenBlocks(torch.tensor(ids[:whole]).view(shape), torch.tensor(labels[:whole]).view(shape), start)
     if not blocks.scored:
-        raise ValueError(
-            f"The dataset holds {sum(label != _UNSCORED for label in labels)} tokens, too few to calibrate on. Give a "
-            "dataset with text in it."
-        )
+        count = sum(label != IGNORE_INDEX for label in labels)
+        raise ValueError(f"The dataset holds {count} tokens, too few to calibrate on. Give a dataset with text in it.")
     return blocks
 
 

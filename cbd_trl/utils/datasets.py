@@ -11,6 +11,7 @@ import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,8 +30,9 @@ logger = logging.get_logger(__name__)
 # Columns that hold a row's text. TRL takes whichever it meets first for the one that says whether a row is a chat, so
 # those that are not read are dropped.
 _TEXTS = ("prompt", "completion", "messages", "conversations", "chosen", "rejected")
-# What TRL reads beside them: of a chat, and of a row that is tokenised.
-_BESIDE_CHATS = ("tools", "chat_template_kwargs")
+# What TRL hands to the chat template beside a chat.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# What it reads beside the tokens of a row that has them.
 _BESIDE_TOKENS = ("labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids")
 _SCANNED_ROWS = 10_000
 
@@ -64,7 +66,7 @@ def sft_dataset(
     if first is None:
         raise ValueError(f"The data set given as {name} is empty: it has no rows. Give one with rows.")
     # Rows that a collator or a transform of the user's reads are theirs.
-    if formatted or _is_prepared(args) or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
+    if formatted or is_prepared(args) or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         return dataset
     dataset = _by_row(dataset)
     first = next(iter(dataset))
@@ -153,7 +155,7 @@ def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
     if columns == ("input_ids",):
         columns += _BESIDE_TOKENS
     elif not isinstance(row[columns[0]], str):
-        columns += _BESIDE_CHATS
+        columns += TEMPLATE_COLUMNS
     return [column for column in row if column in columns]
 
 
@@ -181,9 +183,8 @@ def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | Non
             )
         tokenizer.eos_token = args.eos_token
     path = args.chat_template_path
-    if path is not None and os.path.isfile(path) and path.endswith((".jinja", ".j2")):
-        with open(path, encoding="utf-8") as file:
-            tokenizer.chat_template = file.read()
+    if path is not None and (template := read_template(path)) is not None:
+        tokenizer.chat_template = template
     elif path is not None:
         # Of a model it changes the rows of the vocabulary alone.
         try:
@@ -194,6 +195,17 @@ def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | Non
                 f"read: {error}"
             ) from error
     return tokenizer
+
+
+def read_template(path: str) -> str | None:
+    """Read the chat template in a `chat_template_path`; None where SFTTrainer takes it for a tokenizer.
+
+    Args:
+        path: of a .jinja file; or a tokenizer's path or Hub id.
+    """
+    if os.path.isfile(path) and path.endswith((".jinja", ".j2")):
+        return Path(path).read_text(encoding="utf-8")
+    return None
 
 
 def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None) -> Any:
@@ -360,14 +372,19 @@ def example_rows(example: Mapping[str, Any]) -> list[np.ndarray]:
 
 
 def _window(args: SFTConfig | None) -> slice:
-    if args is None or args.max_length is None or _is_prepared(args):
+    if args is None or args.max_length is None or is_prepared(args):
         return slice(None)
     # Packing cuts the end off whatever the mode.
     keep_end = args.truncation_mode == "keep_end" and not args.packing
     return slice(-args.max_length, None) if keep_end else slice(args.max_length)
 
 
-def _is_prepared(args: SFTConfig | None) -> bool:
+def is_prepared(args: SFTConfig | None) -> bool:
+    """Whether rows are taken as they are (`skip_prepare_dataset`).
+
+    Args:
+        args: of the training, if any.
+    """
     options: Any = (args and args.dataset_kwargs) or {}  # a string on the command line, a dict once parsed
     return bool(options.get("skip_prepare_dataset"))
 

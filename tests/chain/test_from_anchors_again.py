@@ -7,6 +7,8 @@ import pytest
 import cbd_trl.chain.coordinates as coordinates_module
 import cbd_trl.chain.from_anchors as from_anchors_module
 from cbd_trl import Chain
+from cbd_trl.architectures import describe
+from cbd_trl.chain.alike import layers_beside
 from cbd_trl.chain.chain_json import write_manifest
 from cbd_trl.chain.records import Manifest
 from tests.chain.apart import NARROW, make, sizes
@@ -41,17 +43,40 @@ def test_a_norm_epsilon_of_its_own_is_no_obstacle(tmp_path):
     assert [anchor.config().rms_norm_eps for anchor in chain.anchors] == [1e-6, 1e-5]
 
 
-def test_layers_of_other_kinds_are_refused(tmp_path):
-    options = {"use_sliding_window": True, "sliding_window": 4}
-    kinds = ["full_attention", "sliding_attention"]
-    models = [
-        tiny_model("qwen2", **options, layer_types=kinds * 2),
-        tiny_model("qwen2", **options, num_hidden_layers=2, layer_types=kinds[::-1]),
-    ]
-    with pytest.raises(
-        ValueError, match=r"Layer 1 of anchors\[1\] .* layer_types full_attention, .* beside layer 3 of anchors\[0\]"
-    ):
-        make(tmp_path / "chain", models)
+@pytest.mark.parametrize(
+    ("upper", "lower", "message"),
+    [
+        (
+            "FSFS",
+            "SF",
+            r"Layer 1 of lower has layer_types full_attention, but it stands beside layer 3 .* of 2 layers",
+        ),
+        # The third full layer above is its last, which stands beside the last one below.
+        ("SFSFSF", "FFFF", r"Layer 2 of lower .* upper has no layer of this kind left for it, .* of 2, 4 layers with"),
+        (
+            "SSSF",
+            "FF",
+            r"Layer 0 of lower .* left for it, in order\. .* Give another anchor; or distil one from upper",
+        ),
+    ],
+)
+def test_layers_of_other_kinds_are_refused(upper, lower, message):
+    """Naming the layer, why, and how many layers would do."""
+    kinds = {"S": "sliding_attention", "F": "full_attention"}
+    above, below = (
+        describe(
+            tiny_model(
+                "qwen2",
+                use_sliding_window=True,
+                sliding_window=4,
+                num_hidden_layers=len(letters),
+                layer_types=[kinds[letter] for letter in letters],
+            ).config
+        )
+        for letters in (upper, lower)
+    )
+    with pytest.raises(ValueError, match=message):
+        layers_beside(("upper", "lower"), above, below)
 
 
 @pytest.mark.parametrize(

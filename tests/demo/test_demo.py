@@ -87,9 +87,7 @@ def test_demo_writes_everything_and_a_second_run_redoes_only_what_is_missing(out
     (output / "results.json").write_text(json.dumps(results))
     measured = []
     held_out_loss = run_module.held_out_loss
-    monkeypatch.setattr(
-        run_module, "held_out_loss", lambda *args, **labels: measured.append(args) or held_out_loss(*args, **labels)
-    )
+    monkeypatch.setattr(run_module, "held_out_loss", lambda *args: measured.append(args) or held_out_loss(*args))
     monkeypatch.setattr(run_module, "answer", lambda *args: pytest.fail("an answer was made again"))
     weights = (output / "chain" / report["anchors"][1]["name"] / "model.safetensors").stat().st_mtime_ns
     again = Demo(output, plan=PLAN, console=Console(width=120)).run()

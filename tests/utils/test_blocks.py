@@ -114,7 +114,7 @@ def test_the_loss_is_that_of_every_token_but_the_beginnings():
         nats = -model(blocks.input_ids).logits.log_softmax(-1)[:, :-1].gather(2, blocks.input_ids[:, 1:, None])[..., 0]
     scored = blocks.input_ids[:, 1:] != B
     assert 0 < (~scored).sum() < scored.sum()
-    loss = held_out_loss(model, blocks.input_ids, labels=blocks.labels)
+    loss = held_out_loss(model, blocks)
     assert loss == pytest.approx(nats[scored].mean().item(), rel=1e-5)
     assert loss != pytest.approx(nats.mean().item(), rel=1e-3)
 
