@@ -111,6 +111,16 @@ def check_before_preparing(
     Raises:
         ValueError: see the other checks.
     """
+    if not isinstance(dataset, Dataset) and args.max_steps <= 0:
+        raise ValueError(
+            f"The training dataset is a stream, whose length is not known, and max_steps={args.max_steps}. Set "
+            "max_steps, or give a datasets.Dataset."
+        )
+    if args.eval_strategy != "no" and eval_dataset is None:
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy.value!r}, and there is nothing to evaluate on. Give an eval_dataset, "
+            "or leave eval_strategy out."
+        )
     if is_prepared(args):
         return
     positions = learned_positions_of(config)

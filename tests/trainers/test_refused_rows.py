@@ -91,17 +91,24 @@ def test_a_length_that_cuts_every_completion(how: dict[str, Any]) -> None:
         make_trainer(train_dataset=short, eval_dataset=rows, **how)
 
 
-@pytest.mark.parametrize("way", ["end", "long", "cut", "metric"])
+@pytest.mark.parametrize("way", ["end", "long", "cut", "metric", "no evaluation", "no steps"])
 def test_a_build_is_refused_before_its_first_anchor(way: str, tmp_path: Any) -> None:
     """Rows of every anchor are looked at first; the evaluation rows, too."""
     how: dict[str, Any] = {
         "end": {"rows": text_rows(), "tokenizer": _without_eos(), "match": "no end token"},
         "long": {"rows": LONG, "max_length": 80, "match": "Row 1 of the eval dataset has 80 tokens"},
         "cut": {"rows": COMPLETIONS, "max_length": 8, "match": "No token of the training dataset"},
+        "no evaluation": {
+            "rows": None,
+            "eval_strategy": "epoch",
+            "match": "'epoch', and there is nothing to evaluate",
+        },
+        "no steps": {"rows": None, "max_steps": -1, "match": "is a stream.* max_steps=-1"},
         "metric": {"rows": text_rows(), "metric_for_best_model": "eval_bleu", "match": "nothing that an evaluation"},
     }[way]
     tokenizer, rows, match = how.pop("tokenizer", tiny_tokenizer()), how.pop("rows"), how.pop("match")
     trained = rows if way == "cut" else Dataset.from_dict({"messages": [CHAT] * 16})
+    trained = trained.to_iterable_dataset() if way == "no steps" else trained
     if way == "metric":
         how |= {"eval_strategy": "steps", "eval_steps": 1}
     with pytest.raises(ValueError, match=match):
