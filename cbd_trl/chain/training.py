@@ -150,7 +150,8 @@ def train(
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = student.generation_config
-    return Trained(model, trainer.tokens_seen, losses)
+    # By name: a checkpoint's log, which a resumed run goes on with, has them in another order.
+    return Trained(model, trainer.tokens_seen, dict(sorted(losses.items())))
 
 
 def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:

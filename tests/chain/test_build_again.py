@@ -102,6 +102,7 @@ def test_an_interrupted_build_goes_on(after, chain, tmp_path, interrupted):
     for ours, theirs in zip(resumed.anchors, chain.anchors, strict=True):
         assert same_weights(ours.load_state_dict(), theirs.load_state_dict())
         assert (ours.tokens_seen, ours.losses, ours.training) == (theirs.tokens_seen, theirs.losses, theirs.training)
+        assert list(ours.losses) == list(theirs.losses)  # the same bytes in chain.json
 
 
 def test_checkpoints_of_other_settings_are_kept_and_not_gone_on_from(tmp_path, interrupted):
