@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from cbd_trl.names import did_you_mean
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(name: str, flags: list[str]) -> int:
     # Where it is installed it warns of kernels for 4-bit weights on a CPU, whatever the command.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # TRL's configs set the old name; transformers warns about it on every config, the user can do nothing.
+    warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     from cbd_trl import cli_commands
     from cbd_trl.cli_parsing import UsageError
     from cbd_trl.recipe.problems import RecipeError

@@ -86,8 +86,9 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
     console.print(target_table(summaries, f"What {opened.name_or_path} would give"))
     if arguments.calibration_data is not None:
         print("With --calibration-data the operator and alpha may turn out otherwise, by measured loss.")
-    for limit in dict.fromkeys(summary.engine_limit for summary in summaries if summary.engine_limit):
-        print(limit)
+    for summary in summaries:
+        if summary.engine_limit:
+            print(f"{format_count(summary.num_parameters)}: {summary.engine_limit}")
     print("Nothing was built or written: this is a dry run.")
     _refuse_failed(failed, len(sizes))
 

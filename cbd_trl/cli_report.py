@@ -147,6 +147,9 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
             "first: Chain.from_pretrained(...).save_pretrained(...)."
         )
     console = Console()
+    if not console.is_terminal:
+        # A file or a pipe has no width to fit into.
+        console = Console(width=200)
     with quiet_loading(), Progress("measuring") as bar:
         measured = measure_chains(chains, rows, options, results, bar.at)
     files = write_report(measured, output, Path(arguments.data).name, options.tasks)

@@ -316,18 +316,22 @@ class Architecture:
             setattr(config, field, [period[layer % len(period)] for layer in range(self.depth)])
         return Architecture(self.family, config)
 
-    def engine_limit(self) -> str | None:
-        """What runs differently outside of transformers, in a sentence; None where nothing does."""
+    def engine_limit(self, *, chosen: bool = True) -> str | None:
+        """What runs differently outside of transformers, in a sentence; None where nothing does.
+
+        Args:
+            chosen: False where it is still to be measured which layers of the upper anchor stay: none are named then.
+        """
         if not self.off_pattern:
             return None
         built_in = " and ".join(
             f"{field} (every {len(period)} layers)" for field, period in self.engine_pattern.items()
         )
-        layers = ", ".join(map(str, self.off_pattern))
+        layers = f"layer{'s' * (len(self.off_pattern) > 1)} {', '.join(map(str, self.off_pattern))}"
         return (
             f"llama.cpp does not read {built_in} of {self.config.model_type} but counts them, and "
-            f"takes layers {layers} of this model for others than they are, so a GGUF file of it computes something "
-            "else than transformers does."
+            f"takes {layers if chosen else 'some layers'} of this model for what they are not, so a GGUF file of it "
+            "computes something else than transformers does."
         )
 
     def with_eps(self, eps: float) -> "Architecture":

@@ -166,7 +166,7 @@ def train_smaller_tokenizer(
         raise ValueError(
             f"size={size} is too small: {len(special)} special tokens, {len(ordinary)} other added tokens that the "
             f"texts or the rules contain, {len(plain)} byte tokens and the letters of the texts alone are "
-            f"{len(places)}. Ask for more."
+            f"{len(places)}. Ask for {len(places)} or more."
         )
     description["model"] |= {"vocab": ids, "merges": model["merges"]}
     description["added_tokens"] = [{**added, "id": places[added["content"]]} for added in [*special, *ordinary]]

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ MEASURED = (
     *("metric_for_best_model", "greater_is_better"),
 )
 _FOLLOWS_A_MEASURE = ("reduce_lr_on_plateau", "greedy")
+# Of a value in an error; a chat template is known by its beginning.
+_SHOWN = 60
 _EXCLUDED = frozenset(name for names in NOT_RECORDED.values() for name in names)
 # What a tokenizer's chat template and tokens are in.
 _TOKENIZER_FILES = ("chat_template.jinja", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
@@ -158,6 +160,23 @@ def changed_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> li
             "What is finished stays as it is."
         )
     return [name for name in known if recorded[name] != now[name] and (name in given_then or name in given_now)]
+
+
+def there_and_now(names: Sequence[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The values of what changed, for the end of an error's list of names: " (there: 1, 0.1; now: 2, 0.2)".
+
+    Args:
+        names: of what changed; those that neither record has as such are left out.
+        there: what was recorded earlier.
+        now: the same, as it is now.
+    """
+    known = [name for name in names if name in there or name in now]
+    was, wanted = (", ".join(_shortened(record.get(name)) for name in known) for record in (there, now))
+    return f" (there: {was}; now: {wanted})" if known else ""
+
+
+def _shortened(value: Any) -> str:
+    return text if len(text := repr(value)) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def loading_options(options: Mapping[str, Any] | str | None) -> str | None:

@@ -141,7 +141,7 @@ def _make_anchors(
             continue
         place = f"{number + 1}/{len(steps) + 1}"
         state.print(f"[{place}] distilling {step.name} from {upper.name}: {step.architecture.shape}")
-        if limit := step.architecture.engine_limit():
+        if limit := step.architecture.engine_limit(chosen=False):
             state.print(limit)
         label = f"{step.name} {place}"
         with _progress_of(step.args):

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.chain.arguments import changed_arguments, training_record
+from cbd_trl.chain.arguments import changed_arguments, there_and_now, training_record
 from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.head import MADE_WITH, Head
 from cbd_trl.chain.manifest import Anchor, Chain
@@ -41,11 +41,13 @@ def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dic
             f"{output_dir} already holds a chain of more anchors ({there}) than are asked for now. {way_out}"
         )
     for anchor, step in zip(anchors[1:], steps, strict=False):
-        changed = changed_arguments(anchor.training, training_record(step.args))
+        now = training_record(step.args)
+        changed = changed_arguments(anchor.training, now)
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
-                f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}. {way_out}"
+                f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}"
+                f"{there_and_now(changed, anchor.training, now)}. {way_out}"
             )
     check_place(output_dir, names[len(anchors) :])
     return dict(enumerate(anchors))
@@ -61,15 +63,21 @@ def _check_head(output_dir: Path, anchor: Anchor, head: Head, way_out: str) -> N
             f"{shape}). {way_out}"
         )
     changed = _changed_bridge(anchor.training.get("bridge"), head)
-    made = anchor.training.get(MADE_WITH) or {}
-    changed += [name for name, value in head.record.get(MADE_WITH, {}).items() if made.get(name, value) != value]
+    made, wanted = anchor.training.get(MADE_WITH) or {}, head.record.get(MADE_WITH, {})
+    changed += [name for name, value in wanted.items() if made.get(name, value) != value]
     if anchor.tokenizer is not None and anchor.tokenizer != tokenizer_hash(head.tokenizer):
         changed.insert(0, "tokenizer")
     if anchor.shape != shape or changed:
         raise ValueError(
             f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, made with other settings than are "
-            f"asked for now: {shape}; changed: {changed or 'none'}. {way_out}"
+            f"asked for now: {shape}; changed: {changed or 'none'}{_values(changed, anchor.training, head.record)}. "
+            f"{way_out}"
         )
+
+
+def _values(changed: list[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    flat = ({**(r.get(MADE_WITH) or {}), **((r.get("bridge") or {}).get(ARGUMENTS) or {})} for r in (there, now))
+    return there_and_now(changed, *flat)
 
 
 def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

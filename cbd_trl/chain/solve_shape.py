@@ -259,8 +259,15 @@ def _too_far(
     above = min((o for o in options if o.num_parameters > wanted), key=lambda o: o.num_parameters, default=None)
     sides = [f"{o.num_parameters:,} ({_fields(upper, o)})" for o in (below, above) if o is not None]
     given = f" with {dict(fields)}" if fields else ""
+    depth = next(field for field, dim in upper.family.shape_fields.items() if dim == "layer")
+    others = ""
+    if upper.engine_pattern and not upper.off_pattern and depth not in fields:
+        others = (
+            f" Sizes have depths whose layers llama.cpp takes for what they are; others are made where config names "
+            f"one ({{{depth!r}: ...}})."
+        )
     return (
         f"No reachable size{given} is within tolerance={tolerance:g} of num_parameters={wanted:,.0f}. Nearest: "
         f"{' and '.join(sides)}. Ask for one of these{',' if fields else ' or'} raise "
-        f"tolerance{', or leave fields of config free' if fields else ''}."
+        f"tolerance{', or leave fields of config free' if fields else ''}.{others}"
     )

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures import architecture_of
-from cbd_trl.chain.arguments import changed_arguments
+from cbd_trl.chain.arguments import changed_arguments, there_and_now
 from cbd_trl.chain.logs import own_run
 from cbd_trl.chain.model import stock_model
 from cbd_trl.durable import writing
@@ -61,10 +61,12 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
     # Through JSON and back: tuples are lists there.
     changed = _changed_settings(there, json.loads(json.dumps(settings)))
     if changed and (checkpoint := last_checkpoint(work)):
+        values = [{**record, **(record.get(ARGUMENTS) or {})} for record in (there or {}, settings)]
         raise ValueError(
             f"{output_dir} holds an unfinished training of the anchor {name} ({Path(checkpoint).name}), begun with "
-            f"other settings than are asked for now; changed: {changed}. Ask for those again to go on with it; or "
-            f"delete {work} to train this anchor anew (finished ones stay); or choose another output_dir."
+            f"other settings than are asked for now; changed: {changed}{there_and_now(changed, *values)}. Ask for "
+            f"those again to go on with it; or delete {work} to train this anchor anew (finished ones stay); or "
+            "choose another output_dir."
         )
     state.wait_for_everyone()
     if changed and state.is_main_process:
@@ -148,7 +150,8 @@ def train(
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = student.generation_config
-    return Trained(model, trainer.tokens_seen, losses)
+    # By name: a checkpoint's log, which a resumed run goes on with, has them in another order.
+    return Trained(model, trainer.tokens_seen, dict(sorted(losses.items())))
 
 
 def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:

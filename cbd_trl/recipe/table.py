@@ -52,7 +52,7 @@ def how_estimated(check: Check) -> str:
     ]
     if check.speed is not None:
         lines.append(_speed(check.speed))
-    limits = [(cost.name, cost.architecture.engine_limit()) for cost in check.costs]
+    limits = [(cost.name, cost.architecture.engine_limit(chosen=False)) for cost in check.costs]
     lines += [f"{name}: {limit}" for name, limit in limits if limit]
     return "\n".join(lines)
 

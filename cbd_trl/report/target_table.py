@@ -23,7 +23,9 @@ def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
         summaries: from `describe_targets`.
         title: above the table.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title or None, caption=_CAPTION)
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title or None, caption=_CAPTION, caption_justify="left"
+    )
     for name in ("asked", "parameters", "embedding + other", "shape", "made by", "between", "weights"):
         table.add_column(name, justify="left" if name in ("shape", "made by", "between") else "right")
     for name in ("KV cache", "FLOPs"):

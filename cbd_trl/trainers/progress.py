@@ -88,7 +88,8 @@ class ProgressLine(ProgressCallback):
             self._mark(state)
             self._show(state)
             super().on_step_end(args, state, control, **kwargs)
-            if self._off_screen and self._ticker.due():
+            # A log has a line of its own.
+            if self._off_screen and not control.should_log and self._ticker.due():
                 self._print(state)
 
     def on_log(

@@ -146,7 +146,8 @@ class Progress:
         return " · ".join([*parts, self._note] if self._note else parts)
 
     def _line_if_due(self) -> None:
-        if self._lines and self._ticker.due():
+        # What is done needs no line: the next one says what comes then.
+        if self._lines and self.steps != self.total and self._ticker.due():
             print(self.line(), file=sys.stderr, flush=True)
 
 

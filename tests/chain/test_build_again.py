@@ -102,6 +102,7 @@ def test_an_interrupted_build_goes_on(after, chain, tmp_path, interrupted):
     for ours, theirs in zip(resumed.anchors, chain.anchors, strict=True):
         assert same_weights(ours.load_state_dict(), theirs.load_state_dict())
         assert (ours.tokens_seen, ours.losses, ours.training) == (theirs.tokens_seen, theirs.losses, theirs.training)
+        assert list(ours.losses) == list(theirs.losses)  # the same bytes in chain.json
 
 
 def test_checkpoints_of_other_settings_are_kept_and_not_gone_on_from(tmp_path, interrupted):
@@ -111,7 +112,8 @@ def test_checkpoints_of_other_settings_are_kept_and_not_gone_on_from(tmp_path, i
         build(folder, **begun)
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     steps = interrupted(None)
-    asked = r"unfinished training of the anchor 33K \(checkpoint-2\), .*changed: \['learning_rate'\]\. Ask for those"
+    changed = r"changed: \['learning_rate'\] \(there: 0.02; now: 0.01\)\. Ask for those"
+    asked = rf"unfinished training of the anchor 33K \(checkpoint-2\), .*{changed}"
     with pytest.raises(ValueError, match=asked):
         build(folder)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == files
@@ -141,7 +143,7 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
     [
         (
             {"args": chain_config(learning_rate=5e-3)},
-            r"anchor 33K .*changed arguments: \['learning_rate'\]",
+            r"anchor 33K .*changed arguments: \['learning_rate'\] \(there: 0.01; now: 0.005\)\.",
         ),
         ({"args": chain_config(hidden_weight=1.0)}, r"changed arguments: \['hidden_weight'\]"),
         (
@@ -152,7 +154,7 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
             {"args": chain_config(top_k=8, kd_schedule="linear", kd_weight_end=0.5, hidden_loss="cosine")},
             r"changed arguments: \['kd_schedule', 'kd_weight_end', 'top_k', 'hidden_loss'\]",
         ),
-        ({"calibration_tokens": 128}, r"anchor 49K .*changed: \['calibration_tokens'\]"),
+        ({"calibration_tokens": 128}, r"anchor 49K .*changed: \['calibration_tokens'\] \(there: \d+; now: 128\)"),
         (
             {"args": chain_config(model_init_kwargs={"dtype": "bfloat16"})},
             r"anchor 49K .*changed: \['model_init_kwargs'\]",

@@ -9,7 +9,7 @@ from cbd_trl.chain.depths import blocks_for_depth, reachable_depths
 from cbd_trl.chain.describe_targets import describe_targets
 from cbd_trl.chain.operators import OPERATORS
 from cbd_trl.chain.shapes import target_architecture
-from cbd_trl.chain.solve_shape import list_sizes, solve_anchor
+from cbd_trl.chain.solve_shape import list_sizes, solve_anchor, solve_target
 from cbd_trl.surgery.blocks import blocks_of, fitting_layers, spaced_layers
 from tests.chain.helpers import chain_config, chain_rows
 from tests.tiny import FAMILIES, own_names, tiny_model
@@ -73,8 +73,20 @@ def test_a_depth_that_breaks_the_pattern_is_named(family):
     field, rule = RULES[family]
     wrong = [layer for layer in range(5) if getattr(broken.config, field)[layer] != rule(layer)]
     assert broken.off_pattern == wrong and wrong
-    assert field in broken.engine_limit() and ", ".join(map(str, wrong)) in broken.engine_limit()
+    assert field in broken.engine_limit() and f"{', '.join(map(str, wrong))} of this model" in broken.engine_limit()
+    planned = broken.engine_limit(chosen=False)
+    assert planned and field in planned and f"{wrong[-1]} of this model" not in planned
     assert upper.engine_limit() is None
+
+
+def test_a_size_between_those_on_offer_says_how_others_are_had():
+    upper = describe(stock_model("gemma3_text", 12).config)
+    lower, blocks = target_architecture(upper, {"num_hidden_layers": 6}), blocks_of(spaced_layers(12, 6))
+    middle = (upper.num_parameters + lower.num_parameters) / 2
+    with pytest.raises(ValueError, match=r"llama.cpp.* others are made where config names one \({'num_hidden_layers'"):
+        solve_target(upper, lower, blocks, middle)
+    with pytest.raises(ValueError, match=r"'num_hidden_layers': 6.*free\.$"):
+        solve_target(upper, lower, blocks, middle, config={"num_hidden_layers": 6})
 
 
 def test_a_source_off_the_pattern_has_all_depths_on_offer():

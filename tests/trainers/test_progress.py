@@ -30,14 +30,14 @@ class _Run:
         self.line = ProgressLine("85M 3/5", lambda: self.tokens, lambda: self.now)
         self._tell("on_train_begin")
 
-    def _tell(self, event: str, **what: Any) -> None:
-        getattr(self.line, event)(make_config(), self.state, TrainerControl(), **what)
+    def _tell(self, event: str, log: bool = False, **what: Any) -> None:
+        getattr(self.line, event)(make_config(), self.state, TrainerControl(should_log=log), **what)
 
-    def step(self, seconds: float, tokens: int) -> None:
+    def step(self, seconds: float, tokens: int, log: bool = False) -> None:
         self._tell("on_step_begin")
         self.now, self.tokens = self.now + seconds, self.tokens + tokens
         self.state.global_step += 1
-        self._tell("on_step_end")
+        self._tell("on_step_end", log=log)
 
     def log(self, **logs: Any) -> None:
         self._tell("on_log", logs=logs)
@@ -88,6 +88,10 @@ def test_off_a_terminal_a_line_comes_between_logs_that_are_far_apart(capsys: pyt
     assert not capsys.readouterr().out
     run.step(1.0, 10)
     assert "step 260/1000" in capsys.readouterr().out
+    run.step(100.0, 10, log=True)
+    run.log(loss=1.0, ce=2.0)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step 261/1000" in line]
+    assert len(lines) == 1 and lines[0].endswith("ce 2.00")
 
 
 def _trainer(**how: Any) -> Any:

@@ -55,6 +55,11 @@ def test_what_is_short_says_nothing(clock, capsys, monkeypatch):
     assert not sys.stderr.getvalue() and capsys.readouterr() == ("", "")
 
 
+def test_what_is_done_has_no_line(clock, capsys):
+    work(clock, seconds=100, steps=1)
+    assert not capsys.readouterr().err
+
+
 def test_on_a_terminal_it_is_a_bar_that_goes_away(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.setattr(progress, "_DELAY", 0.0)
