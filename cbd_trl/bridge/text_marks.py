@@ -27,7 +27,7 @@ def carry_over_special_tokens(
     """A copy of a tokenizer that adds to a text the special tokens that another one adds.
 
     A model that has read every text behind BOS is lost without: Gemma 3 270M, given the vocabulary of SmolLM2, whose
-    tokenizer adds nothing, has 5.8 nats a token instead of 3.1. What the new tokenizer adds and the old one does not
+    tokenizer adds nothing, has 6.4 nats a token instead of 3.6. What the new tokenizer adds and the old one does not
     is left out. Where chats of the old template begin with them, or there is none, the new template writes them in
     front.
 
