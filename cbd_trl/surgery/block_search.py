@@ -76,10 +76,10 @@ def cheapest_blocks(
     if not batches:
         raise ValueError("There is no calibration text to choose the layers by. Give at least one batch.")
     rule, blocks = _rule_and_blocks(architecture, depth)
-    measure = _Measure(model, architecture, batches, held_out)
     candidates = {block: {kept: _Candidate(block, kept) for kept in block} for block in blocks}
     # A step for each candidate's bound and, at most, for its whole cost.
     with Progress("Choosing layers", total=4 * len(blocks)) as bar:
+        measure = _Measure(model, architecture, batches, held_out)
         while True:
             costs = _single(total)
             costs |= {block: {kept: one.cost for kept, one in pair.items()} for block, pair in candidates.items()}

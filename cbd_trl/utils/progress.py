@@ -1,6 +1,7 @@
 """What is shown of long work: a bar with the time left on a terminal, elsewhere a plain line now and then."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from cbd_trl.durations import format_seconds
 
 # What is over sooner gets no bar.
 _DELAY = 2.0
+# How often somebody looks whether a long step, too, is to be told of.
+_LOOK = 1.0
 _SHOWN = ContextVar("shown", default=True)
 
 
@@ -58,7 +61,8 @@ class Progress:
     """The progress of one piece of work: iterate over it, or enter it and tell it of each step.
 
     On a terminal or in a notebook it is tqdm's bar, once the work takes two seconds. Where there is no terminal, a
-    line on stderr when `Ticker` says so: `Choosing layers: 12/62 · 3 min left`. See `progress_shown`.
+    line on stderr when `Ticker` says so: `Choosing layers: 12/62 · 3 min left`. Both come while a step takes long,
+    too, from a thread of their own. See `progress_shown`.
 
     Args:
         description: what is being done.
@@ -84,6 +88,7 @@ class Progress:
         self.steps = self._initial = initial
         self._began, self._unit, self._note, self._ticker = time.monotonic(), unit, "", Ticker()
         self._lines = _SHOWN.get() and not _on_screen()
+        self._ended, self._lock = threading.Event(), threading.Lock()
         self._bar = tqdm(
             desc=description,
             total=self.total,
@@ -97,10 +102,20 @@ class Progress:
         )
 
     def __enter__(self) -> "Progress":
+        if self._lines or not self._bar.disable:
+            threading.Thread(target=self._look, daemon=True).start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
         self._bar.close()
+
+    def _look(self) -> None:
+        while not self._ended.wait(_LOOK):
+            if self._lines:
+                self._line_if_due()
+            elif time.monotonic() - self._began > _DELAY:
+                self._bar.refresh()
 
     def __iter__(self) -> Iterator[Any]:
         with self:
@@ -147,8 +162,9 @@ class Progress:
 
     def _line_if_due(self) -> None:
         # What is done needs no line: the next one says what comes then.
-        if self._lines and self.steps != self.total and self._ticker.due():
-            print(self.line(), file=sys.stderr, flush=True)
+        with self._lock:
+            if self._lines and self.steps != self.total and self._ticker.due():
+                print(self.line(), file=sys.stderr, flush=True)
 
 
 def _on_screen() -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 
 import pytest
 
@@ -29,6 +30,8 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(progress.time, "monotonic", clock)
     monkeypatch.setattr(Ticker.__init__, "__defaults__", (clock,))
+    # Lines come from the steps alone.
+    monkeypatch.setattr(progress, "_LOOK", 3600.0)
     return clock
 
 
@@ -101,3 +104,18 @@ def test_an_error_ends_the_bar(monkeypatch):
         bar.update()
         raise RuntimeError
     assert not sys.stderr.getvalue().rsplit("\r", 1)[1].strip()
+
+
+def test_a_step_that_takes_long_is_told_of(clock, capsys, monkeypatch):
+    """Before its end, and nothing more once the work has ended."""
+    monkeypatch.setattr(progress, "_LOOK", 0.001)
+    with Progress("Collecting statistics", total=2):
+        clock.now += 6
+        for _ in range(2000):
+            if "Collecting statistics: 0/2" in (shown := capsys.readouterr().err):
+                break
+            time.sleep(0.005)
+    assert shown == "Collecting statistics: 0/2\n"
+    clock.now += 60
+    time.sleep(0.02)
+    assert capsys.readouterr().err == ""
