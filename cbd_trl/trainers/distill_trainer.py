@@ -18,7 +18,7 @@ from cbd_trl.cards.files import save_card
 from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.cached import CachedTeacher
-from cbd_trl.teachers.tokenizers import text_tokenizer
+from cbd_trl.teachers.tokenizers import text_tokenizer, vocabulary_rows
 from cbd_trl.trainers.batches import RowLengthsCollator
 from cbd_trl.trainers.checks import (
     check_arguments,
@@ -33,7 +33,7 @@ from cbd_trl.trainers.hybrid import Hybrid, Pass
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
-from cbd_trl.trainers.row_checks import check_end_token, check_lengths, check_scored
+from cbd_trl.trainers.row_checks import check_end_token, check_ids, check_lengths, check_scored
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.step_trainer import StepTrainer
 from cbd_trl.trainers.student_setup import find_student_tokenizer, load_student, student_loaded
@@ -164,7 +164,7 @@ class DistillTrainer(StepTrainer):
         evaluated = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
         datasets = {"train": self.train_dataset, **evaluated}
         for name, dataset in datasets.items():
-            self._check_lengths(dataset, name)
+            self._check_rows(dataset, name)
         self.data_collator = self._collator(setup, [*datasets.values()])
 
     def _prepare_dataset(
@@ -179,7 +179,8 @@ class DistillTrainer(StepTrainer):
         check_scored(prepared, args, dataset_name)
         return prepared
 
-    def _check_lengths(self, dataset: Any, name: str) -> None:
+    def _check_rows(self, dataset: Any, name: str) -> None:
+        check_ids(dataset, vocabulary_rows(self._student), f"the student ({type(self._student).__name__})", name)
         for role, model in [("student", self._student), *(("teacher", one) for one in self._teacher.models)]:
             described = f"the {role} ({type(model).__name__})"
             check_lengths(dataset, learned_positions(model), self.args, self.padding_free, described, name)
@@ -231,7 +232,7 @@ class DistillTrainer(StepTrainer):
         """
         dataset = getattr(dataloader, "dataset", None)
         if isinstance(dataset, Dataset):
-            self._check_lengths(dataset, "evaluation")
+            self._check_rows(dataset, "evaluation")
         with self._attention():
             return super().evaluation_loop(dataloader, *args, **kwargs)
 

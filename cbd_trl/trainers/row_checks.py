@@ -96,6 +96,29 @@ def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: 
     check_positions(longest, positions, row, model, way_out)
 
 
+def check_ids(dataset: Any, vocabulary: int, model: str, name: str) -> None:
+    """Refuse token ids that a model has no row for.
+
+    Args:
+        dataset: prepared, or None. Rows of a stream are not looked at.
+        vocabulary: rows of the model's table.
+        model: names the model.
+        name: of the data set.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    for batch in dataset.select_columns("input_ids").with_format("arrow").iter(_ROWS):
+        highest = pc.max(pc.list_flatten(batch["input_ids"])).as_py()
+        if highest is not None and highest >= vocabulary:
+            raise ValueError(
+                f"A row of the {name} dataset has the token id {highest}, and {model} has {vocabulary} vocabulary "
+                "rows: it was made with another tokenizer. Tokenize it with the model's own, or give the text."
+            )
+
+
 def check_before_preparing(
     dataset: Any, eval_dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> None:
@@ -129,6 +152,7 @@ def check_before_preparing(
         if rows is None:
             continue
         check_end_token(rows, tokenizer, args, name)
+        check_ids(rows, config.vocab_size, f"the anchor ({config.model_type})", name)
         with template_reads(rows, tokenizer, args, f"the {name} dataset"):
             scored = any(_is_scored(row["labels"]) for row in _prepared(rows, args, tokenizer))
         if not scored:

@@ -149,6 +149,27 @@ def test_every_other_metric_can_be_the_best(metric: str, tmp_path: Any) -> None:
     assert trainer.state.best_metric == (min if lower else max)(reported)
 
 
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_ids_that_the_model_has_no_row_for_are_named(name: str, tmp_path: Any) -> None:
+    """A model of 64 rows; 63 is the last one."""
+    rows = {one: Dataset.from_dict({"input_ids": [[7, 8, 63]] * 4}) for one in ("train_dataset", "eval_dataset")}
+    make_trainer(**rows)
+    rows[name] = Dataset.from_dict({"input_ids": [[7, 8, 9], [7, 64, 9]] * 2})
+    with pytest.raises(ValueError, match=r"token id 64, and the student .* has 64 vocabulary rows"):
+        make_trainer(**rows)
+    with pytest.raises(ValueError, match=r"token id 64, and the anchor .* has 64 vocabulary rows"):
+        build_chain(
+            tiny_model("llama"),
+            [0.8],
+            dataset=rows["train_dataset"],
+            eval_dataset=rows["eval_dataset"],
+            output_dir=tmp_path / "chain",
+            args=make_config(),
+            processing_class=tiny_tokenizer(),
+        )
+    assert not list(tmp_path.iterdir())
+
+
 ARGS, ROWS, TOKENIZER, MODEL = make_config(), text_rows(), tiny_tokenizer(), tiny_model("llama")
 
 
