@@ -97,10 +97,7 @@ def build_chain(
     steps = plan_chain(head.architecture, anchors, args, dataset)
     with _progress_of(args):
         done = finished_anchors(output_dir, head, steps)
-        if not done:
-            for one in head.sources:
-                one.check_weights()
-        _check_texts(head, steps, done, eval_dataset)
+        _check_inputs(head, steps, done, eval_dataset)
         if len(done) <= len(steps):
             check_writable(output_dir)
         for anchor in done.values():
@@ -154,9 +151,11 @@ def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:
     return progress_shown(PartialState().is_local_main_process and not args.disable_tqdm)
 
 
-def _check_texts(head: Head, steps: Sequence[Step], done: Mapping[int, Anchor], eval_dataset: Any) -> None:
-    """Refuse what the trainings that are still to come cannot read, before the first of them."""
+def _check_inputs(head: Head, steps: Sequence[Step], done: Mapping[int, Anchor], eval_dataset: Any) -> None:
+    """Refuse weights and texts that what is still to come cannot read, before any of it."""
     if not done:
+        for source in head.sources:
+            source.check_weights()
         _check_text(head.dataset, head.args, head.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
         _check_text(step.dataset, step.args, head.tokenizer)

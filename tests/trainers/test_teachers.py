@@ -115,8 +115,8 @@ def test_ensembles_that_cannot_work_are_refused() -> None:
             make_trainer(teacher=two, **field)
     with pytest.raises(ValueError, match="A teacher is needed"):
         make_trainer(teacher=[])
-    with pytest.raises(TypeError, match=r"teacher_model is a dict: .* \(or a list of them\)"):
-        make_trainer(teacher=[{}])
+    with pytest.raises(TypeError, match=r"teacher_model is a int: .* \(or a list of them\)"):
+        make_trainer(teacher=[3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="shares parameters with the student"):
         ours = student()
         make_trainer(student=ours, teacher=[two[0], ours])
