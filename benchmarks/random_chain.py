@@ -10,7 +10,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import axis_length, tensor_shape
-from cbd_trl.chain.manifest import STATISTICS_FILE, write_anchor
+from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.stored_statistics import save_statistics

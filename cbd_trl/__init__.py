@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cbd_trl.chain.from_anchors import chain_from_anchors
     from cbd_trl.chain.from_chain import from_chain
     from cbd_trl.chain.make_targets import make_targets
-    from cbd_trl.chain.manifest import Chain
+    from cbd_trl.chain.chain import Chain
     from cbd_trl.trainers.bridge_config import BridgeDistillConfig
     from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
     from cbd_trl.trainers.distill_config import DistillConfig
@@ -39,7 +39,7 @@ _HOMES = {
     "BridgeDistillConfig": "cbd_trl.trainers.bridge_config",
     "BridgeDistillTrainer": "cbd_trl.trainers.bridge_trainer",
     "BridgeStep": "cbd_trl.chain.bridge_step",
-    "Chain": "cbd_trl.chain.manifest",
+    "Chain": "cbd_trl.chain.chain",
     "DistillConfig": "cbd_trl.trainers.distill_config",
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",
     "build_chain": "cbd_trl.chain.build",

@@ -66,7 +66,7 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
     from rich.console import Console
 
     from cbd_trl.chain.describe_targets import describe_targets
-    from cbd_trl.chain.manifest import Chain
+    from cbd_trl.chain.chain import Chain
     from cbd_trl.report.tables import format_count
     from cbd_trl.report.target_table import target_table
 

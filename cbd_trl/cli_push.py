@@ -50,7 +50,7 @@ def push(flags: list[str]) -> None:
     arguments, places = parse_flags("push", description, [PushArguments], flags, positional)
     if places.chain is None or places.repo is None:
         raise UsageError("Two places are wanted: cbd-trl push CHAIN REPO.")
-    from cbd_trl.chain.manifest import Chain
+    from cbd_trl.chain.chain import Chain
 
     commit = Chain.from_pretrained(places.chain).push_to_hub(
         places.repo,

@@ -123,7 +123,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from rich.console import Console
 
     from cbd_trl.cards import save_cards
-    from cbd_trl.chain.manifest import Chain
+    from cbd_trl.chain.chain import Chain
     from cbd_trl.report.chain_report import measure_chains
     from cbd_trl.report.findings import compared, findings
     from cbd_trl.report.progress import quiet_loading

@@ -19,7 +19,7 @@ from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.finished import finished_anchors
 from cbd_trl.chain.head import MADE_WITH, Head, source_head, store_head
-from cbd_trl.chain.manifest import Anchor, Chain
+from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.plan import Step, plan_chain
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.special_tokens import SpecialTokens

@@ -9,7 +9,7 @@ import torch
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import dims_of, tensor_shape
-from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.target import Request, find_target, target_dtype
 from cbd_trl.surgery.weights import reader_keys
 

@@ -7,7 +7,7 @@ from typing import Any
 from cbd_trl.chain.arguments import changed_arguments, there_and_now, training_record
 from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.head import MADE_WITH, Head
-from cbd_trl.chain.manifest import Anchor, Chain
+from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.plan import Step
 from cbd_trl.chain.records import MANIFEST
 from cbd_trl.chain.tokenizer_hash import tokenizer_hash

@@ -16,7 +16,7 @@ from cbd_trl.cards.history import ORIGINS
 from cbd_trl.chain.calibration import calibration_length, token_blocks
 from cbd_trl.chain.coordinates import Coordinates
 from cbd_trl.chain.folders import check_place
-from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.members import Member, check_functions, plan_members
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.records import MANIFEST

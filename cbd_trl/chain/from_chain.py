@@ -20,7 +20,7 @@ from cbd_trl.cards import copy_picture, save_card, target_card
 from cbd_trl.cards.history import chain_label
 from cbd_trl.chain.calibrate import choose_plan
 from cbd_trl.chain.calibration import calibration_length, token_blocks
-from cbd_trl.chain.manifest import Anchor, Chain
+from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.operators import OPERATORS, default_alpha
 from cbd_trl.chain.pair import Pair, Plan

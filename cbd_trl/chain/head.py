@@ -12,7 +12,7 @@ from cbd_trl.architectures import Architecture, architecture_of
 from cbd_trl.cards.history import DATASETS, ORIGINS
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.arguments import loading_options
-from cbd_trl.chain.manifest import Anchor
+from cbd_trl.chain.chain import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.source import Source

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from cbd_trl.chain.from_chain import calibration_tokens, check_replaceable, load_pair, make_model, save_model
-from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.plan import anchor_name
 from cbd_trl.chain.target import ANCHOR, Request, Target, find_target, target_dtype

@@ -9,7 +9,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.cards.files import save_cards
-from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, Chain, write_anchor
+from cbd_trl.chain.chain import STATISTICS_FILE, Anchor, Chain, write_anchor
 from cbd_trl.durable import writing
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.stored_statistics import save_statistics

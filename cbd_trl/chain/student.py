@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures import describe
-from cbd_trl.chain.manifest import Anchor
+from cbd_trl.chain.chain import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.pair import Pair
 from cbd_trl.chain.plan import Step

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.operators import (
     MIXING_OPERATORS,
     OPERATORS,

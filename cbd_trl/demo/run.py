@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from cbd_trl.cards import save_cards
 from cbd_trl.chain.build import build_chain
 from cbd_trl.chain.from_chain import from_chain
-from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.chain import Chain
 from cbd_trl.demo.answers import answer
 from cbd_trl.demo.clock import Clock, peak_memory, predict
 from cbd_trl.demo.corpus import split

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.chain.bridge_step import BridgeStep
 from cbd_trl.chain.build import build_chain
 from cbd_trl.chain.calibration import token_blocks
-from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.plan import Step
 from cbd_trl.chain.source import Source
 from cbd_trl.recipe.arguments import anchor_args

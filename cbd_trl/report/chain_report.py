@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from cbd_trl.chain.manifest import Chain
+from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.operators import OPERATORS as KNOWN_OPERATORS
 from cbd_trl.chain.target import ANCHOR, Request, find_target
 from cbd_trl.losses.held_out import held_out_loss

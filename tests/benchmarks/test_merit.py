@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.merit import boomerang, eta, pairs_of
 from cbd_trl import from_chain
-from cbd_trl.chain.manifest import Chain, write_anchor
+from cbd_trl.chain.chain import Chain, write_anchor
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.chain.manifest import STATISTICS_FILE
+from cbd_trl.chain.chain import STATISTICS_FILE
 from cbd_trl.cli import main
 from tests.chain.helpers import DEEP, WIDE, same_weights
 from tests.tokenizer import tiny_tokenizer

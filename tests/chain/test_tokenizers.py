@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import cbd_trl.chain.folders as folders
 from cbd_trl import Chain, build_chain
-from cbd_trl.chain.manifest import write_anchor
+from cbd_trl.chain.chain import write_anchor
 from cbd_trl.chain.source import Source
 from cbd_trl.chain.tokenizer_hash import stored_tokenizer_hash, tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import KINDS, make_tokenizer

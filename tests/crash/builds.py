@@ -21,7 +21,7 @@ import cbd_trl.chain.folders as folders_module
 import cbd_trl.chain.store as store_module
 from cbd_trl import Chain, DistillTrainer, build_chain
 from cbd_trl.cards import CARD_FILES
-from cbd_trl.chain.manifest import STATISTICS_FILE
+from cbd_trl.chain.chain import STATISTICS_FILE
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 from tests.tokenizer import tiny_tokenizer
 

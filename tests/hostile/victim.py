@@ -10,7 +10,7 @@ import torch
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import describe
-from cbd_trl.chain.manifest import STATISTICS_FILE, write_anchor
+from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
 from cbd_trl.chain.shapes import target_architecture
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.stored_statistics import save_statistics
