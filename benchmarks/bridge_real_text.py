@@ -37,8 +37,8 @@ from benchmarks.real_text_chain import BLOCK_LENGTH, gsm8k_rows, split, training
 from benchmarks.starts import WholeHead
 from benchmarks.tables import machine, markdown
 from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, DistillConfig, DistillTrainer
-from cbd_trl.report.results import Results, write_text
 from cbd_trl.report.sweep import fingerprint
+from cbd_trl.utils.results import Results, write_text
 
 END = "<|endoftext|>"
 VOCABULARY = 8192

@@ -43,7 +43,7 @@ from transformers.utils import logging
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import axis_length, prefix_index
-from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.shapes.smaller import target_architecture
 
 WIDTH = {"hidden_size": 477, "intermediate_size": 1280, "num_attention_heads": 9, "num_key_value_heads": 3}
 LARGE = {"hidden_size": 1344, "intermediate_size": 7840}

@@ -13,7 +13,7 @@ from cbd_trl.architectures.axes import axis_length, tensor_shape
 from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import Statistics
-from cbd_trl.surgery.stored_statistics import save_statistics
+from cbd_trl.surgery.statistics_file import save_statistics
 
 
 def smol(layers: int = 30, width: int = 576, ffn: int = 1536, heads: int = 9) -> PretrainedConfig:

@@ -13,12 +13,12 @@ from trl import SFTTrainer
 from cbd_trl import Chain, DistillConfig, DistillTrainer, from_chain
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import axis_length
+from cbd_trl.build.plan import plan_chain
+from cbd_trl.build.student import choose_blocks, initial_student, refit_student
 from cbd_trl.chain.model import build_model
-from cbd_trl.chain.plan import plan_chain
-from cbd_trl.chain.student import choose_blocks, initial_student, refit_student
 from cbd_trl.report.sweep import random_model
 from cbd_trl.surgery.blocks import select_layers
-from cbd_trl.surgery.cut import plain_cut
+from cbd_trl.surgery.least_squares import plain_cut
 from cbd_trl.surgery.weights import Weights, reader_keys
 
 TARGET = {

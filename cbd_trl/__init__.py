@@ -7,13 +7,13 @@ neither.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cbd_trl.chain.bridge_step import BridgeStep
-    from cbd_trl.chain.build import build_chain
-    from cbd_trl.chain.describe_targets import describe_targets
-    from cbd_trl.chain.from_anchors import chain_from_anchors
-    from cbd_trl.chain.from_chain import from_chain
-    from cbd_trl.chain.make_targets import make_targets
+    from cbd_trl.build.bridge_step import BridgeStep
+    from cbd_trl.build.build import build_chain
+    from cbd_trl.build.from_anchors import chain_from_anchors
     from cbd_trl.chain.chain import Chain
+    from cbd_trl.targets.describe_targets import describe_targets
+    from cbd_trl.targets.from_chain import from_chain
+    from cbd_trl.targets.many import make_targets
     from cbd_trl.trainers.bridge_config import BridgeDistillConfig
     from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
     from cbd_trl.trainers.distill_config import DistillConfig
@@ -38,15 +38,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "BridgeDistillConfig": "cbd_trl.trainers.bridge_config",
     "BridgeDistillTrainer": "cbd_trl.trainers.bridge_trainer",
-    "BridgeStep": "cbd_trl.chain.bridge_step",
+    "BridgeStep": "cbd_trl.build.bridge_step",
     "Chain": "cbd_trl.chain.chain",
     "DistillConfig": "cbd_trl.trainers.distill_config",
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",
-    "build_chain": "cbd_trl.chain.build",
-    "chain_from_anchors": "cbd_trl.chain.from_anchors",
-    "describe_targets": "cbd_trl.chain.describe_targets",
-    "from_chain": "cbd_trl.chain.from_chain",
-    "make_targets": "cbd_trl.chain.make_targets",
+    "build_chain": "cbd_trl.build.build",
+    "chain_from_anchors": "cbd_trl.build.from_anchors",
+    "describe_targets": "cbd_trl.targets.describe_targets",
+    "from_chain": "cbd_trl.targets.from_chain",
+    "make_targets": "cbd_trl.targets.many",
 }
 
 

@@ -36,7 +36,7 @@ def group_of(node: str) -> str:
     """The folder of a test below tests/; "tests" itself for a test beside the folders.
 
     Args:
-        node: id of the test, such as `tests/chain/test_build.py::test_it`.
+        node: id of the test, such as `tests/build/test_build.py::test_it`.
     """
     parts = node.split("::")[0].split("/")
     return parts[-2] if len(parts) < 3 else parts[1]

@@ -21,8 +21,8 @@ def _test_files():
 @pytest.mark.parametrize(
     ("node", "group"),
     [
-        ("tests/test_cli.py::test_help", "tests"),
-        ("tests/chain/test_build.py::test_it[tests/x]", "chain"),
+        ("tests/cli/test_main.py::test_help", "tests"),
+        ("tests/build/test_build.py::test_it[tests/x]", "chain"),
         ("tests/chain/deeper/test_build.py::test_it", "chain"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers import quantizer_bnb_4bit
 
 from cbd_trl import Chain, DistillTrainer, from_chain
-from cbd_trl.cli_parsing import _Parser
+from cbd_trl.cli.parsing import _Parser
 from tests.chain.helpers import build_tiny_chain, same_weights
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -178,7 +178,7 @@ def test_every_key_of_the_yaml_files_is_a_flag(command):
     from trl import ModelConfig, ScriptArguments
 
     from cbd_trl import DistillConfig
-    from cbd_trl.cli_arguments import BuildArguments
+    from cbd_trl.cli.arguments import BuildArguments
 
     own = {"build": BuildArguments, "distill": ModelConfig}[command]
     parser = _Parser([own, ScriptArguments, DistillConfig])

@@ -16,8 +16,8 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from cbd_trl.eval_mode import in_eval_mode
-from cbd_trl.losses.head import Head
+from cbd_trl.architectures.head import Head
+from cbd_trl.utils.eval_mode import in_eval_mode
 
 # How many tokens the own logits of a model are compared with `Head` on.
 _PROBE_LENGTH = 4

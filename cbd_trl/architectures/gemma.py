@@ -7,7 +7,7 @@ changes; sliding and full layers alternate by `layer_types`, which travel with t
 from dataclasses import replace
 from typing import Any
 
-from cbd_trl.architectures.family import Site
+from cbd_trl.architectures.base import Site
 from cbd_trl.architectures.llama import ATTENTION_BIASES, LLAMA, QK_NORMS, layer_tensors
 
 

@@ -6,7 +6,7 @@ What Gemma and OLMo 2 share with them is read from here.
 from collections.abc import Mapping
 from typing import Any
 
-from cbd_trl.architectures.family import Family, Site
+from cbd_trl.architectures.base import Family, Site
 
 QKV_BIASES = {
     "self_attn.q_proj.bias": "group.query.dim",

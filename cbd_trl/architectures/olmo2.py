@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from cbd_trl.architectures.family import Site
+from cbd_trl.architectures.base import Site
 from cbd_trl.architectures.llama import ATTENTION_BIASES, LLAMA, QK_NORMS, layer_tensors
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cbd_trl.architectures.family import Family, Site
+from cbd_trl.architectures.base import Family, Site
 from cbd_trl.architectures.heads import WidthOfHeads
 
 _WIDTH = WidthOfHeads("OPT", "hidden_size", "num_attention_heads")

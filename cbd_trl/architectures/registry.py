@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from cbd_trl.architectures.family import Architecture
+from cbd_trl.architectures.base import Architecture
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX

@@ -1,9 +1,9 @@
 """Across vocabularies: what tokens of two tokenizers have in common, and a model given another vocabulary."""
 
 from cbd_trl.bridge.reduce import Reduction, reduce_vocabulary
-from cbd_trl.bridge.text_marks import carry_over_special_tokens
+from cbd_trl.bridge.special_tokens import carry_over_special_tokens
 from cbd_trl.bridge.transplant import transplant_vocabulary
-from cbd_trl.bridge.vocabulary_match import VocabularyMatch, match_vocabularies
+from cbd_trl.bridge.vocabulary import VocabularyMatch, match_vocabularies
 
 __all__ = [
     "Reduction",

@@ -17,7 +17,7 @@ from cbd_trl.bridge.bridge import Bridge, StudentRows, TeacherRows
 from cbd_trl.bridge.merging import merge
 from cbd_trl.bridge.placing import Pieces, Texts, first_of_text, place, sums_before
 from cbd_trl.bridge.reader import Encoded, Reader
-from cbd_trl.names import readable_name
+from cbd_trl.utils.formatting import readable_name
 
 logger = logging.get_logger(__name__)
 

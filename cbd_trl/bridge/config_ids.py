@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.bridge.vocabulary_match import VocabularyMatch
+from cbd_trl.bridge.vocabulary import VocabularyMatch
 
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Settings of generation that name old ids, whose words need not be single tokens now.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.bridge.matching_pursuit import matching_pursuit
-from cbd_trl.bridge.vocabulary_match import VocabularyMatch
+from cbd_trl.bridge.vocabulary import VocabularyMatch
 from cbd_trl.surgery.weights import working
 
 # What "weighted" takes: how much less a piece counts than the next one, and the share of the mean of all rows.

@@ -14,11 +14,11 @@ from cbd_trl.architectures import is_tied
 from cbd_trl.architectures.backbone import take_off_patches
 from cbd_trl.bridge.config_ids import move_token_ids
 from cbd_trl.bridge.recipes import Recipe, mean_recipe, pursuit_recipe, weighted_recipe
-from cbd_trl.bridge.text_marks import warn_of_other_marks
+from cbd_trl.bridge.special_tokens import warn_of_other_marks
 from cbd_trl.bridge.token_bytes import token_bytes
-from cbd_trl.bridge.vocabulary_match import VocabularyMatch, match_vocabularies
-from cbd_trl.names import did_you_mean
+from cbd_trl.bridge.vocabulary import VocabularyMatch, match_vocabularies
 from cbd_trl.surgery.weights import working
+from cbd_trl.utils.formatting import did_you_mean
 
 METHODS = ("mean", "weighted", "omp")
 # How many tokens one is written with by "omp".

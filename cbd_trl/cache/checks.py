@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.untrusted import check_fields, shown
+from cbd_trl.utils.untrusted import check_fields, shown
 
 KINDS = ("top_k", "sampled", "hidden")
 HIDDEN_DTYPES = ("float32", "bfloat16", "float16")

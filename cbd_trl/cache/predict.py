@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import check_head, open_forward, output_head
+from cbd_trl.architectures.head import Head
 from cbd_trl.architectures.positions import check_positions, learned_positions
 from cbd_trl.cache.codec import row_key
-from cbd_trl.cache.manifest import Settings
+from cbd_trl.cache.format import Settings
 from cbd_trl.cache.shards import CachedRow
 from cbd_trl.losses.divergences import tempered_log_probs
 from cbd_trl.losses.events import draw, teacher_top_k
-from cbd_trl.losses.head import Head
 
 # Logits held at a time: 64 MB in float32.
 _LOGITS = 2**24

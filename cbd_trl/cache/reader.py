@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.cache.fingerprints import tokenizer_fingerprint
+from cbd_trl.architectures.head import Head
+from cbd_trl.cache.format import HEAD_FILE, Manifest, Settings, read_manifest
 from cbd_trl.cache.index import RowIndex
-from cbd_trl.cache.manifest import HEAD_FILE, Manifest, Settings, read_manifest
 from cbd_trl.cache.shards import CachedRow, check_shard, empty_row, read_row
-from cbd_trl.losses.head import Head
-from cbd_trl.tensor_header import read_header
-from cbd_trl.untrusted import check_inside
+from cbd_trl.utils.fingerprints import tokenizer_fingerprint
 from cbd_trl.utils.progress import Progress
+from cbd_trl.utils.tensor_header import read_header
+from cbd_trl.utils.untrusted import check_inside
 
 # Each open shard maps a file into memory, of which a process may have some tens of thousands.
 _OPEN_SHARDS = 64

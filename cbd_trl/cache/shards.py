@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from cbd_trl.cache.codec import dequantise, high_bytes, pack_ids, quantise, row_key, unpack_ids
-from cbd_trl.cache.manifest import Settings, Shard, write_atomically
-from cbd_trl.tensor_header import read_header
-from cbd_trl.untrusted import check_inside
+from cbd_trl.cache.format import Settings, Shard, write_atomically
 from cbd_trl.utils.tensor_files import tensor_bytes
+from cbd_trl.utils.tensor_header import read_header
+from cbd_trl.utils.untrusted import check_inside
 
 KEY_BYTES = 16
 _WIDTHS = {"int32": ("I32", 4), "int64": ("I64", 8), "uint8": ("U8", 1), "uint16": ("U16", 2), "float32": ("F32", 4)}

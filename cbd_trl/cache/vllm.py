@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.cache.fingerprints import tokenizer_fingerprint
-from cbd_trl.cache.manifest import Manifest, Settings
+from cbd_trl.cache.format import Manifest, Settings
 from cbd_trl.cache.shards import CachedRow
 from cbd_trl.cache.writer import CacheWriter
+from cbd_trl.utils.fingerprints import tokenizer_fingerprint
 
 # Servers round: what is off by less is no mistake.
 _TOLERANCE = 1e-3

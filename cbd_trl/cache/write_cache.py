@@ -12,19 +12,19 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig
 
+from cbd_trl.architectures.head import Head
 from cbd_trl.cache.codec import row_key
-from cbd_trl.cache.fingerprints import teacher_fingerprint, tokenizer_fingerprint
-from cbd_trl.cache.manifest import HIDDEN_DTYPES, Manifest, Settings, check_kind
+from cbd_trl.cache.format import HIDDEN_DTYPES, Manifest, Settings, check_kind
 from cbd_trl.cache.predict import Predictor
 from cbd_trl.cache.shards import stored_bytes
 from cbd_trl.cache.writer import CacheWriter
-from cbd_trl.eval_mode import in_eval_mode
-from cbd_trl.losses.head import Head
-from cbd_trl.names import readable_name
-from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
+from cbd_trl.utils.eval_mode import in_eval_mode
+from cbd_trl.utils.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.modeling import check_checkpoint, check_writes, load_causal_lm
 from cbd_trl.utils.progress import Progress, progress_shown
+from cbd_trl.utils.tokenizers import find_tokenizer, text_tokenizer
 
 
 def write_cache(

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
+from cbd_trl.architectures.head import Head
 from cbd_trl.cache.codec import row_key
-from cbd_trl.cache.manifest import (
+from cbd_trl.cache.format import (
     HEAD_FILE,
     MANIFEST,
     Manifest,
@@ -19,7 +20,6 @@ from cbd_trl.cache.manifest import (
     write_manifest,
 )
 from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, write_shard
-from cbd_trl.losses.head import Head
 from cbd_trl.utils.tensor_files import tensor_bytes
 
 SHARD_TOKENS = 65536

@@ -10,11 +10,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from transformers.utils import logging
 
-from cbd_trl.cards.anchor import anchor_card
-from cbd_trl.cards.chain import MEASURED, chain_card
-from cbd_trl.cards.history import AnyChain
-from cbd_trl.cards.template import PICTURE, is_untouched
-from cbd_trl.report.results import write_text
+from cbd_trl.cards.card import PICTURE, is_untouched
+from cbd_trl.chain.cards import anchor_card
+from cbd_trl.chain.chain_part import MEASURED, chain_card
+from cbd_trl.chain.history import AnyChain
+from cbd_trl.utils.results import write_text
 
 logger = logging.get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from cbd_trl.cards.template import plain, table
+from cbd_trl.cards.card import plain, table
 
 # Logged terms, by what they are called on a card. A unit only where it is the same for every divergence and weight.
 _TERMS = {

@@ -5,10 +5,10 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from cbd_trl.cards.card import code
 from cbd_trl.cards.licenses import LICENSES, NO_LICENSE
 from cbd_trl.cards.origin import Origin, hub_ids, is_hub_id
-from cbd_trl.cards.template import code
-from cbd_trl.names import did_you_mean
+from cbd_trl.utils.formatting import did_you_mean
 
 # How a model comes from its base models (https://huggingface.co/docs/hub/model-cards#specifying-a-base-model).
 RELATIONS = ("finetune", "merge", "adapter", "quantized")

@@ -14,7 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from cbd_trl.names import readable_name
+from cbd_trl.utils.formatting import readable_name
 
 _README = "README.md"
 # Where the Hub's client keeps what it fetched: a folder with no name of its own, but in a path that says it all.

@@ -10,10 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cbd_trl.chain.manifest import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.pins import check_pin
-from cbd_trl.chain.records import MANIFEST, RESTORE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
-from cbd_trl.untrusted import check_fields, check_inside, read_json, shown
+from cbd_trl.utils.untrusted import check_fields, check_inside, read_json, shown
 
 SCHEMA_VERSION = 4
 # A name starts with a letter, digit or underscore: no hidden folders, no "..". It does not end with a dot, which

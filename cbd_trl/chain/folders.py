@@ -16,17 +16,17 @@ from cbd_trl.chain.chain_json import (
     read_manifest,
     write_manifest,
 )
-from cbd_trl.chain.hashes import sha256_of
-from cbd_trl.chain.model_files import drop_code
-from cbd_trl.chain.records import MANIFEST, RESTORE, STATISTICS_FILE, Anchor, Manifest, weight_files
+from cbd_trl.chain.manifest import MANIFEST, RESTORE, STATISTICS_FILE, Anchor, Manifest, weight_files
 from cbd_trl.chain.stored_weights import DTYPES
-from cbd_trl.chain.tokenizer_hash import stored_tokenizer_hash
 from cbd_trl.chain.tokenizers import check_one_tokenizer
-from cbd_trl.durable import flush
 from cbd_trl.surgery.blocks import check_blocks
-from cbd_trl.tensor_header import read_header
-from cbd_trl.untrusted import check_inside
+from cbd_trl.utils.files import flush
+from cbd_trl.utils.hashes import sha256_of
+from cbd_trl.utils.model_folders import drop_code
 from cbd_trl.utils.progress import Progress
+from cbd_trl.utils.tensor_header import read_header
+from cbd_trl.utils.tokenizer_hash import stored_tokenizer_hash
+from cbd_trl.utils.untrusted import check_inside
 
 # What transformers reads from a model's folder without being asked to.
 _READ_UNASKED = (".json", ".jinja", ".model", ".txt")

@@ -10,7 +10,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from cbd_trl.chain.folders import verify_config, verify_files
 from cbd_trl.chain.hub_errors import told
-from cbd_trl.chain.records import MANIFEST, Anchor, Manifest
+from cbd_trl.chain.manifest import MANIFEST, Anchor, Manifest
 
 
 class HubFolder:

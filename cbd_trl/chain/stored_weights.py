@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from cbd_trl.surgery.tensor_file import TensorFile
+from cbd_trl.utils.tensor_file import TensorFile
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

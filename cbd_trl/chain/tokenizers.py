@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from cbd_trl.chain.records import Anchor
-from cbd_trl.teachers.tokenizers import tokenizer_difference
+from cbd_trl.chain.manifest import Anchor
+from cbd_trl.utils.tokenizers import tokenizer_difference
 
 ONE_TOKENIZER = (
     "The anchors of a chain share one tokenizer: a target's vocabulary rows are interpolated token by token, so a row "

@@ -8,26 +8,26 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel
 
+from cbd_trl.build.build import build_chain
 from cbd_trl.cards import save_cards
-from cbd_trl.chain.build import build_chain
-from cbd_trl.chain.from_chain import from_chain
 from cbd_trl.chain.chain import Chain
 from cbd_trl.demo.answers import answer
 from cbd_trl.demo.clock import Clock, peak_memory, predict
-from cbd_trl.demo.corpus import split
 from cbd_trl.demo.plan import SMOLLM2, Plan, training_args
 from cbd_trl.demo.settings import settle
 from cbd_trl.demo.source import HUB_ID, prepare_source
 from cbd_trl.demo.summary import write_report
-from cbd_trl.durations import format_seconds
 from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.report.progress import quiet_loading
-from cbd_trl.report.results import Results
+from cbd_trl.recipe.corpus import split
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
 from cbd_trl.report.tables import describe_shape, format_count
 from cbd_trl.report.text import add_bits_per_byte, held_out_blocks
+from cbd_trl.targets.from_chain import from_chain
+from cbd_trl.utils.durations import format_seconds
 from cbd_trl.utils.modeling import load_causal_lm
 from cbd_trl.utils.progress import Progress
+from cbd_trl.utils.progress_part import quiet_loading
+from cbd_trl.utils.results import Results
 
 
 class Demo:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cbd_trl.demo.plan import Plan, default_steps
-from cbd_trl.report.results import Results
-from cbd_trl.trainers.step_cost import bf16_pays
+from cbd_trl.recipe.step_cost import bf16_pays
+from cbd_trl.utils.results import Results
 
 
 @dataclass(frozen=True)

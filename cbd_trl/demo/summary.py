@@ -7,10 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from cbd_trl.durations import format_seconds
 from cbd_trl.report.plots import plot_sweep
-from cbd_trl.report.results import write_text
 from cbd_trl.report.tables import format_count, markdown_table, measures, rich_table
+from cbd_trl.utils.durations import format_seconds
+from cbd_trl.utils.results import write_text
 
 TITLE = "Any size from one chain: SmolLM2-135M-Instruct and two anchors distilled from it"
 

@@ -21,7 +21,7 @@ from cbd_trl.architectures.backbone import own_forward
 from cbd_trl.generation.decoding import DecodingConfig
 from cbd_trl.generation.draws import DrawByRow, RefuseNonNumbers
 from cbd_trl.generation.prompts import Prompt
-from cbd_trl.teachers.tokenizers import vocabulary_rows
+from cbd_trl.utils.tokenizers import vocabulary_rows
 
 # A character that is not all there: the cut fell between its bytes.
 _HALF_A_CHARACTER = "\ufffd"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.cache.manifest import write_atomically
+from cbd_trl.cache.format import write_atomically
 
 FORMAT_VERSION = 1
 # Two names for the same weights are no difference: their fingerprint is compared.

@@ -17,17 +17,17 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.cache.fingerprints import teacher_fingerprint, tokenizer_fingerprint
 from cbd_trl.chain.source import Source
-from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.generation.completer import Completer
 from cbd_trl.generation.completions_file import CompletionsFile
 from cbd_trl.generation.decoding import DecodingConfig
 from cbd_trl.generation.prompts import Prompts
-from cbd_trl.names import readable_name
-from cbd_trl.teachers.tokenizers import find_tokenizer, text_tokenizer
+from cbd_trl.utils.eval_mode import in_eval_mode
+from cbd_trl.utils.fingerprints import teacher_fingerprint, tokenizer_fingerprint
+from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.modeling import check_checkpoint
 from cbd_trl.utils.progress import Progress, progress_shown
+from cbd_trl.utils.tokenizers import find_tokenizer, text_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cbd_trl.losses.divergence_kernels import (
     reverse_kl_kernel,
     total_variation_kernel,
 )
-from cbd_trl.names import did_you_mean
+from cbd_trl.utils.formatting import did_you_mean
 
 # Where one distribution has less than about this share of a mixture, float32 rounds the other's to 1 and the formula
 # divides by 0. At that point the mixture is the other distribution.

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbd_trl.losses.head import Head, product_dtype
+from cbd_trl.architectures.head import Head, product_dtype
 from cbd_trl.losses.objective import METRICS, LogitObjective, Weights, combine
-from cbd_trl.losses.signals import AnySignal
+from cbd_trl.losses.teacher_outputs import AnySignal
 
 # Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
 # fills it.

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import check_head, last_hidden, output_head
-from cbd_trl.eval_mode import in_eval_mode
+from cbd_trl.architectures.head import Head
 from cbd_trl.losses.fused import logits_in_blocks
-from cbd_trl.losses.head import Head
 from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
 from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.utils.eval_mode import in_eval_mode
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbd_trl.names import did_you_mean
+from cbd_trl.utils.formatting import did_you_mean
 
 # Below this mean square a teacher's state counts as all zero: the residual streams of trained models lie far above.
 _FLOOR = 1e-6

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbd_trl.losses.divergences import Divergence, tempered_log_probs
 from cbd_trl.losses.reduction import cross_entropy
-from cbd_trl.losses.signals import Statement
+from cbd_trl.losses.teacher_outputs import Statement
 
 # What `trl.SFTTrainer` logs beside its loss, by its names: of the student's distribution the entropy (nats), and 1
 # where its most likely token is the one that follows, else 0.

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cbd_trl.names import did_you_mean
+from cbd_trl.utils.formatting import did_you_mean
 
 # Share of the way from start to end, at a progress in [0, 1].
 _SHARES: dict[str, Callable[[float], float]] = {

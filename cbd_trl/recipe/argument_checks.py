@@ -15,9 +15,9 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-from cbd_trl.chain.arguments import REFUSED
-from cbd_trl.names import did_you_mean
+from cbd_trl.build.arguments import REFUSED
 from cbd_trl.recipe.values import shown
+from cbd_trl.utils.formatting import did_you_mean
 
 # What these need is not all that makes transformers list them as available (an API key, the absence of MLflow).
 _PACKAGES = {"azure_ml": "azureml", "comet_ml": "comet_ml", "flyte": "flytekit"}

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.architectures import Architecture, describe
-from cbd_trl.chain.bridge_step import BridgeStep, bridged_head
-from cbd_trl.chain.finished import finished_anchors
-from cbd_trl.chain.head import Head, source_head
-from cbd_trl.chain.plan import Step, anchor_name, plan_step
+from cbd_trl.build.bridge_step import BridgeStep, bridged_head
+from cbd_trl.build.plan import Step, anchor_name, plan_step
+from cbd_trl.build.resume import finished_anchors
+from cbd_trl.build.source_anchor import Head, source_head
+from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.chain.source import Source
-from cbd_trl.chain.special_tokens import SpecialTokens
 from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
 from cbd_trl.recipe.data import check_data, check_mix, shares_rows
 from cbd_trl.recipe.estimate import Cost, anchor_cost, bridge_cost, disk_needed, head_cost

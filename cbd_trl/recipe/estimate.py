@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.calibration import calibration_length
-from cbd_trl.chain.describe_targets import multiplied_weights
-from cbd_trl.chain.plan import Step
+from cbd_trl.build.plan import Step
 from cbd_trl.losses.fused import default_chunk
 from cbd_trl.recipe.speed import Speed, half_precision
+from cbd_trl.recipe.step_cost import step_cost
 from cbd_trl.surgery.block_search import measured_blocks
+from cbd_trl.targets.describe_targets import multiplied_weights
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.trainers.step_cost import step_cost
+from cbd_trl.utils.calibration import calibration_length
 
 # Of the disk of the bfloat16 weights (docs/chains.md).
 STATISTICS_SHARE = 0.15

@@ -8,11 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from cbd_trl.cards import MEASURED, save_cards
-from cbd_trl.chain.describe_targets import describe_targets
 from cbd_trl.chain.chain import Chain
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.sweep import Target, fingerprint, sweep
 from cbd_trl.report.text import add_bits_per_byte
+from cbd_trl.targets.describe_targets import describe_targets
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.progress import Progress
 

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.chain.records import MANIFEST
+from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.recipe.schema import DataPart, Recipe
-from cbd_trl.report.results import write_text
+from cbd_trl.utils.results import write_text
 
 FILE = "recipe.json"
 

@@ -6,11 +6,10 @@ from typing import Any
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.chain.bridge_step import BridgeStep
-from cbd_trl.chain.build import build_chain
-from cbd_trl.chain.calibration import token_blocks
+from cbd_trl.build.bridge_step import BridgeStep
+from cbd_trl.build.build import build_chain
+from cbd_trl.build.plan import Step
 from cbd_trl.chain.chain import Chain
-from cbd_trl.chain.plan import Step
 from cbd_trl.chain.source import Source
 from cbd_trl.recipe.arguments import anchor_args
 from cbd_trl.recipe.check import Check, check_recipe
@@ -21,6 +20,7 @@ from cbd_trl.recipe.remember import remember
 from cbd_trl.recipe.schema import AnchorPart, Recipe
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.utils.calibration import token_blocks
 
 
 def build_recipe(recipe: Recipe) -> Chain:

@@ -3,7 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
-from cbd_trl.names import did_you_mean
+from cbd_trl.utils.formatting import did_you_mean
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -38,4 +38,4 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def _folder() -> Path:
-    return Path(str(files("cbd_trl").joinpath("recipes")))
+    return Path(str(files("cbd_trl").joinpath("recipe", "shipped")))

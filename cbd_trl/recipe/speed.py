@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cbd_trl.recipe.step_cost import BF16_SPEED, bf16_pays
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.trainers.step_cost import BF16_SPEED, bf16_pays
 
 # Share of the speed of one matrix product that a whole model comes to: on a CPU measured (SmolLM2-135M, float32); on a
 # GPU assumed.

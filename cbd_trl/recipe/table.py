@@ -3,11 +3,11 @@
 from rich import box
 from rich.table import Table
 
-from cbd_trl.durations import format_seconds
 from cbd_trl.recipe.check import Check
 from cbd_trl.recipe.estimate import Cost
 from cbd_trl.recipe.speed import Speed
 from cbd_trl.report.tables import describe_shape, format_count
+from cbd_trl.utils.durations import format_seconds
 
 
 def recipe_table(check: Check) -> Table:

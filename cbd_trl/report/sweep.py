@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures import describe
-from cbd_trl.chain.from_chain import from_chain
-from cbd_trl.report.results import Results
+from cbd_trl.targets.from_chain import from_chain
+from cbd_trl.utils.results import Results
 
 OPERATORS = ("nested", "linear", "slice", "expand")
 RANDOM = "random"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from cbd_trl.chain.describe_targets import TargetSummary
-from cbd_trl.chain.target import ANCHOR
 from cbd_trl.report.tables import describe_shape, format_count
+from cbd_trl.targets.describe_targets import TargetSummary
+from cbd_trl.targets.request import ANCHOR
 
 _CAPTION = (
     "Parameters: in the token table, an untied head and learned positions + in all else; a tied table counts once. "

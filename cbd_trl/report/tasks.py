@@ -12,8 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.names import did_you_mean
 from cbd_trl.report.sweep import Probe, fingerprint
+from cbd_trl.utils.formatting import did_you_mean
 
 # The score that stands for a task, the first of these that it has; any other task is told by its own first metric.
 _PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "perplexity")

@@ -8,9 +8,9 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from cbd_trl.bridge.token_bytes import token_bytes
-from cbd_trl.chain.calibration import token_blocks
 from cbd_trl.losses.reduction import scored_targets
 from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.utils.calibration import token_blocks
 from cbd_trl.utils.datasets import sft_dataset
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from cbd_trl import __version__
 from cbd_trl.report.page import page
 from cbd_trl.report.plots import plot_side_by_side
-from cbd_trl.report.results import write_text
+from cbd_trl.utils.results import write_text
 
 _LIBRARIES = ("torch", "transformers", "trl")
 

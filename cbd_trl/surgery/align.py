@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from cbd_trl.architectures import Architecture, Site
 from cbd_trl.surgery.cross_moments import paired_sites
-from cbd_trl.surgery.permute import Order
+from cbd_trl.surgery.reorder import Order
 from cbd_trl.surgery.sort import Importance
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys

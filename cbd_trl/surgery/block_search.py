@@ -18,8 +18,8 @@ from torch.nn.functional import kl_div
 
 from cbd_trl.architectures import Architecture, decoder_layers
 from cbd_trl.architectures.backbone import last_hidden, output_head
+from cbd_trl.architectures.head import Head
 from cbd_trl.losses.fused import default_chunk
-from cbd_trl.losses.head import Head
 from cbd_trl.surgery.blocks import Block, Fits, anywhere, spaced_blocks
 from cbd_trl.surgery.refit import OutputProjection, refit_layer
 from cbd_trl.surgery.stream import layer_inputs

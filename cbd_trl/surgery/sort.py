@@ -6,7 +6,7 @@ import torch
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import Sizes, axis_length, select
-from cbd_trl.surgery.permute import Order, permute
+from cbd_trl.surgery.reorder import Order, permute
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress

@@ -11,8 +11,8 @@ from torch import nn
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
 from cbd_trl.architectures.backbone import own_forward
-from cbd_trl.eval_mode import in_eval_mode
 from cbd_trl.surgery.factors import factorise
+from cbd_trl.utils.eval_mode import in_eval_mode
 from cbd_trl.utils.progress import Progress
 
 RIDGE = 1e-3

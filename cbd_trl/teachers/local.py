@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import check_causal, check_head, open_forward, output_head
-from cbd_trl.eval_mode import in_eval_mode
-from cbd_trl.losses.head import product_dtype
+from cbd_trl.architectures.head import product_dtype
 from cbd_trl.losses.reduction import select_scored
-from cbd_trl.losses.signals import HiddenSignal, MixtureSignal
-from cbd_trl.names import readable_name
-from cbd_trl.remote_code import name_remote_code
+from cbd_trl.losses.teacher_outputs import HiddenSignal, MixtureSignal
 from cbd_trl.teachers.batch import Batch
+from cbd_trl.utils.eval_mode import in_eval_mode
+from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.modeling import check_writes, load_causal_lm
+from cbd_trl.utils.remote_code import name_remote_code
 
 
 def load_teacher(

@@ -5,7 +5,7 @@ from typing import Any
 
 from cbd_trl.bridge.bridge import Bridge, StudentRows, TeacherRows
 from cbd_trl.bridge.chats import read_chats
-from cbd_trl.trainers.chat_rows import chats_of
+from cbd_trl.trainers.bridge_data import chats_of
 
 
 class BridgeCollator:

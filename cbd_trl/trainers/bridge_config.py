@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from cbd_trl.bridge.objectives import OBJECTIVES, SEQKD, parse_objective
+from cbd_trl.bridge.objectives.registry import OBJECTIVES, SEQKD, parse_objective
 from cbd_trl.losses.divergences import DIVERGENCES
 from cbd_trl.losses.objective import METRICS
 from cbd_trl.losses.schedule import WeightSchedule
@@ -49,7 +49,7 @@ class BridgeDistillConfig(DistillConfig):
 
     Args:
         objective: what the two models are compared by: `prefix` (the default), `alm`, `uld`, `shared` or `dskd-cma`
-            (see `cbd_trl.bridge.objectives`), or several of `alm`, `uld` and `shared` with their weights,
+            (see `cbd_trl.bridge.objectives.registry`), or several of `alm`, `uld` and `shared` with their weights,
             "alm=1,uld=0.5" or a dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text
             that it wrote, which is the whole loss.
         divergence: of the objectives that have one (`alm`, `shared`, `dskd-cma`, `prefix`). None: their own.

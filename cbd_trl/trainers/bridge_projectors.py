@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from cbd_trl.bridge.cross_attention import CrossModelAttention
-from cbd_trl.trainers.projectors import Projectors
+from cbd_trl.bridge.objectives.cross_attention import CrossModelAttention
+from cbd_trl.trainers.hidden_states import Projectors
 
 
 class BridgeProjectors(Projectors):

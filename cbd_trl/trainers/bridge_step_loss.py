@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cbd_trl.architectures.backbone import output_head
+from cbd_trl.architectures.head import Head, product_dtype
 from cbd_trl.bridge.alignment import NOWHERE, Alignment
-from cbd_trl.bridge.sides import Side, on_first
-from cbd_trl.losses.head import Head, product_dtype
+from cbd_trl.bridge.objectives.inputs import Side, on_first
 from cbd_trl.losses.reduction import scored_mask
 from cbd_trl.teachers.batch import Batch
 from cbd_trl.teachers.local import LocalTeacher
@@ -84,7 +84,7 @@ class _ReadSide:
 
 
 class BridgeStepLoss(StepLoss):
-    """`StepLoss` with a `BridgeSignal` and an objective of `cbd_trl.bridge.objectives`.
+    """`StepLoss` with a `BridgeSignal` and an objective of `cbd_trl.bridge.objectives.registry`.
 
     One more term is "unaligned": 1 for a token in no group, which nothing of the teacher is compared with. The
     hidden-state term is taken behind the last tokens of groups, where both models have read the same bytes, and is

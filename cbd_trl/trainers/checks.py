@@ -8,8 +8,8 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
 
-from cbd_trl.names import did_you_mean
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.formatting import did_you_mean
 
 
 def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:

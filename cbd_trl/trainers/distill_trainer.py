@@ -14,11 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_trl.architectures.positions import learned_positions
+from cbd_trl.cache.cached import CachedTeacher
 from cbd_trl.cards.files import save_card
 from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.teachers.batch import Batch
-from cbd_trl.teachers.cached import CachedTeacher
-from cbd_trl.teachers.tokenizers import text_tokenizer, vocabulary_rows
 from cbd_trl.trainers.batches import RowLengthsCollator
 from cbd_trl.trainers.checks import (
     check_arguments,
@@ -32,11 +31,11 @@ from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import Hybrid, Pass
 from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
-from cbd_trl.trainers.row_attention import attention_by_row, check_rows_apart
+from cbd_trl.trainers.packing import attention_by_row, check_rows_apart
 from cbd_trl.trainers.row_checks import check_end_token, check_ids, check_lengths, check_scored
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.step_trainer import StepTrainer
-from cbd_trl.trainers.student_setup import find_student_tokenizer, load_student, student_loaded
+from cbd_trl.trainers.student import find_student_tokenizer, load_student, student_loaded
 from cbd_trl.trainers.teacher_setup import (
     TeacherModel,
     TeacherSetup,
@@ -47,6 +46,7 @@ from cbd_trl.trainers.teacher_setup import (
 )
 from cbd_trl.utils.datasets import sft_dataset, sft_datasets, template_reads
 from cbd_trl.utils.modeling import check_writes
+from cbd_trl.utils.tokenizers import text_tokenizer, vocabulary_rows
 
 
 class DistillTrainer(StepTrainer):

@@ -10,7 +10,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from cbd_trl.losses.objective import TERMS, Weights, combine
 from cbd_trl.losses.reduction import normalise, sums_per_row
 from cbd_trl.teachers.batch import Batch
-from cbd_trl.trainers.checkpoint_trainer import CheckpointTrainer
+from cbd_trl.trainers.checkpointing import CheckpointTrainer
 from cbd_trl.trainers.meters import TokenMeter
 
 

@@ -9,9 +9,9 @@ from cbd_trl.architectures import decoder_layers
 from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.hidden_states import Projectors
 from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
 from cbd_trl.trainers.meters import LayerOutputs
-from cbd_trl.trainers.projectors import Projectors
 
 
 class LayerPairs:

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from cbd_trl.cards.card import Card, code, generate_with, plain
 from cbd_trl.cards.losses import evaluation_prefix, losses_table
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.origin import Origin
-from cbd_trl.cards.template import Card, code, generate_with, plain
-from cbd_trl.names import readable_name
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.trainers.projectors import without_projectors
+from cbd_trl.trainers.hidden_states import without_projectors
+from cbd_trl.utils.formatting import readable_name
 
 
 def describe_model(model: nn.Module, name: str | None) -> str:

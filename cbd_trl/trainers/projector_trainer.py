@@ -8,7 +8,7 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 
-from cbd_trl.trainers.projectors import (
+from cbd_trl.trainers.hidden_states import (
     NAME,
     Projectors,
     attached,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import output_head
+from cbd_trl.architectures.head import Head, product_dtype
 from cbd_trl.losses.fused import fused_terms
-from cbd_trl.losses.head import Head, product_dtype
 from cbd_trl.losses.objective import Weights
 from cbd_trl.losses.reduction import scored_targets, select_scored
 from cbd_trl.trainers.layer_pairs import LayerPairs
@@ -22,7 +22,7 @@ class StepLoss:
     Attributes:
         student: the causal LM itself, not wrapped.
         labels_BT: token ids, -100 where the token is not scored.
-        teacher: what it says: of the same tokens a `cbd_trl.losses.signals.Signal`.
+        teacher: what it says: of the same tokens a `cbd_trl.losses.teacher_outputs.Signal`.
         objective: the terms on logits: of the same tokens a `cbd_trl.losses.objective.DistillObjective`.
         weights: of all terms at this step.
         pairs: the layers that are compared.

@@ -10,16 +10,16 @@ from transformers.utils import logging
 
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
 from cbd_trl.cache import TeacherCache
+from cbd_trl.cache.cached import CachedTeacher
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.objective import DistillObjective
-from cbd_trl.teachers.cached import CachedTeacher
 from cbd_trl.teachers.local import EnsembleTeacher, LocalTeacher, OwnBaseTeacher, Teacher, load_teacher
-from cbd_trl.teachers.tokenizers import check_vocabularies, vocabulary_rows
-from cbd_trl.trainers.cached_batches import CachedTeacherCollator
+from cbd_trl.trainers.collators import CachedTeacherCollator
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.model_card import describe_model
 from cbd_trl.utils.datasets import example_rows
 from cbd_trl.utils.modeling import check_checkpoint
+from cbd_trl.utils.tokenizers import check_vocabularies, vocabulary_rows
 
 logger = logging.get_logger(__name__)
 

@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from cbd_trl.names import readable_name
+from cbd_trl.utils.formatting import readable_name
 
 # Of the options of `from_pretrained`, those that say where the files are.
 _WHERE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")

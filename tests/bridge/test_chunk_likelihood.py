@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.bridge.chunk_likelihood import ChunkLikelihood, chunk_likelihood
-from cbd_trl.bridge.objectives import get_objective
+from cbd_trl.bridge.objectives.chunk_likelihood import ChunkLikelihood, chunk_likelihood
+from cbd_trl.bridge.objectives.registry import get_objective
 from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
 
 KL = get_divergence("forward_kl")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from cbd_trl.bridge.cross_attention import CrossAttention, CrossModelAttention
+from cbd_trl.architectures.head import Head
+from cbd_trl.bridge.objectives.cross_attention import CrossAttention, CrossModelAttention
 from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.losses.head import Head
 from cbd_trl.losses.objective import Weights
 from tests.bridge.objective_helpers import STUDENT, TEACHER, W, make_objective, make_pair, randn, run
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.bridge.cross_attention import CrossAttention, CrossModelAttention
-from cbd_trl.bridge.objectives import OBJECTIVES, get_mixture, get_objective
-from cbd_trl.bridge.prefix_table import PrefixTable
-from cbd_trl.bridge.shared_tokens import SharedTokens
-from cbd_trl.bridge.sides import Side
-from cbd_trl.losses.head import Head
+from cbd_trl.architectures.head import Head
+from cbd_trl.bridge.objectives.cross_attention import CrossAttention, CrossModelAttention
+from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.prefix_table import PrefixTable
+from cbd_trl.bridge.objectives.registry import OBJECTIVES, get_mixture, get_objective
+from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
 from cbd_trl.losses.objective import Weights
 from tests.bridge.objective_helpers import (
     SHARED,

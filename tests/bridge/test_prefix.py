@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.bridge.prefix_objective import PrefixObjective
-from cbd_trl.bridge.prefix_table import NO_NODE, ROOT, PrefixTable
-from cbd_trl.bridge.sides import Side
+from cbd_trl.architectures.head import Head
+from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.prefix_objective import PrefixObjective
+from cbd_trl.bridge.objectives.prefix_table import NO_NODE, ROOT, PrefixTable
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.losses.head import Head
 from cbd_trl.losses.objective import Weights
 from tests.bridge.objective_helpers import TEACHER, Pair, V, W, make_pair, randn, run
 from tests.bridge.tokenizers_of_kinds import make_tokenizer

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.bridge.group_objective import Said
-from cbd_trl.bridge.shared_tokens import SharedHybrid, SharedTokens
+from cbd_trl.bridge.objectives.groups import Said
+from cbd_trl.bridge.objectives.shared_tokens import SharedHybrid, SharedTokens
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
 from tests.bridge.objective_helpers import randn

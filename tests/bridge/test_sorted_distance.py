@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cbd_trl.bridge.objectives import get_objective
-from cbd_trl.bridge.sorted_distance import SortedDistance, sorted_distance
+from cbd_trl.bridge.objectives.registry import get_objective
+from cbd_trl.bridge.objectives.sorted_distance import SortedDistance, sorted_distance
 from tests.bridge.objective_helpers import naive_distance, randn
 
 

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_trl.bridge.transplant import METHODS, transplant_vocabulary
-from cbd_trl.bridge.vocabulary_match import match_vocabularies
+from cbd_trl.bridge.vocabulary import match_vocabularies
 from tests.bridge.tokenizers_of_kinds import letters, make_tokenizer
 from tests.tiny import FAMILIES, randomise, tiny_model
 from tests.tokenizer import tiny_tokenizer

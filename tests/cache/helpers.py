@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTConfig
 
-from cbd_trl.cache.manifest import Settings
+from cbd_trl.cache.format import Settings
 from cbd_trl.cache.shards import CachedRow
 
 

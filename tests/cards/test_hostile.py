@@ -8,7 +8,7 @@ import pytest
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.cards import MEASURED, anchor_card, chain_card, save_cards
-from cbd_trl.cards.template import code, plain
+from cbd_trl.cards.card import code, plain
 from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from tests.cards.helpers import as_html, metadata, read
 from tests.chain.helpers import DEEP

@@ -9,8 +9,8 @@ from PIL import Image
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.cards import MEASURED, save_cards
-from cbd_trl.cards.chain import _example
-from cbd_trl.cli import main
+from cbd_trl.chain.chain_part import _example
+from cbd_trl.cli.main import main
 from tests.cards.helpers import metadata, read
 from tests.chain.helpers import DEEP, chain_rows
 from tests.tiny import tiny_model
@@ -151,7 +151,7 @@ def test_a_folder_that_takes_no_cards_is_a_warning(measured, monkeypatch):
 @pytest.mark.parametrize(("upper", "lower"), [(6, 5), (6, 4), (6, 3)])
 def test_the_size_that_a_card_asks_for_can_be_made(upper, lower):
     """Between 6 and 5 layers there is no other depth."""
-    from cbd_trl.chain.solve_shape import solve_target
+    from cbd_trl.shapes.solve import solve_target
     from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 
     above, below = (describe(tiny_model("llama", num_hidden_layers=layers).config) for layers in (upper, lower))

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from cbd_trl import Chain, DistillConfig, build_chain
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.operators import OPERATORS
-from cbd_trl.chain.pair import Pair
-from cbd_trl.chain.records import Anchor
-from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.chain.manifest import Anchor
+from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import collect_statistics
-from cbd_trl.surgery.stored_statistics import StoredStatistics
+from cbd_trl.surgery.statistics_file import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
+from cbd_trl.targets.operators import OPERATORS
+from cbd_trl.targets.pair import Pair
 from tests.surgery.helpers import described, full_model, moments
 from tests.tiny import WIDTH_OF_HEADS, own_names, randomise, tiny_model
 from tests.tokenizer import tiny_tokenizer

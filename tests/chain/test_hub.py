@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.chain import STATISTICS_FILE
-from cbd_trl.cli import main
+from cbd_trl.cli.main import main
 from tests.chain.helpers import DEEP, WIDE, same_weights
 from tests.tokenizer import tiny_tokenizer
 

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.chain import STATISTICS_FILE, Chain, write_anchor
-from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from tests.tiny import FAMILIES, WIDTH_OF_HEADS, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from cbd_trl import BridgeStep, Chain, DistillTrainer, build_chain, chain_from_anchors, from_chain
 from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
 from cbd_trl.cache import write_cache
-from cbd_trl.chain.make_targets import make_targets
 from cbd_trl.generation import DecodingConfig, generate_completions
-from tests.chain.bridged import ANCHORS, anchor_zero, bridge_config, source
+from cbd_trl.targets.many import make_targets
+from tests.build.bridged import ANCHORS, anchor_zero, bridge_config, source
 from tests.chain.helpers import CHAIN_ANCHORS, DEEP, WIDE, chain_config, chain_source
 from tests.tiny import tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer

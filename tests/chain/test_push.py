@@ -11,9 +11,9 @@ import pytest
 from huggingface_hub import constants
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.chain.chain_json import read_manifest, write_manifest
 from cbd_trl.chain.chain import STATISTICS_FILE
-from cbd_trl.cli import main
+from cbd_trl.chain.chain_json import read_manifest, write_manifest
+from cbd_trl.cli.main import main
 from tests.chain.helpers import WIDE, same_weights
 
 # How the Hub's client sends a file is on its way out in its HTTP library; neither is ours.

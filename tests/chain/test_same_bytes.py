@@ -36,7 +36,7 @@ def twice(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     processes = []
     for number, folder in enumerate(folders):
         folder.mkdir(parents=True)
-        command = [sys.executable, "-m", "tests.chain.everything", str(inputs), str(folder)]
+        command = [sys.executable, "-m", "tests.build.everything", str(inputs), str(folder)]
         environment = {**os.environ, "PYTHONHASHSEED": str(number + 1), "OMP_NUM_THREADS": "1"}
         with (folder.parent / "log").open("w") as log:
             processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))

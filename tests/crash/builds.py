@@ -16,9 +16,9 @@ import torch
 from safetensors import safe_open
 from transformers import TrainerCallback, TrainerState
 
-import cbd_trl.chain.build as build_module
+import cbd_trl.build.build as build_module
+import cbd_trl.build.store as store_module
 import cbd_trl.chain.folders as folders_module
-import cbd_trl.chain.store as store_module
 from cbd_trl import Chain, DistillTrainer, build_chain
 from cbd_trl.cards import CARD_FILES
 from cbd_trl.chain.chain import STATISTICS_FILE

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from cbd_trl import DistillTrainer
-from cbd_trl.trainers.checkpoint_trainer import last_checkpoint
+from cbd_trl.trainers.checkpointing import last_checkpoint
 from tests.tiny import tiny_model
 from tests.trainers.bridge_runs import make_bridge
 from tests.training import make_trainer, text_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cbd_trl import Chain
-from cbd_trl.durable import check_writable, writing
+from cbd_trl.utils.files import check_writable, writing
 from tests.crash.builds import build, build_and_die, fingerprints, forked
 
 WAY_OUT = r".*Make room on the disk or the folder writable, and run the same again"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cbd_trl.cards import MEASURED
-from cbd_trl.cli import main
+from cbd_trl.cli.main import main
 from cbd_trl.recipe.evaluate import RESULTS
 from tests.chain.helpers import CHAIN_ANCHORS
 from tests.crash.builds import contents, forked

@@ -7,10 +7,11 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from cbd_trl.demo import corpus, settings
 from cbd_trl.demo import run as run_module
+from cbd_trl.demo import settings
 from cbd_trl.demo.plan import Plan
 from cbd_trl.demo.run import Demo
+from cbd_trl.recipe import corpus
 from cbd_trl.report.sweep import Target
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

@@ -8,7 +8,7 @@ from huggingface_hub import CommitInfo, constants
 from transformers import TrainingArguments
 
 from cbd_trl import Chain
-from cbd_trl.report import chain_report
+from cbd_trl.report import measure as chain_report
 from tests.chain.hub_server import Hub, serving
 from tests.docs.programs import Reader
 from tests.docs.reading import ROOT, Step, guides, read_steps

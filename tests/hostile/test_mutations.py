@@ -5,8 +5,8 @@ import random
 import pytest
 
 from cbd_trl.chain.chain_json import read_manifest
-from cbd_trl.chain.model_files import load_config
-from cbd_trl.chain.tokenizer_hash import stored_tokenizer_hash
+from cbd_trl.utils.model_folders import load_config
+from cbd_trl.utils.tokenizer_hash import stored_tokenizer_hash
 from tests.hostile.test_headers import read_all
 from tests.hostile.victim import LARGE
 

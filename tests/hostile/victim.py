@@ -11,9 +11,9 @@ import torch
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
-from cbd_trl.chain.shapes import target_architecture
+from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.surgery.statistics import collect_statistics
-from cbd_trl.surgery.stored_statistics import save_statistics
+from cbd_trl.surgery.statistics_file import save_statistics
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 

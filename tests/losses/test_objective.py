@@ -4,7 +4,7 @@ import torch
 from cbd_trl.losses.divergences import DIVERGENCES, get_divergence, reverse_kl, tempered_log_probs
 from cbd_trl.losses.objective import DistillObjective, Weights, combine
 from cbd_trl.losses.reduction import cross_entropy
-from cbd_trl.losses.signals import Logits
+from cbd_trl.losses.teacher_outputs import Logits
 
 DRAW = torch.Generator().manual_seed(0)
 STUDENT, TEACHER = torch.randn(6, 12, generator=DRAW), torch.randn(6, 10, generator=DRAW)

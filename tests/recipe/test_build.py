@@ -10,11 +10,11 @@ from datasets import interleave_datasets, load_dataset
 from safetensors.torch import load_file
 
 from cbd_trl import Chain, DistillConfig, DistillTrainer, build_chain, from_chain
-from cbd_trl.chain.calibration import token_blocks
-from cbd_trl.cli import main
+from cbd_trl.cli.main import main
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.recipe.read import read_recipe
 from cbd_trl.recipe.run import build_recipe
+from cbd_trl.utils.calibration import token_blocks
 from tests.chain.helpers import CHAIN_ANCHORS, same_weights
 from tests.recipe.helpers import ARGS, write_recipe
 from tests.tokenizer import tiny_tokenizer
@@ -58,7 +58,7 @@ def built(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
 
     built = Built(write_recipe(inputs).rename(folder / "recipe.yaml"), folder / "chain", trainings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cbd_trl.chain.build.DistillTrainer", Noting)
+        patch.setattr("cbd_trl.build.build.DistillTrainer", Noting)
         assert main(["build", str(built.recipe), *built.flags]) == 0
     return built
 

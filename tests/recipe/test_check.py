@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from cbd_trl.cli import main
+from cbd_trl.cli.main import main
 from cbd_trl.recipe.check import check_recipe
 from cbd_trl.recipe.read import parse_recipe
 from cbd_trl.recipe.run import build_recipe

@@ -8,14 +8,14 @@ import pytest
 from rich.console import Console
 
 from cbd_trl import DistillConfig
-from cbd_trl.chain.describe_targets import multiplied_weights
-from cbd_trl.chain.plan import plan_chain
+from cbd_trl.build.plan import plan_chain
 from cbd_trl.recipe.check import Check, check_recipe
 from cbd_trl.recipe.estimate import Cost, anchor_cost, disk_needed, trained_tokens
 from cbd_trl.recipe.read import parse_recipe
 from cbd_trl.recipe.run import build_checked
 from cbd_trl.recipe.speed import Speed, measure_speed
 from cbd_trl.recipe.table import how_estimated, recipe_table
+from cbd_trl.targets.describe_targets import multiplied_weights
 from tests.chain.helpers import CHAIN_ANCHORS
 from tests.recipe.helpers import ARGS, raw_recipe
 from tests.surgery.helpers import described
@@ -75,7 +75,7 @@ def test_checkpoints_take_the_disk_that_was_told(
 ) -> None:
     found = []
     # When a training has ended its checkpoints still stand.
-    monkeypatch.setattr("cbd_trl.chain.build.remove_work_folder", lambda *_: found.append(_checkpoints(tmp_path)))
+    monkeypatch.setattr("cbd_trl.build.build.remove_work_folder", lambda *_: found.append(_checkpoints(tmp_path)))
     args = {**ARGS, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     raw = raw_recipe(
         inputs, anchors=[{"shape": CHAIN_ANCHORS[0]}], evaluation=None, output_dir=str(tmp_path / "chain"), args=args

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cbd_trl.cli import main
+from cbd_trl.cli.main import main
 from cbd_trl.recipe.lines import lines_of
 from cbd_trl.recipe.problems import RecipeError
 from cbd_trl.recipe.read import parse_recipe, read_recipe

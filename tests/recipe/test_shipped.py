@@ -8,9 +8,9 @@ from rich.console import Console
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from cbd_trl.architectures import describe
-from cbd_trl.chain.arguments import training_record
-from cbd_trl.chain.plan import plan_chain
-from cbd_trl.cli import main
+from cbd_trl.build.arguments import training_record
+from cbd_trl.build.plan import plan_chain
+from cbd_trl.cli.main import main
 from cbd_trl.demo.plan import SMOLLM2, default_steps, training_args
 from cbd_trl.recipe.arguments import anchor_args, bridge_args
 from cbd_trl.recipe.check import Check, plan_costs

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 
 from cbd_trl import build_chain
-from cbd_trl.cli import main
+from cbd_trl.cli.main import main
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 from tests.chain.helpers import CHAIN_ANCHORS, UPPER_DEPTH, build_tiny_chain, chain_config, chain_rows
 from tests.tiny import tiny_model

@@ -12,7 +12,7 @@ from transformers import LlamaModel
 
 from cbd_trl import build_chain, chain_from_anchors, from_chain
 from cbd_trl.recipe.evaluate import evaluate_chain
-from cbd_trl.report.chain_report import ReportOptions, measure_chains
+from cbd_trl.report.measure import ReportOptions, measure_chains
 from cbd_trl.report.text import held_out_blocks
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 from tests.chain.helpers import UPPER_DEPTH, chain_config

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.report import chain_report
+from cbd_trl.report import measure as chain_report
 from tests.report.conftest import QUICK, report_of, run
 
 

@@ -10,7 +10,7 @@ from tests.report.conftest import QUICK, run
 
 @pytest.fixture(autouse=True)
 def nothing_measured(monkeypatch):
-    monkeypatch.setattr("cbd_trl.report.chain_report.sweep", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr("cbd_trl.report.measure.sweep", lambda *args, **options: pytest.fail("measured"))
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_a_group_with_a_score_of_its_own_counts_as_one(word_chain, words, folder
 def test_what_cannot_be_had_is_said_before_any_model_is_measured(
     word_chain, words, folder, tmp_path, monkeypatch, fields, flags, message
 ):
-    monkeypatch.setattr("cbd_trl.report.chain_report.sweep", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr("cbd_trl.report.measure.sweep", lambda *args, **options: pytest.fail("measured"))
     task_file(folder, **fields)
     flags = ["--tasks", "colours", "--include_path", folder, *flags]
     code, _, err = run(word_chain, "--data", words, "--output", tmp_path / "out", *QUICK, *flags)

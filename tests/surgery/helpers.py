@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import from_dims, select, to_dims
-from cbd_trl.surgery.permute import Order
+from cbd_trl.surgery.reorder import Order
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from cbd_trl.surgery.weights import Weights, to_state, weights_of
 from tests.tiny import FAMILIES, WIDTH_OF_HEADS, tiny_model

@@ -10,7 +10,7 @@ from cbd_trl.surgery.align import Side, assignment, match_models, order_above
 from cbd_trl.surgery.blocks import spaced_layers
 from cbd_trl.surgery.cross_moments import collect_cross_moments, paired_sites
 from cbd_trl.surgery.grow import grow_depth, grow_width
-from cbd_trl.surgery.permute import Order, permute
+from cbd_trl.surgery.reorder import Order, permute
 from cbd_trl.surgery.sort import importance, importance_order
 from tests.surgery.helpers import (
     TOLERANCE,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cbd_trl.surgery.blocks import spaced_layers
-from cbd_trl.surgery.cut import plain_cut
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
+from cbd_trl.surgery.least_squares import plain_cut
 from tests.surgery.helpers import (
     TOLERANCE,
     build,

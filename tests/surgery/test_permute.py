@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cbd_trl.architectures.axes import dims_of
-from cbd_trl.surgery.permute import Order, permute
+from cbd_trl.surgery.reorder import Order, permute
 from tests.surgery.helpers import (
     TOLERANCE,
     build,

@@ -5,7 +5,7 @@ import torch
 
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.surgery.blocks import blocks_of, select_layers, spaced_layers
-from cbd_trl.surgery.cut import plain_cut
+from cbd_trl.surgery.least_squares import plain_cut
 from cbd_trl.surgery.refit import refit_layers
 from tests.surgery.helpers import build, described, difference, every_family, full_model, tokens
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cbd_trl.surgery.cut import least_squares_cut
+from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import folds
 from cbd_trl.surgery.rotate import can_rotate, principal_axes, rotate, to_principal_axes
 from cbd_trl.surgery.sort import importance, sort_weights

@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_trl.teachers.local import LocalTeacher, load_teacher
-from cbd_trl.teachers.tokenizers import check_same_tokenizer, check_vocabularies, find_tokenizer, shared_vocabulary
+from cbd_trl.utils.tokenizers import check_same_tokenizer, check_vocabularies, find_tokenizer, shared_vocabulary
 from tests.tiny import tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer
 

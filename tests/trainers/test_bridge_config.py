@@ -7,7 +7,7 @@ import pytest
 from trl import TrlParser
 
 from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, DistillConfig, DistillTrainer
-from cbd_trl.bridge.objectives import OBJECTIVES, parse_objective
+from cbd_trl.bridge.objectives.registry import OBJECTIVES, parse_objective
 from tests.trainers.bridge_runs import make_bridge, make_bridge_config, student, teacher
 from tests.trainers.test_distill_config import relative_change
 from tests.training import make_config, one_step

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 
 from cbd_trl import BridgeDistillTrainer
 from cbd_trl.bridge.bridge import Bridge
-from cbd_trl.trainers.bridge_setup import TeacherWatch
+from cbd_trl.trainers.bridge_teacher import TeacherWatch
 from tests.bridge.alignment_helpers import normalising, padded
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (

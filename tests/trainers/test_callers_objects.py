@@ -17,7 +17,7 @@ from cbd_trl import BridgeDistillTrainer, DistillTrainer, build_chain, chain_fro
 from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
 from cbd_trl.cache import write_cache
 from cbd_trl.generation import DecodingConfig, generate_completions
-from tests.chain.bridged import ANCHORS, anchor_zero, bridge_step, source
+from tests.build.bridged import ANCHORS, anchor_zero, bridge_step, source
 from tests.chain.helpers import chain_config, chain_rows
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, EvalPrediction, MixtralConfig, Mi
 from trl import SFTConfig
 
 from cbd_trl import DistillConfig, DistillTrainer
-from cbd_trl.names import readable_name
 from cbd_trl.trainers.layer_pairs import resolve_block_map
+from cbd_trl.utils.formatting import readable_name
 from tests.tiny import FAMILIES, tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows

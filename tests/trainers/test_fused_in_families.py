@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from cbd_trl import DistillTrainer
-from cbd_trl.trainers.projectors import NAME
+from cbd_trl.trainers.hidden_states import NAME
 from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.trainers.dense import DIVERGENCES, dense_terms, gradients
 from tests.training import assert_same_gradient, make_trainer, one_step

@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 
 from cbd_trl import DistillTrainer, build_chain, from_chain
 from cbd_trl.architectures import decoder_layers
-from cbd_trl.teachers.tokenizers import text_tokenizer
+from cbd_trl.utils.tokenizers import text_tokenizer
 from tests.multimodal import language_model, tiny_multimodal
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

@@ -10,7 +10,7 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
-from cbd_trl.trainers.progress import ProgressLine, show_progress
+from cbd_trl.trainers.callbacks import ProgressLine, show_progress
 from tests.training import make_config, make_trainer, text_rows
 
 TERMS = {"loss", "kd", "ce", "hidden", "teacher_ce", "num_tokens"}

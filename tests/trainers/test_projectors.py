@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.losses.hidden import mean_hidden_distance
-from cbd_trl.trainers.projectors import (
+from cbd_trl.trainers.hidden_states import (
     FILE,
     NAME,
     Projectors,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from cbd_trl import DistillTrainer
 from cbd_trl.losses.hidden import HIDDEN_LOSSES
-from cbd_trl.trainers.projectors import FILE, NAME
+from cbd_trl.trainers.hidden_states import FILE, NAME
 from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from cbd_trl import BridgeDistillTrainer
-from cbd_trl.bridge.objectives import get_objective, parse_objective
+from cbd_trl.bridge.objectives.registry import get_objective, parse_objective
 from tests.trainers.bridge_runs import (
     make_bridge_config,
     student,

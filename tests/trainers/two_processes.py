@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from tests.chain.width_pairs import width_trainer
+from tests.build.width_pairs import width_trainer
 from tests.trainers.bridge_runs import make_bridge
 from tests.training import make_trainer, one_step, text_rows
 

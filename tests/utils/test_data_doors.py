@@ -16,7 +16,7 @@ from cbd_trl.chain.chain import Chain
 from cbd_trl.generation.generate import generate_completions
 from cbd_trl.recipe.data import check_data, load_data
 from cbd_trl.recipe.schema import DataPart
-from cbd_trl.report.chain_report import ReportOptions, measure_chains
+from cbd_trl.report.measure import ReportOptions, measure_chains
 from tests.chain.helpers import chain_config
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

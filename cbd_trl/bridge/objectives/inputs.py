@@ -1,0 +1,169 @@
+"""What objectives across vocabularies are given: of both models, the states that predict tokens, and their groups.
+
+Position t predicts token t + 1, so the state that belongs to a token is the one before it. That state of the first
+token of a group has read the same bytes on both sides: there two next-token distributions can be compared.
+
+Shapes: N positions, D width, V vocabulary rows, B x T a batch, G groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from cbd_trl.architectures.head import Head
+from cbd_trl.bridge.alignment import NOWHERE
+from cbd_trl.losses.fused import default_chunk
+from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
+from cbd_trl.utils.blocks import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model on a micro-batch, at N positions in the order of the batch.
+
+    Attributes:
+        hidden_ND: last hidden states, (N, D).
+        head: of the model.
+        inputs_N: the token that is read at the position, int64.
+        targets_N: the token that follows, int64.
+        group_N: the group of that token, int64; `NOWHERE` for none. Never decreasing save for those.
+        text_N: the text that it is from, int64.
+        place_N: where it is in the flattened batch, int64.
+        embedding_VD: input embeddings, for those objectives that read them.
+    """
+
+    hidden_ND: Tensor
+    head: Head
+    inputs_N: Tensor
+    targets_N: Tensor
+    group_N: Tensor
+    text_N: Tensor
+    place_N: Tensor
+    embedding_VD: Tensor | None = None
+
+    @classmethod
+    def student(
+        cls,
+        hidden_BTD: Tensor,
+        head: Head,
+        ids_BT: Tensor,
+        labels_BT: Tensor,
+        group_BT: Tensor,
+        text_BT: Tensor,
+        embedding_VD: Tensor | None = None,
+    ) -> "Side":
+        """The student: every scored position, whether its token is in a group or not.
+
+        Args:
+            hidden_BTD: last hidden states, (B, T, D).
+            head: of the model.
+            ids_BT: token ids.
+            labels_BT: the same, -100 where the token is not scored, not shifted.
+            group_BT: `Alignment.student_BT`.
+            text_BT: `StudentRows.text_BT`.
+            embedding_VD: input embeddings, for "dskd-cma".
+        """
+        scored_BT = scored_mask(labels_BT)
+        place_BT = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT)
+        return cls(
+            select_scored(hidden_BTD, labels_BT), head, ids_BT[:, :-1][scored_BT], scored_targets(labels_BT),
+            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], place_BT[:, 1:][scored_BT], embedding_VD,
+        )  # fmt: skip
+
+    @classmethod
+    def teacher(
+        cls, hidden_RUD: Tensor, head: Head, ids_RU: Tensor, group_RU: Tensor, embedding_VD: Tensor | None = None
+    ) -> "Side":
+        """The teacher: the positions before tokens of groups. A row is a text.
+
+        Args:
+            hidden_RUD: last hidden states, (R, U, D).
+            head: of the model.
+            ids_RU: `TeacherRows.ids_RU`.
+            group_RU: `Alignment.teacher_RU`.
+            embedding_VD: input embeddings, for "dskd-cma".
+        """
+        labels_RU = ids_RU.masked_fill(group_RU == NOWHERE, IGNORE_INDEX)
+        text_RU = torch.arange(len(ids_RU), device=ids_RU.device)[:, None].expand_as(ids_RU)
+        return cls.student(hidden_RUD, head, ids_RU, labels_RU, group_RU, text_RU, embedding_VD)
+
+    @property
+    def begins_N(self) -> Tensor:
+        """Which tokens are the first of a group, (N,) bool."""
+        return begins(self.group_N)
+
+    def group_log_probs(self, chunk: int | None = None) -> Tensor:
+        """Log-probabilities of the groups, each the sum of those of its tokens, without gradient.
+
+        Args:
+            chunk: positions whose logits are held at a time.
+
+        Returns:
+            (G,) float32, nats, G being the last group's number plus one.
+        """
+        with torch.no_grad():
+            return self.group_sums(-chunked_cross_entropy(self.hidden_ND, self.head, self.targets_N, chunk))
+
+    def group_sums(self, values_N: Tensor) -> Tensor:
+        """Sums over the tokens of each group, (G,) by its number."""
+        inside_N = self.group_N != NOWHERE
+        groups = int(self.group_N.max()) + 1 if len(self.group_N) else 0
+        return values_N.new_zeros(groups).index_add(0, self.group_N[inside_N], values_N[inside_N])
+
+    def cuts(self) -> list[int]:
+        """The positions at which a part may begin without cutting a group in two, the first of them 0."""
+        group_N = self.group_N
+        before_N = torch.cat([group_N.new_full((1,), NOWHERE), group_N])[:-1].cummax(0).values
+        # Behind the last group there is none to cut.
+        after_N = group_N.masked_fill(group_N == NOWHERE, torch.iinfo(group_N.dtype).max)
+        after_N = after_N.flip(0).cummin(0).values.flip(0)
+        return (before_N < after_N).nonzero().flatten().tolist()
+
+
+def begins(group_N: Tensor) -> Tensor:
+    """Which tokens are the first of a group, (N,) bool; a whole number of groups, in order, `NOWHERE` between them."""
+    inside_N = group_N != NOWHERE
+    grouped_M = group_N[inside_N]
+    first_M = torch.ones_like(grouped_M, dtype=torch.bool)
+    first_M[1:] = grouped_M[1:] != grouped_M[:-1]
+    return inside_N.masked_scatter(inside_N, first_M)
+
+
+def on_first(group_N: Tensor, values_G: Tensor) -> Tensor:
+    """A value for each position: that of the group on its first token, 0 on all others.
+
+    Args:
+        group_N: the group of each position.
+        values_G: by the number of the group.
+
+    Returns:
+        (N,).
+    """
+    begins_N = begins(group_N)
+    return values_G.new_zeros(len(group_N)).masked_scatter(begins_N, values_G[group_N[begins_N]])
+
+
+def chunked_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk: int | None = None) -> Tensor:
+    """Per-token cross-entropy of which only a chunk of logits is held; the backward pass computes them anew.
+
+    Args:
+        hidden_ND: last hidden states, (N, D); the product is taken in their dtype.
+        head: of the model.
+        targets_N: token ids, (N,).
+        chunk: tokens at a time; None for `default_chunk`.
+
+    Returns:
+        (N,) float32, nats.
+    """
+    size = chunk or default_chunk(head.rows, hidden_ND.device)
+
+    def part(hidden_nD: Tensor, targets_n: Tensor) -> Tensor:
+        return cross_entropy(head.logits(hidden_nD), targets_n)
+
+    parts = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return torch.cat(
+            [checkpoint(part, *arguments, use_reentrant=False, preserve_rng_state=False) for arguments in parts]
+        )

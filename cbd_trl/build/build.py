@@ -1,0 +1,242 @@
+"""Building a chain: sort the source once, then cut and distil each anchor from the one above it."""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbd_trl.architectures import describe
+from cbd_trl.build.arguments import training_record
+from cbd_trl.build.bridge_step import BridgeStep, bridged_head
+from cbd_trl.build.plan import Step, plan_chain
+from cbd_trl.build.resume import finished_anchors
+from cbd_trl.build.source_anchor import MADE_WITH, Head, source_head, store_head
+from cbd_trl.build.special_tokens import SpecialTokens
+from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
+from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
+from cbd_trl.build.training import ARGUMENTS, remove_work_folder, train, work_folder
+from cbd_trl.cards.origin import hub_datasets
+from cbd_trl.chain.chain import Anchor, Chain
+from cbd_trl.chain.history import DATASETS
+from cbd_trl.chain.source import Source
+from cbd_trl.surgery.blocks import block_costs
+from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.trainers.checkpointing import last_checkpoint
+from cbd_trl.trainers.checks import check_best_metric
+from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.trainers.row_checks import check_before_preparing
+from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.utils.calibration import calibration_length, token_blocks
+from cbd_trl.utils.datasets import sft_dataset, sft_datasets
+from cbd_trl.utils.files import check_writable
+from cbd_trl.utils.modeling import on_device
+from cbd_trl.utils.progress import progress_shown
+
+
+def build_chain(
+    source: str | Path | PreTrainedModel,
+    anchors: Sequence[Mapping[str, Any] | float],
+    *,
+    dataset: Dataset | IterableDataset,
+    output_dir: str | Path,
+    args: DistillConfig | None = None,
+    processing_class: PreTrainedTokenizerBase | None = None,
+    bridge: BridgeStep | None = None,
+    eval_dataset: Dataset | None = None,
+    calibration_tokens: int = 8192,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Chain:
+    """Distil a chain of anchors, each from its next-larger neighbour (arXiv 2605.07783), nested in shared coordinates.
+
+    Run again with the same arguments, it goes on where it was interrupted: finished anchors are kept, an unfinished
+    one resumes from its last checkpoint.
+
+    Args:
+        source: the largest anchor: a model, a path or a Hub id. With a `bridge` the teacher of the largest anchor, of
+            any architecture.
+        anchors: the others, largest first. Each a dict of config fields (`{"num_hidden_layers": 16}`), what is left
+            out staying as in the anchor above; or a number: above 1 a parameter count, else a ratio to the anchor
+            above (depth first down to half the layers, then width). A dict may hold `args` and `dataset` of its own.
+        dataset: training text in any format of SFTTrainer; its first tokens also calibrate.
+        output_dir: where the chain is written.
+        args: training arguments for every anchor. `hidden_weight` (2.0; 0 where a width differs) and
+            `swap_probability` (0.5, or 1 where a width differs) have defaults of their own here. `eos_token`,
+            `pad_token` and `chat_template_path`, of an anchor's own too, hold for the whole chain, its first anchor
+            included: what is made from it stops where the anchors were taught to.
+        processing_class: the source's tokenizer; by default the one it was saved with. The chain's, too, without a
+            `bridge`.
+        bridge: for a source of another tokenizer or family: what it teaches first, across vocabularies. That is then
+            the largest anchor, and its tokenizer the chain's.
+        eval_dataset: evaluated once for every anchor after training, when given.
+        calibration_tokens: tokens of text behind the statistics.
+        revision, token: of a source on the Hub.
+
+    Raises:
+        ValueError: before any long work, for a source, anchor or folder that cannot be used.
+    """
+    output_dir = Path(output_dir)
+    args = args if args is not None else DistillConfig(output_dir=str(output_dir))
+    dataset = sft_dataset(dataset, "dataset", args)
+    eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
+    origin = Source(source, revision, token)
+    special = _special_tokens(args, anchors, bridge)
+    if bridge is None:
+        head = source_head(origin, processing_class, args, dataset, special)
+    else:
+        head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special)
+    made_with = {**head.record[MADE_WITH], "calibration_tokens": calibration_tokens}
+    head = dataclasses.replace(head, record={**head.record, MADE_WITH: made_with})
+    steps = plan_chain(head.architecture, anchors, args, dataset)
+    with _progress_of(args):
+        done = finished_anchors(output_dir, head, steps)
+        _check_inputs(head, steps, done, eval_dataset)
+        if len(done) <= len(steps):
+            check_writable(output_dir)
+        for anchor in done.values():
+            # Of a run that was killed while it removed it.
+            remove_work_folder(output_dir, anchor.name)
+        upper, tokenizer, count = done.get(0), head.tokenizer, len(steps) + 1
+        if upper is None:
+            PartialState().print(f"[1/{count}] {head.doing}")
+            upper = _make_head(output_dir, head, f"{head.name} 1/{count}", calibration_tokens)
+        # A model in memory is stored now, and need not stay there for the rest of the build.
+        del source, origin, bridge, head
+        _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens)
+        return finished_chain(output_dir)
+
+
+def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeStep | None) -> SpecialTokens:
+    own = [anchor.get("args") for anchor in anchors if isinstance(anchor, Mapping)]
+    # What is none of the right type is refused where the anchor is planned.
+    trainings = [args, *own, getattr(bridge, "args", None)]
+    return SpecialTokens.of(vars(training) for training in trainings if isinstance(training, DistillConfig))
+
+
+def _make_anchors(
+    output_dir: Path,
+    upper: Anchor,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    steps: Sequence[Step],
+    done: Mapping[int, Anchor],
+    eval_dataset: Dataset | None,
+    calibration_tokens: int,
+) -> None:
+    """Make those below the first that an earlier run did not finish."""
+    state = PartialState()
+    for number, step in enumerate(steps, start=1):
+        if number in done:
+            upper = done[number]
+            continue
+        place = f"{number + 1}/{len(steps) + 1}"
+        state.print(f"[{place}] distilling {step.name} from {upper.name}: {step.architecture.shape}")
+        if limit := step.architecture.engine_limit(chosen=False):
+            state.print(limit)
+        label = f"{step.name} {place}"
+        with _progress_of(step.args):
+            upper = _distil_anchor(
+                output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, label
+            )
+
+
+def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:
+    return progress_shown(PartialState().is_local_main_process and not args.disable_tqdm)
+
+
+def _check_inputs(head: Head, steps: Sequence[Step], done: Mapping[int, Anchor], eval_dataset: Any) -> None:
+    """Refuse weights and texts that what is still to come cannot read, before any of it."""
+    if not done:
+        for source in head.sources:
+            source.check_weights()
+        _check_text(head.dataset, head.args, head.tokenizer)
+    for step in steps[max(len(done) - 1, 0) :]:
+        _check_text(step.dataset, step.args, head.tokenizer)
+        check_best_metric(step.args, eval_dataset, None)
+        check_before_preparing(step.dataset, eval_dataset, step.args, head.tokenizer, head.architecture.config)
+
+
+def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a dataset that gives no tokens before the first anchor is trained, not after it."""
+    token_blocks(dataset, tokenizer, 2, args=args)
+
+
+def _calibration_blocks(
+    config: Any, dataset: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int
+) -> TokenBlocks:
+    return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args)
+
+
+def _make_head(output_dir: Path, head: Head, label: str, calibration_tokens: int) -> Anchor:
+    made = head.make(label)
+    blocks = _calibration_blocks(made.model.config, head.dataset, head.args, head.tokenizer, calibration_tokens)
+    with on_device(made.model, head.args.device):
+        anchor = store_head(output_dir, head, made, blocks)
+    remove_work_folder(output_dir, head.name)
+    return anchor
+
+
+def _distil_anchor(
+    output_dir: Path,
+    upper: Anchor,
+    step: Step,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    eval_dataset: Dataset | None,
+    calibration_tokens: int,
+    label: str,
+) -> Anchor:
+    record = training_record(step.args)
+    settings = {"upper": upper.files, "shape": step.architecture.shape, ARGUMENTS: record}
+    work = work_folder(output_dir, step.name, settings)
+    args = copy.deepcopy(step.args)
+    args.output_dir = str(work)
+    # The tokenizer has it.
+    args.chat_template_path = None
+    teacher: Any = upper.load_model()
+    text = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
+    tokens = text.input_ids
+    blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
+    student: Any = initial_student(upper, step, blocks)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    special.follow(student, tokenizer)
+    block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
+    checkpoint = last_checkpoint(work)
+    if checkpoint is None:
+        refit_student(student.to(args.device), teacher, blocks, tokens)
+    trainer = DistillTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=step.dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        block_map=block_map,
+        block_costs=costs,
+        hybrid=width_hybrid(upper, step, student, blocks),
+    )
+    trained = train(trainer, student, checkpoint, label)
+    model: Any = trained.model
+    model.to(args.device)
+    statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())
+    told = {
+        "name": step.name,
+        "parent": upper.name,
+        "block_map": block_map,
+        "kept_layers": [block.kept for block in blocks],
+        "block_costs": costs,
+        "block_start": list(text.start),
+        "tokens_seen": trained.tokens_seen,
+        "losses": trained.losses,
+        "training": {**record, DATASETS: hub_datasets(step.dataset)},
+    }
+    anchor = store_anchor(output_dir, told, model.cpu(), tokenizer, statistics)
+    remove_work_folder(output_dir, step.name)
+    return anchor

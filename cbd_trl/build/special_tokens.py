@@ -1,0 +1,128 @@
+"""How texts end, pad and render in a chain: what trainings change of a tokenizer and of configs, for all anchors."""
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from cbd_trl.build.arguments import template_record
+from cbd_trl.utils.datasets import read_template
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """Arguments of trainings that change the tokenizer, as in `SFTTrainer`.
+
+    A chain has one tokenizer, so they hold for all of it: a target lies between two anchors, and must stop where both
+    were taught to.
+
+    Args:
+        eos_token: ends a text.
+        pad_token: pads a batch; None for the tokenizer's, or else `eos_token`.
+        chat_template_path: a .jinja file, or a tokenizer whose chat template and end are taken over.
+    """
+
+    eos_token: str | None = None
+    pad_token: str | None = None
+    chat_template_path: str | None = None
+
+    @classmethod
+    def of(cls, trainings: Iterable[Mapping[str, Any]]) -> "SpecialTokens":
+        """What the trainings of a chain ask for; one that leaves a field open takes what another asks for.
+
+        Args:
+            trainings: fields of their arguments.
+
+        Raises:
+            ValueError: two ask for different ones.
+        """
+        trainings, found = list(trainings), {}
+        for field in dataclasses.fields(cls):
+            values = dict.fromkeys(args[field.name] for args in trainings if args.get(field.name) is not None)
+            if len(values) > 1:
+                one, other, *_ = values
+                raise ValueError(
+                    f"The trainings of the chain set {field.name}={one!r} and {field.name}={other!r}. A chain has one "
+                    "tokenizer, and a model between two anchors must stop where both were taught to. Set the same in "
+                    "the args of all anchors, or in those of the chain alone."
+                )
+            found[field.name] = next(iter(values), None)
+        return cls(**found)
+
+    def record(self) -> dict[str, str | None]:
+        """As chain.json has them."""
+        return {**dataclasses.asdict(self), "chat_template_path": template_record(self.chat_template_path)}
+
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """A copy with the chat template, and the tokens that end and pad, that a trainer would give it.
+
+        Raises:
+            ValueError: a token that is not in the vocabulary, or a template whose tokens are not.
+        """
+        taught = copy.deepcopy(tokenizer)
+        if self.eos_token is not None:
+            taught.eos_token = _known(taught, "eos_token", self.eos_token)
+        if self.chat_template_path is not None:
+            self._render(taught, self.chat_template_path)
+        if pad_token := self.pad_token or taught.pad_token or taught.eos_token:
+            taught.pad_token = _known(taught, "pad_token", pad_token)
+        return taught
+
+    def _render(self, taught: Any, path: str) -> None:
+        if (template := read_template(path)) is not None:
+            taught.chat_template = template
+            return
+        other = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        added = [token.content for token in other.added_tokens_decoder.values()]
+        if lacking := [token for token in added if token not in taught.get_vocab()]:
+            raise ValueError(
+                f"chat_template_path={path!r} brings {len(lacking)} tokens that the chain's tokenizer does not have "
+                f"({', '.join(map(repr, lacking[:5]))}), and the anchors are cut from tables without rows for them. "
+                "Give the source that tokenizer first (trl.clone_chat_template, or "
+                "cbd_trl.bridge.transplant_vocabulary), or name a .jinja file."
+            )
+        taught.chat_template = other.get_chat_template()
+        taught.eos_token = other.eos_token
+
+    def follow(self, model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> None:
+        """Have a model's configs name the tokens of its tokenizer, in place, as they do once a trainer has had both.
+
+        Of several ends in the generation config, any of which ends a text, none is taken away. What pads is left to
+        the trainer, unless it was asked for: an embedding does not learn the row that its config calls padding.
+
+        Args:
+            model: its config and generation config are changed.
+            tokenizer: what `tokenizer` returned.
+            ends: further ids that end a text.
+        """
+        config, generation = model.config.get_text_config(), model.generation_config
+        for role in ("bos_token_id", "pad_token_id") if self.pad_token else ("bos_token_id",):
+            if (own := getattr(tokenizer, role)) is not None:
+                setattr(config, role, own)
+                setattr(generation, role, own)
+        there = listed(generation.eos_token_id)
+        if (own := tokenizer.eos_token_id) is not None:
+            before = listed(config.eos_token_id)
+            if self.eos_token is not None or own not in before or own not in there:
+                several = isinstance(config.eos_token_id, list) and self.eos_token is None
+                config.eos_token_id = [own, *(end for end in before if end != own)] if several else own
+            if own not in there:
+                generation.eos_token_id = there = [own, *there]
+        if further := [end for end in dict.fromkeys(ends) if end not in there]:
+            generation.eos_token_id = [*there, *further]
+
+
+def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"{name}={token!r} is not in the vocabulary of the chain's tokenizer ({len(tokenizer)} tokens), so no "
+            "anchor could learn it. Name one of its tokens, or add it to the source first."
+        )
+    return token
+
+
+def listed(ids: Any) -> list[int]:
+    """Token ids of a config, which may have several, one or none."""
+    return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]

@@ -1,0 +1,93 @@
+"""What an anchor is before it is trained: layers chosen by measure, the least-squares cut, the refit; and what is
+trained beside it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from cbd_trl.architectures import describe
+from cbd_trl.build.plan import Step
+from cbd_trl.build.store import CALIBRATION_BATCH
+from cbd_trl.build.width_hybrid import WidthHybrid
+from cbd_trl.chain.chain import Anchor
+from cbd_trl.chain.model import build_model
+from cbd_trl.surgery.block_search import cheapest_blocks
+from cbd_trl.surgery.blocks import Block, block_costs, select_layers
+from cbd_trl.surgery.least_squares import least_squares_cut
+from cbd_trl.surgery.norms import balance_norms
+from cbd_trl.surgery.refit import refit_layers
+from cbd_trl.targets.pair import Pair
+
+# To compare blocks; refitting what is chosen uses all there is.
+_FIT_TOKENS = 2048
+
+
+def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor) -> list[Block]:
+    """The blocks of a step, chosen once and the same in every process: read from the file if an earlier run chose.
+
+    Args:
+        file: where they are kept, as JSON.
+        teacher: the anchor above.
+        tokens: (N, T) calibration text. Its last row is for measuring, the first ones for refitting.
+    """
+    state = PartialState()
+    if state.is_main_process and not file.exists():
+        rows = tokens.to(teacher.device)
+        fit = (rows[:-1] if len(rows) > 1 else rows)[: -(-_FIT_TOKENS // rows.shape[1])].split(CALIBRATION_BATCH)
+        blocks = cheapest_blocks(
+            teacher,
+            describe(teacher.config),
+            step.architecture.depth,
+            [{"input_ids": batch} for batch in fit],
+            {"input_ids": rows[-1:]},
+        )
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps([asdict(block) for block in blocks]))
+        temporary.rename(file)
+    found = [json.loads(file.read_text()) if state.is_main_process else None]
+    broadcast_object_list(found)
+    return [Block(tuple(block["layers"]), block["kept"], block["cost"]) for block in found[0] or []]
+
+
+def initial_student(upper: Anchor, step: Step, blocks: list[Block]) -> PreTrainedModel:
+    """The least-squares cut of the upper anchor over the kept layers, its norms balanced, not yet refitted."""
+    weights, architecture = upper.load_weights(), upper.architecture()
+    if step.architecture.sizes != architecture.sizes:
+        narrow = architecture.resized(**step.architecture.sizes)
+        cut = least_squares_cut(weights, architecture, upper.load_statistics(), narrow)
+        weights = balance_norms(cut, narrow)
+        architecture = narrow
+    kept, shallow = select_layers(weights, architecture, [block.kept for block in blocks])
+    return build_model(shallow, kept, getattr(torch, upper.dtype))
+
+
+def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], tokens: torch.Tensor) -> None:
+    """Fit the cut student to the teacher's stream, in place, on calibration tokens (N, T)."""
+    batches = [{"input_ids": batch.to(student.device)} for batch in tokens.split(CALIBRATION_BATCH)]
+    layers = [block.layers for block in blocks]
+    refit_layers(student, teacher, describe(student.config), layers, batches)
+
+
+def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: list[Block]) -> WidthHybrid | None:
+    """What hybrid steps train beside a student that is narrower than the anchor above; None where there are none, or
+    where only depth differs: the trainer makes those itself."""
+    architecture, above = describe(student.config), upper.architecture()
+    if not step.args.swap_probability or architecture.sizes == above.sizes:
+        return None
+    pair = Pair(
+        upper.load_weights(),
+        above,
+        {},
+        architecture,
+        upper.load_statistics(),
+        [block.layers for block in blocks],
+        [block.kept for block in blocks],
+        block_costs(blocks),
+    )
+    return WidthHybrid(pair, step.args.swap_probability, step.args.seed)

@@ -1,0 +1,182 @@
+"""One training of a build, resumable in a folder of its own."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
+from transformers import PreTrainedModel
+
+from cbd_trl.architectures import architecture_of
+from cbd_trl.build.arguments import changed_arguments, there_and_now
+from cbd_trl.build.logs import own_run
+from cbd_trl.chain.model import stock_model
+from cbd_trl.trainers.callbacks import show_progress
+from cbd_trl.trainers.checkpointing import last_checkpoint
+from cbd_trl.utils.files import writing
+
+# Where the settings of a training have its arguments.
+ARGUMENTS = "arguments"
+# Of a work folder's settings.
+_FORMAT = 2
+_LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce")
+_EVALUATED = ("loss", "_kd", "_ce", "_hidden")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is to be an anchor.
+
+    Args:
+        model: a stock causal LM.
+        tokens_seen: tokens it was trained on here.
+        losses: as an `Anchor` has them.
+    """
+
+    model: PreTrainedModel
+    tokens_seen: int = 0
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Path:
+    """Where an anchor's checkpoints are. What a run with other settings left there is never gone on from.
+
+    Args:
+        output_dir: the chain's folder.
+        name: of the anchor.
+        settings: what decides the training, as JSON values, its arguments under "arguments" (see `training_record`).
+
+    Raises:
+        ValueError: there are checkpoints of other settings, which may be days of work.
+    """
+    work = output_dir / ".work" / name
+    state, file, settings = PartialState(), work / "settings.json", {"format": _FORMAT, **settings}
+    there = _read_settings(file)
+    # Through JSON and back: tuples are lists there.
+    changed = _changed_settings(there, json.loads(json.dumps(settings)))
+    if changed and (checkpoint := last_checkpoint(work)):
+        values = [{**record, **(record.get(ARGUMENTS) or {})} for record in (there or {}, settings)]
+        raise ValueError(
+            f"{output_dir} holds an unfinished training of the anchor {name} ({Path(checkpoint).name}), begun with "
+            f"other settings than are asked for now; changed: {changed}{there_and_now(changed, *values)}. Ask for "
+            f"those again to go on with it; or delete {work} to train this anchor anew (finished ones stay); or "
+            "choose another output_dir."
+        )
+    state.wait_for_everyone()
+    if changed and state.is_main_process:
+        with writing(work, "What was finished before stands."):
+            _remove(work)
+            work.mkdir(parents=True)
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps(settings))
+            temporary.replace(file)
+    state.wait_for_everyone()
+    return work
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    with suppress(OSError, ValueError):
+        found = json.loads(file.read_text())
+        # An earlier cbd-trl did not write down all of it.
+        return found if isinstance(found, dict) and found.get("format") == _FORMAT else None
+    return None
+
+
+def _changed_settings(there: Any, now: Any) -> list[str]:
+    """Names of what differs between two sets of settings, those inside another behind a dot."""
+    if not isinstance(there, dict):
+        return ["everything: what was asked for then is not known, or not all of it"]
+    names = []
+    for key in now.keys() | there.keys():
+        one, other = there.get(key), now.get(key)
+        if key == ARGUMENTS and isinstance(one, dict) and isinstance(other, dict):
+            names += changed_arguments(one, other)
+        elif isinstance(one, dict) and isinstance(other, dict):
+            names += [f"{key}.{name}" for name in _changed_settings(one, other)]
+        elif one != other:
+            names.append(key)
+    return sorted(names)
+
+
+def remove_work_folder(output_dir: Path, name: str) -> None:
+    """Remove what `work_folder` made, if anything, once the anchor is stored."""
+    work = output_dir / ".work" / name
+    if PartialState().is_main_process:
+        _remove(work)
+        with suppress(OSError):
+            work.parent.rmdir()
+
+
+def _remove(work: Path) -> None:
+    """Under another name first, so that a work folder is whole or not there; what a killed run left goes, too."""
+    rubbish = work.parent / f".tmp-{work.name}"
+    shutil.rmtree(rubbish, ignore_errors=True)
+    if work.exists():
+        work.replace(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def train(
+    trainer: Any,
+    student: PreTrainedModel,
+    checkpoint: str | None,
+    label: str,
+) -> Trained:
+    """Train to the end, and evaluate where there is text for it.
+
+    Args:
+        trainer: a `DistillTrainer`.
+        student: the model that it was given.
+        checkpoint: where to go on from; None to begin.
+        label: what the line of its progress begins with.
+
+    Returns:
+        the model in eval mode, on the CPU and apart from the trainer.
+    """
+    architecture, dtype = architecture_of(student), student.dtype
+    show_progress(trainer, label)
+    work = Path(trainer.args.output_dir)
+    with own_run(trainer, work.name, work.parents[1]):
+        trainer.train(resume_from_checkpoint=checkpoint)
+        losses = _last_losses(trainer.state.log_history)
+        if trainer.eval_dataset is not None:
+            losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
+    state = _whole_weights(trainer, architecture.state_shapes, dtype)
+    model: Any = stock_model(architecture.config, state, dtype)
+    model.generation_config = student.generation_config
+    # By name: a checkpoint's log, which a resumed run goes on with, has them in another order.
+    return Trained(model, trainer.tokens_seen, dict(sorted(losses.items())))
+
+
+def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The trained weights, on the CPU of every process."""
+    accelerator = trainer.accelerator
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    state = accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
+    if not sharded or accelerator.num_processes == 1:
+        return {name: state[name].detach().cpu() for name in shapes}
+    # What was sharded is put together in the main process alone.
+    whole = {}
+    for name, shape in shapes.items():
+        if accelerator.is_main_process:
+            tensor = state[name].detach().to(accelerator.device, dtype)
+        else:
+            tensor = torch.empty(shape, dtype=dtype, device=accelerator.device)
+        whole[name] = broadcast(tensor).cpu()
+    return whole
+
+
+def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The latest value of each logged term."""
+    losses: dict[str, float] = {}
+    for entry in history:
+        if "loss" not in entry:
+            continue
+        losses |= {key: value for key, value in entry.items() if key in _LOGGED}
+    return losses

@@ -1,0 +1,217 @@
+"""What a teacher says about the next token at N positions, and how a student is compared with it.
+
+A signal holds a whole micro-batch in a small form. For a part of it `at` makes a statement, which may be as wide as
+the vocabulary, and lives as long as that part is worked on.
+
+Shapes: N positions, D teacher width, V vocabulary rows, K kept entries.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cbd_trl.architectures.head import Head
+from cbd_trl.losses.divergences import Divergence, sampled_forward_kl, tempered_log_probs
+from cbd_trl.losses.events import teacher_top_k, top_k_log_probs
+from cbd_trl.losses.reduction import cross_entropy
+
+
+class Statement(Protocol):
+    """What a teacher says at some positions, ready to be compared with."""
+
+    def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
+        """Divergence between student and teacher.
+
+        Args:
+            student_log_NV: the student's log-probabilities at the temperature, over the rows both models have, (N, V).
+            divergence: of `cbd_trl.losses.divergences`.
+            temperature: divides the teacher's logits.
+            top_k: compare the teacher's k most likely tokens and one bucket for all others; None for all tokens.
+
+        Returns:
+            (N,) float32, nats per token, before the factor of the temperature.
+        """
+
+    def cross_entropy(self, targets_N: Tensor) -> Tensor:
+        """The teacher's own cross-entropy at temperature 1, (N,) nats per token."""
+
+    def rows(self, rows: slice) -> "Statement":
+        """What is said at some of the N positions."""
+
+
+class AnySignal(Protocol):
+    """What is said at all scored positions of a micro-batch, in whatever form an objective reads."""
+
+    def at(self, part: slice) -> Any:
+        """The statement at some of the positions; it has `rows` to get at fewer of them."""
+
+
+class Signal(AnySignal, Protocol):
+    """What a teacher says at all scored positions of a micro-batch."""
+
+    def at(self, part: slice) -> Statement:
+        """The statement at some of the positions."""
+
+
+class Logits:
+    """A statement made of logits: of one teacher, or of several whose distributions are averaged.
+
+    Args:
+        logits: for each teacher (N, V_i) float32.
+        weights: of the teachers, summing to 1.
+    """
+
+    def __init__(self, logits: Sequence[Tensor], weights: Sequence[float] = (1.0,)) -> None:
+        self._logits = logits
+        self._weights = weights
+        # At temperature 1 the divergence and the cross-entropy read the same log-probabilities.
+        self._known: dict[tuple[float, int], Tensor] = {}
+
+    def rows(self, rows: slice) -> "Logits":
+        """See `Statement`."""
+        return Logits([logits_NV[rows] for logits_NV in self._logits], self._weights)
+
+    def log_probs(self, temperature: float, rows: int) -> Tensor:
+        """Log of the weighted mean of the teachers' distributions over the first rows, (N, rows)."""
+        key = (temperature, rows)
+        if key not in self._known:
+            # Slicing all rows would cost nothing, but each teacher may have a number of its own.
+            each = [tempered_log_probs(logits_NV[:, :rows], temperature) for logits_NV in self._logits]
+            self._known[key] = each[0] if len(each) == 1 else self._mean(each)
+        return self._known[key]
+
+    def _mean(self, each: Sequence[Tensor]) -> Tensor:
+        # The mean of probabilities (Baby Llama, arXiv 2308.02019; You et al. 2017), not of logits: it is a
+        # distribution at every temperature, and one sure teacher is not outvoted by the scale of another's logits.
+        return torch.stack(
+            [log + torch.tensor(w).log() for log, w in zip(each, self._weights, strict=True)]
+        ).logsumexp(0)
+
+    def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
+        """See `Statement`."""
+        teacher_log_NV = self.log_probs(temperature, student_log_NV.shape[1])
+        if top_k is None:
+            return divergence(student_log_NV, teacher_log_NV)
+        indices_NK, kept_NK, tail_N = teacher_top_k(teacher_log_NV, top_k)
+        student_log_NE = top_k_log_probs(student_log_NV, indices_NK)
+        everything = indices_NK.shape[1] == teacher_log_NV.shape[1]
+        return divergence(student_log_NE, kept_NK if everything else torch.cat([kept_NK, tail_N[:, None]], 1))
+
+    def cross_entropy(self, targets_N: Tensor) -> Tensor:
+        """See `Statement`. Each teacher's distribution is over its own rows."""
+        if len(self._logits) == 1:
+            return -self.log_probs(1.0, self._logits[0].shape[1]).gather(1, targets_N[:, None])[:, 0]
+        return -self._mean([-cross_entropy(logits_NV, targets_N) for logits_NV in self._logits])
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """The last hidden states of a teacher, to be multiplied by its head part by part.
+
+    Attributes:
+        hidden_ND: (N, D), in the dtype of the head.
+        head: of the teacher.
+    """
+
+    hidden_ND: Tensor
+    head: Head
+
+    def logits(self, part: slice) -> Tensor:
+        """Logits of a part, (n, V) float32."""
+        return self.head.logits(self.hidden_ND[part])
+
+    def at(self, part: slice) -> Logits:
+        """See `Signal`."""
+        return Logits([self.logits(part)])
+
+
+@dataclass(frozen=True)
+class MixtureSignal:
+    """Several teachers, whose distributions are averaged.
+
+    Attributes:
+        members: a signal each.
+        weights: summing to 1.
+    """
+
+    members: Sequence[HiddenSignal]
+    weights: Sequence[float]
+
+    def at(self, part: slice) -> Logits:
+        """See `Signal`."""
+        return Logits([member.logits(part) for member in self.members], self.weights)
+
+
+@dataclass(frozen=True)
+class TopKSignal:
+    """A teacher's K most likely tokens and the mass of all others.
+
+    Attributes:
+        indices_NK: token ids, distinct within a row.
+        log_probs_NK: at the temperature they were taken at, float32.
+        tail_N: log of the mass of all other tokens, -inf where there is none.
+        target_N: log-probability at temperature 1 of the token that follows.
+    """
+
+    indices_NK: Tensor
+    log_probs_NK: Tensor
+    tail_N: Tensor
+    target_N: Tensor
+
+    def at(self, part: slice) -> "TopKSignal":
+        """See `Signal`."""
+        return self.rows(part)
+
+    def rows(self, rows: slice) -> "TopKSignal":
+        """See `Statement`."""
+        return TopKSignal(self.indices_NK[rows], self.log_probs_NK[rows], self.tail_N[rows], self.target_N[rows])
+
+    def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
+        """See `Statement`. The temperature is the one the entries were taken at; the first `top_k` are used."""
+        indices_NK = self.indices_NK.long()
+        kept = indices_NK.shape[1] if top_k is None else min(top_k, indices_NK.shape[1])
+        student_log_NE = top_k_log_probs(student_log_NV, indices_NK[:, :kept])
+        teacher_log_NE = self.log_probs_NK[:, :kept]
+        if kept < student_log_NV.shape[1]:
+            tail_N1 = torch.cat([self.log_probs_NK[:, kept:], self.tail_N[:, None]], 1).logsumexp(1, keepdim=True)
+            teacher_log_NE = torch.cat([teacher_log_NE, tail_N1], 1)
+        # Rounding on disk must not make the events anything but a distribution: divergences would turn negative.
+        return divergence(student_log_NE, teacher_log_NE.log_softmax(-1))
+
+    def cross_entropy(self, targets_N: Tensor) -> Tensor:
+        """See `Statement`."""
+        return -self.target_N
+
+
+@dataclass(frozen=True)
+class SampledSignal:
+    """K draws from a teacher's distribution at every position (Sparse Logit Sampling, arXiv 2503.16870).
+
+    Attributes:
+        indices_NK: the tokens drawn, with repetition.
+        log_probs_NK: theirs at the temperature they were drawn at, float32.
+        target_N: log-probability at temperature 1 of the token that follows.
+    """
+
+    indices_NK: Tensor
+    log_probs_NK: Tensor
+    target_N: Tensor
+
+    def at(self, part: slice) -> "SampledSignal":
+        """See `Signal`."""
+        return self.rows(part)
+
+    def rows(self, rows: slice) -> "SampledSignal":
+        """See `Statement`."""
+        return SampledSignal(self.indices_NK[rows], self.log_probs_NK[rows], self.target_N[rows])
+
+    def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
+        """See `Statement`. Forward KL whatever the divergence: it alone can be estimated from draws without bias."""
+        return sampled_forward_kl(student_log_NV.gather(1, self.indices_NK.long()), self.log_probs_NK)
+
+    def cross_entropy(self, targets_N: Tensor) -> Tensor:
+        """See `Statement`."""
+        return -self.target_N

@@ -1,0 +1,77 @@
+"""Choosing how to interpolate by measured loss, when calibration text is given."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from cbd_trl.chain.model import build_model
+from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.shapes.depths import blocks_for_depth
+from cbd_trl.targets.operators import MIXING_OPERATORS, OPERATORS
+from cbd_trl.targets.pair import Pair, Plan
+from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.utils.progress import Progress
+
+_ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
+
+
+def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> float:
+    """Loss of the target that `operator` makes, on calibration text: mean nats per predicted token."""
+    weights, architecture = OPERATORS[operator](pair, plan)
+    model = build_model(architecture, weights, torch.float32)
+    return held_out_loss(model, tokens)
+
+
+def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> tuple[str, Plan]:
+    """The best of the operator's own candidates, `expand` and `slice`, by loss on calibration text.
+
+    For `nested` and `patch` the candidates vary which blocks are swapped, for mixing operators how much is mixed;
+    both ends included.
+    """
+    candidates = [(operator, candidate) for candidate in _candidates(pair, plan, operator)]
+    candidates += [(end, dataclasses.replace(plan, alpha=None, swapped=None)) for end in ("expand", "slice")]
+    losses = [mean_loss(pair, candidate, name, tokens) for name, candidate in Progress("Calibrating", candidates)]
+    return candidates[min(range(len(candidates)), key=losses.__getitem__)]
+
+
+def _candidates(pair: Pair, plan: Plan, operator: str) -> Iterator[Plan]:
+    mixes = operator in MIXING_OPERATORS and not (operator == "nested" and pair.equal_widths)
+    alphas: tuple[float | None, ...] = (None,)
+    if mixes:
+        alphas = (None, *_ALPHAS) if plan.alpha is None else (plan.alpha,)
+    for swapped in _swaps(pair, plan, operator):
+        for alpha in alphas:
+            yield dataclasses.replace(plan, alpha=alpha, swapped=swapped)
+
+
+def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | None]:
+    """The blocks swapped by default, the last ones, the first, and every other one, as far as they give the depth."""
+    if operator not in ("nested", "patch"):
+        yield None
+        return
+    usual = frozenset(blocks_for_depth(pair.blocks, plan.target.depth, pair.costs))
+    last = frozenset(blocks_for_depth(pair.blocks, plan.target.depth))
+    mirrored = [list(block) for block in reversed(pair.blocks)]
+    count = len(pair.blocks)
+    orders = {
+        usual,
+        last,
+        frozenset(count - 1 - i for i in blocks_for_depth(_renumbered(mirrored), plan.target.depth)),
+    }
+    long = [i for i, block in enumerate(pair.blocks) if len(block) > 1]
+    chosen = [i for i in last if i in long]
+    if chosen:
+        spread = frozenset(long[round(j * (len(long) - 1) / max(len(chosen) - 1, 1))] for j in range(len(chosen)))
+        if sum(len(pair.blocks[i]) - 1 for i in spread) == sum(len(pair.blocks[i]) - 1 for i in chosen):
+            orders.add(spread)
+    yield from sorted(orders, key=sorted)
+
+
+def _renumbered(blocks: list[list[int]]) -> list[list[int]]:
+    """The same block lengths over 0, 1, 2, ..."""
+    numbered, start = [], 0
+    for block in blocks:
+        numbered.append(list(range(start, start + len(block))))
+        start += len(block)
+    return numbered

@@ -1,0 +1,164 @@
+"""What from_chain is asked for, and the target that this comes to. No weight is read here."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+
+import torch
+
+from cbd_trl.architectures import Architecture
+from cbd_trl.chain.chain import Chain
+from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, weight_files
+from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.solve import solve_target
+from cbd_trl.targets.operators import (
+    MIXING_OPERATORS,
+    OPERATORS,
+    check_patch,
+    default_alpha,
+    planned_architecture,
+)
+from cbd_trl.targets.pair import Pair
+
+# What a target is made by that is an anchor as it is.
+ANCHOR = "anchor"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; the arguments of `from_chain` that choose the target.
+
+    Raises:
+        ValueError: one that makes no sense, whatever the chain.
+    """
+
+    num_parameters: float | None = None
+    config: Mapping[str, int] | None = None
+    operator: str = "nested"
+    alpha: float | None = None
+    tolerance: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.operator not in OPERATORS:
+            raise ValueError(f"Unknown operator {self.operator!r}. Operators: {', '.join(OPERATORS)}.")
+        if self.alpha is not None and self.operator not in MIXING_OPERATORS:
+            raise ValueError(
+                f"alpha={self.alpha} has no meaning for operator={self.operator!r}, which mixes nothing. Leave it "
+                f"out, or use {' or '.join(repr(name) for name in MIXING_OPERATORS)}."
+            )
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(
+                f"alpha={self.alpha} must lie between 0 (the upper anchor's side) and 1 (the lower anchor's)."
+            )
+        if self.num_parameters is None and not self.config:
+            raise ValueError(
+                "Nothing was asked for. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or both; "
+                "`Chain.sizes()` lists what a chain can make."
+            )
+        size = self.num_parameters
+        is_number = isinstance(size, Real) and not isinstance(size, bool)
+        if size is not None and not (is_number and 0 < size < math.inf):
+            raise ValueError(
+                f"num_parameters={size!r} must be a positive number of parameters, for example 138e6 or 138_000_000."
+            )
+        for field, value in (self.config or {}).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"config: {field} must be a positive integer, got {value!r}. `Chain.sizes()` lists values."
+                )
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request comes to.
+
+    Args:
+        anchors: the upper and the lower one; a single one where the target is that anchor.
+        architecture: the shape, in a config cut from the upper anchor's.
+        operator: the one asked for, `ANCHOR` where the target is one.
+        alpha: share of the lower anchor where something is mixed, by the size unless it was asked for.
+    """
+
+    anchors: tuple[Anchor, ...]
+    architecture: Architecture
+    operator: str
+    alpha: float | None = None
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """The files that it is made from, {anchor: names}: the tensors of each, the statistics of the upper one where
+        a width differs, and what goes with its tokenizer."""
+        upper, lower = self.anchors[0], self.anchors[-1]
+        used = {anchor.name: ["config.json", *weight_files(anchor.files)] for anchor in self.anchors}
+        used[upper.name] = [*upper.small_files, *weight_files(upper.files)]
+        if upper.architecture().sizes != lower.architecture().sizes and STATISTICS_FILE in upper.files:
+            used[upper.name].append(STATISTICS_FILE)
+        return used
+
+
+def find_target(chain: Chain, request: Request) -> Target:
+    """The pair of anchors, the shape and the mix that a request comes to.
+
+    An anchor's own shape, asked for in whatever words (its size, one near it, some of its fields), is that anchor, as
+    it is for every operator and without alpha at its end of a pair: sizes are continuous across the anchors of a
+    chain. Only `slice` at the smallest anchor's shape and `expand` at the largest one's are no anchor: there is no
+    pair in which they would keep it.
+
+    Raises:
+        ValueError: a size, shape or operator that cannot be had; the message says what can.
+    """
+    own = [anchor for anchor in chain.anchors if request.alpha is None and _keeps(chain, anchor, request.operator)]
+    for anchor in own:
+        if _names(request, anchor):
+            return Target((anchor,), anchor.architecture(), ANCHOR)
+    upper, lower = chain.pair_for(request.num_parameters, request.config, request.tolerance)
+    blocks = lower.block_map or []
+    above, below = upper.architecture(), lower.architecture()
+    wanted = (request.num_parameters, request.config, request.tolerance, request.operator)
+    fields = solve_target(above, below, blocks, *wanted, lower.kept_layers)
+    for anchor in own:
+        if anchor.shape == fields:
+            return Target((anchor,), anchor.architecture(), ANCHOR)
+    architecture = target_architecture(above, fields)
+    # What an operator says about a shape, it says without looking at weights.
+    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs)
+    if request.operator == "patch":
+        check_patch(pair, architecture)
+    architecture = planned_architecture(request.operator, pair, architecture)
+    alpha = default_alpha(request.operator, pair, architecture)
+    if alpha is not None and request.alpha is not None:
+        alpha = request.alpha
+    return Target((upper, lower), architecture, request.operator, alpha)
+
+
+def _keeps(chain: Chain, anchor: Anchor, operator: str) -> bool:
+    """Whether the operator leaves an anchor as it is in one of the pairs that it is part of."""
+    if operator == "slice":
+        return anchor is not chain.anchors[-1]
+    return operator != "expand" or anchor is not chain.anchors[0]
+
+
+def _names(request: Request, anchor: Anchor) -> bool:
+    """Whether the request is for exactly this anchor's size or shape."""
+    fields = request.config or {}
+    if any(anchor.shape.get(field) != value for field, value in fields.items()):
+        return False
+    if request.num_parameters is None:
+        return set(fields) == set(anchor.shape)
+    return anchor.num_parameters == int(request.num_parameters)
+
+
+def target_dtype(dtype: torch.dtype | str | None, anchor: Anchor) -> torch.dtype:
+    """The dtype of a target: the one asked for, by default that of the anchor above.
+
+    Raises:
+        ValueError: no floating-point type.
+    """
+    wanted = anchor.dtype if dtype is None or dtype == "auto" else dtype
+    found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype={dtype!r} is no floating-point type. Use for example torch.bfloat16, 'float32' or None."
+        )
+    return found

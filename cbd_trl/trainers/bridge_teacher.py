@@ -1,0 +1,248 @@
+"""A teacher with tokens of its own: from what the user named to one that is checked and ready."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from cbd_trl.architectures import decoder_layers
+from cbd_trl.bridge.bridge import Bridge
+from cbd_trl.teachers.local import load_teacher
+from cbd_trl.trainers.bridge_batches import BridgeCollator
+from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
+from cbd_trl.trainers.bridge_step_loss import BridgeTeacher
+from cbd_trl.trainers.model_card import describe_model
+from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, open_student
+from cbd_trl.utils.formatting import readable_name
+from cbd_trl.utils.tokenizers import check_rows, find_tokenizer, tokenizer_name, vocabulary_rows
+
+logger = logging.get_logger(__name__)
+
+# Rows that are read before a data set is said to have nothing in common with the teacher's tokens.
+_PROBED_ROWS = 1000
+_ROWS_AT_A_TIME = 8
+# How much worse than guessing a teacher may be, in nats: one that was trained on these tokens never is.
+_MARGIN = 1.5
+# Of what guessing costs, where a teacher is suspicious: on WikiText-2 SmolLM2-135M is at 0.28 with its own tokens, at
+# 0.87 with those of a tokenizer of 8,192, at 0.98 where every id is another one's.
+_SUSPICIOUS = 0.75
+# Fewer tokens could be so by chance.
+_ENOUGH_TOKENS = 64
+# Padding of a vocabulary is a few rows in a hundred at most.
+_USED_ROWS = 0.9
+
+
+def set_up_bridge_teacher(
+    named: TeacherModel,
+    student: Any,
+    args: BridgeDistillConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[TeacherSetup, Bridge]:
+    """Load and check the teacher and its tokenizer.
+
+    Args:
+        named: what `chosen_teacher` returned.
+        student: not wrapped for training; its forward is opened.
+        args: of the run.
+        tokenizer: makes the training data.
+        teacher_tokenizer: the teacher's own; None to look for it where the teacher was loaded from.
+
+    Returns:
+        the teacher, and the bridge between the two tokenizers.
+
+    Raises:
+        ValueError: for several teachers, a teacher without a tokenizer, a model that lacks rows for its tokenizer, a
+            tokenizer that contradicts the one saved with the teacher, or whose tokens do not tell their bytes.
+        TypeError: if the teacher is neither a model nor a string.
+    """
+    if isinstance(named, list | tuple):
+        raise ValueError(
+            f"teacher_model is a list of {len(named)}: teachers with tokens of their own have no common distribution "
+            "to average. Give one teacher."
+        )
+    open_student(student)
+    init_kwargs: Any = args.teacher_model_init_kwargs  # a string on the command line, a dict once parsed
+    model = load_teacher(
+        named,  # type: ignore[arg-type]  # what else it may be is refused there
+        student,
+        init_kwargs=init_kwargs,
+        revision=args.teacher_model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    place = named if isinstance(named, str) else getattr(model.config, "_name_or_path", None)
+    saved = find_tokenizer(place, args.teacher_model_revision, local_only=not isinstance(named, str))
+    if teacher_tokenizer is None:
+        teacher_tokenizer = saved
+    elif saved is not None:
+        _compare_with_saved(teacher_tokenizer, saved, "teacher", readable_name(place), isinstance(named, str))
+    if teacher_tokenizer is None:
+        raise ValueError(
+            f"No tokenizer was found for the teacher {readable_name(place) or 'made in memory'}: its tokens are not "
+            "the student's, so its own are needed to let it read. Pass `teacher_processing_class`; if it has the "
+            "student's tokenizer, use DistillTrainer."
+        )
+    _compare_with_students(tokenizer, student)
+    check_rows("student", vocabulary_rows(student), tokenizer, "processing_class")
+    check_rows("teacher", vocabulary_rows(model), teacher_tokenizer, "teacher_processing_class")
+    _warn_of_unused_rows(vocabulary_rows(model), teacher_tokenizer)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    bridge = Bridge(tokenizer, teacher_tokenizer, longest)
+    text = f"{describe_model(model, place)}, by a tokenizer of {len(teacher_tokenizer):,} tokens"
+    asked = BridgeTeacher(model, embedded="dskd-cma" in args.objectives)
+    return TeacherSetup(asked, model, vocabulary_rows(student), text), bridge
+
+
+def fill_in_hidden(args: BridgeDistillConfig, student: Any, teacher: Any, optimizer: Any) -> None:
+    """Switch the hidden-state term on or off where the arguments say nothing of it.
+
+    Args:
+        args: changed in place.
+        student: not wrapped for training.
+        teacher: likewise.
+        optimizer: that was passed in, made before there were projectors; None for the Trainer's own.
+    """
+    if args.hidden_weight is None:
+        args.hidden_projector = optimizer is None and _layers_pair_up(student, teacher)
+        args.hidden_weight = HIDDEN_WEIGHT if args.hidden_projector else 0.0
+
+
+def _layers_pair_up(student: Any, teacher: Any) -> bool:
+    try:
+        return len(decoder_layers(student)) <= len(decoder_layers(teacher))
+    except ValueError:
+        return False
+
+
+def check_datasets(collator: BridgeCollator, datasets: Iterable[Any]) -> None:
+    """Refuse a data set of which the teacher has no token in common.
+
+    Args:
+        collator: of the trainer.
+        datasets: prepared ones; streams are read as they come.
+
+    Raises:
+        ValueError: if no scored token of the first rows is in a group.
+    """
+    for dataset in datasets:
+        if not isinstance(dataset, Dataset):
+            continue
+        scored, rows = 0, min(len(dataset), _PROBED_ROWS)
+        for start in range(0, rows, _ROWS_AT_A_TIME):
+            read = collator.read([dataset[i] for i in range(start, min(start + _ROWS_AT_A_TIME, rows))])
+            scored += read.scored
+            if read.unaligned < read.scored:
+                break
+        else:
+            if not scored:
+                raise ValueError(
+                    f"No token of {rows} rows is scored: they are empty, or of one token, or masked. There is nothing "
+                    "to learn from; give other rows."
+                )
+            bridge = collator.bridge
+            names = (tokenizer_name(side.tokenizer) for side in (bridge.student, bridge.teacher))
+            raise ValueError(
+                f"Of {scored} scored tokens in {rows} rows the teacher has no counterpart to any: the two tokenizers "
+                f"({' and '.join(names)}) never stand for the same bytes there. A tokenizer that changes its text "
+                "(lower case, say) is the usual cause: choose another teacher, or other rows."
+            )
+
+
+class TeacherWatch:
+    """Looks once whether the teacher knows its tokenizer: with a wrong one it hardly does better than guessing.
+
+    Args:
+        bridge: names the tokenizers.
+        rows: vocabulary rows of the teacher.
+    """
+
+    def __init__(self, bridge: Bridge, rows: int) -> None:
+        self._names = tokenizer_name(bridge.student.tokenizer), tokenizer_name(bridge.teacher.tokenizer)
+        self._rows = rows
+        self._nats, self._tokens = 0.0, 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is not enough yet to tell."""
+        return self._tokens < _ENOUGH_TOKENS
+
+    def look(self, nats: Any, tokens: int) -> None:
+        """Add a batch, until there is enough to tell.
+
+        Args:
+            nats: what its teacher's tokens cost the teacher together; a number or a scalar tensor.
+            tokens: how many they are.
+
+        Raises:
+            ValueError: if the teacher does worse than guessing, or its loss is no number.
+        """
+        self._nats, self._tokens = self._nats + float(nats), self._tokens + tokens
+        if self.waiting:
+            return
+        mean, guess = self._nats / self._tokens, math.log(self._rows)
+        found = (
+            f"The teacher's cross-entropy on its own tokens is {mean:.2f} nats, and guessing among its {self._rows} "
+            f"tokens costs {guess:.2f}"
+        )
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"{found}: its weights are damaged, or its dtype is too narrow. Load it from a good copy, or in "
+                "bfloat16 or float32."
+            )
+        names = f"The student's is {self._names[0]}, the teacher's {self._names[1]}."
+        if mean > guess + _MARGIN:
+            raise ValueError(
+                f"{found}: it was not trained with the tokenizer it was given. {names} Pass the teacher's own as "
+                "`teacher_processing_class`."
+            )
+        if mean > _SUSPICIOUS * guess:
+            logger.warning(
+                f"{found}: so little is known by a teacher that is hardly trained, on text of a kind it never saw, or "
+                f"with a tokenizer that is another model's. {names} If the teacher's own is another, pass that as "
+                "`teacher_processing_class`."
+            )
+
+
+def _warn_of_unused_rows(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens < _USED_ROWS * rows:
+        logger.warning(
+            f"The teacher has {rows} vocabulary rows, and its tokenizer, {tokenizer_name(tokenizer)}, tokens for "
+            f"{tokens} of them: it may be another model's, which its loss does not always show."
+        )
+
+
+def _compare_with_students(given: PreTrainedTokenizerBase, student: Any) -> None:
+    place = getattr(student.config, "_name_or_path", None)
+    saved = find_tokenizer(place, None, local_only=True)
+    if saved is not None:
+        # Suspicious at most: it may have been given another vocabulary since.
+        _compare_with_saved(given, saved, "student", readable_name(place), loaded=False)
+
+
+def _compare_with_saved(
+    given: PreTrainedTokenizerBase, saved: PreTrainedTokenizerBase, role: str, place: str | None, loaded: bool
+) -> None:
+    """Another tokenizer than the saved one is wrong for a model that was loaded, and suspicious for one at hand.
+
+    Tokens that only one of them has are no contradiction: they may have been added, or given another name.
+    """
+    known = saved.get_vocab()
+    moved = [(index, token) for token, index in given.get_vocab().items() if known.get(token, index) != index]
+    if not moved:
+        return
+    index, token = min(moved)
+    argument = "teacher_processing_class" if role == "teacher" else "processing_class"
+    text = (
+        f"{len(moved)} of the {len(given)} tokens of the `{argument}` have another id in the tokenizer "
+        f"saved with the {role} {place}, such as {token!r}: {index} against {known[token]}"
+    )
+    if loaded:
+        raise ValueError(
+            f"{text}. It is another model's: leave it out, and the saved one is used. If you know better, load the "
+            f"{role} yourself and pass it as a model."
+        )
+    logger.warning(f"{text}. If the {role} was not given another vocabulary since, it is another model's.")

@@ -1,0 +1,231 @@
+"""Do a student and a teacher read and write the same tokens?"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils import logging
+
+from cbd_trl.utils.formatting import readable_name
+
+logger = logging.get_logger(__name__)
+
+# Letters with accents, digits, spaces, a newline and another script: what normalisers, pre-tokenizers and merges
+# disagree about although the vocabularies are equal.
+_PROBE = "Émile's 1,234.5 naïve  tests:\n\tdon't split «déjà vu» – 数学 ok?"
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
+
+
+def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: bool) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that belongs to a model, if there is one.
+
+    Args:
+        name_or_path: path or Hub id of the model, or what its config says it came from.
+        revision: of a Hub id.
+        local_only: never ask the Hub.
+
+    Returns:
+        the tokenizer, or None if there is none at that place.
+    """
+    if name_or_path is None or lacks_tokenizer(name_or_path):
+        return None
+    try:
+        # Said, because transformers asks at the keyboard where nothing is said.
+        return AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision, local_files_only=local_only, trust_remote_code=False
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        # A folder without a tokenizer fails in as many ways as there are tokenizer classes.
+        return None
+
+
+def text_tokenizer(given: Any) -> Any:
+    """The tokenizer of what was given for one: of a processor for text and images that around which it is built.
+
+    Args:
+        given: a tokenizer, a processor or None.
+
+    Returns:
+        the tokenizer, with the processor's chat template where it has none; anything else as it is.
+
+    Raises:
+        TypeError: it is a processor without a tokenizer.
+    """
+    if not isinstance(given, ProcessorMixin):
+        return given
+    tokenizer = getattr(given, "tokenizer", None)
+    if tokenizer is None:
+        raise TypeError(
+            f"The processing class is a {type(given).__name__}, which has no tokenizer, and text is read here. Pass a "
+            "tokenizer, or a processor that has one."
+        )
+    if tokenizer.chat_template is None and given.chat_template is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = given.chat_template
+    return tokenizer
+
+
+def lacks_tokenizer(name_or_path: str) -> bool:
+    """Whether this is no name, or a folder without a tokenizer, of which transformers would make an empty one for some
+    families.
+
+    Args:
+        name_or_path: path or Hub id of a model.
+    """
+    if not name_or_path or name_or_path == "None":
+        return True
+    folder = Path(name_or_path)
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES)
+
+
+def tokenizer_difference(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, names: tuple[str, str]
+) -> str | None:
+    """Why two tokenizers do not read the same tokens, None where they do.
+
+    The other may know further tokens (they are not compared); every token of the first must have the same id in the
+    other, and both must split a probe text alike.
+
+    Args:
+        one, other: the tokenizers.
+        names: what to call them, as in "the student's".
+    """
+    ours, theirs = one.get_vocab(), other.get_vocab()
+    differing = [(token, index) for token, index in ours.items() if theirs.get(token) != index]
+    if differing:
+        token, index = min(differing, key=lambda pair: pair[1])
+        return (
+            f"{len(differing)} of {names[0]} {len(ours)} tokens have another id in {names[1]} vocabulary of "
+            f"{len(theirs)}, such as {token!r}: {index} against {theirs.get(token)}"
+        )
+    ours_probe = one(_PROBE, add_special_tokens=False)["input_ids"]
+    theirs_probe = other(_PROBE, add_special_tokens=False)["input_ids"]
+    if ours_probe == theirs_probe:
+        return None
+    reason = f"the vocabularies agree but the same text becomes {len(ours_probe)} and {len(theirs_probe)} tokens"
+    return reason + (", split differently" if len(ours_probe) == len(theirs_probe) else "")
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher whose tokens are not the student's (see `tokenizer_difference`).
+
+    Args:
+        student: the tokenizer that makes the training data.
+        teacher: the tokenizer the teacher was trained with.
+
+    Raises:
+        ValueError: if they differ; the message gives an example and names `BridgeDistillTrainer`.
+    """
+    reason = tokenizer_difference(student, teacher, names=("the student's", "the teacher's"))
+    if reason is None:
+        return
+    raise ValueError(
+        f"Student and teacher have different tokenizers: {reason}. DistillTrainer compares the two models token by "
+        "token, so it needs the same tokenizer on both sides. Use BridgeDistillTrainer to distil across tokenizers, "
+        "or pass `teacher_processing_class` if the wrong tokenizer was found for the teacher."
+    )
+
+
+def shared_vocabulary(student_rows: int, teacher_rows: int, tokens: int) -> int:
+    """How many logits two models with padded vocabularies share.
+
+    Args:
+        student_rows: rows of the student's output embedding.
+        teacher_rows: rows of the teacher's output embedding.
+        tokens: length of the tokenizer, its highest id plus one.
+
+    Returns:
+        min(student_rows, teacher_rows).
+
+    Raises:
+        ValueError: if a token of the tokenizer has no row in one of the models.
+    """
+    shared = min(student_rows, teacher_rows)
+    if shared < tokens:
+        smaller = "student" if student_rows < teacher_rows else "teacher"
+        raise ValueError(
+            f"The tokenizer has {tokens} tokens, the student {student_rows} rows and the teacher {teacher_rows}: "
+            f"the {smaller} has no logit for some tokens of the data. Only padding rows may differ. Resize the "
+            f"{smaller}'s embeddings, pass the tokenizer both models share, or use BridgeDistillTrainer if they have "
+            "different ones."
+        )
+    return shared
+
+
+def check_vocabularies(
+    student: nn.Module,
+    teacher: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_name_or_path: str | None = None,
+    revision: str | None = None,
+) -> int:
+    """Check that both models speak the tokenizer of the data.
+
+    Without `teacher_tokenizer` the teacher's is looked for where it was loaded from; for a model given in memory, only
+    on this machine. Where none is found, only the number of rows can be checked.
+
+    Args:
+        student: the model being trained.
+        teacher: the loaded teacher.
+        tokenizer: makes the training data.
+        teacher_tokenizer: the teacher's own, if known.
+        teacher_name_or_path: what the teacher was loaded from; None for a model given in memory.
+        revision: of a Hub id.
+
+    Returns:
+        the number of vocabulary rows that both models have.
+
+    Raises:
+        ValueError: if the tokenizers differ, or a model has too few rows.
+    """
+    if teacher_tokenizer is None:
+        in_memory = teacher_name_or_path is None
+        place = getattr(teacher.config, "_name_or_path", None) if in_memory else teacher_name_or_path
+        teacher_tokenizer = find_tokenizer(place, revision, local_only=in_memory)
+        if teacher_tokenizer is None and not in_memory:
+            logger.warning(
+                f"No tokenizer was found beside the teacher {teacher_name_or_path}: it is taken to be the student's. "
+                "Pass `teacher_processing_class` to have them compared."
+            )
+    if teacher_tokenizer is not None:
+        check_same_tokenizer(tokenizer, teacher_tokenizer)
+    highest = max(tokenizer.get_vocab().values()) + 1
+    return shared_vocabulary(vocabulary_rows(student), vocabulary_rows(teacher), highest)
+
+
+def check_rows(side: str, rows: int, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
+    """Refuse a model that lacks rows for a tokenizer.
+
+    Args:
+        side: what to call the model.
+        rows: of its vocabulary.
+        tokenizer: the one given for it.
+        argument: by which it is given.
+
+    Raises:
+        ValueError: if the tokenizer has more ids than there are rows.
+    """
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if rows < tokens:
+        raise ValueError(
+            f"The {side} has {rows} vocabulary rows, and the tokenizer given for it, {tokenizer_name(tokenizer)}, has "
+            f"{tokens} tokens: it is another model's. Pass the {side}'s own as `{argument}`, or resize the embeddings."
+        )
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What to call a tokenizer in front of a reader: where it is from, else its class, and how many tokens it has."""
+    name = readable_name(tokenizer.name_or_path or None)
+    return f"{name or type(tokenizer).__name__} ({len(tokenizer)} tokens)"
+
+
+def vocabulary_rows(model: Any) -> int:
+    """How many logits a model has per position: rows of its output embedding, which config.vocab_size need not be."""
+    weight = model.get_output_embeddings().weight
+    # ZeRO-3 leaves an empty parameter behind, and tells what its shape was.
+    return getattr(weight, "ds_shape", weight.shape)[0]

@@ -1,0 +1,105 @@
+"""`cbd-trl init`: one model, many, or none but a table."""
+
+import json
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cbd_trl.cli.cli_values import parse_sizes
+from cbd_trl.cli.main import main
+from tests.chain.helpers import WIDE, chain_rows
+
+
+@pytest.fixture
+def sizes(chain):
+    """Two sizes between the last two anchors, as a user types them."""
+    upper, lower = (anchor.num_parameters for anchor in chain.anchors[1:])
+    return [f"{lower + share * (upper - lower):.0f}" for share in (0.3, 0.6)]
+
+
+def run(capsys, *flags):
+    code = main(["init", *map(str, flags)])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_many_sizes_in_one_pass(chain_folder, sizes, tmp_path, capsys):
+    flags = [chain_folder, "--sizes", ",".join(sizes), "--tolerance", 0.1, "--output", tmp_path / "models"]
+    code, shown, _ = run(capsys, *flags)
+    assert code == 0 and "Kept" not in shown
+    folders = sorted(path.name for path in (tmp_path / "models").iterdir())
+    assert len(folders) == 2 and all(name.endswith("K") for name in folders)
+    for folder in folders:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "models" / folder)
+        AutoTokenizer.from_pretrained(tmp_path / "models" / folder)
+        assert f"models/{folder}: " in shown
+    code, shown, _ = run(capsys, *flags)
+    assert code == 0 and shown.count("Kept from an earlier run.") == 2
+
+
+def test_a_failing_size_is_named_and_the_others_are_made(chain_folder, sizes, tmp_path, capsys):
+    flags = ["--tolerance", "0.1", "--output", tmp_path / "models"]
+    code, shown, err = run(capsys, chain_folder, "--sizes", sizes[0], "9B", *flags)
+    assert code == 1 and "operator nested" in shown
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("cbd-trl init: error: 1 of 2 sizes cannot be made. 9B: No two neighbouring anchors")
+    assert len(list((tmp_path / "models").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
+def test_calibration_data_from_a_file_and_what_it_chose(chain_folder, tmp_path, capsys, kind):
+    rows, file = chain_rows(30, seed=5), tmp_path / f"text.{kind}"
+    if kind == "jsonl":
+        rows.to_json(file)
+    elif kind == "parquet":
+        rows.to_parquet(file)
+    else:
+        file.write_text("\n".join(rows["text"]))
+    flags = ["--shape", json.dumps(WIDE), "--calibration-data", file, "--output", tmp_path / "model"]
+    code, shown, _ = run(capsys, chain_folder, *flags)
+    told = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.cbd_trl
+    assert code == 0 and f"operator {told['operator']} of " in shown
+    assert f"chosen by the loss on {told['calibration_tokens']} tokens of calibration text" in shown
+    if told["alpha"] is not None:
+        assert f"alpha {told['alpha']:.3g}" in shown
+
+
+def test_a_dry_run_prints_a_table_and_writes_nothing(chain_folder, chain, sizes, tmp_path, capsys):
+    before = sorted(path for path in tmp_path.rglob("*"))
+    flags = ["--sizes", f"{sizes[0]},{sizes[1]},{chain.source.num_parameters}", "--tolerance", "0.1", "--dry-run"]
+    code, shown, _ = run(capsys, chain_folder, *flags, "--output", tmp_path / "models")
+    assert code == 0 and "this is a dry run" in shown
+    lines = [line for line in shown.splitlines() if "float32" in line]
+    assert len(lines) == 3 and "nested, alpha" in lines[0] and "the anchor itself" in lines[2]
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    code, shown, _ = run(capsys, chain_folder, "--shape", json.dumps(WIDE), "--dry-run", "--calibration-data", "x")
+    assert code == 0 and shown.count("float32") == 1 and "may turn out otherwise, by measured loss" in shown
+
+
+def test_a_dry_run_names_the_sizes_that_fail(chain_folder, sizes, capsys):
+    code, shown, err = run(capsys, chain_folder, "--sizes", "9B", sizes[0], "--tolerance", "0.1", "--dry-run")
+    assert code == 1 and shown.count("float32") == 1
+    assert "1 of 2 sizes cannot be made. 9B: No two neighbouring anchors" in err
+    code, _, err = run(capsys, chain_folder, "--num-parameters", "9B", "--dry-run")
+    assert code == 1 and err.startswith("cbd-trl init: error: No two neighbouring anchors")
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--sizes", "1M", "--num-parameters", "1M"], 2, "--sizes and --num-parameters are two ways to say the same"),
+        (["--sizes", "1M"], 2, "--output is missing"),
+        (["--sizes", "big", "--output", "x"], 1, "'big' is no number of parameters: write 138e6, 138M or 1.2B"),
+        (["--dry-run"], 1, "Nothing was asked for"),
+    ],
+)
+def test_what_cannot_be_asked_for(chain_folder, flags, code, message, capsys):
+    found, _, err = run(capsys, chain_folder, *flags)
+    assert found == code and message in err
+
+
+def test_parse_sizes():
+    assert parse_sizes(["100e6,120e6"]) == [100e6, 120e6] == parse_sizes(["100M", "120M"]) == parse_sizes([1e8, 120e6])
+    assert parse_sizes("1.5B, 900M,") == [1.5e9, 9e8]
+    with pytest.raises(ValueError, match="'x' is no number of parameters"):
+        parse_sizes(["1M,x"])

@@ -1,0 +1,105 @@
+"""Config fields to architectures: what is cut, what travels, what is refused."""
+
+import pytest
+
+from cbd_trl.architectures import describe
+from cbd_trl.shapes.candidates import ParameterCount
+from cbd_trl.shapes.smaller import needs_width_multiple_of_heads, target_architecture, width_follows_heads
+from tests.tiny import FAMILIES, LONGROPE, WIDTH_OF_HEADS, own_names, tiny_model
+
+OPTIONS = [
+    *[(family, {"tie_word_embeddings": tied}) for family in FAMILIES for tied in (False, True)],
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    *[(family, {"attention_bias": True}) for family in ("qwen3", "gemma2", "gemma3_text", "olmo2")],
+    ("smollm3", {"attention_bias": True, "mlp_bias": True}),
+    ("gpt2", {"n_inner": 40}),
+]
+NARROW = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def smaller(family):
+    """Fields of a shape smaller than the tiny model in everything."""
+    heads = {"num_attention_heads": 3} if family in WIDTH_OF_HEADS else {}
+    return own_names(family, num_hidden_layers=3, **{**NARROW, **heads})
+
+
+@pytest.mark.parametrize(("family", "options"), OPTIONS)
+def test_parameter_count_is_that_of_the_built_model(family, options):
+    upper = describe(tiny_model(family, **options).config)
+    target = target_architecture(upper, smaller(family))
+    built = type(tiny_model(family, **options))(target.config)
+    count = sum(parameter.numel() for parameter in built.parameters())
+    assert target.num_parameters == ParameterCount(upper)(target.depth, target.sizes) == count
+    assert {key: value for key, value in target.shape.items() if key in smaller(family)} == smaller(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_survives_disk(family, tmp_path):
+    target = target_architecture(describe(tiny_model(family).config), smaller(family))
+    target.config.save_pretrained(tmp_path)
+    loaded = type(target.config).from_pretrained(tmp_path)
+    assert describe(loaded).shape == target.shape
+    assert describe(loaded).sizes == target.sizes
+
+
+def test_what_is_left_out_stays():
+    upper = describe(tiny_model("llama").config)
+    target = target_architecture(upper, {"num_hidden_layers": 2})
+    assert target.shape == {**upper.shape, "num_hidden_layers": 2}
+
+
+def test_per_layer_lists_travel_with_the_kept_layers():
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    model = tiny_model("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=4)
+    target = target_architecture(describe(model.config), {"num_hidden_layers": 3})
+    assert target.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+
+
+def test_unknown_field_lists_the_shape_fields():
+    with pytest.raises(ValueError, match=r"'n_layer' is not a shape field of llama.*num_hidden_layers"):
+        target_architecture(describe(tiny_model("llama").config), {"n_layer": 2})
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "intermediate_size"])
+def test_larger_than_the_upper_anchor_is_refused(field):
+    upper = describe(tiny_model("qwen3").config)
+    most = upper.shape[field]
+    with pytest.raises(ValueError, match=rf"{field}={most + 8} is larger than the {most} .* Ask for at most {most}"):
+        target_architecture(upper, {field: most + 8})
+
+
+def test_more_query_heads_per_group_are_refused():
+    upper = describe(tiny_model("llama").config)
+    with pytest.raises(ValueError, match="means 4 query heads per key/value head, more than the 2"):
+        target_architecture(upper, {"num_attention_heads": 4, "num_key_value_heads": 1})
+
+
+def test_llama_width_off_the_heads_names_the_nearest():
+    upper = describe(tiny_model("llama").config)
+    with pytest.raises(
+        ValueError, match=r"llama config of width 30 with 4 heads.*Nearest widths for 4 heads: 28 and 32"
+    ):
+        target_architecture(upper, {"hidden_size": 30})
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3", "olmo2", "phi3"])
+def test_other_families_take_that_width(family):
+    assert target_architecture(describe(tiny_model(family).config), {"hidden_size": 30}).sizes["width"] == 30
+
+
+def test_phi3_with_longrope_takes_whole_heads_and_can_be_saved(tmp_path):
+    upper = describe(tiny_model("phi3", rope_parameters=LONGROPE).config)
+    with pytest.raises(ValueError, match=r"Phi-3 with longrope ties its width to its heads \(head size 8\)"):
+        target_architecture(upper, {"hidden_size": 24, "num_attention_heads": 4})
+    target = target_architecture(upper, {"hidden_size": 16})
+    target.config.save_pretrained(tmp_path)
+    loaded = describe(type(target.config).from_pretrained(tmp_path))
+    assert loaded.shape == target.shape
+    assert loaded.config.rope_parameters == target.config.rope_parameters
+
+
+def test_which_families_tie_width_to_heads():
+    needs = {family: needs_width_multiple_of_heads(describe(tiny_model(family).config)) for family in FAMILIES}
+    assert needs == {family: family in ("llama", "gemma2", "gemma3_text", *WIDTH_OF_HEADS) for family in FAMILIES}
+    follows = {family for family in FAMILIES if width_follows_heads(describe(tiny_model(family).config))}
+    assert follows == set(WIDTH_OF_HEADS)
