@@ -45,10 +45,11 @@ test: $(READY) ## the tests, without network, in minutes
 test-slow: $(READY) ## the tests marked slow
 	$(OFFLINE) $(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(READY) ## format, lint and types, without changing a file
+check: $(READY) ## format, lint, types and the order of imports, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY) ## rewrite the files in the project's format
 	$(BIN)/ruff format .

@@ -31,10 +31,9 @@ from cbd_trl import Chain, chain_from_anchors, from_chain
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.recipe.corpus import split
-from cbd_trl.report.text import held_out_blocks
-from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.calibration import token_blocks
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.report.measure import held_out_blocks
+from cbd_trl.utils.blocks import TokenBlocks, token_blocks
+from cbd_trl.utils.files import Results, write_text
 
 VOCABULARY, LENGTH, ROWS, LEARNING_RATE = 1024, 96, 8, 3e-3
 # Layers, width, heads, FFN width; a head has 16 coordinates.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from benchmarks.bridge_real_text import BODY, Benchmark, add_arguments, make_student, measure_texts
 from benchmarks.tables import machine, markdown
 from cbd_trl import BridgeStep, Chain, DistillConfig, build_chain, from_chain
-from cbd_trl.utils.results import write_text
+from cbd_trl.utils.files import write_text
 
 ANCHORS: list[dict[str, Any]] = [
     {"n_layer": 5},

@@ -38,7 +38,7 @@ from benchmarks.starts import WholeHead
 from benchmarks.tables import machine, markdown
 from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, DistillConfig, DistillTrainer
 from cbd_trl.report.sweep import fingerprint
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.files import Results, write_text
 
 END = "<|endoftext|>"
 VOCABULARY = 8192

@@ -22,7 +22,7 @@ from benchmarks.tables import machine, markdown
 from benchmarks.teacher_cache import ensure_cache
 from benchmarks.workload import PACKS_PER_STEP, Workload, add_inputs, trainer_settings, workload_from
 from cbd_trl import DistillConfig, DistillTrainer
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.files import Results, write_text
 
 
 @torch.no_grad()

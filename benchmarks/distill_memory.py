@@ -28,7 +28,7 @@ from benchmarks.meter import PeakSampler, resident_bytes
 from benchmarks.tables import gigabytes, machine, markdown
 from benchmarks.workload import environment
 from cbd_trl import DistillConfig, DistillTrainer
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.files import Results, write_text
 
 VOCABULARIES = (8_000, 32_000, 128_000, 256_000)
 ROWS, LENGTH = 4, 512

@@ -23,7 +23,7 @@ from benchmarks.peers import BOTH_WAYS, CACHED, CONTESTANTS, Run
 from benchmarks.tables import gigabytes, machine, markdown
 from benchmarks.teacher_cache import ensure_cache
 from benchmarks.workload import add_inputs, environment, workload_from
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.files import Results, write_text
 
 ORDERS = ("forward", "backward")
 # What is divided by what, of which number, and what the project asks for.

@@ -30,14 +30,14 @@ from benchmarks.tables import machine, markdown
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.model import build_model
 from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
-from cbd_trl.report.text import held_out_blocks
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.targets.from_chain import load_pair
 from cbd_trl.targets.operators import OPERATORS
 from cbd_trl.targets.pair import Plan
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.files import Results, write_text
 
 MEAN = "mean"
 _HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}

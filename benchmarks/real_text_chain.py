@@ -24,13 +24,13 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from cbd_trl import Chain, DistillConfig, build_chain, from_chain
+from cbd_trl.chain.measurements import markdown_table
 from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.plots import plot_sweep
 from cbd_trl.report.sweep import OPERATORS, RANDOM, fingerprint, random_model
-from cbd_trl.report.tables import markdown_table
-from cbd_trl.report.text import held_out_blocks
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.files import Results, write_text
 
 ANCHORS = (
     {"num_hidden_layers": 16},

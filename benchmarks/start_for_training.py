@@ -44,12 +44,12 @@ from benchmarks.start_report import (
 from benchmarks.starts import DIRECT, SCRATCH, STARTS, TARGET, direct_trainer, make_start, sft_trainer
 from benchmarks.tables import machine
 from cbd_trl import Chain, DistillConfig
+from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
-from cbd_trl.report.tables import describe_shape
-from cbd_trl.report.text import held_out_blocks
-from cbd_trl.utils.calibration import token_blocks
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.blocks import token_blocks
+from cbd_trl.utils.files import Results, write_text
 
 LONG = ("nested", SCRATCH)
 POINTS = (0, 10_000, 25_000, 50_000, 75_000, 100_000, 150_000, 200_000, 300_000)

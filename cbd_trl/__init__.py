@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from cbd_trl.build.build import build_chain
     from cbd_trl.build.from_anchors import chain_from_anchors
     from cbd_trl.chain.chain import Chain
-    from cbd_trl.targets.describe_targets import describe_targets
     from cbd_trl.targets.from_chain import from_chain
-    from cbd_trl.targets.many import make_targets
+    from cbd_trl.targets.many import describe_targets, make_targets
     from cbd_trl.trainers.bridge_config import BridgeDistillConfig
     from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
     from cbd_trl.trainers.distill_config import DistillConfig
@@ -44,7 +43,7 @@ _HOMES = {
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",
     "build_chain": "cbd_trl.build.build",
     "chain_from_anchors": "cbd_trl.build.from_anchors",
-    "describe_targets": "cbd_trl.targets.describe_targets",
+    "describe_targets": "cbd_trl.targets.many",
     "from_chain": "cbd_trl.targets.from_chain",
     "make_targets": "cbd_trl.targets.many",
 }

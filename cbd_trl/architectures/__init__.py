@@ -1,7 +1,6 @@
 """What every tensor axis of a model family means: data that the surgery works from."""
 
-from cbd_trl.architectures.base import Architecture, Family, OutputNorm, Site
-from cbd_trl.architectures.layers import decoder_layers
+from cbd_trl.architectures.base import Architecture, Family, OutputNorm, Site, decoder_layers
 from cbd_trl.architectures.registry import architecture_of, describe, is_tied, supported_model_types
 
 __all__ = [

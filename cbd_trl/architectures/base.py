@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cbd_trl.architectures.axes import Axes, axis_length, parse_axes, tensor_shape
 
@@ -354,3 +356,142 @@ class Architecture:
 
 def _is_size(size: Any) -> bool:
     return type(size) is int and size > 0
+
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class WidthOfHeads:
+    """The arithmetic of such a family, and its errors in the family's own words.
+
+    Args:
+        family: its name for a reader.
+        width, heads: its config fields.
+    """
+
+    family: str
+    width: str
+    heads: str
+
+    def head_size(self, width: int, heads: int) -> int:
+        """Width / heads.
+
+        Raises:
+            ValueError: the division leaves a rest.
+        """
+        if width % heads:
+            raise ValueError(
+                f"{self.width}={width} is not a multiple of {self.heads}={heads}: {self.family} splits its width "
+                "evenly into heads. Choose a multiple."
+            )
+        return width // heads
+
+    def check(self, sizes: Sizes) -> None:
+        """Refuse sizes whose heads do not fill the width (ValueError)."""
+        heads, dim = sizes["group"] * sizes["query"], sizes["dim"]
+        if sizes["width"] != heads * dim:
+            raise ValueError(
+                f"{self.family} ties its width to its heads: {self.width}={sizes['width']} needs {self.width} / {dim} "
+                f"heads of size {dim}, got {self.heads}={heads}. Choose {self.width} = {dim} x {self.heads}."
+            )
+
+    def with_heads(self, sizes: Sizes, given: Sizes) -> dict[str, int]:
+        """What was asked for, and the number of heads that a width means."""
+        if "width" not in given or "heads" in given or "group" in given:
+            return dict(given)
+        return {**given, "heads": max(given["width"] // sizes["dim"], 1)}
+
+    def with_width(self, sizes: Sizes, given: Sizes) -> dict[str, int]:
+        """Sizes with resolved heads, and the width that they fill.
+
+        Raises:
+            ValueError: another width was asked for.
+        """
+        heads, dim = sizes["group"] * sizes["query"], sizes["dim"]
+        width = given.get("width", heads * dim)
+        if width != heads * dim:
+            raise ValueError(
+                f"{self.family} ties its width to its heads (head size {dim}): got {self.width}={width} with "
+                f"{self.heads}={heads}. Choose {self.width} = {dim} x {self.heads}."
+            )
+        return {**sizes, "width": width}
+
+    def resolve(self, sizes: Sizes, given: Sizes) -> dict[str, int]:
+        """`Family.resolve` of a family whose every head has its own key and value."""
+        given = self.with_heads(sizes, given)
+        resolved = {**sizes, "group": given.get("heads", sizes["group"]), "ffn": given.get("ffn", sizes["ffn"])}
+        return self.with_width(resolved, given)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of decoder layers of a causal LM of any family (PEFT wrappers are looked through).
+
+    Raises:
+        ValueError: no module list of `config.num_hidden_layers` modules is found.
+    """
+    # A PEFT wrapper's and a model's own attributes, which nn.Module does not declare.
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    depth = base.config.get_text_config().num_hidden_layers
+    # Not those of a tower for images, which may be as many.
+    for module in base.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"No stack of {depth} decoder layers was found in {type(base).__name__}, which the hidden-state term and "
+        "block swapping need. Set `hidden_weight=0` and `swap_probability=0` to distil from the outputs alone."
+    )
+
+
+# What such embeddings are called in transformers' models (GPT-2 and its kin, OPT and its kin).
+_NAMES = {"wpe", "embed_positions", "position_embedding", "position_embeddings", "positions_embed"}
+
+
+def learned_positions(model: nn.Module) -> int | None:
+    """How many tokens a row may have at most.
+
+    Args:
+        model: a causal LM, however it is wrapped.
+
+    Returns:
+        None for positions that are computed (rotary, ALiBi): there rows may be of any length.
+    """
+    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    # A tower for images has positions of its own.
+    decoder = inside.get_decoder() if hasattr(inside, "get_decoder") else inside
+    tables = [
+        module.num_embeddings - int(getattr(module, "offset", 0))
+        for name, module in decoder.named_modules()
+        if isinstance(module, nn.Embedding) and _NAMES & set(name.split("."))
+    ]
+    return min(tables, default=None)
+
+
+def learned_positions_of(config: Any) -> int | None:
+    """`learned_positions` of a model that is not there yet.
+
+    Args:
+        config: of the model.
+    """
+    with torch.device("meta"):
+        return learned_positions(AutoModelForCausalLM.from_config(config))
+
+
+def check_positions(longest: int, positions: int | None, row: str, model: str, way_out: str) -> None:
+    """Refuse a row that is longer than a model has positions.
+
+    Args:
+        longest: tokens of the row.
+        positions: from `learned_positions`.
+        row: names the row.
+        model: names the model.
+        way_out: what to do, as a sentence.
+
+    Raises:
+        ValueError: it is.
+    """
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"{row} has {longest} tokens, and {model} has learned {positions} positions: what stands behind them "
+            f"cannot be read. {way_out}"
+        )

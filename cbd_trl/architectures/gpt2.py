@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cbd_trl.architectures.base import Family, Site
-from cbd_trl.architectures.heads import WidthOfHeads
+from cbd_trl.architectures.base import Family, Site, WidthOfHeads
 
 _WIDTH = WidthOfHeads("GPT-2", "n_embd", "n_head")
 

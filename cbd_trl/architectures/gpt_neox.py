@@ -7,8 +7,7 @@ surgery two sites like any others.
 from collections.abc import Mapping
 from typing import Any
 
-from cbd_trl.architectures.base import Family, Site
-from cbd_trl.architectures.heads import WidthOfHeads
+from cbd_trl.architectures.base import Family, Site, WidthOfHeads
 
 _WIDTH = WidthOfHeads("GPT-NeoX", "hidden_size", "num_attention_heads")
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from cbd_trl.architectures.heads import WidthOfHeads
+from cbd_trl.architectures.base import WidthOfHeads
 from cbd_trl.architectures.llama import LLAMA
 
 _WIDTH = WidthOfHeads("Phi-3 with longrope", "hidden_size", "num_attention_heads")

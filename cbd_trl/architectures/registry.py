@@ -1,6 +1,7 @@
 """The families there are: one row each."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,3 +91,44 @@ def is_tied(model: Any) -> bool:
             f"It is taken to be {'tied' if tied else 'untied'}, as its weights are."
         )
     return tied
+
+
+_SHORT = {
+    "num_hidden_layers": "layers",
+    "n_layer": "layers",
+    "hidden_size": "wide",
+    "n_embd": "wide",
+    "num_attention_heads": "heads",
+    "n_head": "heads",
+    "num_key_value_heads": "kv",
+    "intermediate_size": "ffn",
+    "n_inner": "ffn",
+}
+
+
+# The order in which a shape is told.
+_ORDER = ("layers", "wide", "heads", "ffn")
+
+
+def describe_shape(shape: Mapping[str, int], short: bool = False) -> str:
+    """A shape in a few words, such as `16 layers, 384 wide, 6/2 heads, ffn 1024`.
+
+    Args:
+        shape: config fields.
+        short: `16×384, 6/2 heads, ffn 1024`.
+    """
+    parts = {_SHORT.get(name, name): value for name, value in shape.items()}
+    groups = parts.pop("kv", None)
+    parts = {name: parts[name] for name in sorted(parts, key=lambda name: (*_ORDER, name).index(name))}
+    if short and "layers" in parts and "wide" in parts:
+        words = [f"{parts.pop('layers')}×{parts.pop('wide')}"]
+    else:
+        words = []
+    for name, value in parts.items():
+        if name == "ffn":
+            words.append(f"ffn {value}")
+        elif name == "heads" and groups not in (None, value):
+            words.append(f"{value}/{groups} heads")
+        else:
+            words.append(f"{value} {name}")
+    return ", ".join(words)

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.bridge.alignment import NOWHERE, Alignment, Placed, align
-from cbd_trl.bridge.byte_table import ByteTable, any_byte, places_of_bytes
-from cbd_trl.bridge.placing import Pieces, Spans, Texts, first_of_text, place, sums_before
-from cbd_trl.bridge.reader import Encoded, Reader
+from cbd_trl.bridge.alignment import (
+    NOWHERE,
+    Alignment,
+    Pieces,
+    Placed,
+    Spans,
+    Texts,
+    align,
+    first_of_text,
+    place,
+    sums_before,
+)
+from cbd_trl.bridge.token_bytes import ByteTable, Encoded, Reader, any_byte, places_of_bytes
 from cbd_trl.utils.blocks import IGNORE_INDEX
 
 _LONE_BYTE = re.compile("[\udc80-\udcff]")

@@ -10,11 +10,10 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.bridge.config_ids import named_ids
 from cbd_trl.bridge.special_tokens import renumber
 from cbd_trl.bridge.token_bytes import Spelling, Vocabulary
 from cbd_trl.bridge.transplant import transplant_vocabulary
-from cbd_trl.bridge.vocabulary import VocabularyMatch, covered_share, match_vocabularies
+from cbd_trl.bridge.vocabulary import VocabularyMatch, covered_share, match_vocabularies, named_ids
 from cbd_trl.utils.progress import Progress
 
 # Without held-out texts every tenth one is kept from training.

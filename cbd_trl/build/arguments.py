@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from cbd_trl.chain.chain_json import library_versions
-from cbd_trl.chain.history import GIVEN, VERSIONS
+from cbd_trl.chain.cards import GIVEN, VERSIONS
+from cbd_trl.chain.manifest import library_versions
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 

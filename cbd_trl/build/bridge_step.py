@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures import is_tied
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.build.arguments import check_chain_arguments, training_record
-from cbd_trl.build.plan import anchor_name
 from cbd_trl.build.source_anchor import Head, head_record
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.build.training import ARGUMENTS, Trained, train, work_folder
@@ -24,9 +23,9 @@ from cbd_trl.trainers.bridge_trainer import BridgeDistillTrainer
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.datasets import sft_dataset
+from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.modeling import is_spread
-from cbd_trl.utils.tokenizer_hash import tokenizer_hash
-from cbd_trl.utils.tokenizers import check_rows, tokenizer_difference
+from cbd_trl.utils.tokenizers import check_rows, tokenizer_difference, tokenizer_hash
 
 
 @dataclass(frozen=True)

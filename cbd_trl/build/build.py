@@ -18,12 +18,19 @@ from cbd_trl.build.plan import Step, plan_chain
 from cbd_trl.build.resume import finished_anchors
 from cbd_trl.build.source_anchor import MADE_WITH, Head, source_head, store_head
 from cbd_trl.build.special_tokens import SpecialTokens
-from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
-from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
+from cbd_trl.build.student import (
+    calibration_batches,
+    choose_blocks,
+    finished_chain,
+    initial_student,
+    refit_student,
+    store_anchor,
+    width_hybrid,
+)
 from cbd_trl.build.training import ARGUMENTS, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
+from cbd_trl.chain.cards import DATASETS
 from cbd_trl.chain.chain import Anchor, Chain
-from cbd_trl.chain.history import DATASETS
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
@@ -32,8 +39,7 @@ from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 from cbd_trl.trainers.row_checks import check_before_preparing
-from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.calibration import calibration_length, token_blocks
+from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 from cbd_trl.utils.files import check_writable
 from cbd_trl.utils.modeling import on_device

@@ -1,35 +1,230 @@
 """A chain of models that exist already, such as a public family's sizes, which were trained apart."""
 
+import copy
+import dataclasses
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
+from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from cbd_trl.build.coordinates import Coordinates
-from cbd_trl.build.members import Member, check_functions, plan_members
+from cbd_trl.architectures import Architecture, architecture_of
+from cbd_trl.build.compatibility import CommonForm, check_same_function, common_form, layers_beside
 from cbd_trl.build.special_tokens import SpecialTokens, listed
-from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
+from cbd_trl.build.student import calibration_batches, finished_chain, store_anchor
+from cbd_trl.chain.cards import ORIGINS
 from cbd_trl.chain.chain import Chain
-from cbd_trl.chain.folders import check_place
-from cbd_trl.chain.history import ORIGINS
+from cbd_trl.chain.folders import ONE_TOKENIZER, check_place
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
+from cbd_trl.surgery.align import Match, Side, collect_cross_moments, match_models, order_above
 from cbd_trl.surgery.blocks import blocks_of
-from cbd_trl.surgery.reorder import permute
+from cbd_trl.surgery.reorder import Importance, Order, importance, importance_order, permute
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.calibration import calibration_length, token_blocks
+from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
+from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.progress import progress_shown
+from cbd_trl.utils.tensor_files import save_tensors
+from cbd_trl.utils.tokenizers import find_tokenizer, tokenizer_difference
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model on its way into a chain.
+
+    Args:
+        source: where it is.
+        label: what to call it in front of a reader.
+        name: of its folder in the chain.
+        form: what all anchors are brought to.
+        architecture: what its tensors mean, in that form.
+        kept: the layers of the anchor above that its own stand beside; those of the first are its own.
+    """
+
+    source: Source
+    label: str
+    name: str
+    form: CommonForm
+    architecture: Architecture
+    kept: list[int]
+
+    def load(self) -> PreTrainedModel:
+        """The model in the common form, in the dtype and the coordinates it has."""
+        model = self.source.model({"dtype": "auto"})
+        own = architecture_of(model)
+        weights = self.form.weights(weights_of(model, own), own)
+        loaded = build_model(self.architecture, weights, model.dtype)
+        loaded.generation_config = copy.deepcopy(model.generation_config)
+        return loaded
+
+
+def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> list[Member]:
+    """Everything that can be known without weights.
+
+    Args:
+        sources: largest first.
+        tokenizer: the chain's.
+
+    Raises:
+        ValueError: some do not go together.
+    """
+    labels = [f"anchors[{i}]" + (f" ({source.name})" if source.name else "") for i, source in enumerate(sources)]
+    own = {label: source.architecture() for label, source in zip(labels, sources, strict=True)}
+    kinds = [architecture.config.model_type for architecture in own.values()]
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"The anchors are of the model types {', '.join(kinds)}. A target is one stock model, so all anchors are "
+            "of one type. Distil across families with build_chain instead."
+        )
+    for label, source in zip(labels, sources, strict=True):
+        _check_tokenizer(label, source, tokenizer)
+    form = common_form(own, tokenizer)
+    members: list[Member] = []
+    for label, source in zip(labels, sources, strict=True):
+        architecture = form.architecture(own[label])
+        kept = list(range(architecture.depth))
+        if members:
+            above = members[-1]
+            kept = layers_beside((above.label, label), above.architecture, architecture)
+        if own[label].tied and not form.tied:
+            logger.warning(
+                f"{label} gets a head of its own, a copy of its table ({architecture.num_parameters:,} parameters "
+                f"instead of {own[label].num_parameters:,}): another anchor has one, and a chain is tied or not."
+            )
+        name = anchor_name(architecture.num_parameters, [member.name for member in members])
+        members.append(Member(source, label, name, form, architecture, kept))
+    return members
+
+
+def _check_tokenizer(label: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse an anchor whose own tokenizer, where one is found, reads other tokens than the chain's."""
+    own = find_tokenizer(source.name, source.revision, local_only=isinstance(source.place, PreTrainedModel))
+    reason = None if own is None else tokenizer_difference(tokenizer, own, names=("the chain's", "its"))
+    if reason is not None:
+        raise ValueError(f"{label} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")
+
+
+def check_functions(members: Sequence[Member], tokens: torch.Tensor) -> None:
+    """Load each lower anchor and see whether the config of the one above does for it (see `check_same_function`).
+
+    Args:
+        members: largest first.
+        tokens: (B, T) text to compare logits on.
+    """
+    for above, member in pairwise(members):
+        weights = weights_of(member.load(), member.architecture)
+        names = above.label, member.label
+        check_same_function(names, above.architecture, member.architecture, weights, member.kept, tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coordinates:
+    """New coordinates of every anchor, largest first.
+
+    Args:
+        orders: None where an anchor stays as it is.
+        matches: of each anchor with the one above it, {kind: {"matched", "random"}} (see `Quality`); empty for the
+            first.
+    """
+
+    orders: Sequence[Order | None]
+    matches: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def unchanged(cls, count: int) -> "Coordinates":
+        return cls([None] * count, [{}] * count)
+
+    @classmethod
+    def matched(cls, members: Sequence[Member], blocks: torch.Tensor) -> "Coordinates":
+        """Match every anchor with the one above it, and put each on a prefix of that one's coordinates.
+
+        Two models are in memory at a time.
+
+        Args:
+            members: the anchors.
+            blocks: (N, T) tokens of text.
+        """
+        state = PartialState()
+        scores, matches = [], []
+        model, side = _measured(members[0], blocks)
+        for number, member in enumerate(members[1:], start=1):
+            state.print(f"[{number}/{len(members) - 1}] matching {member.label} with {members[number - 1].label}")
+            below, below_side = _measured(member, blocks)
+            batches = calibration_batches(blocks, "Comparing streams")
+            cross = collect_cross_moments(
+                model, side.architecture, below, below_side.architecture, member.kept, batches
+            )
+            matches.append(match_models(side, below_side, cross, member.kept))
+            scores.append(_importance(side))
+            model, side = below, below_side
+        orders = [importance_order(_importance(side))]
+        # From the smallest up: an anchor's order decides that of the one above it.
+        for above, member, match, score in reversed(list(zip(members, members[1:], matches, scores, strict=False))):
+            orders.insert(0, order_above(match, orders[0], above.architecture, score, member.kept))
+        return cls(orders, [{}, *(_told(match) for match in matches)])
+
+    def save(self, file: Path, settings: Sequence[Mapping[str, Any]]) -> None:
+        """Write them down, so that an interrupted run goes on in the same coordinates."""
+        tensors = {
+            f"{number}.{field}": tensor.contiguous()
+            for number, order in enumerate(self.orders)
+            for field, tensor in (vars(order) if order is not None else {}).items()
+            if tensor is not None
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"settings": json.dumps(settings), "matches": json.dumps(self.matches)}
+        save_tensors(tensors, file, metadata)
+
+    @classmethod
+    def load(cls, file: Path, settings: Sequence[Mapping[str, Any]]) -> "Coordinates | None":
+        """What a run with these settings wrote down, None where none did."""
+        if not file.exists():
+            return None
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata()
+            if metadata["settings"] != json.dumps(settings):
+                return None
+            found: dict[int, dict[str, torch.Tensor]] = {}
+            for key in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
+                number, field = key.split(".")
+                found.setdefault(int(number), {})[field] = stored.get_tensor(key)
+        return cls([Order(**found[number]) for number in sorted(found)], json.loads(metadata["matches"]))
+
+
+def _measured(member: Member, blocks: torch.Tensor) -> tuple[PreTrainedModel, Side]:
+    model: Any = member.load()
+    weights = weights_of(model, member.architecture)
+    model.to(PartialState().device)
+    statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
+    return model, Side(weights, member.architecture, statistics)
+
+
+def _importance(side: Side) -> Importance:
+    return importance(side.weights, side.architecture, side.statistics)
+
+
+def _told(match: Match) -> dict[str, dict[str, float]]:
+    """The quality of a match as it is to stand in chain.json."""
+    return {
+        kind: {name: round(value, 4) for name, value in dataclasses.asdict(quality).items()}
+        for kind, quality in match.quality.items()
+    }
 
 
 def chain_from_anchors(

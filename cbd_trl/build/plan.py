@@ -14,9 +14,9 @@ from cbd_trl.shapes.solve import solve_anchor
 from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.checks import check_hybrids_whole
-from cbd_trl.trainers.config_checks import check_config
-from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.distill_config import DistillConfig, check_config
 from cbd_trl.utils.datasets import sft_dataset
+from cbd_trl.utils.formatting import anchor_name
 
 # Measured on SmolLM2-135M (docs/quality.md). Between two depths the hidden-state term keeps an anchor's layers near
 # the blocks that replace them, and hybrids beside half of the steps bring the models between from 0.84 to 1.23 of what
@@ -48,18 +48,6 @@ class Step:
     architecture: Architecture
     args: DistillConfig
     dataset: Any
-
-
-def anchor_name(num_parameters: int, taken: Collection[str] = ()) -> str:
-    """`134515008` -> `"135M"`, or `"135M-2"` where that name is taken."""
-    stem = str(num_parameters)
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if num_parameters >= scale:
-            value = num_parameters / scale
-            stem = f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
-            break
-    alike = sum(name == stem or name.startswith(f"{stem}-") for name in taken)
-    return f"{stem}-{alike + 1}" if alike else stem
 
 
 def plan_chain(

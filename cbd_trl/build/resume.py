@@ -11,7 +11,7 @@ from cbd_trl.build.training import ARGUMENTS
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.manifest import MANIFEST
-from cbd_trl.utils.tokenizer_hash import tokenizer_hash
+from cbd_trl.utils.tokenizers import tokenizer_hash
 
 _SOURCE = ("source", "fingerprint")
 

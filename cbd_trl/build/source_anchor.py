@@ -10,21 +10,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, architecture_of
 from cbd_trl.build.arguments import loading_options
-from cbd_trl.build.plan import anchor_name
 from cbd_trl.build.special_tokens import SpecialTokens
-from cbd_trl.build.store import calibration_batches, store_anchor
+from cbd_trl.build.student import calibration_batches, store_anchor
 from cbd_trl.build.training import Trained
 from cbd_trl.cards.origin import hub_datasets
+from cbd_trl.chain.cards import DATASETS, ORIGINS
 from cbd_trl.chain.chain import Anchor
-from cbd_trl.chain.history import DATASETS, ORIGINS
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
-from cbd_trl.surgery.rotate import can_rotate, to_principal_axes
-from cbd_trl.surgery.sort import importance, sort_weights
+from cbd_trl.surgery.reorder import can_rotate, importance, sort_weights, to_principal_axes
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.tokenizers import check_rows
 
 # In the record of the first anchor: arguments that decide it, and that are those of no training.

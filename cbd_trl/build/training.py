@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel
+from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from cbd_trl.architectures import architecture_of
 from cbd_trl.build.arguments import changed_arguments, there_and_now
-from cbd_trl.build.logs import own_run
 from cbd_trl.chain.model import stock_model
 from cbd_trl.trainers.callbacks import show_progress
 from cbd_trl.trainers.checkpointing import last_checkpoint
@@ -180,3 +180,34 @@ def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             continue
         losses |= {key: value for key, value in entry.items() if key in _LOGGED}
     return losses
+
+
+@contextmanager
+def own_run(trainer: Any, anchor: str, folder: Path) -> Iterator[None]:
+    """Keep the logs of one training apart from those of the next.
+
+    The run is called after the anchor, behind the `run_name` of the arguments. TensorBoard's files would go to the
+    work folder, and with it: they are kept beside the anchors, unless TENSORBOARD_LOGGING_DIR says where. A run of
+    Weights & Biases, which the Trainer leaves open for whatever comes next, is finished, unless the caller had begun
+    it.
+
+    Args:
+        trainer: a `DistillTrainer`, with arguments that no other training has.
+        anchor: its name.
+        folder: of the chain.
+    """
+    trainer.args.run_name = " ".join(filter(None, (trainer.args.run_name, anchor)))
+    begun = []
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder / "runs" / anchor)
+        if isinstance(callback, WandbCallback) and callback._wandb.run is None:
+            begun.append(callback._wandb)
+    code = 1
+    try:
+        yield
+        code = 0
+    finally:
+        for wandb in begun:
+            if wandb.run is not None:
+                wandb.finish(exit_code=code)

@@ -3,6 +3,6 @@
 from cbd_trl.cache.reader import MissingRowError, TeacherCache
 from cbd_trl.cache.shards import CachedRow
 from cbd_trl.cache.vllm import import_logprobs
-from cbd_trl.cache.write_cache import write_cache
+from cbd_trl.cache.writer import write_cache
 
 __all__ = ["CachedRow", "MissingRowError", "TeacherCache", "import_logprobs", "write_cache"]

@@ -2,14 +2,119 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.cache.checks import AGAIN, HIDDEN_DTYPES, KINDS, check_manifest
-from cbd_trl.utils.untrusted import check_inside, read_json, shown
+import numpy as np
+
+from cbd_trl.utils.untrusted import check_fields, check_inside, read_json, shown
+
+# Of the 65,536 codes the last stands for -inf, which no step of a finite length reaches.
+_STEPS = 65534
+_MINUS_INFINITY = 65535
+
+
+def row_key(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """What a row is found by: 16 bytes of blake2b of its token ids as little-endian int32.
+
+    Args:
+        token_ids: of one row of the data set.
+
+    Returns:
+        16 bytes.
+    """
+    return hashlib.blake2b(token_bytes(token_ids), digest_size=16).digest()
+
+
+def token_bytes(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """Token ids as little-endian int32, four bytes each."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def high_bits(vocabulary_rows: int) -> int:
+    """Bits of a token id beyond the first 16: ceil(log2 V) - 16, and 0 for V <= 65,536."""
+    return max(0, (vocabulary_rows - 1).bit_length() - 16)
+
+
+def high_bytes(k: int, vocabulary_rows: int) -> int:
+    """Bytes that the high bits of the k ids of a position take."""
+    return (k * high_bits(vocabulary_rows) + 7) // 8
+
+
+def pack_ids(ids_PK: np.ndarray, vocabulary_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split token ids into their low 16 bits and the packed rest.
+
+    Args:
+        ids_PK: token ids below `vocabulary_rows`, (P, K).
+        vocabulary_rows: V, which sets the width of the rest.
+
+    Returns:
+        low (P, K) uint16, and high (P, ceil(K h / 8)) uint8 for the h = `high_bits(V)` further bits of each id.
+    """
+    positions, k = ids_PK.shape
+    width = high_bits(vocabulary_rows)
+    high_PK = ids_PK.astype(np.uint32) >> 16
+    bits_PKh = (high_PK[..., None] >> np.arange(width, dtype=np.uint32)) & 1
+    packed = np.packbits(bits_PKh.reshape(positions, k * width).astype(np.uint8), axis=1)
+    return ids_PK.astype(np.uint16), packed
+
+
+def unpack_ids(low_PK: np.ndarray, high: np.ndarray, vocabulary_rows: int) -> np.ndarray:
+    """The inverse of `pack_ids`.
+
+    Args:
+        low_PK: (P, K) uint16.
+        high: (P, ceil(K h / 8)) uint8.
+        vocabulary_rows: V.
+
+    Returns:
+        token ids, (P, K) int32.
+    """
+    width = high_bits(vocabulary_rows)
+    ids_PK = low_PK.astype(np.int32)
+    if width == 0:
+        return ids_PK
+    positions, k = low_PK.shape
+    bits_PKh = np.unpackbits(high, axis=1, count=k * width).reshape(positions, k, width)
+    return ids_PK | (bits_PKh.astype(np.int32) << np.arange(16, 16 + width, dtype=np.int32)).sum(-1, dtype=np.int32)
+
+
+def quantise(log_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities as steps of a 65,534th of their lowest: off by half a step at most, and 0 stays 0.
+
+    Args:
+        log_PK: (P, K) float32, nats, at most 0; -inf keeps a code of its own.
+
+    Returns:
+        codes (P, K) uint16, and the lowest finite value of each position (P,) float32.
+    """
+    finite_PK = np.isfinite(log_PK)
+    lowest_P = np.where(finite_PK, log_PK, 0.0).min(axis=1, initial=0.0).astype(np.float32)
+    scale_P1 = np.where(lowest_P < 0, lowest_P, -1.0).astype(np.float64)[:, None]
+    codes_PK = np.rint(np.where(finite_PK, log_PK, 0.0) / scale_P1 * _STEPS)
+    return np.where(finite_PK, codes_PK, _MINUS_INFINITY).astype(np.uint16), lowest_P
+
+
+def dequantise(codes_PK: np.ndarray, lowest_P: np.ndarray) -> np.ndarray:
+    """The inverse of `quantise`.
+
+    Args:
+        codes_PK: (P, K) uint16.
+        lowest_P: (P,) float32.
+
+    Returns:
+        (P, K) float32, nats.
+    """
+    log_PK = codes_PK.astype(np.float32) * (lowest_P / np.float32(_STEPS))[:, None]
+    log_PK[codes_PK == _MINUS_INFINITY] = -np.inf
+    return log_PK
+
 
 __all__ = ["HIDDEN_DTYPES", "KINDS"]
 
@@ -203,3 +308,110 @@ def check_settings(folder: Path, found: Settings, wanted: Settings) -> None:
             f"cache are made alike (this one by {found.teacher or 'a model made in memory'}). Use another "
             "--output_dir, or the settings it was made with."
         )
+
+
+KINDS = ("top_k", "sampled", "hidden")
+HIDDEN_DTYPES = ("float32", "bfloat16", "float16")
+AGAIN = "Write the cache again into a new folder."
+_NONE = type(None)
+_SHARD_NAME = re.compile(r"rows-[0-9]{5,9}\.safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# Ids are kept as int32; far above any model, and any row.
+_LARGEST_ID = 2**31 - 1
+_LARGEST_SIZE = 2**20
+_LARGEST_COUNT = 2**63 - 1
+
+_SETTINGS: dict[str, tuple[type, ...]] = {
+    "kind": (str,),
+    "vocabulary_rows": (int,),
+    "teacher": (str, _NONE),
+    "teacher_fingerprint": (str,),
+    "tokenizer_fingerprint": (str, _NONE),
+    "k": (int, _NONE),
+    "temperature": (float, _NONE),
+    "value_bits": (int, _NONE),
+    "seed": (int, _NONE),
+    "width": (int, _NONE),
+    "dtype": (str, _NONE),
+    "scale": (float,),
+    "softcap": (float, _NONE),
+}
+_SHARD: dict[str, tuple[type, ...]] = {
+    "file": (str,),
+    "rows": (int,),
+    "tokens": (int,),
+    "size": (int,),
+    "sha256": (str,),
+}
+_MANIFEST: dict[str, tuple[type, ...]] = {
+    "format_version": (int,),
+    "settings": (dict,),
+    "shards": (list,),
+    "highest_id": (int,),
+    "rows_wanted": (int, _NONE),
+    "complete": (bool,),
+    "head_sha256": (str, _NONE),
+}
+
+
+def check_manifest(body: Mapping[str, Any], file: Path) -> None:
+    """Refuse a cache.json of this format version with a field, a type or a value that none of ours has.
+
+    Args:
+        body: what it holds.
+        file: for the message.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    changed = f"{file} was changed or damaged"
+    check_fields(body, _MANIFEST, changed, AGAIN)
+    check_fields(body["settings"], _SETTINGS, f"{changed}, settings", AGAIN)
+    for i, shard in enumerate(body["shards"]):
+        check_fields(shard, _SHARD, f"{changed}, shards[{i}]", AGAIN)
+        if not _SHARD_NAME.fullmatch(shard["file"]):
+            raise ValueError(
+                f"{changed}: {shown(shard['file'])} is no name of a shard (rows-00000.safetensors): a shard lies "
+                f"outside the folder. {AGAIN}"
+            )
+    names = [shard["file"] for shard in body["shards"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{changed}: a shard is listed twice. {AGAIN}")
+    for key, value, is_fine in _values(body):
+        if not is_fine:
+            raise ValueError(f"{changed}: it has a bad value in {key}: {shown(value)}. {AGAIN}")
+
+
+def _values(body: Mapping[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    """Each field, its value, and whether it may have it."""
+    settings = body["settings"]
+    rows, kind = settings["vocabulary_rows"], settings["kind"]
+    yield "vocabulary_rows", rows, 0 < rows <= _LARGEST_ID
+    yield "highest_id", body["highest_id"], -1 <= body["highest_id"] < rows
+    yield "rows_wanted", body["rows_wanted"], _within(body["rows_wanted"] or 0, 0, _LARGEST_COUNT)
+    yield (
+        "head_sha256",
+        body["head_sha256"],
+        body["head_sha256"] is None or bool(_SHA256.fullmatch(body["head_sha256"])),
+    )
+    yield "softcap", settings["softcap"], settings["softcap"] is None or settings["softcap"] > 0
+    if kind == "hidden":
+        yield "width", settings["width"], _within(settings["width"], 1, _LARGEST_SIZE)
+        yield "dtype", settings["dtype"], settings["dtype"] in HIDDEN_DTYPES
+    elif kind in KINDS:
+        yield "k", settings["k"], _within(settings["k"], 1, _LARGEST_SIZE)
+        yield (
+            "temperature",
+            settings["temperature"],
+            settings["temperature"] is not None and settings["temperature"] > 0,
+        )
+        yield "value_bits", settings["value_bits"], settings["value_bits"] in (16, 32)
+    for i, shard in enumerate(body["shards"]):
+        yield f"shards[{i}].rows", shard["rows"], _within(shard["rows"], 0, shard["tokens"])
+        yield f"shards[{i}].tokens", shard["tokens"], _within(shard["tokens"], 0, _LARGEST_COUNT)
+        yield f"shards[{i}].size", shard["size"], _within(shard["size"], 0, _LARGEST_COUNT)
+        yield f"shards[{i}].sha256", shard["sha256"], bool(_SHA256.fullmatch(shard["sha256"]))
+
+
+def _within(value: Any, least: int, most: int) -> bool:
+    return value is not None and least <= value <= most

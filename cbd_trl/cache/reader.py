@@ -1,24 +1,108 @@
 """Reads a teacher cache: rows are found by their tokens, and their tokens are compared on every read."""
 
+import bisect
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.architectures.head import Head
-from cbd_trl.cache.format import HEAD_FILE, Manifest, Settings, read_manifest
-from cbd_trl.cache.index import RowIndex
-from cbd_trl.cache.shards import CachedRow, check_shard, empty_row, read_row
-from cbd_trl.utils.fingerprints import tokenizer_fingerprint
+from cbd_trl.architectures.backbone import Head
+from cbd_trl.cache.format import HEAD_FILE, Manifest, Settings, read_manifest, row_key, token_bytes
+from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, empty_row, read_row
+from cbd_trl.losses.reduction import select_scored
+from cbd_trl.losses.teacher_outputs import HiddenSignal, SampledSignal, Signal, TopKSignal
+from cbd_trl.teachers.local import Batch
 from cbd_trl.utils.progress import Progress
-from cbd_trl.utils.tensor_header import read_header
+from cbd_trl.utils.tensor_files import read_header
+from cbd_trl.utils.tokenizers import tokenizer_fingerprint
 from cbd_trl.utils.untrusted import check_inside
+
+
+class RowIndex:
+    """Finds a row, or one that begins with it. Takes 32 bytes a row, and 4 a token once a beginning is asked for.
+
+    Args:
+        open_shard: the open safetensors file of a number.
+        count: how many shards there are.
+    """
+
+    def __init__(self, open_shard: Callable[[int], Any], count: int) -> None:
+        self._open_shard, self._count = open_shard, count
+        lengths, keys = [np.zeros(0, np.int64)], [np.zeros((0, KEY_BYTES), np.uint8)]
+        for number in range(count):
+            lengths.append(_lengths(open_shard(number), number))
+            keys.append(open_shard(number).get_tensor("keys").numpy())
+        self._first_rows = np.cumsum([len(part) for part in lengths])
+        self._tokens_at = np.concatenate([np.cumsum(part) - part for part in lengths])
+        # numpy takes zeros at the end of a key for nothing, which all keys being of one length makes harmless.
+        flat = np.concatenate(keys).reshape(-1).view(f"S{KEY_BYTES}")
+        self._row_of = np.argsort(flat, kind="stable")
+        self._keys = flat[self._row_of]
+        self._sorted_rows: tuple[list[bytes], np.ndarray] | None = None
+
+    def find(self, token_ids: np.ndarray) -> int | None:
+        """The number of the row that is these tokens, else of one that begins with them, else None.
+
+        Args:
+            token_ids: (n,).
+        """
+        key = np.array(row_key(token_ids), dtype=f"S{KEY_BYTES}")
+        at = int(np.searchsorted(self._keys, key))
+        if at < len(self._keys) and self._keys[at] == key:
+            return int(self._row_of[at])
+        rows, order = self._known_sorted_rows()
+        prefix = token_bytes(token_ids)
+        # Whatever begins with these bytes sorts right behind them.
+        at = bisect.bisect_left(rows, prefix)
+        return int(order[at]) if at < len(rows) and rows[at].startswith(prefix) else None
+
+    def place(self, row: int) -> tuple[int, int, int]:
+        """Where a row lies.
+
+        Args:
+            row: its number in the cache.
+
+        Returns:
+            its shard, and where in it its tokens and its positions begin.
+        """
+        number = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        tokens_at = int(self._tokens_at[row])
+        # Each row before it in the shard has one position less than tokens.
+        return number, tokens_at, tokens_at - (row - int(self._first_rows[number]))
+
+    def _known_sorted_rows(self) -> tuple[list[bytes], np.ndarray]:
+        if self._sorted_rows is None:
+            rows: list[bytes] = []
+            for number in range(self._count):
+                shard = self._open_shard(number)
+                data = token_bytes(shard.get_tensor("tokens").numpy())
+                ends = 4 * np.cumsum(_lengths(shard, number))
+                rows += [data[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+            order = sorted(range(len(rows)), key=rows.__getitem__)
+            self._sorted_rows = [rows[i] for i in order], np.array(order, np.int64)
+        return self._sorted_rows
+
+
+def _lengths(shard: Any, number: int) -> np.ndarray:
+    """How long its rows are: what a damaged or hostile one says would lead to tokens of other rows."""
+    lengths = shard.get_tensor("lengths").numpy()
+    tokens = shard.get_slice("tokens").get_shape()[0]
+    # Each before the sum, which could overflow.
+    if (lengths < 1).any() or (lengths > tokens).any() or int(lengths.sum()) != tokens:
+        raise ValueError(
+            f"Shard {number} of the teacher cache was changed: the lengths of its rows do not add up to its {tokens} "
+            "tokens. Copy it again, or delete the folder and write the cache again."
+        )
+    return lengths
+
 
 # Each open shard maps a file into memory, of which a process may have some tens of thousands.
 _OPEN_SHARDS = 64
@@ -234,3 +318,35 @@ class TeacherCache:
 def _shown(token_ids: np.ndarray) -> str:
     shown = ", ".join(str(token) for token in token_ids[:_SHOWN_TOKENS])
     return f"[{shown}{', ...' if len(token_ids) > _SHOWN_TOKENS else ''}]"
+
+
+class CachedTeacher:
+    """The answers of a teacher, which the data collator put into the batch.
+
+    Args:
+        cache: where they come from.
+    """
+
+    def __init__(self, cache: TeacherCache) -> None:
+        self.cache = cache
+        self._head = cache.head() if cache.manifest.settings.kind == "hidden" else None
+
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """None."""
+        return []
+
+    def place(self, accelerator: Accelerator, offload: bool = False) -> None:
+        """Only the head of cached hidden states has a place."""
+        if self._head is not None:
+            self._head = self._head.to(accelerator.device)
+
+    def says(self, batch: Batch, student: nn.Module) -> Signal:
+        """See `LocalTeacher.says`."""
+        said = {name: select_scored(values, batch.labels_BT) for name, values in batch.teacher.items()}
+        if self._head is not None:
+            return HiddenSignal(said["teacher_hidden"].to(self._head.weight_VD.dtype), self._head)
+        entries = said["teacher_indices"], said["teacher_log_probs"]
+        if self.cache.manifest.settings.kind == "sampled":
+            return SampledSignal(*entries, said["teacher_target"])
+        return TopKSignal(*entries, said["teacher_tail"], said["teacher_target"])

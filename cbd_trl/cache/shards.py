@@ -13,10 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbd_trl.cache.codec import dequantise, high_bytes, pack_ids, quantise, row_key, unpack_ids
-from cbd_trl.cache.format import Settings, Shard, write_atomically
-from cbd_trl.utils.tensor_files import tensor_bytes
-from cbd_trl.utils.tensor_header import read_header
+from cbd_trl.cache.format import (
+    Settings,
+    Shard,
+    dequantise,
+    high_bytes,
+    pack_ids,
+    quantise,
+    row_key,
+    unpack_ids,
+    write_atomically,
+)
+from cbd_trl.utils.tensor_files import read_header, tensor_bytes
 from cbd_trl.utils.untrusted import check_inside
 
 KEY_BYTES = 16

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.cache.format import Manifest, Settings
 from cbd_trl.cache.shards import CachedRow
 from cbd_trl.cache.writer import CacheWriter
-from cbd_trl.utils.fingerprints import tokenizer_fingerprint
+from cbd_trl.utils.tokenizers import tokenizer_fingerprint
 
 # Servers round: what is off by less is no mistake.
 _TOLERANCE = 1e-3

@@ -4,8 +4,11 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from huggingface_hub import ModelCardData
+
+from cbd_trl.utils.files import write_text
 
 # Beside a card, under this name, where losses were measured.
 PICTURE = "loss-against-size.png"
@@ -119,3 +122,83 @@ def generate_with(name: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+README = "README.md"
+# Beside a model, and none of it: what these say may change and the model stays what it was.
+CARD_FILES = (README, PICTURE)
+
+
+def current_card(folder: Path, made: str) -> str:
+    """The card of a folder.
+
+    Args:
+        folder: whose README.md is kept if somebody wrote or edited it.
+        made: the card otherwise.
+    """
+    there = _read(folder / README)
+    return made if there is None or is_untouched(there) else there
+
+
+def save_card(folder: Path, made: str) -> None:
+    """Write a card into a folder, unless one that somebody edited is there or nothing has changed.
+
+    Args:
+        folder: gets README.md.
+        made: the card.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if _read(folder / README) != current_card(folder, made):
+        write_text(folder / README, made)
+
+
+def _read(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+# Logged terms, by what they are called on a card. A unit only where it is the same for every divergence and weight.
+_TERMS = {
+    "loss": "loss",
+    "kd": "divergence from the teacher",
+    "ce": "cross-entropy (nats)",
+    "hidden": "distance of the layers (no unit)",
+    "teacher_ce": "cross-entropy of the teacher (nats)",
+    "unaligned": "share that the teacher has no tokens for",
+}
+
+
+def losses_table(columns: Mapping[str, tuple[str, Mapping[str, float]]]) -> str:
+    """A table of logged terms, per token.
+
+    Args:
+        columns: prefix of the terms' names (empty, or such as "eval_") -> title of the column, and where they are.
+
+    Returns:
+        Markdown; empty where there are no columns.
+    """
+    if not columns:
+        return ""
+    rows = []
+    for name, text in _TERMS.items():
+        values = [entry.get(f"{prefix}{name}") for prefix, (_, entry) in columns.items()]
+        if any(value is not None for value in values):
+            rows.append([text, *("" if value is None else f"{value:.4g}" for value in values)])
+    return table(["per token", *(title for title, _ in columns.values())], rows)
+
+
+def evaluation_prefix(key: str) -> str | None:
+    """Of the name of a loss: empty in training, "eval_" or "eval_<set>_" in an evaluation; None of anything else."""
+    prefix = key.removesuffix("loss")
+    return prefix if prefix != key and (prefix == "" or prefix.startswith("eval_")) else None
+
+
+def recorded_losses(losses: Mapping[str, float]) -> str:
+    """The losses that chain.json has of an anchor.
+
+    Args:
+        losses: as an `Anchor` has them.
+    """
+    prefixes = [prefix for key in losses if (prefix := evaluation_prefix(key)) is not None]
+    return losses_table({prefix: (plain(prefix.strip("_") or "training"), losses) for prefix in prefixes})

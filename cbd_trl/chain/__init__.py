@@ -1,1 +1,1 @@
-"""Chains: the manifest on disk, the shapes between two anchors, building one and making models from it."""
+"""A chain on disk or on the Hub: manifest, folders of anchors, cards; opened, checked, copied, pushed."""

@@ -14,13 +14,20 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.cards import CARD_FILES, MEASURED, save_cards
-from cbd_trl.chain.chain_json import read_manifest, write_manifest
-from cbd_trl.chain.folders import check_block_map, copy_anchor, verify_anchor, verify_hashes, write_anchor
+from cbd_trl.cards.card import CARD_FILES
+from cbd_trl.chain.cards import save_cards
+from cbd_trl.chain.folders import (
+    check_block_map,
+    check_one_tokenizer,
+    copy_anchor,
+    verify_anchor,
+    verify_hashes,
+    write_anchor,
+)
 from cbd_trl.chain.hub import open_on_hub, place_anchors
-from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, Anchor, Manifest
+from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, Anchor, Manifest, read_manifest, write_manifest
+from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.chain.push import Push
-from cbd_trl.chain.tokenizers import check_one_tokenizer
 from cbd_trl.shapes.solve import list_sizes
 
 __all__ = ["STATISTICS_FILE", "Anchor", "Chain", "write_anchor"]

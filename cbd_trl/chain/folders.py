@@ -5,28 +5,70 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.cards.files import CARD_FILES
-from cbd_trl.chain.chain_json import (
+from cbd_trl.cards.card import CARD_FILES
+from cbd_trl.chain.manifest import (
+    MANIFEST,
+    RESTORE,
+    STATISTICS_FILE,
+    Anchor,
+    Manifest,
     check_order,
     check_record,
     library_versions,
     read_manifest,
+    weight_files,
     write_manifest,
 )
-from cbd_trl.chain.manifest import MANIFEST, RESTORE, STATISTICS_FILE, Anchor, Manifest, weight_files
-from cbd_trl.chain.stored_weights import DTYPES
-from cbd_trl.chain.tokenizers import check_one_tokenizer
+from cbd_trl.chain.model import DTYPES
 from cbd_trl.surgery.blocks import check_blocks
-from cbd_trl.utils.files import flush
-from cbd_trl.utils.hashes import sha256_of
+from cbd_trl.utils.files import flush, sha256_of
 from cbd_trl.utils.model_folders import drop_code
 from cbd_trl.utils.progress import Progress
-from cbd_trl.utils.tensor_header import read_header
-from cbd_trl.utils.tokenizer_hash import stored_tokenizer_hash
+from cbd_trl.utils.tensor_files import read_header
+from cbd_trl.utils.tokenizers import stored_tokenizer_hash, tokenizer_difference
 from cbd_trl.utils.untrusted import check_inside
+
+ONE_TOKENIZER = (
+    "The anchors of a chain share one tokenizer: a target's vocabulary rows are interpolated token by token, so a row "
+    "must stand for the same token in all of them. To come from another tokenizer, begin the chain with "
+    "build_chain(..., bridge=BridgeStep(...)), or first give the model this tokenizer with "
+    "cbd_trl.bridge.transplant_vocabulary."
+)
+
+
+def check_one_tokenizer(anchors: Sequence[Anchor], file: Path) -> None:
+    """Refuse anchors with different tokenizers; those without one are passed over.
+
+    Args:
+        anchors: of one chain.
+        file: chain.json, for the message.
+
+    Raises:
+        ValueError: naming two anchors, and what differs.
+    """
+    having = [anchor for anchor in anchors if anchor.tokenizer is not None]
+    for above, anchor in pairwise(having):
+        if anchor.tokenizer != above.tokenizer:
+            raise ValueError(
+                f"{file}: the anchors {above.name!r} and {anchor.name!r} have different tokenizers: "
+                f"{_difference(above, anchor)}. {ONE_TOKENIZER}"
+            )
+
+
+def _difference(above: Anchor, anchor: Anchor) -> str:
+    one, other = above.load_tokenizer(), anchor.load_tokenizer()
+    names = f"{above.name}'s", f"{anchor.name}'s"
+    # Each way, because tokens that only the second one has are not compared.
+    return (
+        tokenizer_difference(one, other, names=names)
+        or tokenizer_difference(other, one, names=names[::-1])
+        or "they have one vocabulary, but other rules for text or another begin or unknown token"
+    )
+
 
 # What transformers reads from a model's folder without being asked to.
 _READ_UNASKED = (".json", ".jinja", ".model", ".txt")

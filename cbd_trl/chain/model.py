@@ -1,7 +1,8 @@
 """From weights to a stock transformers model and back to disk."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.surgery.weights import Weights, to_state
 from cbd_trl.utils.modeling import quiet
 from cbd_trl.utils.progress import Progress
+from cbd_trl.utils.tensor_files import TensorFile
 
 
 def build_model(
@@ -58,3 +60,65 @@ def _parameters(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
         used.add(tensor.untyped_storage().data_ptr())
         parameters[key] = tensor
     return parameters
+
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class StoredWeights(Mapping[str, torch.Tensor]):
+    """Weights in safetensors files, one or several shards; shapes and dtypes are known from the headers.
+
+    A tensor is a view of the mapped file (see `TensorFile`): a slice of it reads that slice's pages only, and a model
+    may hold it as it is, without a copy, as `from_pretrained` does.
+
+    Args:
+        files: the shards.
+        shapes: {key: shape} of the tensors wanted; others in the files are left alone.
+        names: {name in the files: key} where the two differ.
+
+    Raises:
+        ValueError: a file is no safetensors file, or a tensor is missing, there twice, or of another shape or dtype.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str] | None = None
+    ) -> None:
+        found: dict[str, tuple[TensorFile, str]] = {}
+        for shard in map(TensorFile, files):
+            for name in shard:
+                key = (names or {}).get(name, name)
+                if key not in shapes:
+                    continue
+                if key in found:
+                    raise ValueError(f"{key} is in {found[key][0].path} and again in {shard.path}.")
+                _check(shard, name, shapes[key])
+                found[key] = (shard, name)
+        missing = sorted(shapes.keys() - found.keys())
+        if missing:
+            places = ", ".join(str(file) for file in files)
+            raise ValueError(f"{places} lacks {missing[:5]}, which config.json says it has.")
+        # In the order of the model, whatever that of the files is.
+        self._places = {key: found[key] for key in shapes}
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        shard, name = self._places[key]
+        return shard[name]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _check(shard: TensorFile, name: str, shape: tuple[int, ...]) -> None:
+    if shard.shape(name) != shape:
+        raise ValueError(f"{shard.path} holds {name} of shape {shard.shape(name)}, but config.json says {shape}.")
+    if shard.dtype(name) not in DTYPES:
+        raise ValueError(
+            f"{shard.path} holds {name} as {shard.dtype(name)}. Chains store {', '.join(DTYPES.values())}: convert "
+            "the model first."
+        )

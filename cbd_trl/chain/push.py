@@ -11,12 +11,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from cbd_trl.cards import CARD_FILES, MEASURED, anchor_card, chain_card, current_card
-from cbd_trl.cards.files import README
-from cbd_trl.chain.chain_json import manifest_text, read_manifest
-from cbd_trl.chain.history import AnyChain
-from cbd_trl.chain.hub_errors import hub_reason, told
-from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, Anchor, Manifest
+from cbd_trl.cards.card import CARD_FILES, README, current_card
+from cbd_trl.chain.cards import AnyChain, anchor_card, chain_card
+from cbd_trl.chain.hub import hub_reason, told
+from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, Anchor, Manifest, manifest_text, read_manifest
+from cbd_trl.chain.measurements import MEASURED
 
 # Name in the repository -> a file here, or what it is to hold.
 Content = Mapping[str, Path | bytes]

@@ -22,8 +22,8 @@ from transformers.utils import cached_file, logging
 
 from cbd_trl.architectures import Architecture, architecture_of, describe
 from cbd_trl.cards.origin import Origin, origin_of
+from cbd_trl.utils.files import sha256_of
 from cbd_trl.utils.formatting import readable_name
-from cbd_trl.utils.hashes import sha256_of
 from cbd_trl.utils.modeling import (
     check_checkpoint,
     check_no_adapter,
@@ -32,7 +32,7 @@ from cbd_trl.utils.modeling import (
     text_config,
     text_model,
 )
-from cbd_trl.utils.tensor_header import read_header
+from cbd_trl.utils.tensor_files import read_header
 from cbd_trl.utils.tokenizers import find_tokenizer, lacks_tokenizer, text_tokenizer, tokenizer_difference
 
 logger = logging.get_logger(__name__)

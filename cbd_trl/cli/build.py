@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 from trl import ScriptArguments
 
 from cbd_trl.cli.arguments import BuildArguments
-from cbd_trl.cli.cli_values import parse_anchors, parse_bridge
-from cbd_trl.cli.parsing import UsageError, evaluation_rows, load_rows, parse_flags, require
+from cbd_trl.cli.parsing import UsageError, evaluation_rows, parse_anchors, parse_bridge, parse_flags, require
+from cbd_trl.utils.datasets import load_rows
 
 _RECIPE_FLAGS = ("--dry-run", "--set", "--list-recipes")
 
@@ -50,7 +50,7 @@ def _build_recipe(flags: list[str]) -> None:
     )
     parser.add_argument("--list-recipes", action="store_true", help="List the recipes that come with cbd-trl.")
     arguments = parser.parse_args(flags)
-    from cbd_trl.recipe.shipped import shipped_recipes
+    from cbd_trl.recipe.read import shipped_recipes
 
     if arguments.list_recipes:
         print("\n".join(f"{name:<14}{what}" for name, what in shipped_recipes().items()))
@@ -64,11 +64,10 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
-    from cbd_trl.recipe.check import check_recipe
-    from cbd_trl.recipe.problems import RecipeError
+    from cbd_trl.recipe.check import check_recipe, how_estimated, recipe_table
     from cbd_trl.recipe.read import read_recipe
     from cbd_trl.recipe.run import build_checked
-    from cbd_trl.recipe.table import how_estimated, recipe_table
+    from cbd_trl.recipe.schema import RecipeError
 
     recipe = read_recipe(name, changes)
     check = check_recipe(recipe)

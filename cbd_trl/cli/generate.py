@@ -5,7 +5,8 @@ from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
-from cbd_trl.cli.parsing import UsageError, load_rows, parse_flags, refuse_adapter, require
+from cbd_trl.cli.parsing import UsageError, parse_flags, refuse_adapter, require
+from cbd_trl.utils.datasets import load_rows
 
 
 @dataclass

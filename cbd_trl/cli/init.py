@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from cbd_trl.cli.arguments import InitArguments
-from cbd_trl.cli.cli_values import parse_count, parse_shape, parse_sizes
-from cbd_trl.cli.parsing import UsageError, load_rows, parse_flags, require
+from cbd_trl.cli.parsing import UsageError, parse_flags, parse_shape, parse_sizes, require
+from cbd_trl.utils.datasets import load_rows
+from cbd_trl.utils.formatting import parse_count
 
 
 def init(flags: list[str]) -> None:
@@ -51,8 +52,8 @@ def _make_one(chain: str, size: float | None, arguments: InitArguments, options:
 
 
 def _make_many(chain: str, sizes: list[float], arguments: InitArguments, options: dict[str, Any]) -> None:
-    from cbd_trl.report.tables import format_count
     from cbd_trl.targets.many import make_targets
+    from cbd_trl.utils.formatting import format_count
 
     assert arguments.output is not None
     made = make_targets(chain, sizes, arguments.output, revision=arguments.revision, **options)
@@ -66,9 +67,9 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
     from rich.console import Console
 
     from cbd_trl.chain.chain import Chain
-    from cbd_trl.report.tables import format_count
-    from cbd_trl.report.target_table import target_table
-    from cbd_trl.targets.describe_targets import describe_targets
+    from cbd_trl.report.tables import target_table
+    from cbd_trl.targets.many import describe_targets
+    from cbd_trl.utils.formatting import format_count
 
     opened = Chain.from_pretrained(chain, revision=arguments.revision, verify=False)
     summaries, failed = [], []
@@ -95,7 +96,7 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
 
 def _told(told: dict[str, Any]) -> str:
     """What became of a target, in a sentence or two."""
-    from cbd_trl.report.tables import describe_shape
+    from cbd_trl.architectures.registry import describe_shape
 
     text = f"{told['num_parameters']:,} parameters, {describe_shape(told['shape'])}: "
     text += f"operator {told['operator']} of {' and '.join(told['anchors'])}"

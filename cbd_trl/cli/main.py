@@ -55,7 +55,7 @@ def _run(name: str, flags: list[str]) -> int:
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     from cbd_trl.cli import train as cli_commands
     from cbd_trl.cli.parsing import UsageError
-    from cbd_trl.recipe.problems import RecipeError
+    from cbd_trl.recipe.schema import RecipeError
 
     try:
         cli_commands.COMMANDS[name](flags)
@@ -90,7 +90,7 @@ def _help() -> str:
         "A whole chain as one file: cbd-trl build recipe.yaml --dry-run. cbd-trl build --list-recipes names some.",
         "Every flag can stand in a YAML file: cbd-trl distill --config distill.yaml. Flags win over the file.",
         "cbd-trl COMMAND --help lists the flags of a command. CBD_TRL_TRACEBACK=1 shows where an error came from.",
-        "Several devices: accelerate launch -m cbd_trl.cli.main build ...",
+        "Several devices: accelerate launch -m cbd_trl.cli build ...",
     ]
     return "\n".join(lines)
 

@@ -1,19 +1,17 @@
 """Reads the flags, the YAML file and the rows that the subcommands of `cbd-trl` have in common."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from dataclasses import MISSING, fields
-from gzip import BadGzipFile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import ModelConfig, ScriptArguments, TrlParser
 
-from cbd_trl.utils.formatting import did_you_mean
+from cbd_trl.utils.datasets import load_rows
+from cbd_trl.utils.formatting import did_you_mean, parse_count
 
 _ADAPTER_FLAGS = ("use_peft", "use_rslora", "use_dora")
-_FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 class UsageError(ValueError):
@@ -126,65 +124,6 @@ def refuse_adapter(model: ModelConfig, what: str) -> None:
         )
 
 
-def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
-    """A dataset from a local file or from the Hub.
-
-    Args:
-        name: a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz behind), or what `datasets.load_dataset`
-            takes. A text file gives one row per line that is not blank.
-        config: configuration of a dataset on the Hub.
-        split: of a dataset on the Hub, or a slice of one, such as `train[:90%]`. A file has one split, which is all of
-            it, and slices of that: `train[90%:]`.
-        streaming: read while training.
-
-    Raises:
-        ValueError: for a local file of another kind, one that is not there, or one whose content cannot be read.
-    """
-    from datasets import load_dataset
-
-    path = Path(name)
-    if not path.exists() and path.suffix.lower() in (*_FILE_KINDS, ".gz"):
-        raise ValueError(f"There is no file {name}. Give a file that exists, or the Hub id of a dataset.")
-    if not path.is_file():
-        with _explained_rows(name):
-            return load_dataset(name, name=config, split=split, streaming=streaming)
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    kind = _FILE_KINDS.get(suffix.lower())
-    if kind is None:
-        raise ValueError(
-            f"{name} is not a dataset file that can be read: its name must end in {', '.join(_FILE_KINDS)}."
-        )
-    own = split if split.startswith("train[") else "train"
-    with _explained_rows(name):
-        rows = load_dataset(kind, data_files=str(path), split=own, streaming=streaming)
-    return rows.filter(lambda row: bool(row["text"].strip())) if kind == "text" else rows
-
-
-@contextmanager
-def _explained_rows(name: str) -> Iterator[None]:
-    """What `datasets` says of a file that it cannot read, which is a traceback without the file, as one sentence."""
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
-
-    try:
-        yield
-    except (DatasetGenerationError, ArrowInvalid, BadGzipFile, UnicodeDecodeError, StopIteration) as error:
-        # The cause is wrapped, except where an error of rows that differ is told in full.
-        cause = error.__cause__ or error
-        if isinstance(cause, StopIteration):
-            raise ValueError(f"{name} is empty: there are no rows to read. Give a file with rows.") from error
-        if Path(name).is_dir():
-            wanted = "every file in it to have the same kind and columns; or give one file"
-        elif isinstance(cause, UnicodeDecodeError):
-            wanted = "text in UTF-8: convert it, as in `iconv -f latin1 -t utf-8`"
-        else:
-            wanted = "what its name says: in .jsonl one JSON object on each line, all with the same columns"
-        raise ValueError(
-            f"The rows of {name} cannot be read: {' '.join(str(cause).split())} ({type(cause).__name__}). "
-            f"Wanted {wanted}."
-        ) from error
-
-
 def evaluation_rows(script: ScriptArguments, args: Any) -> Any:
     """The rows to evaluate on, None where no evaluation is asked for.
 
@@ -204,3 +143,106 @@ def evaluation_rows(script: ScriptArguments, args: Any) -> Any:
             "Use a dataset with splits, or --eval_strategy no."
         )
     return load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
+
+
+def parse_sizes(values: list[Any] | str | float) -> list[float]:
+    """The sizes of `--sizes`, or of YAML.
+
+    Args:
+        values: counts, several of them in one text with commas between.
+
+    Returns:
+        the numbers, in their order.
+
+    Raises:
+        ValueError: for what is no count.
+    """
+    items = values if isinstance(values, list) else [values]
+    return [parse_count(part) for item in items for part in str(item).split(",") if part.strip()]
+
+
+def parse_anchors(values: list[Any] | str | float | dict[str, Any] | None) -> list[dict[str, Any] | float]:
+    """The anchors of `--anchors`, or of YAML.
+
+    Args:
+        values: JSON objects, counts and ratios; or one JSON list of them.
+
+    Returns:
+        what `build_chain` takes.
+
+    Raises:
+        ValueError: if there are none, or one is neither an object nor a number.
+    """
+    items = values if isinstance(values, list) else [] if values is None else [values]
+    if len(items) == 1 and isinstance(items[0], str) and items[0].lstrip().startswith("["):
+        items = _json(items[0], "--anchors")
+    if not items:
+        raise ValueError(
+            "--anchors is missing: name at least one lower anchor, such as --anchors 85M 44M, or --anchors "
+            "'[{\"num_hidden_layers\": 16}]'."
+        )
+    return [_parse_anchor(item) for item in items]
+
+
+def _parse_anchor(item: Any) -> dict[str, Any] | float:
+    if isinstance(item, str) and item.lstrip().startswith("{"):
+        item = _json(item, "--anchors")
+    if isinstance(item, dict):
+        return item
+    try:
+        return parse_count(item)
+    except ValueError as error:
+        raise ValueError(
+            f"--anchors: {item!r} is neither config fields nor a size. Write '{{\"num_hidden_layers\": 16}}', 85e6, "
+            "85M, or a ratio such as 0.6."
+        ) from error
+
+
+def parse_shape(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """The config fields of `--shape`, or of YAML.
+
+    Args:
+        value: a JSON object, a mapping, or None.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    shape = _json(value, "--shape") if isinstance(value, str) else value
+    if shape is not None and not isinstance(shape, dict):
+        raise ValueError(
+            f"--shape: {value!r} is not an object of config fields such as '{{\"num_hidden_layers\": 20}}'."
+        )
+    return shape
+
+
+def parse_bridge(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
+    """What `--bridge`, or YAML, says.
+
+    Args:
+        value: a JSON object, a mapping, or None.
+
+    Returns:
+        `model`, and `args` and `dataset` where they are given.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    bridge = _json(value, "--bridge") if isinstance(value, str) else value
+    if bridge is None:
+        return None
+    if not isinstance(bridge, dict) or "model" not in bridge or bridge.keys() - {"model", "args", "dataset"}:
+        raise ValueError(
+            f"--bridge: {value!r} is not an object with a `model`, and `args` and `dataset` where they are wanted. "
+            'Write \'{"model": "DIR", "args": {"max_steps": 4000}}\'.'
+        )
+    return bridge
+
+
+def _json(text: str, flag: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{flag}: {text!r} is not JSON ({error}). Field names stand in double quotes, the whole in single ones: "
+            "'{\"num_hidden_layers\": 16}'."
+        ) from error

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.cli.cli_values import parse_sizes
-from cbd_trl.cli.parsing import UsageError, load_rows, parse_flags, require
+from cbd_trl.cli.parsing import UsageError, parse_flags, parse_sizes, require
+from cbd_trl.utils.datasets import load_rows
 
 
 @dataclass
@@ -122,15 +122,14 @@ def report(flags: list[str]) -> None:
 def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from rich.console import Console
 
-    from cbd_trl.cards import save_cards
     from cbd_trl.chain.chain import Chain
     from cbd_trl.report.findings import compared, findings
     from cbd_trl.report.measure import measure_chains
+    from cbd_trl.report.page import save_measurements, write_report
     from cbd_trl.report.tables import rich_table
-    from cbd_trl.report.write_report import write_report
+    from cbd_trl.utils.files import Results
+    from cbd_trl.utils.modeling import quiet_loading
     from cbd_trl.utils.progress import Progress
-    from cbd_trl.utils.progress_part import quiet_loading
-    from cbd_trl.utils.results import Results
 
     assert arguments.data is not None
     output = Path(arguments.output)
@@ -155,7 +154,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     files = write_report(measured, output, Path(arguments.data).name, options.tasks)
     for chain, found in zip(chains, measured, strict=True):
         if arguments.cards:
-            save_cards(chain, found)
+            save_measurements(chain, found)
         console.print(rich_table(found, title=found["name"]))
         for sentence in findings(found):
             console.print(sentence, highlight=False, markup=False)

@@ -10,9 +10,10 @@ from cbd_trl.cli.build import build
 from cbd_trl.cli.cache import cache
 from cbd_trl.cli.generate import generate
 from cbd_trl.cli.init import init
-from cbd_trl.cli.parsing import UsageError, evaluation_rows, load_rows, parse_flags, require
+from cbd_trl.cli.parsing import UsageError, evaluation_rows, parse_flags, require
 from cbd_trl.cli.push import push
 from cbd_trl.cli.report import report
+from cbd_trl.utils.datasets import load_rows
 
 
 def demo(flags: list[str]) -> None:

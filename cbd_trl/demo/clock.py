@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from cbd_trl.recipe.step_cost import BF16_SPEED, step_cost
+from cbd_trl.recipe.estimate import BF16_SPEED, step_cost
 
 # What choosing 16 of 30 layers comes to, in tokens of the source's forward pass.
 _CHOOSING_TOKENS = 15_000

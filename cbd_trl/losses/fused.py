@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbd_trl.architectures.head import Head, product_dtype
+from cbd_trl.architectures.backbone import Head, product_dtype
 from cbd_trl.losses.objective import METRICS, LogitObjective, Weights, combine
 from cbd_trl.losses.teacher_outputs import AnySignal
 

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cbd_trl.architectures.backbone import check_head, last_hidden, output_head
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head, check_head, last_hidden, output_head
 from cbd_trl.losses.fused import logits_in_blocks
 from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.eval_mode import in_eval_mode
+from cbd_trl.utils.modeling import in_eval_mode
 
 
 @torch.no_grad()

@@ -1,31 +1,105 @@
 """A recipe, checked whole before any work: everything that is wrong with it, and what it will take."""
 
+import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
+from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.bridge_step import BridgeStep, bridged_head
-from cbd_trl.build.plan import Step, anchor_name, plan_step
+from cbd_trl.build.plan import Step, plan_step
 from cbd_trl.build.resume import finished_anchors
 from cbd_trl.build.source_anchor import Head, source_head
 from cbd_trl.build.special_tokens import SpecialTokens
+from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.source import Source
 from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
 from cbd_trl.recipe.data import check_data, check_mix, shares_rows
-from cbd_trl.recipe.estimate import Cost, anchor_cost, bridge_cost, disk_needed, head_cost
-from cbd_trl.recipe.remember import check_unchanged
-from cbd_trl.recipe.schema import Recipe
-from cbd_trl.recipe.speed import Speed, measure_speed
+from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, bridge_cost, disk_needed, head_cost, measure_speed
+from cbd_trl.recipe.schema import DataPart, Recipe
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.files import write_text
+from cbd_trl.utils.formatting import anchor_name, format_count, format_seconds
 from cbd_trl.utils.modeling import check_checkpoint
+
+FILE = "recipe.json"
+
+
+def remember(recipe: Recipe) -> None:
+    """Write what the recipe says into the chain's folder.
+
+    Args:
+        recipe: about to be built.
+    """
+    folder = Path(recipe.output_dir)
+    said = {**asdict(recipe), "compared": _compared(recipe)}
+    for key in ("problems", "lines", "output_dir"):
+        said.pop(key)
+    text = json.dumps(said, indent=1, default=str) + "\n"
+    if not (folder / FILE).exists() or (folder / FILE).read_text(encoding="utf-8") != text:
+        write_text(folder / FILE, text)
+
+
+def check_unchanged(recipe: Recipe) -> None:
+    """Refuse another source or other text than the chain in the folder was begun with.
+
+    `build_chain` compares shapes and arguments by itself.
+
+    Args:
+        recipe: about to be built.
+
+    Raises:
+        ValueError: naming what changed.
+    """
+    folder = Path(recipe.output_dir)
+    if not (folder / FILE).exists():
+        return
+    try:
+        there = json.loads((folder / FILE).read_text(encoding="utf-8"))["compared"]
+        pairs = [(key, there[key], value) for key, value in _compared(recipe).items() if key in there]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / FILE} cannot be read ({error}), which says what the chain was begun with. If the recipe is "
+            "still the same, delete that file."
+        ) from error
+    for key, was, now in pairs:
+        if was != now:
+            raise ValueError(
+                f"{folder} was begun with another {key}: {was}, and {now} is asked for now. Choose another "
+                f"output_dir, or delete that folder to build anew{_nothing_finished(folder)}."
+            )
+
+
+def _nothing_finished(folder: Path) -> str:
+    return "" if (folder / MANIFEST).exists() else " (no anchor in it is finished)"
+
+
+def _compared(recipe: Recipe) -> dict[str, Any]:
+    """By what an error calls it; an anchor that is added at the end of a recipe changes nothing above it."""
+    texts = {"data": recipe.data}
+    if recipe.bridge is not None:
+        texts["bridge.data"] = recipe.bridge.data or recipe.data
+    for number, anchor in enumerate(recipe.anchors):
+        texts[f"anchors[{number}].data"] = anchor.data or recipe.data
+    return {
+        "source": None if recipe.source is None else asdict(recipe.source),
+        "calibration_tokens": recipe.calibration_tokens,
+        **{key: [_told(part) for part in parts] for key, parts in texts.items()},
+    }
+
+
+def _told(part: DataPart) -> dict[str, Any]:
+    return {key: value for key, value in asdict(part).items() if key != "where"}
 
 
 @dataclass
@@ -249,3 +323,89 @@ def _check_disk(check: Check) -> None:
             f"(weights, statistics, optimiser), and {check.disk_free / 1e9:.1f} GB are free. Make room, choose "
             "another disk, set args.save_total_limit to 1, or args.save_strategy to 'no' and go without resuming."
         )
+
+
+def recipe_table(check: Check) -> Table:
+    """One line an anchor, and one for all.
+
+    Args:
+        check: of a recipe.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"What {check.recipe.name} would build")
+    for name in ("anchor", "parameters", "shape", "disk", "checkpoints", "tokens", "memory", "time"):
+        table.add_column(name, justify="left" if name in ("anchor", "shape") else "right")
+    for number, cost in enumerate(check.costs):
+        table.add_row(*_cells(cost, finished=number < check.finished))
+    left = check.costs[check.finished :]
+    seconds = [cost.seconds for cost in left]
+    table.add_section()
+    table.add_row(
+        "all" if not check.finished else "left",
+        "",
+        "",
+        _bytes(sum(cost.disk for cost in left)),
+        _bytes(max((cost.checkpoints for cost in left), default=0)),
+        _count([cost.tokens for cost in left]),
+        _bytes(max((cost.memory for cost in left), default=0)),
+        _time(None if None in seconds else sum(second or 0 for second in seconds)),
+    )
+    return table
+
+
+def how_estimated(check: Check) -> str:
+    """Where the numbers of the table come from, in a few sentences.
+
+    Args:
+        check: of a recipe.
+    """
+    lines = [
+        "Disk: weights and statistics (0.15 of the weights in bfloat16); checkpoints are there while an anchor is "
+        f"trained. Free: {_bytes(check.disk_free)}.",
+        "Tokens: those of full rows; shorter rows that are not packed have fewer.",
+        "Memory: weights of teacher and student, gradients, AdamW's moments, the activations of a micro-batch and "
+        "0.5 GB of libraries, on one device, with nothing sharded.",
+    ]
+    if check.speed is not None:
+        lines.append(_speed(check.speed))
+    limits = [(cost.name, cost.architecture.engine_limit(chosen=False)) for cost in check.costs]
+    lines += [f"{name}: {limit}" for name, limit in limits if limit]
+    return "\n".join(lines)
+
+
+def _speed(speed: Speed) -> str:
+    products = speed.products / 1e9
+    told = f"{products:,.0f}" if products >= 10 else f"{products:.2g}"
+    measured = f"a matrix product does {told} GFLOP/s on {speed.device} now"
+    share = f"{speed.training / speed.products:.2g} of that is assumed in training"
+    known = "within a factor of two or so" if speed.device == "cpu" else "not compared with any run on such a device"
+    return f"Time: {measured}, {share}, {known}; evaluation is not counted."
+
+
+def _cells(cost: Cost, finished: bool) -> list[str]:
+    cells = [cost.name, format_count(cost.architecture.num_parameters), describe_shape(cost.architecture.shape)]
+    if finished:
+        return [*cells, *["finished", "", "", "", ""]]
+    return [
+        *cells,
+        _bytes(cost.disk),
+        _bytes(cost.checkpoints),
+        _count([cost.tokens]),
+        _bytes(cost.memory),
+        _time(cost.seconds),
+    ]
+
+
+def _count(tokens: list[int | None]) -> str:
+    known = [count for count in tokens if count is not None]
+    return format_count(sum(known)) if len(known) == len(tokens) else "by epochs"
+
+
+def _bytes(size: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size / 1e3:.3g} kB"
+
+
+def _time(seconds: float | None) -> str:
+    return "not known" if seconds is None else f"about {format_seconds(seconds)}"

@@ -7,10 +7,9 @@ from typing import Any
 from datasets import Dataset, ReadInstruction, interleave_datasets
 from trl import SFTConfig
 
-from cbd_trl.cli.parsing import load_rows
 from cbd_trl.recipe import corpus
 from cbd_trl.recipe.schema import DataPart
-from cbd_trl.utils.datasets import read_columns, sft_dataset, token_rows
+from cbd_trl.utils.datasets import load_rows, read_columns, sft_dataset, token_rows
 
 # The text that the package ships.
 DEMO = "demo"

@@ -1,17 +1,115 @@
 """What a chain will take: disk, memory, tokens and time of every anchor, told before any work."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import torch
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.build.plan import Step
 from cbd_trl.losses.fused import default_chunk
-from cbd_trl.recipe.speed import Speed, half_precision
-from cbd_trl.recipe.step_cost import step_cost
 from cbd_trl.surgery.block_search import measured_blocks
-from cbd_trl.targets.describe_targets import multiplied_weights
+from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.utils.calibration import calibration_length
+from cbd_trl.utils.blocks import calibration_length
+
+# Share of the speed of one matrix product that a whole model comes to: on a CPU measured (SmolLM2-135M, float32); on a
+# GPU assumed.
+_CPU_EFFICIENCY, _GPU_EFFICIENCY = 0.5, 0.4
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast this machine is.
+
+    Args:
+        products: FLOPs a second of a matrix product in float32 on a CPU, or in the training's dtype on a GPU.
+        device: what does them.
+        training: FLOPs a second of a training step.
+        forward: FLOPs a second of a forward pass without gradients.
+    """
+
+    products: float
+    device: str
+    training: float
+    forward: float
+
+
+def measure_speed(args: DistillConfig, width: int) -> Speed:
+    """Time a matrix product of 1,024 tokens of a width.
+
+    Args:
+        args: of the training: its device and precision.
+        width: of the source.
+    """
+    device, half = args.device, half_precision(args)
+    on_cpu = device.type == "cpu"
+    dtype = torch.float32 if on_cpu or not half else torch.bfloat16 if args.bf16 else torch.float16
+    products = _product_speed(device, dtype, width)
+    efficiency = _CPU_EFFICIENCY if on_cpu else _GPU_EFFICIENCY
+    faster = BF16_SPEED if on_cpu and half and bf16_pays() else 1.0
+    return Speed(products, str(device), efficiency * faster * products, efficiency * products)
+
+
+@torch.no_grad()
+def _product_speed(device: torch.device, dtype: torch.dtype, width: int) -> float:
+    left = torch.randn(1024, width, device=device, dtype=dtype)
+    right = torch.randn(width, width, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        # Read back, so that a device that runs beside the CPU has finished.
+        torch.mm(left, right)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * left.shape[0] * width * width / best
+
+
+def half_precision(args: DistillConfig) -> bool:
+    """Whether a training is in mixed precision."""
+    return bool(args.bf16 or args.fp16)
+
+
+# Of a forward pass of the same model: the backward pass, and the loss with its optimiser step.
+_BACKWARD_AND_LOSS = 3.4
+# Mixed precision on CPUs with bf16 instructions, against float32.
+BF16_SPEED = 2.2
+
+
+def step_cost(upper: float, lower: float, hybrids: float) -> float:
+    """What an optimiser step of an anchor costs, in the unit of what a forward pass of the two models costs.
+
+    Args:
+        upper: a forward pass of the anchor above it.
+        lower: a forward pass of its own.
+        hybrids: share of the steps that have a hybrid beside them, which is of the mean size of the two.
+    """
+    return upper + _BACKWARD_AND_LOSS * (lower + hybrids * (upper + lower) / 2)
+
+
+def bf16_pays() -> bool:
+    """Whether bf16 mixed precision is worth it here: measured, because CPUs without bf16 instructions emulate them.
+
+    Returns:
+        whether a matrix product in bf16 is clearly faster than in float32.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+@torch.no_grad()
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    left, right = torch.randn(1024, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+    torch.mm(left, right)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - started)
+    return best
+
 
 # Of the disk of the bfloat16 weights (docs/chains.md).
 STATISTICS_SHARE = 0.15

@@ -3,18 +3,18 @@
 import dataclasses
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cbd_trl.recipe.arguments import read_arguments
-from cbd_trl.recipe.lines import lines_of, without
-from cbd_trl.recipe.schema import AnchorPart, BridgePart, DataPart, EvaluationPart, Place, Recipe
-from cbd_trl.recipe.shipped import find_recipe
+from cbd_trl.recipe.schema import AnchorPart, BridgePart, DataPart, EvaluationPart, Place, Recipe, lines_of, without
 from cbd_trl.recipe.values import Values, inside, shown
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.formatting import did_you_mean
 
 _KEYS = ("source", "data", "anchors", "bridge", "evaluation", "output_dir", "calibration_tokens", "args")
 _REQUIRED = ("source", "data", "anchors", "output_dir")
@@ -233,3 +233,38 @@ def _entry(place: Any, step: str, change: str) -> Any:
     elif isinstance(place, list) and int(step[1:-1]) < len(place):
         return place[int(step[1:-1])]
     raise ValueError(f"--set {change}: there is no {step.strip('[]')} in {shown(place)}.")
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The recipes that the package ships.
+
+    Returns:
+        name -> the first line of the file, which says what it builds.
+    """
+    found = sorted(_folder().glob("*.yaml"))
+    return {file.stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for file in found}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe.
+
+    Args:
+        recipe: a file, or the name of a recipe that the package ships.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    names = shipped_recipes()
+    if str(recipe) in names:
+        return _folder() / f"{recipe}.yaml"
+    raise ValueError(
+        f"There is no recipe {str(recipe)!r}: no such file, and none of the recipes that come with cbd-trl "
+        f"({', '.join(names)}).{did_you_mean(recipe, names)}"
+    )
+
+
+def _folder() -> Path:
+    return Path(str(files("cbd_trl").joinpath("recipe", "shipped")))

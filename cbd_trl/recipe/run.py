@@ -1,26 +1,87 @@
 """Building what a recipe says."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.build.bridge_step import BridgeStep
 from cbd_trl.build.build import build_chain
 from cbd_trl.build.plan import Step
 from cbd_trl.chain.chain import Chain
+from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.chain.source import Source
+from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.recipe.arguments import anchor_args
-from cbd_trl.recipe.check import Check, check_recipe
+from cbd_trl.recipe.check import Check, check_recipe, remember
 from cbd_trl.recipe.data import load_data
-from cbd_trl.recipe.evaluate import evaluate_chain
-from cbd_trl.recipe.problems import RecipeError
-from cbd_trl.recipe.remember import remember
-from cbd_trl.recipe.schema import AnchorPart, Recipe
+from cbd_trl.recipe.schema import AnchorPart, Recipe, RecipeError
+from cbd_trl.report.measure import add_bits_per_byte
+from cbd_trl.report.page import save_measurements
+from cbd_trl.report.sweep import Target, fingerprint, sweep
+from cbd_trl.targets.many import describe_targets
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.calibration import token_blocks
+from cbd_trl.utils.blocks import TokenBlocks, token_blocks
+from cbd_trl.utils.progress import Progress
+
+# Every measurement as soon as it is made.
+RESULTS = "evaluation-results.json"
+
+
+def evaluate_chain(
+    chain: Chain, folder: Path, blocks: TokenBlocks, sizes: Sequence[float], device: Any
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure each anchor, and a target of each size; what an earlier run measured is kept.
+
+    Args:
+        chain: finished.
+        folder: of the chain. The report is written there, with a picture, and the chain's card shows both.
+        blocks: text that nothing was trained on.
+        sizes: parameter counts of targets. One that no target has is left out and named: which layers stand for which
+            is known only when the anchors are made, and with it the depths between two of them.
+        device: to measure on.
+
+    Returns:
+        what `loss-against-size.json` holds: what `sweep` returns, with bits per byte.
+    """
+
+    def loss(model: PreTrainedModel) -> float:
+        return held_out_loss(model.to(device), blocks)
+
+    with Progress("measuring") as bar:
+        report = sweep(
+            chain,
+            [Target(num_parameters=size) for size in sizes if _can_be_had(chain, size)],
+            ("nested",),
+            loss,
+            results=folder / RESULTS,
+            key=fingerprint(blocks.input_ids, blocks.labels),
+            random=False,
+            on_step=bar.at,
+        )
+    add_bits_per_byte(report, chain.tokenizer(), blocks)
+    if report != _written(folder / MEASURED):
+        save_measurements(chain, report)
+    return report
+
+
+def _can_be_had(chain: Chain, size: float) -> bool:
+    try:
+        describe_targets(chain, [size])
+    except ValueError as error:
+        print(f"evaluation.sizes: {size:,.0f} is not measured. {error}")
+        return False
+    return True
+
+
+def _written(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def build_recipe(recipe: Recipe) -> Chain:

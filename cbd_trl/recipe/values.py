@@ -5,8 +5,7 @@ import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cbd_trl.cli.cli_values import parse_count
-from cbd_trl.utils.formatting import did_you_mean
+from cbd_trl.utils.formatting import did_you_mean, parse_count
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-from cbd_trl.report.tables import format_count
+from cbd_trl.utils.formatting import format_count
 
 _MARKS = {
     "circle": "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0Z",

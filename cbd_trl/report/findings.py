@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from cbd_trl.chain.measurements import best_of
+from cbd_trl.report.measure import bits_per_byte
 from cbd_trl.report.sweep import RANDOM
-from cbd_trl.report.tables import best_of, format_count
-from cbd_trl.report.text import bits_per_byte
+from cbd_trl.utils.formatting import format_count
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:

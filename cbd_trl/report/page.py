@@ -1,14 +1,30 @@
 """The report as one HTML page: no script, and no font or picture from elsewhere, so that it can be mailed."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from importlib.metadata import version
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
+from cbd_trl import __version__
+from cbd_trl.cards.card import PICTURE
+from cbd_trl.chain.cards import save_cards
+from cbd_trl.chain.chain import Chain
+from cbd_trl.chain.measurements import MEASURED, table_rows
 from cbd_trl.report.findings import UNITS, compared, findings, shared_unit
 from cbd_trl.report.page_charts import above_axis, comparison_chart, loss_axis, loss_chart, task_axis, task_chart
+from cbd_trl.report.plots import plot_side_by_side, plot_sweep
 from cbd_trl.report.sweep import RANDOM
-from cbd_trl.report.tables import format_count, table_rows
+from cbd_trl.utils.files import write_text
+from cbd_trl.utils.formatting import format_count
+
+logger = logging.get_logger(__name__)
+
 
 OPERATORS = {
     "nested": "The default: blocks of the upper anchor for depth; its least-squares cut, mixed with the lower anchor, "
@@ -168,3 +184,67 @@ def _told(chain: Mapping[str, Any]) -> str:
 
 def _note(text: str) -> str:
     return f'<p class="note">{escape(text.strip())}</p>'
+
+
+_LIBRARIES = ("torch", "transformers", "trl")
+
+
+def write_report(
+    chains: Sequence[Mapping[str, Any]], output: Path | str, data: str, tasks: Sequence[str] = ()
+) -> list[Path]:
+    """Write what was measured of chains.
+
+    Args:
+        chains: from `measure_chains`.
+        output: the folder.
+        data: what the held-out text is called.
+        tasks: that were asked for.
+
+    Returns:
+        report.html, report.png and report.json. In the latter a loss that is no number is null.
+    """
+    folder = Path(output)
+    report = {
+        "version": __version__,
+        "versions": {name: version(name) for name in (*_LIBRARIES, *(["lm-eval"] if tasks else []))},
+        "data": data,
+        "tasks": list(tasks),
+        "chains": list(chains),
+    }
+    paths = [folder / f"report.{kind}" for kind in ("html", "png", "json")]
+    write_text(paths[0], page(report))
+    plot_side_by_side(chains, [f"{chain['name']}: held-out {data}" for chain in chains], paths[1])
+    write_text(paths[2], json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+    return paths
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def save_measurements(chain: Chain, report: Mapping[str, Any]) -> None:
+    """Keep what was measured of a chain in its folder, as JSON and as a picture, and rewrite its cards.
+
+    A chain is whole without them: where they cannot be written there is a warning.
+
+    Args:
+        chain: the chain, in a folder.
+        report: what was measured of it (`cbd_trl.report.sweep.sweep`).
+    """
+    # It goes to the Hub with the chain, where nobody is to read what the folders here are called.
+    kept = {key: value for key, value in report.items() if key != "path" or report.get("revision") is not None}
+    if "name" in kept:
+        kept["name"] = Path(kept["name"]).name
+    try:
+        write_text(chain.path / MEASURED, json.dumps(kept, indent=1) + "\n")
+        plot_sweep(report, chain.path / PICTURE, formats=("png",))
+    except OSError as error:
+        logger.warning(
+            f"The measurements of the chain in {chain.path} were not written ({error}); the chain itself is whole."
+        )
+    save_cards(chain)

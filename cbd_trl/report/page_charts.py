@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.report.chart import Frame, Point, Series, legend, svg_chart, widened
 from cbd_trl.report.findings import UNITS, curve, told_loss
 from cbd_trl.report.plots import loss_range
 from cbd_trl.report.sweep import RANDOM
-from cbd_trl.report.tables import describe_shape, format_count
+from cbd_trl.utils.formatting import format_count
 
 _MARK_OF = {"nested": "circle", "patch": "plus", "slice": "square", "expand": "up", "linear": "down", RANDOM: "cross"}
 # A wide drawing, one for half of a wide page, and one whose text can be read on a phone: the page shows what fits.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.targets.from_chain import from_chain
-from cbd_trl.utils.results import Results
+from cbd_trl.utils.files import Results
 
 OPERATORS = ("nested", "linear", "slice", "expand")
 RANDOM = "random"

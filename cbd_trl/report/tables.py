@@ -1,144 +1,65 @@
-"""A sweep as a table: for the terminal and for a Markdown report."""
+"""What targets would be like, as a table for the terminal."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-_SHORT = {
-    "num_hidden_layers": "layers",
-    "n_layer": "layers",
-    "hidden_size": "wide",
-    "n_embd": "wide",
-    "num_attention_heads": "heads",
-    "n_head": "heads",
-    "num_key_value_heads": "kv",
-    "intermediate_size": "ffn",
-    "n_inner": "ffn",
-}
-# The order in which a shape is told.
-_ORDER = ("layers", "wide", "heads", "ffn")
-BITS = "bits/byte"
+from cbd_trl.architectures.registry import describe_shape
+from cbd_trl.chain.measurements import measures, table_rows
+from cbd_trl.targets.many import TargetSummary
+from cbd_trl.targets.request import ANCHOR
+from cbd_trl.utils.formatting import format_count
+
+_CAPTION = (
+    "Parameters: in the token table, an untied head and learned positions + in all else; a tied table counts once. "
+    "alpha: share of the lower anchor. KV cache: for each token of context and row. FLOPs: of a forward pass for each "
+    "token, two for every weight of a matrix multiplied with, the head included; T: tokens attended to."
+)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
+def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
+    """One line a target, in the order given.
 
     Args:
-        cells: the text of every column.
-        anchor: whether the line is an anchor's.
-        best: columns that hold the lowest loss of the line.
+        summaries: from `describe_targets`.
+        title: above the table.
     """
-
-    cells: list[str]
-    anchor: bool
-    best: frozenset[int]
-
-
-def describe_shape(shape: Mapping[str, int], short: bool = False) -> str:
-    """A shape in a few words, such as `16 layers, 384 wide, 6/2 heads, ffn 1024`.
-
-    Args:
-        shape: config fields.
-        short: `16×384, 6/2 heads, ffn 1024`.
-    """
-    parts = {_SHORT.get(name, name): value for name, value in shape.items()}
-    groups = parts.pop("kv", None)
-    parts = {name: parts[name] for name in sorted(parts, key=lambda name: (*_ORDER, name).index(name))}
-    if short and "layers" in parts and "wide" in parts:
-        words = [f"{parts.pop('layers')}×{parts.pop('wide')}"]
-    else:
-        words = []
-    for name, value in parts.items():
-        if name == "ffn":
-            words.append(f"ffn {value}")
-        elif name == "heads" and groups not in (None, value):
-            words.append(f"{value}/{groups} heads")
-        else:
-            words.append(f"{value} {name}")
-    return ", ".join(words)
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title or None, caption=_CAPTION, caption_justify="left"
+    )
+    for name in ("asked", "parameters", "embedding + other", "shape", "made by", "between", "weights"):
+        table.add_column(name, justify="left" if name in ("shape", "made by", "between") else "right")
+    for name in ("KV cache", "FLOPs"):
+        table.add_column(name, justify="right")
+    for summary in summaries:
+        table.add_row(*_cells(summary))
+    return table
 
 
-def format_count(num_parameters: float) -> str:
-    """A parameter count as people say it: 85.2M, 1.35B, 41.2k."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if num_parameters >= size:
-            return f"{num_parameters / size:.4g}{unit}"
-    return f"{num_parameters:.0f}"
+def _cells(summary: TargetSummary) -> list[str]:
+    parts = (summary.embedding_parameters, summary.other_parameters)
+    mixed = "" if summary.alpha is None else f", alpha {summary.alpha:.2f}"
+    return [
+        "" if summary.asked is None else format_count(summary.asked),
+        format_count(summary.num_parameters),
+        " + ".join(map(format_count, parts)),
+        describe_shape(summary.shape, short=True),
+        "the anchor itself" if summary.operator == ANCHOR else summary.operator + mixed,
+        " and ".join(summary.anchors),
+        f"{_bytes(summary.weight_bytes)} {summary.dtype}",
+        _bytes(summary.cache_bytes),
+        f"{format_count(summary.flops)} + {format_count(summary.attention_flops)} × T",
+    ]
 
 
-def table_rows(report: Mapping[str, Any], short: bool = False, task: str | None = None) -> tuple[list[str], list[Row]]:
-    """Header and lines of a sweep, largest model first.
-
-    Args:
-        report: what `sweep` returned; with "bits_per_byte" these get a column, of the first operator.
-        short: shapes in fewer words, anchors with a star instead of their name.
-        task: the scores of this probe instead of the losses.
-
-    Returns:
-        the titles of the columns, and one `Row` per anchor and target.
-    """
-    names = list(dict.fromkeys(name for target in report["targets"] for name in target["loss"]))
-    last = ([BITS] if _has_bits(report) else []) + ["seconds"] if task is None else []
-    lines: list[tuple[int, Row]] = []
-    for anchor in report["anchors"]:
-        count, shape = format_count(anchor["num_parameters"]), describe_shape(anchor["shape"], short)
-        cells = [f"★ {count}", shape] if short else [count, f"{anchor['name']} (anchor): {shape}"]
-        score = anchor["loss"] if task is None else anchor["probes"][task]
-        cells += [_score(score), *[""] * (len(names) - 1)] if names else []
-        cells += [_score(anchor["bits_per_byte"])] if BITS in last else []
-        lines.append((anchor["num_parameters"], Row([*cells, *[""] * (task is None)], True, frozenset())))
-    for target in report["targets"]:
-        found = target["loss"] if task is None else {name: probes[task] for name, probes in target["probes"].items()}
-        cells = [format_count(target["num_parameters"]), describe_shape(target["shape"], short)]
-        cells += [_score(found.get(name)) for name in names]
-        cells += [_score(target["bits_per_byte"][names[0]])] if BITS in last else []
-        cells += [f"{target['seconds']:.1f}"] if task is None else []
-        best = frozenset(2 + names.index(name) for name in best_of(found))
-        lines.append((target["num_parameters"], Row(cells, False, best)))
-    lines.sort(key=lambda line: -line[0])
-    return ["parameters", "shape", *names, *last], [row for _, row in lines]
-
-
-def best_of(found: Mapping[str, Any]) -> list[str]:
-    """The operators with the best value.
-
-    Args:
-        found: operator -> loss, or the score of a task with "value" and "higher_is_better".
-    """
-    ranks = {
-        name: score if isinstance(score, float) else score["value"] * (-1 if score["higher_is_better"] else 1)
-        for name, score in found.items()
-    }
-    return [name for name, rank in ranks.items() if rank == min(ranks.values())]
-
-
-def measures(report: Mapping[str, Any]) -> str:
-    """Name the units of the table: held-out loss in nats per token and, where it has them, bits per byte.
-
-    Args:
-        report: what `sweep` returned.
-    """
-    bits = f"; {BITS}: the same of the anchors and the first operator, in bits per byte of text"
-    return f"Held-out loss in nats per token{bits if _has_bits(report) else ''}"
-
-
-def _has_bits(report: Mapping[str, Any]) -> bool:
-    return all(anchor.get("bits_per_byte") is not None for anchor in report["anchors"])
-
-
-def _score(score: Any) -> str:
-    """A loss, or the score of a task with its standard error, in a cell."""
-    if score is None:
-        return ""
-    if isinstance(score, float):
-        return f"{score:.3f}"
-    spread = "" if score["stderr"] is None else f" ± {score['stderr']:.3f}"
-    return f"{score['value']:.3f}{spread}"
+def _bytes(count: float) -> str:
+    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} B"
 
 
 def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
@@ -162,21 +83,3 @@ def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
         cells = [f"[bold]{cell}[/bold]" if column in row.best else cell for column, cell in enumerate(row.cells)]
         table.add_row(*cells, style="cyan" if row.anchor else None)
     return table
-
-
-def markdown_table(report: Mapping[str, Any]) -> str:
-    """The same table as Markdown, anchors and the best operator in bold.
-
-    Args:
-        report: what `sweep` returned.
-    """
-    header, rows = table_rows(report)
-    lines = [_line(header), _line(["---:" if name != "shape" else ":---" for name in header])]
-    for row in rows:
-        emphasised = range(len(row.cells)) if row.anchor else row.best
-        lines.append(_line([f"**{cell}**" if n in emphasised and cell else cell for n, cell in enumerate(row.cells)]))
-    return "\n".join(lines) + "\n"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

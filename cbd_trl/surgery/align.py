@@ -4,19 +4,89 @@ Shapes: L layers of the upper model, with D channels, F neurons and G key/value 
 d, f, g and q of the lower one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import nn
 
 from cbd_trl.architectures import Architecture, Site
-from cbd_trl.surgery.cross_moments import paired_sites
-from cbd_trl.surgery.reorder import Order
-from cbd_trl.surgery.sort import Importance
-from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.reorder import Importance, Order
+from cbd_trl.surgery.statistics import Statistics, watched
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
+
+
+def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) -> list[tuple[Site, Site]]:
+    """The sites of two models of one family that stand for each other, (upper, lower).
+
+    Args:
+        upper, lower: what the models' tensors mean.
+        kept: for each lower layer the upper layer beside it.
+    """
+    above = {site.name: site for site in upper.sites}
+    pairs = []
+    for site in lower.sites:
+        layer, name = lower.split_name(site.name)
+        pairs.append((above[site.name if layer is None else upper.layer_name(kept[layer], name)], site))
+    return pairs
+
+
+@torch.no_grad()
+def collect_cross_moments(
+    upper: nn.Module,
+    upper_architecture: Architecture,
+    lower: nn.Module,
+    lower_architecture: Architecture,
+    kept: Sequence[int],
+    batches: Iterable[Mapping[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Run the same text through two models and average the products of what they read at paired sites.
+
+    One pass; in memory are the moments (float32, upper x lower width for every site) and the upper streams of one
+    batch.
+
+    Args:
+        upper, lower: causal LMs in eval mode, on any device.
+        upper_architecture, lower_architecture: what their tensors mean.
+        kept: for each lower layer the upper layer beside it.
+        batches: `input_ids` (B, T) without padding.
+
+    Returns:
+        {lower site: E[x y^T], (D, d)}, x and y the upper and the lower model's stream there: normalised before gain
+        and bias at a norm, the raw input elsewhere.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    pairs = paired_sites(upper_architecture, lower_architecture, kept)
+    partner = {below.name: above.name for above, below in pairs}
+    seen: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+
+    def keep(name: str, stream: torch.Tensor) -> None:
+        seen[name] = stream.float()
+
+    def multiply(name: str, stream: torch.Tensor) -> None:
+        rows = stream.float()
+        product = seen[partner[name]].to(rows.device).T @ rows
+        sums[name] = sums[name].add_(product) if name in sums else product
+
+    above_sites = {above.name: above for above, _ in pairs}.values()
+    with (
+        watched(upper, upper_architecture, above_sites, keep),
+        watched(lower, lower_architecture, lower_architecture.sites, multiply),
+    ):
+        for batch in batches:
+            for model in (upper, lower):
+                device = next(model.parameters()).device
+                model(input_ids=batch["input_ids"].to(device), use_cache=False, logits_to_keep=1)
+            tokens += batch["input_ids"].numel()
+    if tokens == 0:
+        raise ValueError("There is no text to match the two models on. Give a dataset with text in it.")
+    return {name: (total / tokens).cpu() for name, total in sums.items()}
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,10 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 from cbd_trl.architectures import Architecture, decoder_layers
-from cbd_trl.architectures.backbone import last_hidden, output_head
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head, last_hidden, output_head
 from cbd_trl.losses.fused import default_chunk
 from cbd_trl.surgery.blocks import Block, Fits, anywhere, spaced_blocks
-from cbd_trl.surgery.refit import OutputProjection, refit_layer
-from cbd_trl.surgery.stream import layer_inputs
+from cbd_trl.surgery.refit import OutputProjection, layer_inputs, refit_layer
 from cbd_trl.utils.progress import Progress
 
 # Positions, evenly spaced, whose divergence says how little a candidate may cost; the best are measured on all. The

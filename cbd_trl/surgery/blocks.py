@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from cbd_trl.architectures import Architecture
-from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.weights import LazyWeights, Weights
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import Axes, dims_of, from_dims, to_dims
 from cbd_trl.surgery.blocks import select_layers, spaced_layers
-from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.weights import Weights, working
+from cbd_trl.surgery.weights import LazyWeights, Weights, working
 
 
 def grow_width(weights: Weights, architecture: Architecture, target: Architecture) -> tuple[Weights, Architecture]:

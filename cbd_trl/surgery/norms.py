@@ -6,8 +6,15 @@ import functools
 import torch
 
 from cbd_trl.architectures import Architecture, Site
-from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.weights import Weights, from_input_matrix, input_matrix, readers_of, site_norms, working
+from cbd_trl.surgery.weights import (
+    LazyWeights,
+    Weights,
+    from_input_matrix,
+    input_matrix,
+    readers_of,
+    site_norms,
+    working,
+)
 
 # Rows that are squared at a time, so that no second matrix of a reader's size is made.
 _ROWS = 1024

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 
-from cbd_trl.surgery.factors import deviations, factorise, pack, packed_bytes, unpack
-from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.statistics import Statistics, deviations, factorise, pack, packed_bytes, unpack
 from cbd_trl.utils.progress import Progress
-from cbd_trl.utils.tensor_file import TensorFile
-from cbd_trl.utils.tensor_files import save_tensors
+from cbd_trl.utils.tensor_files import TensorFile, save_tensors
 from cbd_trl.utils.untrusted import parse_json, shown
 
 FORMAT_VERSION = "3"

@@ -8,14 +8,44 @@ of table, and `to_weights` and `to_state` alone know how a family stores them. T
 memory, or of tensors that are read and made on each access (see `lazy`).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
 
 from cbd_trl.architectures import Architecture, Site, is_tied
 from cbd_trl.architectures.axes import Axes
-from cbd_trl.surgery.lazy import LazyWeights
+
+
+class LazyWeights(Mapping[str, torch.Tensor]):
+    """A mapping of weights whose tensors are made on each access and kept by nobody.
+
+    Operators are compositions of these, so that the tensors of a target come into being one after another, each from
+    the few tensors of the two anchors that it needs.
+
+    Args:
+        keys: the keys, in the order in which tensors that share work follow one another.
+        tensor: makes the tensor of a key.
+    """
+
+    def __init__(self, keys: Iterable[str], tensor: Callable[[str], torch.Tensor]) -> None:
+        self._keys = dict.fromkeys(keys)
+        self._tensor = tensor
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._tensor(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
 
 Weights = Mapping[str, torch.Tensor]
 

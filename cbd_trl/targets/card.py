@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.cards.card import PICTURE, Card, code, generate_with, plain
 from cbd_trl.cards.metadata import card_metadata, license_sentence
-from cbd_trl.chain.history import AnyChain, chain_name, chain_origins, hub_id, weight_hashes
-from cbd_trl.report.tables import describe_shape, format_count
+from cbd_trl.chain.cards import AnyChain, chain_name, chain_origins, hub_id, weight_hashes
+from cbd_trl.utils.formatting import format_count
 
 # What makes a target of both anchors; the others take one of them, cut or grown.
 _MERGING = ("nested", "patch", "linear")

@@ -16,20 +16,19 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures import describe
-from cbd_trl.build.plan import anchor_name
-from cbd_trl.cards import copy_picture, save_card, target_card
+from cbd_trl.cards.card import save_card
+from cbd_trl.chain.cards import chain_label, copy_picture
 from cbd_trl.chain.chain import Anchor, Chain
-from cbd_trl.chain.history import chain_label
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.lazy import LazyWeights
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.calibrate import choose_plan
+from cbd_trl.targets.card import target_card
 from cbd_trl.targets.operators import OPERATORS, default_alpha
 from cbd_trl.targets.pair import Pair, Plan
 from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, target_dtype
-from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.calibration import calibration_length, token_blocks
+from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
+from cbd_trl.utils.formatting import anchor_name
 
 CALIBRATION_TOKENS = 4096
 

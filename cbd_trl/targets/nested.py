@@ -9,10 +9,9 @@ import torch
 from cbd_trl.architectures import Architecture, OutputNorm, Site
 from cbd_trl.architectures.axes import Axes, Sizes, dims_of, from_dims, prefix_index, to_dims
 from cbd_trl.surgery.blocks import select_layers
-from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.least_squares import gain_ratio, least_squares_cut
 from cbd_trl.surgery.norms import fold_norms, folds
-from cbd_trl.surgery.weights import Weights, readers_of, site_norms
+from cbd_trl.surgery.weights import LazyWeights, Weights, readers_of, site_norms
 from cbd_trl.targets.pair import Pair, Plan, layer_stack
 
 # Of 0.25, 0.5, 0.75 and 1 the best alpha was 0.5, 0.75 and 1 at 0.32, 0.61 and 0.81 of the way down (SmolLM2-135M).

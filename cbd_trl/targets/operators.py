@@ -10,10 +10,9 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
-from cbd_trl.surgery.lazy import LazyWeights
 from cbd_trl.surgery.least_squares import least_squares_cut, plain_cut
 from cbd_trl.surgery.norms import balance_norms
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.nested import cut_upper, mixer, nested_alpha
 from cbd_trl.targets.pair import Pair, Plan, layer_stack, swapped_blocks
 

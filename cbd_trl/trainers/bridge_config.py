@@ -5,8 +5,7 @@ from typing import Any
 
 from cbd_trl.bridge.objectives.registry import OBJECTIVES, SEQKD, parse_objective
 from cbd_trl.losses.divergences import DIVERGENCES
-from cbd_trl.losses.objective import METRICS
-from cbd_trl.losses.schedule import WeightSchedule
+from cbd_trl.losses.objective import METRICS, WeightSchedule
 from cbd_trl.trainers.distill_config import DistillConfig
 
 # An untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside the cross-entropy on 102k of its tokens, is

@@ -7,24 +7,47 @@ from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.objectives.cross_attention import CrossModelAttention
-from cbd_trl.bridge.objectives.prefix_table import PrefixTable
+from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import get_mixture, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
 from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.teachers.batch import Batch
-from cbd_trl.trainers.bridge_batches import BridgeCollator
+from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
-from cbd_trl.trainers.bridge_data import CHAT, holds_chats, prepare_chats
-from cbd_trl.trainers.bridge_projectors import BridgeProjectors
-from cbd_trl.trainers.bridge_step_loss import BridgeStepLoss
-from cbd_trl.trainers.bridge_teacher import TeacherWatch, check_datasets, fill_in_hidden, set_up_bridge_teacher
+from cbd_trl.trainers.bridge_data import CHAT, BridgeCollator, holds_chats, prepare_chats
+from cbd_trl.trainers.bridge_teacher import (
+    BridgeStepLoss,
+    TeacherWatch,
+    check_datasets,
+    fill_in_hidden,
+    set_up_bridge_teacher,
+)
 from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.distill_trainer import DistillTrainer
+from cbd_trl.trainers.hidden_states import Projectors
 from cbd_trl.trainers.row_checks import check_scored
 from cbd_trl.trainers.sequence_level import SequenceLevelLoss, set_up_black_box
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup
 from cbd_trl.utils.tokenizers import vocabulary_rows
+
+
+class BridgeProjectors(Projectors):
+    """The projections of DSKD-CMA, and projectors of layers where there are any.
+
+    Args:
+        attention: of the objective.
+        layers: of the hidden-state term, shared with it; None where it has none.
+    """
+
+    def __init__(self, attention: CrossModelAttention, layers: Projectors | None) -> None:
+        nn.Module.__init__(self)
+        self.layers = nn.ModuleList() if layers is None else layers.layers
+        self.attention = attention
+
+    @property
+    def names(self) -> list[str]:
+        """As in `Projectors`."""
+        return [*super().names, *(f"attention.{name}" for name, _ in self.attention.named_parameters())]
 
 
 class BridgeDistillTrainer(DistillTrainer):

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
-from cbd_trl.architectures.positions import learned_positions
-from cbd_trl.cache.cached import CachedTeacher
-from cbd_trl.cards.files import save_card
+from cbd_trl.architectures.base import learned_positions
+from cbd_trl.cache.reader import CachedTeacher
+from cbd_trl.cards.card import save_card
 from cbd_trl.cards.origin import Origin, origin_of
-from cbd_trl.teachers.batch import Batch
-from cbd_trl.trainers.batches import RowLengthsCollator
+from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.checks import (
     check_arguments,
     check_best_metric,
@@ -27,9 +26,10 @@ from cbd_trl.trainers.checks import (
     check_run,
     chosen_teacher,
 )
+from cbd_trl.trainers.collators import RowLengthsCollator
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.hidden_states import LayerPairs
 from cbd_trl.trainers.hybrid import Hybrid, Pass
-from cbd_trl.trainers.layer_pairs import LayerPairs
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.packing import attention_by_row, check_rows_apart
 from cbd_trl.trainers.row_checks import check_end_token, check_ids, check_lengths, check_scored

@@ -9,9 +9,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from cbd_trl.losses.objective import TERMS, Weights, combine
 from cbd_trl.losses.reduction import normalise, sums_per_row
-from cbd_trl.teachers.batch import Batch
+from cbd_trl.teachers.local import Batch
+from cbd_trl.trainers.callbacks import TokenMeter
 from cbd_trl.trainers.checkpointing import CheckpointTrainer
-from cbd_trl.trainers.meters import TokenMeter
 
 
 class EvaluationTrainer(CheckpointTrainer):

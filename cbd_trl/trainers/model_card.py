@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cbd_trl.cards.card import Card, code, generate_with, plain
-from cbd_trl.cards.losses import evaluation_prefix, losses_table
+from cbd_trl.cards.card import Card, code, evaluation_prefix, generate_with, losses_table, plain
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.origin import Origin
 from cbd_trl.trainers.distill_config import DistillConfig

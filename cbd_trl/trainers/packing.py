@@ -16,7 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from cbd_trl.utils.eval_mode import in_eval_mode
+from cbd_trl.utils.modeling import in_eval_mode
 
 NAME = "sdpa_by_row"
 # Two rows that a model is asked about packed, and apart.

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
-from cbd_trl.architectures.positions import check_positions, learned_positions_of
+from cbd_trl.architectures.base import check_positions, learned_positions_of
 from cbd_trl.utils.blocks import IGNORE_INDEX
 from cbd_trl.utils.datasets import as_stream, is_prepared, prepare, template_reads
 

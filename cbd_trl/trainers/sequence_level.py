@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.objective import METRICS, Weights
 from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
-from cbd_trl.teachers.batch import Batch
+from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.teacher_setup import TeacherSetup, open_student
 from cbd_trl.utils.tokenizers import vocabulary_rows

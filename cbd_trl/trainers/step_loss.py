@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cbd_trl.architectures.backbone import output_head
-from cbd_trl.architectures.head import Head, product_dtype
+from cbd_trl.architectures.backbone import Head, output_head, product_dtype
 from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.objective import Weights
 from cbd_trl.losses.reduction import scored_targets, select_scored
-from cbd_trl.trainers.layer_pairs import LayerPairs
+from cbd_trl.trainers.hidden_states import LayerPairs
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from cbd_trl.losses.objective import TERMS, Weights
 from cbd_trl.losses.reduction import count_scored, normalise
-from cbd_trl.teachers.batch import Batch
+from cbd_trl.teachers.local import Batch
+from cbd_trl.trainers.callbacks import TokenCounter, TokenMeter
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.evaluation_trainer import EvaluationTrainer
-from cbd_trl.trainers.meters import TokenCounter, TokenMeter
 
 
 class StepTrainer(EvaluationTrainer):

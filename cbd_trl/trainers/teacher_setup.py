@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
 from cbd_trl.cache import TeacherCache
-from cbd_trl.cache.cached import CachedTeacher
+from cbd_trl.cache.reader import CachedTeacher
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.objective import DistillObjective
 from cbd_trl.teachers.local import EnsembleTeacher, LocalTeacher, OwnBaseTeacher, Teacher, load_teacher

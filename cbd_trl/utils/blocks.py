@@ -6,10 +6,14 @@ Shapes: N blocks, T tokens in each.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from trl import SFTConfig
+
+from cbd_trl.utils.datasets import token_rows
 
 # The label of a token that is not scored, in torch and everywhere after it.
 IGNORE_INDEX = -100
@@ -120,3 +124,33 @@ def _text_start(tokenizer: PreTrainedTokenizerBase, row: Sequence[int]) -> tuple
     bos = tokenizer.bos_token_id
     written = bos is not None and list(row[:1]) == [bos] and list(row).count(bos) == 1
     return tuple(prefix_ids(tokenizer) or ([bos] if written else []))
+
+
+BLOCK_LENGTH = 512
+
+
+def calibration_length(config: PretrainedConfig) -> int:
+    """Tokens in a calibration block: no more than the model has positions for."""
+    return min(BLOCK_LENGTH, int(config.max_position_embeddings))
+
+
+def token_blocks(
+    dataset: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    block_length: int = BLOCK_LENGTH,
+    args: SFTConfig | None = None,
+) -> TokenBlocks:
+    """Cut the first rows of a dataset, one after the other, as at most `max_tokens` tokens in blocks of one length.
+
+    Args:
+        dataset: in any format of SFTTrainer, read no further than is needed.
+        tokenizer: of the model.
+        max_tokens: taken at most.
+        block_length: tokens in a block at most.
+        args: of the training, which decide how rows are read and cut; None for text that nothing is trained on.
+
+    Raises:
+        ValueError: the dataset cannot be read, or holds no token to predict.
+    """
+    return cut_blocks(token_rows(dataset, tokenizer, args), tokenizer, max_tokens, block_length)

@@ -11,6 +11,7 @@ import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from gzip import BadGzipFile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -592,3 +593,65 @@ def _is_main_process() -> bool:
 def _short(value: Any) -> str:
     text = repr(value)
     return f"{text if len(text) < 80 else f'{text[:80]}...'} ({type(value).__name__})"
+
+
+_FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
+    """A dataset from a local file or from the Hub.
+
+    Args:
+        name: a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz behind), or what `datasets.load_dataset`
+            takes. A text file gives one row per line that is not blank.
+        config: configuration of a dataset on the Hub.
+        split: of a dataset on the Hub, or a slice of one, such as `train[:90%]`. A file has one split, which is all of
+            it, and slices of that: `train[90%:]`.
+        streaming: read while training.
+
+    Raises:
+        ValueError: for a local file of another kind, one that is not there, or one whose content cannot be read.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    if not path.exists() and path.suffix.lower() in (*_FILE_KINDS, ".gz"):
+        raise ValueError(f"There is no file {name}. Give a file that exists, or the Hub id of a dataset.")
+    if not path.is_file():
+        with _explained_rows(name):
+            return load_dataset(name, name=config, split=split, streaming=streaming)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = _FILE_KINDS.get(suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"{name} is not a dataset file that can be read: its name must end in {', '.join(_FILE_KINDS)}."
+        )
+    own = split if split.startswith("train[") else "train"
+    with _explained_rows(name):
+        rows = load_dataset(kind, data_files=str(path), split=own, streaming=streaming)
+    return rows.filter(lambda row: bool(row["text"].strip())) if kind == "text" else rows
+
+
+@contextmanager
+def _explained_rows(name: str) -> Iterator[None]:
+    """What `datasets` says of a file that it cannot read, which is a traceback without the file, as one sentence."""
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+
+    try:
+        yield
+    except (DatasetGenerationError, ArrowInvalid, BadGzipFile, UnicodeDecodeError, StopIteration) as error:
+        # The cause is wrapped, except where an error of rows that differ is told in full.
+        cause = error.__cause__ or error
+        if isinstance(cause, StopIteration):
+            raise ValueError(f"{name} is empty: there are no rows to read. Give a file with rows.") from error
+        if Path(name).is_dir():
+            wanted = "every file in it to have the same kind and columns; or give one file"
+        elif isinstance(cause, UnicodeDecodeError):
+            wanted = "text in UTF-8: convert it, as in `iconv -f latin1 -t utf-8`"
+        else:
+            wanted = "what its name says: in .jsonl one JSON object on each line, all with the same columns"
+        raise ValueError(
+            f"The rows of {name} cannot be read: {' '.join(str(cause).split())} ({type(cause).__name__}). "
+            f"Wanted {wanted}."
+        ) from error

@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.utils import cached_file, find_adapter_config_file, logging
+from transformers.utils import logging as transformers_logging
 
 from cbd_trl.utils.formatting import readable_name
 
@@ -462,3 +463,26 @@ def _with_adapter(place: str | Path, adapter: str, role: str, options: Mapping[s
     info = model.load_adapter(str(place), adapter_kwargs=where, dtype=model.dtype, ignore_mismatched_sizes=True)
     _check_keys(model, info.to_dict(), f"The adapter of the {role} {name!r}")
     return model
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in eval mode; afterwards in the mode that it was in, whatever happened."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Within it transformers shows no bars: hundreds of weights load in a blink, and one bar is enough."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

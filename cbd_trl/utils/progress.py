@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from cbd_trl.utils.durations import format_seconds
+from cbd_trl.utils.formatting import format_seconds
 
 # What is over sooner gets no bar.
 _DELAY = 2.0

@@ -1,11 +1,121 @@
 """Writing safetensors files that are the same bytes each time: the library puts metadata in an order of chance."""
 
 import json
-from collections.abc import Mapping
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
+
+from cbd_trl.utils.untrusted import parse_json
+
+# Some hundred bytes a tensor. The library would take 100 MB, of which Python makes gigabytes.
+_LARGEST_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor.
+
+    Args:
+        dtype: as the format names it, such as "BF16".
+        shape: its sizes.
+        start, stop: its bytes in the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata; no tensor is read.
+
+    Raises:
+        ValueError: it is no whole and consistent safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _LARGEST_BYTES:
+            raise ValueError(f"a header of {length:,} bytes, more than the {_LARGEST_BYTES:,} that any model needs")
+        # The library checks the header: lengths, offsets, overlaps, the size of the file.
+        with safe_open(path, "pt") as checked:
+            metadata: dict[str, str] = checked.metadata() or {}
+        with path.open("rb") as file:
+            file.seek(8)
+            header = parse_json(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as a safetensors file ({error}).") from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, entry in header.items():
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), start, stop)
+    return entries, metadata
+
+
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+
+
+class TensorFile(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file, in a fresh private mapping of their own bytes on each access.
+
+    Nothing is read before an entry is used, a slice reads its own pages only, and what was read leaves the memory with
+    the tensor: `safe_open` maps the whole file, whose pages then stay. Changing a tensor does not change the file.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ValueError: it is no whole and consistent safetensors file; on access, a dtype or an empty tensor that no file
+            of a chain has.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries, self.metadata = read_header(path)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header."""
+        return self._entries[key].shape
+
+    def dtype(self, key: str) -> str:
+        """A tensor's dtype as the format names it, such as "BF16", from the header."""
+        return self._entries[key].dtype
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        entry = self._entries[key]
+        if entry.dtype not in _DTYPES or entry.start == entry.stop:
+            raise ValueError(
+                f"{self.path} holds {key} as {entry.dtype} of shape {entry.shape}: it must be {', '.join(_DTYPES)}, "
+                "and not empty."
+            )
+        page = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            mapped = mmap.mmap(descriptor, entry.stop - page, access=mmap.ACCESS_COPY, offset=page)
+        finally:
+            os.close(descriptor)
+        count, offset = math.prod(entry.shape), entry.start - page
+        return torch.frombuffer(mapped, dtype=_DTYPES[entry.dtype], count=count, offset=offset).view(entry.shape)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
 
 # In front of the header: its length, little-endian.
 _LENGTH_BYTES = 8

@@ -4,9 +4,15 @@ import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
 
 # Of any JSON file of ours; a tokenizer's vocabulary may take more.
 _LARGEST_BYTES = 2**24
@@ -155,3 +161,34 @@ def reading(file: Path, what: str, way_out: str) -> Iterator[None]:
         yield
     except Exception as error:  # what others' readers raise of nonsense has no end
         raise ValueError(f"{file} cannot be read as {what} ({type(error).__name__}: {error}). {way_out}") from error
+
+
+def name_remote_code(place: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Warn of the code that `trust_remote_code=True` will run: its classes, their repository, the commit. A model
+    without code of its own gives no warning. Nothing is run here.
+
+    Args:
+        place: path or Hub id of a model.
+        revision, token: of a Hub id.
+    """
+    found: dict[str, Any] = {}
+    # What cannot be read cannot be loaded either, and loading says so.
+    with suppress(OSError, ValueError):
+        found, _ = PretrainedConfig.get_config_dict(place, revision=revision, token=token)
+    # "owner/name--module.Class" is a class of another repository.
+    classes = sorted(set(_texts(found.get("auto_map"))))
+    if classes:
+        commit = found.get("_commit_hash") or revision
+        logger.warning(
+            f"trust_remote_code=True: {', '.join(classes)} of {place} "
+            f"({f'at {commit}' if commit else 'as it is now'}) will run on this machine with all your rights. Read it "
+            "first, and pin the commit that you have read as the revision."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inside)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossModelAttention
 from cbd_trl.bridge.objectives.inputs import Side
-from cbd_trl.bridge.objectives.prefix_table import PrefixTable
+from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import BridgeObjective, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
 from cbd_trl.losses.divergences import get_divergence

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.bridge import Bridge, StudentRows
-from cbd_trl.bridge.reader import Reader
+from cbd_trl.bridge.token_bytes import Reader
 from tests.bridge.alignment_helpers import groups_of, normalising, padded, random_texts, read, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import corpus, fast, make_tokenizer
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.bridge import Bridge, TeacherRows
 from cbd_trl.bridge.chats import Chat, read_chats, render
-from cbd_trl.bridge.reader import Reader
+from cbd_trl.bridge.token_bytes import Reader
 from tests.bridge.alignment_helpers import groups_of, naive_groups, padded, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention, CrossModelAttention
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.objective import Weights

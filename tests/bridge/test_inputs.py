@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.bridge import Bridge, StudentRows
 from cbd_trl.bridge.objectives.inputs import Side, begins, chunked_cross_entropy

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cbd_trl.bridge.matching_pursuit import matching_pursuit
+from cbd_trl.bridge.transplant import matching_pursuit
 
 
 def _drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention, CrossModelAttention
 from cbd_trl.bridge.objectives.inputs import Side
-from cbd_trl.bridge.objectives.prefix_table import PrefixTable
+from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import OBJECTIVES, get_mixture, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
 from cbd_trl.losses.objective import Weights

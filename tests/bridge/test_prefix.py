@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.inputs import Side
-from cbd_trl.bridge.objectives.prefix_objective import PrefixObjective
-from cbd_trl.bridge.objectives.prefix_table import NO_NODE, ROOT, PrefixTable
+from cbd_trl.bridge.objectives.prefix import NO_NODE, ROOT, PrefixObjective, PrefixTable
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.objective import Weights

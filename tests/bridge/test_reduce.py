@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from cbd_trl.bridge import Reduction, reduce_vocabulary
 from cbd_trl.bridge.reduce import bytes_per_token, train_smaller_tokenizer
 from cbd_trl.bridge.token_bytes import token_bytes
-from cbd_trl.utils.tokenizer_hash import tokenizer_hash
+from cbd_trl.utils.tokenizers import tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import SPECIAL, TRICKY, corpus, make_tokenizer
 from tests.tiny import tiny_model
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cbd_trl.bridge import carry_over_special_tokens, match_vocabularies, transplant_vocabulary
 from cbd_trl.utils.blocks import marks_around
-from cbd_trl.utils.tokenizer_hash import tokenizer_hash
+from cbd_trl.utils.tokenizers import tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import TRICKY, letters, make_tokenizer
 from tests.tiny import tiny_model
 

@@ -8,16 +8,13 @@ from transformers import PreTrainedTokenizerFast
 
 from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
 from cbd_trl.bridge.bridge import Bridge
-from cbd_trl.bridge.objectives.prefix_table import PrefixTable
+from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
-from cbd_trl.bridge.pieces import pieces_of
-from cbd_trl.bridge.token_bytes import Vocabulary, token_bytes
+from cbd_trl.bridge.token_bytes import Vocabulary, pieces_of, token_bytes
 from cbd_trl.bridge.vocabulary import covered_share, match_vocabularies
-from cbd_trl.report.text import scored_bytes
+from cbd_trl.report.measure import scored_bytes
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.fingerprints import tokenizer_fingerprint
-from cbd_trl.utils.tokenizer_hash import tokenizer_hash
-from cbd_trl.utils.tokenizers import tokenizer_difference
+from cbd_trl.utils.tokenizers import tokenizer_difference, tokenizer_fingerprint, tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import KINDS, corpus, letters, make_tokenizer
 from tests.tiny import tiny_model
 

@@ -14,8 +14,8 @@ import cbd_trl.build.build as build_module
 from cbd_trl import BridgeDistillTrainer, BridgeStep, Chain, from_chain
 from cbd_trl.build.arguments import training_record
 from cbd_trl.surgery.statistics_file import StoredStatistics
-from cbd_trl.utils.calibration import token_blocks
-from cbd_trl.utils.tokenizer_hash import tokenizer_hash
+from cbd_trl.utils.blocks import token_blocks
+from cbd_trl.utils.tokenizers import tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.build.bridged import anchor_zero, bridge_config, bridge_step, build_bridged, rows, source
 from tests.chain.helpers import chain_config, same_weights

@@ -13,10 +13,10 @@ from cbd_trl.surgery.blocks import select_layers
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms
 from cbd_trl.surgery.refit import refit_layers
-from cbd_trl.surgery.sort import importance
+from cbd_trl.surgery.reorder import importance
 from cbd_trl.surgery.statistics_file import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.utils.calibration import token_blocks
+from cbd_trl.utils.blocks import token_blocks
 from tests.chain.helpers import (
     BLOCKS,
     CHAIN_ANCHORS,

@@ -13,11 +13,10 @@ from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import tensor_shape
 from cbd_trl.surgery.blocks import select_layers
 from cbd_trl.surgery.least_squares import plain_cut
-from cbd_trl.surgery.reorder import permute
-from cbd_trl.surgery.sort import importance, sort_weights
+from cbd_trl.surgery.reorder import importance, permute, sort_weights
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.utils.calibration import token_blocks
+from cbd_trl.utils.blocks import token_blocks
 from tests.build.apart import NARROW, differs, make, sizes
 from tests.chain.helpers import assert_statistics_of, chain_rows, depth_of, random_pair, same_weights
 from tests.surgery.helpers import TOLERANCE, build, described, full_model, lively, logits, random_order, tokens

@@ -4,13 +4,12 @@ import shutil
 
 import pytest
 
-import cbd_trl.build.coordinates as coordinates_module
+import cbd_trl.build.from_anchors as coordinates_module
 import cbd_trl.build.from_anchors as from_anchors_module
 from cbd_trl import Chain
 from cbd_trl.architectures import describe
 from cbd_trl.build.compatibility import layers_beside
-from cbd_trl.chain.chain_json import write_manifest
-from cbd_trl.chain.manifest import Manifest
+from cbd_trl.chain.manifest import Manifest, write_manifest
 from tests.build.apart import NARROW, make, sizes
 from tests.chain.helpers import chain_rows, same_weights
 from tests.tiny import tiny_model

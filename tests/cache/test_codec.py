@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cbd_trl.cache.codec import dequantise, high_bits, high_bytes, pack_ids, quantise, row_key, unpack_ids
+from cbd_trl.cache.format import dequantise, high_bits, high_bytes, pack_ids, quantise, row_key, unpack_ids
 
 
 @pytest.mark.parametrize("bits", range(8, 22))

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from cbd_trl.cache import MissingRowError, TeacherCache, write_cache
-from cbd_trl.cache import predict as predict_module
+from cbd_trl.cache import writer as predict_module
 from cbd_trl.cache import writer as writer_module
 from tests.cache.helpers import direct_log_probs, make_args, token_dataset
 from tests.tiny import FAMILIES, tiny_model

@@ -7,9 +7,10 @@ import re
 import pytest
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.cards import MEASURED, anchor_card, chain_card, save_cards
 from cbd_trl.cards.card import code, plain
-from cbd_trl.chain.chain_json import read_manifest, write_manifest
+from cbd_trl.chain.cards import anchor_card, chain_card, save_cards
+from cbd_trl.chain.manifest import read_manifest, write_manifest
+from cbd_trl.chain.measurements import MEASURED
 from tests.cards.helpers import as_html, metadata, read
 from tests.chain.helpers import DEEP
 

@@ -8,9 +8,10 @@ from PIL import Image
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import describe
-from cbd_trl.cards import MEASURED, save_cards
-from cbd_trl.chain.chain_part import _example
+from cbd_trl.chain.cards import _example
+from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.cli.main import main
+from cbd_trl.report.page import save_measurements
 from tests.cards.helpers import metadata, read
 from tests.chain.helpers import DEEP, chain_rows
 from tests.tiny import tiny_model
@@ -36,7 +37,7 @@ def measured(chain, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured") / "chain"
     chain.save_pretrained(folder)
     copy = Chain.from_pretrained(folder)
-    save_cards(copy, report_of(copy))
+    save_measurements(copy, report_of(copy))
     return copy
 
 
@@ -68,11 +69,11 @@ def test_without_measurements_there_is_none(chain, tmp_path):
 def test_where_the_chain_lies_here_is_not_kept(chain, tmp_path):
     chain.save_pretrained(tmp_path / "copy")
     copy = Chain.from_pretrained(tmp_path / "copy")
-    save_cards(copy, {**report_of(copy), "name": f"{copy.path} (1)", "path": str(copy.path), "revision": None})
+    save_measurements(copy, {**report_of(copy), "name": f"{copy.path} (1)", "path": str(copy.path), "revision": None})
     kept = (copy.path / MEASURED).read_text()
     assert str(tmp_path) not in kept and "path" not in json.loads(kept)
     assert json.loads(kept)["name"] == "copy (1)"
-    save_cards(copy, {**report_of(copy), "path": "me/chain", "revision": "0" * 40})
+    save_measurements(copy, {**report_of(copy), "path": "me/chain", "revision": "0" * 40})
     assert json.loads((copy.path / MEASURED).read_text())["path"] == "me/chain"
 
 
@@ -126,12 +127,12 @@ def test_cards_are_rewritten_until_somebody_edits_one(measured, tmp_path):
     measured, before = Chain.from_pretrained(tmp_path / "copy"), read(measured.path)
     report = report_of(measured)
     report["anchors"][0]["loss"] = 1.25
-    save_cards(measured, report)
+    save_measurements(measured, report)
     assert "1.250" in read(measured.path) and "1.250" not in before
     edited = read(measured.path).replace("seconds, without", "seconds (mine), without")
     assert edited != read(measured.path)
     (measured.path / "README.md").write_text(edited)
-    save_cards(measured, report_of(measured))
+    save_measurements(measured, report_of(measured))
     assert read(measured.path) == edited
     assert "1.250" not in read(measured.anchors[0].path)
 
@@ -142,9 +143,9 @@ def test_a_folder_that_takes_no_cards_is_a_warning(measured, monkeypatch):
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("cbd_trl.cards.files.write_text", full)
-    monkeypatch.setattr("cbd_trl.cards.files.logger", SimpleNamespace(warning=said.append))
-    save_cards(measured, report_of(measured))
+    monkeypatch.setattr("cbd_trl.cards.card.write_text", full)
+    monkeypatch.setattr("cbd_trl.cards.card.logger", SimpleNamespace(warning=said.append))
+    save_measurements(measured, report_of(measured))
     assert "were not written (No space left on device); the chain itself is whole" in said[0]
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix
-from cbd_trl.chain.stored_weights import StoredWeights
+from cbd_trl.chain.model import StoredWeights
 from tests.tiny import FAMILIES, tiny_model
 
 

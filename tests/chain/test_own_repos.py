@@ -10,8 +10,8 @@ from huggingface_hub import constants
 from transformers import AutoModelForCausalLM
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.chain import chain_json
-from cbd_trl.chain.chain_json import read_manifest, write_manifest
+from cbd_trl.chain import manifest as chain_json
+from cbd_trl.chain.manifest import read_manifest, write_manifest
 from tests.chain.helpers import WIDE, same_weights
 
 # How the Hub's client sends a file is on its way out in its HTTP library; neither is ours.

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.chain import STATISTICS_FILE
-from cbd_trl.chain.chain_json import read_manifest, write_manifest
+from cbd_trl.chain.manifest import read_manifest, write_manifest
 from cbd_trl.cli.main import main
 from tests.chain.helpers import WIDE, same_weights
 

@@ -13,7 +13,7 @@ import cbd_trl.chain.folders as folders
 from cbd_trl import Chain, build_chain
 from cbd_trl.chain.chain import write_anchor
 from cbd_trl.chain.source import Source
-from cbd_trl.utils.tokenizer_hash import stored_tokenizer_hash, tokenizer_hash
+from cbd_trl.utils.tokenizers import stored_tokenizer_hash, tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import KINDS, make_tokenizer
 from tests.build.apart import make, sizes
 from tests.chain.helpers import chain_config, chain_rows

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cbd_trl import Chain
-from cbd_trl.cli.cli_values import parse_bridge
 from cbd_trl.cli.main import main
+from cbd_trl.cli.parsing import parse_bridge
 from tests.build.bridged import ANCHORS, anchor_zero, rows, source
 from tests.trainers.bridge_runs import students_tokenizer, teachers_tokenizer
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_trl.cli.cli_values import parse_sizes
 from cbd_trl.cli.main import main
+from cbd_trl.cli.parsing import parse_sizes
 from tests.chain.helpers import WIDE, chain_rows
 
 

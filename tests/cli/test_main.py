@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl import Chain
 from cbd_trl.cache import TeacherCache
-from cbd_trl.cli.cli_values import parse_anchors, parse_count, parse_shape
 from cbd_trl.cli.main import COMMANDS, main
-from cbd_trl.cli.parsing import load_rows
+from cbd_trl.cli.parsing import parse_anchors, parse_shape
+from cbd_trl.utils.datasets import load_rows
+from cbd_trl.utils.formatting import parse_count
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -64,7 +65,8 @@ def test_help_lists_every_command(capsys):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tarin"]])
 def test_top_level_imports_nothing_heavy(arguments):
-    code = f"import sys; from cbd_trl.cli.main import main; main({arguments}); print({{'torch', 'trl'}} & set(sys.modules))"
+    start = f"import sys; from cbd_trl.cli.main import main; main({arguments}); "
+    code = f"{start}print({{'torch', 'trl'}} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "set()"
 

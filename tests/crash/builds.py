@@ -17,10 +17,10 @@ from safetensors import safe_open
 from transformers import TrainerCallback, TrainerState
 
 import cbd_trl.build.build as build_module
-import cbd_trl.build.store as store_module
+import cbd_trl.build.student as store_module
 import cbd_trl.chain.folders as folders_module
 from cbd_trl import Chain, DistillTrainer, build_chain
-from cbd_trl.cards import CARD_FILES
+from cbd_trl.cards.card import CARD_FILES
 from cbd_trl.chain.chain import STATISTICS_FILE
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 from tests.tokenizer import tiny_tokenizer

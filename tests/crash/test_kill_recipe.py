@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from cbd_trl.cards import MEASURED
+from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.cli.main import main
-from cbd_trl.recipe.evaluate import RESULTS
+from cbd_trl.recipe.run import RESULTS
 from tests.chain.helpers import CHAIN_ANCHORS
 from tests.crash.builds import contents, forked
 from tests.recipe.helpers import write_inputs, write_recipe
@@ -59,7 +59,7 @@ def run(recipe: Path, die_in: str | None = None, call: int = 1, counted: Path | 
 
     if die_in is not None:
         watch(die_in, die)
-    watch("cbd_trl.recipe.evaluate.held_out_loss", count)
+    watch("cbd_trl.recipe.run.held_out_loss", count)
     assert main(["build", recipe.name]) == 0
 
 
@@ -84,9 +84,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("die_in", "call", "measured"),
     [
-        ("cbd_trl.recipe.remember.write_text", 1, ANCHORS + 1),
-        ("cbd_trl.recipe.evaluate.held_out_loss", 3, ANCHORS + 1 - 2),
-        ("cbd_trl.recipe.evaluate.save_cards", 1, 0),
+        ("cbd_trl.recipe.check.write_text", 1, ANCHORS + 1),
+        ("cbd_trl.recipe.run.held_out_loss", 3, ANCHORS + 1 - 2),
+        ("cbd_trl.recipe.run.save_measurements", 1, 0),
     ],
 )
 def test_a_killed_recipe_goes_on(die_in: str, call: int, measured: int, tmp_path: Path, whole: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import pytest
 from cbd_trl.demo import clock as clock_module
 from cbd_trl.demo.clock import Clock, peak_memory, predict
 from cbd_trl.demo.plan import SMOLLM2, default_steps, training_args
-from cbd_trl.utils.durations import format_seconds
+from cbd_trl.utils.formatting import format_seconds
 
 
 def test_the_clock_learns_from_finished_stages(monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from cbd_trl.demo import plan as settings
 from cbd_trl.demo import run as run_module
-from cbd_trl.demo import settings
 from cbd_trl.demo.plan import Plan
 from cbd_trl.demo.run import Demo
 from cbd_trl.recipe import corpus

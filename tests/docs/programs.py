@@ -17,7 +17,7 @@ from unittest import mock
 
 import cbd_trl
 from cbd_trl.cli.main import COMMANDS, main
-from cbd_trl.recipe.shipped import find_recipe, shipped_recipes
+from cbd_trl.recipe.read import find_recipe, shipped_recipes
 from tests.docs.reading import ROOT, Step
 from tests.docs.world import INPUTS, VARIABLES, World, miniature
 
@@ -124,7 +124,7 @@ def _python(words: Sequence[str]) -> None:
     test of its own; what is written in another project is not looked at."""
     if words[0].startswith(OTHER_PROJECTS):
         return
-    if words[:2] == ["-m", "cbd_trl.cli.main"]:
+    if words[:2] == ["-m", "cbd_trl.cli"]:
         _cbd_trl(words[2:])
         return
     module, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0].replace("/", "."), words[1:])

@@ -127,7 +127,7 @@ def small_recipes(folder: Path) -> Path:
     Args:
         folder: where they are to be.
     """
-    shutil.copytree(ROOT / "cbd_trl" / "recipes", folder)
+    shutil.copytree(ROOT / "cbd_trl" / "recipe" / "shipped", folder)
     for file in folder.glob("*.yaml"):
         file.write_text(miniature(file.read_text()))
     return folder

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cbd_trl.generation.completer import Completer
-from cbd_trl.generation.completions_file import CompletionsFile
+from cbd_trl.generation.files import CompletionsFile
+from cbd_trl.generation.generate import Completer
 from tests.generation.helpers import PROMPTS, complete, tiny_teacher
 
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from cbd_trl.generation import files as read_completions
+from cbd_trl.generation import read_completions
 from cbd_trl.utils.datasets import token_rows
 from tests.generation.helpers import complete, rows_of
 from tests.tiny import tiny_model

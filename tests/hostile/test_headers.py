@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from cbd_trl.utils.tensor_file import TensorFile
+from cbd_trl.utils.tensor_files import TensorFile
 from tests.hostile.headers import DATA, GOOD, HEADERS, file
 from tests.hostile.surroundings import snapshot
 from tests.hostile.victim import STATISTICS_FILE, plant, use
@@ -50,7 +50,7 @@ def test_a_chain_with_it_is_refused(name, place, folder):
 _READ = """
 import resource, sys
 from pathlib import Path
-from cbd_trl.utils.tensor_header import read_header
+from cbd_trl.utils.tensor_files import read_header
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, used + 2**28))
 for file in sys.argv[1:]:

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from cbd_trl.chain.chain_json import read_manifest
+from cbd_trl.chain.manifest import read_manifest
 from cbd_trl.utils.model_folders import load_config
-from cbd_trl.utils.tokenizer_hash import stored_tokenizer_hash
+from cbd_trl.utils.tokenizers import stored_tokenizer_hash
 from tests.hostile.test_headers import read_all
 from tests.hostile.victim import LARGE
 

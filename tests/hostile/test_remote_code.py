@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 import cbd_trl
 from cbd_trl.chain.source import Source
 from cbd_trl.teachers.local import load_teacher
-from cbd_trl.utils.remote_code import name_remote_code
 from cbd_trl.utils.tokenizers import find_tokenizer
+from cbd_trl.utils.untrusted import name_remote_code
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -54,7 +54,7 @@ def evil(tmp_path, monkeypatch):
 @pytest.fixture
 def said(caplog, monkeypatch):
     """What the package logs."""
-    monkeypatch.setattr(logging.getLogger("cbd_trl.utils.remote_code"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("cbd_trl.utils.untrusted"), "propagate", True)
     transformers_logging.enable_propagation()
     yield caplog
     transformers_logging.disable_propagation()

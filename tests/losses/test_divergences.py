@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbd_trl.losses import divergence_kernels
+from cbd_trl.losses import divergences as divergence_kernels
 from cbd_trl.losses.divergences import (
     DIVERGENCES,
     adaptive_kl,
@@ -21,7 +21,7 @@ from cbd_trl.losses.divergences import (
     tempered_log_probs,
     total_variation,
 )
-from cbd_trl.losses.events import top_k_log_probs
+from cbd_trl.losses.teacher_outputs import top_k_log_probs
 
 NAMES = list(DIVERGENCES)
 OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6}

@@ -7,13 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
-from cbd_trl.losses.events import draw, teacher_top_k
 from cbd_trl.losses.fused import _parts, default_chunk, fused_terms
 from cbd_trl.losses.objective import METRICS, DistillObjective, Weights
 from cbd_trl.losses.reduction import scored_targets, select_scored
-from cbd_trl.losses.teacher_outputs import HiddenSignal, MixtureSignal, SampledSignal, Signal, TopKSignal
+from cbd_trl.losses.teacher_outputs import (
+    HiddenSignal,
+    MixtureSignal,
+    SampledSignal,
+    Signal,
+    TopKSignal,
+    draw,
+    teacher_top_k,
+)
 
 N, V, STUDENT, TEACHER, K = 11, 23, 5, 7, 4
 NAMES = list(DIVERGENCES)

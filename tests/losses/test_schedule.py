@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from cbd_trl.losses.schedule import SCHEDULES, WeightSchedule
+from cbd_trl.losses.objective import SCHEDULES, WeightSchedule
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.losses.divergences import forward_kl, sampled_forward_kl
-from cbd_trl.losses.events import draw, teacher_top_k, top_k_log_probs
+from cbd_trl.losses.teacher_outputs import draw, teacher_top_k, top_k_log_probs
 
 
 def logits(seed: int, n: int = 6, v: int = 9) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cbd_trl.recipe import argument_checks
-from cbd_trl.recipe.argument_checks import check_argument
+from cbd_trl.recipe import arguments as argument_checks
+from cbd_trl.recipe.arguments import check_argument
 from cbd_trl.recipe.check import Check, check_recipe
 from cbd_trl.recipe.read import parse_recipe
 from tests.recipe.helpers import ARGS, raw_recipe

@@ -14,7 +14,7 @@ from cbd_trl.cli.main import main
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.recipe.read import read_recipe
 from cbd_trl.recipe.run import build_recipe
-from cbd_trl.utils.calibration import token_blocks
+from cbd_trl.utils.blocks import token_blocks
 from tests.chain.helpers import CHAIN_ANCHORS, same_weights
 from tests.recipe.helpers import ARGS, write_recipe
 from tests.tokenizer import tiny_tokenizer

@@ -9,13 +9,11 @@ from rich.console import Console
 
 from cbd_trl import DistillConfig
 from cbd_trl.build.plan import plan_chain
-from cbd_trl.recipe.check import Check, check_recipe
-from cbd_trl.recipe.estimate import Cost, anchor_cost, disk_needed, trained_tokens
+from cbd_trl.recipe.check import Check, check_recipe, how_estimated, recipe_table
+from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, disk_needed, measure_speed, trained_tokens
 from cbd_trl.recipe.read import parse_recipe
 from cbd_trl.recipe.run import build_checked
-from cbd_trl.recipe.speed import Speed, measure_speed
-from cbd_trl.recipe.table import how_estimated, recipe_table
-from cbd_trl.targets.describe_targets import multiplied_weights
+from cbd_trl.targets.many import multiplied_weights
 from tests.chain.helpers import CHAIN_ANCHORS
 from tests.recipe.helpers import ARGS, raw_recipe
 from tests.surgery.helpers import described
@@ -174,7 +172,7 @@ def test_the_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speed.device == "cpu" and speed.products > 1e8
     assert speed.training == speed.forward == 0.5 * speed.products
     now = iter(range(100))
-    monkeypatch.setattr("cbd_trl.recipe.speed.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("cbd_trl.recipe.estimate.time.perf_counter", lambda: next(now))
     assert measure_speed(_args(), 64).products == 2 * 1024 * 64 * 64
 
 

@@ -20,13 +20,13 @@ SGD = {**ARGS, "optim": "sgd", "learning_rate": 0.1, "disable_tqdm": False, "log
 
 
 def launch(*words: str) -> subprocess.CompletedProcess[str]:
-    """Two processes of `accelerate launch -m cbd_trl.cli.main ...`."""
+    """Two processes of `accelerate launch -m cbd_trl.cli ...`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     # --multi_gpu is its name for torchrun: with --cpu it would start one process, or MPI.
     launcher = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", port]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cbd_trl.cli.main"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "cbd_trl.cli"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

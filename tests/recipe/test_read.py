@@ -8,10 +8,8 @@ import pytest
 import yaml
 
 from cbd_trl.cli.main import main
-from cbd_trl.recipe.lines import lines_of
-from cbd_trl.recipe.problems import RecipeError
 from cbd_trl.recipe.read import parse_recipe, read_recipe
-from cbd_trl.recipe.schema import AnchorPart, DataPart, Place
+from cbd_trl.recipe.schema import AnchorPart, DataPart, Place, RecipeError, lines_of
 from tests.recipe.helpers import raw_recipe
 
 SHORT = "source: s\ndata: d.jsonl\nanchors: [0.5]\noutput_dir: out\n"

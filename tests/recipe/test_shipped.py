@@ -13,10 +13,8 @@ from cbd_trl.build.plan import plan_chain
 from cbd_trl.cli.main import main
 from cbd_trl.demo.plan import SMOLLM2, default_steps, training_args
 from cbd_trl.recipe.arguments import anchor_args, bridge_args
-from cbd_trl.recipe.check import Check, plan_costs
-from cbd_trl.recipe.read import read_recipe
-from cbd_trl.recipe.shipped import shipped_recipes
-from cbd_trl.recipe.table import how_estimated, recipe_table
+from cbd_trl.recipe.check import Check, how_estimated, plan_costs, recipe_table
+from cbd_trl.recipe.read import read_recipe, shipped_recipes
 from tests.tokenizer import tiny_tokenizer
 
 SMOLLM2_CONFIG = LlamaConfig(

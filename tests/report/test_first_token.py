@@ -11,9 +11,8 @@ from torch.nn import functional
 from transformers import LlamaModel
 
 from cbd_trl import build_chain, chain_from_anchors, from_chain
-from cbd_trl.recipe.evaluate import evaluate_chain
-from cbd_trl.report.measure import ReportOptions, measure_chains
-from cbd_trl.report.text import held_out_blocks
+from cbd_trl.recipe.run import evaluate_chain
+from cbd_trl.report.measure import ReportOptions, held_out_blocks, measure_chains
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 from tests.chain.helpers import UPPER_DEPTH, chain_config
 from tests.tiny import tiny_model

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from cbd_trl.report.findings import compared, findings, on_line, shared_unit
-from cbd_trl.report.page import page
-from cbd_trl.report.write_report import write_report
+from cbd_trl.report.page import page, write_report
 from tests.report.conftest import QUICK, run
 from tests.report.helpers import made_up, made_up_report
 

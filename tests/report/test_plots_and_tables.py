@@ -8,9 +8,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
+from cbd_trl.architectures.registry import describe_shape
+from cbd_trl.chain.measurements import markdown_table, table_rows
 from cbd_trl.report import plots
 from cbd_trl.report.plots import plot_sweep
-from cbd_trl.report.tables import describe_shape, format_count, markdown_table, rich_table, table_rows
+from cbd_trl.report.tables import rich_table
+from cbd_trl.utils.formatting import format_count
 
 
 def shape(depth, width=576):

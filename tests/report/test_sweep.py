@@ -8,7 +8,7 @@ import torch
 
 from cbd_trl.architectures import describe
 from cbd_trl.report.sweep import Target, fingerprint, random_model, sweep
-from cbd_trl.utils.results import Results, write_text
+from cbd_trl.utils.files import Results, write_text
 from tests.tiny import tiny_model
 
 

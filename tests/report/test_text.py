@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cbd_trl.report.text import held_out_blocks
+from cbd_trl.report.measure import held_out_blocks
 
 
 def test_held_out_blocks_join_texts_by_the_end_token(tokenizer):

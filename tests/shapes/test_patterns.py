@@ -9,7 +9,7 @@ from cbd_trl.shapes.depths import blocks_for_depth, reachable_depths
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.shapes.solve import list_sizes, solve_anchor, solve_target
 from cbd_trl.surgery.blocks import blocks_of, fitting_layers, spaced_layers
-from cbd_trl.targets.describe_targets import describe_targets
+from cbd_trl.targets.many import describe_targets
 from cbd_trl.targets.operators import OPERATORS
 from tests.chain.helpers import chain_config, chain_rows
 from tests.tiny import FAMILIES, own_names, tiny_model

@@ -3,8 +3,8 @@
 import pytest
 
 from cbd_trl.architectures import describe
-from cbd_trl.shapes.candidates import ParameterCount
 from cbd_trl.shapes.smaller import needs_width_multiple_of_heads, target_architecture, width_follows_heads
+from cbd_trl.shapes.solve import ParameterCount
 from tests.tiny import FAMILIES, LONGROPE, WIDTH_OF_HEADS, own_names, tiny_model
 
 OPTIONS = [

@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from cbd_trl.architectures.axes import prefix
-from cbd_trl.surgery.align import Side, assignment, match_models, order_above
+from cbd_trl.surgery.align import Side, assignment, collect_cross_moments, match_models, order_above, paired_sites
 from cbd_trl.surgery.blocks import spaced_layers
-from cbd_trl.surgery.cross_moments import collect_cross_moments, paired_sites
 from cbd_trl.surgery.grow import grow_depth, grow_width
-from cbd_trl.surgery.reorder import Order, permute
-from cbd_trl.surgery.sort import importance, importance_order
+from cbd_trl.surgery.reorder import Order, importance, importance_order, permute
 from tests.surgery.helpers import (
     TOLERANCE,
     build,

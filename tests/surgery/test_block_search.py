@@ -12,8 +12,7 @@ from cbd_trl.losses import fused
 from cbd_trl.surgery import block_search
 from cbd_trl.surgery.block_search import _Candidate, _Measure, _shortest_path, cheapest_blocks, measured_blocks
 from cbd_trl.surgery.blocks import Block, anywhere, check_blocks
-from cbd_trl.surgery.refit import OutputProjection, refit_layer
-from cbd_trl.surgery.stream import layer_inputs
+from cbd_trl.surgery.refit import OutputProjection, layer_inputs, refit_layer
 from tests.largest_tensor import LargestTensor
 from tests.surgery.helpers import described, every_family, full_model, tokens
 from tests.tiny import own_names

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.weights import LazyWeights
 
 
 def test_only_what_is_asked_for_is_made():

@@ -5,8 +5,7 @@ import torch
 
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import folds
-from cbd_trl.surgery.rotate import can_rotate, principal_axes, rotate, to_principal_axes
-from cbd_trl.surgery.sort import importance, sort_weights
+from cbd_trl.surgery.reorder import can_rotate, importance, principal_axes, rotate, sort_weights, to_principal_axes
 from cbd_trl.surgery.weights import readers_of
 from tests.surgery.helpers import (
     TOLERANCE,

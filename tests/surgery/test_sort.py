@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cbd_trl.surgery.sort import Importance, importance, sort_weights
+from cbd_trl.surgery.reorder import Importance, importance, sort_weights
 from tests.surgery.helpers import (
     TOLERANCE,
     build,

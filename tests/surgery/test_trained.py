@@ -8,8 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from cbd_trl.surgery.least_squares import least_squares_cut, plain_cut
-from cbd_trl.surgery.rotate import to_principal_axes
-from cbd_trl.surgery.sort import importance, sort_weights
+from cbd_trl.surgery.reorder import importance, sort_weights, to_principal_axes
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from tests.markov import VOCABULARY, markov_text
 from tests.surgery.helpers import build, described

@@ -6,7 +6,7 @@ import torch
 from cbd_trl.surgery.grow import grow_depth, grow_width
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import fold_norms, folds
-from cbd_trl.surgery.sort import importance, sort_weights
+from cbd_trl.surgery.reorder import importance, sort_weights
 from tests.surgery.helpers import TOLERANCE, build, described, difference, doubled, full_model, moments
 from tests.tiny import LONGROPE
 

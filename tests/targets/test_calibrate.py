@@ -8,8 +8,7 @@ from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.targets.calibrate import choose_plan, mean_loss
 from cbd_trl.targets.from_chain import CALIBRATION_TOKENS, load_pair
 from cbd_trl.targets.pair import Plan
-from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.calibration import token_blocks
+from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from tests.chain.helpers import DEEP, SHAPES, WIDE, between, chain_rows, random_pair
 from tests.surgery.helpers import tokens
 

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from cbd_trl import Chain, describe_targets, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.folders import write_anchor
-from cbd_trl.report.target_table import target_table
-from cbd_trl.targets.describe_targets import TargetSummary, _embedding_parameters, multiplied_weights
+from cbd_trl.report.tables import target_table
+from cbd_trl.targets.many import TargetSummary, _embedding_parameters, multiplied_weights
 from tests.chain.helpers import DEEP, SHAPES, WIDE
 from tests.chain.hub_repositories import Hub
 from tests.chain.hub_server import serving

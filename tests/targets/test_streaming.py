@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.chain.chain_json import read_manifest, write_manifest
+from cbd_trl.chain.manifest import read_manifest, write_manifest
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.lazy import LazyWeights
+from cbd_trl.surgery.weights import LazyWeights
 from cbd_trl.targets.operators import OPERATORS
 from cbd_trl.targets.pair import Pair, Plan
-from cbd_trl.utils.hashes import sha256_of
+from cbd_trl.utils.files import sha256_of
 from tests.chain.helpers import BLOCKS, DEEP, WIDE, between, random_pair, same_weights
 from tests.surgery.helpers import every_family
 

@@ -11,8 +11,7 @@ from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.folders import write_anchor
 from cbd_trl.chain.manifest import STATISTICS_FILE
-from cbd_trl.chain.model import build_model
-from cbd_trl.chain.stored_weights import StoredWeights
+from cbd_trl.chain.model import StoredWeights, build_model
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.surgery import blocks, grow, norms, weights
 from cbd_trl.surgery import least_squares as cut

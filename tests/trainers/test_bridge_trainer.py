@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.bridge.bridge import Bridge, StudentRows
-from cbd_trl.bridge.objectives.prefix_table import PrefixTable
+from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT
 from tests.bridge.alignment_helpers import normalising
 from tests.bridge.tokenizers_of_kinds import make_tokenizer

@@ -7,7 +7,7 @@ from torch import Tensor
 from trl import SFTConfig, TrlParser
 
 from cbd_trl import DistillTrainer
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.losses.divergences import DIVERGENCES
 from cbd_trl.trainers.checks import check_run
 from cbd_trl.trainers.distill_config import DistillConfig

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, EvalPrediction, MixtralConfig, Mi
 from trl import SFTConfig
 
 from cbd_trl import DistillConfig, DistillTrainer
-from cbd_trl.trainers.layer_pairs import resolve_block_map
+from cbd_trl.trainers.hidden_states import resolve_block_map
 from cbd_trl.utils.formatting import readable_name
 from tests.tiny import FAMILIES, tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer

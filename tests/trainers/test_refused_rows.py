@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, DistillTrainer, build_chain
-from cbd_trl.architectures.positions import learned_positions
+from cbd_trl.architectures.base import learned_positions
 from cbd_trl.cache import write_cache
 from tests.tiny import FAMILIES, tiny_model
 from tests.tokenizer import tiny_tokenizer

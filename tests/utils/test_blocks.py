@@ -5,8 +5,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.utils.blocks import cut_blocks, prefix_ids
-from cbd_trl.utils.calibration import token_blocks
+from cbd_trl.utils.blocks import cut_blocks, prefix_ids, token_blocks
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 

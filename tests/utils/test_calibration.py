@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from cbd_trl.utils.calibration import calibration_length, token_blocks
+from cbd_trl.utils.blocks import calibration_length, token_blocks
 from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.training import make_config
 

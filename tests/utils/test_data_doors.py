@@ -11,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from cbd_trl import BridgeDistillTrainer, BridgeStep, DistillTrainer, build_chain, chain_from_anchors, from_chain
 from cbd_trl.cache import TeacherCache
-from cbd_trl.cache.write_cache import write_cache
+from cbd_trl.cache.writer import write_cache
 from cbd_trl.chain.chain import Chain
 from cbd_trl.generation.generate import generate_completions
 from cbd_trl.recipe.data import check_data, load_data

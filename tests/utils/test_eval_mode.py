@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from cbd_trl.utils.eval_mode import in_eval_mode
+from cbd_trl.utils.modeling import in_eval_mode
 
 
 @pytest.mark.parametrize("training", [True, False])

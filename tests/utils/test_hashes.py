@@ -8,7 +8,7 @@ import time
 import pytest
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.utils import hashes
+from cbd_trl.utils import files as hashes
 from tests.chain.helpers import DEEP
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""Objectives of distillation across vocabularies: one file each, and their table in `registry`."""

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from cbd_trl.architectures.head import Head
-from cbd_trl.bridge.objectives.inputs import Side, chunked_cross_entropy, on_first
-from cbd_trl.bridge.objectives.walk import common_chunk
+from cbd_trl.architectures.backbone import Head
+from cbd_trl.bridge.objectives.inputs import Side, chunked_cross_entropy, common_chunk, on_first
 from cbd_trl.losses.divergences import Divergence, get_divergence
 from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.objective import DistillObjective, Weights

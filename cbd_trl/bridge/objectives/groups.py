@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbd_trl.architectures.head import Head
+from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.alignment import NOWHERE
-from cbd_trl.bridge.objectives.inputs import Side, begins
-from cbd_trl.bridge.objectives.walk import compared_terms, walk
+from cbd_trl.bridge.objectives.inputs import Side, begins, compared_terms, walk
 from cbd_trl.losses.objective import Weights
 
 
@@ -57,7 +56,7 @@ class Said:
 
 @dataclass(frozen=True)
 class GroupSignal:
-    """What the teacher says of the groups of a micro-batch (in the place of a `cbd_trl.losses.teacher_outputs.Signal`).
+    """What the teacher says of the groups of a micro-batch (in the place of a `Signal`).
 
     Attributes:
         group_N: the group of each of the student's positions.

@@ -5,15 +5,163 @@ j are one token of the student for several of the teacher; r rows in which a tok
 vocabulary rows of student and teacher.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.alignment import NOWHERE
-from cbd_trl.bridge.objectives.inputs import Side, on_first
-from cbd_trl.bridge.objectives.prefix_table import NO_NODE, ROOT, PrefixTable
-from cbd_trl.losses.divergences import tempered_log_probs
+from cbd_trl.bridge.objectives.inputs import Side, compared_terms, on_first, walk
+from cbd_trl.bridge.token_bytes import Vocabulary
+from cbd_trl.bridge.vocabulary import match_read
+from cbd_trl.losses.divergences import Divergence, get_divergence, tempered_log_probs
+from cbd_trl.losses.objective import Weights
+
+NO_NODE = -1
+ROOT = 0
+
+
+@dataclass(frozen=True)
+class PrefixTable:
+    """The tree. A node's tokens are the rows `start_X` to `end_X` of `ids_M`; the first of them, until `longer_X`, are
+    spelled by the node's own tokens and no more.
+
+    Attributes:
+        vocabulary: rows of the student, V.
+        ids_M: the teacher's tokens, int64, in the order of their spellings.
+        spelled_ML: the student's tokens that spell them, -1 behind the end.
+        first_W: the first of them by the teacher's token, -1 for none, up to the last that is spelled.
+        start_X, longer_X, end_X: see above.
+        keys_X: parent * V + token of every node but the root, increasing; the node of a key is its place plus one.
+    """
+
+    vocabulary: int
+    ids_M: Tensor
+    spelled_ML: Tensor
+    first_W: Tensor
+    start_X: Tensor
+    longer_X: Tensor
+    end_X: Tensor
+    keys_X: Tensor
+
+    @classmethod
+    def of(cls, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> "PrefixTable":
+        """Spell every token of the teacher: a token of the same bytes or role, or pieces that have all its bytes.
+
+        Raises:
+            ValueError: as `match_vocabularies`.
+        """
+        old, new = Vocabulary.of(student), Vocabulary.of(teacher)
+        match, ours, theirs = match_read(old, new), old.bytes, new.bytes
+        spellings: dict[int, Sequence[int]] = {index: (own,) for index, own in match.source.items()}
+        for index, pieces in match.built.items():
+            if b"".join(ours[piece] or b"" for piece in pieces) == theirs[index]:
+                spellings[index] = pieces
+        return cls.from_spellings(spellings, len(ours))
+
+    @classmethod
+    def from_spellings(cls, spellings: Mapping[int, Sequence[int]], vocabulary: int) -> "PrefixTable":
+        """The tree of given spellings.
+
+        Args:
+            spellings: {the teacher's id: the student's ids, at least one}; tokens that are left out say nothing.
+            vocabulary: rows of the student.
+
+        Raises:
+            ValueError: no spelling.
+        """
+        if not spellings:
+            raise ValueError(
+                "There is no token of the teacher that is spelled in the student's tokens, so its distribution says "
+                "nothing of theirs. Check that both tokenizers are the ones that are meant."
+            )
+        rows = sorted((tuple(own), index) for index, own in spellings.items())
+        lengths_M = torch.tensor([len(own) for own, _ in rows])
+        longest = int(lengths_M.max())
+        table_ML = torch.full((len(rows), longest), -1)
+        spelled = torch.tensor([token for own, _ in rows for token in own])
+        table_ML.masked_scatter_(torch.arange(longest) < lengths_M[:, None], spelled)
+        nodes_M = torch.zeros(len(rows), dtype=torch.int64)
+        keys, starts, ends, longer = [], [0], [len(rows)], [0]
+        # A node's number is the place of its key, so those of a depth are numbered behind those above.
+        for depth in range(longest):
+            tokens_M = table_ML[:, depth]
+            inside_M = (nodes_M != NO_NODE) & (tokens_M != -1)
+            keys_M = torch.where(inside_M, nodes_M * vocabulary + tokens_M, -1)
+            found, number_M, counts = keys_M.unique(return_inverse=True, return_counts=True)
+            skipped = int(found[0] == -1)
+            first = torch.full_like(found, len(rows)).scatter_reduce(0, number_M, torch.arange(len(rows)), "amin")
+            ended_M = (table_ML[:, depth + 1] == -1) if depth + 1 < longest else torch.ones_like(inside_M)
+            exact = torch.zeros_like(found).index_add(0, number_M, (ended_M & inside_M).long())
+            base = len(starts) - skipped
+            nodes_M = torch.where(inside_M, number_M + base, NO_NODE)
+            keys += found[skipped:].tolist()
+            starts += first[skipped:].tolist()
+            ends += (first + counts)[skipped:].tolist()
+            longer += (first + exact)[skipped:].tolist()
+        ids_M = torch.tensor([index for _, index in rows], dtype=torch.int64)
+        first_W = torch.full((int(ids_M.max()) + 1,), NO_NODE).index_put((ids_M,), table_ML[:, 0])
+        return cls(vocabulary, ids_M, table_ML, first_W, *(torch.tensor(x) for x in (starts, longer, ends, keys)))
+
+    def to(self, device: torch.device) -> "PrefixTable":
+        """The tree on the device of what it is asked about; itself where it is there already."""
+        if self.ids_M.device == device:
+            return self
+        moved: Any = {name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
+
+    def child(self, nodes_r: Tensor, tokens_r: Tensor) -> Tensor:
+        """The nodes one token further on, `NO_NODE` where no token of the teacher begins so, (r,)."""
+        keys_r = nodes_r * self.vocabulary + tokens_r
+        place_r = torch.searchsorted(self.keys_X, keys_r).clamp(max=len(self.keys_X) - 1)
+        return torch.where((nodes_r != NO_NODE) & (self.keys_X[place_r] == keys_r), place_r + 1, NO_NODE)
+
+    def first_of(self, tokens_r: Tensor) -> Tensor:
+        """The first of the student's tokens that spell each of some of the teacher's, -1 for none, (r,)."""
+        known_r = tokens_r < len(self.first_W)
+        return torch.where(known_r, self.first_W[tokens_r.clamp(max=len(self.first_W) - 1)], NO_NODE)
+
+    def first_tokens(self, probabilities_rW: Tensor, rows: int) -> Tensor:
+        """The teacher's probabilities summed by the first of the student's tokens, (r, rows)."""
+        sums_rV = probabilities_rW.new_zeros(len(probabilities_rW), rows)
+        spelled_rM = probabilities_rW.index_select(1, self.ids_M)
+        return sums_rV.index_add_(1, self.spelled_ML[:, 0], spelled_rM)
+
+    def continued(
+        self, probabilities_gW: Tensor, row_r: Tensor, nodes_r: Tensor, depth_r: Tensor, rows: int
+    ) -> tuple[Tensor, Tensor]:
+        """What the teacher says of the token behind a beginning.
+
+        Args:
+            probabilities_gW: of the teacher, where the token begins.
+            row_r: which of them.
+            nodes_r: what is there of it, no `NO_NODE`.
+            depth_r: how many of the student's tokens that is.
+            rows: of the student's vocabulary.
+
+        Returns:
+            (r, rows): probability of the beginning and each token behind it; (r,): of the beginning as a whole token.
+        """
+        start_r, longer_r, end_r = (x[nodes_r] for x in (self.start_X, self.longer_X, self.end_X))
+        longer_k, place_k = _ranges(longer_r, end_r)
+        sums_rV = probabilities_gW.new_zeros(len(nodes_r), rows)
+        tokens_k = self.spelled_ML[place_k, depth_r[longer_k]]
+        values_k = probabilities_gW[row_r[longer_k], self.ids_M[place_k]]
+        sums_rV.index_put_((longer_k, tokens_k), values_k, accumulate=True)
+        whole_k, place_k = _ranges(start_r, longer_r)
+        values_k = probabilities_gW[row_r[whole_k], self.ids_M[place_k]]
+        return sums_rV, probabilities_gW.new_zeros(len(nodes_r)).index_add_(0, whole_k, values_k)
+
+
+def _ranges(start_r: Tensor, end_r: Tensor) -> tuple[Tensor, Tensor]:
+    """All places of some ranges, end to end: the range each is of, and the place."""
+    lengths_r = end_r - start_r
+    row_k = torch.repeat_interleave(lengths_r)
+    offsets_r = lengths_r.cumsum(0) - lengths_r
+    return row_k, torch.arange(len(row_k), device=start_r.device) - offsets_r[row_k] + start_r[row_k]
 
 
 @dataclass(frozen=True)
@@ -157,3 +305,63 @@ def _under_way(student: Side, single_G: Tensor, table: PrefixTable) -> _UnderWay
         torch.where(follows_N, behind_N, torch.where(begins_N, NO_NODE, node_N)),
         torch.where(begins_N, _before(depth_N, 0) + 1, depth_N),
     )
+
+
+@dataclass(frozen=True)
+class PrefixObjective:
+    """A divergence at every position at which the teacher's tokens tell what the student's next one is.
+
+    - Where a token begins on both sides, the teacher's distribution is summed by the first of the student's tokens
+      that spell each of its own: p(v) is the sum of p(t) over the t that begin with v.
+    - Within a token of the teacher, the sum is over the tokens that begin with what the student has said of it.
+    - Where a token has ended that others begin with (" run", " running"), the two are weighed by what the teacher said
+      of them one token before.
+    - One token of the student for several of the teacher has the probability of the group.
+    - Groups of several tokens on both sides say nothing, and what else is not known (whether a token ends here, where
+      the text goes on within it; tokens that the student cannot spell) is left to the student: it is taken out of both
+      distributions, and the rest weighs as much as the teacher's probability of it.
+
+    After the conversion of token to byte and character probabilities by sums over covering tokens (Phan et al. 2024,
+    arXiv 2410.09303; Vieira et al. 2024, arXiv 2412.03719), with covers of one token, two where one has ended: nothing
+    is read again by the teacher, as an exact conversion would ask (arXiv 2512.14954). With one vocabulary it is the
+    divergence itself.
+
+    Attributes:
+        table: the teacher's tokens by the student's.
+        divergence: between distributions over the student's tokens.
+        temperature: T, of both sides, above 0.
+    """
+
+    table: PrefixTable
+    divergence: Divergence = get_divergence("forward_kl")  # noqa: RUF009
+    temperature: float = 1.0
+
+    def terms(self, student_NV: Tensor, teacher: PrefixSaid, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+        """See `cbd_trl.losses.objective.LogitObjective`."""
+        return compared_terms(
+            student_NV, targets_N, teacher.teacher_ce_n, weights, lambda _: self._compare(student_NV, teacher)
+        )
+
+    def _compare(self, student_NV: Tensor, teacher: PrefixSaid) -> Tensor:
+        student_log_NV = tempered_log_probs(student_NV, self.temperature)
+        known_N = teacher.target_nV.sum(-1, keepdim=True)
+        log_NV = torch.where(known_N > 0, teacher.target_nV.log() - known_N.log(), student_log_NV.detach())
+        kd_N = known_N[:, 0] * self.divergence(student_log_NV, log_NV)
+        return kd_N * self.temperature**self.divergence.temperature_power
+
+    def __call__(
+        self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, as `GroupObjective` has it, but "kd" has a value at each position.
+
+        Args:
+            student: its scored positions.
+            teacher: of the same texts.
+            weights: of the terms at this step.
+            chunk: positions at a time; None to choose by the larger vocabulary.
+        """
+
+        def ask(chunk: int) -> PrefixSignal:
+            return PrefixSignal.of(student, teacher, self.table, self.temperature, chunk)
+
+        return walk(student, teacher, ask, self, weights, chunk)

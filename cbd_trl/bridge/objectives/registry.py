@@ -11,7 +11,7 @@ from cbd_trl.bridge.objectives.chunk_likelihood import ChunkLikelihood
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention
 from cbd_trl.bridge.objectives.groups import GroupObjective, Mixture
 from cbd_trl.bridge.objectives.inputs import Side
-from cbd_trl.bridge.objectives.prefix_objective import PrefixObjective
+from cbd_trl.bridge.objectives.prefix import PrefixObjective
 from cbd_trl.bridge.objectives.shared_tokens import SharedHybrid
 from cbd_trl.bridge.objectives.sorted_distance import SortedDistance
 from cbd_trl.losses.objective import Weights
