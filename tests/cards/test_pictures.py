@@ -137,16 +137,22 @@ def test_cards_are_rewritten_until_somebody_edits_one(measured, tmp_path):
     assert "1.250" not in read(measured.anchors[0].path)
 
 
-def test_a_folder_that_takes_no_cards_is_a_warning(measured, monkeypatch):
-    said = []
+def test_a_folder_that_takes_no_cards_is_a_warning(measured, tmp_path, monkeypatch):
+    measured.save_pretrained(tmp_path / "copy")
+    copy, said = Chain.from_pretrained(tmp_path / "copy"), []
 
     def full(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("cbd_trl.cards.card.write_text", full)
-    monkeypatch.setattr("cbd_trl.cards.card.logger", SimpleNamespace(warning=said.append))
-    save_measurements(measured, report_of(measured))
-    assert "were not written (No space left on device); the chain itself is whole" in said[0]
+    for writer in ("cbd_trl.cards.card", "cbd_trl.report.page"):
+        monkeypatch.setattr(f"{writer}.write_text", full)
+    for warner in ("cbd_trl.chain.cards", "cbd_trl.report.page"):
+        monkeypatch.setattr(f"{warner}.logger", SimpleNamespace(warning=said.append))
+    (copy.path / MEASURED).unlink()
+    (copy.path / "README.md").unlink()
+    save_measurements(copy, report_of(copy))
+    assert len(said) == 2
+    assert all("were not written (No space left on device); the chain itself is whole" in each for each in said)
 
 
 @pytest.mark.parametrize(("upper", "lower"), [(6, 5), (6, 4), (6, 3)])
