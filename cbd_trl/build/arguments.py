@@ -162,7 +162,7 @@ def changed_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> li
     return [name for name in known if recorded[name] != now[name] and (name in given_then or name in given_now)]
 
 
-def there_and_now(names: Sequence[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+def then_and_now(names: Sequence[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The values of what changed, for the end of an error's list of names: " (there: 1, 0.1; now: 2, 0.2)".
 
     Args:

@@ -1,4 +1,4 @@
-"""The first step of a chain whose source has another tokenizer: anchor zero, distilled across vocabularies."""
+"""Anchor zero of a chain whose source has another tokenizer: a model distilled across vocabularies."""
 
 import copy
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures import is_tied
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.build.arguments import check_chain_arguments, training_record
-from cbd_trl.build.source_anchor import Head, head_record
+from cbd_trl.build.source_anchor import SourceAnchor, source_record
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.build.training import ARGUMENTS, Trained, train, work_folder
 from cbd_trl.chain.source import Source
@@ -30,20 +30,20 @@ from cbd_trl.utils.tokenizers import check_rows, tokenizer_difference, tokenizer
 
 @dataclass(frozen=True)
 class BridgeStep:
-    """How a chain comes from a source of another tokenizer, and of any architecture (see `build_chain`).
+    """Start a chain from a source with another tokenizer or architecture (see `build_chain`).
 
-    The source teaches `model` by `BridgeDistillTrainer`. What it becomes is the largest anchor, "anchor zero", and its
+    `BridgeDistillTrainer` distills the source into `model`, which becomes the largest anchor, "anchor zero". Its
     tokenizer is that of the whole chain.
 
     Args:
-        model: anchor zero before it is trained, of a family that chains are built from: a model, a path or a Hub id.
-            A new one, or one with a transplanted vocabulary; it is not changed. Where a run may be interrupted it is
-            the same each time: saved, or made with a seed.
+        model: anchor zero before training, of a supported family: a model, a path or a Hub id. A new model, or one
+            with a transplanted vocabulary; it is not changed. To resume an interrupted run it must be the same each
+            time: saved, or made with a seed.
         processing_class: its tokenizer; by default the one it was saved with. Of a transplanted vocabulary that of
             `carry_over_special_tokens`.
         args: arguments of the training, among them `model_init_kwargs` to load `model` with; by default those of
             `BridgeDistillConfig`.
-        dataset: text of its own, which calibrates it too; by default the chain's.
+        dataset: text to train and calibrate it on; by default the chain's.
     """
 
     model: str | Path | PreTrainedModel
@@ -53,19 +53,19 @@ class BridgeStep:
 
 
 @dataclass(frozen=True)
-class _Sides:
-    """Who learns from whom."""
+class _Models:
+    """The teacher and the student of the bridge, with their tokenizers."""
 
     teacher: Source
     teacher_tokenizer: PreTrainedTokenizerBase
-    # How it is loaded.
+    # Its `from_pretrained` arguments.
     teacher_options: dict[str, Any] | str | None
     student: Source
     tokenizer: PreTrainedTokenizerBase
     special: SpecialTokens
 
 
-def bridged_head(
+def plan_bridged_anchor(
     step: BridgeStep,
     origin: Source,
     source_tokenizer: PreTrainedTokenizerBase | None,
@@ -74,27 +74,27 @@ def bridged_head(
     eval_dataset: Any,
     output_dir: Path,
     special: SpecialTokens,
-) -> Head:
-    """Anchor zero as it is to be made, checked.
+) -> SourceAnchor:
+    """Plan and check anchor zero.
 
     Args:
-        step: what was asked for.
+        step: the bridge requested.
         origin: the source.
-        source_tokenizer: the one given for the source.
+        source_tokenizer: the one passed for the source, if any.
         chain_args: of the chain; its `model_init_kwargs` load the source.
         dataset: of the chain.
-        eval_dataset: evaluated on after training, if any.
+        eval_dataset: evaluated after training, if any.
         output_dir: the chain's folder.
-        special: what the trainings of the chain make of its tokenizer.
+        special: special tokens that trainings of the chain set.
 
     Raises:
-        ValueError: the two models or tokenizers cannot be bridged, or need no bridge; the arguments name a teacher.
-        TypeError: something is of the wrong type.
+        ValueError: the two models or tokenizers cannot be bridged, or need no bridge; or the arguments name a teacher.
+        TypeError: an argument has the wrong type.
     """
     args = _checked_args(step, output_dir)
     student = Source(step.model, token=origin.token, role="model of the bridge")
     config, architecture = origin.config(), student.architecture()
-    sides = _Sides(
+    models = _Models(
         teacher=origin,
         teacher_tokenizer=origin.tokenizer_or(source_tokenizer),
         teacher_options=chain_args.model_init_kwargs,
@@ -104,38 +104,38 @@ def bridged_head(
     )
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if rows is not None:
-        check_rows("source", rows, sides.teacher_tokenizer, "processing_class")
-    check_rows(student.role, architecture.sizes["vocab"], sides.tokenizer, "processing_class")
-    _check_apart(sides)
+        check_rows("source", rows, models.teacher_tokenizer, "processing_class")
+    check_rows(student.role, architecture.sizes["vocab"], models.tokenizer, "processing_class")
+    _check_apart(models)
     known = student.record()
-    told = {
+    bridge_record = {
         "student": known["source"],
         "student_fingerprint": known["fingerprint"],
-        "source_tokenizer": tokenizer_hash(sides.teacher_tokenizer),
+        "source_tokenizer": tokenizer_hash(models.teacher_tokenizer),
         ARGUMENTS: training_record(args),
     }
-    record = {**head_record(origin, chain_args, special), "bridge": told}
+    record = {**source_record(origin, chain_args, special), "bridge": bridge_record}
     text = dataset if step.dataset is None else sft_dataset(step.dataset, "dataset of the bridge", args)
-    settings = {**record, "tokenizer": tokenizer_hash(sides.tokenizer), "shape": architecture.shape}
+    settings = {**record, "tokenizer": tokenizer_hash(models.tokenizer), "shape": architecture.shape}
     name = anchor_name(architecture.num_parameters)
-    return Head(
+    return SourceAnchor(
         architecture=architecture,
-        tokenizer=sides.tokenizer,
+        tokenizer=models.tokenizer,
         special=special,
         args=args,
         dataset=text,
         record=record,
-        sources=[sides.student, origin],
-        doing=f"distilling {name} from the source, across tokenizers: {architecture.shape}",
-        make=lambda label: _distil(work_folder(output_dir, name, settings), sides, args, text, eval_dataset, label),
+        sources=[models.student, origin],
+        description=f"distilling {name} from the source, across tokenizers: {architecture.shape}",
+        make=lambda label: _distil(work_folder(output_dir, name, settings), models, args, text, eval_dataset, label),
     )
 
 
 def _checked_args(step: Any, output_dir: Path) -> BridgeDistillConfig:
     if not isinstance(step, BridgeStep):
         raise TypeError(
-            f"bridge is a {type(step).__name__}: a BridgeStep is needed, which says what the source teaches. Give "
-            "bridge=BridgeStep(model, processing_class=tokenizer)."
+            f"bridge is a {type(step).__name__}, but must be a BridgeStep with the model that the source teaches. "
+            "Give bridge=BridgeStep(model, processing_class=tokenizer)."
         )
     args = BridgeDistillConfig(output_dir=str(output_dir)) if step.args is None else step.args
     if not isinstance(args, BridgeDistillConfig):
@@ -147,9 +147,9 @@ def _checked_args(step: Any, output_dir: Path) -> BridgeDistillConfig:
     return args
 
 
-def _check_apart(sides: _Sides) -> None:
-    """Refuse one tokenizer on both sides, and two that cannot be aligned."""
-    one, other, names = sides.tokenizer, sides.teacher_tokenizer, ("the student's", "the source's")
+def _check_apart(models: _Models) -> None:
+    """Check that the two tokenizers differ and can be aligned."""
+    one, other, names = models.tokenizer, models.teacher_tokenizer, ("the student's", "the source's")
     apart = tokenizer_difference(one, other, names=names) or tokenizer_difference(other, one, names=names[::-1])
     if apart is None:
         raise ValueError(
@@ -161,47 +161,47 @@ def _check_apart(sides: _Sides) -> None:
 
 
 def _distil(
-    work: Path, sides: _Sides, args: BridgeDistillConfig, dataset: Any, eval_dataset: Any, label: str
+    work: Path, models: _Models, args: BridgeDistillConfig, dataset: Any, eval_dataset: Any, label: str
 ) -> Trained:
     args = copy.deepcopy(args)
     args.output_dir = str(work)
-    student: Any = sides.student.model(args.model_init_kwargs)
-    if not isinstance(sides.student.place, str | Path):
+    student: Any = models.student.model(args.model_init_kwargs)
+    if not isinstance(models.student.place, str | Path):
         student = copy.deepcopy(student)
     if is_tied(student):
-        # Two equal tables would be trained apart.
+        # Two equal tables would be trained separately.
         student.get_output_embeddings().weight = student.get_input_embeddings().weight
-    sides.special.follow(student, sides.tokenizer)
-    # The tokenizer has it.
+    models.special.follow(student, models.tokenizer)
+    # The chain's tokenizer has the template already.
     args.chat_template_path = None
-    # Text that the source wrote is all that "seqkd" asks of it.
-    asked = not args.black_box
-    with _left_as_it_is(sides.teacher.model(sides.teacher_options)) if asked else nullcontext() as teacher:
+    # "seqkd" needs only the text that the source wrote, not the source.
+    needs_teacher = not args.black_box
+    with _restored(models.teacher.model(models.teacher_options)) if needs_teacher else nullcontext() as teacher:
         trainer = BridgeDistillTrainer(
             model=student,
             teacher_model=teacher,
             args=args,
             train_dataset=dataset,
             eval_dataset=eval_dataset,
-            processing_class=sides.tokenizer,
-            teacher_processing_class=sides.teacher_tokenizer if asked else None,
+            processing_class=models.tokenizer,
+            teacher_processing_class=models.teacher_tokenizer if needs_teacher else None,
         )
         return train(trainer, student, last_checkpoint(work), label)
 
 
 @contextmanager
-def _left_as_it_is(model: Any) -> Iterator[PreTrainedModel]:
-    """A teacher is placed, frozen and in eval mode; a model in memory is the caller's, who may go on training it."""
+def _restored(model: Any) -> Iterator[PreTrainedModel]:
+    """Restore a teacher afterwards: the trainer moves, freezes and patches it, and it may be the caller's."""
     training, learning = model.training, [parameter for parameter in model.parameters() if parameter.requires_grad]
     device, spread, attributes = model.device, is_spread(model), dict(vars(model))
     try:
         yield model
     finally:
         if not spread:
-            # Of `teacher_offload`, which keeps the parameters in its hooks.
+            # Hooks of `teacher_offload` hold the parameters.
             remove_hook_from_module(model, recurse=True)
             model.to(device)
-        # The trainer opens the forward, the accelerator casts in it and marks the model as prepared.
+        # The trainer patches the forward; accelerate wraps it and marks the model as prepared.
         vars(model).clear()
         vars(model).update(attributes)
         model.train(training)

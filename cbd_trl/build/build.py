@@ -1,4 +1,4 @@
-"""Building a chain: sort the source once, then cut and distil each anchor from the one above it."""
+"""Build a chain: sort the source once, then cut and distill each anchor from the one above it."""
 
 import copy
 import dataclasses
@@ -13,20 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import describe
 from cbd_trl.build.arguments import training_record
-from cbd_trl.build.bridge_step import BridgeStep, bridged_head
+from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
 from cbd_trl.build.plan import Step, plan_chain
 from cbd_trl.build.resume import finished_anchors
-from cbd_trl.build.source_anchor import MADE_WITH, Head, source_head, store_head
+from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
-from cbd_trl.build.student import (
-    calibration_batches,
-    choose_blocks,
-    finished_chain,
-    initial_student,
-    refit_student,
-    store_anchor,
-    width_hybrid,
-)
+from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
+from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.build.training import ARGUMENTS, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS
@@ -62,8 +55,8 @@ def build_chain(
 ) -> Chain:
     """Distil a chain of anchors, each from its next-larger neighbour (arXiv 2605.07783), nested in shared coordinates.
 
-    Run again with the same arguments, it goes on where it was interrupted: finished anchors are kept, an unfinished
-    one resumes from its last checkpoint.
+    Run again with the same arguments, it goes on where it was interrupted: finished anchors are kept, and an
+    unfinished one resumes from its last checkpoint.
 
     Args:
         source: the largest anchor: a model, a path or a Hub id. With a `bridge` the teacher of the largest anchor, of
@@ -75,18 +68,18 @@ def build_chain(
         output_dir: where the chain is written.
         args: training arguments for every anchor. `hidden_weight` (2.0; 0 where a width differs) and
             `swap_probability` (0.5, or 1 where a width differs) have defaults of their own here. `eos_token`,
-            `pad_token` and `chat_template_path`, of an anchor's own too, hold for the whole chain, its first anchor
-            included: what is made from it stops where the anchors were taught to.
+            `pad_token` and `chat_template_path`, also of a single anchor, hold for the whole chain, its first anchor
+            included, so that every model made from it stops where the anchors were trained to.
         processing_class: the source's tokenizer; by default the one it was saved with. The chain's, too, without a
             `bridge`.
-        bridge: for a source of another tokenizer or family: what it teaches first, across vocabularies. That is then
-            the largest anchor, and its tokenizer the chain's.
+        bridge: for a source with another tokenizer or architecture: the model that it teaches first, across
+            vocabularies. That model becomes the largest anchor, and its tokenizer the chain's.
         eval_dataset: evaluated once for every anchor after training, when given.
         calibration_tokens: tokens of text behind the statistics.
         revision, token: of a source on the Hub.
 
     Raises:
-        ValueError: before any long work, for a source, anchor or folder that cannot be used.
+        ValueError: before any long work, for a source, anchor or output folder that cannot be used.
     """
     output_dir = Path(output_dir)
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
@@ -95,33 +88,37 @@ def build_chain(
     origin = Source(source, revision, token)
     special = _special_tokens(args, anchors, bridge)
     if bridge is None:
-        head = source_head(origin, processing_class, args, dataset, special)
+        source_anchor = plan_source_anchor(origin, processing_class, args, dataset, special)
     else:
-        head = bridged_head(bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special)
-    made_with = {**head.record[MADE_WITH], "calibration_tokens": calibration_tokens}
-    head = dataclasses.replace(head, record={**head.record, MADE_WITH: made_with})
-    steps = plan_chain(head.architecture, anchors, args, dataset)
+        source_anchor = plan_bridged_anchor(
+            bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special
+        )
+    made_with = {**source_anchor.record[MADE_WITH], "calibration_tokens": calibration_tokens}
+    source_anchor = dataclasses.replace(source_anchor, record={**source_anchor.record, MADE_WITH: made_with})
+    steps = plan_chain(source_anchor.architecture, anchors, args, dataset)
     with _progress_of(args):
-        done = finished_anchors(output_dir, head, steps)
-        _check_inputs(head, steps, done, eval_dataset)
+        done = finished_anchors(output_dir, source_anchor, steps)
+        _check_inputs(source_anchor, steps, done, eval_dataset)
         if len(done) <= len(steps):
             check_writable(output_dir)
         for anchor in done.values():
-            # Of a run that was killed while it removed it.
+            # A run may have been killed while removing it.
             remove_work_folder(output_dir, anchor.name)
-        upper, tokenizer, count = done.get(0), head.tokenizer, len(steps) + 1
+        upper, tokenizer, count = done.get(0), source_anchor.tokenizer, len(steps) + 1
         if upper is None:
-            PartialState().print(f"[1/{count}] {head.doing}")
-            upper = _make_head(output_dir, head, f"{head.name} 1/{count}", calibration_tokens)
-        # A model in memory is stored now, and need not stay there for the rest of the build.
-        del source, origin, bridge, head
+            PartialState().print(f"[1/{count}] {source_anchor.description}")
+            upper = _make_source_anchor(
+                output_dir, source_anchor, f"{source_anchor.name} 1/{count}", calibration_tokens
+            )
+        # The source is on disk now: free the memory of a model that was passed in.
+        del source, origin, bridge, source_anchor
         _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens)
         return finished_chain(output_dir)
 
 
 def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeStep | None) -> SpecialTokens:
     own = [anchor.get("args") for anchor in anchors if isinstance(anchor, Mapping)]
-    # What is none of the right type is refused where the anchor is planned.
+    # Arguments of a wrong type are rejected where the anchor is planned.
     trainings = [args, *own, getattr(bridge, "args", None)]
     return SpecialTokens.of(vars(training) for training in trainings if isinstance(training, DistillConfig))
 
@@ -136,7 +133,7 @@ def _make_anchors(
     eval_dataset: Dataset | None,
     calibration_tokens: int,
 ) -> None:
-    """Make those below the first that an earlier run did not finish."""
+    """Distill the lower anchors that an earlier run did not finish."""
     state = PartialState()
     for number, step in enumerate(steps, start=1):
         if number in done:
@@ -157,20 +154,28 @@ def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:
     return progress_shown(PartialState().is_local_main_process and not args.disable_tqdm)
 
 
-def _check_inputs(head: Head, steps: Sequence[Step], done: Mapping[int, Anchor], eval_dataset: Any) -> None:
-    """Refuse weights and texts that what is still to come cannot read, before any of it."""
+def _check_inputs(
+    source_anchor: SourceAnchor, steps: Sequence[Step], done: Mapping[int, Anchor], eval_dataset: Any
+) -> None:
+    """Check weights and text of everything still to be made, before any of it starts.
+
+    Raises:
+        ValueError: weights that are missing or do not fit, or text that cannot be tokenized or trained on.
+    """
     if not done:
-        for source in head.sources:
+        for source in source_anchor.sources:
             source.check_weights()
-        _check_text(head.dataset, head.args, head.tokenizer)
+        _check_text(source_anchor.dataset, source_anchor.args, source_anchor.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
-        _check_text(step.dataset, step.args, head.tokenizer)
+        _check_text(step.dataset, step.args, source_anchor.tokenizer)
         check_best_metric(step.args, eval_dataset, None)
-        check_before_preparing(step.dataset, eval_dataset, step.args, head.tokenizer, head.architecture.config)
+        check_before_preparing(
+            step.dataset, eval_dataset, step.args, source_anchor.tokenizer, source_anchor.architecture.config
+        )
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a dataset that gives no tokens before the first anchor is trained, not after it."""
+    """Check that a dataset gives tokens, before the first anchor is trained and not after it."""
     token_blocks(dataset, tokenizer, 2, args=args)
 
 
@@ -180,12 +185,14 @@ def _calibration_blocks(
     return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args)
 
 
-def _make_head(output_dir: Path, head: Head, label: str, calibration_tokens: int) -> Anchor:
-    made = head.make(label)
-    blocks = _calibration_blocks(made.model.config, head.dataset, head.args, head.tokenizer, calibration_tokens)
-    with on_device(made.model, head.args.device):
-        anchor = store_head(output_dir, head, made, blocks)
-    remove_work_folder(output_dir, head.name)
+def _make_source_anchor(output_dir: Path, source_anchor: SourceAnchor, label: str, calibration_tokens: int) -> Anchor:
+    made = source_anchor.make(label)
+    blocks = _calibration_blocks(
+        made.model.config, source_anchor.dataset, source_anchor.args, source_anchor.tokenizer, calibration_tokens
+    )
+    with on_device(made.model, source_anchor.args.device):
+        anchor = store_source_anchor(output_dir, source_anchor, made, blocks)
+    remove_work_folder(output_dir, source_anchor.name)
     return anchor
 
 
@@ -204,7 +211,7 @@ def _distil_anchor(
     work = work_folder(output_dir, step.name, settings)
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
-    # The tokenizer has it.
+    # The chain's tokenizer has the template already.
     args.chat_template_path = None
     teacher: Any = upper.load_model()
     text = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
@@ -232,7 +239,7 @@ def _distil_anchor(
     model: Any = trained.model
     model.to(args.device)
     statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())
-    told = {
+    metadata = {
         "name": step.name,
         "parent": upper.name,
         "block_map": block_map,
@@ -243,6 +250,6 @@ def _distil_anchor(
         "losses": trained.losses,
         "training": {**record, DATASETS: hub_datasets(step.dataset)},
     }
-    anchor = store_anchor(output_dir, told, model.cpu(), tokenizer, statistics)
+    anchor = store_anchor(output_dir, metadata, model.cpu(), tokenizer, statistics)
     remove_work_folder(output_dir, step.name)
     return anchor

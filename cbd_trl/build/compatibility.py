@@ -1,6 +1,6 @@
-"""Can models that were trained apart be anchors of one chain? Made alike where that is exact, refused where it is not.
+"""Compatibility of models trained separately as anchors of one chain: converted where exact, otherwise rejected.
 
-Targets have one config, the upper anchor's with other sizes, so whatever no size changes has to agree.
+A target has one config, the upper anchor's with other sizes, so everything that sizes do not change must agree.
 """
 
 import copy
@@ -17,7 +17,7 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.blocks import fitting_layers, spaced_layers
 from cbd_trl.surgery.weights import Weights
 
-# What a target may take from between its anchors.
+# Dimensions in which a target may lie between its anchors.
 _FREE = ("width", "ffn", "group", "query")
 _WORDS = {
     "layer": "layers",
@@ -29,39 +29,39 @@ _WORDS = {
     "position": "number of learned positions",
 }
 _REASONS = {
-    "dim": "What a coordinate of a head means depends on the size of the head (rotary frequencies, the scale of "
-    "attention), so heads of two sizes have no coordinates to share. ",
+    "dim": "The meaning of a head's coordinates depends on the head size (rotary frequencies, the scale of "
+    "attention), so heads of two sizes share no coordinates. ",
     "position": "A target has one table of positions. ",
 }
 # Largest difference of logits, in units of their standard deviation, that rounding explains.
 _SAME_LOGITS = 1e-5
-# Positions of each row that they are compared at.
+# Positions of each row where logits are compared.
 _POSITIONS = 32
-# Fields of a config that do not tell what a model computes.
+# Config fields that do not change what a model computes.
 _NAMES = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "initializer_range")
 
 
 @dataclass(frozen=True)
 class CommonForm:
-    """What all anchors of a chain are brought to.
+    """The form that all anchors of a chain are converted to.
 
     Args:
         rows: of the vocabulary.
-        tied: whether the head is the embedding table.
+        tied: whether the output head is the embedding table.
     """
 
     rows: int
     tied: bool
 
     def architecture(self, architecture: Architecture) -> Architecture:
-        """The same architecture with these rows, and a head of its own where others have one."""
+        """Convert an architecture: this number of rows, and an output head of its own where others have one."""
         config = copy.deepcopy(architecture.config)
         config.vocab_size = self.rows
         config.tie_word_embeddings = self.tied
         return describe(config)
 
     def weights(self, weights: Weights, architecture: Architecture) -> Weights:
-        """The weights in this form: padding rows cut, a tied table copied into the head. Every logit stays equal."""
+        """Convert weights: cut padding rows, copy a tied table into the head. Every logit stays equal."""
         family = architecture.family
         rows = {"vocab": torch.arange(self.rows)}
         cut = {
@@ -74,9 +74,9 @@ class CommonForm:
 
 
 def common_form(architectures: Mapping[str, Architecture], tokenizer: PreTrainedTokenizerBase) -> CommonForm:
-    """The vocabulary rows that all anchors have, and a head apart from the table where one of them has one.
+    """Find the common form: the vocabulary rows that all anchors have; untied where any anchor is.
 
-    An untied copy of a tied table is exact (and has more parameters); tying an untied one would change the model.
+    Untying by a copy of the table is exact (and adds parameters); tying would change the model.
 
     Args:
         architectures: by name.
@@ -99,7 +99,7 @@ def common_form(architectures: Mapping[str, Architecture], tokenizer: PreTrained
 
 
 def _special_tokens(config: PretrainedConfig) -> list[int]:
-    """Ids that a config names, such as its padding token's."""
+    """Token ids in a config, such as the padding token's."""
     found: list[int] = []
     for name, value in config.to_dict().items():
         if name.endswith("_token_id"):
@@ -107,20 +107,19 @@ def _special_tokens(config: PretrainedConfig) -> list[int]:
     return found
 
 
-def layers_beside(names: tuple[str, str], upper: Architecture, lower: Architecture) -> list[int]:
-    """Pair the layers of two anchors, in their common form, or refuse two between which nothing can be made.
+def paired_layers(names: tuple[str, str], upper: Architecture, lower: Architecture) -> list[int]:
+    """Pair the layers of two anchors in their common form.
 
     Args:
         names: of the upper and the lower anchor.
         upper, lower: what their tensors mean.
 
     Returns:
-        for each lower layer the upper one that it stands beside: evenly spaced, or as near to that as the kinds of
-        their layers allow.
+        for each lower layer the upper layer paired with it, as evenly spaced as the layer types allow.
 
     Raises:
         ValueError: the lower one is larger in some dimension or altogether, a size that no target can lie between
-            differs, such as the head size, or its layers are of kinds that the upper one does not have in that order.
+            differs, such as the head size, or its layer types do not occur in the upper one in that order.
     """
     if lower.num_parameters >= upper.num_parameters:
         raise ValueError(
@@ -142,43 +141,41 @@ def layers_beside(names: tuple[str, str], upper: Architecture, lower: Architectu
                 f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}. {why}Leave one of the "
                 "two out, or distil the lower one with build_chain."
             )
-    above, below = _layer_kinds(upper), _layer_kinds(lower)
+    above, below = _layer_types(upper), _layer_types(lower)
     even = spaced_layers(upper.depth, lower.depth)
     kept = fitting_layers(even, upper.depth, lambda layer, position: above[layer] == below[position])
     if kept is None:
-        raise ValueError(_no_layers_beside(names, above, below))
+        raise ValueError(_no_pairing(names, above, below))
     return kept
 
 
-def _layer_kinds(architecture: Architecture) -> list[dict[str, Any]]:
-    """Of each layer its entries in the per-layer lists of the config."""
+def _layer_types(architecture: Architecture) -> list[dict[str, Any]]:
+    """Each layer's entries in the per-layer lists of the config."""
     fields = architecture.family.per_layer_fields
     return [{field: architecture.entry(field, layer) for field in fields} for layer in range(architecture.depth)]
 
 
-def _no_layers_beside(
-    names: tuple[str, str], above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]]
-) -> str:
-    """Name the first layer of the lower anchor that has none of its kind beside it, why, and depths that would do.
+def _no_pairing(names: tuple[str, str], above: Sequence[Mapping[str, Any]], below: Sequence[Mapping[str, Any]]) -> str:
+    """Format the error for anchors without a pairing: the first unpaired lower layer, why, and depths that would fit.
 
     Args:
         names: of the upper and the lower anchor.
-        above, below: the kinds of their layers, between which there is no pairing.
+        above, below: the types of their layers.
     """
     last = len(above) - 1
-    # The last layers stand beside each other, each other lower layer beside the next upper one of its kind.
+    # The last layers are paired, every other lower layer with the next upper layer of its type.
     left = iter(above[:-1])
     position = next((number for number, kind in enumerate(below[:-1]) if kind not in left), len(below) - 1)
     if position < len(below) - 1:
-        reason = f"{names[0]} has no layer of this kind left for it, in order"
+        reason = f"{names[0]} has no layer of this type left for it, in order"
     else:
-        reason = f"it stands beside layer {last} of {names[0]}, which has {_described(above[last])}"
-    # Cut to these depths, the upper one ends with a layer of the kind that it ends with now.
+        reason = f"it is paired with layer {last} of {names[0]}, which has {_described(above[last])}"
+    # Cut to these depths, the upper anchor still ends with a layer of the type it ends with now.
     depths = ", ".join(str(depth) for depth in range(1, last + 1) if above[depth - 1] == above[last])
     ways = f", such as one of {depths} layers with the pattern of {names[0]}" if depths else ""
     return (
         f"Layer {position} of {names[1]} has {_described(below[position])}, but {reason}. Between two anchors every "
-        f"lower layer stands for upper layers of its kind. Give another anchor{ways}; or distil one from {names[0]} "
+        f"lower layer stands for upper layers of its type. Give another anchor{ways}; or distil one from {names[0]} "
         "with build_chain."
     )
 
@@ -196,7 +193,7 @@ def check_same_function(
     kept: Sequence[int],
     tokens: torch.Tensor,
 ) -> None:
-    """Refuse a lower anchor that computes something else under the upper anchor's config, which targets get.
+    """Check that a lower anchor computes the same under the upper anchor's config, which targets get.
 
     Only the norms' epsilon may differ; a target takes that of the anchor its operator starts from.
 
@@ -215,7 +212,7 @@ def check_same_function(
         other = other.with_eps(lower.eps)
     same = same_tensors = other.tensors.keys() == lower.tensors.keys()
     if same:
-        # Of a few positions all over the text: with a large vocabulary those of all would be gigabytes.
+        # At a few positions only: with a large vocabulary all logits would take gigabytes.
         length = tokens.shape[1]
         places = torch.linspace(0, length - 1, min(length, _POSITIONS)).long()
         expected, found = (
@@ -225,7 +222,7 @@ def check_same_function(
         same = bool((found - expected).abs().max() <= _SAME_LOGITS * expected.std())
     if not same:
         raise ValueError(
-            f"{names[0]} and {names[1]} are not of one kind: under the first one's config, with its own sizes, the "
+            f"{names[0]} and {names[1]} are not compatible: under the first one's config, with its own sizes, the "
             f"second has other {'logits' if same_tensors else 'tensors'}. The configs differ in "
             f"{_differences(other.config, lower.config)}, and a target has one. Leave one of the two out, or distil "
             "the lower one with build_chain."

@@ -1,4 +1,4 @@
-"""A chain of models that exist already, such as a public family's sizes, which were trained apart."""
+"""Make a chain of existing models, such as the sizes of a public family, which were trained separately."""
 
 import copy
 import dataclasses
@@ -20,9 +20,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture, architecture_of
-from cbd_trl.build.compatibility import CommonForm, check_same_function, common_form, layers_beside
+from cbd_trl.build.compatibility import CommonForm, check_same_function, common_form, paired_layers
 from cbd_trl.build.special_tokens import SpecialTokens, listed
-from cbd_trl.build.student import calibration_batches, finished_chain, store_anchor
+from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.cards import ORIGINS
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.folders import ONE_TOKENIZER, check_place
@@ -46,15 +46,15 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Member:
-    """One model on its way into a chain.
+    """One model that becomes an anchor.
 
     Args:
-        source: where it is.
-        label: what to call it in front of a reader.
+        source: the model.
+        label: its name in messages.
         name: of its folder in the chain.
-        form: what all anchors are brought to.
-        architecture: what its tensors mean, in that form.
-        kept: the layers of the anchor above that its own stand beside; those of the first are its own.
+        form: the common form of all anchors.
+        architecture: its architecture in that form.
+        kept: for each of its layers the paired layer of the anchor above; for the first anchor its own layers.
     """
 
     source: Source
@@ -65,7 +65,7 @@ class Member:
     kept: list[int]
 
     def load(self) -> PreTrainedModel:
-        """The model in the common form, in the dtype and the coordinates it has."""
+        """Load the model in the common form, in its own dtype and coordinates."""
         model = self.source.model({"dtype": "auto"})
         own = architecture_of(model)
         weights = self.form.weights(weights_of(model, own), own)
@@ -75,14 +75,14 @@ class Member:
 
 
 def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> list[Member]:
-    """Everything that can be known without weights.
+    """Check and pair the models, as far as possible without weights.
 
     Args:
         sources: largest first.
         tokenizer: the chain's.
 
     Raises:
-        ValueError: some do not go together.
+        ValueError: some are not compatible.
     """
     labels = [f"anchors[{i}]" + (f" ({source.name})" if source.name else "") for i, source in enumerate(sources)]
     own = {label: source.architecture() for label, source in zip(labels, sources, strict=True)}
@@ -101,7 +101,7 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
         kept = list(range(architecture.depth))
         if members:
             above = members[-1]
-            kept = layers_beside((above.label, label), above.architecture, architecture)
+            kept = paired_layers((above.label, label), above.architecture, architecture)
         if own[label].tied and not form.tied:
             logger.warning(
                 f"{label} gets a head of its own, a copy of its table ({architecture.num_parameters:,} parameters "
@@ -113,7 +113,7 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _check_tokenizer(label: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse an anchor whose own tokenizer, where one is found, reads other tokens than the chain's."""
+    """Check that an anchor's own tokenizer, where one is found, has the chain's tokens."""
     own = find_tokenizer(source.name, source.revision, local_only=isinstance(source.place, PreTrainedModel))
     reason = None if own is None else tokenizer_difference(tokenizer, own, names=("the chain's", "its"))
     if reason is not None:
@@ -121,7 +121,7 @@ def _check_tokenizer(label: str, source: Source, tokenizer: PreTrainedTokenizerB
 
 
 def check_functions(members: Sequence[Member], tokens: torch.Tensor) -> None:
-    """Load each lower anchor and see whether the config of the one above does for it (see `check_same_function`).
+    """Load each lower anchor and check it under the config of the one above (see `check_same_function`).
 
     Args:
         members: largest first.
@@ -135,7 +135,7 @@ def check_functions(members: Sequence[Member], tokens: torch.Tensor) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Coordinates:
-    """New coordinates of every anchor, largest first.
+    """The coordinates each anchor is stored in, largest first.
 
     Args:
         orders: None where an anchor stays as it is.
@@ -162,10 +162,10 @@ class Coordinates:
         """
         state = PartialState()
         scores, matches = [], []
-        model, side = _measured(members[0], blocks)
+        model, side = _with_statistics(members[0], blocks)
         for number, member in enumerate(members[1:], start=1):
             state.print(f"[{number}/{len(members) - 1}] matching {member.label} with {members[number - 1].label}")
-            below, below_side = _measured(member, blocks)
+            below, below_side = _with_statistics(member, blocks)
             batches = calibration_batches(blocks, "Comparing streams")
             cross = collect_cross_moments(
                 model, side.architecture, below, below_side.architecture, member.kept, batches
@@ -177,10 +177,10 @@ class Coordinates:
         # From the smallest up: an anchor's order decides that of the one above it.
         for above, member, match, score in reversed(list(zip(members, members[1:], matches, scores, strict=False))):
             orders.insert(0, order_above(match, orders[0], above.architecture, score, member.kept))
-        return cls(orders, [{}, *(_told(match) for match in matches)])
+        return cls(orders, [{}, *(_rounded(match) for match in matches)])
 
     def save(self, file: Path, settings: Sequence[Mapping[str, Any]]) -> None:
-        """Write them down, so that an interrupted run goes on in the same coordinates."""
+        """Save them, so that an interrupted run resumes in the same coordinates."""
         tensors = {
             f"{number}.{field}": tensor.contiguous()
             for number, order in enumerate(self.orders)
@@ -193,7 +193,7 @@ class Coordinates:
 
     @classmethod
     def load(cls, file: Path, settings: Sequence[Mapping[str, Any]]) -> "Coordinates | None":
-        """What a run with these settings wrote down, None where none did."""
+        """Load those of an earlier run with these settings; None if there are none."""
         if not file.exists():
             return None
         with safe_open(file, "pt") as stored:
@@ -207,7 +207,7 @@ class Coordinates:
         return cls([Order(**found[number]) for number in sorted(found)], json.loads(metadata["matches"]))
 
 
-def _measured(member: Member, blocks: torch.Tensor) -> tuple[PreTrainedModel, Side]:
+def _with_statistics(member: Member, blocks: torch.Tensor) -> tuple[PreTrainedModel, Side]:
     model: Any = member.load()
     weights = weights_of(model, member.architecture)
     model.to(PartialState().device)
@@ -219,8 +219,8 @@ def _importance(side: Side) -> Importance:
     return importance(side.weights, side.architecture, side.statistics)
 
 
-def _told(match: Match) -> dict[str, dict[str, float]]:
-    """The quality of a match as it is to stand in chain.json."""
+def _rounded(match: Match) -> dict[str, dict[str, float]]:
+    """The quality of a match, rounded for chain.json."""
     return {
         kind: {name: round(value, 4) for name, value in dataclasses.asdict(quality).items()}
         for kind, quality in match.quality.items()
@@ -237,19 +237,19 @@ def chain_from_anchors(
     calibration_tokens: int = 8192,
     token: str | None = None,
 ) -> Chain:
-    """Make a chain of models that exist already; `from_chain` then makes the sizes between them.
+    """Make a chain of existing models; `from_chain` then makes the sizes between them.
 
     Nothing is trained, and every anchor computes what it computed: only its coordinates are renumbered. Models that
     were trained apart share none, so each is matched with the one above by what both do on calibration text: residual
-    channels (up to their sign where the norms are RMSNorms), FFN neurons, key/value groups and their query heads. What
-    the lower anchor has then comes first in the upper one, the rest by importance. How well they matched stands in
-    `chain.anchors[i].training["match"]`. This takes text and forward passes of both models, which `from_chain` does
-    without: so aligning belongs to making the chain, and is done once.
+    channels (up to their sign where the norms are RMSNorms), FFN neurons, key/value groups and their query heads.
+    Coordinates of the lower anchor come first in the upper one, the rest by importance. The quality of a match is in
+    `chain.anchors[i].training["match"]`. Matching needs text and forward passes of both models, so it is done once,
+    when the chain is made; `from_chain` needs neither.
 
     Each lower layer stands for a block of the upper anchor, evenly spaced. Anchors with padded vocabularies are cut to
     the rows that all have; where one has a head of its own, tied ones get a copy of their table as theirs.
 
-    Run again with the same arguments, it goes on where it was interrupted.
+    Run again with the same arguments to resume an interrupted run.
 
     Args:
         anchors: two or more models of one family, largest first: models, paths or Hub ids.
@@ -261,8 +261,8 @@ def chain_from_anchors(
         token: for anchors on the Hub.
 
     Raises:
-        ValueError: before anything is written, for anchors that do not go together (the message says why) or a folder
-            that holds another chain.
+        ValueError: before anything is written, for anchors that are not compatible (the message gives the reason) or a
+            folder that holds another chain.
     """
     output_dir, dataset = Path(output_dir), sft_dataset(dataset, "dataset")
     sources = [Source(place, token=token, role="anchor") for place in anchors]
@@ -295,7 +295,7 @@ def _make(
     file = work / "coordinates.safetensors"
     coordinates = Coordinates.load(file, settings) if align else Coordinates.unchanged(len(members))
     if coordinates is None:
-        # What was written in coordinates that are no longer known does not go with what comes.
+        # Anchors stored in coordinates that were lost cannot be combined with new ones.
         finished = 0
     if not finished:
         check_functions(members, blocks[:1])
@@ -314,14 +314,14 @@ def _make(
 
 
 def _settings(members: Sequence[Member], align: bool, blocks: torch.Tensor) -> list[dict[str, Any]]:
-    """What decides each anchor's folder: all anchors, since the order of one depends on those below it."""
+    """Settings that decide each anchor: all anchors, since the order of one depends on those below it."""
     text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
     beside = [member.source.record() for member in members]
     return [{**own, "beside": beside, "aligned": align, "text": text} for own in beside]
 
 
 def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Mapping[str, Any]]) -> int:
-    """How many anchors an earlier run wrote.
+    """Count the anchors that an earlier run wrote.
 
     Raises:
         ValueError: the folder holds another chain.
@@ -336,7 +336,7 @@ def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Ma
             differing = {key: (recorded[key], value) for key, value in wanted.items() if recorded[key] != value}
             raise ValueError(
                 f"{output_dir} already holds another chain: its anchor {anchor.name} {anchor.shape} was made with "
-                f"other settings than are asked for now, {member.architecture.shape}: {differing} (there, now). "
+                f"other settings than requested now, {member.architecture.shape}: {differing} (there, now). "
                 "Choose another output_dir, or delete that folder to build anew."
             )
     check_place(output_dir, [member.name for member in members[len(anchors) :]])
@@ -344,7 +344,7 @@ def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Ma
 
 
 def _ends(member: Member) -> list[int]:
-    """What ends a text of a model, by its generation config or, where it has none, its config."""
+    """Eos token ids of a model, from its generation config or, without one, its config."""
     source = member.source
     generation: Any = getattr(source.place, "generation_config", None)
     if not isinstance(source.place, PreTrainedModel):
@@ -367,7 +367,7 @@ def _write(
     ends: Sequence[int],
     text: TokenBlocks,
 ) -> None:
-    """Put one anchor into its coordinates, measure it there, and write it."""
+    """Reorder one anchor, collect its statistics, and write it."""
     member, order = members[number], coordinates.orders[number]
     model: Any = member.load()
     if order is not None:

@@ -1,4 +1,4 @@
-"""What is to be built, checked before any long work: every anchor's shape, arguments and text."""
+"""Plan a build and check it before any long work: every anchor's shape, arguments and text."""
 
 import copy
 import math
@@ -34,14 +34,14 @@ _OWN_OPTIONS = ("args", "dataset")
 
 @dataclass(frozen=True)
 class Step:
-    """One lower anchor to be made.
+    """One lower anchor to be distilled.
 
     Args:
         name: its name in the chain.
-        architecture: its shape; which layers of the anchor above it keeps, and with them what its config lists layer
-            by layer, is chosen when it is made.
+        architecture: its shape. Which layers of the anchor above it keeps is chosen when it is made, and with them the
+            per-layer fields of its config.
         args: training arguments, chain defaults filled in.
-        dataset: text it is distilled on.
+        dataset: text to distill on.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Step:
 def plan_chain(
     source: Architecture, anchors: Sequence[Mapping[str, Any] | float], args: DistillConfig, dataset: Any
 ) -> list[Step]:
-    """Resolve every anchor asked for, from the source down.
+    """Resolve every requested anchor, from the source down.
 
     Raises:
         ValueError: no anchors, one that cannot be cut from the one above it, or arguments that name a teacher or
@@ -61,7 +61,7 @@ def plan_chain(
     """
     if not anchors:
         raise ValueError(
-            "No anchors were asked for. Give at least one, for example anchors=[{'num_hidden_layers': 16}] or "
+            "No anchors were requested. Give at least one, for example anchors=[{'num_hidden_layers': 16}] or "
             "anchors=[0.6]."
         )
     steps: list[Step] = []
@@ -84,8 +84,8 @@ def plan_step(
 
     Args:
         upper: the anchor above it.
-        anchor: as asked for.
-        position: among those asked for.
+        anchor: as requested: a dict of config fields, a parameter count or a ratio.
+        position: among those requested.
         args: of the chain.
         dataset: of the chain.
         taken: names of the anchors above it.
@@ -120,23 +120,23 @@ def _size(anchor: Any, position: int) -> float:
 
 
 def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -> DistillConfig:
-    # A BridgeDistillConfig is one too, with other defaults and another loss.
+    # A BridgeDistillConfig is a subclass with other defaults and another loss.
     if not isinstance(args, DistillConfig) or isinstance(args, BridgeDistillConfig):
         raise TypeError(
-            f"The args of an anchor are a {type(args).__name__}: a DistillConfig is needed, it has every default. "
+            f"The args of an anchor are a {type(args).__name__}, but must be a DistillConfig, which has all defaults. "
             "Give args=DistillConfig(...)."
         )
     check_chain_arguments(args, "a chain", "the teacher of each anchor is the anchor above it")
     args, equal_widths = copy.deepcopy(args), target.sizes == upper.sizes
     models_between = _models_between(upper, target)
     if args.hidden_weight is None:
-        asked = args.hidden_loss or args.hidden_projector or args.hidden_weight_end
-        args.hidden_weight = HIDDEN_WEIGHT if equal_widths or asked else WIDTH_HIDDEN_WEIGHT
+        requested = args.hidden_loss or args.hidden_projector or args.hidden_weight_end
+        args.hidden_weight = HIDDEN_WEIGHT if equal_widths or requested else WIDTH_HIDDEN_WEIGHT
     if args.hidden_loss is None and args.hidden_weight:
         args.hidden_loss = HIDDEN_LOSS
     if args.swap_probability is None:
         share = SWAP_PROBABILITY if equal_widths else WIDTH_SWAP_PROBABILITY
-        # Hybrids run the teacher's layers on the student's states, which a projector lets drift apart.
+        # Hybrids run the teacher's layers on the student's states, which diverge behind a projector.
         args.swap_probability = share if models_between and not args.hidden_projector else 0.0
     if args.swap_probability and not models_between:
         raise ValueError(
@@ -150,6 +150,6 @@ def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -
 
 
 def _models_between(upper: Architecture, lower: Architecture) -> bool:
-    """Whether there are shapes that hybrids can have."""
+    """Whether any shape for hybrids lies between the two."""
     blocks = [list(block.layers) for block in spaced_blocks(upper.depth, lower.depth, upper.fits)]
     return lower.sizes == upper.sizes or bool(targets_between(upper, lower, blocks))

@@ -1,12 +1,12 @@
-"""What an earlier run of a build finished, if it is what is asked for now."""
+"""Find the anchors that an earlier run of a build finished, and check that they are those requested now."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.build.arguments import changed_arguments, there_and_now, training_record
+from cbd_trl.build.arguments import changed_arguments, then_and_now, training_record
 from cbd_trl.build.plan import Step
-from cbd_trl.build.source_anchor import MADE_WITH, Head
+from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor
 from cbd_trl.build.training import ARGUMENTS
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
@@ -16,77 +16,75 @@ from cbd_trl.utils.tokenizers import tokenizer_hash
 _SOURCE = ("source", "fingerprint")
 
 
-def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dict[int, Anchor]:
-    """Anchors that an earlier run finished, by position (0 is the head).
+def finished_anchors(output_dir: Path, source_anchor: SourceAnchor, steps: Sequence[Step]) -> dict[int, Anchor]:
+    """Find anchors that an earlier run finished, by position (0 is the source anchor).
 
     Args:
         output_dir: the chain's folder.
-        head: the first anchor, as it is asked for now. Names and fingerprints are compared where both are known.
-        steps: the others.
+        source_anchor: the largest anchor as requested now; names and fingerprints are compared where known.
+        steps: the lower anchors.
 
     Raises:
-        ValueError: the folder holds a chain that was built from something else or with other settings, or something
-            else in the place of an anchor.
+        ValueError: the folder holds a chain of another source or other settings, or another file where an anchor
+            would go.
     """
-    names = [head.name, *(step.name for step in steps)]
+    names = [source_anchor.name, *(step.name for step in steps)]
     if not (output_dir / MANIFEST).exists():
         check_place(output_dir, names)
         return {}
     anchors = Chain.from_pretrained(output_dir).anchors
     way_out = "Choose another output_dir, or delete that folder to build anew."
-    _check_head(output_dir, anchors[0], head, way_out)
+    _check_source_anchor(output_dir, anchors[0], source_anchor, way_out)
     if len(anchors) > len(steps) + 1:
         there = ", ".join(anchor.name for anchor in anchors)
-        raise ValueError(
-            f"{output_dir} already holds a chain of more anchors ({there}) than are asked for now. {way_out}"
-        )
+        raise ValueError(f"{output_dir} already holds a chain of more anchors ({there}) than requested now. {way_out}")
     for anchor, step in zip(anchors[1:], steps, strict=False):
         now = training_record(step.args)
         changed = changed_arguments(anchor.training, now)
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
-                f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}"
-                f"{there_and_now(changed, anchor.training, now)}. {way_out}"
+                f"requested now: {step.architecture.shape}; changed arguments: {changed or 'none'}"
+                f"{then_and_now(changed, anchor.training, now)}. {way_out}"
             )
     check_place(output_dir, names[len(anchors) :])
     return dict(enumerate(anchors))
 
 
-def _check_head(output_dir: Path, anchor: Anchor, head: Head, way_out: str) -> None:
-    there, now = ({key: record.get(key) for key in _SOURCE} for record in (anchor.training, head.record))
-    shape = head.architecture.shape
-    bridged = "bridge" in anchor.training or "bridge" in head.record
+def _check_source_anchor(output_dir: Path, anchor: Anchor, source_anchor: SourceAnchor, way_out: str) -> None:
+    there, now = ({key: record.get(key) for key in _SOURCE} for record in (anchor.training, source_anchor.record))
+    shape = source_anchor.architecture.shape
+    bridged = "bridge" in anchor.training or "bridge" in source_anchor.record
     if _differing(there, now) or (anchor.shape != shape and not bridged):
         raise ValueError(
-            f"{output_dir} already holds a chain of another source ({there}, {anchor.shape}; asked for: {now}, "
+            f"{output_dir} already holds a chain of another source ({there}, {anchor.shape}; requested: {now}, "
             f"{shape}). {way_out}"
         )
-    changed = _changed_bridge(anchor.training.get("bridge"), head)
-    made, wanted = anchor.training.get(MADE_WITH) or {}, head.record.get(MADE_WITH, {})
+    changed = _changed_bridge(anchor.training.get("bridge"), source_anchor)
+    made, wanted = anchor.training.get(MADE_WITH) or {}, source_anchor.record.get(MADE_WITH, {})
     changed += [name for name, value in wanted.items() if made.get(name, value) != value]
-    if anchor.tokenizer is not None and anchor.tokenizer != tokenizer_hash(head.tokenizer):
+    if anchor.tokenizer is not None and anchor.tokenizer != tokenizer_hash(source_anchor.tokenizer):
         changed.insert(0, "tokenizer")
     if anchor.shape != shape or changed:
         raise ValueError(
-            f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, made with other settings than are "
-            f"asked for now: {shape}; changed: {changed or 'none'}{_values(changed, anchor.training, head.record)}. "
-            f"{way_out}"
+            f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, made with other settings than "
+            f"requested now: {shape}; changed: {changed or 'none'}"
+            f"{_values(changed, anchor.training, source_anchor.record)}. {way_out}"
         )
 
 
 def _values(changed: list[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     flat = ({**(r.get(MADE_WITH) or {}), **((r.get("bridge") or {}).get(ARGUMENTS) or {})} for r in (there, now))
-    return there_and_now(changed, *flat)
+    return then_and_now(changed, *flat)
 
 
 def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is known of both and differs."""
+    """Keys known in both records whose values differ."""
     return [key for key in there if there[key] and now.get(key) and there[key] != now[key]]
 
 
-def _changed_bridge(recorded: Mapping[str, Any] | None, head: Head) -> list[str]:
-    wanted = head.record.get("bridge")
+def _changed_bridge(recorded: Mapping[str, Any] | None, source_anchor: SourceAnchor) -> list[str]:
+    wanted = source_anchor.record.get("bridge")
     if recorded is None or wanted is None:
         return [] if recorded is wanted else ["bridge"]
     there = {key: value for key, value in recorded.items() if key != ARGUMENTS}

@@ -1,4 +1,4 @@
-"""The anchor at the head of a chain: the source, or what was bridged from it, sorted."""
+"""The largest anchor of a chain, the source anchor: the source itself, or a model bridged from it, sorted."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures import Architecture, architecture_of
 from cbd_trl.build.arguments import loading_options
 from cbd_trl.build.special_tokens import SpecialTokens
-from cbd_trl.build.student import calibration_batches, store_anchor
+from cbd_trl.build.store import calibration_batches, store_anchor
 from cbd_trl.build.training import Trained
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS, ORIGINS
@@ -26,24 +26,24 @@ from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.tokenizers import check_rows
 
-# In the record of the first anchor: arguments that decide it, and that are those of no training.
+# Key in the source anchor's metadata: arguments that decide it and belong to no training.
 MADE_WITH = "made_with"
 
 
 @dataclass(frozen=True)
-class Head:
-    """The first anchor, as it is to be made.
+class SourceAnchor:
+    """The largest anchor, planned: everything needed to make it.
 
     Args:
         architecture: its shape.
-        tokenizer: its own, and that of the whole chain.
-        special: what trainings changed of it.
-        args: training arguments; where nothing is trained, for the names of columns and the device.
-        dataset: text that it is trained and calibrated on.
-        record: what it is made from, as chain.json has it.
+        tokenizer: of the whole chain.
+        special: special tokens and chat template that trainings of the chain set.
+        args: training arguments; without training, they name columns and the device.
+        dataset: text to train and calibrate on.
+        record: metadata for chain.json: where it comes from.
         sources: the models that it is made from.
-        doing: what is said while it is made.
-        make: gives the model, in the coordinates it has; given what the line of its progress begins with.
+        description: printed while it is made.
+        make: makes the model, not sorted yet; called with the label of the progress line.
     """
 
     architecture: Architecture
@@ -53,78 +53,78 @@ class Head:
     dataset: Any
     record: dict[str, Any]
     sources: Sequence[Source]
-    doing: str
+    description: str
     make: Callable[[str], Trained]
 
     @property
     def name(self) -> str:
-        """Of the anchor."""
+        """Name of the anchor, such as `135M`."""
         return anchor_name(self.architecture.num_parameters)
 
 
-def source_head(
+def plan_source_anchor(
     origin: Source,
     tokenizer: PreTrainedTokenizerBase | None,
     args: DistillConfig,
     dataset: Any,
     special: SpecialTokens,
-) -> Head:
-    """The source as it is.
+) -> SourceAnchor:
+    """Plan a source anchor that is the source itself.
 
     Args:
         origin: the source.
-        tokenizer: the one given for it.
+        tokenizer: the one passed for it, if any.
         args: of the chain; its `model_init_kwargs` load the source.
         dataset: of the chain.
-        special: what the trainings of the chain make of its tokenizer.
+        special: special tokens that trainings of the chain set.
 
     Raises:
-        ValueError: the source cannot be cut, or has no tokenizer, another one, or one without these tokens.
+        ValueError: the source cannot be cut, has no tokenizer, another tokenizer, or one without the tokens set.
     """
     architecture = origin.architecture()
     tokenizer = origin.tokenizer_or(tokenizer)
     check_rows(origin.role, architecture.sizes["vocab"], tokenizer, "processing_class")
-    return Head(
+    return SourceAnchor(
         architecture=architecture,
         tokenizer=special.tokenizer(tokenizer),
         special=special,
         args=args,
         dataset=dataset,
-        record=head_record(origin, args, special),
+        record=source_record(origin, args, special),
         sources=[origin],
-        doing=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
+        description=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
         make=lambda label: Trained(origin.model(args.model_init_kwargs)),
     )
 
 
-def head_record(origin: Source, args: DistillConfig, special: SpecialTokens) -> dict[str, Any]:
-    """What tells a chain's beginning from another, as chain.json has it.
+def source_record(origin: Source, args: DistillConfig, special: SpecialTokens) -> dict[str, Any]:
+    """Metadata that identifies the source of a chain, for chain.json.
 
     Args:
         origin: the source.
         args: of the chain.
-        special: what the trainings of the chain make of its tokenizer.
+        special: special tokens that trainings of the chain set.
     """
     made = {"model_init_kwargs": loading_options(args.model_init_kwargs), **special.record()}
     return {**origin.record(), MADE_WITH: made}
 
 
-def store_head(output_dir: Path, head: Head, made: Trained, text: TokenBlocks) -> Anchor:
-    """Sort the model, turn its stream onto its principal axes where that is exact, and write it as the first anchor.
+def store_source_anchor(output_dir: Path, source_anchor: SourceAnchor, made: Trained, text: TokenBlocks) -> Anchor:
+    """Sort the model, rotate its residual stream onto its principal axes where that is exact, and write the anchor.
 
     Args:
         output_dir: the chain's folder.
-        head: what it is.
-        made: what `head.make` returned, on the device to calibrate on.
-        text: to calibrate on.
+        source_anchor: its plan.
+        made: the model that `source_anchor.make` returned, on the device to calibrate on.
+        text: calibration text.
     """
     model: PreTrainedModel = made.model
     architecture = architecture_of(model)
-    if architecture.tied != head.architecture.tied:
-        # Planned by the config of a model on the Hub whose tensors could not be looked at before.
+    if architecture.tied != source_anchor.architecture.tied:
+        # The plan used the config of a model on the Hub whose tensors could not be inspected before.
         raise ValueError(
-            f"tie_word_embeddings is {head.architecture.tied} in the config of the {type(model).__name__} that was "
-            f"loaded, but {architecture.tied} by its weights, which are here now: run the same again."
+            f"tie_word_embeddings is {source_anchor.architecture.tied} in the config of the {type(model).__name__}, "
+            f"but {architecture.tied} by its weights, which are downloaded now: run the same again."
         )
     weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
     blocks = text.input_ids
@@ -134,19 +134,19 @@ def store_head(output_dir: Path, head: Head, made: Trained, text: TokenBlocks) -
     if can_rotate(in_order, architecture):
         in_order, statistics = to_principal_axes(in_order, architecture, statistics)
     record = {
-        "name": head.name,
+        "name": source_anchor.name,
         "parent": None,
         "block_map": None,
         "block_start": list(text.start),
         "tokens_seen": made.tokens_seen,
         "losses": made.losses,
         "training": {
-            **head.record,
-            ORIGINS: [source.origin().record() for source in head.sources],
-            **({DATASETS: hub_datasets(head.dataset)} if made.tokens_seen else {}),
+            **source_anchor.record,
+            ORIGINS: [source.origin().record() for source in source_anchor.sources],
+            **({DATASETS: hub_datasets(source_anchor.dataset)} if made.tokens_seen else {}),
         },
     }
     sorted_model = build_model(architecture, in_order, model.dtype)
     sorted_model.generation_config = copy.deepcopy(model.generation_config)
-    head.special.follow(sorted_model, head.tokenizer)
-    return store_anchor(output_dir, record, sorted_model, head.tokenizer, statistics)
+    source_anchor.special.follow(sorted_model, source_anchor.tokenizer)
+    return store_anchor(output_dir, record, sorted_model, source_anchor.tokenizer, statistics)

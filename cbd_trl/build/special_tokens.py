@@ -1,4 +1,4 @@
-"""How texts end, pad and render in a chain: what trainings change of a tokenizer and of configs, for all anchors."""
+"""Special tokens and chat template of a chain: set by any of its trainings, applied to all anchors."""
 
 import copy
 import dataclasses
@@ -13,10 +13,10 @@ from cbd_trl.utils.datasets import read_template
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-    """Arguments of trainings that change the tokenizer, as in `SFTTrainer`.
+    """Training arguments that change the tokenizer, as in `SFTTrainer`.
 
-    A chain has one tokenizer, so they hold for all of it: a target lies between two anchors, and must stop where both
-    were taught to.
+    A chain has one tokenizer, so they hold for every anchor: a target between two anchors must stop where both were
+    trained to.
 
     Args:
         eos_token: ends a text.
@@ -30,13 +30,13 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, trainings: Iterable[Mapping[str, Any]]) -> "SpecialTokens":
-        """What the trainings of a chain ask for; one that leaves a field open takes what another asks for.
+        """Collect them from the trainings of a chain; a training that leaves a field open takes another's value.
 
         Args:
             trainings: fields of their arguments.
 
         Raises:
-            ValueError: two ask for different ones.
+            ValueError: two trainings set different values.
         """
         trainings, found = list(trainings), {}
         for field in dataclasses.fields(cls):
@@ -45,21 +45,21 @@ class SpecialTokens:
                 one, other, *_ = values
                 raise ValueError(
                     f"The trainings of the chain set {field.name}={one!r} and {field.name}={other!r}. A chain has one "
-                    "tokenizer, and a model between two anchors must stop where both were taught to. Set the same in "
+                    "tokenizer, and a model between two anchors must stop where both were trained to. Set the same in "
                     "the args of all anchors, or in those of the chain alone."
                 )
             found[field.name] = next(iter(values), None)
         return cls(**found)
 
     def record(self) -> dict[str, str | None]:
-        """As chain.json has them."""
+        """The entries for chain.json."""
         return {**dataclasses.asdict(self), "chat_template_path": template_record(self.chat_template_path)}
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        """A copy with the chat template, and the tokens that end and pad, that a trainer would give it.
+        """Copy a tokenizer with the chat template, eos and pad tokens that a trainer would set.
 
         Raises:
-            ValueError: a token that is not in the vocabulary, or a template whose tokens are not.
+            ValueError: a token, or a token of the template, is not in the vocabulary.
         """
         taught = copy.deepcopy(tokenizer)
         if self.eos_token is not None:
@@ -87,15 +87,15 @@ class SpecialTokens:
         taught.eos_token = other.eos_token
 
     def follow(self, model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> None:
-        """Have a model's configs name the tokens of its tokenizer, in place, as they do once a trainer has had both.
+        """Write the tokenizer's special tokens into a model's configs, in place, as a trainer does.
 
-        Of several ends in the generation config, any of which ends a text, none is taken away. What pads is left to
-        the trainer, unless it was asked for: an embedding does not learn the row that its config calls padding.
+        Additional eos tokens in the generation config are kept. The pad token is left to the trainer unless it was
+        set: an embedding does not learn the row of its config's padding token.
 
         Args:
             model: its config and generation config are changed.
             tokenizer: what `tokenizer` returned.
-            ends: further ids that end a text.
+            ends: further eos ids.
         """
         config, generation = model.config.get_text_config(), model.generation_config
         for role in ("bos_token_id", "pad_token_id") if self.pad_token else ("bos_token_id",):
@@ -118,11 +118,11 @@ def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
     if token not in tokenizer.get_vocab():
         raise ValueError(
             f"{name}={token!r} is not in the vocabulary of the chain's tokenizer ({len(tokenizer)} tokens), so no "
-            "anchor could learn it. Name one of its tokens, or add it to the source first."
+            "anchor could learn it. Use one of its tokens, or add it to the source first."
         )
     return token
 
 
 def listed(ids: Any) -> list[int]:
-    """Token ids of a config, which may have several, one or none."""
+    """Token ids of a config field that holds several, one or none, as a list."""
     return list(ids) if isinstance(ids, list) else [] if ids is None else [ids]

@@ -1,8 +1,6 @@
-"""What an anchor is before it is trained: layers chosen by measure, the least-squares cut, the refit; and what is
-trained beside it."""
+"""Prepare the student of a step: choose its layers, cut it from the anchor above, refit it, and pick its hybrid."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,31 +8,27 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.build.plan import Step
+from cbd_trl.build.store import CALIBRATION_BATCH
 from cbd_trl.build.width_hybrid import WidthHybrid
-from cbd_trl.chain.cards import save_cards
-from cbd_trl.chain.chain import STATISTICS_FILE, Anchor, Chain, write_anchor
+from cbd_trl.chain.chain import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.block_search import cheapest_blocks
 from cbd_trl.surgery.blocks import Block, block_costs, select_layers
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms
 from cbd_trl.surgery.refit import refit_layers
-from cbd_trl.surgery.statistics import Statistics
-from cbd_trl.surgery.statistics_file import save_statistics
 from cbd_trl.targets.pair import Pair
-from cbd_trl.utils.files import writing
-from cbd_trl.utils.progress import Progress
 
-# To compare blocks; refitting what is chosen uses all there is.
+# Tokens to compare blocks on; refitting the chosen ones uses all calibration tokens.
 _FIT_TOKENS = 2048
 
 
 def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor) -> list[Block]:
-    """The blocks of a step, chosen once and the same in every process: read from the file if an earlier run chose.
+    """Choose the blocks of a step once, the same in every process; read them from the file if an earlier run chose.
 
     Args:
         file: where they are kept, as JSON.
@@ -61,7 +55,7 @@ def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torc
 
 
 def initial_student(upper: Anchor, step: Step, blocks: list[Block]) -> PreTrainedModel:
-    """The least-squares cut of the upper anchor over the kept layers, its norms balanced, not yet refitted."""
+    """Cut the upper anchor to the step's shape: least squares in width, the kept layers in depth, norms balanced."""
     weights, architecture = upper.load_weights(), upper.architecture()
     if step.architecture.sizes != architecture.sizes:
         narrow = architecture.resized(**step.architecture.sizes)
@@ -80,8 +74,11 @@ def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], t
 
 
 def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: list[Block]) -> WidthHybrid | None:
-    """What hybrid steps train beside a student that is narrower than the anchor above; None where there are none, or
-    where only depth differs: the trainer makes those itself."""
+    """Make the hybrid for a student narrower than the anchor above.
+
+    Returns:
+        None without hybrid steps, or where only depth differs: the trainer makes those hybrids itself.
+    """
     architecture, above = describe(student.config), upper.architecture()
     if not step.args.swap_probability or architecture.sizes == above.sizes:
         return None
@@ -96,65 +93,3 @@ def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: li
         block_costs(blocks),
     )
     return WidthHybrid(pair, step.args.swap_probability, step.args.seed)
-
-
-# Blocks of calibration text in one forward pass.
-CALIBRATION_BATCH = 4
-
-
-def calibration_batches(
-    blocks: torch.Tensor, description: str = "Collecting statistics"
-) -> Iterable[dict[str, torch.Tensor]]:
-    """Blocks of tokens (N, T) as model inputs, with a progress bar."""
-    return Progress(description, [{"input_ids": batch} for batch in blocks.split(CALIBRATION_BATCH)])
-
-
-def store_anchor(
-    output_dir: Path,
-    record: dict[str, Any],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    statistics: Statistics,
-) -> Anchor:
-    """Write an anchor's folder and its entry in chain.json, once among all processes; see `write_anchor`.
-
-    Raises:
-        ValueError: a weight is not finite.
-        OSError: the disk is full, or the folder cannot be written to.
-    """
-    _check_finite(record["name"], model)
-
-    def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        save_statistics(statistics, folder / STATISTICS_FILE)
-
-    state = PartialState()
-    if state.is_main_process:
-        with writing(output_dir / record["name"], "The anchors above it are whole, and checkpoints stand."):
-            write_anchor(output_dir, record, fill)
-    state.wait_for_everyone()
-    return next(
-        anchor for anchor in Chain.from_pretrained(output_dir, verify=False).anchors if anchor.name == record["name"]
-    )
-
-
-def finished_chain(output_dir: Path) -> Chain:
-    """The chain in a folder, with its cards beside it."""
-    chain, state = Chain.from_pretrained(output_dir), PartialState()
-    if state.is_main_process:
-        save_cards(chain)
-    state.wait_for_everyone()
-    return chain
-
-
-def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Here, once, and not in each target made of the anchor, which may take no pass over its weights at all."""
-    for key, tensor in model.named_parameters():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"The anchor {name} has a weight that is not finite ({key}), as all that is made of it would have. It "
-                "was not written; the anchors above it stand. If it was trained here, its loss became NaN: train it "
-                "with a lower learning_rate or a lower max_grad_norm. Otherwise the model that it was read from is "
-                "damaged."
-            )

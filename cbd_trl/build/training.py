@@ -1,4 +1,4 @@
-"""One training of a build, resumable in a folder of its own."""
+"""One training of a build, resumable, in a work folder of its own."""
 
 import json
 import shutil
@@ -15,15 +15,15 @@ from transformers import PreTrainedModel
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from cbd_trl.architectures import architecture_of
-from cbd_trl.build.arguments import changed_arguments, there_and_now
+from cbd_trl.build.arguments import changed_arguments, then_and_now
 from cbd_trl.chain.model import stock_model
 from cbd_trl.trainers.callbacks import show_progress
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.utils.files import writing
 
-# Where the settings of a training have its arguments.
+# Key of the training arguments among the settings of a training.
 ARGUMENTS = "arguments"
-# Of a work folder's settings.
+# Version of a work folder's settings.
 _FORMAT = 2
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
@@ -45,12 +45,13 @@ class Trained:
 
 
 def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Path:
-    """Where an anchor's checkpoints are. What a run with other settings left there is never gone on from.
+    """Prepare the folder of an anchor's checkpoints. Checkpoints of other settings are never resumed.
 
     Args:
         output_dir: the chain's folder.
         name: of the anchor.
-        settings: what decides the training, as JSON values, its arguments under "arguments" (see `training_record`).
+        settings: everything that decides the training, as JSON values; its arguments under "arguments" (see
+            `training_record`).
 
     Raises:
         ValueError: there are checkpoints of other settings, which may be days of work.
@@ -64,8 +65,8 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
         values = [{**record, **(record.get(ARGUMENTS) or {})} for record in (there or {}, settings)]
         raise ValueError(
             f"{output_dir} holds an unfinished training of the anchor {name} ({Path(checkpoint).name}), begun with "
-            f"other settings than are asked for now; changed: {changed}{there_and_now(changed, *values)}. Ask for "
-            f"those again to go on with it; or delete {work} to train this anchor anew (finished ones stay); or "
+            f"other settings than those requested now; changed: {changed}{then_and_now(changed, *values)}. Request "
+            f"those again to resume it; or delete {work} to train this anchor anew (finished ones stay); or "
             "choose another output_dir."
         )
     state.wait_for_everyone()
@@ -83,15 +84,15 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
 def _read_settings(file: Path) -> dict[str, Any] | None:
     with suppress(OSError, ValueError):
         found = json.loads(file.read_text())
-        # An earlier cbd-trl did not write down all of it.
+        # Earlier versions recorded fewer settings.
         return found if isinstance(found, dict) and found.get("format") == _FORMAT else None
     return None
 
 
 def _changed_settings(there: Any, now: Any) -> list[str]:
-    """Names of what differs between two sets of settings, those inside another behind a dot."""
+    """Names of settings that differ; nested ones as `outer.inner`."""
     if not isinstance(there, dict):
-        return ["everything: what was asked for then is not known, or not all of it"]
+        return ["everything: the earlier settings are not recorded, or not all of them"]
     names = []
     for key in now.keys() | there.keys():
         one, other = there.get(key), now.get(key)
@@ -105,7 +106,7 @@ def _changed_settings(there: Any, now: Any) -> list[str]:
 
 
 def remove_work_folder(output_dir: Path, name: str) -> None:
-    """Remove what `work_folder` made, if anything, once the anchor is stored."""
+    """Remove an anchor's work folder, if there is one, once the anchor is stored."""
     work = output_dir / ".work" / name
     if PartialState().is_main_process:
         _remove(work)
@@ -114,12 +115,12 @@ def remove_work_folder(output_dir: Path, name: str) -> None:
 
 
 def _remove(work: Path) -> None:
-    """Under another name first, so that a work folder is whole or not there; what a killed run left goes, too."""
-    rubbish = work.parent / f".tmp-{work.name}"
-    shutil.rmtree(rubbish, ignore_errors=True)
+    """Rename, then delete, so that a work folder is whole or absent; leftovers of a killed run go too."""
+    trash = work.parent / f".tmp-{work.name}"
+    shutil.rmtree(trash, ignore_errors=True)
     if work.exists():
-        work.replace(rubbish)
-        shutil.rmtree(rubbish, ignore_errors=True)
+        work.replace(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def train(
@@ -133,16 +134,16 @@ def train(
     Args:
         trainer: a `DistillTrainer`.
         student: the model that it was given.
-        checkpoint: where to go on from; None to begin.
-        label: what the line of its progress begins with.
+        checkpoint: to resume from; None to start.
+        label: of the progress line.
 
     Returns:
-        the model in eval mode, on the CPU and apart from the trainer.
+        the trained model in eval mode, on the CPU, independent of the trainer.
     """
     architecture, dtype = architecture_of(student), student.dtype
     show_progress(trainer, label)
     work = Path(trainer.args.output_dir)
-    with own_run(trainer, work.name, work.parents[1]):
+    with separate_run(trainer, work.name, work.parents[1]):
         trainer.train(resume_from_checkpoint=checkpoint)
         losses = _last_losses(trainer.state.log_history)
         if trainer.eval_dataset is not None:
@@ -150,7 +151,7 @@ def train(
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = student.generation_config
-    # By name: a checkpoint's log, which a resumed run goes on with, has them in another order.
+    # Sorted by name: the log of a resumed run has them in another order.
     return Trained(model, trainer.tokens_seen, dict(sorted(losses.items())))
 
 
@@ -161,7 +162,7 @@ def _whole_weights(trainer: Any, shapes: Mapping[str, tuple[int, ...]], dtype: t
     state = accelerator.get_state_dict(trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model)
     if not sharded or accelerator.num_processes == 1:
         return {name: state[name].detach().cpu() for name in shapes}
-    # What was sharded is put together in the main process alone.
+    # Sharded weights are gathered in the main process alone.
     whole = {}
     for name, shape in shapes.items():
         if accelerator.is_main_process:
@@ -183,16 +184,15 @@ def _last_losses(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 @contextmanager
-def own_run(trainer: Any, anchor: str, folder: Path) -> Iterator[None]:
-    """Keep the logs of one training apart from those of the next.
+def separate_run(trainer: Any, anchor: str, folder: Path) -> Iterator[None]:
+    """Log one training as a run of its own.
 
-    The run is called after the anchor, behind the `run_name` of the arguments. TensorBoard's files would go to the
-    work folder, and with it: they are kept beside the anchors, unless TENSORBOARD_LOGGING_DIR says where. A run of
-    Weights & Biases, which the Trainer leaves open for whatever comes next, is finished, unless the caller had begun
-    it.
+    The run is named `run_name` (of the arguments) plus the anchor. TensorBoard files are kept beside the anchors
+    unless TENSORBOARD_LOGGING_DIR is set, because the work folder is removed. A Weights & Biases run, which the
+    Trainer leaves open, is finished here unless the caller had started it.
 
     Args:
-        trainer: a `DistillTrainer`, with arguments that no other training has.
+        trainer: a `DistillTrainer` with arguments of its own.
         anchor: its name.
         folder: of the chain.
     """

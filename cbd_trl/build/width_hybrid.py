@@ -1,7 +1,7 @@
-"""Hybrids where a width differs: what `nested` makes of the anchor above and the student as it is at that step.
+"""Hybrids in width: `nested` models between the anchor above and the student as it is at that step.
 
-The loss is taken on the hybrid and its gradient goes through the mix to the student's parameters, so that the student
-learns to be half of the models between the two.
+The loss is taken on the hybrid, and its gradient flows through the interpolation to the student's parameters: the
+student learns to be one end of the models between the two.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +22,9 @@ from cbd_trl.targets.nested import cut_upper, mixer
 from cbd_trl.targets.pair import Pair, Plan, layer_stack
 from cbd_trl.trainers.hybrid import Pass, drawn
 
-# Of the way from the lower anchor to the upper one, in parameters.
+# Sizes of the hybrids: shares of the way from the lower to the upper anchor, in parameters.
 FRACTIONS = (0.25, 0.5, 0.75)
-# How far from there a target may lie: half of what is between two of them.
+# How far from such a share a shape may lie: half the distance between two of them.
 _TOLERANCE = 0.125
 
 
@@ -38,7 +38,7 @@ def targets_between(
         block_map: for each lower layer the upper layers it stands for.
 
     Returns:
-        One for each fraction that a shape lies near to: none where nothing is between the two.
+        One shape for each fraction that has one near it; none where no shape lies between the two.
     """
     small, span = lower.num_parameters, upper.num_parameters - lower.num_parameters
     targets = []
@@ -53,12 +53,12 @@ def targets_between(
 
 
 class WidthHybrid:
-    """Models between the student and the anchor above, made anew of the student's parameters on each hybrid step (see
+    """Models between the student and the anchor above, remade from the student's parameters on each hybrid step (see
     `Hybrid`).
 
-    Held besides student and teacher: for each target the cut of the upper anchor in float32, up to three teachers in
-    all. On a hybrid step also the mix, one more model, and the activations of its pass. Those are not checkpointed: a
-    recompute would find other weights.
+    Memory besides student and teacher: the upper anchor cut to each target in float32, up to three times the teacher
+    in all; on a hybrid step also the interpolated model and the activations of its pass, which are not checkpointed,
+    because a recompute would find other weights.
 
     Args:
         pair: the anchor above and the student; the student's weights are not read here.
@@ -101,7 +101,7 @@ class WidthHybrid:
 
 
 class _Target:
-    """One shape: a stock model that holds the upper anchor's part, which stays, and how the student is mixed in."""
+    """One shape: a stock model that holds the upper anchor's fixed part, and the interpolation with the student."""
 
     def __init__(self, pair: Pair, plan: Plan) -> None:
         cut, self._architecture = cut_upper(pair, plan)
@@ -115,7 +115,7 @@ class _Target:
         self.layers = [(i, modules[place]) for i, place in ends.items()]
 
     def mixed_with(self, student: Any) -> Pass:
-        """The pass through the mix of this target with a student's parameters, to which gradients flow.
+        """Make the pass through this target interpolated with the student's parameters, to which gradients flow.
 
         Args:
             student: a causal LM, not wrapped.
@@ -131,7 +131,7 @@ class _Target:
         return lambda **inputs: functional_call(self.model, state, kwargs=inputs)
 
     def _follow(self, student: Any) -> None:
-        """Be where the student is, and run as it does."""
+        """Match the student's device, mode and attention implementation."""
         self.model.to(student.device).train(student.training)
         attention = student.config._attn_implementation
         if self.model.config._attn_implementation != attention:

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.registry import describe_shape
-from cbd_trl.build.bridge_step import BridgeStep, bridged_head
+from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
 from cbd_trl.build.plan import Step, plan_step
 from cbd_trl.build.resume import finished_anchors
-from cbd_trl.build.source_anchor import Head, source_head
+from cbd_trl.build.source_anchor import SourceAnchor, plan_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.source import Source
@@ -94,11 +94,11 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
     return {
         "source": None if recipe.source is None else asdict(recipe.source),
         "calibration_tokens": recipe.calibration_tokens,
-        **{key: [_told(part) for part in parts] for key, parts in texts.items()},
+        **{key: [_rounded(part) for part in parts] for key, parts in texts.items()},
     }
 
 
-def _told(part: DataPart) -> dict[str, Any]:
+def _rounded(part: DataPart) -> dict[str, Any]:
     return {key: value for key, value in asdict(part).items() if key != "where"}
 
 
@@ -207,7 +207,7 @@ def plan_costs(check: Check, head: Architecture, source_parameters: int | None =
         names, upper = [*names, step.name], step.architecture
 
 
-def _head(check: Check, args: DistillConfig) -> Head | None:
+def _head(check: Check, args: DistillConfig) -> SourceAnchor | None:
     """The largest anchor as `build_chain` would make it; where it is, its config and its tokenizer are right."""
     recipe = check.recipe
     assert recipe.source is not None
@@ -221,13 +221,13 @@ def _head(check: Check, args: DistillConfig) -> Head | None:
     own = [anchor.args for anchor in recipe.anchors] + ([recipe.bridge.args] if recipe.bridge else [])
     special = check.attempt("args", lambda: SpecialTokens.of([recipe.args, *own])) or SpecialTokens()
     if recipe.bridge is None:
-        return check.attempt("source", lambda: source_head(origin, None, args, None, special))
+        return check.attempt("source", lambda: plan_source_anchor(origin, None, args, None, special))
     check.attempt("bridge.model", lambda: _check_weights(recipe.bridge.model))  # type: ignore[union-attr]
     if check.bridge is None:
         return None
     step = BridgeStep(recipe.bridge.model, args=check.bridge)
     places = (None, None, Path(recipe.output_dir))
-    return check.attempt("bridge", lambda: bridged_head(step, origin, None, args, *places, special))
+    return check.attempt("bridge", lambda: plan_bridged_anchor(step, origin, None, args, *places, special))
 
 
 def _check_weights(name: str) -> None:

@@ -179,7 +179,7 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path: Path) -> N
         ({"bridge": bridge_step(model=anchor_zero(seed=4))}, r"anchor .* changed: \['student_fingerprint'\]"),
         (
             {"bridge": bridge_step(model=tiny_model("gpt2", vocab_size=300, n_positions=128, n_layer=5))},
-            r"asked for now: \{.*'n_layer': 5.*changed: \['student_fingerprint'\]",
+            r"requested now: \{.*'n_layer': 5.*changed: \['student_fingerprint'\]",
         ),
         (
             {"bridge": bridge_step(processing_class=make_tokenizer("byte_level", 290))},
@@ -240,7 +240,10 @@ def test_both_sides_as_they_are_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bridge": anchor_zero()}, r"bridge is a GPT2LMHeadModel: a BridgeStep is needed.*bridge=BridgeStep\(model"),
+        (
+            {"bridge": anchor_zero()},
+            r"bridge is a GPT2LMHeadModel, but must be a BridgeStep.*bridge=BridgeStep\(model",
+        ),
         ({"bridge": bridge_step(args=chain_config())}, r"args of the bridge are a DistillConfig: a BridgeDistillC"),
         (
             {"bridge": bridge_step(args=SFTConfig("x", use_cpu=True, bf16=False))},
@@ -250,7 +253,7 @@ def test_both_sides_as_they_are_saved(tmp_path: Path) -> None:
             {"bridge": bridge_step(args=bridge_config(teacher_model_name_or_path="x"))},
             r"of the bridge set teacher_model_name_or_path, but the teacher of its model is the source.*`source`",
         ),
-        ({"args": bridge_config()}, r"args of an anchor are a BridgeDistillConfig: a DistillConfig is needed"),
+        ({"args": bridge_config()}, r"args of an anchor are a BridgeDistillConfig, but must be a DistillConfig"),
         (
             {"bridge": bridge_step(model=BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2)))},
             r"Model type 'bloom' has no description.*Supported model types: gemma2",

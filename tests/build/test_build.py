@@ -304,6 +304,6 @@ def test_the_record_of_the_arguments_is_plain_json(chain):
 
 
 def test_an_anchors_args_must_be_a_config(tmp_path):
-    with pytest.raises(TypeError, match="args of an anchor are a dict: a DistillConfig is needed"):
+    with pytest.raises(TypeError, match="args of an anchor are a dict, but must be a DistillConfig"):
         build(tmp_path / "chain", anchors=[{"num_hidden_layers": 4, "args": {"max_steps": 1}}])
     assert not (tmp_path / "chain").exists()

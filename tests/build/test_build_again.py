@@ -159,8 +159,8 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
             {"args": chain_config(model_init_kwargs={"dtype": "bfloat16"})},
             r"anchor 49K .*changed: \['model_init_kwargs'\]",
         ),
-        ({"anchors": [{"num_hidden_layers": 5}]}, r"more anchors \(49K, 33K, 8.8K\) than are asked for now"),
-        ({"anchors": CHAIN_ANCHORS[:1]}, r"more anchors \(49K, 33K, 8.8K\) than are asked for now"),
+        ({"anchors": [{"num_hidden_layers": 5}]}, r"more anchors \(49K, 33K, 8.8K\) than requested now"),
+        ({"anchors": CHAIN_ANCHORS[:1]}, r"more anchors \(49K, 33K, 8.8K\) than requested now"),
         (
             {"anchors": [{"num_hidden_layers": 5}, {"num_hidden_layers": 4}]},
             r"the anchor 33K .*built with other settings",
@@ -187,21 +187,21 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
     steps = interrupted(None)
     build(tmp_path / "chain", tmp_path / "one", CHAIN_ANCHORS[:1], args=args)
     assert steps == []
-    with pytest.raises(ValueError, match=r"a chain of another source .*one.*asked for: .*two"):
+    with pytest.raises(ValueError, match=r"a chain of another source .*one.*requested: .*two"):
         build(tmp_path / "chain", tmp_path / "two", CHAIN_ANCHORS[:1], args=args)
     # By what it is, and not where it lies.
     moved = shutil.copytree(tmp_path / "one", tmp_path / "elsewhere" / "one")
     build(tmp_path / "chain", moved, CHAIN_ANCHORS[:1], args=args)
     assert steps == []
     tiny_model("llama", seed=3, tie_word_embeddings=True, num_hidden_layers=6).save_pretrained(moved)
-    with pytest.raises(ValueError, match=r"a chain of another source .*one@.*asked for: .*one@"):
+    with pytest.raises(ValueError, match=r"a chain of another source .*one@.*requested: .*one@"):
         build(tmp_path / "chain", moved, CHAIN_ANCHORS[:1], args=args)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"anchors": []}, r"No anchors were asked for. Give at least one, for example anchors=\["),
+        ({"anchors": []}, r"No anchors were requested. Give at least one, for example anchors=\["),
         (
             {"anchors": [{"num_hidden_layers": 6}]},
             r"anchors\[0\] has 48,544 parameters, no fewer than .*large to small",

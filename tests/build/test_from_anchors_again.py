@@ -8,7 +8,7 @@ import cbd_trl.build.from_anchors as coordinates_module
 import cbd_trl.build.from_anchors as from_anchors_module
 from cbd_trl import Chain
 from cbd_trl.architectures import describe
-from cbd_trl.build.compatibility import layers_beside
+from cbd_trl.build.compatibility import paired_layers
 from cbd_trl.chain.manifest import Manifest, write_manifest
 from tests.build.apart import NARROW, make, sizes
 from tests.chain.helpers import chain_rows, same_weights
@@ -48,10 +48,10 @@ def test_a_norm_epsilon_of_its_own_is_no_obstacle(tmp_path):
         (
             "FSFS",
             "SF",
-            r"Layer 1 of lower has layer_types full_attention, but it stands beside layer 3 .* of 2 layers",
+            r"Layer 1 of lower has layer_types full_attention, but it is paired with layer 3 .* of 2 layers",
         ),
-        # The third full layer above is its last, which stands beside the last one below.
-        ("SFSFSF", "FFFF", r"Layer 2 of lower .* upper has no layer of this kind left for it, .* of 2, 4 layers with"),
+        # The third full layer above is its last, which is paired with the last one below.
+        ("SFSFSF", "FFFF", r"Layer 2 of lower .* upper has no layer of this type left for it, .* of 2, 4 layers with"),
         (
             "SSSF",
             "FF",
@@ -75,7 +75,7 @@ def test_layers_of_other_kinds_are_refused(upper, lower, message):
         for letters in (upper, lower)
     )
     with pytest.raises(ValueError, match=message):
-        layers_beside(("upper", "lower"), above, below)
+        paired_layers(("upper", "lower"), above, below)
 
 
 @pytest.mark.parametrize(

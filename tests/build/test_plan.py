@@ -10,7 +10,7 @@ from cbd_trl.build import resume as finished
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.plan import plan_chain
 from cbd_trl.build.resume import finished_anchors
-from cbd_trl.build.source_anchor import Head
+from cbd_trl.build.source_anchor import SourceAnchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 from tests.tokenizer import tiny_tokenizer
@@ -44,7 +44,7 @@ def older(source, tmp_path, monkeypatch):
 
 def test_an_argument_that_an_older_chain_does_not_record_is_not_compared(source, older):
     texts = tiny_tokenizer(), SpecialTokens()
-    head = Head(source, *texts, chain_config(), chain_rows(), {}, [], "", lambda label: None)
+    head = SourceAnchor(source, *texts, chain_config(), chain_rows(), {}, [], "", lambda label: None)
     assert len(finished_anchors(older, head, planned(source))) == 3
     with pytest.raises(ValueError, match=r"changed arguments: \['hidden_loss'\]"):
         finished_anchors(older, head, planned(source, top_k=8, hidden_loss="cosine", hidden_weight=2.0))
