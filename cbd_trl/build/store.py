@@ -71,7 +71,7 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
         if not tensor.isfinite().all():
             raise ValueError(
                 f"The anchor {name} has a weight that is not finite ({key}), and so would every model made from it. "
-                "It was not written; the anchors above it are kept. If it was trained here, its loss became NaN: train "
-                "it with a lower learning_rate or a lower max_grad_norm. Otherwise the model it was loaded from is "
-                "damaged."
+                "It was not written; the anchors above it are kept. If it was trained here, its loss became NaN: "
+                "train it with a lower learning_rate or a lower max_grad_norm. Otherwise the model it was loaded from "
+                "is damaged."
             )
