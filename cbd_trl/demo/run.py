@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.build import build_chain
 from cbd_trl.chain.chain import Chain
-from cbd_trl.chain.measurements import markdown_table, measures
+from cbd_trl.chain.measurements import measurements_table, table_units
 from cbd_trl.demo.clock import Clock, peak_memory, predict
 from cbd_trl.demo.plan import SMOLLM2, Plan, settle, training_args
 from cbd_trl.demo.source import HUB_ID, prepare_source
@@ -298,9 +298,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [
         f"# {TITLE}",
         "![held-out loss against the number of parameters](loss.png)",
-        f"{measures(report)}; on {report['held_out_tokens']} tokens that no anchor saw. Seconds to build the model "
+        f"{table_units(report)}; on {report['held_out_tokens']} tokens that no anchor saw. Seconds to build the model "
         "with nested. No target was trained.",
-        markdown_table(report),
+        measurements_table(report),
         "\n".join(f"- {line}" for line in findings(report)) + f"\n- {costs(report)}",
         f"## What they say\n\n> {report['prompt']}",
         "\n".join(answers),

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cbd_trl.architectures.registry import describe_shape
-from cbd_trl.chain.measurements import measures, table_rows
+from cbd_trl.chain.measurements import table_rows, table_units
 from cbd_trl.targets.many import TargetSummary
 from cbd_trl.targets.request import ANCHOR
 from cbd_trl.utils.formatting import format_count
@@ -75,7 +75,7 @@ def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
         padding=(0, 1, 0, 0),
         # A name is not markup.
         title=Text(title) if title else None,
-        caption=f"★ anchor. {measures(report)}; seconds to build the first operator's model.",
+        caption=f"★ anchor. {table_units(report)}; seconds to build the first operator's model.",
     )
     for column, name in enumerate(header):
         table.add_column(name, justify="left" if name == "shape" else "right", overflow="fold", no_wrap=column != 1)

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 
 from cbd_trl.architectures.registry import describe_shape
-from cbd_trl.chain.measurements import markdown_table, table_rows
+from cbd_trl.chain.measurements import measurements_table, table_rows
 from cbd_trl.report import plots
 from cbd_trl.report.plots import plot_sweep
 from cbd_trl.report.tables import rich_table
@@ -114,8 +114,8 @@ def test_rows_are_sorted_by_size_and_name_the_best_operator():
     assert all(len(row.cells) == len(header) for row in rows)
 
 
-def test_markdown_table():
-    lines = markdown_table(REPORT).splitlines()
+def test_measurements_table():
+    lines = measurements_table(REPORT).splitlines()
     assert lines[1].startswith("| ---: | :--- | ---: |")
     assert lines[2].startswith("| **135M** | **135M (anchor): 30 layers, 576 wide, 9/3 heads** | **1.500** |")
     assert "| **1.700** | 9.500 |" in lines[3]
