@@ -126,7 +126,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from cbd_trl.report.findings import compare_chains, findings
     from cbd_trl.report.measure import measure_chains
     from cbd_trl.report.page import save_measurements, write_report
-    from cbd_trl.report.tables import rich_table
+    from cbd_trl.report.tables import sweep_table
     from cbd_trl.utils.files import Results
     from cbd_trl.utils.modeling import quiet_loading
     from cbd_trl.utils.progress import Progress
@@ -155,7 +155,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     for chain, found in zip(chains, measured, strict=True):
         if arguments.cards:
             save_measurements(chain, found)
-        console.print(rich_table(found, title=found["name"]))
+        console.print(sweep_table(found, title=found["name"]))
         for sentence in findings(found):
             console.print(sentence, highlight=False, markup=False)
     if len(measured) > 1 and (comparison := compare_chains(measured)):

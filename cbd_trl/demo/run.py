@@ -24,7 +24,7 @@ from cbd_trl.report.measure import add_bits_per_byte, held_out_blocks
 from cbd_trl.report.page import save_measurements
 from cbd_trl.report.plots import plot_sweep
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
-from cbd_trl.report.tables import rich_table
+from cbd_trl.report.tables import sweep_table
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.utils.files import Results, write_text
 from cbd_trl.utils.formatting import format_count, format_seconds
@@ -322,7 +322,7 @@ def write_report(output: Path, report: Mapping[str, Any], console: Console) -> N
     write_text(output / "report.md", markdown(report))
     pictures = plot_sweep(report, output / "loss", title=TITLE)
     console.rule("[bold]Results")
-    console.print(rich_table(report))
+    console.print(sweep_table(report))
     for line in [*findings(report), costs(report)]:
         console.print(line, highlight=False)
     files = ", ".join(str(path) for path in [output / "report.json", output / "report.md", *pictures])

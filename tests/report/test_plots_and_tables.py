@@ -19,7 +19,7 @@ from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.chain.measurements import measurements_table, table_rows
 from cbd_trl.report import plots
 from cbd_trl.report.plots import comparison_chart, loss_axis, loss_chart, plot_sweep, task_axis, task_chart
-from cbd_trl.report.tables import rich_table
+from cbd_trl.report.tables import sweep_table
 from cbd_trl.utils.formatting import format_count
 from tests.report.helpers import OPERATORS, made_up
 
@@ -201,7 +201,7 @@ def test_measurements_table():
 
 
 def test_rich_table_fits_a_narrow_terminal(capsys):
-    Console(width=80).print(rich_table(REPORT, title="A chain"))
+    Console(width=80).print(sweep_table(REPORT, title="A chain"))
     shown = capsys.readouterr().out
     assert all(number in shown for number in ("1.700", "10.800", "135M"))
 
