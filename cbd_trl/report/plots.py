@@ -48,6 +48,7 @@ _RC: Any = {
     # Without a date and with fixed ids, the same input gives the same bytes; text stays text.
     "svg.hashsalt": "cbd_trl",
     "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
     "axes.edgecolor": _SOFT,
     "axes.labelcolor": _SOFT,
     "grid.color": _GRID,
@@ -456,6 +457,8 @@ def _chart(draw: Callable[[Axes], Hovers], title: str, sizes: Sequence[str]) -> 
             FigureCanvasAgg(figure)
             axes = figure.subplots()
             hovers = draw(axes)
+            # Room for the labels of the outermost anchors.
+            axes.margins(x=60 / width)
             figure.legend(loc="outside lower left", ncols=columns, fontsize=11.5, frameon=False)
             _place_labels(figure)
             file = StringIO()
