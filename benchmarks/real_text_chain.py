@@ -24,7 +24,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from cbd_trl import Chain, DistillConfig, build_chain, from_chain
-from cbd_trl.chain.measurements import markdown_table
+from cbd_trl.chain.measurements import measurements_table
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.plots import plot_sweep
@@ -206,8 +206,8 @@ def main() -> None:
     for name, report in reports.items():
         stem = options.output / name.lower().replace("-", "")
         plot_sweep(report, stem.with_suffix(".png"), title=f"SmolLM2-135M chain, held-out {name}", formats=("png",))
-        write_text(stem.with_suffix(".md"), markdown_table(report))
-        print(f"{name}\n{markdown_table(report)}")
+        write_text(stem.with_suffix(".md"), measurements_table(report))
+        print(f"{name}\n{measurements_table(report)}")
 
 
 if __name__ == "__main__":

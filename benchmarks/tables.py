@@ -6,6 +6,8 @@ from importlib.metadata import version
 
 import torch
 
+from cbd_trl.utils.formatting import markdown_table
+
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table whose first column is text and whose others are numbers.
@@ -14,8 +16,7 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         header: titles.
         lines: cells.
     """
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, marks, *lines)) + "\n"
+    return markdown_table(header, lines, ["left", *["right"] * (len(header) - 1)]) + "\n"
 
 
 def machine(threads: int) -> str:

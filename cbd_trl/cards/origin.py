@@ -1,4 +1,4 @@
-"""Where a model comes from, as far as its card needs it: a Hub id, and a licence that somebody really stated."""
+"""Find out where a model comes from, as far as its card needs it: a Hub id, and the license that its card states."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from cbd_trl.utils.formatting import readable_name
 
 _README = "README.md"
-# Where the Hub's client keeps what it fetched: a folder with no name of its own, but in a path that says it all.
+# A folder in the cache of the Hub's client, whose path names the repository and the commit.
 _SNAPSHOT = re.compile(r"models--([^/]+)/snapshots/([0-9a-f]{40})(?=/|$)")
 # A dataset from the Hub remembers its files by addresses like hf://datasets/org/name@commit/file.
 _DATASET = re.compile(r"hf://datasets/([^@]+)@")
@@ -29,12 +29,12 @@ class Origin:
     """A model that others are made from.
 
     Args:
-        name: what to call it in front of a reader, never a path; None for a model made in memory.
+        name: for a reader, never a path; None for a model made in memory.
         base_models: itself where it is on the Hub; of a folder the models on the Hub that its card names as its base.
         revision: its commit on the Hub.
-        license: as its card states it: an identifier, not necessarily one that the Hub knows.
-        license_name: of a licence that is called "other".
-        license_link: its address; a file beside the model is no address, since nobody copies it.
+        license: the identifier that its card states, not necessarily one that the Hub knows.
+        license_name: of a license that is called "other".
+        license_link: its address; never a file beside the model, since nobody copies it.
     """
 
     name: str | None = None
@@ -46,11 +46,11 @@ class Origin:
 
     @property
     def label(self) -> str:
-        """What to call it in any case."""
+        """Its name, or a description where it has none."""
         return self.name or "a model made in memory"
 
     def record(self) -> dict[str, Any]:
-        """As chain.json has it."""
+        """Return the fields as chain.json holds them."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
@@ -59,10 +59,10 @@ def origin_of(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> Origin:
-    """What can be known of a model that has been loaded; nothing is guessed, and no failure is an error.
+    """Find the origin of a model that has been loaded; nothing is guessed, and no failure raises an error.
 
     Args:
-        name: the folder or Hub id it was loaded from; what `name_or_path` says of a model in memory.
+        name: the folder or Hub id it was loaded from; `name_or_path` of a model in memory.
         revision, token: of a Hub id.
     """
     place = str(name or "")
@@ -76,17 +76,17 @@ def origin_of(
     if not is_hub_id(place):
         return Origin()
     commit = _cached_commit(place, revision)
-    # What is not in the cache was not loaded from the Hub: a name like "runs/model" may be a folder that moved.
+    # Without a copy in the cache it was not loaded from the Hub: "runs/model" may be a folder that moved.
     return Origin() if commit is None else _on_hub(place, commit, token)
 
 
 def read_origins(records: Any) -> tuple[Origin, ...]:
-    """Origins as chain.json has them; what is not of the right type there counts as not known."""
+    """Read origins from chain.json; values of a wrong type count as not known."""
     return tuple(_read(record) for record in records) if isinstance(records, list) else ()
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name has the form of a Hub id, "name" or "owner/name"."""
+    """Return whether a name has the form of a Hub id, "name" or "owner/name"."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -95,12 +95,12 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_ids(names: Iterable[str]) -> tuple[str, ...]:
-    """Those of some names that have the form of a Hub id, each once."""
+    """Return the names that have the form of a Hub id, each once."""
     return tuple(dict.fromkeys(name for name in names if is_hub_id(name)))
 
 
 def hub_datasets(dataset: Any) -> tuple[str, ...]:
-    """The ids of the datasets on the Hub that a dataset was read from, as far as it remembers them."""
+    """Return the ids of the datasets on the Hub that a dataset was read from, as far as it remembers them."""
     files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     return hub_ids(found[1] for file in files if (found := _DATASET.match(str(file))))
 
@@ -118,13 +118,13 @@ def _cached_commit(repo_id: str, revision: str | None) -> str | None:
 
 def _on_hub(repo_id: str, commit: str, token: str | bool | None) -> Origin:
     card = None
-    # Whatever the client and its HTTP library raise: nothing that took days ends for want of a card.
+    # Whatever the client and its HTTP library raise: days of training must not end for want of a card.
     with suppress(Exception):
         card = hf_hub_download(repo_id, _README, revision=commit, token=token)
     stated = _stated(card)
     link = next(iter(_texts(stated.get("license_link"))), "")
     if link and not _LINK.fullmatch(link):
-        # A file of its repository, which is said from elsewhere by its address.
+        # A file of its repository, which others reach by its address.
         stated["license_link"] = f"https://huggingface.co/{repo_id}/blob/{commit}/{link.lstrip('./')}"
     return Origin(repo_id, (repo_id,), commit, **_license(stated))
 
@@ -138,7 +138,7 @@ def _stated(card: Path | str | None) -> dict[str, Any]:
 
 
 def _license(stated: Mapping[str, Any]) -> dict[str, str | None]:
-    """The licence fields of a card; of several, which may all hold or be a choice, none can be named."""
+    """The license fields of a card; several names, which may all hold or be a choice, are joined."""
     names = _texts(stated.get("license"))
     name, link = (next(iter(_texts(stated.get(key))), None) for key in ("license_name", "license_link"))
     return {"license": ", ".join(names).lower() or None, "license_name": name, "license_link": _address(link)}

@@ -123,10 +123,10 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from rich.console import Console
 
     from cbd_trl.chain.chain import Chain
-    from cbd_trl.report.findings import compared, findings
+    from cbd_trl.report.findings import compare_chains, findings
     from cbd_trl.report.measure import measure_chains
     from cbd_trl.report.page import save_measurements, write_report
-    from cbd_trl.report.tables import rich_table
+    from cbd_trl.report.tables import sweep_table
     from cbd_trl.utils.files import Results
     from cbd_trl.utils.modeling import quiet_loading
     from cbd_trl.utils.progress import Progress
@@ -155,11 +155,11 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     for chain, found in zip(chains, measured, strict=True):
         if arguments.cards:
             save_measurements(chain, found)
-        console.print(rich_table(found, title=found["name"]))
+        console.print(sweep_table(found, title=found["name"]))
         for sentence in findings(found):
             console.print(sentence, highlight=False, markup=False)
-    if len(measured) > 1 and (said := compared(measured)):
-        console.print(said, highlight=False, markup=False)
+    if len(measured) > 1 and (comparison := compare_chains(measured)):
+        console.print(comparison, highlight=False, markup=False)
     print(f"Written: {', '.join(map(str, files))}")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cbd_trl.recipe.estimate import bf16_pays
-from cbd_trl.report.sweep import Target, fingerprint
+from cbd_trl.report.sweep import SweepTarget, fingerprint
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.files import Results
 
@@ -36,7 +36,7 @@ class Plan:
     anchors: tuple[Mapping[str, int], ...]
     learning_rates: tuple[float, ...]
     swap_probabilities: tuple[float, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[SweepTarget, ...]
     saved: int
     batch_size: int = 4
     max_length: int = 256
@@ -62,12 +62,12 @@ SMOLLM2 = Plan(
     # A hybrid beside a step takes as long again, or longer.
     swap_probabilities=(0.25, 0.5),
     targets=(
-        Target(config={"num_hidden_layers": 28}),
-        Target(config={"num_hidden_layers": 24}),
-        Target(config={"num_hidden_layers": 20}),
-        Target(num_parameters=72e6),
-        Target(num_parameters=60e6),
-        Target(num_parameters=52e6),
+        SweepTarget(config={"num_hidden_layers": 28}),
+        SweepTarget(config={"num_hidden_layers": 24}),
+        SweepTarget(config={"num_hidden_layers": 20}),
+        SweepTarget(num_parameters=72e6),
+        SweepTarget(num_parameters=60e6),
+        SweepTarget(num_parameters=52e6),
     ),
     saved=4,
 )

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.build import build_chain
 from cbd_trl.chain.chain import Chain
-from cbd_trl.chain.measurements import markdown_table, measures
+from cbd_trl.chain.measurements import measurements_table, table_units
 from cbd_trl.demo.clock import Clock, peak_memory, predict
 from cbd_trl.demo.plan import SMOLLM2, Plan, settle, training_args
 from cbd_trl.demo.source import HUB_ID, prepare_source
@@ -24,7 +24,7 @@ from cbd_trl.report.measure import add_bits_per_byte, held_out_blocks
 from cbd_trl.report.page import save_measurements
 from cbd_trl.report.plots import plot_sweep
 from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
-from cbd_trl.report.tables import rich_table
+from cbd_trl.report.tables import sweep_table
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.utils.files import Results, write_text
 from cbd_trl.utils.formatting import format_count, format_seconds
@@ -298,9 +298,9 @@ def markdown(report: Mapping[str, Any]) -> str:
     parts = [
         f"# {TITLE}",
         "![held-out loss against the number of parameters](loss.png)",
-        f"{measures(report)}; on {report['held_out_tokens']} tokens that no anchor saw. Seconds to build the model "
+        f"{table_units(report)}; on {report['held_out_tokens']} tokens that no anchor saw. Seconds to build the model "
         "with nested. No target was trained.",
-        markdown_table(report),
+        measurements_table(report),
         "\n".join(f"- {line}" for line in findings(report)) + f"\n- {costs(report)}",
         f"## What they say\n\n> {report['prompt']}",
         "\n".join(answers),
@@ -322,7 +322,7 @@ def write_report(output: Path, report: Mapping[str, Any], console: Console) -> N
     write_text(output / "report.md", markdown(report))
     pictures = plot_sweep(report, output / "loss", title=TITLE)
     console.rule("[bold]Results")
-    console.print(rich_table(report))
+    console.print(sweep_table(report))
     for line in [*findings(report), costs(report)]:
         console.print(line, highlight=False)
     files = ", ".join(str(path) for path in [output / "report.json", output / "report.md", *pictures])

@@ -21,7 +21,7 @@ from cbd_trl.recipe.data import load_data
 from cbd_trl.recipe.schema import AnchorPart, Recipe, RecipeError
 from cbd_trl.report.measure import add_bits_per_byte
 from cbd_trl.report.page import save_measurements
-from cbd_trl.report.sweep import Target, fingerprint, sweep
+from cbd_trl.report.sweep import SweepTarget, fingerprint, sweep
 from cbd_trl.targets.many import describe_targets
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
@@ -54,7 +54,7 @@ def evaluate_chain(
     with Progress("measuring") as bar:
         report = sweep(
             chain,
-            [Target(num_parameters=size) for size in sizes if _can_be_had(chain, size)],
+            [SweepTarget(num_parameters=size) for size in sizes if _can_be_had(chain, size)],
             ("nested",),
             loss,
             results=folder / RESULTS,

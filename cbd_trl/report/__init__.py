@@ -1,1 +1,1 @@
-"""What a chain is worth, measured: the sweep over sizes and operators, its tables and its picture."""
+"""Measure what a chain is worth: a sweep over sizes and operators, and its page, pictures and tables."""

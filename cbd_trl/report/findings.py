@@ -1,4 +1,4 @@
-"""What the numbers of a report say, in sentences."""
+"""Say in sentences what the numbers of a report mean."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,11 @@ from cbd_trl.report.measure import bits_per_byte
 from cbd_trl.report.sweep import RANDOM
 from cbd_trl.utils.formatting import format_count
 
+UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
+
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """What a chain's losses say, one sentence each.
+    """Sum up the losses of a chain, one sentence each.
 
     Args:
         report: one of `measure_chains`.
@@ -24,7 +26,7 @@ def findings(report: Mapping[str, Any]) -> list[str]:
         share = last["num_parameters"] / source["num_parameters"]
         sentences.append(
             f"The smallest anchor ({format_count(last['num_parameters'])}, {share:.0%} of the source) is at "
-            f"{told_loss(report, last['loss'])}, the source at {told_loss(report, source['loss'])}."
+            f"{format_loss(report, last['loss'])}, the source at {format_loss(report, source['loss'])}."
         )
     if not targets:
         return sentences
@@ -45,14 +47,14 @@ def findings(report: Mapping[str, Any]) -> list[str]:
     random = [target["loss"][RANDOM] for target in targets if RANDOM in target["loss"]]
     if random:
         sentences.append(
-            f"Untrained models of these shapes are at {told_loss(report, min(random))} to "
-            f"{told_loss(report, max(random))}."
+            f"Untrained models of these shapes are at {format_loss(report, min(random))} to "
+            f"{format_loss(report, max(random))}."
         )
     return sentences
 
 
-def told_loss(report: Mapping[str, Any], loss: float) -> str:
-    """Write a loss in nats per token, with bits per byte beside it where the tokens tell their bytes.
+def format_loss(report: Mapping[str, Any], loss: float) -> str:
+    """Write a loss in nats per token, with bits per byte beside it where the bytes of the tokens are known.
 
     Args:
         report: one of `measure_chains`.
@@ -63,8 +65,8 @@ def told_loss(report: Mapping[str, Any], loss: float) -> str:
     return f"{loss:.3f} nats per token{bits}"
 
 
-def compared(reports: Sequence[Mapping[str, Any]]) -> str | None:
-    """How the second chain stands to the first at the sizes both cover, in a sentence.
+def compare_chains(reports: Sequence[Mapping[str, Any]]) -> str | None:
+    """Compare the second chain with the first at the sizes both cover, in a sentence.
 
     Args:
         reports: two of `measure_chains`.
@@ -89,17 +91,14 @@ def compared(reports: Sequence[Mapping[str, Any]]) -> str | None:
     )
 
 
-UNITS = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
-
-
 def shared_unit(reports: Sequence[Mapping[str, Any]]) -> str | None:
-    """The measure in which chains can be compared: "loss" where they read the same tokens, otherwise "bits_per_byte".
+    """Return the measure that compares chains: "loss" where they read the same tokens, otherwise "bits_per_byte".
 
     Args:
         reports: of `measure_chains`.
 
     Returns:
-        None if they read different tokens and one of them does not tell its bytes.
+        None if they read different tokens and the bytes of one of them are not known.
     """
     if len({(report["tokenizer"], report["text"]["block_length"]) for report in reports}) == 1:
         return "loss"
@@ -107,7 +106,7 @@ def shared_unit(reports: Sequence[Mapping[str, Any]]) -> str | None:
 
 
 def curve(report: Mapping[str, Any], key: str) -> list[tuple[int, float, bool]]:
-    """A chain's anchors and what the first operator makes, by size: (parameters, value, is an anchor).
+    """Return a chain's anchors and what the first operator makes, by size: (parameters, value, is an anchor).
 
     Args:
         report: one of `measure_chains`.
@@ -119,7 +118,7 @@ def curve(report: Mapping[str, Any], key: str) -> list[tuple[int, float, bool]]:
 
 
 def on_line(points: Sequence[tuple[float, float]], x: float) -> float | None:
-    """The height at x of the line through points.
+    """Return the height at x of the line through points.
 
     Args:
         points: from left to right.

@@ -1,4 +1,4 @@
-"""What chains are worth: loss, bits per byte and tasks of every anchor and of a sweep of sizes, with controls."""
+"""Measure chains: loss, bits per byte and tasks of every anchor and of a sweep of sizes, with controls."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,9 +15,9 @@ from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.chain import Chain
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.reduction import scored_targets
-from cbd_trl.report.sweep import OPERATORS, RANDOM, Target, fingerprint, sweep
+from cbd_trl.report.sweep import OPERATORS, RANDOM, SweepTarget, fingerprint, sweep
 from cbd_trl.report.tasks import task_probes
-from cbd_trl.targets.operators import OPERATORS as KNOWN_OPERATORS
+from cbd_trl.targets import operators
 from cbd_trl.targets.request import ANCHOR, Request, find_target
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
@@ -25,21 +25,21 @@ from cbd_trl.utils.files import Results
 from cbd_trl.utils.formatting import did_you_mean, format_count
 
 CONTROLS = (*OPERATORS, RANDOM)
-# Between two neighbouring anchors, where no sizes are asked for.
+# Sizes between two neighboring anchors, where none are requested.
 _SIZES_OF_A_PAIR = 3
 _BLOCK_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report measures.
+    """Options of a report.
 
     Args:
-        sizes: numbers of parameters; None for three between each two neighbouring anchors.
-        operators: names of `from_chain`'s operators, and "random" for models that nobody trained; the first one
+        sizes: numbers of parameters; None for three between each two neighboring anchors.
+        operators: names of `from_chain`'s operators, and "random" for untrained models; the first one
             decides a size's shape.
         tasks: of lm-eval.
-        include_path: folder of task files of one's own.
+        include_path: folder of the user's own task files.
         limit: the first examples of each task only; None for all.
         blocks: of held-out text.
         block_length: tokens in each; None for 256, or as many as the models have positions for.
@@ -65,7 +65,7 @@ class ReportOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = (*KNOWN_OPERATORS, RANDOM)
+        known = (*operators.OPERATORS, RANDOM)
         for name in self.operators:
             if name not in known:
                 raise ValueError(
@@ -83,7 +83,7 @@ class ReportOptions:
 
     @property
     def built(self) -> list[str]:
-        """The operators, without the random models."""
+        """The operators of `from_chain`, without "random"."""
         return [name for name in self.operators if name != RANDOM]
 
 
@@ -94,25 +94,25 @@ def measure_chains(
     results: Results | None = None,
     on_step: Callable[[str, int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure chains on the same text; everything that can be wrong is found before the first model is loaded.
+    """Measure chains on the same text; every mistake is found before the first model is loaded.
 
     Args:
         chains: one, or several to compare.
-        rows: held-out text that no anchor learnt from, in any SFT format.
+        rows: held-out text that no anchor was trained on, in any SFT format.
         options: what to measure.
-        results: what an earlier run measured, and where this one keeps what it does.
-        on_step: called before each measurement with what comes, its number from 0, and how many there are.
+        results: what an earlier run measured; this one adds to it.
+        on_step: called before each measurement with its label, its number from 0, and how many there are.
 
     Returns:
         for each chain what `sweep` returns, and "name", "path", "revision", "model_type", "tokenizer" (its hash),
         "text" {"blocks", "block_length", "start" (ids in front of each), "tokens" (scored), "bytes" (theirs)} and
-        "bits_per_byte" of every anchor and {operator: value} of every target. The last two are None where the tokens
-        do not tell their bytes.
+        "bits_per_byte" of every anchor and {operator: value} of every target. The last two are None where the bytes
+        of the tokens are not known.
 
     Raises:
-        ValueError: a size, text or task that cannot be had; the message says what can.
+        ValueError: a size cannot be made, the text is too short, or a task is not known.
     """
-    _refuse_sizes_outside(chains, options)
+    _check_sizes_inside(chains, options)
     rows = held_out_rows(rows, options.text_field)
     jobs = [_Job(chain, name, options) for chain, name in zip(chains, _names(chains), strict=True)]
     for job in jobs:
@@ -129,12 +129,12 @@ def measure_chains(
     return reports
 
 
-def reached_targets(chain: Chain, options: ReportOptions) -> list[Target]:
+def _reachable_targets(chain: Chain, options: ReportOptions) -> list[SweepTarget]:
     """The sizes of a report as shapes, with the operators that can make each.
 
     Args:
         chain: whose sizes.
-        options: those asked for; sizes that lie outside this chain are left to the others of the comparison.
+        options: name the sizes; those outside this chain are left to the others of the comparison.
 
     Raises:
         ValueError: a size that cannot be made.
@@ -144,7 +144,7 @@ def reached_targets(chain: Chain, options: ReportOptions) -> list[Target]:
         sizes, tolerance = _spread(chain), 1.0
     else:
         sizes, tolerance = [size for size in options.sizes if _inside(chain, size, options)], options.tolerance
-    targets: dict[str, Target] = {}
+    targets: dict[str, SweepTarget] = {}
     for size in sizes:
         try:
             found = find_target(chain, Request(size, operator=first, tolerance=tolerance))
@@ -153,12 +153,12 @@ def reached_targets(chain: Chain, options: ReportOptions) -> list[Target]:
         if options.sizes is None and found.operator == ANCHOR:
             continue
         shape = found.architecture.shape
-        able = [name for name in options.built if _makes(chain, shape, name)]
-        targets[fingerprint(shape)] = Target(config=shape, operators=able)
+        names = [name for name in options.built if _can_make(chain, shape, name)]
+        targets[fingerprint(shape)] = SweepTarget(config=shape, operators=names)
     return list(targets.values())
 
 
-def _makes(chain: Chain, shape: Mapping[str, int], operator: str) -> bool:
+def _can_make(chain: Chain, shape: Mapping[str, int], operator: str) -> bool:
     """Whether an operator can make a shape: `patch` makes no widths."""
     try:
         find_target(chain, Request(config=shape, operator=operator))
@@ -178,7 +178,7 @@ def _inside(chain: Chain, size: float, options: ReportOptions) -> bool:
     return smallest * (1 - options.tolerance) <= size <= largest * (1 + options.tolerance)
 
 
-def _refuse_sizes_outside(chains: Sequence[Chain], options: ReportOptions) -> None:
+def _check_sizes_inside(chains: Sequence[Chain], options: ReportOptions) -> None:
     for size in options.sizes or ():
         if not any(_inside(chain, size, options) for chain in chains):
             ranges = ", ".join(
@@ -193,7 +193,7 @@ def _refuse_sizes_outside(chains: Sequence[Chain], options: ReportOptions) -> No
 
 
 def _names(chains: Sequence[Chain]) -> list[str]:
-    """What to call each: its last folder, with as many of those above as tell it from the others."""
+    """A name for each: its last folder, with as many of those above as tell it from the others."""
     parts = [Path(chain.name_or_path).resolve().parts for chain in chains]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-count:]) for each in parts]
@@ -210,7 +210,7 @@ class _Job:
         self.name = name
         self.options = options
         self.tokenizer = chain.tokenizer()
-        self.targets = reached_targets(chain, options)
+        self.targets = _reachable_targets(chain, options)
         self.probes = task_probes(
             options.tasks, self.tokenizer, options.include_path, options.limit, options.batch_size
         )
@@ -273,11 +273,11 @@ def _on_device(model: Any) -> PreTrainedModel:
 
 
 def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
-    """Held-out text as a data set, checked whole.
+    """Read held-out text as a data set and check every row.
 
     Args:
         rows: of any SFT format.
-        column: what is measured: "text" stands for whatever the format has, any other name for that column alone.
+        column: "text" measures whatever the format has, any other name that column alone.
 
     Returns:
         a `Dataset`, or an `IterableDataset`.
@@ -291,7 +291,7 @@ def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
         if not isinstance(row.get(column), str):
             found = f"{type(row[column]).__name__} in the column" if column in row else "no column"
             raise ValueError(
-                f"A row of the held-out text has {found} {column!r}, of which text is to be measured; its columns are "
+                f"A row of the held-out text has {found} {column!r}, where text is expected; its columns are "
                 f"{sorted(row)}. Name one that holds text in every row, or leave --text_column (text_field) out: "
                 "'text', chats, and prompts with completions are found by themselves."
             )
@@ -299,7 +299,7 @@ def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
 
 
 def held_out_blocks(tokenizer: Any, texts: Any, length: int, count: int) -> TokenBlocks:
-    """The first `count` blocks of `length` tokens of held-out text, each row read as training would read it.
+    """Cut the first `count` blocks of `length` tokens of held-out text, each row read as training would read it.
 
     Args:
         tokenizer: a transformers tokenizer; special tokens written in the texts are read as such.
@@ -331,8 +331,8 @@ def scored_bytes(tokenizer: Any, blocks: TokenBlocks) -> int | None:
         blocks: held-out text.
 
     Returns:
-        their number; a special token, such as the end of a text, stands for none. None where the tokens do not tell
-        their bytes (see `token_bytes`) or stand for no text at all: the loss can be told, bits per byte cannot.
+        their number; a special token, such as the end of a text, stands for none. None where the bytes of the tokens
+        are not known (see `token_bytes`) or where they stand for no text: then there are no bits per byte.
     """
     try:
         texts = token_bytes(tokenizer)
@@ -343,7 +343,7 @@ def scored_bytes(tokenizer: Any, blocks: TokenBlocks) -> int | None:
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
-    """A held-out loss in a unit that does not depend on the tokenizer.
+    """Convert a held-out loss to a unit that does not depend on the tokenizer.
 
     Args:
         loss: nats per scored token.
@@ -354,7 +354,7 @@ def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:
 
 
 def add_bits_per_byte(report: Mapping[str, Any], tokenizer: Any, blocks: TokenBlocks) -> None:
-    """Put "bits_per_byte" beside every loss of a sweep, in place: None where the tokens do not tell their bytes.
+    """Put "bits_per_byte" beside every loss of a sweep, in place: None where the bytes of the tokens are not known.
 
     Args:
         report: what `sweep` returned; each anchor gets a number, each target {operator: number}.

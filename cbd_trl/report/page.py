@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, and no font or picture from elsewhere, so that it can be mailed."""
+"""Write a report: one HTML page without scripts, fonts or pictures from elsewhere, a picture, and a JSON file."""
 
 import json
 import math
@@ -16,17 +16,25 @@ from cbd_trl.cards.card import PICTURE
 from cbd_trl.chain.cards import save_cards
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.measurements import MEASURED, table_rows
-from cbd_trl.report.findings import UNITS, compared, findings, shared_unit
-from cbd_trl.report.page_charts import above_axis, comparison_chart, loss_axis, loss_chart, task_axis, task_chart
-from cbd_trl.report.plots import plot_side_by_side, plot_sweep
+from cbd_trl.report.findings import UNITS, compare_chains, findings, shared_unit
+from cbd_trl.report.plots import (
+    comparison_chart,
+    loss_axis,
+    loss_chart,
+    losses_above,
+    plot_side_by_side,
+    plot_sweep,
+    task_axis,
+    task_chart,
+)
 from cbd_trl.report.sweep import RANDOM
 from cbd_trl.utils.files import write_text
 from cbd_trl.utils.formatting import format_count
 
 logger = logging.get_logger(__name__)
 
-
-OPERATORS = {
+_LIBRARIES = ("torch", "transformers", "trl")
+_OPERATORS = {
     "nested": "The default: blocks of the upper anchor for depth; its least-squares cut, mixed with the lower anchor, "
     "for width.",
     "patch": "Blocks of the upper anchor, nothing mixed.",
@@ -35,12 +43,64 @@ OPERATORS = {
     "linear": "Control: the formula of the paper (arXiv 2605.07783), an average of both anchors.",
     RANDOM: "Control: the same shape with fresh weights.",
 }
-# The page may draw itself and nothing else: no browser fetches or runs anything for it.
+# The page may style itself and nothing else: no browser fetches or runs anything for it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(report: Mapping[str, Any]) -> str:
-    """The whole page.
+def write_report(
+    chains: Sequence[Mapping[str, Any]], output: Path | str, data: str, tasks: Sequence[str] = ()
+) -> list[Path]:
+    """Write what was measured of chains into a folder.
+
+    Args:
+        chains: from `measure_chains`.
+        output: the folder.
+        data: what the held-out text is called.
+        tasks: that were requested.
+
+    Returns:
+        report.html, report.png and report.json. In the latter a loss that is not a number is null.
+    """
+    folder = Path(output)
+    report = {
+        "version": __version__,
+        "versions": {name: version(name) for name in (*_LIBRARIES, *(["lm-eval"] if tasks else []))},
+        "data": data,
+        "tasks": list(tasks),
+        "chains": list(chains),
+    }
+    paths = [folder / f"report.{kind}" for kind in ("html", "png", "json")]
+    write_text(paths[0], render_page(report))
+    plot_side_by_side(chains, [f"{chain['name']}: held-out {data}" for chain in chains], paths[1])
+    write_text(paths[2], json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
+    return paths
+
+
+def save_measurements(chain: Chain, report: Mapping[str, Any]) -> None:
+    """Keep what was measured of a chain in its folder, as JSON and as a picture, and rewrite its cards.
+
+    The chain is whole without them: where they cannot be written there is a warning.
+
+    Args:
+        chain: the chain, in a folder.
+        report: what was measured of it (`cbd_trl.report.sweep.sweep`).
+    """
+    # It goes to the Hub with the chain, where nobody should read the names of the folders here.
+    kept = {key: value for key, value in report.items() if key != "path" or report.get("revision") is not None}
+    if "name" in kept:
+        kept["name"] = Path(kept["name"]).name
+    try:
+        write_text(chain.path / MEASURED, json.dumps(kept, indent=1) + "\n")
+        plot_sweep(report, chain.path / PICTURE, formats=("png",))
+    except OSError as error:
+        logger.warning(
+            f"The measurements of the chain in {chain.path} were not written ({error}); the chain itself is whole."
+        )
+    save_cards(chain)
+
+
+def render_page(report: Mapping[str, Any]) -> str:
+    """Render the whole page.
 
     Args:
         report: what report.json holds (see `write_report`).
@@ -53,7 +113,7 @@ def page(report: Mapping[str, Any]) -> str:
     if pair:
         body.append(_comparison(chains))
     together = shared_unit(chains) == "loss"
-    sections = [_chain(chain, loss_axis(chains if together else [chain])) for chain in chains]
+    sections = [_chain(chain, loss_axis(chains if together else [chain]), len(chains)) for chain in chains]
     body.append(_columns(sections, pair))
     for task in chains[0]["anchors"][0]["probes"]:
         body.append(_columns([_task(chain, task, chains) for chain in chains], pair))
@@ -96,27 +156,28 @@ def _comparison(chains: Sequence[Mapping[str, Any]]) -> str:
         return _section(
             "Side by side",
             _note(
-                "These chains read different tokens, and not both tell their bytes: their losses cannot be compared."
+                "These chains read different tokens, and the bytes of one's are not known: their losses cannot be "
+                "compared."
             ),
         )
-    said = compared(chains)
+    comparison = compare_chains(chains)
     first = next((name for chain in chains for target in chain["targets"] for name in target["loss"]), "the anchors")
     return _section(
         "Side by side",
         comparison_chart(chains, key),
         _note(f"Anchors and sizes made by {first}, in {UNITS[key]}: lower is better."),
-        f'<ul class="findings"><li>{escape(said)}</li></ul>' if said else "",
+        f'<ul class="findings"><li>{escape(comparison)}</li></ul>' if comparison else "",
     )
 
 
-def _chain(chain: Mapping[str, Any], axis: tuple[float, float]) -> str:
+def _chain(chain: Mapping[str, Any], axis: tuple[float, float], columns: int) -> str:
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(chain))
     note = "Lower is better. Rest on a mark for its shape and number; every number is in the table. "
     return _section(
         f"{chain['name']}: held-out loss",
-        loss_chart(chain, axis),
-        _note(note + above_axis(chain, axis[1])),
-        f'<h3>What it says</h3><ul class="findings">{sentences}</ul>' if sentences else "",
+        loss_chart(chain, axis, columns),
+        _note(note + losses_above(chain, axis[1])),
+        f'<h3>Findings</h3><ul class="findings">{sentences}</ul>' if sentences else "",
         _table(*table_rows(chain)),
     )
 
@@ -126,10 +187,10 @@ def _task(chain: Mapping[str, Any], task: str, chains: Sequence[Mapping[str, Any
     better = "Higher is better" if score["higher_is_better"] else "Lower is better"
     return _section(
         f"{chain['name']}: {task}",
-        task_chart(chain, task, task_axis(chains, task)),
+        task_chart(chain, task, task_axis(chains, task), len(chains)),
         _note(
             f"{better}: {score['metric']} on {score['examples']:,} examples, with the standard error where lm-eval "
-            "tells it. Two sizes within it of each other are not told apart."
+            "gives one. It does not tell apart two sizes that lie within it of each other."
         ),
         _table(*table_rows(chain, task=task)),
     )
@@ -149,7 +210,7 @@ def _table(header: Sequence[str], rows: Sequence[Any]) -> str:
 
 def _how(report: Mapping[str, Any]) -> str:
     used = dict.fromkeys(name for chain in report["chains"] for target in chain["targets"] for name in target["loss"])
-    facts = {name: OPERATORS[name] for name in used}
+    facts = {name: _OPERATORS[name] for name in used}
     facts["held-out loss"] = (
         "Mean cross-entropy of the next token, in nats, over the same blocks for every model. A block begins as the "
         "tokenizer begins a text; that token, or else the first one of the block, is only read."
@@ -161,14 +222,14 @@ def _how(report: Mapping[str, Any]) -> str:
         )
     facts["seconds"] = "To make the model of the first operator, files read included."
     for chain in report["chains"]:
-        facts[chain["name"]] = _told(chain)
+        facts[chain["name"]] = _describe_chain(chain)
     if report["tasks"]:
         facts["tasks"] = f"{', '.join(report['tasks'])}; lm-eval {report['versions']['lm-eval']}."
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
     return _section("How to read it", f"<dl>{items}</dl>")
 
 
-def _told(chain: Mapping[str, Any]) -> str:
+def _describe_chain(chain: Mapping[str, Any]) -> str:
     text, revision = chain["text"], f" at {chain['revision']}" if chain["revision"] else ""
     in_bytes = f", {text['bytes']:,} bytes" if text["bytes"] else ""
     trained = ", ".join(
@@ -186,38 +247,6 @@ def _note(text: str) -> str:
     return f'<p class="note">{escape(text.strip())}</p>'
 
 
-_LIBRARIES = ("torch", "transformers", "trl")
-
-
-def write_report(
-    chains: Sequence[Mapping[str, Any]], output: Path | str, data: str, tasks: Sequence[str] = ()
-) -> list[Path]:
-    """Write what was measured of chains.
-
-    Args:
-        chains: from `measure_chains`.
-        output: the folder.
-        data: what the held-out text is called.
-        tasks: that were asked for.
-
-    Returns:
-        report.html, report.png and report.json. In the latter a loss that is no number is null.
-    """
-    folder = Path(output)
-    report = {
-        "version": __version__,
-        "versions": {name: version(name) for name in (*_LIBRARIES, *(["lm-eval"] if tasks else []))},
-        "data": data,
-        "tasks": list(tasks),
-        "chains": list(chains),
-    }
-    paths = [folder / f"report.{kind}" for kind in ("html", "png", "json")]
-    write_text(paths[0], page(report))
-    plot_side_by_side(chains, [f"{chain['name']}: held-out {data}" for chain in chains], paths[1])
-    write_text(paths[2], json.dumps(_finite(report), indent=1, allow_nan=False) + "\n")
-    return paths
-
-
 def _finite(value: Any) -> Any:
     """The same with None for numbers that JSON does not have."""
     if isinstance(value, Mapping):
@@ -225,26 +254,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def save_measurements(chain: Chain, report: Mapping[str, Any]) -> None:
-    """Keep what was measured of a chain in its folder, as JSON and as a picture, and rewrite its cards.
-
-    A chain is whole without them: where they cannot be written there is a warning.
-
-    Args:
-        chain: the chain, in a folder.
-        report: what was measured of it (`cbd_trl.report.sweep.sweep`).
-    """
-    # It goes to the Hub with the chain, where nobody is to read what the folders here are called.
-    kept = {key: value for key, value in report.items() if key != "path" or report.get("revision") is not None}
-    if "name" in kept:
-        kept["name"] = Path(kept["name"]).name
-    try:
-        write_text(chain.path / MEASURED, json.dumps(kept, indent=1) + "\n")
-        plot_sweep(report, chain.path / PICTURE, formats=("png",))
-    except OSError as error:
-        logger.warning(
-            f"The measurements of the chain in {chain.path} were not written ({error}); the chain itself is whole."
-        )
-    save_cards(chain)

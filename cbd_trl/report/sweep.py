@@ -1,4 +1,4 @@
-"""The sweep: every operator at every size between the anchors, built, timed and measured on the same tokens."""
+"""Sweep a chain: build, time and measure every operator at every size between the anchors, on the same tokens."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ Build = Callable[..., PreTrainedModel]
 
 
 @dataclass(frozen=True)
-class Target:
-    """A size to make: what `from_chain` is asked for.
+class SweepTarget:
+    """A size to make, as `from_chain` takes it.
 
     Args:
         num_parameters: parameter count, the nearest reachable shape is taken.
@@ -42,8 +42,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.num_parameters is None and not self.config:
             raise ValueError(
-                "A target of the sweep asks for nothing. Give Target(num_parameters=60e6), "
-                "Target(config={'num_hidden_layers': 20}), or both."
+                "A target of the sweep has neither a size nor a shape. Give SweepTarget(num_parameters=60e6), "
+                "SweepTarget(config={'num_hidden_layers': 20}), or both."
             )
 
     def __str__(self) -> str:
@@ -53,18 +53,18 @@ class Target:
         return ", ".join(parts)
 
     @property
-    def asked(self) -> dict[str, Any]:
-        """What it asks for, as it is kept."""
+    def request(self) -> dict[str, Any]:
+        """The size and fields as JSON."""
         return {"num_parameters": self.num_parameters, "config": dict(self.config)}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Something that is measured of every model besides its loss.
+    """A measurement of every model besides its loss.
 
     Args:
         name: what it is called in the report.
-        key: all that its values depend on but the model, such as a `fingerprint`.
+        key: identifies all that its values depend on besides the model, such as a `fingerprint`.
         measure: model -> anything JSON can write.
     """
 
@@ -93,7 +93,7 @@ class Measurement:
 
 
 def fingerprint(*parts: Any) -> str:
-    """A short name of what a measurement depends on.
+    """Hash what a measurement depends on.
 
     Args:
         parts: strings, bytes, tensors, or anything JSON can write.
@@ -114,11 +114,11 @@ def fingerprint(*parts: Any) -> str:
 
 
 def random_model(like: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """A freshly initialised model of the same shape.
+    """Make a freshly initialized model of the same shape.
 
     Args:
         like: the model whose class and config are taken.
-        seed: of the initialisation; the caller's random state is left as it was.
+        seed: of the initialization; the caller's random state is left as it was.
 
     Returns:
         a model in eval mode, in the dtype of `like`.
@@ -130,7 +130,7 @@ def random_model(like: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 def sweep(
     chain: Any,
-    targets: Sequence[Target],
+    targets: Sequence[SweepTarget],
     operators: Sequence[str] = OPERATORS,
     evaluate: Evaluate | None = None,
     *,
@@ -152,13 +152,13 @@ def sweep(
         operators: names of `from_chain`'s operators.
         evaluate: model -> held-out loss in nats per token, the same tokens for every model.
         results: a `Results`, or the file to keep them in: what it already holds is not measured again.
-        key: names what `evaluate` measures, such as a `fingerprint` of the held-out tokens; results with another one,
-            or of another chain, are measured anew.
+        key: identifies what `evaluate` measures, such as a `fingerprint` of the held-out tokens; results with another
+            key, or of another chain, are measured anew.
         seed: of the random models.
         random: whether to measure random models.
-        probes: what to measure besides; each is kept on its own, so that one more costs only itself.
+        probes: further measurements; each is kept on its own, so that one more costs only itself.
         build: `from_chain`, or a stand-in with its signature.
-        on_step: called before each measurement with what comes, its number from 0, and how many there are.
+        on_step: called before each measurement with its label, its number from 0, and how many there are.
 
     Returns:
         {"anchors": [{"name", "num_parameters", "shape", "loss", "seconds", "probes": {probe: value}}], "targets":
@@ -199,7 +199,7 @@ def sweep(
 
 
 def _enter(row: dict[str, Any], operator: str, measured: Measurement) -> None:
-    """What one operator made of a row's target."""
+    """Put what one operator made into the row of its target."""
     row["loss"][operator] = measured.loss
     row["probes"][operator] = measured.probes
     if operator != RANDOM:
@@ -207,7 +207,7 @@ def _enter(row: dict[str, Any], operator: str, measured: Measurement) -> None:
 
 
 class _Sweep:
-    """What all measurements of one sweep share."""
+    """The state that all measurements of one sweep share."""
 
     def __init__(
         self,
@@ -229,25 +229,27 @@ class _Sweep:
         self.probes = probes
 
     def anchor(self, anchor: Any) -> Measurement:
-        return self._once(["anchor", anchor.name], anchor.load_model)
+        return self._measure_once(["anchor", anchor.name], anchor.load_model)
 
-    def target(self, target: Target, operator: str, first: str) -> Measurement:
+    def target(self, target: SweepTarget, operator: str, first: str) -> Measurement:
         """Measure one target with one operator, in the shape that the first operator gives it."""
         if operator == first:
-            return self._once(
-                [target.asked, operator],
+            return self._measure_once(
+                [target.request, operator],
                 lambda: self.build(self.chain, target.num_parameters, config=dict(target.config), operator=operator),
             )
         shape = self.target(target, first, first).shape
         if operator != RANDOM:
-            return self._once([shape, operator], lambda: self.build(self.chain, config=shape, operator=operator))
-        return self._once(
+            return self._measure_once(
+                [shape, operator], lambda: self.build(self.chain, config=shape, operator=operator)
+            )
+        return self._measure_once(
             [shape, operator, self.seed],
             # Only its config counts, and growing the lower anchor is the quickest way to one.
             lambda: random_model(self.build(self.chain, config=shape, operator="expand"), self.seed),
         )
 
-    def _once(self, what: list[Any], make: Callable[[], PreTrainedModel]) -> Measurement:
+    def _measure_once(self, what: list[Any], make: Callable[[], PreTrainedModel]) -> Measurement:
         key = fingerprint(self.key, what)
         probes = {probe.name: fingerprint("probe", probe.key, self.files, what) for probe in self.probes}
         if any(self.results.get(each) is None for each in (key, *probes.values())):

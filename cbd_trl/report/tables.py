@@ -1,4 +1,4 @@
-"""What targets would be like, as a table for the terminal."""
+"""Tables for the terminal: what targets would be like, and what a sweep measured."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cbd_trl.architectures.registry import describe_shape
-from cbd_trl.chain.measurements import measures, table_rows
+from cbd_trl.chain.measurements import table_rows, table_units
 from cbd_trl.targets.many import TargetSummary
 from cbd_trl.targets.request import ANCHOR
 from cbd_trl.utils.formatting import format_count
@@ -21,7 +21,7 @@ _CAPTION = (
 
 
 def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
-    """One line a target, in the order given.
+    """Make a table of targets, one line each, in the order given.
 
     Args:
         summaries: from `describe_targets`.
@@ -30,7 +30,7 @@ def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title or None, caption=_CAPTION, caption_justify="left"
     )
-    for name in ("asked", "parameters", "embedding + other", "shape", "made by", "between", "weights"):
+    for name in ("requested", "parameters", "embedding + other", "shape", "made by", "between", "weights"):
         table.add_column(name, justify="left" if name in ("shape", "made by", "between") else "right")
     for name in ("KV cache", "FLOPs"):
         table.add_column(name, justify="right")
@@ -62,8 +62,8 @@ def _bytes(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
-    """The table for the terminal.
+def sweep_table(report: Mapping[str, Any], title: str = "") -> Table:
+    """Make a table of a sweep, anchors in color and the best operator of a row in bold.
 
     Args:
         report: what `sweep` returned.
@@ -73,9 +73,9 @@ def rich_table(report: Mapping[str, Any], title: str = "") -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        # A name is not markup.
+        # Text: a name is not markup.
         title=Text(title) if title else None,
-        caption=f"★ anchor. {measures(report)}; seconds to build the first operator's model.",
+        caption=f"★ anchor. {table_units(report)}; seconds to build the first operator's model.",
     )
     for column, name in enumerate(header):
         table.add_column(name, justify="left" if name == "shape" else "right", overflow="fold", no_wrap=column != 1)

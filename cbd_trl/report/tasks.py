@@ -1,4 +1,4 @@
-"""Tasks of the LM evaluation harness (lm-eval) as probes of a sweep."""
+"""Score models on tasks of the LM evaluation harness (lm-eval), as probes of a sweep."""
 
 import io
 import itertools
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.report.sweep import Probe, fingerprint
 from cbd_trl.utils.formatting import did_you_mean
 
-# The score that stands for a task, the first of these that it has; any other task is told by its own first metric.
+# The metric that stands for a task: the first of these that it has, otherwise its own first one.
 _PREFERRED = ("acc_norm", "acc", "exact_match", "f1", "bits_per_byte", "perplexity")
 # lm-eval's own default: which examples stand in front of a question.
 _FEWSHOT_SEED = 1234
@@ -28,13 +28,13 @@ def task_probes(
     limit: int | None = None,
     batch_size: int = 4,
 ) -> list[Probe]:
-    """Tasks by name, their data loaded: whatever cannot be had is refused here, before any model is measured.
+    """Load tasks and their data by name, so that every mistake is found before a model is measured.
 
     Args:
         names: tasks, groups and tags of lm-eval. A group counts as one task if it defines a score of its own; the
             tasks of any other group, and of a tag, count each.
         tokenizer: of the models.
-        include_path: folder of task files (YAML) of your own, which win over lm-eval's.
+        include_path: folder of the user's own task files (YAML), which win over lm-eval's.
         limit: the first examples of each task only; None for all.
         batch_size: rows in one forward pass.
 
@@ -53,7 +53,7 @@ def task_probes(
     with _quiet():
         manager = _manager(names, include_path)
         loaded = {name: _load(manager, name) for name in names}
-    scored = {name: tasks for asked, each in loaded.items() for name, tasks in _scored(asked, each)}
+    scored = {name: tasks for requested, each in loaded.items() for name, tasks in _scored(requested, each)}
     return [
         Probe(name, _key(tasks, limit), _measure(name, tasks, tokenizer, limit, batch_size))
         for name, tasks in scored.items()
@@ -71,7 +71,7 @@ def _require_lm_eval() -> None:
 
 
 def _key(tasks: dict[str, Any], limit: int | None) -> str:
-    """Names all that the scores of tasks depend on: the harness, their files and their examples."""
+    """Identify all that the scores of tasks depend on: the harness, their files and their examples."""
     parts = [version("lm-eval"), limit]
     for task in tasks["tasks"].values():
         examples = list(itertools.islice(task.eval_docs, limit))
@@ -80,7 +80,7 @@ def _key(tasks: dict[str, Any], limit: int | None) -> str:
 
 
 def _manager(names: Sequence[str], include_path: Path | str | None) -> Any:
-    """An index with all of the tasks in it; lm-eval's own, which takes seconds to read, only where it is needed."""
+    """An index that holds all of the tasks; lm-eval's own, which takes seconds to read, only where it is needed."""
     from lm_eval.tasks import TaskManager
 
     path = None if include_path is None else str(include_path)
@@ -103,11 +103,11 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
     """A task, group or tag, with its data."""
     try:
         loaded = manager.load([name])
-    # The harness, and the code of a task, raise whatever they like: a bad file, a dataset that is not to be had.
+    # The harness and the code of a task raise anything: a bad file, a dataset that cannot be loaded.
     except Exception as error:
         raise ValueError(
-            f"--tasks: {name} could not be loaded ({type(error).__name__}: {error}). Is its dataset to be had from "
-            "here, and is its file right?"
+            f"--tasks: {name} could not be loaded ({type(error).__name__}: {error}). Check that its dataset can "
+            "be loaded from here and that its file is valid."
         ) from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
@@ -116,7 +116,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 
 
 def _scored(name: str, loaded: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What has a score of its own, and the tasks that it is made of as the harness takes them."""
+    """Everything that has a score of its own, with the tasks it is made of as the harness takes them."""
     if name in loaded["groups"] and loaded["groups"][name].has_aggregation:
         yield name, loaded
         return
@@ -172,7 +172,7 @@ def _score(name: str, results: Any) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness's log and its bars, some for each task and model, would bury the one bar of the report."""
+    """Silence the harness, whose log and progress bars would bury the one bar of the report."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

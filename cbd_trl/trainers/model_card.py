@@ -1,4 +1,4 @@
-"""What the card beside a distilled model says."""
+"""Write the card beside a distilled model."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from cbd_trl.cards.card import Card, code, evaluation_prefix, generate_with, losses_table, plain
+from cbd_trl.cards.card import code, evaluation_prefix, losses_table, plain, render_card, usage_lines
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.origin import Origin
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -32,7 +32,7 @@ def describe_model(model: nn.Module, name: str | None) -> str:
 
 
 def describe_loss(args: DistillConfig) -> str:
-    """The objective in one line.
+    """Write the objective in one line.
 
     Args:
         args: of the run.
@@ -40,7 +40,7 @@ def describe_loss(args: DistillConfig) -> str:
     Returns:
         such as "1 x forward_kl (temperature 2) + 0.5 x cross-entropy".
     """
-    hidden = f"{'normalised squared' if args.hidden_loss == 'mse' else 'cosine'} distance of the layers"
+    hidden = f"{'normalized squared' if args.hidden_loss == 'mse' else 'cosine'} distance of the layers"
     names = {
         "kd": args.kd_text,
         "ce": "cross-entropy",
@@ -55,7 +55,7 @@ def describe_loss(args: DistillConfig) -> str:
 
 
 def describe_results(history: Sequence[Mapping[str, Any]], last_step: int | None = None) -> str:
-    """The last losses of training and of every evaluation set, as a table.
+    """Tabulate the last losses of training and of every evaluation set.
 
     Args:
         history: log entries of the run, in order.
@@ -88,7 +88,7 @@ def distillation_card(
     tags: list[str],
     results: str,
 ) -> str:
-    """The card of a distilled model.
+    """Render the card of a distilled model.
 
     Args:
         trainer: name of the trainer.
@@ -108,9 +108,9 @@ def distillation_card(
         the text of its README.md.
 
     Raises:
-        ValueError: the metadata are nothing that the Hub takes, such as a tag that is no text.
+        ValueError: a tag is not text.
     """
-    # A name of a file may look like an id.
+    # The name of a file may look like an id.
     datasets = [dataset] if dataset and not os.path.exists(dataset) else []
     origins = [] if origin == Origin() else [origin]
     data = card_metadata(
@@ -122,7 +122,8 @@ def distillation_card(
         tags=tags,
     )
     swap = args.swap_probability or 0
-    card = Card(
+    return render_card(
+        data,
         title=plain(title),
         summary=f"{'An adapter of a' if is_adapter else 'A'} language model, distilled with `cbd_trl.{trainer}`.",
         facts={
@@ -133,8 +134,7 @@ def distillation_card(
             "hybrid steps": f"{swap:.0%} of the steps" if swap else "none",
             "tokens seen": f"{tokens:,}",
         },
-        use=generate_with(hub_model_id or title),
+        use=usage_lines(hub_model_id or title),
         license=license_sentence(origins),
         sections=[f"## Losses\n\n{results}"] if results else [],
     )
-    return card.text(data)

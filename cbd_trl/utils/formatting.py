@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 def readable_name(name: str | None) -> str | None:
@@ -82,3 +82,23 @@ def format_seconds(seconds: float) -> str:
         return f"{minutes} min"
     hours = round(seconds / 3600)
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], align: Sequence[str] = ()) -> str:
+    """Write a table in Markdown; a bar or a line break in a cell stays inside its cell.
+
+    Args:
+        header: titles of the columns.
+        rows: their cells.
+        align: "left" or "right" of each column; empty leaves it to the reader.
+
+    Returns:
+        the lines, without a line break at the end.
+    """
+    rules = [{"left": ":---", "right": "---:"}[side] for side in align] or ["---"] * len(header)
+    lines = [[_cell(cell) for cell in row] for row in (header, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rules, *lines[1:]))
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -27,6 +27,7 @@ HOSTILE = [
     "x\r\n\r\n<script>alert(1)</script>\r\n",
     "```\n<script>alert(1)</script>\n```",
     "</details><script>alert(1)</script>",
+    "{{ 7 * 191 }}{% raw %}",
     "",
 ]
 
@@ -36,7 +37,7 @@ HEADINGS = {"Anchors", "Measured", "Losses at the end of the training", "Paramet
 
 def assert_harmless(text: str) -> None:
     html = as_html(text)
-    assert "<script" not in html and "<img" not in html
+    assert "<script" not in html and "<img" not in html and "1337" not in html
     assert "evil" not in " ".join(re.findall(r'(?:href|src)="([^"]*)"', html))
     # Nor what GitHub would make a link of by itself, outside of code.
     prose = re.sub(r"<code.*?</code>", "", html, flags=re.DOTALL)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import describe
-from cbd_trl.chain.cards import _example
+from cbd_trl.chain.cards import _example_size
 from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.cli.main import main
 from cbd_trl.report.page import save_measurements
@@ -137,22 +137,23 @@ def test_cards_are_rewritten_until_somebody_edits_one(measured, tmp_path):
     assert "1.250" not in read(measured.anchors[0].path)
 
 
-def test_a_folder_that_takes_no_cards_is_a_warning(measured, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "what"), [("cbd_trl.chain.cards", "cards"), ("cbd_trl.report.page", "measurements")]
+)
+def test_a_full_disk_is_a_warning(measured, tmp_path, monkeypatch, module, what):
     measured.save_pretrained(tmp_path / "copy")
-    copy, said = Chain.from_pretrained(tmp_path / "copy"), []
+    measured, warnings = Chain.from_pretrained(tmp_path / "copy"), []
 
     def full(*_):
         raise OSError("No space left on device")
 
-    for writer in ("cbd_trl.cards.card", "cbd_trl.report.page"):
-        monkeypatch.setattr(f"{writer}.write_text", full)
-    for warner in ("cbd_trl.chain.cards", "cbd_trl.report.page"):
-        monkeypatch.setattr(f"{warner}.logger", SimpleNamespace(warning=said.append))
-    (copy.path / MEASURED).unlink()
-    (copy.path / "README.md").unlink()
-    save_measurements(copy, report_of(copy))
-    assert len(said) == 2
-    assert all("were not written (No space left on device); the chain itself is whole" in each for each in said)
+    monkeypatch.setattr("cbd_trl.cards.card.write_text" if what == "cards" else f"{module}.write_text", full)
+    monkeypatch.setattr(f"{module}.logger", SimpleNamespace(warning=warnings.append))
+    report = report_of(measured)
+    report["anchors"][0]["loss"] = 1.5
+    save_measurements(measured, report)
+    [warning] = warnings
+    assert what in warning and "No space left on device" in warning
 
 
 @pytest.mark.parametrize(("upper", "lower"), [(6, 5), (6, 4), (6, 3)])
@@ -169,6 +170,6 @@ def test_the_size_that_a_card_asks_for_can_be_made(upper, lower):
         )
         for one in (above, below)
     ]
-    size = _example(anchors)
+    size = _example_size(anchors)
     assert solve_target(above, below, blocks, size)
     assert below.num_parameters <= size <= above.num_parameters

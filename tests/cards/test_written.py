@@ -8,7 +8,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from cbd_trl import Chain, from_chain
-from tests.cards.helpers import HUB_ROWS, SOURCE, metadata, read, use
+from cbd_trl.utils.formatting import markdown_table
+from tests.cards.helpers import HUB_ROWS, SOURCE, as_html, metadata, read, use
 from tests.chain.helpers import DEEP, WIDE
 from tests.tokenizer import tiny_tokenizer
 from tests.training import make_trainer
@@ -173,3 +174,9 @@ def test_the_folder_of_a_target_is_sent_with_its_card(hub, chain, tmp_path):
     for _ in range(2):
         assert_from_source(metadata(hub.files("me/deep")["README.md"].decode()))
         model.push_to_hub("me/deep")
+
+
+def test_bars_and_line_breaks_stay_in_their_cell_of_a_table():
+    table = markdown_table(["name", "value"], [["a|b", 1], ["c\nd", ""]], ["left", "right"])
+    assert table == "| name | value |\n| :--- | ---: |\n| a\\|b | 1 |\n| c d |  |"
+    assert as_html(f"\n---\n{table}").count("<td") == 4

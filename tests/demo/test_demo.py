@@ -12,7 +12,7 @@ from cbd_trl.demo import run as run_module
 from cbd_trl.demo.plan import Plan
 from cbd_trl.demo.run import Demo
 from cbd_trl.recipe import corpus
-from cbd_trl.report.sweep import Target
+from cbd_trl.report.sweep import SweepTarget
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -23,7 +23,10 @@ PLAN = Plan(
     ),
     learning_rates=(1e-3, 1e-3),
     swap_probabilities=(0.5, 0.5),
-    targets=(Target(config={"num_hidden_layers": 5}), Target(config={"hidden_size": 24, "num_attention_heads": 4})),
+    targets=(
+        SweepTarget(config={"num_hidden_layers": 5}),
+        SweepTarget(config={"hidden_size": 24, "num_attention_heads": 4}),
+    ),
     saved=1,
     batch_size=2,
     max_length=24,

@@ -6,7 +6,7 @@ _DEPTHS = (30, 16, 16)
 _WIDTHS = (576, 576, 384)
 _SIZES = (134_515_008, 84_942_144, 44_205_696)
 _LOSSES = (2.684, 3.012, 3.391)
-_OPERATORS = {"nested": 0.0, "linear": 0.9, "slice": 0.35, "expand": 0.28, "random": 7.6}
+OPERATORS = {"nested": 0.0, "linear": 0.9, "slice": 0.35, "expand": 0.28, "random": 7.6}
 
 
 def _shape(depth: int, width: int) -> dict[str, int]:
@@ -48,7 +48,7 @@ def made_up(name: str = "my-chain", worse: float = 0.0, tokenizer: str = "a", ta
             size = _SIZES[pair] + share * (_SIZES[pair + 1] - _SIZES[pair])
             depth = round(_DEPTHS[pair] + share * (_DEPTHS[pair + 1] - _DEPTHS[pair]))
             on_line = _LOSSES[pair] + share * (_LOSSES[pair + 1] - _LOSSES[pair]) - 0.02 + worse * (pair + share > 0)
-            losses = {operator: on_line + above for operator, above in _OPERATORS.items()}
+            losses = {operator: on_line + above for operator, above in OPERATORS.items()}
             if pair == 0:
                 losses["patch"] = losses["nested"]
             report["targets"].append(

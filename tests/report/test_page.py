@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from cbd_trl.report.findings import compared, findings, on_line, shared_unit
-from cbd_trl.report.page import page, write_report
+from cbd_trl.report.findings import compare_chains, findings, on_line, shared_unit
+from cbd_trl.report.page import render_page, write_report
 from tests.report.conftest import QUICK, run
 from tests.report.helpers import made_up, made_up_report
 
@@ -45,7 +45,9 @@ def assert_self_contained(text):
     assert not {tag for tag, _ in elements.tags} & {"script", "img", "iframe", "object", "embed", "base", "form", "a"}
     for tag, attributes in elements.tags:
         assert not any(name.startswith("on") or name in ("src", "srcset", "action") for name in attributes), tag
-        assert attributes.get("href", "data:").startswith("data:")
+        assert not any(name.endswith(":href") for name in attributes), tag
+        # A mark of a chart is drawn by what the chart itself defines.
+        assert attributes.get("href", "data:").startswith("#" if tag == "use" else "data:")
     # A style sheet could load a font or a picture.
     styles = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in styles and "@import" not in styles
@@ -86,7 +88,7 @@ def test_hostile_tasks_and_shapes_are_text(tmp_path):
     for anchor in report["anchors"]:
         anchor["name"] = HOSTILE
     report |= {"path": HOSTILE, "revision": HOSTILE, "model_type": HOSTILE}
-    assert_self_contained(page(made_up_report(report, data=HOSTILE)))
+    assert_self_contained(render_page(made_up_report(report, data=HOSTILE)))
 
 
 def test_a_loss_that_is_no_number_is_null_in_the_json_and_marked_on_the_chart(tmp_path):
@@ -118,29 +120,29 @@ def test_what_the_numbers_say():
 
 def test_two_chains_are_compared_where_both_reach():
     better, worse = made_up("better"), made_up("worse", worse=0.9)
-    said = compared([better, worse])
+    said = compare_chains([better, worse])
     # Eight of nine sizes are 0.9 higher, the source is the same.
     assert said.startswith("worse is ahead of better at 0 of the 9 sizes") and "0.800 nats per token above it" in said
-    assert "at 8 of the 9 sizes" in compared([worse, better]) and "below it" in compared([worse, better])
-    text = page(made_up_report(better, worse))
+    assert "at 8 of the 9 sizes" in compare_chains([worse, better]) and "below it" in compare_chains([worse, better])
+    text = render_page(made_up_report(better, worse))
     assert_self_contained(text)
     assert "Side by side" in text and "better: held-out loss" in text and "worse: held-out loss" in text
     # One axis for both: the same loss stands equally high.
-    assert text.count('aria-label="Held-out loss of better against size"') == 3
+    assert text.count('aria-label="Held-out loss of better against size"') == 2
     for chain in (worse,):
         chain["anchors"] = [{**anchor, "num_parameters": 10 * anchor["num_parameters"]} for anchor in chain["anchors"]]
         chain["targets"] = []
-    assert compared([better, worse]) is None
+    assert compare_chains([better, worse]) is None
 
 
 def test_other_tokens_are_compared_in_bits_per_byte_or_not_at_all():
     one, other = made_up("one"), made_up("other", 0.5, tokenizer="b")
     assert shared_unit([one, made_up()]) == "loss" and shared_unit([one, other]) == "bits_per_byte"
-    assert "bits per byte above it" in compared([one, other])
-    assert "in bits per byte: lower is better" in page(made_up_report(one, other))
+    assert "bits per byte above it" in compare_chains([one, other])
+    assert "in bits per byte: lower is better" in render_page(made_up_report(one, other))
     other["text"]["bytes"] = None
-    assert shared_unit([one, other]) is None and compared([one, other]) is None
-    assert "their losses cannot be compared" in page(made_up_report(one, other))
+    assert shared_unit([one, other]) is None and compare_chains([one, other]) is None
+    assert "their losses cannot be compared" in render_page(made_up_report(one, other))
 
 
 def test_the_line_through_points():

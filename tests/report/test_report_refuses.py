@@ -31,7 +31,7 @@ def nothing_measured(monkeypatch):
         (["--compare", "no-such-chain"], r"no-such-chain"),
         (["--data", "{rows}"], r"columns \['words'\], and none of the SFT formats.*'text'"),
         (["--text_column", "body", "--data", "{rows}"], r"no column 'body'.*columns are \['words'\]\. Name one that"),
-        (["--text_column", "nope"], r"no column 'nope', of which text is to be measured; its columns are \['text'\]"),
+        (["--text_column", "nope"], r"no column 'nope', where text is expected; its columns are \['text'\]"),
         (["--text_column", "id", "--data", "{numbers}"], r"int in the column 'id'.*columns are \['id', 'text'\]"),
         (["--data", "{empty}"], r"empty\.jsonl is empty: there is no text"),
         (["--data", "{blank}"], r"blank\.txt holds no rows of text"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cbd_trl.architectures import describe
-from cbd_trl.report.sweep import Target, fingerprint, random_model, sweep
+from cbd_trl.report.sweep import SweepTarget, fingerprint, random_model, sweep
 from cbd_trl.utils.files import Results, write_text
 from tests.tiny import tiny_model
 
@@ -34,7 +34,7 @@ def chain():
     return SimpleNamespace(anchors=[anchor("large", 4), anchor("small", 2)])
 
 
-TARGETS = [Target(num_parameters=5e4), Target(config={"num_hidden_layers": 2})]
+TARGETS = [SweepTarget(num_parameters=5e4), SweepTarget(config={"num_hidden_layers": 2})]
 
 
 def loss_of(model):
@@ -99,8 +99,8 @@ def test_random_model_depends_on_the_seed_alone():
 
 
 def test_errors(chain):
-    with pytest.raises(ValueError, match=r"asks for nothing.*num_parameters=60e6"):
-        Target()
+    with pytest.raises(ValueError, match=r"neither a size nor a shape.*num_parameters=60e6"):
+        SweepTarget()
     with pytest.raises(ValueError, match="needs at least one operator"):
         sweep(chain, TARGETS, [], loss_of)
     with pytest.raises(ValueError, match="a function that measures a model"):
