@@ -22,7 +22,7 @@ from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
 from cbd_trl.trainers.bridge_data import BridgeCollator
 from cbd_trl.trainers.model_card import describe_model
 from cbd_trl.trainers.step_loss import StepLoss
-from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, open_student
+from cbd_trl.trainers.model_setup import TeacherModel, TeacherSetup, open_student
 from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.tokenizers import check_rows, find_tokenizer, tokenizer_name, vocabulary_rows
 

@@ -24,10 +24,10 @@ from cbd_trl.trainers.bridge_teacher import (
 from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.distill_trainer import DistillTrainer
 from cbd_trl.trainers.hidden_states import Projectors
-from cbd_trl.trainers.row_checks import check_scored
+from cbd_trl.trainers.data import check_scored
 from cbd_trl.trainers.sequence_level import SequenceLevelLoss, set_up_black_box
 from cbd_trl.trainers.step_loss import StepLoss
-from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup
+from cbd_trl.trainers.model_setup import TeacherModel, TeacherSetup
 from cbd_trl.utils.tokenizers import vocabulary_rows
 
 

@@ -32,11 +32,11 @@ from cbd_trl.trainers.hidden_states import LayerPairs
 from cbd_trl.trainers.hybrid import Hybrid, Pass
 from cbd_trl.trainers.model_card import describe_model, describe_results, distillation_card
 from cbd_trl.trainers.packing import attention_by_row, check_rows_apart
-from cbd_trl.trainers.row_checks import check_end_token, check_ids, check_lengths, check_scored
+from cbd_trl.trainers.data import check_end_token, check_ids, check_lengths, check_scored
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.trainers.step_trainer import StepTrainer
 from cbd_trl.trainers.student import find_student_tokenizer, load_student, student_loaded
-from cbd_trl.trainers.teacher_setup import (
+from cbd_trl.trainers.model_setup import (
     TeacherModel,
     TeacherSetup,
     check_named_teachers,

@@ -24,7 +24,7 @@ from cbd_trl.losses.objective import METRICS, Weights
 from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
 from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.step_loss import StepLoss
-from cbd_trl.trainers.teacher_setup import TeacherSetup, open_student
+from cbd_trl.trainers.model_setup import TeacherSetup, open_student
 from cbd_trl.utils.tokenizers import vocabulary_rows
 
 
