@@ -1,4 +1,7 @@
-"""Teachers that run in the training processes: loading and placing them, and what they say."""
+"""Teachers that run in the training processes: loading and placing them, and their outputs for a batch.
+
+Shapes: B batch rows, T tokens, R dataset rows, N scored positions, D width of the teacher.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ class Batch:
         inputs: of both models.
         labels_BT: token ids, -100 where the token is not scored.
         row_lengths_R: tokens of each dataset row of a padding-free batch, or None.
-        teacher: what a cached teacher says, aligned with the positions; empty without one.
+        teacher: what the collator read of a teacher (cached, or with tokens of its own); empty without one.
     """
 
     inputs: dict[str, Any]
@@ -50,7 +53,7 @@ class Batch:
         return cls({**inputs, "use_cache": False}, labels_BT, row_lengths_R, teacher)
 
     def count_tokens(self) -> Tensor:
-        """How many tokens are not padding, scalar int64."""
+        """Count the tokens that are not padding, scalar int64."""
         if self.row_lengths_R is not None:
             return self.row_lengths_R.sum()
         if (mask := self.inputs.get("attention_mask")) is not None:
@@ -67,9 +70,9 @@ def load_teacher(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The teacher as a frozen model in eval mode.
+    """Load and check a teacher: a frozen model in eval mode.
 
-    A model given in memory is used as it is: its parameters stop asking for gradients and it stays in eval mode.
+    A model given in memory is changed in place: its parameters get no gradients and it stays in eval mode.
 
     Args:
         teacher: a causal LM, or the path or Hub id of one. Of a PEFT model, the base with its active adapters.
@@ -87,7 +90,7 @@ def load_teacher(
             has no logits or was saved without some weights, if the logits are not a plain head of its last hidden
             state or know what follows, or if it has virtual tokens in front of its inputs.
         TypeError: if it is neither a model nor a string.
-        ImportError: if it is quantised, or is to be, by a package that is not installed.
+        ImportError: if it is quantized, or is to be, by a package that is not installed.
     """
     if isinstance(teacher, str):
         kwargs: dict[str, Any] = {"dtype": student.dtype, "trust_remote_code": trust_remote_code}
@@ -115,14 +118,15 @@ def load_teacher(
             "The teacher shares parameters with the student: freezing the one would freeze the other. Give a copy, "
             "such as `copy.deepcopy(model)`, or set self_distillation=True to learn from the student's own base."
         )
-    teacher = _without_wrapper(teacher)
-    check_writes(teacher, "teacher")
-    teacher.eval()
-    teacher.requires_grad_(False)
-    open_forward(teacher)
-    check_causal(teacher)
-    check_head(teacher)
-    return teacher
+    _check_no_virtual_tokens(teacher)
+    model = causal_lm_of(teacher)
+    check_writes(model, "teacher")
+    model.eval()
+    model.requires_grad_(False)
+    open_forward(model)
+    check_causal(model)
+    check_head(model)
+    return model
 
 
 def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
@@ -136,10 +140,16 @@ def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
         ) from error
 
 
-def _without_wrapper(teacher: Any) -> PreTrainedModel:
-    """The causal LM inside a PEFT model, whose adapters are in its layers."""
-    if not hasattr(teacher, "get_base_model"):
-        return teacher
+def causal_lm_of(model: Any) -> Any:
+    """Find the causal LM inside a PEFT model, whose adapters are in its layers.
+
+    Args:
+        model: a causal LM, or a PEFT model around one.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_no_virtual_tokens(teacher: Any) -> None:
     adapter = getattr(teacher, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(
@@ -147,11 +157,10 @@ def _without_wrapper(teacher: Any) -> PreTrainedModel:
             "student has none. Give a teacher without it, or with an adapter that leaves the inputs alone, such as "
             "LoRA."
         )
-    return teacher.get_base_model()
 
 
 class Teacher(Protocol):
-    """What the trainer asks of every teacher."""
+    """What the trainer needs of every teacher."""
 
     @property
     def models(self) -> Sequence[PreTrainedModel]:
@@ -160,8 +169,8 @@ class Teacher(Protocol):
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """See `LocalTeacher.place`."""
 
-    def says(self, batch: Batch, student: nn.Module) -> Any:
-        """See `LocalTeacher.says`. A `Signal` where its tokens are the student's."""
+    def predict(self, batch: Batch, student: nn.Module) -> Any:
+        """See `LocalTeacher.predict`; of the student's tokens a `Signal` of `cbd_trl.losses.teacher_outputs`."""
 
 
 class LocalTeacher:
@@ -202,8 +211,8 @@ class LocalTeacher:
         placed.eval()
         self._placed = placed
 
-    def says(self, batch: Batch, student: nn.Module) -> HiddenSignal:
-        """What the teacher says at the scored positions of a batch.
+    def predict(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+        """Compute the teacher's output at the scored positions of a batch.
 
         Args:
             batch: of B rows of T tokens.
@@ -237,9 +246,9 @@ class EnsembleTeacher:
         for member in self.members:
             member.place(accelerator, offload)
 
-    def says(self, batch: Batch, student: nn.Module) -> MixtureSignal:
-        """See `LocalTeacher.says`."""
-        return MixtureSignal([member.says(batch, student) for member in self.members], self._weights)
+    def predict(self, batch: Batch, student: nn.Module) -> MixtureSignal:
+        """See `LocalTeacher.predict`."""
+        return MixtureSignal([member.predict(batch, student) for member in self.members], self._weights)
 
 
 class OwnBaseTeacher:
@@ -260,8 +269,8 @@ class OwnBaseTeacher:
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """The student is placed by the trainer."""
 
-    def says(self, batch: Batch, student: nn.Module) -> HiddenSignal:
-        """See `LocalTeacher.says`. In eval mode: dropout is for the student, and so is gradient checkpointing."""
+    def predict(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+        """See `LocalTeacher.predict`. In eval mode: dropout is for the student, and so is gradient checkpointing."""
         with in_eval_mode(student), self._student.disable_adapter():
             return read_hidden(student, self._student.get_base_model(), batch)
 

@@ -60,7 +60,7 @@ class BridgeDistillConfig(DistillConfig):
     """
 
     trainer = "BridgeDistillTrainer"
-    ways_to_a_teacher = ["teacher_model_name_or_path"]
+    teacher_arguments = ["teacher_model_name_or_path"]
     _VALID_DICT_FIELDS = [*DistillConfig._VALID_DICT_FIELDS, "objective"]
 
     objective: dict[str, Any] | str | None = field(
@@ -151,7 +151,7 @@ class BridgeDistillConfig(DistillConfig):
         return SEQKD in self.objectives
 
     @property
-    def instead_of_a_teacher(self) -> str | None:
+    def teacher_source(self) -> str | None:
         """See `DistillConfig`."""
         return "objective='seqkd'" if self.black_box else None
 

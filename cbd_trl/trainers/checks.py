@@ -11,37 +11,6 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArgume
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.formatting import did_you_mean
 
-
-def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
-    """The teacher, from the trainer's argument or from its config.
-
-    Args:
-        teacher: the trainer's `teacher_model`.
-        args: of the run.
-
-    Returns:
-        a model, path or Hub id, a list of them, or None where `args` says that none is loaded.
-
-    Raises:
-        ValueError: if there is none, or two.
-    """
-    named = args.teacher_model_name_or_path
-    elsewhere = args.instead_of_a_teacher
-    if teacher is not None and (named is not None or elsewhere):
-        other = elsewhere or "teacher_model_name_or_path"
-        raise ValueError(
-            f"A teacher was given as `teacher_model` of the trainer, and {other} in the {type(args).__name__}: both "
-            "were given, and there can be one. Give one of them."
-        )
-    chosen = named if teacher is None else teacher
-    if (chosen is None and not elsewhere) or (isinstance(chosen, list | tuple) and not chosen):
-        raise ValueError(
-            "A teacher is needed: neither was `teacher_model` of the trainer given nor, in the "
-            f"{type(args).__name__}, {' or '.join(f'`{name}`' for name in args.ways_to_a_teacher)}. Give one of them."
-        )
-    return chosen
-
-
 # What each place of a trainer takes, of what could stand in a wrong one.
 _PLACES: dict[str, tuple[str, Any]] = {
     "model": ("a model", nn.Module),
@@ -56,7 +25,7 @@ _KIND_OF = {
 }
 
 
-def check_places(trainer: str, **given: Any) -> None:
+def check_argument_types(trainer: str, **given: Any) -> None:
     """Refuse arguments that stand in each other's place: behind the student comes its teacher, not `args` as in TRL.
 
     Args:

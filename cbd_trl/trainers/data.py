@@ -1,18 +1,24 @@
-"""What is refused of the rows of a data set, before a token is trained on."""
+"""Rows of a dataset: checks before a token is trained on, and the outputs of a cached teacher beside their tokens.
+
+Shapes: B batch rows, T tokens, K kept entries of a position, D teacher width.
+"""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
 from cbd_trl.architectures.base import check_positions, learned_positions_of
+from cbd_trl.cache.reader import CachedTeacher, TeacherCache
 from cbd_trl.utils.blocks import IGNORE_INDEX
-from cbd_trl.utils.datasets import as_stream, is_prepared, prepare, template_reads
+from cbd_trl.utils.datasets import as_stream, example_rows, is_prepared, prepare, template_reads
 
 # Rows whose lengths are read at a time.
 _ROWS = 10_000
@@ -161,6 +167,85 @@ def check_before_preparing(
             _check_each(_prepared(rows, args, tokenizer), positions, args, config.model_type, name)
 
 
+def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
+    """A collator that adds to each batch what a cached teacher says, after checking that it knows every row.
+
+    Args:
+        teacher: reads the cache.
+        collator: of the trainer.
+        datasets: prepared ones, to be looked up before training; streams, and rows that a collator of the user's turns
+            into tokens, are looked up as they come.
+
+    Returns:
+        the collator to use instead.
+
+    Raises:
+        ValueError: if rows are not in the cache.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
+            teacher.cache.check_rows(row for one in dataset.select_columns(columns) for row in example_rows(one))
+    return CachedTeacherCollator(collator, teacher.cache)
+
+
+class CachedTeacherCollator:
+    """A collator that looks every row of its batch up in a teacher cache.
+
+    Padded, padding-free and packed batches are aligned alike: what the teacher says at a position stands where the
+    student says it, and the tokens are compared once more.
+
+    Args:
+        inner: makes the batch, such as TRL's `DataCollatorForLanguageModeling`.
+        cache: of the teacher.
+    """
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]], cache: TeacherCache) -> None:
+        self.inner = inner
+        self.cache = cache
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate.
+
+        Args:
+            examples: rows of the data set, or packs of rows with their `seq_lengths`.
+
+        Returns:
+            the inner batch, and at position t what was predicted of token t + 1, 0 where nothing was:
+            `teacher_target` (B, T) float32; and of top_k and sampled `teacher_indices` (B, T, K) int32 and
+            `teacher_log_probs` (B, T, K) float32, of top_k `teacher_tail` (B, T) float32, of hidden `teacher_hidden`
+            (B, T, D).
+
+        Raises:
+            ValueError: if a row is not in the cache, or does not lie in the batch where it should.
+        """
+        batch = self.inner(examples)
+        batch.update(self._teacher(examples, batch))
+        return batch
+
+    def _teacher(self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        ids_BT = batch["input_ids"]
+        flat = "attention_mask" not in batch
+        tensors = _empty(self.cache, *ids_BT.shape)
+        start = 0
+        for number, example in enumerate(examples):
+            line = 0 if flat else number
+            start = start if flat else 0
+            for row in example_rows(example if "input_ids" in example else _collated(batch, number)):
+                place = ids_BT[line, start : start + len(row)]
+                if not torch.equal(place, torch.from_numpy(row).to(place.dtype)):
+                    raise ValueError(
+                        f"{type(self.inner).__name__} did not put a row of {len(row)} tokens at token {start} of "
+                        f"batch row {line}: the teacher's predictions would stand at other tokens. Use TRL's "
+                        "collator, which pads on the right."
+                    )
+                found = self.cache.lookup(row)
+                for name, tensor in tensors.items():
+                    tensor[line, start : start + len(row) - 1] = getattr(found, name.removeprefix("teacher_"))
+                start += len(row)
+        return tensors
+
+
 def _check_each(rows: Iterator[Mapping[str, Any]], positions: int, args: Any, family: str, name: str) -> None:
     wrapped = args.packing and args.packing_strategy == "wrapped"
     for number, row in enumerate(rows):
@@ -207,3 +292,22 @@ def _longest(dataset: Any, padding_free: bool) -> int | None:
         lengths = pc.list_flatten(batch[column]) if by_row else pc.list_value_length(batch[column])
         longest = max(longest, pc.max(lengths).as_py() or 0)
     return longest
+
+
+def _collated(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A row whose tokens the collator made."""
+    ids_T = batch["input_ids"][number]
+    return {"input_ids": ids_T[batch["attention_mask"][number].bool()] if "attention_mask" in batch else ids_T}
+
+
+def _empty(cache: TeacherCache, batch: int, length: int) -> dict[str, Tensor]:
+    settings = cache.settings
+    tensors = {"teacher_target": torch.zeros(batch, length)}
+    if settings.kind == "hidden":
+        assert settings.width is not None and settings.dtype is not None
+        hidden = torch.zeros(batch, length, settings.width, dtype=getattr(torch, settings.dtype))
+        return tensors | {"teacher_hidden": hidden}
+    assert settings.k is not None
+    tensors["teacher_indices"] = torch.zeros(batch, length, settings.k, dtype=torch.int32)
+    tensors["teacher_log_probs"] = torch.zeros(batch, length, settings.k)
+    return tensors | ({"teacher_tail": torch.zeros(batch, length)} if settings.kind == "top_k" else {})

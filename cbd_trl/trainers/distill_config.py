@@ -67,7 +67,7 @@ class DistillConfig(SFTConfig):
     # The trainer that these are the arguments of; without a type these are no arguments themselves.
     trainer = "DistillTrainer"
     # Its arguments that name a teacher; the trainer's `teacher_model` is one more way.
-    ways_to_a_teacher = ["teacher_model_name_or_path", "teacher_cache", "self_distillation"]
+    teacher_arguments = ["teacher_model_name_or_path", "teacher_cache", "self_distillation"]
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(
@@ -243,6 +243,16 @@ class DistillConfig(SFTConfig):
         """
         return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
 
+    def scheduled_weights(self, progress: float) -> dict[str, float]:
+        """Compute the weights that change over the run, by their names, at a point of it.
+
+        Args:
+            progress: share of the optimizer steps done, in [0, 1].
+        """
+        return {
+            f"{term}_weight": how.at(progress) for term, how in self.schedules().items() if how.shape != "constant"
+        }
+
     @property
     def evaluated(self) -> list[str]:
         """What an evaluation reports of the student, without the prefix."""
@@ -260,7 +270,7 @@ class DistillConfig(SFTConfig):
         return f"{self.divergence} ({', '.join(options)})"
 
     @property
-    def instead_of_a_teacher(self) -> str | None:
+    def teacher_source(self) -> str | None:
         """The argument by which no teacher is loaded, None if one is."""
         return "teacher_cache" if self.teacher_cache else "self_distillation" if self.self_distillation else None
 
@@ -397,10 +407,10 @@ def _check_hidden(config: Any) -> None:
 
 
 def _check_teacher(config: Any) -> None:
-    named = [name for name in config.ways_to_a_teacher if getattr(config, name)]
+    named = [name for name in config.teacher_arguments if getattr(config, name)]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} each name a teacher: there can be one. Give one of them.")
-    absent = config.instead_of_a_teacher
+    absent = config.teacher_source
     if absent:
         loads = ("teacher_model_init_kwargs", "teacher_model_revision", "teacher_offload", "teacher_weights")
         for name in loads:

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
-from cbd_trl.trainers.callbacks import LayerOutputs
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
 from cbd_trl.utils.tensor_files import save_tensors
@@ -175,6 +174,49 @@ def _is_theirs(key: str) -> bool:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(tensors[key].shape) for key in sorted(tensors)}
+
+
+class LayerOutputs:
+    """Records what layers return, while asked to.
+
+    Forward hooks see the raw output of a layer; the last entry of a model's `hidden_states` is after the final norm.
+    They are there during `recording` alone: a recompute under gradient checkpointing leaves no trace, nor does the
+    trainer on a model that was given to it.
+    """
+
+    def __init__(self) -> None:
+        self._watched: list[tuple[int, nn.Module]] = []
+
+    def watch(self, index: int, layer: nn.Module) -> None:
+        """Record a layer's output under an index.
+
+        Args:
+            index: key of the record.
+            layer: returns a tensor (B, T, D), or a tuple that starts with one.
+        """
+        self._watched.append((index, layer))
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[int, Tensor]]:
+        """Within it outputs are recorded.
+
+        Yields:
+            index -> output (B, T, D), filled as the layers run.
+        """
+        store: dict[int, Tensor] = {}
+
+        def hook_for(index: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                store[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [layer.register_forward_hook(hook_for(index)) for index, layer in self._watched]
+        try:
+            yield store
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class LayerPairs:

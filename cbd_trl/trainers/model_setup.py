@@ -1,32 +1,66 @@
-"""From what the user named to a teacher that is checked and ready."""
+"""From a trainer's arguments to a student and a teacher that are loaded, checked and comparable."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_trl.architectures import is_tied
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
 from cbd_trl.cache import TeacherCache
 from cbd_trl.cache.reader import CachedTeacher
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.objective import DistillObjective
-from cbd_trl.teachers.local import EnsembleTeacher, LocalTeacher, OwnBaseTeacher, Teacher, load_teacher
-from cbd_trl.trainers.collators import CachedTeacherCollator
+from cbd_trl.teachers.local import (
+    EnsembleTeacher,
+    LocalTeacher,
+    OwnBaseTeacher,
+    Teacher,
+    causal_lm_of,
+    load_teacher,
+)
+from cbd_trl.trainers.checks import check_arguments, check_best_metric
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.model_card import describe_model
-from cbd_trl.utils.datasets import example_rows
-from cbd_trl.utils.modeling import check_checkpoint
+from cbd_trl.utils.datasets import sft_dataset, sft_datasets
+from cbd_trl.utils.modeling import check_checkpoint, check_writes, is_multimodal, load_causal_lm
 from cbd_trl.utils.tokenizers import check_vocabularies, vocabulary_rows
-
-logger = logging.get_logger(__name__)
+from cbd_trl.utils.untrusted import name_remote_code
 
 TeacherModel = str | PreTrainedModel | Sequence[str | PreTrainedModel] | None
 
 # Starts of a LoRA that are a part of the base's weights, which keep the rest alone (names of peft).
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Where every process holds a whole model, "auto" would spread each over all devices.
+_ONE_EACH = ("MULTI_GPU", "DEEPSPEED")
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The arguments of a trainer, resolved as far as they can be before there is an accelerator.
+
+    Attributes:
+        model: the student, loaded.
+        name: path or Hub id the student is from, or None.
+        loaded: whether the student was given by name.
+        teacher: a model, path or Hub id, a list of them, or None where the config has another source.
+        train_dataset: in a format of `trl.SFTTrainer`, or None.
+        eval_dataset: likewise, or a dict of them.
+        processing_class: the student's tokenizer; None where SFTTrainer is to look for it.
+        others: further arguments of `trl.SFTTrainer`.
+    """
+
+    model: Any
+    name: str | None
+    loaded: bool
+    teacher: Any
+    train_dataset: Any
+    eval_dataset: Any
+    processing_class: Any
+    others: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,33 +68,132 @@ class TeacherSetup:
     """A teacher, and what the trainer has to know of it.
 
     Attributes:
-        teacher: to be placed and asked.
+        teacher: yet to be placed.
         model: the one causal LM it is, or None.
         shared_rows: vocabulary rows that it and the student have.
-        text: names it on the card.
+        description: names it on the model card.
     """
 
     teacher: Teacher
     model: PreTrainedModel | None
     shared_rows: int
-    text: str
+    description: str
 
 
-def check_named_teachers(named: TeacherModel, args: DistillConfig) -> None:
-    """Refuse teachers whose files do not hold their weights, before the data is prepared.
+def resolve_arguments(
+    args: DistillConfig,
+    config: type[DistillConfig],
+    *,
+    model: Any,
+    teacher_model: TeacherModel,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    others: Mapping[str, Any],
+) -> RunArguments:
+    """Check a trainer's arguments, and load the student once nothing speaks against it.
 
     Args:
-        named: what `chosen_teacher` returned.
         args: of the run.
+        config: the trainer's kind of it.
+        model: the trainer's argument; so are the following.
+        teacher_model: the teacher is checked here and not loaded.
+        train_dataset: any dataset format of `trl.SFTTrainer`.
+        eval_dataset: likewise, or a dict of them.
+        processing_class: the student's tokenizer.
+        others: further arguments for `trl.SFTTrainer`.
 
     Raises:
-        ValueError: see `check_checkpoint`.
+        ValueError: for arguments that contradict each other or name files that do not hold a model.
+        TypeError: if an argument has the wrong type.
     """
-    options: Any = args.teacher_model_init_kwargs or {}
-    where = {"trust_remote_code": args.trust_remote_code, "revision": args.teacher_model_revision, **options}
-    for one in named if isinstance(named, list | tuple) else [named]:
-        if isinstance(one, str):
-            check_checkpoint(one, role="teacher", adapters=True, **where)
+    others = dict(others)
+    check_arguments(args, config, others)
+    check_best_metric(args, eval_dataset, others.get("compute_metrics"))
+    teacher = _choose_teacher(teacher_model, args)
+    formatted = others.get("formatting_func") is not None
+    if train_dataset is not None:
+        train_dataset = sft_dataset(train_dataset, "train_dataset", args, formatted=formatted)
+    eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args, formatted=formatted)
+    _check_teacher_files(teacher, args)
+    loaded = isinstance(model, str)
+    if loaded:
+        name, model = model, load_student(model, args, others.pop("quantization_config", None))
+    else:
+        name = getattr(model.config, "_name_or_path", None)
+        check_writes(model, "student")
+    if processing_class is None:
+        processing_class = find_student_tokenizer(model, args, loaded)
+    return RunArguments(model, name, loaded, teacher, train_dataset, eval_dataset, processing_class, others)
+
+
+def load_student(name: str, args: DistillConfig, quantization_config: Any = None) -> PreTrainedModel:
+    """Load the student, in float32 and on the accelerator unless `args.model_init_kwargs` has it otherwise.
+
+    Args:
+        name: path or Hub id.
+        args: of the run.
+        quantization_config: the trainer's argument.
+
+    Raises:
+        ValueError: weights are missing, unknown, of another shape or in no safetensors; two quantizations are given.
+    """
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": args.trust_remote_code}
+    options |= args.model_init_kwargs or {}  # type: ignore[arg-type]  # a string on the command line, a dict once parsed
+    if options["trust_remote_code"]:
+        name_remote_code(name, options.get("revision"))
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ValueError(
+                "quantization_config was given as an argument of the trainer and in model_init_kwargs: there can be "
+                "one. Give the trainer's argument alone."
+            )
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in _ONE_EACH:
+        options["device_map"] = None
+    else:
+        options.setdefault("device_map", None if args.device.type in ("cpu", "mps") else "auto")
+    return load_causal_lm(name, role="student", **options)
+
+
+@contextmanager
+def arguments_for_sft(model: Any, args: DistillConfig, loaded: bool) -> Iterator[None]:
+    """Within it the arguments are as SFTTrainer has to see them for a student that is loaded already.
+
+    Args:
+        model: the student.
+        args: loses `model_init_kwargs`, which were used, and gets them back. What stays: a multimodal student's towers
+            get no gradient from text, so DDP has to look for them.
+        loaded: whether the student was given by name.
+    """
+    options = args.model_init_kwargs
+    if loaded:
+        args.model_init_kwargs = None
+    reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")  # type: ignore[union-attr]
+    if is_multimodal(model) and args.ddp_find_unused_parameters is None and not reentrant:
+        args.ddp_find_unused_parameters = True
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = options
+
+
+def find_student_tokenizer(model: Any, args: DistillConfig, loaded: bool) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer that a student was saved with, also where a processor for images goes around it.
+
+    Args:
+        model: the student.
+        args: of the run.
+        loaded: whether the student was given by name, of the revision in `args`.
+
+    Returns:
+        None for a text model in memory, where SFTTrainer looks itself.
+    """
+    if not loaded and not is_multimodal(model):
+        return None
+    options: Any = (args.model_init_kwargs or {}) if loaded else {}
+    where = {key: options[key] for key in ("revision", "token") if key in options}
+    return AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=args.trust_remote_code, **where)
 
 
 def set_up_teacher(
@@ -73,7 +206,7 @@ def set_up_teacher(
     """Load and check the teacher.
 
     Args:
-        named: what `chosen_teacher` returned.
+        named: a model, path or Hub id, or a list of them; None where `args` has another source.
         student: not wrapped for training; its forward is opened.
         args: of the run.
         tokenizer: makes the training data.
@@ -83,7 +216,8 @@ def set_up_teacher(
         ValueError: if student and teacher cannot be compared as asked.
         TypeError: if a teacher is neither a model nor a string.
     """
-    base = open_student(student)
+    open_student(student)
+    base = causal_lm_of(student)
     if teacher_tokenizer is not None and (args.teacher_cache or args.self_distillation):
         raise ValueError(
             "teacher_processing_class is compared with the student's tokenizer, but "
@@ -99,7 +233,7 @@ def set_up_teacher(
 
 
 def make_objective(args: DistillConfig, shared_rows: int) -> DistillObjective:
-    """The terms on logits of two models with one vocabulary.
+    """Make the loss terms on logits of two models with one vocabulary.
 
     Args:
         args: of the run.
@@ -109,60 +243,63 @@ def make_objective(args: DistillConfig, shared_rows: int) -> DistillObjective:
     return DistillObjective(divergence, args.temperature, args.top_k, shared_rows)
 
 
-def open_student(student: Any) -> Any:
-    """Open a student's forward, as `StepLoss` needs it.
+def open_student(student: Any) -> None:
+    """Open a student's forward, as `StepLoss` needs it, and have its config agree with its weights.
+
+    A config that has tied embeddings where two tables are trained, or the reverse, would have the saved student read
+    as another model.
 
     Args:
         student: not wrapped for training.
 
-    Returns:
-        the causal LM itself, without an adapter around it.
-
     Raises:
         ValueError: if its logits are not a plain head of its last hidden state.
     """
-    base = student.get_base_model() if hasattr(student, "get_base_model") else student
+    base = causal_lm_of(student)
     open_forward(base)
     keep_trainable(base)
     check_head(base)
-    if base is student:
-        _say_whether_tied(base)
-    return base
+    if base is student and bool(base.config.tie_word_embeddings) != (tied := is_tied(base, one_tensor=True)):
+        base.config.tie_word_embeddings = tied
 
 
-def _say_whether_tied(student: Any) -> None:
-    """Have the config of a student say whether one table is trained or two: saved, it would be read as another."""
-    head, table = student.get_output_embeddings().weight, student.get_input_embeddings().weight
-    stated, tied = bool(student.config.tie_word_embeddings), head is table
-    if stated != tied and not (head.is_meta or table.is_meta):
-        logger.warning(
-            f"The config of the student, a {type(student).__name__}, says tie_word_embeddings={stated}, but its head "
-            f"and its table of embeddings are {'one' if tied else 'two'}. So they are trained, and so its config says "
-            "from now on."
-        )
-        student.config.tie_word_embeddings = tied
-
-
-def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
-    """A collator that adds to each batch what a cached teacher says, after checking that it knows every row.
+def _choose_teacher(teacher: Any, args: DistillConfig) -> Any:
+    """Find the teacher in the trainer's argument or in its config.
 
     Args:
-        teacher: reads the cache.
-        collator: of the trainer.
-        datasets: prepared ones, to be looked up before training; streams, and rows that a collator of the user's turns
-            into tokens, are looked up as they come.
+        teacher: the trainer's `teacher_model`.
+        args: of the run.
 
     Returns:
-        the collator to use instead.
+        a model, path or Hub id, a list of them, or None where `args` has another source.
 
     Raises:
-        ValueError: if rows are not in the cache.
+        ValueError: if there is none, or two.
     """
-    for dataset in datasets:
-        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-            columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
-            teacher.cache.check_rows(row for one in dataset.select_columns(columns) for row in example_rows(one))
-    return CachedTeacherCollator(collator, teacher.cache)
+    named = args.teacher_model_name_or_path
+    elsewhere = args.teacher_source
+    if teacher is not None and (named is not None or elsewhere):
+        other = elsewhere or "teacher_model_name_or_path"
+        raise ValueError(
+            f"A teacher was given as `teacher_model` of the trainer, and {other} in the {type(args).__name__}: both "
+            "were given, and there can be one. Give one of them."
+        )
+    chosen = named if teacher is None else teacher
+    if (chosen is None and not elsewhere) or (isinstance(chosen, list | tuple) and not chosen):
+        raise ValueError(
+            "A teacher is needed: neither was `teacher_model` of the trainer given nor, in the "
+            f"{type(args).__name__}, {' or '.join(f'`{name}`' for name in args.teacher_arguments)}. Give one of them."
+        )
+    return chosen
+
+
+def _check_teacher_files(named: TeacherModel, args: DistillConfig) -> None:
+    """Check that the files of teachers given by name hold their weights, before the data is prepared."""
+    options: Any = args.teacher_model_init_kwargs or {}
+    where = {"trust_remote_code": args.trust_remote_code, "revision": args.teacher_model_revision, **options}
+    for one in named if isinstance(named, list | tuple) else [named]:
+        if isinstance(one, str):
+            check_checkpoint(one, role="teacher", adapters=True, **where)
 
 
 def _own_base(base: Any, student: Any) -> TeacherSetup:

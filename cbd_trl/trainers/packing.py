@@ -73,6 +73,25 @@ AttentionInterface.register(NAME, attend_by_row)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+class RowLengthsCollator(DataCollatorForLanguageModeling):
+    """TRL's collator for padding-free batches, which also says how many tokens each dataset row has.
+
+    Evaluation needs them to leave out the rows that fill up the last batch of several processes.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate.
+
+        Args:
+            examples: dataset rows.
+
+        Returns:
+            TRL's batch and `row_lengths`, (R,) tokens.
+        """
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        return {**super().torch_call(examples), "row_lengths": lengths}
+
+
 @contextmanager
 def attention_by_row(models: Iterable[Any]) -> Iterator[None]:
     """Within it those of the models that attend with SDPA do so row by row.
