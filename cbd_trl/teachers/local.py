@@ -77,7 +77,7 @@ def load_teacher(
     Args:
         teacher: a causal LM, or the path or Hub id of one. Of a PEFT model, the base with its active adapters.
         student: the model being trained, which gives the defaults of dtype and attention implementation: equal
-            attention keeps packed rows apart in both models alike.
+            attention keeps packed rows apart in both models.
         init_kwargs: of `from_pretrained`, for a path or Hub id; `quantization_config` among them.
         revision: of a Hub id.
         trust_remote_code: let a Hub model run its own code, which is named in a warning first.
@@ -190,7 +190,7 @@ class LocalTeacher:
         return [self.model]
 
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
-        """Put the teacher where the student is: on its device, sharded alike, under the same mixed precision.
+        """Put the teacher where the student is: on its device, sharded and in mixed precision like it.
 
         Args:
             accelerator: the trainer's.

@@ -69,8 +69,8 @@ def prepare_chats(
 class BridgeCollator:
     """A collator that lets a teacher read every text of its batch in its own tokens, on the CPU.
 
-    Padded, padding-free and packed batches are read alike: the teacher's rows are texts. Chats are read in the
-    teacher's own template, where it has one.
+    Padded, padding-free and packed batches are read in the same way: the teacher's rows are texts. Chats are read in
+    the teacher's own template, where it has one.
 
     Args:
         inner: makes the student's batch, such as TRL's `DataCollatorForLanguageModeling`.
@@ -167,7 +167,7 @@ def _chats_of(examples: Sequence[Mapping[str, Any]], texts: int, flat: bool) -> 
     Args:
         examples: rows or packs of rows.
         texts: how many texts their batch has.
-        flat: whether it is padding-free, where an empty row is no text.
+        flat: whether it is padding-free, where an empty row does not count as a text.
 
     Returns:
         for each text the chat that it is or begins; None where there is none, more than one, or one that is cut off in

@@ -205,7 +205,7 @@ class ProgressLine(ProgressCallback):
     """`85M 3/5 · step 120/500 · 1,240 tokens/s · 6 min left · ce 2.41 (teacher 2.20)`.
 
     On a terminal one line, rewritten after every step; elsewhere a line at each training log, and one a minute between
-    logs that are far apart. What the Trainer logs is printed as ever, above it. Only the main process says anything;
+    logs that are far apart. What the Trainer logs is printed as ever, above it. Only the main process prints;
     the tokens are those of all processes.
 
     Args:
@@ -272,7 +272,7 @@ class ProgressLine(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print what is logged, and what it says of the loss; off a terminal, the line below it."""
+        """Print what is logged, and keep its losses for the line; off a terminal, print the line below it."""
         super().on_log(args, state, control, logs=logs or {}, **kwargs)
         bar: Any = self.training_bar
         if bar is None or not logs or "loss" not in logs:
@@ -286,7 +286,7 @@ class ProgressLine(ProgressCallback):
             bar.refresh()
 
     def line(self, state: TrainerState) -> str:
-        """What is shown.
+        """Format the line.
 
         Args:
             state: of the Trainer.

@@ -25,13 +25,13 @@ _ROWS = 10_000
 
 
 def check_end_token(dataset: Any, tokenizer: Any, args: Any, name: str) -> None:
-    """Refuse rows that end with an end token where the tokenizer has none.
+    """Check that the tokenizer has the end token which rows of plain text get.
 
     Args:
         dataset: as given: not prepared yet.
         tokenizer: of the data.
         args: of the run, a `trl.SFTConfig`.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: it has none, and the rows are plain text.
@@ -49,12 +49,12 @@ def check_end_token(dataset: Any, tokenizer: Any, args: Any, name: str) -> None:
 
 
 def check_scored(dataset: Any, args: Any, name: str) -> None:
-    """Refuse rows of which no token is scored.
+    """Check that some token of a dataset is scored.
 
     Args:
         dataset: prepared. Of a stream the first row is looked for: TRL leaves out those that are masked as a whole.
         args: of the run.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: there is no scored token.
@@ -70,7 +70,7 @@ def check_scored(dataset: Any, args: Any, name: str) -> None:
 
 
 def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: bool, model: str, name: str) -> None:
-    """Refuse rows that are longer than a model has positions.
+    """Check that no row is longer than a model has positions.
 
     Args:
         dataset: prepared, or `None`. Of a stream the length that rows are cut to is what counts.
@@ -78,7 +78,7 @@ def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: 
         args: of the run.
         padding_free: whether positions begin anew with each row of a pack.
         model: names the model.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: there are such rows, or may be.
@@ -103,13 +103,13 @@ def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: 
 
 
 def check_ids(dataset: Any, vocabulary: int, model: str, name: str) -> None:
-    """Refuse token ids that a model has no row for.
+    """Check that a model has a vocabulary row for every token id.
 
     Args:
         dataset: prepared, or None. Rows of a stream are not looked at.
         vocabulary: rows of the model's table.
         model: names the model.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: there is one.
@@ -128,7 +128,7 @@ def check_ids(dataset: Any, vocabulary: int, model: str, name: str) -> None:
 def check_before_preparing(
     dataset: Any, eval_dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> None:
-    """The checks of this module for a training that comes after other work.
+    """Check the rows of a training that comes after other work, as its trainer will.
 
     Args:
         dataset: as given, not prepared.
@@ -168,7 +168,7 @@ def check_before_preparing(
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
-    """A collator that adds to each batch what a cached teacher says, after checking that it knows every row.
+    """Make a collator that adds a cached teacher's output to each batch, after checking that the cache has every row.
 
     Args:
         teacher: reads the cache.
@@ -192,8 +192,8 @@ def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[An
 class CachedTeacherCollator:
     """A collator that looks every row of its batch up in a teacher cache.
 
-    Padded, padding-free and packed batches are aligned alike: what the teacher says at a position stands where the
-    student says it, and the tokens are compared once more.
+    In padded, padding-free and packed batches alike the teacher's output stands at the position of the student's for
+    the same token, and the tokens are compared once more.
 
     Args:
         inner: makes the batch, such as TRL's `DataCollatorForLanguageModeling`.
@@ -208,7 +208,7 @@ class CachedTeacherCollator:
         """Collate.
 
         Args:
-            examples: rows of the data set, or packs of rows with their `seq_lengths`.
+            examples: rows of the dataset, or packs of rows with their `seq_lengths`.
 
         Returns:
             the inner batch, and at position t what was predicted of token t + 1, 0 where nothing was:

@@ -54,7 +54,7 @@ class DistillConfig(SFTConfig):
             `cosine`, or what `build_chain` sets.
         hidden_projector: compare through a learned matrix per layer, for models that do not share channels. It is
             trained along, kept in checkpoints, and no part of the student.
-        swap_probability: share of the optimiser steps that train a hybrid beside the student, on the same tokens and
+        swap_probability: share of the optimizer steps that train a hybrid beside the student, on the same tokens and
             by the same loss: the student with a random number of its blocks replaced by the teacher's frozen ones.
             Such a step takes about twice the time. Needs two models of one chain that differ in depth alone; in
             `build_chain` widths may differ too (see its docs). None: 0, or what `build_chain` sets.
@@ -197,7 +197,7 @@ class DistillConfig(SFTConfig):
     swap_probability: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the optimiser steps that train a hybrid beside the student, on the same tokens: the "
+            "help": "Share of the optimizer steps that train a hybrid beside the student, on the same tokens: the "
             "student with a random number of its blocks replaced by the teacher's frozen ones. Needs two models of "
             "one chain that differ in depth alone; `build_chain` has others for widths. Not set: 0, or what "
             "`build_chain` sets."
@@ -221,7 +221,7 @@ class DistillConfig(SFTConfig):
         check_config(self)
 
     def schedules(self) -> dict[str, WeightSchedule]:
-        """The weight of each term over the run.
+        """Make the schedule of each term's weight.
 
         Returns:
             kd, ce and hidden.
@@ -236,10 +236,10 @@ class DistillConfig(SFTConfig):
         }
 
     def weights(self, progress: float) -> Weights:
-        """The weights at a point of the run.
+        """Compute the weights at a point of the run.
 
         Args:
-            progress: share of the optimiser steps done, in [0, 1].
+            progress: share of the optimizer steps done, in [0, 1].
         """
         return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
 
@@ -276,7 +276,7 @@ class DistillConfig(SFTConfig):
 
     @property
     def learns_projectors(self) -> str | None:
-        """The argument that asks for maps which are trained beside the student, None if there is none."""
+        """The argument that requests maps which are trained beside the student, None if there is none."""
         return "hidden_projector=True" if self.hidden_projector else None
 
     @property
@@ -343,7 +343,7 @@ def _check_weights(config: Any) -> None:
     if scheduled and best is not None and best.endswith("loss"):
         raise ValueError(
             f"metric_for_best_model={best!r} with {' and '.join(scheduled)}: the loss is weighted differently at each "
-            "step, so the best one says nothing of the model. Set metric_for_best_model to a term, such as 'eval_kd' "
+            "step, so the lowest is not the best model's. Set metric_for_best_model to a term, such as 'eval_kd' "
             "or 'eval_ce' (with greater_is_better=False), or leave the schedule out."
         )
 

@@ -335,7 +335,7 @@ class DistillTrainer(SFTTrainer):
         student = Pass(self._student, model)
         if not self.model.training or pairs.hybrid is None:
             return forward(student, with_logits)
-        # The student itself comes last: DDP takes the last pass for the one that says which parameters are used.
+        # The student itself comes last: DDP takes the parameters of the last pass for those that are used.
         beside = torch.zeros((), device=batch.labels_BT.device)
         with pairs.hybrid.at(self.state.global_step, student) as hybrid:
             if hybrid is not None:

@@ -1,4 +1,4 @@
-"""Learned projectors of the hidden-state term, for models that share no channels.
+"""The hidden-state term: which layers are compared, their outputs, and learned projectors between two widths.
 
 Shapes: B rows, T tokens, d student width, D teacher width, L compared layer pairs.
 """
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
+from cbd_trl.teachers.local import causal_lm_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
 from cbd_trl.utils.tensor_files import save_tensors
@@ -93,7 +94,7 @@ def attached(student: nn.Module, projectors: Projectors) -> Iterator[None]:
     Raises:
         ValueError: if the student already has something of that name.
     """
-    model = _innermost(student)
+    model = causal_lm_of(student)
     if hasattr(model, NAME):
         raise ValueError(
             f"{type(model).__name__} already has an attribute '{NAME}': another trainer may be training it, or left "
@@ -110,7 +111,7 @@ def attached(student: nn.Module, projectors: Projectors) -> Iterator[None]:
 
 
 def without_projectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of the student, wrapped or not, as if no projectors were attached.
+    """Leave the projectors out of a state dict of the student, wrapped or not.
 
     Args:
         state_dict: left as it is.
@@ -118,7 +119,7 @@ def without_projectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         the other entries, in their order.
     """
-    return {key: value for key, value in state_dict.items() if not _is_theirs(key)}
+    return {key: value for key, value in state_dict.items() if not _is_projector(key)}
 
 
 def save_projectors(projectors: Projectors, folder: str | Path) -> None:
@@ -161,13 +162,7 @@ def load_projectors(projectors: Projectors, folder: str | Path) -> None:
     projectors.load_state_dict(tensors)
 
 
-def _innermost(student: nn.Module) -> PreTrainedModel:
-    # A PEFT wrapper's own method, which nn.Module does not declare.
-    wrapper: Any = student
-    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
-
-
-def _is_theirs(key: str) -> bool:
+def _is_projector(key: str) -> bool:
     # Behind whatever prefixes the wrappers put before the attribute's name.
     return f".{NAME}." in f".{key}"
 
@@ -177,11 +172,11 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 class LayerOutputs:
-    """Records what layers return, while asked to.
+    """Records what layers return, within `recording` alone.
 
     Forward hooks see the raw output of a layer; the last entry of a model's `hidden_states` is after the final norm.
-    They are there during `recording` alone: a recompute under gradient checkpointing leaves no trace, nor does the
-    trainer on a model that was given to it.
+    They are removed again: a recompute under gradient checkpointing leaves no trace, nor does the trainer on a model
+    that was given to it.
     """
 
     def __init__(self) -> None:
@@ -232,7 +227,7 @@ class LayerPairs:
         hybrid: what is trained beside the student on hybrid steps; None for the student with blocks of the teacher.
 
     Raises:
-        ValueError: if the two models cannot be paired as asked.
+        ValueError: if the two models cannot be paired as requested.
     """
 
     def __init__(
@@ -293,7 +288,7 @@ class LayerPairs:
         ours: Callable[[Tensor], Tensor],
         theirs: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
-        """Mean distance over the recorded layers at N places.
+        """Compute the mean distance over the recorded layers at N places.
 
         Args:
             student_states: layer -> output (B, T, d).

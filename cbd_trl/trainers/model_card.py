@@ -1,4 +1,4 @@
-"""What the card beside a distilled model says."""
+"""The model card beside a distilled model: its text, from what the trainer knows of the run."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from cbd_trl.utils.formatting import readable_name
 
 
 def describe_model(model: nn.Module, name: str | None) -> str:
-    """Name a model for a reader: never by a path that only exists on this machine.
+    """Describe a model for a reader: never by a path that only exists on this machine.
 
     Args:
         model: any model.
@@ -32,7 +32,7 @@ def describe_model(model: nn.Module, name: str | None) -> str:
 
 
 def describe_loss(args: DistillConfig) -> str:
-    """The objective in one line.
+    """Describe the objective in one line.
 
     Args:
         args: of the run.
@@ -40,7 +40,7 @@ def describe_loss(args: DistillConfig) -> str:
     Returns:
         such as "1 x forward_kl (temperature 2) + 0.5 x cross-entropy".
     """
-    hidden = f"{'normalised squared' if args.hidden_loss == 'mse' else 'cosine'} distance of the layers"
+    hidden = f"{'normalized squared' if args.hidden_loss == 'mse' else 'cosine'} distance of the layers"
     names = {
         "kd": args.kd_text,
         "ce": "cross-entropy",
@@ -55,7 +55,7 @@ def describe_loss(args: DistillConfig) -> str:
 
 
 def describe_results(history: Sequence[Mapping[str, Any]], last_step: int | None = None) -> str:
-    """The last losses of training and of every evaluation set, as a table.
+    """Make a table of the last losses of training and of every evaluation set.
 
     Args:
         history: log entries of the run, in order.
@@ -88,7 +88,7 @@ def distillation_card(
     tags: list[str],
     results: str,
 ) -> str:
-    """The card of a distilled model.
+    """Write the card of a distilled model.
 
     Args:
         trainer: name of the trainer.
@@ -108,7 +108,7 @@ def distillation_card(
         the text of its README.md.
 
     Raises:
-        ValueError: the metadata are nothing that the Hub takes, such as a tag that is no text.
+        ValueError: the Hub would refuse the metadata, such as a tag that is not a string.
     """
     # A name of a file may look like an id.
     datasets = [dataset] if dataset and not os.path.exists(dataset) else []

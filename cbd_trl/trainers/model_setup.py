@@ -213,7 +213,7 @@ def set_up_teacher(
         teacher_tokenizer: the teacher's own, if known.
 
     Raises:
-        ValueError: if student and teacher cannot be compared as asked.
+        ValueError: if student and teacher cannot be compared as requested.
         TypeError: if a teacher is neither a model nor a string.
     """
     open_student(student)
@@ -354,7 +354,7 @@ def _ensemble_weights(args: DistillConfig, teachers: int) -> list[float]:
     if weights is not None and len(weights) != teachers:
         raise ValueError(
             f"teacher_weights has {len(weights)} entries for {teachers} teacher{'s' * (teachers != 1)}: give one for "
-            "each, or leave it out to weigh all alike. Several teachers are passed as a list, `teacher_model=[a, b]`."
+            "each, or leave it out for equal weights. Several teachers are passed as a list, `teacher_model=[a, b]`."
         )
     if teachers > 1 and (args.uses_hidden or args.swap_probability):
         raise ValueError(
