@@ -162,15 +162,6 @@ def load_projectors(projectors: Projectors, folder: str | Path) -> None:
     projectors.load_state_dict(tensors)
 
 
-def _is_projector(key: str) -> bool:
-    # Behind whatever prefixes the wrappers put before the attribute's name.
-    return f".{NAME}." in f".{key}"
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensors[key].shape) for key in sorted(tensors)}
-
-
 class LayerOutputs:
     """Records what layers return, within `recording` alone.
 
@@ -256,30 +247,31 @@ class LayerPairs:
                 # Not used now, but wrong all the same.
                 resolve_block_map(block_map, len(decoder_layers(student)), len(decoder_layers(teacher)))
             return
-        student_config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
-        widths = student_config.hidden_size, teacher_config.hidden_size
+        ours, theirs = decoder_layers(student), decoder_layers(teacher)
+        widths = student.config.get_text_config().hidden_size, teacher.config.get_text_config().hidden_size
         if args.hidden_projector:
-            self.projectors = Projectors(student_config.num_hidden_layers, *widths, seed=args.seed)
+            self.projectors = Projectors(len(ours), *widths, seed=args.seed)
         elif args.uses_hidden:
             _check_widths(*widths, block_map)
-        ours, theirs = decoder_layers(student), decoder_layers(teacher)
         blocks = resolve_block_map(block_map, len(ours), len(theirs))
         if block_costs is not None and len(block_costs) != len(ours):
             raise ValueError(
                 f"block_costs has {len(block_costs)} entries and the student {len(ours)} layers: give one for each "
                 "layer, or leave it out."
             )
-        if hybrid is not None:
-            self.hybrid = hybrid
-        elif args.swap_probability:
-            check_swappable(student_config, teacher_config, blocks)
+        self.hybrid = hybrid
+        if hybrid is None and args.swap_probability:
+            check_swappable(student.config.get_text_config(), teacher.config.get_text_config(), blocks)
             self.hybrid = BlockHybrid(student, teacher, blocks, args.swap_probability, args.seed, block_costs)
         if args.uses_hidden:
-            for i, block in enumerate(blocks):
-                self.student_outputs.watch(i, ours[i])
-                self.teacher_outputs.watch(i, theirs[block[-1]])
-            for i, layer in self.hybrid.layers if self.hybrid else ():
-                self.student_outputs.watch(i, layer)
+            self._watch(ours, theirs, blocks)
+
+    def _watch(self, ours: nn.ModuleList, theirs: nn.ModuleList, blocks: list[list[int]]) -> None:
+        for i, block in enumerate(blocks):
+            self.student_outputs.watch(i, ours[i])
+            self.teacher_outputs.watch(i, theirs[block[-1]])
+        for i, layer in self.hybrid.layers if self.hybrid else ():
+            self.student_outputs.watch(i, layer)
 
     def distance(
         self,
@@ -345,3 +337,12 @@ def _check_widths(student: int, teacher: int, block_map: list[list[int]] | None)
             "the pair's block_map if they are of one chain, learn a map between them with hidden_projector=True, or "
             "set hidden_weight=0."
         )
+
+
+def _is_projector(key: str) -> bool:
+    # Behind whatever prefixes the wrappers put before the attribute's name.
+    return f".{NAME}." in f".{key}"
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensors[key].shape) for key in sorted(tensors)}

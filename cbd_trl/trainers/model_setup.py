@@ -225,11 +225,11 @@ def set_up_teacher(
             "would be ignored. Leave it out."
         )
     if args.teacher_cache:
-        return _cached(base, args, tokenizer)
+        return _open_cache(base, args, tokenizer)
     if args.self_distillation:
-        return _own_base(base, student)
-    every = [named] if isinstance(named, str) or not isinstance(named, Sequence) else list(named)
-    return _loaded(every, student, args, tokenizer, teacher_tokenizer)
+        return _use_own_base(base, student)
+    teachers = [named] if isinstance(named, str) or not isinstance(named, Sequence) else list(named)
+    return _load_teachers(teachers, student, args, tokenizer, teacher_tokenizer)
 
 
 def make_objective(args: DistillConfig, shared_rows: int) -> DistillObjective:
@@ -302,7 +302,7 @@ def _check_teacher_files(named: TeacherModel, args: DistillConfig) -> None:
             check_checkpoint(one, role="teacher", adapters=True, **where)
 
 
-def _own_base(base: Any, student: Any) -> TeacherSetup:
+def _use_own_base(base: Any, student: Any) -> TeacherSetup:
     if base is student:
         raise ValueError(
             "self_distillation=True learns from the student's base with its adapter switched off, but the student has "
@@ -313,17 +313,17 @@ def _own_base(base: Any, student: Any) -> TeacherSetup:
     return TeacherSetup(OwnBaseTeacher(student), base, vocabulary_rows(base), text)
 
 
-def _loaded(
-    every: Sequence[Any],
+def _load_teachers(
+    teachers: Sequence[Any],
     student: Any,
     args: DistillConfig,
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
 ) -> TeacherSetup:
-    weights = _ensemble_weights(args, len(every))
+    weights = _ensemble_weights(args, len(teachers))
     init_kwargs: Any = args.teacher_model_init_kwargs  # a string on the command line, a dict once parsed
     models, rows = [], []
-    for one in every:
+    for one in teachers:
         model = load_teacher(
             one,
             student,
@@ -378,7 +378,7 @@ def _check_base_stays(adapter: Any) -> None:
         )
 
 
-def _cached(base: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> TeacherSetup:
+def _open_cache(base: Any, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> TeacherSetup:
     assert args.teacher_cache is not None
     cache = TeacherCache.open(args.teacher_cache)
     settings = cache.manifest.settings
