@@ -93,15 +93,7 @@ def load_teacher(
         ImportError: if it is quantized, or is to be, by a package that is not installed.
     """
     if isinstance(teacher, str):
-        kwargs: dict[str, Any] = {"dtype": student.dtype, "trust_remote_code": trust_remote_code}
-        if attention := getattr(student.config, "_attn_implementation", None):
-            kwargs["attn_implementation"] = attention
-        if revision is not None:
-            kwargs["revision"] = revision
-        kwargs |= init_kwargs or {}
-        if kwargs["trust_remote_code"]:
-            name_remote_code(teacher, kwargs.get("revision"), kwargs.get("token"))
-        teacher = _load(teacher, kwargs)
+        teacher = _load(teacher, student, init_kwargs or {}, revision, trust_remote_code)
     elif not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher_model is a {type(teacher).__name__}: it must be a causal language model, or the path "
@@ -109,8 +101,8 @@ def load_teacher(
         )
     elif init_kwargs or revision:
         raise ValueError(
-            "teacher_model_init_kwargs and teacher_model_revision say how to load a teacher, but teacher_model is a "
-            "model already: they would be ignored. Leave them out, or give the teacher's path or Hub id."
+            "teacher_model_init_kwargs and teacher_model_revision are for loading a teacher, but teacher_model is a model "
+            "already: they would be ignored. Leave them out, or give the teacher's path or Hub id."
         )
     owned = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in owned for parameter in teacher.parameters()):
@@ -129,7 +121,17 @@ def load_teacher(
     return model
 
 
-def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load(
+    name: str, student: Any, init_kwargs: dict[str, Any], revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    kwargs: dict[str, Any] = {"dtype": student.dtype, "trust_remote_code": trust_remote_code}
+    if attention := getattr(student.config, "_attn_implementation", None):
+        kwargs["attn_implementation"] = attention
+    if revision is not None:
+        kwargs["revision"] = revision
+    kwargs |= init_kwargs
+    if kwargs["trust_remote_code"]:
+        name_remote_code(name, kwargs.get("revision"), kwargs.get("token"))
     try:
         return load_causal_lm(name, role="teacher", adapters=True, **kwargs)
     except ImportError as error:

@@ -32,7 +32,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class BridgeSignal:
+class BridgeOutputs:
     """The output of a teacher with tokens of its own for a micro-batch.
 
     Attributes:
@@ -66,7 +66,7 @@ class BridgeTeacher(LocalTeacher):
         return []
 
     @torch.no_grad()
-    def predict(self, batch: Batch, student: nn.Module) -> BridgeSignal:  # type: ignore[override]  # no positions shared
+    def predict(self, batch: Batch, student: nn.Module) -> BridgeOutputs:  # type: ignore[override]  # no positions shared
         """Compute the teacher's output for the texts of a batch.
 
         Args:
@@ -78,7 +78,7 @@ class BridgeTeacher(LocalTeacher):
         teacher = self._placed(input_ids=read["ids"], attention_mask=read["mask"], use_cache=False, inside=inside)
         groups = max(int(read["group"].max()), NOWHERE) + 1
         alignment = Alignment(read["students_group"], read["group"], groups)
-        return BridgeSignal(teacher, alignment, batch.inputs["input_ids"], read["students_text"])
+        return BridgeOutputs(teacher, alignment, batch.inputs["input_ids"], read["students_text"])
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class AbsentTeacher:
 
 
 class BridgeStepLoss(StepLoss):
-    """`StepLoss` with a `BridgeSignal` and an objective of `cbd_trl.bridge.objectives.registry`.
+    """`StepLoss` with a `BridgeOutputs` and an objective of `cbd_trl.bridge.objectives.registry`.
 
     One more term is "unaligned": 1 for a token in no group, which nothing of the teacher is compared with. The
     hidden-state term is taken behind the last tokens of groups, where both models have read the same bytes, and is
