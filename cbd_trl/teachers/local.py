@@ -101,8 +101,8 @@ def load_teacher(
         )
     elif init_kwargs or revision:
         raise ValueError(
-            "teacher_model_init_kwargs and teacher_model_revision are for loading a teacher, but teacher_model is a model "
-            "already: they would be ignored. Leave them out, or give the teacher's path or Hub id."
+            "teacher_model_init_kwargs and teacher_model_revision are for loading a teacher, but teacher_model is a "
+            "model already: they would be ignored. Leave them out, or give the teacher's path or Hub id."
         )
     owned = {id(parameter) for parameter in student.parameters()}
     if any(id(parameter) in owned for parameter in teacher.parameters()):
