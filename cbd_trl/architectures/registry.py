@@ -77,7 +77,7 @@ def is_tied(model: Any, one_tensor: bool = False) -> bool:
 
     Args:
         model: a causal LM; of one whose weights are not here the config is believed.
-        one_tensor: two tables of equal values count as two, as for a model that is going to be trained.
+        one_tensor: two tables of equal values count as two, as for a model that is going to be trained; no warning.
     """
     stated = bool(model.config.tie_word_embeddings)
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
@@ -86,7 +86,7 @@ def is_tied(model: Any, one_tensor: bool = False) -> bool:
         here = not (head.is_meta or table.is_meta)
         equal = head.shape == table.shape and not one_tensor and torch.equal(head, table.to(head.device))
         tied = not here or equal
-    if tied != stated:
+    if tied != stated and not one_tensor:
         logger.warning_once(
             f"The config of the {type(model).__name__} {model.name_or_path or 'made in memory'} says "
             f"tie_word_embeddings={stated}, but its head is {'the' if tied else 'not the'} table of its embeddings. "

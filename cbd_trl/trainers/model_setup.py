@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from cbd_trl.architectures import is_tied
 from cbd_trl.architectures.backbone import check_head, keep_trainable, open_forward
@@ -29,6 +30,8 @@ from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 from cbd_trl.utils.modeling import check_checkpoint, check_writes, is_multimodal, load_causal_lm
 from cbd_trl.utils.tokenizers import check_vocabularies, vocabulary_rows
 from cbd_trl.utils.untrusted import name_remote_code
+
+logger = logging.get_logger(__name__)
 
 TeacherModel = str | PreTrainedModel | Sequence[str | PreTrainedModel] | None
 
@@ -259,7 +262,13 @@ def open_student(student: Any) -> None:
     open_forward(base)
     keep_trainable(base)
     check_head(base)
-    if base is student and bool(base.config.tie_word_embeddings) != (tied := is_tied(base, one_tensor=True)):
+    stated, tied = bool(base.config.tie_word_embeddings), is_tied(base, one_tensor=True)
+    if base is student and stated != tied:
+        logger.warning(
+            f"The config of the student, a {type(student).__name__}, has tie_word_embeddings={stated}, but its head and "
+            f"its table of embeddings are {'one tensor' if tied else 'two'}. So they are trained, and its config has "
+            f"tie_word_embeddings={tied} from now on."
+        )
         base.config.tie_word_embeddings = tied
 
 
