@@ -265,9 +265,9 @@ def open_student(student: Any) -> None:
     stated, tied = bool(base.config.tie_word_embeddings), is_tied(base, one_tensor=True)
     if base is student and stated != tied:
         logger.warning(
-            f"The config of the student, a {type(student).__name__}, has tie_word_embeddings={stated}, but its head and "
-            f"its table of embeddings are {'one tensor' if tied else 'two'}. So they are trained, and its config has "
-            f"tie_word_embeddings={tied} from now on."
+            f"The config of the student, a {type(student).__name__}, has tie_word_embeddings={stated}, but its head "
+            f"and its table of embeddings are {'one tensor' if tied else 'two'}. So they are trained, and its config "
+            f"has tie_word_embeddings={tied} from now on."
         )
         base.config.tie_word_embeddings = tied
 
