@@ -1,4 +1,4 @@
-"""One optimiser step of a `DistillTrainer` on tiny models, and what it did."""
+"""One optimizer step of a `DistillTrainer` on tiny models, and what it did."""
 
 import os
 import random

@@ -71,20 +71,22 @@ def architecture_of(model: Any) -> Architecture:
 
 
 @torch.no_grad()
-def is_tied(model: Any) -> bool:
+def is_tied(model: Any, one_tensor: bool = False) -> bool:
     """Whether a causal LM has one table for input and output: the same one, or by its config and with equal values.
     Where its config says otherwise there is a warning.
 
     Args:
         model: a causal LM; of one whose weights are not here the config is believed.
+        one_tensor: two tables of equal values count as two, as for a model that is going to be trained; no warning.
     """
     stated = bool(model.config.tie_word_embeddings)
     head, table = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     tied = head is table
     if stated and not tied:
         here = not (head.is_meta or table.is_meta)
-        tied = not here or (head.shape == table.shape and torch.equal(head, table.to(head.device)))
-    if tied != stated:
+        equal = head.shape == table.shape and not one_tensor and torch.equal(head, table.to(head.device))
+        tied = not here or equal
+    if tied != stated and not one_tensor:
         logger.warning_once(
             f"The config of the {type(model).__name__} {model.name_or_path or 'made in memory'} says "
             f"tie_word_embeddings={stated}, but its head is {'the' if tied else 'not the'} table of its embeddings. "

@@ -29,9 +29,9 @@ from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.trainers.checks import check_best_metric
+from cbd_trl.trainers.data import check_before_preparing
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
-from cbd_trl.trainers.row_checks import check_before_preparing
 from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset, sft_datasets
 from cbd_trl.utils.files import check_writable

@@ -13,7 +13,7 @@ from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.shapes.solve import solve_anchor
 from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
-from cbd_trl.trainers.checks import check_hybrids_whole
+from cbd_trl.trainers.checks import check_hybrids_unsharded
 from cbd_trl.trainers.distill_config import DistillConfig, check_config
 from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.formatting import anchor_name
@@ -145,7 +145,7 @@ def _with_chain_defaults(args: Any, upper: Architecture, target: Architecture) -
             "smaller."
         )
     check_config(args)
-    check_hybrids_whole(args)
+    check_hybrids_unsharded(args)
     return args
 
 

@@ -341,8 +341,8 @@ class CachedTeacher:
         if self._head is not None:
             self._head = self._head.to(accelerator.device)
 
-    def says(self, batch: Batch, student: nn.Module) -> Signal:
-        """See `LocalTeacher.says`."""
+    def predict(self, batch: Batch, student: nn.Module) -> Signal:
+        """See `LocalTeacher.predict`."""
         said = {name: select_scored(values, batch.labels_BT) for name, values in batch.teacher.items()}
         if self._head is not None:
             return HiddenSignal(said["teacher_hidden"].to(self._head.weight_VD.dtype), self._head)

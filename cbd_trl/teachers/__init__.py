@@ -1,1 +1,1 @@
-"""Where the teacher's logits come from."""
+"""Teachers that run beside the student; a teacher read from files is `cbd_trl.cache.reader.CachedTeacher`."""

@@ -1,4 +1,7 @@
-"""Teachers that run in the training processes: loading and placing them, and what they say."""
+"""Teachers that run in the training processes: loading and placing them, and their outputs for a batch.
+
+Shapes: B batch rows, T tokens, R dataset rows, N scored positions, D width of the teacher.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +31,7 @@ class Batch:
         inputs: of both models.
         labels_BT: token ids, -100 where the token is not scored.
         row_lengths_R: tokens of each dataset row of a padding-free batch, or None.
-        teacher: what a cached teacher says, aligned with the positions; empty without one.
+        teacher: what the collator read of a teacher (cached, or with tokens of its own); empty without one.
     """
 
     inputs: dict[str, Any]
@@ -50,7 +53,7 @@ class Batch:
         return cls({**inputs, "use_cache": False}, labels_BT, row_lengths_R, teacher)
 
     def count_tokens(self) -> Tensor:
-        """How many tokens are not padding, scalar int64."""
+        """Count the tokens that are not padding, scalar int64."""
         if self.row_lengths_R is not None:
             return self.row_lengths_R.sum()
         if (mask := self.inputs.get("attention_mask")) is not None:
@@ -67,14 +70,14 @@ def load_teacher(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The teacher as a frozen model in eval mode.
+    """Load and check a teacher: a frozen model in eval mode.
 
-    A model given in memory is used as it is: its parameters stop asking for gradients and it stays in eval mode.
+    A model given in memory is changed in place: its parameters get no gradients and it stays in eval mode.
 
     Args:
         teacher: a causal LM, or the path or Hub id of one. Of a PEFT model, the base with its active adapters.
         student: the model being trained, which gives the defaults of dtype and attention implementation: equal
-            attention keeps packed rows apart in both models alike.
+            attention keeps packed rows apart in both models.
         init_kwargs: of `from_pretrained`, for a path or Hub id; `quantization_config` among them.
         revision: of a Hub id.
         trust_remote_code: let a Hub model run its own code, which is named in a warning first.
@@ -87,18 +90,10 @@ def load_teacher(
             has no logits or was saved without some weights, if the logits are not a plain head of its last hidden
             state or know what follows, or if it has virtual tokens in front of its inputs.
         TypeError: if it is neither a model nor a string.
-        ImportError: if it is quantised, or is to be, by a package that is not installed.
+        ImportError: if it is quantized, or is to be, by a package that is not installed.
     """
     if isinstance(teacher, str):
-        kwargs: dict[str, Any] = {"dtype": student.dtype, "trust_remote_code": trust_remote_code}
-        if attention := getattr(student.config, "_attn_implementation", None):
-            kwargs["attn_implementation"] = attention
-        if revision is not None:
-            kwargs["revision"] = revision
-        kwargs |= init_kwargs or {}
-        if kwargs["trust_remote_code"]:
-            name_remote_code(teacher, kwargs.get("revision"), kwargs.get("token"))
-        teacher = _load(teacher, kwargs)
+        teacher = _load(teacher, student, init_kwargs or {}, revision, trust_remote_code)
     elif not isinstance(teacher, nn.Module):
         raise TypeError(
             f"teacher_model is a {type(teacher).__name__}: it must be a causal language model, or the path "
@@ -106,7 +101,7 @@ def load_teacher(
         )
     elif init_kwargs or revision:
         raise ValueError(
-            "teacher_model_init_kwargs and teacher_model_revision say how to load a teacher, but teacher_model is a "
+            "teacher_model_init_kwargs and teacher_model_revision are for loading a teacher, but teacher_model is a "
             "model already: they would be ignored. Leave them out, or give the teacher's path or Hub id."
         )
     owned = {id(parameter) for parameter in student.parameters()}
@@ -115,17 +110,28 @@ def load_teacher(
             "The teacher shares parameters with the student: freezing the one would freeze the other. Give a copy, "
             "such as `copy.deepcopy(model)`, or set self_distillation=True to learn from the student's own base."
         )
-    teacher = _without_wrapper(teacher)
-    check_writes(teacher, "teacher")
-    teacher.eval()
-    teacher.requires_grad_(False)
-    open_forward(teacher)
-    check_causal(teacher)
-    check_head(teacher)
-    return teacher
+    _check_no_virtual_tokens(teacher)
+    model = causal_lm_of(teacher)
+    check_writes(model, "teacher")
+    model.eval()
+    model.requires_grad_(False)
+    open_forward(model)
+    check_causal(model)
+    check_head(model)
+    return model
 
 
-def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load(
+    name: str, student: Any, init_kwargs: dict[str, Any], revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    kwargs: dict[str, Any] = {"dtype": student.dtype, "trust_remote_code": trust_remote_code}
+    if attention := getattr(student.config, "_attn_implementation", None):
+        kwargs["attn_implementation"] = attention
+    if revision is not None:
+        kwargs["revision"] = revision
+    kwargs |= init_kwargs
+    if kwargs["trust_remote_code"]:
+        name_remote_code(name, kwargs.get("revision"), kwargs.get("token"))
     try:
         return load_causal_lm(name, role="teacher", adapters=True, **kwargs)
     except ImportError as error:
@@ -136,10 +142,16 @@ def _load(name: str, kwargs: dict[str, Any]) -> PreTrainedModel:
         ) from error
 
 
-def _without_wrapper(teacher: Any) -> PreTrainedModel:
-    """The causal LM inside a PEFT model, whose adapters are in its layers."""
-    if not hasattr(teacher, "get_base_model"):
-        return teacher
+def causal_lm_of(model: Any) -> Any:
+    """Find the causal LM inside a PEFT model, whose adapters are in its layers.
+
+    Args:
+        model: a causal LM, or a PEFT model around one.
+    """
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_no_virtual_tokens(teacher: Any) -> None:
     adapter = getattr(teacher, "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(
@@ -147,11 +159,10 @@ def _without_wrapper(teacher: Any) -> PreTrainedModel:
             "student has none. Give a teacher without it, or with an adapter that leaves the inputs alone, such as "
             "LoRA."
         )
-    return teacher.get_base_model()
 
 
 class Teacher(Protocol):
-    """What the trainer asks of every teacher."""
+    """What the trainer needs of every teacher."""
 
     @property
     def models(self) -> Sequence[PreTrainedModel]:
@@ -160,8 +171,8 @@ class Teacher(Protocol):
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """See `LocalTeacher.place`."""
 
-    def says(self, batch: Batch, student: nn.Module) -> Any:
-        """See `LocalTeacher.says`. A `Signal` where its tokens are the student's."""
+    def predict(self, batch: Batch, student: nn.Module) -> Any:
+        """See `LocalTeacher.predict`; of the student's tokens a `Signal` of `cbd_trl.losses.teacher_outputs`."""
 
 
 class LocalTeacher:
@@ -181,7 +192,7 @@ class LocalTeacher:
         return [self.model]
 
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
-        """Put the teacher where the student is: on its device, sharded alike, under the same mixed precision.
+        """Put the teacher where the student is: on its device, sharded and in mixed precision like it.
 
         Args:
             accelerator: the trainer's.
@@ -202,8 +213,8 @@ class LocalTeacher:
         placed.eval()
         self._placed = placed
 
-    def says(self, batch: Batch, student: nn.Module) -> HiddenSignal:
-        """What the teacher says at the scored positions of a batch.
+    def predict(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+        """Compute the teacher's output at the scored positions of a batch.
 
         Args:
             batch: of B rows of T tokens.
@@ -237,9 +248,9 @@ class EnsembleTeacher:
         for member in self.members:
             member.place(accelerator, offload)
 
-    def says(self, batch: Batch, student: nn.Module) -> MixtureSignal:
-        """See `LocalTeacher.says`."""
-        return MixtureSignal([member.says(batch, student) for member in self.members], self._weights)
+    def predict(self, batch: Batch, student: nn.Module) -> MixtureSignal:
+        """See `LocalTeacher.predict`."""
+        return MixtureSignal([member.predict(batch, student) for member in self.members], self._weights)
 
 
 class OwnBaseTeacher:
@@ -260,8 +271,8 @@ class OwnBaseTeacher:
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """The student is placed by the trainer."""
 
-    def says(self, batch: Batch, student: nn.Module) -> HiddenSignal:
-        """See `LocalTeacher.says`. In eval mode: dropout is for the student, and so is gradient checkpointing."""
+    def predict(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+        """See `LocalTeacher.predict`. In eval mode: dropout is for the student, and so is gradient checkpointing."""
         with in_eval_mode(student), self._student.disable_adapter():
             return read_hidden(student, self._student.get_base_model(), batch)
 

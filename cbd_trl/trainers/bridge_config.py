@@ -14,9 +14,9 @@ from cbd_trl.trainers.distill_config import DistillConfig
 _DEFAULT = "prefix"
 # Of the mean cosine distance of the layers: the best of 0, 1 and 4 there, and ahead of 12 as far as that was run.
 HIDDEN_WEIGHT = 4.0
-# What a DistillConfig has and this one refuses, and why.
+# Options of DistillConfig without a meaning here, and why.
 _WITHOUT_MEANING = {
-    "teacher_cache": "a cache holds what a teacher says of the student's tokens, and this one has tokens of its own",
+    "teacher_cache": "a cache holds a teacher's output for the student's tokens, and this one has tokens of its own",
     "self_distillation": "a student and its own base have one vocabulary, for which there is DistillTrainer",
     "teacher_weights": "teachers with tokens of their own have no common distribution to average",
     "swap_probability": "a hybrid is of two models of one chain, which have one vocabulary",
@@ -27,7 +27,7 @@ _ALONE = {
     "weighted here. Use it alone, and kd_weight for its weight.",
     "dskd-cma": "dskd-cma carries states over by attention and the others compare groups of tokens, so it cannot be "
     "mixed or weighted here. Use it alone, and kd_weight for its weight.",
-    SEQKD: "seqkd is the cross-entropy of text that the teacher wrote, and the others ask the teacher itself, so it "
+    SEQKD: "seqkd is the cross-entropy of text that the teacher wrote, and the others run the teacher itself, so it "
     "cannot be mixed or weighted. Use it alone; or name the others, whose ce_weight is its weight on such text.",
 }
 # Weights of a loss of several terms, which seqkd is not.
@@ -41,13 +41,13 @@ _WEIGHTS = (
 class BridgeDistillConfig(DistillConfig):
     """Arguments of `BridgeDistillTrainer`: those of `DistillConfig`, with these differences.
 
-    Of `DistillConfig` it refuses `teacher_cache`, `self_distillation`, `teacher_weights` and `swap_probability`, which
-    need one vocabulary. `hidden_weight` is of states behind the same text and always needs `hidden_projector`. None:
-    both are on (4.0) where the student's layers can be paired with the teacher's, which is as deep or deeper, and the
-    optimizer is the Trainer's; else there is no such term.
+    `teacher_cache`, `self_distillation`, `teacher_weights` and `swap_probability` need one vocabulary: an error
+    here. `hidden_weight` is of states behind the same text and always needs `hidden_projector`. None: both are on
+    (4.0) where the student's layers can be paired with the teacher's, which is as deep or deeper, and the optimizer is
+    the Trainer's; else there is no such term.
 
     Args:
-        objective: what the two models are compared by: `prefix` (the default), `alm`, `uld`, `shared` or `dskd-cma`
+        objective: how the two models are compared: `prefix` (the default), `alm`, `uld`, `shared` or `dskd-cma`
             (see `cbd_trl.bridge.objectives.registry`), or several of `alm`, `uld` and `shared` with their weights,
             "alm=1,uld=0.5" or a dict. `kd_weight` is of all of it. Or `seqkd`: no teacher, the cross-entropy of text
             that it wrote, which is the whole loss.
@@ -60,13 +60,13 @@ class BridgeDistillConfig(DistillConfig):
     """
 
     trainer = "BridgeDistillTrainer"
-    ways_to_a_teacher = ["teacher_model_name_or_path"]
+    teacher_arguments = ["teacher_model_name_or_path"]
     _VALID_DICT_FIELDS = [*DistillConfig._VALID_DICT_FIELDS, "objective"]
 
     objective: dict[str, Any] | str | None = field(
         default=_DEFAULT,
         metadata={
-            "help": f"What the two models are compared by: one of {', '.join(OBJECTIVES)}, or several with their "
+            "help": f"How the two models are compared: one of {', '.join(OBJECTIVES)}, or several with their "
             "weights, such as 'alm=1,uld=0.5' or a JSON object. Or seqkd: the data is text that the teacher wrote, "
             "and no teacher is loaded."
         },
@@ -120,7 +120,7 @@ class BridgeDistillConfig(DistillConfig):
         if self.teacher_model_name_or_path is not None:
             raise ValueError(
                 f"teacher_model_name_or_path={self.teacher_model_name_or_path!r} with objective='seqkd', which learns "
-                "text that the teacher wrote and asks it nothing: it would not be used. Leave it out, or name another "
+                "text that the teacher wrote and does not run it: it would not be used. Leave it out, or name another "
                 "objective."
             )
         for name in _WEIGHTS:
@@ -147,11 +147,11 @@ class BridgeDistillConfig(DistillConfig):
 
     @property
     def black_box(self) -> bool:
-        """Whether the teacher is there by what it wrote alone."""
+        """Whether there is nothing of the teacher but text that it wrote."""
         return SEQKD in self.objectives
 
     @property
-    def instead_of_a_teacher(self) -> str | None:
+    def teacher_source(self) -> str | None:
         """See `DistillConfig`."""
         return "objective='seqkd'" if self.black_box else None
 

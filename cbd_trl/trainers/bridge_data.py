@@ -1,11 +1,13 @@
-"""The chats of a data set, kept beside their tokens while TRL cuts and packs those.
+"""What a teacher with tokens of its own reads of a dataset: the texts of a batch, and chats in its own template.
 
-A column holds a text for every token: the chat as JSON at its first token, "" at all others. Whatever is cut or packed
-together, a chat stays where it begins.
+Chats are kept beside their tokens while TRL cuts and packs those: a column holds a text for every token, the chat as
+JSON at its first token, "" at all others. Whatever is cut or packed together, a chat stays where it begins.
+
+Shapes: B batch rows, T tokens of the student, R texts, U tokens of the teacher.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -16,12 +18,16 @@ from trl.data_utils import get_dataset_column_names, is_conversational_from_valu
 from cbd_trl.bridge.bridge import Bridge, StudentRows, TeacherRows
 from cbd_trl.bridge.chats import Chat, read_chats
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.utils.tokenizers import tokenizer_name
 
 CHAT = "teacher_chat"
+# Rows that are read before a dataset counts as one that has nothing in common with the teacher's tokens.
+_PROBED_ROWS = 1000
+_ROWS_AT_A_TIME = 8
 
 
 def holds_chats(dataset: Any) -> bool:
-    """Whether the rows are messages that TRL is going to render.
+    """Tell whether the rows are messages that TRL is going to render.
 
     Args:
         dataset: as given to the trainer.
@@ -35,13 +41,13 @@ def holds_chats(dataset: Any) -> bool:
 def prepare_chats(
     dataset: Any, args: BridgeDistillConfig, packing: bool, prepare: Callable[[Any, Any, bool], Any]
 ) -> Any:
-    """Prepare a data set of chats as TRL does, and keep the chats.
+    """Prepare a dataset of chats as TRL does, and keep the chats.
 
     Args:
         dataset: as given to the trainer.
         args: of the run.
         packing: whether rows are packed.
-        prepare: TRL's preparation of a data set by some args, packed or not, which leaves tokens that it finds alone.
+        prepare: TRL's preparation of a dataset by some args, packed or not, which leaves tokens that it finds alone.
 
     Returns:
         its rows, with the column of chats.
@@ -60,13 +66,108 @@ def prepare_chats(
     return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
 
-def chats_of(examples: Sequence[Mapping[str, Any]], texts: int, flat: bool) -> list[Chat | None]:
-    """The chats of a batch.
+class BridgeCollator:
+    """A collator that lets a teacher read every text of its batch in its own tokens, on the CPU.
+
+    Padded, padding-free and packed batches are read in the same way: the teacher's rows are texts. Chats are read in
+    the teacher's own template, where it has one.
+
+    Args:
+        inner: makes the student's batch, such as TRL's `DataCollatorForLanguageModeling`.
+        bridge: between the two tokenizers.
+        student_template: the chat template of the data, where that is not the student's tokenizer's own.
+    """
+
+    def __init__(
+        self,
+        inner: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        bridge: Bridge,
+        student_template: str | None = None,
+    ) -> None:
+        self.inner = inner
+        self.bridge = bridge
+        self.student_template = student_template
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate.
+
+        Args:
+            examples: rows of the dataset, or packs of rows.
+
+        Returns:
+            the inner batch; `teacher_ids`, `teacher_mask` and `teacher_group` (R, U): what the teacher reads, and the
+            group of each of its tokens; `teacher_students_group` and `teacher_students_text` (B, T): the group and
+            the text of each of the student's tokens. All int64.
+
+        Raises:
+            ValueError: if the batch has ids that the student's tokenizer does not.
+        """
+        batch = self.inner(examples)
+        rows, read = self._read(examples, batch)
+        own = {"ids": read.ids_RU, "mask": read.mask_RU, "group": read.alignment.teacher_RU}
+        own |= {"students_group": read.alignment.student_BT, "students_text": rows.text_BT.contiguous()}
+        return {**batch, **{f"teacher_{name}": tensor for name, tensor in own.items()}}
+
+    def read(self, examples: list[dict[str, Any]]) -> TeacherRows:
+        """Compute what the teacher reads of some examples.
+
+        Args:
+            examples: as for a batch.
+        """
+        return self._read(examples, self.inner(examples))[1]
+
+    def _read(self, examples: list[dict[str, Any]], batch: dict[str, Any]) -> tuple[StudentRows, TeacherRows]:
+        masks = batch.get("attention_mask"), batch.get("position_ids")
+        rows = StudentRows.of(batch["input_ids"], batch["labels"], *masks)
+        if not self.bridge.teacher.tokenizer.chat_template:
+            return rows, self.bridge.read(rows)
+        chats = _chats_of(examples, rows.texts, flat=masks[1] is not None)
+        if not any(chats):
+            return rows, self.bridge.read(rows)
+        return rows, read_chats(self.bridge, rows, chats, self.student_template)
+
+
+def check_datasets(collator: BridgeCollator, datasets: Iterable[Any]) -> None:
+    """Check that the teacher has tokens in common with the first rows of each dataset.
+
+    Args:
+        collator: of the trainer.
+        datasets: prepared ones; streams are read as they come.
+
+    Raises:
+        ValueError: if no scored token of the first rows is in a group.
+    """
+    for dataset in datasets:
+        if not isinstance(dataset, Dataset):
+            continue
+        scored, rows = 0, min(len(dataset), _PROBED_ROWS)
+        for start in range(0, rows, _ROWS_AT_A_TIME):
+            read = collator.read([dataset[i] for i in range(start, min(start + _ROWS_AT_A_TIME, rows))])
+            scored += read.scored
+            if read.unaligned < read.scored:
+                break
+        else:
+            if not scored:
+                raise ValueError(
+                    f"No token of {rows} rows is scored: they are empty, or of one token, or masked. There is nothing "
+                    "to learn from; give other rows."
+                )
+            bridge = collator.bridge
+            names = (tokenizer_name(side.tokenizer) for side in (bridge.student, bridge.teacher))
+            raise ValueError(
+                f"Of {scored} scored tokens in {rows} rows the teacher has no counterpart to any: the two tokenizers "
+                f"({' and '.join(names)}) never stand for the same bytes there. A tokenizer that changes its text "
+                "(lower case, say) is the usual cause: choose another teacher, or other rows."
+            )
+
+
+def _chats_of(examples: Sequence[Mapping[str, Any]], texts: int, flat: bool) -> list[Chat | None]:
+    """Find the chats of a batch.
 
     Args:
         examples: rows or packs of rows.
         texts: how many texts their batch has.
-        flat: whether it is padding-free, where an empty row is no text.
+        flat: whether it is padding-free, where an empty row does not count as a text.
 
     Returns:
         for each text the chat that it is or begins; None where there is none, more than one, or one that is cut off in
@@ -97,64 +198,3 @@ def _keep_chat(example: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def _read_chat(text: str) -> Chat:
     return Chat(*json.loads(text))
-
-
-class BridgeCollator:
-    """A collator that lets a teacher read every text of its batch in its own tokens, on the CPU.
-
-    Padded, padding-free and packed batches are read alike: the teacher's rows are texts. Chats are read in the
-    teacher's own template, where it has one.
-
-    Args:
-        inner: makes the student's batch, such as TRL's `DataCollatorForLanguageModeling`.
-        bridge: between the two tokenizers.
-        student_template: the chat template of the data, where that is not the student's tokenizer's own.
-    """
-
-    def __init__(
-        self,
-        inner: Callable[[list[dict[str, Any]]], dict[str, Any]],
-        bridge: Bridge,
-        student_template: str | None = None,
-    ) -> None:
-        self.inner = inner
-        self.bridge = bridge
-        self.student_template = student_template
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate.
-
-        Args:
-            examples: rows of the data set, or packs of rows.
-
-        Returns:
-            the inner batch; `teacher_ids`, `teacher_mask` and `teacher_group` (R, U): what the teacher reads, and the
-            group of each of its tokens; `teacher_students_group` and `teacher_students_text` (B, T): the group and
-            the text of each of the student's tokens. All int64.
-
-        Raises:
-            ValueError: if the batch has ids that the student's tokenizer does not.
-        """
-        batch = self.inner(examples)
-        rows, read = self._read(examples, batch)
-        own = {"ids": read.ids_RU, "mask": read.mask_RU, "group": read.alignment.teacher_RU}
-        own |= {"students_group": read.alignment.student_BT, "students_text": rows.text_BT.contiguous()}
-        return {**batch, **{f"teacher_{name}": tensor for name, tensor in own.items()}}
-
-    def read(self, examples: list[dict[str, Any]]) -> TeacherRows:
-        """What the teacher reads of some examples.
-
-        Args:
-            examples: as for a batch.
-        """
-        return self._read(examples, self.inner(examples))[1]
-
-    def _read(self, examples: list[dict[str, Any]], batch: dict[str, Any]) -> tuple[StudentRows, TeacherRows]:
-        masks = batch.get("attention_mask"), batch.get("position_ids")
-        rows = StudentRows.of(batch["input_ids"], batch["labels"], *masks)
-        if not self.bridge.teacher.tokenizer.chat_template:
-            return rows, self.bridge.read(rows)
-        chats = chats_of(examples, rows.texts, flat=masks[1] is not None)
-        if not any(chats):
-            return rows, self.bridge.read(rows)
-        return rows, read_chats(self.bridge, rows, chats, self.student_template)

@@ -1,14 +1,17 @@
-"""A teacher with tokens of its own: from what the user named to one that is checked and ready."""
+"""A teacher with tokens of its own: loaded, checked and compared with a student of other tokens.
+
+Shapes: B rows, T tokens of the student, R texts, U tokens of the teacher, D its width, N scored tokens, G groups.
+"""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
+from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from cbd_trl.architectures import decoder_layers
@@ -19,10 +22,9 @@ from cbd_trl.bridge.objectives.inputs import Side, on_first
 from cbd_trl.losses.reduction import scored_mask
 from cbd_trl.teachers.local import Batch, LocalTeacher, load_teacher
 from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
-from cbd_trl.trainers.bridge_data import BridgeCollator
 from cbd_trl.trainers.model_card import describe_model
+from cbd_trl.trainers.model_setup import TeacherModel, TeacherSetup, open_student
 from cbd_trl.trainers.step_loss import StepLoss
-from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup, open_student
 from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.tokenizers import check_rows, find_tokenizer, tokenizer_name, vocabulary_rows
 
@@ -30,8 +32,8 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class BridgeSignal:
-    """What a teacher with tokens of its own says of a micro-batch.
+class BridgeOutputs:
+    """The output of a teacher with tokens of its own for a micro-batch.
 
     Attributes:
         teacher: at the tokens of groups.
@@ -64,8 +66,8 @@ class BridgeTeacher(LocalTeacher):
         return []
 
     @torch.no_grad()
-    def says(self, batch: Batch, student: nn.Module) -> BridgeSignal:  # type: ignore[override]  # no positions shared
-        """What the teacher says of the texts of a batch.
+    def predict(self, batch: Batch, student: nn.Module) -> BridgeOutputs:  # type: ignore[override]  # no positions shared
+        """Compute the teacher's output for the texts of a batch.
 
         Args:
             batch: with the tensors of `BridgeCollator`.
@@ -76,7 +78,7 @@ class BridgeTeacher(LocalTeacher):
         teacher = self._placed(input_ids=read["ids"], attention_mask=read["mask"], use_cache=False, inside=inside)
         groups = max(int(read["group"].max()), NOWHERE) + 1
         alignment = Alignment(read["students_group"], read["group"], groups)
-        return BridgeSignal(teacher, alignment, batch.inputs["input_ids"], read["students_text"])
+        return BridgeOutputs(teacher, alignment, batch.inputs["input_ids"], read["students_text"])
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,23 @@ class _ReadSide:
             return Side.teacher(hidden_RUD.to(dtype), head.to(dtype), self.ids_RU, self.group_RU, embedding_VD)
 
 
+class AbsentTeacher:
+    """The teacher of SeqKD: its outputs are the text of the dataset, and it does not run."""
+
+    @property
+    def models(self) -> Sequence[PreTrainedModel]:
+        """None."""
+        return []
+
+    def place(self, accelerator: Accelerator, offload: bool = False) -> None:
+        """There is nothing to place."""
+
+    def predict(self, batch: Batch, student: nn.Module) -> None:
+        """There is no output."""
+
+
 class BridgeStepLoss(StepLoss):
-    """`StepLoss` with a `BridgeSignal` and an objective of `cbd_trl.bridge.objectives.registry`.
+    """`StepLoss` with a `BridgeOutputs` and an objective of `cbd_trl.bridge.objectives.registry`.
 
     One more term is "unaligned": 1 for a token in no group, which nothing of the teacher is compared with. The
     hidden-state term is taken behind the last tokens of groups, where both models have read the same bytes, and is
@@ -102,12 +119,14 @@ class BridgeStepLoss(StepLoss):
     """
 
     def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        said = self.teacher
-        group_BT = said.alignment.student_BT
-        embedded = said.teacher.embedding_VD is not None
+        predicted = self.teacher
+        group_BT = predicted.alignment.student_BT
+        embedded = predicted.teacher.embedding_VD is not None
         embedding_Vd = self.student.get_input_embeddings().weight if embedded else None
-        student = Side.student(hidden_BTd, head, said.ids_BT, labels_BT, group_BT, said.text_BT, embedding_Vd)
-        total, terms = self.objective(student, said.teacher, self.weights, self.chunk)
+        student = Side.student(
+            hidden_BTd, head, predicted.ids_BT, labels_BT, group_BT, predicted.text_BT, embedding_Vd
+        )
+        total, terms = self.objective(student, predicted.teacher, self.weights, self.chunk)
         return total, {**terms, "unaligned": (student.group_N == NOWHERE).float()}
 
     def _hidden(self, labels_BT: Tensor) -> Tensor | None:
@@ -124,9 +143,6 @@ class BridgeStepLoss(StepLoss):
         return on_first(alignment.student_BT[:, 1:][scored_mask(labels_BT)], hidden_G)
 
 
-# Rows that are read before a data set is said to have nothing in common with the teacher's tokens.
-_PROBED_ROWS = 1000
-_ROWS_AT_A_TIME = 8
 # How much worse than guessing a teacher may be, in nats: one that was trained on these tokens never is.
 _MARGIN = 1.5
 # Of what guessing costs, where a teacher is suspicious: on WikiText-2 SmolLM2-135M is at 0.28 with its own tokens, at
@@ -134,6 +150,76 @@ _MARGIN = 1.5
 _SUSPICIOUS = 0.75
 # Fewer tokens could be so by chance.
 _ENOUGH_TOKENS = 64
+
+
+class TeacherWatch:
+    """Checks once that the teacher knows its tokenizer: with a wrong one it hardly does better than guessing.
+
+    Args:
+        bridge: names the tokenizers.
+        rows: vocabulary rows of the teacher.
+    """
+
+    def __init__(self, bridge: Bridge, rows: int) -> None:
+        self._names = tokenizer_name(bridge.student.tokenizer), tokenizer_name(bridge.teacher.tokenizer)
+        self._rows = rows
+        self._nats, self._tokens = 0.0, 0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is not enough yet to tell."""
+        return self._tokens < _ENOUGH_TOKENS
+
+    def look(self, nats: Any, tokens: int) -> None:
+        """Add a batch, until there is enough to tell.
+
+        Args:
+            nats: cross-entropy of the teacher on its own tokens, summed; a number or a scalar tensor.
+            tokens: how many they are.
+
+        Raises:
+            ValueError: if the teacher does worse than guessing, or its loss is not finite.
+        """
+        self._nats, self._tokens = self._nats + float(nats), self._tokens + tokens
+        if self.waiting:
+            return
+        mean, guess = self._nats / self._tokens, math.log(self._rows)
+        found = (
+            f"The teacher's cross-entropy on its own tokens is {mean:.2f} nats, and guessing among its {self._rows} "
+            f"tokens costs {guess:.2f}"
+        )
+        if not math.isfinite(mean):
+            raise ValueError(
+                f"{found}: its weights are damaged, or its dtype is too narrow. Load it from a good copy, or in "
+                "bfloat16 or float32."
+            )
+        names = f"The student's is {self._names[0]}, the teacher's {self._names[1]}."
+        if mean > guess + _MARGIN:
+            raise ValueError(
+                f"{found}: it was not trained with the tokenizer it was given. {names} Pass the teacher's own as "
+                "`teacher_processing_class`."
+            )
+        if mean > _SUSPICIOUS * guess:
+            logger.warning(
+                f"{found}: so little is known by a teacher that is hardly trained, on text of a kind it never saw, or "
+                f"with a tokenizer that is another model's. {names} If the teacher's own is another, pass that as "
+                "`teacher_processing_class`."
+            )
+
+
+@dataclass(frozen=True)
+class BridgeSetup(TeacherSetup):
+    """A teacher with tokens of its own, and what the trainer has to know of it.
+
+    Attributes:
+        bridge: between the two tokenizers.
+        watch: checks the teacher on its first tokens.
+    """
+
+    bridge: Bridge
+    watch: TeacherWatch
+
+
 # Padding of a vocabulary is a few rows in a hundred at most.
 _USED_ROWS = 0.9
 
@@ -144,18 +230,15 @@ def set_up_bridge_teacher(
     args: BridgeDistillConfig,
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase | None,
-) -> tuple[TeacherSetup, Bridge]:
+) -> BridgeSetup:
     """Load and check the teacher and its tokenizer.
 
     Args:
-        named: what `chosen_teacher` returned.
+        named: the trainer's `teacher_model`, or what `args` names.
         student: not wrapped for training; its forward is opened.
         args: of the run.
         tokenizer: makes the training data.
         teacher_tokenizer: the teacher's own; None to look for it where the teacher was loaded from.
-
-    Returns:
-        the teacher, and the bridge between the two tokenizers.
 
     Raises:
         ValueError: for several teachers, a teacher without a tokenizer, a model that lacks rows for its tokenizer, a
@@ -195,22 +278,48 @@ def set_up_bridge_teacher(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     bridge = Bridge(tokenizer, teacher_tokenizer, longest)
     text = f"{describe_model(model, place)}, by a tokenizer of {len(teacher_tokenizer):,} tokens"
-    asked = BridgeTeacher(model, embedded="dskd-cma" in args.objectives)
-    return TeacherSetup(asked, model, vocabulary_rows(student), text), bridge
+    teacher = BridgeTeacher(model, embedded="dskd-cma" in args.objectives)
+    watch = TeacherWatch(bridge, vocabulary_rows(model))
+    return BridgeSetup(teacher, model, vocabulary_rows(student), text, bridge, watch)
 
 
-def fill_in_hidden(args: BridgeDistillConfig, student: Any, teacher: Any, optimizer: Any) -> None:
-    """Switch the hidden-state term on or off where the arguments say nothing of it.
+def set_up_black_box(student: Any, teacher_tokenizer: Any) -> TeacherSetup:
+    """Set up a run whose teacher is there by the text it wrote alone.
 
     Args:
-        args: changed in place.
+        student: not wrapped for training; its forward is opened.
+        teacher_tokenizer: the trainer's argument.
+
+    Raises:
+        ValueError: a tokenizer was given for the teacher.
+    """
+    if teacher_tokenizer is not None:
+        raise ValueError(
+            "teacher_processing_class was given with objective='seqkd', which reads what the teacher wrote as text: "
+            "it would not be used. Leave it out."
+        )
+    open_student(student)
+    return TeacherSetup(
+        AbsentTeacher(), None, vocabulary_rows(student), "not at hand: the data is text that it wrote (SeqKD)"
+    )
+
+
+def choose_hidden(args: BridgeDistillConfig, student: Any, teacher: Any, optimizer: Any) -> dict[str, Any]:
+    """Choose whether there is a hidden-state term where the arguments leave it open.
+
+    Args:
+        args: of the run.
         student: not wrapped for training.
         teacher: likewise.
         optimizer: that was passed in, made before there were projectors; None for the Trainer's own.
+
+    Returns:
+        values of `hidden_weight` and `hidden_projector`; empty where `hidden_weight` is given.
     """
-    if args.hidden_weight is None:
-        args.hidden_projector = optimizer is None and _layers_pair_up(student, teacher)
-        args.hidden_weight = HIDDEN_WEIGHT if args.hidden_projector else 0.0
+    if args.hidden_weight is not None:
+        return {}
+    projector = optimizer is None and _layers_pair_up(student, teacher)
+    return {"hidden_projector": projector, "hidden_weight": HIDDEN_WEIGHT if projector else 0.0}
 
 
 def _layers_pair_up(student: Any, teacher: Any) -> bool:
@@ -218,95 +327,6 @@ def _layers_pair_up(student: Any, teacher: Any) -> bool:
         return len(decoder_layers(student)) <= len(decoder_layers(teacher))
     except ValueError:
         return False
-
-
-def check_datasets(collator: BridgeCollator, datasets: Iterable[Any]) -> None:
-    """Refuse a data set of which the teacher has no token in common.
-
-    Args:
-        collator: of the trainer.
-        datasets: prepared ones; streams are read as they come.
-
-    Raises:
-        ValueError: if no scored token of the first rows is in a group.
-    """
-    for dataset in datasets:
-        if not isinstance(dataset, Dataset):
-            continue
-        scored, rows = 0, min(len(dataset), _PROBED_ROWS)
-        for start in range(0, rows, _ROWS_AT_A_TIME):
-            read = collator.read([dataset[i] for i in range(start, min(start + _ROWS_AT_A_TIME, rows))])
-            scored += read.scored
-            if read.unaligned < read.scored:
-                break
-        else:
-            if not scored:
-                raise ValueError(
-                    f"No token of {rows} rows is scored: they are empty, or of one token, or masked. There is nothing "
-                    "to learn from; give other rows."
-                )
-            bridge = collator.bridge
-            names = (tokenizer_name(side.tokenizer) for side in (bridge.student, bridge.teacher))
-            raise ValueError(
-                f"Of {scored} scored tokens in {rows} rows the teacher has no counterpart to any: the two tokenizers "
-                f"({' and '.join(names)}) never stand for the same bytes there. A tokenizer that changes its text "
-                "(lower case, say) is the usual cause: choose another teacher, or other rows."
-            )
-
-
-class TeacherWatch:
-    """Looks once whether the teacher knows its tokenizer: with a wrong one it hardly does better than guessing.
-
-    Args:
-        bridge: names the tokenizers.
-        rows: vocabulary rows of the teacher.
-    """
-
-    def __init__(self, bridge: Bridge, rows: int) -> None:
-        self._names = tokenizer_name(bridge.student.tokenizer), tokenizer_name(bridge.teacher.tokenizer)
-        self._rows = rows
-        self._nats, self._tokens = 0.0, 0
-
-    @property
-    def waiting(self) -> bool:
-        """Whether there is not enough yet to tell."""
-        return self._tokens < _ENOUGH_TOKENS
-
-    def look(self, nats: Any, tokens: int) -> None:
-        """Add a batch, until there is enough to tell.
-
-        Args:
-            nats: what its teacher's tokens cost the teacher together; a number or a scalar tensor.
-            tokens: how many they are.
-
-        Raises:
-            ValueError: if the teacher does worse than guessing, or its loss is no number.
-        """
-        self._nats, self._tokens = self._nats + float(nats), self._tokens + tokens
-        if self.waiting:
-            return
-        mean, guess = self._nats / self._tokens, math.log(self._rows)
-        found = (
-            f"The teacher's cross-entropy on its own tokens is {mean:.2f} nats, and guessing among its {self._rows} "
-            f"tokens costs {guess:.2f}"
-        )
-        if not math.isfinite(mean):
-            raise ValueError(
-                f"{found}: its weights are damaged, or its dtype is too narrow. Load it from a good copy, or in "
-                "bfloat16 or float32."
-            )
-        names = f"The student's is {self._names[0]}, the teacher's {self._names[1]}."
-        if mean > guess + _MARGIN:
-            raise ValueError(
-                f"{found}: it was not trained with the tokenizer it was given. {names} Pass the teacher's own as "
-                "`teacher_processing_class`."
-            )
-        if mean > _SUSPICIOUS * guess:
-            logger.warning(
-                f"{found}: so little is known by a teacher that is hardly trained, on text of a kind it never saw, or "
-                f"with a tokenizer that is another model's. {names} If the teacher's own is another, pass that as "
-                "`teacher_processing_class`."
-            )
 
 
 def _warn_of_unused_rows(rows: int, tokenizer: PreTrainedTokenizerBase) -> None:

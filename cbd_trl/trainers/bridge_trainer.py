@@ -13,22 +13,19 @@ from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
-from cbd_trl.trainers.bridge_data import CHAT, BridgeCollator, holds_chats, prepare_chats
+from cbd_trl.trainers.bridge_data import CHAT, BridgeCollator, check_datasets, holds_chats, prepare_chats
 from cbd_trl.trainers.bridge_teacher import (
+    BridgeSetup,
     BridgeStepLoss,
-    TeacherWatch,
-    check_datasets,
-    fill_in_hidden,
+    choose_hidden,
+    set_up_black_box,
     set_up_bridge_teacher,
 )
-from cbd_trl.trainers.checks import check_best_metric
+from cbd_trl.trainers.data import check_scored
 from cbd_trl.trainers.distill_trainer import DistillTrainer
-from cbd_trl.trainers.hidden_states import Projectors
-from cbd_trl.trainers.row_checks import check_scored
-from cbd_trl.trainers.sequence_level import SequenceLevelLoss, set_up_black_box
-from cbd_trl.trainers.step_loss import StepLoss
-from cbd_trl.trainers.teacher_setup import TeacherModel, TeacherSetup
-from cbd_trl.utils.tokenizers import vocabulary_rows
+from cbd_trl.trainers.hidden_states import LayerPairs, Projectors
+from cbd_trl.trainers.model_setup import TeacherModel, TeacherSetup
+from cbd_trl.trainers.step_loss import SequenceLevelLoss, StepLoss
 
 
 class BridgeProjectors(Projectors):
@@ -73,7 +70,7 @@ class BridgeDistillTrainer(DistillTrainer):
         kwargs: as there.
 
     Raises:
-        ValueError: if the two models or tokenizers cannot be compared as asked; the message says what can be done.
+        ValueError: if the two models or tokenizers cannot be compared as requested; the message has a way out.
             During the first step, if the teacher does worse than guessing on its own tokens.
         TypeError: if an argument has the wrong type.
     """
@@ -81,8 +78,58 @@ class BridgeDistillTrainer(DistillTrainer):
     _tag_names = ["trl", "cbd_trl", "bridge-distill"]
     _name = "BridgeDistill"
     _config = BridgeDistillConfig
-    _step_loss: type[StepLoss] = BridgeStepLoss
     args: BridgeDistillConfig
+
+    def _load_teacher(
+        self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None
+    ) -> TeacherSetup:
+        if self.args.black_box:
+            return set_up_black_box(student, tokenizer)
+        return set_up_bridge_teacher(named, student, self.args, self.processing_class, tokenizer)
+
+    def _settle_arguments(self, setup: TeacherSetup) -> dict[str, Any]:
+        return {} if self.args.black_box else choose_hidden(self.args, self._student, setup.model, self.optimizer)
+
+    def _make_projectors(self, setup: TeacherSetup, pairs: LayerPairs) -> Projectors | None:
+        if "dskd-cma" not in self.args.objectives:
+            return pairs.projectors
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "objective='dskd-cma' reads the input embeddings of both models, which FSDP and DeepSpeed shard. Use "
+                "another objective, or train with DDP or one process."
+            )
+        models: Any = (self._student, setup.model)
+        ours, theirs = (model.config.get_text_config().hidden_size for model in models)
+        return BridgeProjectors(CrossModelAttention(ours, theirs, seed=self.args.seed), pairs.projectors)
+
+    def _make_objective(self, setup: TeacherSetup) -> Any:
+        if not isinstance(setup, BridgeSetup):
+            return None
+        args, weights = self.args, self.args.objectives
+        tokenizers = setup.bridge.student.tokenizer, setup.bridge.teacher.tokenizer
+        options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k}
+        if args.divergence is not None:
+            options["divergence"] = get_divergence(
+                args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share
+            )
+        if "prefix" in weights:
+            table = PrefixTable.of(*tokenizers)
+            return get_objective("prefix", table=table.to(self.accelerator.device), **options)
+        if isinstance(self.projectors, BridgeProjectors):
+            return get_objective("dskd-cma", attention=self.projectors.attention, **options)
+        if "shared" in weights:
+            options["tokens"] = SharedTokens.of(*tokenizers)
+        return get_mixture(weights, **options)
+
+    def _make_collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
+        if not isinstance(setup, BridgeSetup):
+            return self.data_collator
+        collator = BridgeCollator(self.data_collator, setup.bridge, self.chat_template)
+        check_datasets(collator, datasets)
+        return collator
+
+    def _loss_class(self) -> type[StepLoss]:
+        return SequenceLevelLoss if self.args.black_box else BridgeStepLoss
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -105,57 +152,9 @@ class BridgeDistillTrainer(DistillTrainer):
         if CHAT not in columns:
             columns.append(CHAT)
 
-    def _set_up_teacher(
-        self, named: TeacherModel, student: Any, tokenizer: PreTrainedTokenizerBase | None
-    ) -> TeacherSetup:
-        if self.args.black_box:
-            self._step_loss = SequenceLevelLoss
-            return set_up_black_box(student, tokenizer)
-        setup, self._bridge = set_up_bridge_teacher(named, student, self.args, self.processing_class, tokenizer)
-        fill_in_hidden(self.args, student, setup.model, self.optimizer)
-        check_best_metric(self.args, self.eval_dataset, self.compute_metrics)
-        self._watch = TeacherWatch(self._bridge, vocabulary_rows(setup.model))
-        return setup
-
-    def _make_objective(self, setup: TeacherSetup) -> Any:
-        args, weights = self.args, self.args.objectives
-        if args.black_box:
-            return None
-        options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k}
-        if args.divergence is not None:
-            options["divergence"] = get_divergence(
-                args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share
-            )
-        if "prefix" in weights:
-            table = PrefixTable.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
-            options["table"] = table.to(self.accelerator.device)
-            return get_objective("prefix", **options)
-        if "shared" in weights:
-            options["tokens"] = SharedTokens.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
-        if "dskd-cma" in weights:
-            return get_objective("dskd-cma", attention=self._attention_between(setup.model), **options)
-        return get_mixture(weights, **options)
-
-    def _attention_between(self, teacher: Any) -> CrossModelAttention:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "objective='dskd-cma' reads the input embeddings of both models, which FSDP and DeepSpeed shard. Use "
-                "another objective, or train with DDP or one process."
-            )
-        ours, theirs = (model.config.get_text_config().hidden_size for model in (self._student, teacher))
-        attention = CrossModelAttention(ours, theirs, seed=self.args.seed)
-        self.projectors = BridgeProjectors(attention, self._pairs.projectors).to(self.accelerator.device)
-        return attention
-
-    def _collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
-        if self.args.black_box:
-            return self.data_collator
-        collator = BridgeCollator(self.data_collator, self._bridge, self.chat_template)
-        check_datasets(collator, datasets)
-        return collator
-
-    def _run(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
-        outputs = super()._run(model, batch, with_logits)
-        if not self.args.black_box and self._watch.waiting:
-            self._watch.look(outputs["teacher_ce"].sum(), int((batch.teacher["teacher_group"] != NOWHERE).sum()))
+    def _compute_outputs(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
+        outputs = super()._compute_outputs(model, batch, with_logits)
+        if isinstance(self._setup, BridgeSetup) and self._setup.watch.waiting:
+            tokens = int((batch.teacher["teacher_group"] != NOWHERE).sum())
+            self._setup.watch.look(outputs["teacher_ce"].sum(), tokens)
         return outputs

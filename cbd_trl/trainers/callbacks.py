@@ -1,25 +1,31 @@
-"""The line that says how a training goes: step, tokens per second, time left, and the loss beside the teacher's."""
+"""What a run counts, guards and shows: means over tokens, the check of every step's loss, and the progress line."""
 
+import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from cbd_trl.losses.objective import TERMS, Weights, combine
+from cbd_trl.losses.reduction import sums_per_row
+from cbd_trl.teachers.local import Batch
+from cbd_trl.trainers.checkpointing import after_divergence
 from cbd_trl.utils.formatting import format_seconds
 from cbd_trl.utils.progress import Ticker
 
+Reduce = Callable[[Tensor], Tensor]
+
 
 class TokenMeter:
-    """Sums per-token terms, and divides by the number of tokens when asked: a mean of batch means would favour the
-    tokens of short batches."""
+    """Means over tokens of per-token terms: sums are kept, because a mean of batch means would favor the tokens of
+    short batches."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -38,20 +44,56 @@ class TokenMeter:
         row = row.to(torch.float32 if row.device.type == "mps" else torch.float64)
         self._sums = row if self._sums is None else self._sums + row
 
-    def means(self, add_up: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """The mean per token of every term since the last call, and start anew.
+    def means(self, reduce: Reduce = lambda sums: sums) -> dict[str, float]:
+        """Compute the mean per token of every term since the last call, and start anew.
 
         Args:
-            add_up: sums a tensor over the processes.
+            reduce: sums a tensor over the processes.
 
         Returns:
             term -> mean; empty if nothing was added or no token was scored.
         """
         if self._sums is None:
             return {}
-        *sums, tokens = add_up(self._sums).tolist()
+        *sums, tokens = reduce(self._sums).tolist()
         self._sums = None
         return {name: value / tokens for name, value in zip(self._names, sums, strict=True)} if tokens else {}
+
+
+class EvaluationMeter:
+    """Means over the tokens of an evaluation set, however its rows are batched, packed or spread over processes."""
+
+    def __init__(self) -> None:
+        self._meter = TokenMeter()
+
+    def add(self, outputs: Mapping[str, Tensor], batch: Batch, weights: Weights, gather: Reduce) -> Tensor:
+        """Add a batch.
+
+        Args:
+            outputs: what `StepLoss` returned for it.
+            batch: its labels and row lengths.
+            weights: of the terms in the loss.
+            gather: collects a tensor (R, K) of R rows from all processes, without rows that fill up the last batch.
+
+        Returns:
+            the loss of each of its N scored tokens, (N,) in nats.
+        """
+        terms = {name: outputs[name] for name in TERMS if name in outputs}
+        loss_N = combine(terms, weights)
+        terms = {"loss": loss_N, **terms, "tokens": torch.ones_like(loss_N)}
+        sums = [sums_per_row(term, batch.labels_BT, batch.row_lengths_R) for term in terms.values()]
+        # Row by row, because the last batch is filled up with rows already seen, and gathering drops those.
+        totals = dict(zip(terms, gather(torch.stack(sums, dim=1)).sum(0), strict=True))
+        self._meter.add(totals, totals.pop("tokens"))
+        return loss_N
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """Compute the means.
+
+        Args:
+            prefix: of their names.
+        """
+        return {f"{prefix}_{name}": value for name, value in self._meter.means().items()}
 
 
 class TokenCounter(TrainerCallback, ExportableState):
@@ -62,7 +104,7 @@ class TokenCounter(TrainerCallback, ExportableState):
     Attributes:
         tokens: seen so far.
         terms: since the last log.
-        loss: of the micro-batches since the last optimiser step, as shares of it; scalar.
+        loss: of the micro-batches since the last optimizer step, as shares of it; scalar.
     """
 
     def __init__(self) -> None:
@@ -72,8 +114,22 @@ class TokenCounter(TrainerCallback, ExportableState):
         self._before = 0
 
     def begin(self) -> None:
-        """Say that `Trainer.train` is called: what was seen before belongs to the model, whatever is begun anew."""
+        """Note that `Trainer.train` is called: what was seen before belongs to the model, whatever is begun anew."""
         self._before = int(self.tokens)
+
+    def add(self, outputs: Mapping[str, Tensor], loss: Tensor, tokens: Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            outputs: what `StepLoss` returned for it.
+            loss: its share of the loss of the optimizer step, scalar.
+            tokens: how many it has in all processes, scalar.
+        """
+        sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
+        scored = outputs["ce"]
+        self.terms.add(sums, torch.tensor(float(scored.numel()), device=scored.device))
+        self.loss = self.loss + loss.detach()
+        self.tokens = self.tokens + tokens
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint keeps."""
@@ -90,47 +146,42 @@ class TokenCounter(TrainerCallback, ExportableState):
             self.tokens = saved["attributes"]["tokens"]
 
 
-class LayerOutputs:
-    """Records what layers return, while asked to.
+class LossGuard(TrainerCallback):
+    """Ends a run whose loss is not finite, before the step changes a weight.
 
-    Forward hooks see the raw output of a layer; the last entry of a model's `hidden_states` is after the final norm.
-    They are there during `recording` alone: a recompute under gradient checkpointing leaves no trace, nor does the
-    trainer on a model that was given to it.
+    One number an optimizer step is read from the device for it; the Trainer reads one a micro-batch, to leave such
+    losses out of its logs (`logging_nan_inf_filter`).
+
+    Args:
+        counter: finds the counter of the run, which the Trainer may replace by a restored one.
+        reduce: sums a tensor over the processes.
     """
 
-    def __init__(self) -> None:
-        self._watched: list[tuple[int, nn.Module]] = []
+    def __init__(self, counter: Callable[[], TokenCounter], reduce: Reduce) -> None:
+        self._counter, self._reduce = counter, reduce
 
-    def watch(self, index: int, layer: nn.Module) -> None:
-        """Record a layer's output under an index.
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check the loss of the step.
 
         Args:
-            index: key of the record.
-            layer: returns a tensor (B, T, D), or a tuple that starts with one.
+            args, state, control, kwargs: as in the Trainer's callbacks.
+
+        Raises:
+            ValueError: it is not finite, in whichever process.
         """
-        self._watched.append((index, layer))
-
-    @contextmanager
-    def recording(self) -> Iterator[dict[int, Tensor]]:
-        """Within it outputs are recorded.
-
-        Yields:
-            index -> output (B, T, D), filled as the layers run.
-        """
-        store: dict[int, Tensor] = {}
-
-        def hook_for(index: int) -> Callable[[nn.Module, Any, Any], None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                store[index] = output[0] if isinstance(output, tuple) else output
-
-            return hook
-
-        handles = [layer.register_forward_hook(hook_for(index)) for index, layer in self._watched]
-        try:
-            yield store
-        finally:
-            for handle in handles:
-                handle.remove()
+        counter = self._counter()
+        total, counter.loss = counter.loss, 0.0
+        if not isinstance(total, Tensor) or math.isfinite(loss := self._reduce(total).item()):
+            return
+        wrong = [name for name, value in counter.terms.means(self._reduce).items() if not math.isfinite(value)]
+        teacher = " The teacher's own loss (teacher_ce) is not finite either: look at its weights and dtype first."
+        raise ValueError(
+            f"The loss of step {state.global_step + 1} is {loss} (not finite: {', '.join(wrong) or 'the sum'}). "
+            f"Training stopped there, since every later step would be lost.{teacher if 'teacher_ce' in wrong else ''} "
+            f"{after_divergence(args)}"
+        )
 
 
 # Steps that the rates are taken over: enough for hybrids, which are beside some steps only, to even out.
@@ -154,7 +205,7 @@ class ProgressLine(ProgressCallback):
     """`85M 3/5 · step 120/500 · 1,240 tokens/s · 6 min left · ce 2.41 (teacher 2.20)`.
 
     On a terminal one line, rewritten after every step; elsewhere a line at each training log, and one a minute between
-    logs that are far apart. What the Trainer logs is printed as ever, above it. Only the main process says anything;
+    logs that are far apart. What the Trainer logs is printed as ever, above it. Only the main process prints;
     the tokens are those of all processes.
 
     Args:
@@ -221,7 +272,7 @@ class ProgressLine(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Print what is logged, and what it says of the loss; off a terminal, the line below it."""
+        """Print what is logged, and keep its losses for the line; off a terminal, print the line below it."""
         super().on_log(args, state, control, logs=logs or {}, **kwargs)
         bar: Any = self.training_bar
         if bar is None or not logs or "loss" not in logs:
@@ -235,7 +286,7 @@ class ProgressLine(ProgressCallback):
             bar.refresh()
 
     def line(self, state: TrainerState) -> str:
-        """What is shown.
+        """Format the line.
 
         Args:
             state: of the Trainer.

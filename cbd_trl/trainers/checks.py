@@ -1,4 +1,4 @@
-"""What `DistillTrainer` refuses, before a token is trained on."""
+"""Checks of the arguments of `DistillTrainer`, before a token is trained on."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,37 +10,6 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArgume
 
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.formatting import did_you_mean
-
-
-def chosen_teacher(teacher: Any, args: DistillConfig) -> Any:
-    """The teacher, from the trainer's argument or from its config.
-
-    Args:
-        teacher: the trainer's `teacher_model`.
-        args: of the run.
-
-    Returns:
-        a model, path or Hub id, a list of them, or None where `args` says that none is loaded.
-
-    Raises:
-        ValueError: if there is none, or two.
-    """
-    named = args.teacher_model_name_or_path
-    elsewhere = args.instead_of_a_teacher
-    if teacher is not None and (named is not None or elsewhere):
-        other = elsewhere or "teacher_model_name_or_path"
-        raise ValueError(
-            f"A teacher was given as `teacher_model` of the trainer, and {other} in the {type(args).__name__}: both "
-            "were given, and there can be one. Give one of them."
-        )
-    chosen = named if teacher is None else teacher
-    if (chosen is None and not elsewhere) or (isinstance(chosen, list | tuple) and not chosen):
-        raise ValueError(
-            "A teacher is needed: neither was `teacher_model` of the trainer given nor, in the "
-            f"{type(args).__name__}, {' or '.join(f'`{name}`' for name in args.ways_to_a_teacher)}. Give one of them."
-        )
-    return chosen
-
 
 # What each place of a trainer takes, of what could stand in a wrong one.
 _PLACES: dict[str, tuple[str, Any]] = {
@@ -56,8 +25,8 @@ _KIND_OF = {
 }
 
 
-def check_places(trainer: str, **given: Any) -> None:
-    """Refuse arguments that stand in each other's place: behind the student comes its teacher, not `args` as in TRL.
+def check_argument_types(trainer: str, **given: Any) -> None:
+    """Check that no argument stands in another's place: behind the student comes its teacher, not `args` as in TRL.
 
     Args:
         trainer: its name.
@@ -88,7 +57,7 @@ _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def check_best_metric(args: DistillConfig, eval_dataset: Any, compute_metrics: Any) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation reports, before the first one looks for it in vain.
+    """Check that evaluations report `metric_for_best_model`, before the first one looks for it in vain.
 
     Args:
         args: of the run.
@@ -107,14 +76,14 @@ def check_best_metric(args: DistillConfig, eval_dataset: Any, compute_metrics: A
     speeds = [f"{prefix}{name}" for prefix in sets for name in _SPEEDS]
     if metric not in (*reported, *speeds):
         raise ValueError(
-            f"metric_for_best_model={args.metric_for_best_model!r} is nothing that an evaluation reports: there are "
-            f"{', '.join(reported)}.{did_you_mean(metric, reported)} Name one of them, or leave metric_for_best_model "
-            "out."
+            f"metric_for_best_model={args.metric_for_best_model!r} must be reported by the evaluations, which "
+            f"report {', '.join(reported)}.{did_you_mean(metric, reported)} Name one of them, or leave "
+            "metric_for_best_model out."
         )
 
 
 def check_arguments(args: Any, config: type[DistillConfig], others: dict[str, Any]) -> None:
-    """Refuse arguments that would be ignored or cannot work.
+    """Check for arguments that would be ignored or cannot work.
 
     Args:
         args: of the run.
@@ -129,8 +98,8 @@ def check_arguments(args: Any, config: type[DistillConfig], others: dict[str, An
     # The config of another trainer may be derived from this one's.
     if not isinstance(args, config) or args.trainer != trainer:
         raise TypeError(
-            f"args is a {type(args).__name__}: {trainer} needs a {config.__name__}, which adds the teacher, what it "
-            "is compared by and the weights to SFTConfig."
+            f"args is a {type(args).__name__}: {trainer} needs a {config.__name__}, which adds the teacher, the "
+            "divergence and the weights to SFTConfig."
         )
     if others.get("compute_loss_func") is not None:
         raise ValueError(
@@ -160,7 +129,7 @@ def check_arguments(args: Any, config: type[DistillConfig], others: dict[str, An
 
 
 def check_run(trainer: Any) -> None:
-    """Refuse what only shows once the student and the accelerator are there.
+    """Check what only shows once the student and the accelerator are there.
 
     Args:
         trainer: a `DistillTrainer` after the initialisation of `trl.SFTTrainer`.
@@ -192,11 +161,11 @@ def check_run(trainer: Any) -> None:
             "them over the devices: there can be one of the two. Leave teacher_offload out, and let FSDP or DeepSpeed "
             "offload parameters if memory is short."
         )
-    check_hybrids_whole(trainer.args, sharded)
+    check_hybrids_unsharded(trainer.args, sharded)
 
 
-def check_hybrids_whole(args: Any, sharded: bool | None = None) -> None:
-    """Refuse hybrids of models that are sharded.
+def check_hybrids_unsharded(args: Any, sharded: bool | None = None) -> None:
+    """Check that hybrids are not of models that are sharded.
 
     Args:
         args: of the run.
@@ -217,7 +186,7 @@ def check_hybrids_whole(args: Any, sharded: bool | None = None) -> None:
 
 
 def check_hybrid(trainer: Any, hybrid: Any) -> None:
-    """Refuse hybrids made by the caller that would not be trained.
+    """Check that a hybrid made by the caller would be trained.
 
     Args:
         trainer: a `DistillTrainer` after the initialisation of `trl.SFTTrainer`.

@@ -54,7 +54,7 @@ class DistillConfig(SFTConfig):
             `cosine`, or what `build_chain` sets.
         hidden_projector: compare through a learned matrix per layer, for models that do not share channels. It is
             trained along, kept in checkpoints, and no part of the student.
-        swap_probability: share of the optimiser steps that train a hybrid beside the student, on the same tokens and
+        swap_probability: share of the optimizer steps that train a hybrid beside the student, on the same tokens and
             by the same loss: the student with a random number of its blocks replaced by the teacher's frozen ones.
             Such a step takes about twice the time. Needs two models of one chain that differ in depth alone; in
             `build_chain` widths may differ too (see its docs). None: 0, or what `build_chain` sets.
@@ -67,7 +67,7 @@ class DistillConfig(SFTConfig):
     # The trainer that these are the arguments of; without a type these are no arguments themselves.
     trainer = "DistillTrainer"
     # Its arguments that name a teacher; the trainer's `teacher_model` is one more way.
-    ways_to_a_teacher = ["teacher_model_name_or_path", "teacher_cache", "self_distillation"]
+    teacher_arguments = ["teacher_model_name_or_path", "teacher_cache", "self_distillation"]
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(
@@ -197,7 +197,7 @@ class DistillConfig(SFTConfig):
     swap_probability: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the optimiser steps that train a hybrid beside the student, on the same tokens: the "
+            "help": "Share of the optimizer steps that train a hybrid beside the student, on the same tokens: the "
             "student with a random number of its blocks replaced by the teacher's frozen ones. Needs two models of "
             "one chain that differ in depth alone; `build_chain` has others for widths. Not set: 0, or what "
             "`build_chain` sets."
@@ -221,7 +221,7 @@ class DistillConfig(SFTConfig):
         check_config(self)
 
     def schedules(self) -> dict[str, WeightSchedule]:
-        """The weight of each term over the run.
+        """Make the schedule of each term's weight.
 
         Returns:
             kd, ce and hidden.
@@ -236,12 +236,22 @@ class DistillConfig(SFTConfig):
         }
 
     def weights(self, progress: float) -> Weights:
-        """The weights at a point of the run.
+        """Compute the weights at a point of the run.
 
         Args:
-            progress: share of the optimiser steps done, in [0, 1].
+            progress: share of the optimizer steps done, in [0, 1].
         """
         return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
+
+    def scheduled_weights(self, progress: float) -> dict[str, float]:
+        """Compute the weights that change over the run, by their names, at a point of it.
+
+        Args:
+            progress: share of the optimizer steps done, in [0, 1].
+        """
+        return {
+            f"{term}_weight": how.at(progress) for term, how in self.schedules().items() if how.shape != "constant"
+        }
 
     @property
     def evaluated(self) -> list[str]:
@@ -260,13 +270,13 @@ class DistillConfig(SFTConfig):
         return f"{self.divergence} ({', '.join(options)})"
 
     @property
-    def instead_of_a_teacher(self) -> str | None:
+    def teacher_source(self) -> str | None:
         """The argument by which no teacher is loaded, None if one is."""
         return "teacher_cache" if self.teacher_cache else "self_distillation" if self.self_distillation else None
 
     @property
     def learns_projectors(self) -> str | None:
-        """The argument that asks for maps which are trained beside the student, None if there is none."""
+        """The argument that requests maps which are trained beside the student, None if there is none."""
         return "hidden_projector=True" if self.hidden_projector else None
 
     @property
@@ -333,7 +343,7 @@ def _check_weights(config: Any) -> None:
     if scheduled and best is not None and best.endswith("loss"):
         raise ValueError(
             f"metric_for_best_model={best!r} with {' and '.join(scheduled)}: the loss is weighted differently at each "
-            "step, so the best one says nothing of the model. Set metric_for_best_model to a term, such as 'eval_kd' "
+            "step, so the lowest is not the best model's. Set metric_for_best_model to a term, such as 'eval_kd' "
             "or 'eval_ce' (with greater_is_better=False), or leave the schedule out."
         )
 
@@ -397,10 +407,10 @@ def _check_hidden(config: Any) -> None:
 
 
 def _check_teacher(config: Any) -> None:
-    named = [name for name in config.ways_to_a_teacher if getattr(config, name)]
+    named = [name for name in config.teacher_arguments if getattr(config, name)]
     if len(named) > 1:
         raise ValueError(f"{' and '.join(named)} each name a teacher: there can be one. Give one of them.")
-    absent = config.instead_of_a_teacher
+    absent = config.teacher_source
     if absent:
         loads = ("teacher_model_init_kwargs", "teacher_model_revision", "teacher_offload", "teacher_weights")
         for name in loads:

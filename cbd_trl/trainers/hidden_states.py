@@ -1,4 +1,4 @@
-"""Learned projectors of the hidden-state term, for models that share no channels.
+"""The hidden-state term: which layers are compared, their outputs, and learned projectors between two widths.
 
 Shapes: B rows, T tokens, d student width, D teacher width, L compared layer pairs.
 """
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
-from cbd_trl.trainers.callbacks import LayerOutputs
+from cbd_trl.teachers.local import causal_lm_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
 from cbd_trl.utils.tensor_files import save_tensors
@@ -94,7 +94,7 @@ def attached(student: nn.Module, projectors: Projectors) -> Iterator[None]:
     Raises:
         ValueError: if the student already has something of that name.
     """
-    model = _innermost(student)
+    model = causal_lm_of(student)
     if hasattr(model, NAME):
         raise ValueError(
             f"{type(model).__name__} already has an attribute '{NAME}': another trainer may be training it, or left "
@@ -111,7 +111,7 @@ def attached(student: nn.Module, projectors: Projectors) -> Iterator[None]:
 
 
 def without_projectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of the student, wrapped or not, as if no projectors were attached.
+    """Leave the projectors out of a state dict of the student, wrapped or not.
 
     Args:
         state_dict: left as it is.
@@ -119,7 +119,7 @@ def without_projectors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         the other entries, in their order.
     """
-    return {key: value for key, value in state_dict.items() if not _is_theirs(key)}
+    return {key: value for key, value in state_dict.items() if not _is_projector(key)}
 
 
 def save_projectors(projectors: Projectors, folder: str | Path) -> None:
@@ -162,19 +162,47 @@ def load_projectors(projectors: Projectors, folder: str | Path) -> None:
     projectors.load_state_dict(tensors)
 
 
-def _innermost(student: nn.Module) -> PreTrainedModel:
-    # A PEFT wrapper's own method, which nn.Module does not declare.
-    wrapper: Any = student
-    return wrapper.get_base_model() if hasattr(wrapper, "get_base_model") else wrapper
+class LayerOutputs:
+    """Records what layers return, within `recording` alone.
 
+    Forward hooks see the raw output of a layer; the last entry of a model's `hidden_states` is after the final norm.
+    They are removed again: a recompute under gradient checkpointing leaves no trace, nor does the trainer on a model
+    that was given to it.
+    """
 
-def _is_theirs(key: str) -> bool:
-    # Behind whatever prefixes the wrappers put before the attribute's name.
-    return f".{NAME}." in f".{key}"
+    def __init__(self) -> None:
+        self._watched: list[tuple[int, nn.Module]] = []
 
+    def watch(self, index: int, layer: nn.Module) -> None:
+        """Record a layer's output under an index.
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensors[key].shape) for key in sorted(tensors)}
+        Args:
+            index: key of the record.
+            layer: returns a tensor (B, T, D), or a tuple that starts with one.
+        """
+        self._watched.append((index, layer))
+
+    @contextmanager
+    def recording(self) -> Iterator[dict[int, Tensor]]:
+        """Within it outputs are recorded.
+
+        Yields:
+            index -> output (B, T, D), filled as the layers run.
+        """
+        store: dict[int, Tensor] = {}
+
+        def hook_for(index: int) -> Callable[[nn.Module, Any, Any], None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                store[index] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        handles = [layer.register_forward_hook(hook_for(index)) for index, layer in self._watched]
+        try:
+            yield store
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class LayerPairs:
@@ -190,7 +218,7 @@ class LayerPairs:
         hybrid: what is trained beside the student on hybrid steps; None for the student with blocks of the teacher.
 
     Raises:
-        ValueError: if the two models cannot be paired as asked.
+        ValueError: if the two models cannot be paired as requested.
     """
 
     def __init__(
@@ -219,30 +247,31 @@ class LayerPairs:
                 # Not used now, but wrong all the same.
                 resolve_block_map(block_map, len(decoder_layers(student)), len(decoder_layers(teacher)))
             return
-        student_config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
-        widths = student_config.hidden_size, teacher_config.hidden_size
+        ours, theirs = decoder_layers(student), decoder_layers(teacher)
+        widths = student.config.get_text_config().hidden_size, teacher.config.get_text_config().hidden_size
         if args.hidden_projector:
-            self.projectors = Projectors(student_config.num_hidden_layers, *widths, seed=args.seed)
+            self.projectors = Projectors(len(ours), *widths, seed=args.seed)
         elif args.uses_hidden:
             _check_widths(*widths, block_map)
-        ours, theirs = decoder_layers(student), decoder_layers(teacher)
         blocks = resolve_block_map(block_map, len(ours), len(theirs))
         if block_costs is not None and len(block_costs) != len(ours):
             raise ValueError(
                 f"block_costs has {len(block_costs)} entries and the student {len(ours)} layers: give one for each "
                 "layer, or leave it out."
             )
-        if hybrid is not None:
-            self.hybrid = hybrid
-        elif args.swap_probability:
-            check_swappable(student_config, teacher_config, blocks)
+        self.hybrid = hybrid
+        if hybrid is None and args.swap_probability:
+            check_swappable(student.config.get_text_config(), teacher.config.get_text_config(), blocks)
             self.hybrid = BlockHybrid(student, teacher, blocks, args.swap_probability, args.seed, block_costs)
         if args.uses_hidden:
-            for i, block in enumerate(blocks):
-                self.student_outputs.watch(i, ours[i])
-                self.teacher_outputs.watch(i, theirs[block[-1]])
-            for i, layer in self.hybrid.layers if self.hybrid else ():
-                self.student_outputs.watch(i, layer)
+            self._watch(ours, theirs, blocks)
+
+    def _watch(self, ours: nn.ModuleList, theirs: nn.ModuleList, blocks: list[list[int]]) -> None:
+        for i, block in enumerate(blocks):
+            self.student_outputs.watch(i, ours[i])
+            self.teacher_outputs.watch(i, theirs[block[-1]])
+        for i, layer in self.hybrid.layers if self.hybrid else ():
+            self.student_outputs.watch(i, layer)
 
     def distance(
         self,
@@ -251,7 +280,7 @@ class LayerPairs:
         ours: Callable[[Tensor], Tensor],
         theirs: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
-        """Mean distance over the recorded layers at N places.
+        """Compute the mean distance over the recorded layers at N places.
 
         Args:
             student_states: layer -> output (B, T, d).
@@ -308,3 +337,12 @@ def _check_widths(student: int, teacher: int, block_map: list[list[int]] | None)
             "the pair's block_map if they are of one chain, learn a map between them with hidden_projector=True, or "
             "set hidden_weight=0."
         )
+
+
+def _is_projector(key: str) -> bool:
+    # Behind whatever prefixes the wrappers put before the attribute's name.
+    return f".{NAME}." in f".{key}"
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensors[key].shape) for key in sorted(tensors)}

@@ -1,7 +1,7 @@
 """Hybrids: models between student and teacher that are trained beside the student, by the same loss.
 
 A pass through one trains what it has of the student, so that the student's weights work together with the teacher's:
-what a model between two anchors is made of (design section 3). Where two models differ in depth alone, the teacher's
+what a model between two anchors is made of. Where two models differ in depth alone, the teacher's
 frozen layers stand in for some blocks of the student; other kinds are given to `DistillTrainer` by whoever knows how
 to make them.
 """
@@ -21,17 +21,17 @@ from cbd_trl.architectures import decoder_layers
 _KNOWN = {"full_attention", "sliding_attention"}
 
 
-def sorts_of(model: Any) -> list[str]:
-    """How each layer attends, such as "full_attention"."""
-    return _sorts(model.config.get_text_config())
+def layer_types_of(model: Any) -> list[str]:
+    """Find how each layer attends, such as "full_attention"."""
+    return _layer_types(model.config.get_text_config())
 
 
-def _sorts(config: Any) -> list[str]:
+def _layer_types(config: Any) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
-def check_sorts(student_config: Any, teacher_config: Any, block_map: Sequence[Sequence[int]]) -> None:
-    """Refuse blocks whose layers cannot be called in the student.
+def check_layer_types(student_config: Any, teacher_config: Any, block_map: Sequence[Sequence[int]]) -> None:
+    """Check that the layers of every block can be called in the student.
 
     Args:
         student_config: text config of the student.
@@ -39,22 +39,22 @@ def check_sorts(student_config: Any, teacher_config: Any, block_map: Sequence[Se
         block_map: for each student layer the consecutive teacher layers it stands for.
 
     Raises:
-        ValueError: naming a block with layers of other sorts than its student layer, where these are not just full
+        ValueError: naming a block with layers of other types than its student layer, where these are not just full
             and sliding attention.
     """
-    ours, theirs = _sorts(student_config), _sorts(teacher_config)
+    ours, theirs = _layer_types(student_config), _layer_types(teacher_config)
     for i, block in enumerate(block_map):
-        sorts = {theirs[j] for j in block}
-        if sorts != {ours[i]} and not sorts | {ours[i]} <= _KNOWN:
+        types = {theirs[j] for j in block}
+        if types != {ours[i]} and not types | {ours[i]} <= _KNOWN:
             raise ValueError(
                 f"swap_probability: student layer {i} uses {ours[i]}, the teacher's layers {list(block)} that it "
-                f"stands for use {sorted(sorts)}, and only full and sliding attention go together in one block. Set "
+                f"stands for use {sorted(types)}, and only full and sliding attention go together in one block. Set "
                 "swap_probability=0, or choose blocks of one layer type."
             )
 
 
-class LayerSorts:
-    """The inputs of layers of every sort of a teacher, while the student runs.
+class LayerInputs:
+    """The inputs of a teacher's layers, which may attend otherwise than the student's, while the student runs.
 
     Args:
         student: the model being trained, not wrapped.
@@ -67,7 +67,7 @@ class LayerSorts:
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Within it the student makes the masks of the teacher's sorts as well as its own."""
+        """Within it the student makes the masks of the teacher's layer types as well as its own."""
         handle = self._student.base_model.register_forward_pre_hook(self._prepare, with_kwargs=True)
         try:
             yield
@@ -86,18 +86,20 @@ class LayerSorts:
         self._masks = {**found[0], **found[1]}
         return args, {**kwargs, "attention_mask": self._masks}
 
-    def kwargs(self, sort: str, hidden_BTD: Tensor, given: dict[str, Any]) -> dict[str, Any]:
-        """What a layer of this sort is called with.
+    def kwargs(self, layer_type: str, hidden_BTD: Tensor, given: dict[str, Any]) -> dict[str, Any]:
+        """Make the arguments that a layer of this type is called with.
 
         Args:
-            sort: how it attends.
+            layer_type: how it attends, such as "sliding_attention".
             hidden_BTD: the stream in front of it.
             given: what the student calls its own layer with.
         """
-        own = {**given, "attention_mask": self._masks[sort]}
+        own = {**given, "attention_mask": self._masks[layer_type]}
         config = self._teacher.config.get_text_config()
-        if sort in (config.rope_parameters or {}):
-            own["position_embeddings"] = self._teacher.base_model.rotary_emb(hidden_BTD, given["position_ids"], sort)
+        if layer_type in (config.rope_parameters or {}):
+            own["position_embeddings"] = self._teacher.base_model.rotary_emb(
+                hidden_BTD, given["position_ids"], layer_type
+            )
         return own
 
 
@@ -131,7 +133,7 @@ class Hybrid(Protocol):
         """Within it a hybrid can be run, on a step that has one.
 
         Args:
-            step: optimiser steps done so far.
+            step: optimizer steps done so far.
             student: the student as it is run in training.
 
         Returns:
@@ -141,10 +143,10 @@ class Hybrid(Protocol):
 
 
 def drawn(step: int, seed: int, probability: float) -> random.Random | None:
-    """Decides whether a step has a hybrid.
+    """Decide whether a step has a hybrid.
 
     Args:
-        step: optimiser steps done so far.
+        step: optimizer steps done so far.
         seed: of the draws.
         probability: share of the steps that have one.
 
@@ -160,14 +162,14 @@ class TeacherBlock(nn.Module):
 
     Args:
         layers: decoder layers of the teacher.
-        sorts: how each of them attends.
+        layer_types: how each of them attends.
         inputs: what layers are called with that attend otherwise than the student's; None where there are none.
     """
 
-    def __init__(self, layers: list[nn.Module], sorts: list[str], inputs: LayerSorts | None = None) -> None:
+    def __init__(self, layers: list[nn.Module], layer_types: list[str], inputs: LayerInputs | None = None) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self._sorts, self._inputs = sorts, inputs
+        self._layer_types, self._inputs = layer_types, inputs
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layers one after the other.
@@ -181,9 +183,9 @@ class TeacherBlock(nn.Module):
             what the last layer returns: a tensor (B, T, D), or a tuple that starts with one.
         """
         output: Any = hidden_states
-        for layer, sort in zip(self.layers, self._sorts, strict=True):
+        for layer, layer_type in zip(self.layers, self._layer_types, strict=True):
             hidden_states = output[0] if isinstance(output, tuple) else output
-            own = kwargs if self._inputs is None else self._inputs.kwargs(sort, hidden_states, kwargs)
+            own = kwargs if self._inputs is None else self._inputs.kwargs(layer_type, hidden_states, kwargs)
             output = layer(hidden_states, *args, **own)
         return output
 
@@ -197,7 +199,7 @@ class BlockHybrid:
         block_map: for each student layer the consecutive teacher layers it stands for.
         costs: for each student layer what it costs that it stands for them: the costliest are swapped, as in models
             between the two; None = unknown, the last are.
-        probability: share of the optimiser steps that have a hybrid.
+        probability: share of the optimizer steps that have a hybrid.
         seed: of the draws.
 
     Raises:
@@ -214,11 +216,11 @@ class BlockHybrid:
         costs: Sequence[float] | None = None,
     ) -> None:
         self._student, theirs = decoder_layers(student), decoder_layers(teacher)
-        ours, sorts = sorts_of(student), sorts_of(teacher)
-        mixed = any(sorts[j] != ours[i] for i, block in enumerate(block_map) for j in block)
-        self._inputs = LayerSorts(student, teacher) if mixed else None
+        ours, types = layer_types_of(student), layer_types_of(teacher)
+        mixed = any(types[j] != ours[i] for i, block in enumerate(block_map) for j in block)
+        self._inputs = LayerInputs(student, teacher) if mixed else None
         self.blocks = {
-            i: TeacherBlock([theirs[j] for j in block], [sorts[j] for j in block], self._inputs)
+            i: TeacherBlock([theirs[j] for j in block], [types[j] for j in block], self._inputs)
             for i, block in enumerate(block_map)
             if len(block) > 1
         }
@@ -235,10 +237,10 @@ class BlockHybrid:
         self._seed = seed
 
     def draw(self, step: int) -> list[int]:
-        """Which student layers are swapped at an optimiser step.
+        """Draw the student layers that are swapped at an optimizer step.
 
         Args:
-            step: optimiser steps done so far.
+            step: optimizer steps done so far.
 
         Returns:
             the first k in order of the layers that stand for several teacher layers, k uniform in 1..all; empty on a
@@ -273,7 +275,7 @@ class BlockHybrid:
         """Within it the student runs with the blocks of `draw(step)`; afterwards it is itself again.
 
         Args:
-            step: optimiser steps done so far.
+            step: optimizer steps done so far.
 
         Yields:
             the swapped layers.
@@ -291,7 +293,7 @@ class BlockHybrid:
 
 
 def check_swappable(student_config: Any, teacher_config: Any, block_map: list[list[int]]) -> None:
-    """Refuse models whose layers cannot stand in for each other.
+    """Check that the layers of two models can stand in for each other.
 
     Args:
         student_config: text config of the student.
@@ -309,7 +311,7 @@ def check_swappable(student_config: Any, teacher_config: Any, block_map: list[li
                 f"for widths), but {name} is {ours!r} in the student and {theirs!r} in the teacher: the teacher's "
                 "layers cannot run inside the student. Set swap_probability=0."
             )
-    check_sorts(student_config, teacher_config, block_map)
+    check_layer_types(student_config, teacher_config, block_map)
 
 
 def _field(config: Any, name: str) -> Any:

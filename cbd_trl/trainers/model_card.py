@@ -15,7 +15,7 @@ from cbd_trl.utils.formatting import readable_name
 
 
 def describe_model(model: nn.Module, name: str | None) -> str:
-    """Name a model for a reader: never by a path that only exists on this machine.
+    """Describe a model for a reader: never by a path that only exists on this machine.
 
     Args:
         model: any model.

@@ -1,4 +1,4 @@
-"""Packed rows: SDPA over them row by row, and whether a model keeps them apart.
+"""Packed and padding-free rows: SDPA row by row, whether a model keeps the rows apart, and their lengths in a batch.
 
 A padding-free batch is one long row with a block-diagonal mask. SDPA computes the blocks off the diagonal and throws
 them away; FlashAttention does not, and where it is missing neither does this.
@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from cbd_trl.utils.modeling import in_eval_mode
 
 NAME = "sdpa_by_row"
-# Two rows that a model is asked about packed, and apart.
+# Two rows that a model is run on packed, and apart.
 _PROBE = [{"input_ids": [1, 2, 3, 4]}, {"input_ids": [5, 6, 7, 8]}]
 
 
@@ -73,6 +73,25 @@ AttentionInterface.register(NAME, attend_by_row)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
+class RowLengthsCollator(DataCollatorForLanguageModeling):
+    """TRL's collator for padding-free batches, which adds how many tokens each dataset row has.
+
+    Evaluation needs them to leave out the rows that fill up the last batch of several processes.
+    """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate.
+
+        Args:
+            examples: dataset rows.
+
+        Returns:
+            TRL's batch and `row_lengths`, (R,) tokens.
+        """
+        lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+        return {**super().torch_call(examples), "row_lengths": lengths}
+
+
 @contextmanager
 def attention_by_row(models: Iterable[Any]) -> Iterator[None]:
     """Within it those of the models that attend with SDPA do so row by row.
@@ -92,7 +111,7 @@ def attention_by_row(models: Iterable[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def check_rows_apart(model: Any) -> None:
-    """Refuse a model whose packed rows see each other: it would learn, or teach, from its neighbours' text.
+    """Check that the packed rows of a model do not see each other: it would learn, or teach, from its neighbors' text.
 
     Not every family passes the positions on to its attention mask (OPT does not).
 
@@ -103,7 +122,7 @@ def check_rows_apart(model: Any) -> None:
         ValueError: if a row's logits depend on the row that is packed before it.
     """
     if any(parameter.is_meta or parameter.numel() == 0 for parameter in model.parameters()):
-        return  # offloaded or sharded already: nothing to ask here
+        return  # offloaded or sharded already: it cannot be run here
     with in_eval_mode(model):
         packed, alone = (_last_row_logits(model, rows) for rows in (_PROBE, _PROBE[1:]))
     # In 16 bits other kernels alone make a difference.

@@ -1,4 +1,7 @@
-"""The loss of one micro-batch, computed inside the student's forward from its last hidden states."""
+"""The loss of one micro-batch, computed inside the student's forward from its last hidden states.
+
+Shapes: B rows, T tokens, N scored tokens, V vocabulary, d and D width of student and teacher.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +12,8 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head, output_head, product_dtype
 from cbd_trl.losses.fused import fused_terms
-from cbd_trl.losses.objective import Weights
-from cbd_trl.losses.reduction import scored_targets, select_scored
+from cbd_trl.losses.objective import METRICS, Weights
+from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
 from cbd_trl.trainers.hidden_states import LayerPairs
 
 
@@ -21,7 +24,7 @@ class StepLoss:
     Attributes:
         student: the causal LM itself, not wrapped.
         labels_BT: token ids, -100 where the token is not scored.
-        teacher: what it says: of the same tokens a `cbd_trl.losses.teacher_outputs.Signal`.
+        teacher: its output: of the same tokens a `cbd_trl.losses.teacher_outputs.Signal`.
         objective: the terms on logits: of the same tokens a `cbd_trl.losses.objective.DistillObjective`.
         weights: of all terms at this step.
         pairs: the layers that are compared.
@@ -50,7 +53,7 @@ class StepLoss:
 
         Returns:
             "total", the weighted sum over the scored tokens, with gradient; "kd", "ce", "teacher_ce" and, where it is
-            taken, "hidden": (N,) without; "logits" (B, T, V) if asked for.
+            taken, "hidden": (N,) without; "logits" (B, T, V) if requested.
 
         Raises:
             RuntimeError: if the hidden-state term would be weighted but not trained.
@@ -88,3 +91,40 @@ class StepLoss:
                 "gradient_checkpointing_kwargs={'use_reentrant': False}. If all layers are frozen, set "
                 "hidden_weight=0."
             )
+
+
+class SequenceLevelLoss(StepLoss):
+    """SeqKD: the student learns text that its teacher wrote, and the teacher itself does not run.
+
+    Kim and Rush 2016 (arXiv 1606.07947), section 3.2: of the cross-entropy of whole sequences, the teacher's
+    distribution is replaced by its mode, which a beam search comes near to,
+
+        L = -sum_y q(y | x) log p(y | x), about -log p(y^ | x) = -sum_t log p(y^_t | y^_<t, x)
+
+    with q the teacher, p the student, x the prompt and y^ the teacher's output. Deviations: y^ is whatever the dataset
+    has, drawn from the teacher by default (`cbd-trl generate`) and not searched for; and it is read in the student's
+    tokens, the teacher's may be others. The one term is "ce": -log p(y^_t | y^_<t, x), in nats.
+    """
+
+    def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
+        total, terms = fused_terms(hidden_Nd, head, targets_N, _NoOutput(), _TextAlone(), self.weights, self.chunk)
+        return total, {name: terms[name] for name in ("ce", *METRICS)}
+
+
+class _NoOutput:
+    """The output of a teacher that does not run."""
+
+    def at(self, part: slice) -> "_NoOutput":
+        return self
+
+    def rows(self, rows: slice) -> "_NoOutput":
+        return self
+
+
+class _TextAlone:
+    """An objective whose only term is the cross-entropy."""
+
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+        ce_N = cross_entropy(student_NV, targets_N)
+        return {"kd": torch.zeros_like(ce_N), "ce": ce_N, "teacher_ce": torch.zeros_like(ce_N)}

@@ -1,4 +1,4 @@
-"""One optimiser step of a `BridgeDistillTrainer` on tiny models with byte-level tokenizers of different sizes."""
+"""One optimizer step of a `BridgeDistillTrainer` on tiny models with byte-level tokenizers of different sizes."""
 
 import functools
 from typing import Any

@@ -9,7 +9,8 @@ from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from cbd_trl.cache import MissingRowError, TeacherCache, write_cache
-from cbd_trl.trainers.collators import CachedTeacherCollator, RowLengthsCollator
+from cbd_trl.trainers.data import CachedTeacherCollator
+from cbd_trl.trainers.packing import RowLengthsCollator
 from tests.cache.helpers import direct_log_probs, make_args, token_dataset
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

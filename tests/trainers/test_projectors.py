@@ -75,12 +75,12 @@ def test_they_learn_a_map_that_exists(loss: str) -> None:
     generator = torch.Generator().manual_seed(0)
     states, true_map = torch.randn(64, 6, generator=generator), torch.randn(6, 10, generator=generator)
     projectors = Projectors(1, 6, 10)
-    optimiser = torch.optim.Adam(projectors.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(projectors.parameters(), lr=0.05)
     for _ in range(200):
         distance = mean_hidden_distance([(projectors(0, states), states @ true_map)], loss).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         distance.backward()
-        optimiser.step()
+        optimizer.step()
     assert distance < 1e-2
 
 

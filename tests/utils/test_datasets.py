@@ -11,7 +11,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from trl import SFTTrainer
 
-from cbd_trl.trainers.row_checks import check_before_preparing
+from cbd_trl.trainers.data import check_before_preparing
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset, token_rows, training_tokenizer
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer

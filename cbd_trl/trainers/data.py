@@ -1,31 +1,37 @@
-"""What is refused of the rows of a data set, before a token is trained on."""
+"""Rows of a dataset: checks before a token is trained on, and the outputs of a cached teacher beside their tokens.
+
+Shapes: B batch rows, T tokens, K kept entries of a position, D teacher width.
+"""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
 from cbd_trl.architectures.base import check_positions, learned_positions_of
+from cbd_trl.cache.reader import CachedTeacher, TeacherCache
 from cbd_trl.utils.blocks import IGNORE_INDEX
-from cbd_trl.utils.datasets import as_stream, is_prepared, prepare, template_reads
+from cbd_trl.utils.datasets import as_stream, example_rows, is_prepared, prepare, template_reads
 
 # Rows whose lengths are read at a time.
 _ROWS = 10_000
 
 
 def check_end_token(dataset: Any, tokenizer: Any, args: Any, name: str) -> None:
-    """Refuse rows that end with an end token where the tokenizer has none.
+    """Check that the tokenizer has the end token which rows of plain text get.
 
     Args:
         dataset: as given: not prepared yet.
         tokenizer: of the data.
         args: of the run, a `trl.SFTConfig`.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: it has none, and the rows are plain text.
@@ -43,12 +49,12 @@ def check_end_token(dataset: Any, tokenizer: Any, args: Any, name: str) -> None:
 
 
 def check_scored(dataset: Any, args: Any, name: str) -> None:
-    """Refuse rows of which no token is scored.
+    """Check that some token of a dataset is scored.
 
     Args:
         dataset: prepared. Of a stream the first row is looked for: TRL leaves out those that are masked as a whole.
         args: of the run.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: there is no scored token.
@@ -64,7 +70,7 @@ def check_scored(dataset: Any, args: Any, name: str) -> None:
 
 
 def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: bool, model: str, name: str) -> None:
-    """Refuse rows that are longer than a model has positions.
+    """Check that no row is longer than a model has positions.
 
     Args:
         dataset: prepared, or `None`. Of a stream the length that rows are cut to is what counts.
@@ -72,7 +78,7 @@ def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: 
         args: of the run.
         padding_free: whether positions begin anew with each row of a pack.
         model: names the model.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: there are such rows, or may be.
@@ -97,13 +103,13 @@ def check_lengths(dataset: Any, positions: int | None, args: Any, padding_free: 
 
 
 def check_ids(dataset: Any, vocabulary: int, model: str, name: str) -> None:
-    """Refuse token ids that a model has no row for.
+    """Check that a model has a vocabulary row for every token id.
 
     Args:
         dataset: prepared, or None. Rows of a stream are not looked at.
         vocabulary: rows of the model's table.
         model: names the model.
-        name: of the data set.
+        name: of the dataset.
 
     Raises:
         ValueError: there is one.
@@ -122,7 +128,7 @@ def check_ids(dataset: Any, vocabulary: int, model: str, name: str) -> None:
 def check_before_preparing(
     dataset: Any, eval_dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase, config: Any
 ) -> None:
-    """The checks of this module for a training that comes after other work.
+    """Check the rows of a training that comes after other work, as its trainer will.
 
     Args:
         dataset: as given, not prepared.
@@ -159,6 +165,85 @@ def check_before_preparing(
             raise ValueError(_nothing_scored(args, name))
         if positions is not None and (args.max_length is None or args.max_length > positions):
             _check_each(_prepared(rows, args, tokenizer), positions, args, config.model_type, name)
+
+
+def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
+    """Make a collator that adds a cached teacher's output to each batch, after checking that the cache has every row.
+
+    Args:
+        teacher: reads the cache.
+        collator: of the trainer.
+        datasets: prepared ones, to be looked up before training; streams, and rows that a collator of the user's turns
+            into tokens, are looked up as they come.
+
+    Returns:
+        the collator to use instead.
+
+    Raises:
+        ValueError: if rows are not in the cache.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
+            columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
+            teacher.cache.check_rows(row for one in dataset.select_columns(columns) for row in example_rows(one))
+    return CachedTeacherCollator(collator, teacher.cache)
+
+
+class CachedTeacherCollator:
+    """A collator that looks every row of its batch up in a teacher cache.
+
+    In padded, padding-free and packed batches alike the teacher's output stands at the position of the student's for
+    the same token, and the tokens are compared once more.
+
+    Args:
+        inner: makes the batch, such as TRL's `DataCollatorForLanguageModeling`.
+        cache: of the teacher.
+    """
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]], cache: TeacherCache) -> None:
+        self.inner = inner
+        self.cache = cache
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate.
+
+        Args:
+            examples: rows of the dataset, or packs of rows with their `seq_lengths`.
+
+        Returns:
+            the inner batch, and at position t what was predicted of token t + 1, 0 where nothing was:
+            `teacher_target` (B, T) float32; and of top_k and sampled `teacher_indices` (B, T, K) int32 and
+            `teacher_log_probs` (B, T, K) float32, of top_k `teacher_tail` (B, T) float32, of hidden `teacher_hidden`
+            (B, T, D).
+
+        Raises:
+            ValueError: if a row is not in the cache, or does not lie in the batch where it should.
+        """
+        batch = self.inner(examples)
+        batch.update(self._teacher(examples, batch))
+        return batch
+
+    def _teacher(self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        ids_BT = batch["input_ids"]
+        flat = "attention_mask" not in batch
+        tensors = _empty(self.cache, *ids_BT.shape)
+        start = 0
+        for number, example in enumerate(examples):
+            line = 0 if flat else number
+            start = start if flat else 0
+            for row in example_rows(example if "input_ids" in example else _collated(batch, number)):
+                place = ids_BT[line, start : start + len(row)]
+                if not torch.equal(place, torch.from_numpy(row).to(place.dtype)):
+                    raise ValueError(
+                        f"{type(self.inner).__name__} did not put a row of {len(row)} tokens at token {start} of "
+                        f"batch row {line}: the teacher's predictions would stand at other tokens. Use TRL's "
+                        "collator, which pads on the right."
+                    )
+                found = self.cache.lookup(row)
+                for name, tensor in tensors.items():
+                    tensor[line, start : start + len(row) - 1] = getattr(found, name.removeprefix("teacher_"))
+                start += len(row)
+        return tensors
 
 
 def _check_each(rows: Iterator[Mapping[str, Any]], positions: int, args: Any, family: str, name: str) -> None:
@@ -207,3 +292,22 @@ def _longest(dataset: Any, padding_free: bool) -> int | None:
         lengths = pc.list_flatten(batch[column]) if by_row else pc.list_value_length(batch[column])
         longest = max(longest, pc.max(lengths).as_py() or 0)
     return longest
+
+
+def _collated(batch: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A row whose tokens the collator made."""
+    ids_T = batch["input_ids"][number]
+    return {"input_ids": ids_T[batch["attention_mask"][number].bool()] if "attention_mask" in batch else ids_T}
+
+
+def _empty(cache: TeacherCache, batch: int, length: int) -> dict[str, Tensor]:
+    settings = cache.settings
+    tensors = {"teacher_target": torch.zeros(batch, length)}
+    if settings.kind == "hidden":
+        assert settings.width is not None and settings.dtype is not None
+        hidden = torch.zeros(batch, length, settings.width, dtype=getattr(torch, settings.dtype))
+        return tensors | {"teacher_hidden": hidden}
+    assert settings.k is not None
+    tensors["teacher_indices"] = torch.zeros(batch, length, settings.k, dtype=torch.int32)
+    tensors["teacher_log_probs"] = torch.zeros(batch, length, settings.k)
+    return tensors | ({"teacher_tail": torch.zeros(batch, length)} if settings.kind == "top_k" else {})
