@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,36 +22,45 @@ from cbd_trl.build.source_anchor import Head, source_head
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.source import Source
-from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
-from cbd_trl.recipe.data import check_data, check_mix, shares_rows
-from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, bridge_cost, disk_needed, head_cost, measure_speed
-from cbd_trl.recipe.schema import DataPart, Recipe
+from cbd_trl.recipe.arguments import anchor_args, bridge_args, chain_args, default_args, refused_argument
+from cbd_trl.recipe.data import check_data, check_mix, placed, shares_rows
+from cbd_trl.recipe.estimate import (
+    Cost,
+    Speed,
+    anchor_cost,
+    bridge_cost,
+    disk_needed,
+    measure_speed,
+    measuring_seconds,
+    source_cost,
+)
+from cbd_trl.recipe.schema import Recipe
+from cbd_trl.report.sweep import OPERATORS, RANDOM
+from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.files import write_text
-from cbd_trl.utils.formatting import anchor_name, format_count, format_seconds
+from cbd_trl.utils.formatting import anchor_name, did_you_mean, format_count, format_seconds
 from cbd_trl.utils.modeling import check_checkpoint
 
 FILE = "recipe.json"
 
 
 def remember(recipe: Recipe) -> None:
-    """Write what the recipe says into the chain's folder.
+    """Write the recipe into the chain's folder.
 
     Args:
         recipe: about to be built.
     """
     folder = Path(recipe.output_dir)
-    said = {**asdict(recipe), "compared": _compared(recipe)}
-    for key in ("problems", "lines", "output_dir"):
-        said.pop(key)
-    text = json.dumps(said, indent=1, default=str) + "\n"
+    kept = recipe.model_dump(exclude={"problems", "lines", "output_dir"}, exclude_none=True)
+    text = json.dumps({**kept, "compared": _compared(recipe)}, indent=1, default=str) + "\n"
     if not (folder / FILE).exists() or (folder / FILE).read_text(encoding="utf-8") != text:
         write_text(folder / FILE, text)
 
 
 def check_unchanged(recipe: Recipe) -> None:
-    """Refuse another source or other text than the chain in the folder was begun with.
+    """Check that source and text are those that the chain in the folder was begun with.
 
     `build_chain` compares shapes and arguments by itself.
 
@@ -69,13 +78,13 @@ def check_unchanged(recipe: Recipe) -> None:
         pairs = [(key, there[key], value) for key, value in _compared(recipe).items() if key in there]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder / FILE} cannot be read ({error}), which says what the chain was begun with. If the recipe is "
+            f"{folder / FILE} cannot be read ({error}), which records what the chain was begun with. If the recipe is "
             "still the same, delete that file."
         ) from error
     for key, was, now in pairs:
         if was != now:
             raise ValueError(
-                f"{folder} was begun with another {key}: {was}, and {now} is asked for now. Choose another "
+                f"{folder} was begun with another {key}: {was}, and {now} is requested now. Choose another "
                 f"output_dir, or delete that folder to build anew{_nothing_finished(folder)}."
             )
 
@@ -92,14 +101,10 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
     for number, anchor in enumerate(recipe.anchors):
         texts[f"anchors[{number}].data"] = anchor.data or recipe.data
     return {
-        "source": None if recipe.source is None else asdict(recipe.source),
+        "source": None if recipe.source is None else recipe.source.model_dump(),
         "calibration_tokens": recipe.calibration_tokens,
-        **{key: [_told(part) for part in parts] for key, parts in texts.items()},
+        **{key: [part.model_dump() for part in parts] for key, parts in texts.items()},
     }
-
-
-def _told(part: DataPart) -> dict[str, Any]:
-    return {key: value for key, value in asdict(part).items() if key != "where"}
 
 
 @dataclass
@@ -135,6 +140,22 @@ class Check:
         """Bytes still to be written at most at any time, beside the anchors that are finished."""
         return disk_needed(self.costs[self.finished :])
 
+    def model_weights(self) -> list[float]:
+        """List what each anchor and target is multiplied with for a token; a target counts as the mean anchor."""
+        anchors = [float(multiplied_weights(cost.architecture)) for cost in self.costs]
+        sizes = self.recipe.evaluation.sizes if self.recipe.evaluation else ()
+        return [*anchors, *[sum(anchors) / len(anchors)] * len(sizes)] if anchors else []
+
+    @property
+    def measuring(self) -> float | None:
+        """Seconds to measure the finished chain; None where there is no evaluation."""
+        evaluation = self.recipe.evaluation
+        if evaluation is None or self.speed is None:
+            return None
+        weights = self.model_weights()
+        weights += weights[len(self.costs) :] * (len(evaluation.operators) - 1)
+        return measuring_seconds(weights, evaluation.tokens, self.speed)
+
     def attempt(self, place: str, work: Callable[[], Any]) -> Any:
         """What `work` returns; None where it raises, which is then a problem of that place."""
         try:
@@ -146,6 +167,20 @@ class Check:
                 text = f"{type(error).__name__}: {text}".rstrip(": ")
             self.problems.append(text if place and text.startswith(place) else f"{place}: {text}")
             return None
+
+    def make_config(self, place: str, make: Callable[[Mapping[str, Any]], Any], args: Mapping[str, Any]) -> Any:
+        """Make a config; None where it cannot be made, which is then a problem of the argument to blame.
+
+        Args:
+            place: of the arguments.
+            make: the config of them.
+            args: as the recipe has them.
+        """
+        try:
+            return make(args)
+        except Exception:  # as in `attempt`, which reports it
+            name = refused_argument(make, args)
+            return self.attempt(f"{place}.{name}" if name else place, lambda: make(args))
 
 
 def check_recipe(recipe: Recipe) -> Check:
@@ -159,12 +194,13 @@ def check_recipe(recipe: Recipe) -> Check:
     """
     check = Check(recipe, list(recipe.problems))
     check.attempt("output_dir", lambda: _check_folder(Path(recipe.output_dir)))
-    check.args = check.attempt("args", lambda: anchor_args(recipe, {}))
+    check.args = check.make_config("args", partial(chain_args, recipe), recipe.args)
     if recipe.bridge is not None:
-        check.bridge = check.attempt("bridge.args", lambda: bridge_args(recipe))
+        check.bridge = check.make_config("bridge.args", partial(bridge_args, recipe), recipe.bridge.args)
     head = None if recipe.source is None else _head(check, check.args or default_args(recipe))
     check.tokenizer = None if head is None else head.tokenizer
     _check_data(check)
+    _check_operators(check)
     if head is not None:
         plan_costs(check, head.architecture, check.attempt("source", lambda: _source_parameters(check)))
         _check_lengths(check, head.architecture)
@@ -191,15 +227,16 @@ def plan_costs(check: Check, head: Architecture, source_parameters: int | None =
         costs = (source_parameters, head, check.bridge, recipe.calibration_tokens, speed)
         check.costs.append(bridge_cost(names[0], *costs))
     else:
-        check.costs.append(head_cost(names[0], head, args, recipe.calibration_tokens, speed))
+        check.costs.append(source_cost(names[0], head, args, recipe.calibration_tokens, speed))
     for position, anchor in enumerate(recipe.anchors):
         place = f"anchors[{position}]"
         # Where the arguments of all are wrong, the shapes are still looked at.
-        read = partial(anchor_args, recipe, anchor.args)
-        own = args if check.args is None else check.attempt(f"{place}.args", read)
+        own = args
+        if check.args is not None:
+            own = check.make_config(f"{place}.args", partial(anchor_args, recipe), anchor.args)
         if own is None:
             continue
-        step = check.attempt(place, lambda: plan_step(upper, anchor.what, position, own, None, names))  # noqa: B023
+        step = check.attempt(place, lambda: plan_step(upper, anchor.target, position, own, None, names))  # noqa: B023
         if step is None:
             continue
         check.steps.append(step)
@@ -245,17 +282,33 @@ def _check_data(check: Check) -> None:
     trained += [("bridge.data", recipe.bridge.data)] if recipe.bridge else []
     held_out = recipe.evaluation.data if recipe.evaluation else ()
     for place, parts in [*trained, ("evaluation.data", held_out)]:
-        columns = [check.attempt(part.where, partial(check_data, part, check.tokenizer, check.args)) for part in parts]
+        columns = [
+            check.attempt(where, partial(check_data, part, check.tokenizer, check.args))
+            for where, part in placed(parts, place)
+        ]
         if None not in columns:
             check.attempt(place, partial(check_mix, parts, columns))
-    for part in held_out:
-        both = (known for _, others in trained for known in others if shares_rows(part, known))
-        if known := next(both, None):
+    for where, part in placed(held_out, "evaluation.data"):
+        every = (pair for place, others in trained for pair in placed(others, place))
+        if both := next(((place, known) for place, known in every if shares_rows(part, known)), None):
             check.problems.append(
-                f"{part.where}: {part.name} ({part.split}) is trained on, too ({known.where}: {known.split}), so its "
-                "loss would say nothing of other text. Name another file or split, or slices that share no row: "
+                f"{where}: {part.name} ({part.split}) is trained on, too ({both[0]}: {both[1].split}), so its "
+                "loss would not be that on new text. Name another file or split, or slices that share no row: "
                 "train[:95%] and train[95%:]."
             )
+
+
+def _check_operators(check: Check) -> None:
+    operators = check.recipe.evaluation.operators if check.recipe.evaluation else (OPERATORS[0],)
+    known = (*OPERATORS, RANDOM)
+    for number, name in enumerate(operators):
+        if name not in known:
+            check.problems.append(
+                f"evaluation.operators[{number}]: there is no {name!r} to measure.{did_you_mean(name, known)} There "
+                f"are: {', '.join(known)}."
+            )
+    if set(operators) == {RANDOM}:
+        check.problems.append(f"evaluation.operators: {RANDOM} needs an operator beside it, such as {OPERATORS[0]}.")
 
 
 def _check_lengths(check: Check, head: Architecture) -> None:
@@ -278,6 +331,8 @@ def _check_lengths(check: Check, head: Architecture) -> None:
         return
     largest, smallest = (check.costs[end].architecture.num_parameters for end in (0, -1))
     for number, size in enumerate(evaluation.sizes):
+        if isinstance(size, Mapping):
+            continue
         if not smallest <= size <= largest:
             check.problems.append(
                 f"evaluation.sizes[{number}]: {size:,.0f} parameters are not between the smallest anchor "
@@ -337,7 +392,9 @@ def recipe_table(check: Check) -> Table:
     for number, cost in enumerate(check.costs):
         table.add_row(*_cells(cost, finished=number < check.finished))
     left = check.costs[check.finished :]
-    seconds = [cost.seconds for cost in left]
+    seconds = [cost.seconds for cost in left] + [check.measuring or 0.0]
+    if check.measuring is not None:
+        table.add_row("evaluation", *[""] * 6, _time(check.measuring))
     table.add_section()
     table.add_row(
         "all" if not check.finished else "left",
@@ -374,11 +431,11 @@ def how_estimated(check: Check) -> str:
 
 def _speed(speed: Speed) -> str:
     products = speed.products / 1e9
-    told = f"{products:,.0f}" if products >= 10 else f"{products:.2g}"
-    measured = f"a matrix product does {told} GFLOP/s on {speed.device} now"
+    rate = f"{products:,.0f}" if products >= 10 else f"{products:.2g}"
+    measured = f"a matrix product does {rate} GFLOP/s on {speed.device} now"
     share = f"{speed.training / speed.products:.2g} of that is assumed in training"
     known = "within a factor of two or so" if speed.device == "cpu" else "not compared with any run on such a device"
-    return f"Time: {measured}, {share}, {known}; evaluation is not counted."
+    return f"Time: {measured}, {share}, {known}."
 
 
 def _cells(cost: Cost, finished: bool) -> list[str]:

@@ -11,8 +11,8 @@ from cbd_trl import DistillConfig
 from cbd_trl.build.plan import plan_chain
 from cbd_trl.recipe.check import Check, check_recipe, how_estimated, recipe_table
 from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, disk_needed, measure_speed, trained_tokens
-from cbd_trl.recipe.read import parse_recipe
 from cbd_trl.recipe.run import build_checked
+from cbd_trl.recipe.schema import parse_recipe
 from cbd_trl.targets.many import multiplied_weights
 from tests.chain.helpers import CHAIN_ANCHORS
 from tests.recipe.helpers import ARGS, raw_recipe
