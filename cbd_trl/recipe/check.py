@@ -1,4 +1,4 @@
-"""A recipe, checked whole before any work: everything that is wrong with it, and what it will take."""
+"""Check a whole recipe before any work: everything that is wrong with it, and what it will take."""
 
 import json
 import shutil
@@ -109,7 +109,7 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
 
 @dataclass
 class Check:
-    """What is known of a recipe before any work.
+    """The result of `check_recipe`.
 
     Args:
         recipe: the recipe.
@@ -157,7 +157,7 @@ class Check:
         return measuring_seconds(weights, evaluation.tokens, self.speed)
 
     def attempt(self, place: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns; None where it raises, which is then a problem of that place."""
+        """Call `work`; where it raises, add a problem of that place and return None."""
         try:
             return work()
         except Exception as error:  # what a library raises on a value that it did not expect may be anything
@@ -184,7 +184,7 @@ class Check:
 
 
 def check_recipe(recipe: Recipe) -> Check:
-    """Look at everything that a build needs, and build nothing: no weights are read.
+    """Check everything that a build needs, and build nothing: no weights are read.
 
     Args:
         recipe: from `read_recipe`.
@@ -197,37 +197,38 @@ def check_recipe(recipe: Recipe) -> Check:
     check.args = check.make_config("args", partial(chain_args, recipe), recipe.args)
     if recipe.bridge is not None:
         check.bridge = check.make_config("bridge.args", partial(bridge_args, recipe), recipe.bridge.args)
-    head = None if recipe.source is None else _head(check, check.args or default_args(recipe))
-    check.tokenizer = None if head is None else head.tokenizer
+    source = None if recipe.source is None else _source_anchor(check, check.args or default_args(recipe))
+    check.tokenizer = None if source is None else source.tokenizer
     _check_data(check)
     _check_operators(check)
-    if head is not None:
-        plan_costs(check, head.architecture, check.attempt("source", lambda: _source_parameters(check)))
-        _check_lengths(check, head.architecture)
+    if source is not None:
+        plan_costs(check, source.architecture, check.attempt("source", lambda: _source_parameters(check)))
+        _check_lengths(check, source.architecture)
+        _check_sizes(check, source.architecture)
         if not check.problems:
-            done = check.attempt("output_dir", lambda: finished_anchors(Path(recipe.output_dir), head, check.steps))
+            done = check.attempt("output_dir", lambda: finished_anchors(Path(recipe.output_dir), source, check.steps))
             check.finished = len(done or {})
             check.attempt("output_dir", lambda: check_unchanged(recipe))
         _check_disk(check)
     return check
 
 
-def plan_costs(check: Check, head: Architecture, source_parameters: int | None = None) -> None:
+def plan_costs(check: Check, source: Architecture, source_parameters: int | None = None) -> None:
     """Resolve the anchors of a recipe from the largest down, and estimate what each takes.
 
     Args:
         check: `steps`, `costs`, `speed` and `problems` are filled.
-        head: the largest anchor.
+        source: the largest anchor.
         source_parameters: of the source, where there is a bridge.
     """
     recipe, args = check.recipe, check.args or default_args(check.recipe)
-    speed = check.speed = measure_speed(args, head.sizes["width"])
-    names, upper = [anchor_name(head.num_parameters)], head
+    speed = check.speed = measure_speed(args, source.sizes["width"])
+    names, upper = [anchor_name(source.num_parameters)], source
     if check.bridge is not None and source_parameters is not None:
-        costs = (source_parameters, head, check.bridge, recipe.calibration_tokens, speed)
+        costs = (source_parameters, source, check.bridge, recipe.calibration_tokens, speed)
         check.costs.append(bridge_cost(names[0], *costs))
     else:
-        check.costs.append(source_cost(names[0], head, args, recipe.calibration_tokens, speed))
+        check.costs.append(source_cost(names[0], source, args, recipe.calibration_tokens, speed))
     for position, anchor in enumerate(recipe.anchors):
         place = f"anchors[{position}]"
         # Where the arguments of all are wrong, the shapes are still looked at.
@@ -244,7 +245,7 @@ def plan_costs(check: Check, head: Architecture, source_parameters: int | None =
         names, upper = [*names, step.name], step.architecture
 
 
-def _head(check: Check, args: DistillConfig) -> Head | None:
+def _source_anchor(check: Check, args: DistillConfig) -> Head | None:
     """The largest anchor as `build_chain` would make it; where it is, its config and its tokenizer are right."""
     recipe = check.recipe
     assert recipe.source is not None
@@ -268,7 +269,7 @@ def _head(check: Check, args: DistillConfig) -> Head | None:
 
 
 def _check_weights(name: str) -> None:
-    """Refuse a model folder whose files do not hold its weights; of a model on the Hub loading does."""
+    """Check that a model folder has its weights; of a model on the Hub loading does."""
     if (Path(name) / "config.json").exists():
         check_checkpoint(name, role="model")
 
@@ -311,32 +312,40 @@ def _check_operators(check: Check) -> None:
         check.problems.append(f"evaluation.operators: {RANDOM} needs an operator beside it, such as {OPERATORS[0]}.")
 
 
-def _check_lengths(check: Check, head: Architecture) -> None:
-    """Rows and blocks within the positions of the models; sizes to measure within those of the anchors."""
-    positions, evaluation = int(head.config.max_position_embeddings), check.recipe.evaluation
+def _check_lengths(check: Check, source: Architecture) -> None:
+    """Check that rows and blocks are within the positions of the models."""
+    positions, evaluation = int(source.config.max_position_embeddings), check.recipe.evaluation
     lengths = [
         (f"anchors[{n}].args.max_length", step.args.max_length) for n, step in enumerate(check.steps) if check.args
     ]
     lengths = list({length: (place, length) for place, length in reversed(lengths)}.values())
     lengths += [("bridge.args.max_length", check.bridge.max_length)] if check.bridge else []
     lengths += [("evaluation.length", evaluation.length)] if evaluation else []
-    # In place of a length that was refused there is the default, which nobody asked for.
+    # In place of a length that was refused there is the default, which nobody requested.
     refused = {problem.partition(":")[0] for problem in check.recipe.problems}
     for place, length in lengths:
         if place in refused or (place.endswith("args.max_length") and "args.max_length" in refused):
             continue
         if length is not None and length > positions:
             check.problems.append(f"{place}: {length} tokens are more than the {positions} that the models can read.")
+
+
+def _check_sizes(check: Check, source: Architecture) -> None:
+    """Check that targets to measure are between the anchors; of a shape, that its fields are known."""
+    evaluation = check.recipe.evaluation
     if evaluation is None or len(check.costs) <= len(check.recipe.anchors):
         return
     largest, smallest = (check.costs[end].architecture.num_parameters for end in (0, -1))
     for number, size in enumerate(evaluation.sizes):
+        place = f"evaluation.sizes[{number}]"
         if isinstance(size, Mapping):
-            continue
-        if not smallest <= size <= largest:
+            for name in (name for name in size if not hasattr(source.config, name)):
+                known = did_you_mean(name, source.shape)
+                check.problems.append(f"{place}.{name}: the config of the source has no such field.{known}")
+        elif not smallest <= size <= largest:
             check.problems.append(
-                f"evaluation.sizes[{number}]: {size:,.0f} parameters are not between the smallest anchor "
-                f"({smallest:,}) and the largest ({largest:,}), where all targets lie."
+                f"{place}: {size:,.0f} parameters are not between the smallest anchor ({smallest:,}) and the largest "
+                f"({largest:,}), where all targets lie."
             )
 
 
@@ -375,13 +384,13 @@ def _check_disk(check: Check) -> None:
     if check.disk_needed > check.disk_free:
         check.problems.append(
             f"output_dir: the chain needs {check.disk_needed / 1e9:.1f} GB there with the checkpoints of one anchor "
-            f"(weights, statistics, optimiser), and {check.disk_free / 1e9:.1f} GB are free. Make room, choose "
+            f"(weights, statistics, optimizer), and {check.disk_free / 1e9:.1f} GB are free. Make room, choose "
             "another disk, set args.save_total_limit to 1, or args.save_strategy to 'no' and go without resuming."
         )
 
 
 def recipe_table(check: Check) -> Table:
-    """One line an anchor, and one for all.
+    """Make a table with a line for each anchor, one for the evaluation and one for all.
 
     Args:
         check: of a recipe.
@@ -410,7 +419,7 @@ def recipe_table(check: Check) -> Table:
 
 
 def how_estimated(check: Check) -> str:
-    """Where the numbers of the table come from, in a few sentences.
+    """Explain where the numbers of the table come from, in a few sentences.
 
     Args:
         check: of a recipe.

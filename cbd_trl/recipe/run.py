@@ -75,7 +75,7 @@ def evaluate_chain(
     for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
         entry["tokens_seen"] = anchor.tokens_seen
     add_bits_per_byte(report, chain.tokenizer(), blocks)
-    if report != _written(folder / MEASURED):
+    if report != _read_json(folder / MEASURED):
         save_measurements(chain, report)
     return report
 
@@ -91,7 +91,7 @@ def _is_reachable(chain: Chain, target: Target) -> bool:
     return True
 
 
-def _written(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

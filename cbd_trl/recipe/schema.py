@@ -308,7 +308,7 @@ def read_recipe(recipe: str | Path, changes: Sequence[str] = ()) -> Recipe:
         raise ValueError(f"The recipe {recipe} must be a mapping with the keys {keys}.")
     for change in changes:
         _change(raw, change)
-    lines = without(lines_of(text), (change.partition("=")[0] for change in changes))
+    lines = unchanged_lines(lines_of(text), (change.partition("=")[0] for change in changes))
     return parse_recipe(raw, file.stem).model_copy(update={"lines": lines})
 
 
@@ -334,10 +334,168 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
             found = [(_place(raw, details["loc"]), details) for details in error.errors(include_url=False)]
             for place, details in found:
                 if not taken_out or details["type"] not in _LACKS:
-                    problems.append(f"{_written(place)}: {_message(details)}")
+                    problems.append(f"{_format_place(place)}: {_message(details)}")
                 _take_out(raw, place[:-1] if details["type"] == "missing" else place)
             taken_out = True
     return Recipe.model_construct(**dict(keys), name=name, problems=tuple(problems), lines={})
+
+
+def shipped_recipes() -> dict[str, str]:
+    """List the recipes that the package ships.
+
+    Returns:
+        name -> the first line of the file, a summary.
+    """
+    found = sorted(_folder().glob("*.yaml"))
+    return {file.stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for file in found}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Find the file of a recipe.
+
+    Args:
+        recipe: a file, or the name of a recipe that the package ships.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    names = shipped_recipes()
+    if str(recipe) in names:
+        return _folder() / f"{recipe}.yaml"
+    raise ValueError(
+        f"There is no recipe {str(recipe)!r}: it must be a file, or one of the recipes that come with cbd-trl "
+        f"({', '.join(names)}).{did_you_mean(recipe, names)}"
+    )
+
+
+def lines_of(text: str) -> dict[str, int]:
+    """Find the line of every place, counted from 1.
+
+    Args:
+        text: YAML that has been read before.
+
+    Returns:
+        place, such as "anchors[0].args" -> line. What is repeated by an alias stands where it was first written.
+    """
+    found: dict[str, int] = {}
+    root, seen = yaml.compose(text, Loader=yaml.SafeLoader), set()
+    stack = [("", root)] if root is not None else []
+    while stack:
+        place, node = stack.pop()
+        # A few aliases of aliases would be more places than there is time for.
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = f"{place}.{key.value}" if place else str(key.value)
+                found[inner] = key.start_mark.line + 1
+                stack.append((inner, value))
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                found[f"{place}[{number}]"] = value.start_mark.line + 1
+                stack.append((f"{place}[{number}]", value))
+    return found
+
+
+def unchanged_lines(lines: Mapping[str, int], changed: Iterable[str]) -> dict[str, int]:
+    """Keep the lines of places whose value is that of the file.
+
+    Args:
+        lines: from `lines_of`.
+        changed: places that have another value now.
+    """
+    over = tuple(changed)
+    return {
+        place: line
+        for place, line in lines.items()
+        if not any(place == other or place.startswith((f"{other}.", f"{other}[")) for other in over)
+    }
+
+
+def with_line(problem: str, lines: Mapping[str, int]) -> str:
+    """Put the line of a problem in front of it, where its place or what that is part of has one.
+
+    Args:
+        problem: "place: what is wrong there".
+        lines: from `lines_of`.
+    """
+    place = problem.partition(": ")[0]
+    while place and place not in lines:
+        place = re.sub(r"(\.[^.\[\]]*|\[\d+\]|^[^.\[\]]*)$", "", place)
+    return f"line {lines[place]}, {problem}" if place else problem
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which refuses a key that stands twice: the last one would win in silence."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._checked: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what `<<` names behind the mapping's own keys, once no own key stands twice.
+
+        Here and not where a mapping is made: what is merged is flattened before, and has keys of both from then on.
+        """
+        if id(node) not in self._checked:
+            self._checked.add(id(node))
+            keys = [key.value if key.tag == _MERGE else self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [key for number, key in enumerate(keys) if key in keys[:number]]
+            if twice:
+                several = " Merge several mappings as a list: <<: [*one, *other]." if twice[0] == "<<" else ""
+                raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} stands there twice.{several}")
+        super().flatten_mapping(node)
+        # A few merges of merges would be more keys than there is memory for; the last of each is the one that counts.
+        node.value = list({id(key): (key, value) for key, value in reversed(node.value)}.values())[::-1]
+
+
+def _change(raw: dict[str, Any], change: str) -> None:
+    """Set one value, as `--set` gives it."""
+    key, separator, text = change.partition("=")
+    steps = re.findall(r"[^.\[\]]+|\[\d+\]", key)
+    if not separator or not steps or "".join(steps) != key.replace(".", ""):
+        raise ValueError(f"--set {change}: write the place of a key and its value, such as args.max_steps=20.")
+    value = _read_value(text, change)
+    place: Any = raw
+    for step in steps[:-1]:
+        place = _entry(place, step, change)
+    last = steps[-1]
+    if last.startswith("["):
+        _entry(place, last, change)
+        place[int(last[1:-1])] = value
+    elif isinstance(place, dict):
+        place[last] = value
+    else:
+        raise ValueError(f"--set {change}: {shown(place)} has no key {last!r} to set: it must be a mapping.")
+
+
+def _read_value(text: str, change: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"--set {change}: {text!r} cannot be read as YAML ({' '.join(str(error).split())}). Write a value as it "
+            "would stand in the file: close its brackets, and put quotes around text that has a colon or bracket in "
+            "it, such as --set 'source=\"a: b\"'."
+        ) from error
+
+
+def _entry(place: Any, step: str, change: str) -> Any:
+    """Follow one step of a place; a mapping that is not there yet is made."""
+    if not step.startswith("["):
+        if isinstance(place, dict):
+            return place.setdefault(step, {})
+    elif isinstance(place, list) and int(step[1:-1]) < len(place):
+        return place[int(step[1:-1])]
+    raise ValueError(f"--set {change}: there is no {step.strip('[]')} in {shown(place)}.")
+
+
+def _folder() -> Path:
+    return Path(str(files("cbd_trl").joinpath("recipe", "shipped")))
 
 
 def _place(raw: Any, steps: Iterable[int | str]) -> tuple[int | str, ...]:
@@ -354,7 +512,7 @@ def _place(raw: Any, steps: Iterable[int | str]) -> tuple[int | str, ...]:
     return tuple(place)
 
 
-def _written(place: Iterable[int | str]) -> str:
+def _format_place(place: Iterable[int | str]) -> str:
     """Write a place as errors and `--set` do: `anchors[0].args`."""
     text = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
     return text.removeprefix(".")
@@ -413,161 +571,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in typing.get_args(annotation):
         yield from _models(inner)
-
-
-def shipped_recipes() -> dict[str, str]:
-    """The recipes that the package ships.
-
-    Returns:
-        name -> the first line of the file, which says what it builds.
-    """
-    found = sorted(_folder().glob("*.yaml"))
-    return {file.stem: file.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for file in found}
-
-
-def find_recipe(recipe: str | Path) -> Path:
-    """The file of a recipe.
-
-    Args:
-        recipe: a file, or the name of a recipe that the package ships.
-
-    Raises:
-        ValueError: there is neither.
-    """
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    names = shipped_recipes()
-    if str(recipe) in names:
-        return _folder() / f"{recipe}.yaml"
-    raise ValueError(
-        f"There is no recipe {str(recipe)!r}: no such file, and none of the recipes that come with cbd-trl "
-        f"({', '.join(names)}).{did_you_mean(recipe, names)}"
-    )
-
-
-def _folder() -> Path:
-    return Path(str(files("cbd_trl").joinpath("recipe", "shipped")))
-
-
-def lines_of(text: str) -> dict[str, int]:
-    """The line of every place, counted from 1.
-
-    Args:
-        text: YAML that has been read before.
-
-    Returns:
-        place, such as "anchors[0].args" -> line. What is repeated by an alias stands where it was first written.
-    """
-    found: dict[str, int] = {}
-    root, seen = yaml.compose(text, Loader=yaml.SafeLoader), set()
-    stack = [("", root)] if root is not None else []
-    while stack:
-        place, node = stack.pop()
-        # A few aliases of aliases would be more places than there is time for.
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                inner = f"{place}.{key.value}" if place else str(key.value)
-                found[inner] = key.start_mark.line + 1
-                stack.append((inner, value))
-        elif isinstance(node, yaml.SequenceNode):
-            for number, value in enumerate(node.value):
-                found[f"{place}[{number}]"] = value.start_mark.line + 1
-                stack.append((f"{place}[{number}]", value))
-    return found
-
-
-def without(lines: Mapping[str, int], changed: Iterable[str]) -> dict[str, int]:
-    """The lines of what stands in the file as it is.
-
-    Args:
-        lines: from `lines_of`.
-        changed: places that have another value now.
-    """
-    over = tuple(changed)
-    return {
-        place: line
-        for place, line in lines.items()
-        if not any(place == other or place.startswith((f"{other}.", f"{other}[")) for other in over)
-    }
-
-
-def with_line(problem: str, lines: Mapping[str, int]) -> str:
-    """A problem behind its line, where its place or what that is part of has one.
-
-    Args:
-        problem: "place: what is wrong there".
-        lines: from `lines_of`.
-    """
-    place = problem.partition(": ")[0]
-    while place and place not in lines:
-        place = re.sub(r"(\.[^.\[\]]*|\[\d+\]|^[^.\[\]]*)$", "", place)
-    return f"line {lines[place]}, {problem}" if place else problem
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses a key that stands twice: the last one would win in silence."""
-
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self._checked: set[int] = set()
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Put what `<<` names behind the mapping's own keys, once no own key stands twice.
-
-        Here and not where a mapping is made: what is merged is flattened before, and has keys of both from then on.
-        """
-        if id(node) not in self._checked:
-            self._checked.add(id(node))
-            keys = [key.value if key.tag == _MERGE else self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-            if twice:
-                several = " Merge several mappings as a list: <<: [*one, *other]." if twice[0] == "<<" else ""
-                raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[0]!r} stands there twice.{several}")
-        super().flatten_mapping(node)
-        # A few merges of merges would be more keys than there is memory for; the last of each is the one that counts.
-        node.value = list({id(key): (key, value) for key, value in reversed(node.value)}.values())[::-1]
-
-
-def _change(raw: dict[str, Any], change: str) -> None:
-    """Set one value, as `--set` says it."""
-    key, separator, text = change.partition("=")
-    steps = re.findall(r"[^.\[\]]+|\[\d+\]", key)
-    if not separator or not steps or "".join(steps) != key.replace(".", ""):
-        raise ValueError(f"--set {change}: write the place of a key and its value, such as args.max_steps=20.")
-    value = _read_value(text, change)
-    place: Any = raw
-    for step in steps[:-1]:
-        place = _entry(place, step, change)
-    last = steps[-1]
-    if last.startswith("["):
-        _entry(place, last, change)
-        place[int(last[1:-1])] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise ValueError(f"--set {change}: {shown(place)} is no mapping, so {last!r} cannot be set in it.")
-
-
-def _read_value(text: str, change: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"--set {change}: {text!r} cannot be read as YAML ({' '.join(str(error).split())}). Write a value as it "
-            "would stand in the file: close its brackets, and put quotes around text that has a colon or bracket in "
-            "it, such as --set 'source=\"a: b\"'."
-        ) from error
-
-
-def _entry(place: Any, step: str, change: str) -> Any:
-    """What a step of a place leads to; a mapping that is not there yet is made."""
-    if not step.startswith("["):
-        if isinstance(place, dict):
-            return place.setdefault(step, {})
-    elif isinstance(place, list) and int(step[1:-1]) < len(place):
-        return place[int(step[1:-1])]
-    raise ValueError(f"--set {change}: there is no {step.strip('[]')} in {shown(place)}.")

@@ -153,3 +153,7 @@ def test_other_settings_in_the_same_folder_are_refused(output):
 def test_no_steps_are_refused(output):
     with pytest.raises(ValueError, match="--steps 0: an anchor needs at least one step"):
         demo(output, steps=0)
+
+
+def test_where_there_is_no_terminal_tables_are_not_squeezed(output):
+    assert Demo(output, recipe=output / "recipe.yaml", steps=2).console.width > 120

@@ -145,6 +145,19 @@ def test_what_cannot_be_measured(inputs: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_targets_and_operators_that_there_are_not(inputs: Path, tmp_path: Path) -> None:
+    evaluation = {"data": str(inputs / "held.jsonl"), "tokens": 64, "length": 16}
+    evaluation |= {"sizes": [{"num_hidden_layer": 5}, {"num_hidden_layers": 5}], "operators": ["nestd", "random"]}
+    found = _problems(inputs, tmp_path, evaluation=evaluation)
+    assert [problem.partition(":")[0] for problem in found] == [
+        "evaluation.operators[0]",
+        "evaluation.sizes[0].num_hidden_layer",
+    ]
+    assert "'nested'" in found[0] and "'num_hidden_layers'" in found[1]
+    [problem] = _problems(inputs, tmp_path, evaluation={**evaluation, "sizes": [], "operators": "random"})
+    assert problem.startswith("evaluation.operators: random needs an operator beside it")
+
+
 def test_a_slice_without_rows_is_found_before_the_chain_is_begun(inputs: Path, tmp_path: Path) -> None:
     evaluation = {"data": {"name": str(inputs / "held.jsonl"), "split": "train[90:]"}, "tokens": 64, "length": 16}
     recipe = parse_recipe(raw_recipe(inputs, output_dir=str(tmp_path / "chain"), evaluation=evaluation), "some")

@@ -10,7 +10,16 @@ from rich.console import Console
 from cbd_trl import DistillConfig
 from cbd_trl.build.plan import plan_chain
 from cbd_trl.recipe.check import Check, check_recipe, how_estimated, recipe_table
-from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, disk_needed, measure_speed, trained_tokens
+from cbd_trl.recipe.estimate import (
+    Cost,
+    Speed,
+    anchor_cost,
+    disk_needed,
+    measure_speed,
+    measuring_seconds,
+    trained_tokens,
+    writing_seconds,
+)
 from cbd_trl.recipe.run import build_checked
 from cbd_trl.recipe.schema import parse_recipe
 from cbd_trl.targets.many import multiplied_weights
@@ -167,6 +176,12 @@ def test_time_counts_the_choosing_and_refitting_of_layers(depth: int, blocks: in
     assert untrained == pytest.approx(2 * (calibration + chosen) / SPEED.forward)
 
 
+def test_measuring_and_writing_follow_the_weights_and_the_tokens() -> None:
+    for seconds, forward_passes in ((measuring_seconds, 1), (writing_seconds, 6)):
+        per_token = (seconds([1e6, 3e6], 101, SPEED) - seconds([1e6, 3e6], 1, SPEED)) / 100
+        assert per_token == pytest.approx(forward_passes * 2 * 4e6 / SPEED.forward)
+
+
 def test_the_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     speed = measure_speed(_args(), 64)
     assert speed.device == "cpu" and speed.products > 1e8
@@ -192,6 +207,7 @@ def test_the_table_of_a_dry_run(inputs: Path, tmp_path: Path) -> None:
     assert "4 layers, 32 wide" in lines["33K"] and " 64 " in lines["33K"]
     assert "4 layers, 16 wide, 2/1 heads, ffn 24" in lines["8.8K"] and "about 0 s" in lines["8.8K"]
     assert " 128 " in lines["all"]
+    assert check.measuring and "about" in lines["evaluation"]
     check.finished = 2
     lines = {line.split()[0]: line for line in _shown(check).splitlines() if line.strip()}
     assert lines["49K"].split()[-1] == lines["33K"].split()[-1] == "finished"
