@@ -166,13 +166,13 @@ def test_time_follows_the_measured_speed_and_the_tokens() -> None:
 
 @pytest.mark.parametrize(("depth", "blocks"), [(4, 0), (3, 2), (2, 3)])
 def test_time_counts_the_choosing_and_refitting_of_layers(depth: int, blocks: int) -> None:
-    """Nothing is trained: what is left are forward passes, of 64 tokens of calibration and of each block twice."""
+    """Nothing is trained: what is left are forward passes, of 64 tokens of calibration and of each block."""
     fields = {"num_hidden_layers": depth, "intermediate_size": 32}
     one, two = (_cost(_args(max_steps=steps), **fields) for steps in (1, 2))
     untrained = 2 * one.seconds - two.seconds  # type: ignore[operator]
     upper = described(tiny_model("llama", num_hidden_layers=4))[1]
     calibration = 1.2 * 64 * (multiplied_weights(upper) + multiplied_weights(one.architecture))
-    chosen = 2 * blocks * upper.config.max_position_embeddings * multiplied_weights(upper)
+    chosen = blocks * upper.config.max_position_embeddings * multiplied_weights(upper)
     assert untrained == pytest.approx(2 * (calibration + chosen) / SPEED.forward)
 
 
