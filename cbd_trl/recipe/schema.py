@@ -528,8 +528,11 @@ def _take_out(raw: Any, place: Sequence[Any]) -> None:
         raw = raw[step]
     if isinstance(raw, list):
         del raw[last:]
-    else:
-        raw.pop(last, None)
+        return
+    # pydantic writes a key that is not text, such as a date, in its own way.
+    others = [key for key in raw if not isinstance(key, str)]
+    for key in [last] if last in raw else others:
+        del raw[key]
 
 
 def _message(details: ErrorDetails) -> str:

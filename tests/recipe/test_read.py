@@ -198,6 +198,16 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
         read_recipe(file)
 
 
+@pytest.mark.parametrize("key", ["true", "~", "1.5", "2020-01-01", "7"])
+@pytest.mark.parametrize(
+    "place", ["", "source: {name: s, KEY: x}\n", "args: {KEY: x}\n", "anchors: [{shape: {KEY: 1}}]\n"]
+)
+def test_a_key_that_is_no_text_is_one_problem(tmp_path: Path, key: str, place: str) -> None:
+    lines = {line.partition(":")[0]: line for line in SHORT.splitlines(keepends=True)}
+    lines |= {place.partition(":")[0]: place.replace("KEY", key)} if place else {key: f"{key}: x\n"}
+    assert len(_read(tmp_path, "".join(lines.values())).problems) == 1
+
+
 def test_aliases_of_aliases_are_no_trouble(tmp_path: Path) -> None:
     bomb = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
     recipe = _read(tmp_path, f"{bomb}source: *a29\ndata: *a29\nanchors: [0.5]\noutput_dir: *a29\n")
