@@ -50,7 +50,7 @@ def _build_recipe(flags: list[str]) -> None:
     )
     parser.add_argument("--list-recipes", action="store_true", help="List the recipes that come with cbd-trl.")
     arguments = parser.parse_args(flags)
-    from cbd_trl.recipe.read import shipped_recipes
+    from cbd_trl.recipe.schema import shipped_recipes
 
     if arguments.list_recipes:
         print("\n".join(f"{name:<14}{what}" for name, what in shipped_recipes().items()))
@@ -62,20 +62,16 @@ def _build_recipe(flags: list[str]) -> None:
 
 def _run(name: str, changes: list[str], dry_run: bool) -> None:
     from accelerate import PartialState
-    from rich.console import Console
 
     from cbd_trl.recipe.check import check_recipe, how_estimated, recipe_table
-    from cbd_trl.recipe.read import read_recipe
     from cbd_trl.recipe.run import build_checked
-    from cbd_trl.recipe.schema import RecipeError
+    from cbd_trl.recipe.schema import RecipeError, read_recipe
+    from cbd_trl.utils.progress import make_console
 
     recipe = read_recipe(name, changes)
     check = check_recipe(recipe)
     if check.costs and PartialState().is_main_process:
-        console = Console()
-        if not console.is_terminal:
-            # A file or a pipe has no width to fit into.
-            console = Console(width=160)
+        console = make_console()
         console.print(recipe_table(check))
         print(how_estimated(check))
     if dry_run and PartialState().is_main_process:

@@ -64,12 +64,11 @@ def _make_many(chain: str, sizes: list[float], arguments: InitArguments, options
 
 
 def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArguments, options: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from cbd_trl.chain.chain import Chain
     from cbd_trl.report.tables import target_table
     from cbd_trl.targets.many import describe_targets
     from cbd_trl.utils.formatting import format_count
+    from cbd_trl.utils.progress import make_console
 
     opened = Chain.from_pretrained(chain, revision=arguments.revision, verify=False)
     summaries, failed = [], []
@@ -80,10 +79,7 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
             if len(sizes) == 1:
                 raise
             failed.append((format_count(size or 0), str(error)))
-    console = Console()
-    if not console.is_terminal:
-        # A file or a pipe has no width to fit into.
-        console = Console(width=200)
+    console = make_console()
     console.print(target_table(summaries, f"What {opened.name_or_path} would give"))
     if arguments.calibration_data is not None:
         print("With --calibration-data the operator and alpha may turn out otherwise, by measured loss.")

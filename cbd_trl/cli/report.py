@@ -120,8 +120,6 @@ def report(flags: list[str]) -> None:
 
 
 def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
-    from rich.console import Console
-
     from cbd_trl.chain.chain import Chain
     from cbd_trl.report.findings import compare_chains, findings
     from cbd_trl.report.measure import measure_chains
@@ -129,7 +127,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from cbd_trl.report.tables import sweep_table
     from cbd_trl.utils.files import Results
     from cbd_trl.utils.modeling import quiet_loading
-    from cbd_trl.utils.progress import Progress
+    from cbd_trl.utils.progress import Progress, make_console
 
     assert arguments.data is not None
     output = Path(arguments.output)
@@ -145,10 +143,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
             f"--cards writes into the chain's folder, and {', '.join(pulled)} is on the Hub. Save it into a folder "
             "first: Chain.from_pretrained(...).save_pretrained(...)."
         )
-    console = Console()
-    if not console.is_terminal:
-        # A file or a pipe has no width to fit into.
-        console = Console(width=200)
+    console = make_console()
     with quiet_loading(), Progress("measuring") as bar:
         measured = measure_chains(chains, rows, options, results, bar.at)
     files = write_report(measured, output, Path(arguments.data).name, options.tasks)

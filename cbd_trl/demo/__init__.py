@@ -1,1 +1,4 @@
-"""The demo: a real 135M language model distilled into a chain, models of six sizes made from it, all measured."""
+"""The demo: the recipe `demo` with a real 135M language model, and what it prints.
+
+`source` fetches the model, `run` builds, measures and reports.
+"""

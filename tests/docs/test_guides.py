@@ -66,7 +66,7 @@ def world(tmp_path_factory, quick_training):
 
         patch.setattr(Chain, "push_to_hub", push)
         recipes = small_recipes(folder / "recipes")
-        patch.setattr("cbd_trl.recipe.read._folder", lambda: recipes)
+        patch.setattr("cbd_trl.recipe.schema._folder", lambda: recipes)
         yield World(folder, hub)
 
 

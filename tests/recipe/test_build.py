@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from cbd_trl import Chain, DistillConfig, DistillTrainer, build_chain, from_chain
 from cbd_trl.cli.main import main
 from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.recipe.read import read_recipe
 from cbd_trl.recipe.run import build_recipe
+from cbd_trl.recipe.schema import read_recipe
 from cbd_trl.utils.blocks import token_blocks
 from tests.chain.helpers import CHAIN_ANCHORS, same_weights
 from tests.recipe.helpers import ARGS, write_recipe

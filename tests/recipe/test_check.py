@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from cbd_trl.cli.main import main
 from cbd_trl.recipe.check import check_recipe
-from cbd_trl.recipe.read import parse_recipe
 from cbd_trl.recipe.run import build_recipe
+from cbd_trl.recipe.schema import parse_recipe
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.recipe.helpers import ARGS, raw_recipe, write_recipe
 from tests.tiny import tiny_model
@@ -70,10 +70,13 @@ def test_a_recipe_that_is_right_has_no_problems(inputs: Path, tmp_path: Path) ->
         ({"anchors": [{"shape": {"num_hidden_layers": 6}}]}, "anchors[0] has 48,544 parameters, no fewer than the"),
         ({"anchors": [{"size": 5e6}]}, "anchors[0]: "),
         ({"anchors": [{"ratio": 0.001}]}, "anchors[0]: "),
-        ({"args": {**ARGS, "divergence": "reverse-kl"}}, "args: Unknown divergence 'reverse-kl'"),
-        ({"anchors": [{"shape": DEEP, "args": {"divergence": "klx"}}]}, "anchors[0].args: Unknown divergence 'klx'"),
-        ({"args": {**ARGS, "kd_weight": -1.0}}, "args: kd_weight=-1.0: a weight of the loss must be finite"),
-        ({"args": {**ARGS, "eval_strategy": "steps"}}, "args: eval_strategy="),
+        ({"args": {**ARGS, "divergence": "reverse-kl"}}, "args.divergence: Unknown divergence 'reverse-kl'"),
+        (
+            {"anchors": [{"shape": DEEP, "args": {"divergence": "klx"}}]},
+            "anchors[0].args.divergence: Unknown divergence 'klx'",
+        ),
+        ({"args": {**ARGS, "kd_weight": -1.0}}, "args.kd_weight: kd_weight=-1.0: a weight of the loss must be finite"),
+        ({"args": {**ARGS, "eval_strategy": "steps"}}, "args.eval_strategy: "),
         ({"args": {**ARGS, "teacher_model_name_or_path": "x"}}, "anchors[0]: The args of a chain set teacher_model"),
         ({"args": {**ARGS, "max_length": 65}}, "anchors[0].args.max_length: 65 tokens are more than the 64"),
         ({"source": "nowhere/at-all"}, "source: The source 'nowhere/at-all' is no model folder"),
@@ -97,7 +100,7 @@ def test_shapes_and_text_are_looked_at_where_the_arguments_are_wrong(inputs: Pat
     anchors = [{"shape": {"num_hidden_layers": 9}}]
     args = {**ARGS, "divergence": "klx"}
     problems = _problems(inputs, tmp_path, args=args, anchors=anchors, data="gone.jsonl")
-    assert [problem.partition(":")[0] for problem in problems] == ["args", "data", "anchors[0]"]
+    assert [problem.partition(":")[0] for problem in problems] == ["args.divergence", "data", "anchors[0]"]
 
 
 def test_a_mix_of_several_formats(inputs: Path, tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def test_a_mix_of_several_formats(inputs: Path, tmp_path: Path) -> None:
     data = [{"name": str(inputs / "rows.jsonl"), "share": 1}, {"name": str(chats), "share": 1}]
     [problem] = _problems(inputs, tmp_path, data=data)
     assert problem.startswith("data: a mix needs rows of one format")
-    assert "'data[0]': ['text']" in problem and "'data[1]': ['prompt', 'completion']" in problem
+    assert "rows.jsonl': ['text']" in problem and f"{str(chats)!r}: ['prompt', 'completion']" in problem
 
 
 def test_measuring_on_what_was_trained_on(inputs: Path, tmp_path: Path) -> None:
@@ -142,6 +145,19 @@ def test_what_cannot_be_measured(inputs: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_targets_and_operators_that_there_are_not(inputs: Path, tmp_path: Path) -> None:
+    evaluation = {"data": str(inputs / "held.jsonl"), "tokens": 64, "length": 16}
+    evaluation |= {"sizes": [{"num_hidden_layer": 5}, {"num_hidden_layers": 5}], "operators": ["nestd", "random"]}
+    found = _problems(inputs, tmp_path, evaluation=evaluation)
+    assert [problem.partition(":")[0] for problem in found] == [
+        "evaluation.operators[0]",
+        "evaluation.sizes[0].num_hidden_layer",
+    ]
+    assert "'nested'" in found[0] and "'num_hidden_layers'" in found[1]
+    [problem] = _problems(inputs, tmp_path, evaluation={**evaluation, "sizes": [], "operators": "random"})
+    assert problem.startswith("evaluation.operators: random needs an operator beside it")
+
+
 def test_a_slice_without_rows_is_found_before_the_chain_is_begun(inputs: Path, tmp_path: Path) -> None:
     evaluation = {"data": {"name": str(inputs / "held.jsonl"), "split": "train[90:]"}, "tokens": 64, "length": 16}
     recipe = parse_recipe(raw_recipe(inputs, output_dir=str(tmp_path / "chain"), evaluation=evaluation), "some")
@@ -171,11 +187,14 @@ def test_a_bridge(inputs: Path, teacher: Path, student: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ({"objective": "almm"}, "bridge.args: "),
-        ({"objective": "alm", "top_k": 4}, "bridge.args: top_k=4 is an option of "),
-        ({"swap_probability": 0.5}, "bridge.args: swap_probability=0.5 has no meaning across vocabularies"),
+        ({"objective": "almm"}, "bridge.args.objective: "),
+        ({"objective": "alm", "top_k": 4}, "bridge.args.top_k: top_k=4 is an option of "),
+        (
+            {"swap_probability": 0.5},
+            "bridge.args.swap_probability: swap_probability=0.5 has no meaning across vocabularies",
+        ),
         ({"teacher_model_name_or_path": "x"}, "bridge: The args of the bridge set teacher_model_name_or_path"),
-        ({"eval_strategy": "steps"}, "bridge.args: eval_strategy="),
+        ({"eval_strategy": "steps"}, "bridge.args.eval_strategy: "),
     ],
 )
 def test_a_bridge_that_cannot_be(

@@ -18,7 +18,7 @@ def _file(folder: Path, name: str, rows: list[dict[str, object]]) -> str:
 
 def test_rows_are_drawn_by_their_shares(tmp_path: Path) -> None:
     names = [_file(tmp_path, f"{name}.jsonl", [{"text": name, "n": n} for n in range(2000)]) for name in "abc"]
-    parts = [DataPart(name, share=share) for name, share in zip(names, (3, 1.5, 0.5), strict=True)]
+    parts = [DataPart(name=name, share=float(share)) for name, share in zip(names, (3, 1.5, 0.5), strict=True)]
     mix = load_data(parts, None, seed=1)
     shares = {name: count / len(mix) for name, count in Counter(mix["text"]).items()}
     # About 3,300 rows: three standard deviations of a share are 0.026 at most.
@@ -28,8 +28,8 @@ def test_rows_are_drawn_by_their_shares(tmp_path: Path) -> None:
 
 
 def test_the_mix_ends_with_the_first_that_runs_out(tmp_path: Path) -> None:
-    few = DataPart(_file(tmp_path, "few.jsonl", [{"text": f"few {n}"} for n in range(20)]), share=0.5)
-    many = DataPart(_file(tmp_path, "many.jsonl", [{"text": f"many {n}"} for n in range(900)]), share=0.5)
+    few = DataPart(name=_file(tmp_path, "few.jsonl", [{"text": f"few {n}"} for n in range(20)]), share=0.5)
+    many = DataPart(name=_file(tmp_path, "many.jsonl", [{"text": f"many {n}"} for n in range(900)]), share=0.5)
     texts = load_data([few, many], None, seed=0)["text"]
     assert len(set(texts)) == len(texts) < 100
     assert sum(text.startswith("few") for text in texts) == 20
@@ -38,7 +38,7 @@ def test_the_mix_ends_with_the_first_that_runs_out(tmp_path: Path) -> None:
 def test_a_column_of_any_name_is_text(tmp_path: Path) -> None:
     body = _file(tmp_path, "a.jsonl", [{"body": "w1 w2", "id": 3}])
     text = _file(tmp_path, "b.jsonl", [{"text": "w3", "id": 4}])
-    parts = [DataPart(body, column="body", where="data[0]"), DataPart(text, where="data[1]")]
+    parts = [DataPart(name=body, column="body"), DataPart(name=text)]
     assert [check_data(part, tiny_tokenizer()) for part in parts] == [["text"], ["text"]]
     assert load_data(parts[:1], None, 0).to_list() == [{"text": "w1 w2"}]
     assert load_data(parts, None, 0).column_names == ["text"]
@@ -46,12 +46,12 @@ def test_a_column_of_any_name_is_text(tmp_path: Path) -> None:
 
 def test_a_slice_is_that_part_of_the_rows(tmp_path: Path) -> None:
     name = _file(tmp_path, "a.jsonl", [{"text": f"w{n}"} for n in range(10)])
-    assert load_data([DataPart(name, split="train[80%:]")], None, 0)["text"] == ["w8", "w9"]
+    assert load_data([DataPart(name=name, split="train[80%:]")], None, 0)["text"] == ["w8", "w9"]
 
 
 def test_the_text_of_the_package_is_in_the_sources_chat_template() -> None:
-    rows = load_data([DataPart("demo")], tiny_tokenizer(), 0)
-    held_out = load_data([DataPart("demo", split="held_out")], tiny_tokenizer(), 0)
+    rows = load_data([DataPart(name="demo")], tiny_tokenizer(), 0)
+    held_out = load_data([DataPart(name="demo", split="held_out")], tiny_tokenizer(), 0)
     assert rows[0]["text"].startswith("<user> ") and " </s> <assistant> " in rows[0]["text"]
     assert len(rows) > 8 * len(held_out) and not set(rows["text"]) & set(held_out["text"])
 
@@ -68,18 +68,18 @@ def test_the_text_of_the_package_is_in_the_sources_chat_template() -> None:
 def test_a_dataset_is_refused(tmp_path: Path, options: dict[str, str], said: str) -> None:
     name = _file(tmp_path, "a.jsonl", [{"text": "w1", "id": 1}])
     with pytest.raises(ValueError, match=said):
-        check_data(DataPart(name, **options), None)
+        check_data(DataPart(name=name, **options), None)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("a.jsonl", None, "there is no file"),
-        ("empty.jsonl", "", "cannot be read|holds no row"),
+        ("empty.jsonl", "", "cannot be read|has no rows"),
         (
             "other.jsonl",
             '{"question": "w1"}\n',
-            r"has the columns \['question'\], and none of the SFT formats: .* Name the column",
+            r"has the columns \['question'\], and these are not an SFT format: .* Name the column",
         ),
         ("broken.jsonl", '{"text": "w1"\n', "cannot be read"),
     ],
@@ -89,12 +89,12 @@ def test_a_file_is_refused(tmp_path: Path, name: str, content: str | None, said:
     if content is not None:
         file.write_text(content)
     with pytest.raises(ValueError, match=said):
-        check_data(DataPart(str(file)), tiny_tokenizer())
+        check_data(DataPart(name=str(file)), tiny_tokenizer())
 
 
 def test_the_demo_has_two_splits() -> None:
     with pytest.raises(ValueError, match="demo has no split 'test': there are train and held_out"):
-        check_data(DataPart("demo", split="test"), None)
+        check_data(DataPart(name="demo", split="test"), None)
 
 
 @pytest.mark.parametrize(
@@ -116,10 +116,10 @@ def test_the_demo_has_two_splits() -> None:
     ],
 )
 def test_slices_that_share_rows(split: str, other: str, shared: bool) -> None:
-    one, two = DataPart("me/data", split=split), DataPart("me/data", split=other)
+    one, two = DataPart(name="me/data", split=split), DataPart(name="me/data", split=other)
     assert shares_rows(one, two) == shares_rows(two, one) == shared
-    assert not shares_rows(one, DataPart("me/data", "en", split=other))
-    assert not shares_rows(one, DataPart("me/other", split=other))
+    assert not shares_rows(one, DataPart(name="me/data", config="en", split=other))
+    assert not shares_rows(one, DataPart(name="me/other", split=other))
 
 
 def test_a_file_is_the_same_by_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +127,6 @@ def test_a_file_is_the_same_by_any_path(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "link.jsonl").symlink_to(name)
     monkeypatch.chdir(tmp_path)
     for path in ("a.jsonl", "./a.jsonl", f"../{tmp_path.name}/a.jsonl", "link.jsonl"):
-        assert shares_rows(DataPart(name), DataPart(path)), path
+        assert shares_rows(DataPart(name=name), DataPart(name=path)), path
     other = _file(tmp_path, "b.jsonl", [{"text": "w2"}])
-    assert not shares_rows(DataPart(name), DataPart(other))
+    assert not shares_rows(DataPart(name=name), DataPart(name=other))

@@ -10,9 +10,18 @@ from rich.console import Console
 from cbd_trl import DistillConfig
 from cbd_trl.build.plan import plan_chain
 from cbd_trl.recipe.check import Check, check_recipe, how_estimated, recipe_table
-from cbd_trl.recipe.estimate import Cost, Speed, anchor_cost, disk_needed, measure_speed, trained_tokens
-from cbd_trl.recipe.read import parse_recipe
+from cbd_trl.recipe.estimate import (
+    Cost,
+    Speed,
+    anchor_cost,
+    disk_needed,
+    measure_speed,
+    measuring_seconds,
+    trained_tokens,
+    writing_seconds,
+)
 from cbd_trl.recipe.run import build_checked
+from cbd_trl.recipe.schema import parse_recipe
 from cbd_trl.targets.many import multiplied_weights
 from tests.chain.helpers import CHAIN_ANCHORS
 from tests.recipe.helpers import ARGS, raw_recipe
@@ -157,14 +166,20 @@ def test_time_follows_the_measured_speed_and_the_tokens() -> None:
 
 @pytest.mark.parametrize(("depth", "blocks"), [(4, 0), (3, 2), (2, 3)])
 def test_time_counts_the_choosing_and_refitting_of_layers(depth: int, blocks: int) -> None:
-    """Nothing is trained: what is left are forward passes, of 64 tokens of calibration and of each block twice."""
+    """Nothing is trained: what is left are forward passes, of 64 tokens of calibration and of each block."""
     fields = {"num_hidden_layers": depth, "intermediate_size": 32}
     one, two = (_cost(_args(max_steps=steps), **fields) for steps in (1, 2))
     untrained = 2 * one.seconds - two.seconds  # type: ignore[operator]
     upper = described(tiny_model("llama", num_hidden_layers=4))[1]
     calibration = 1.2 * 64 * (multiplied_weights(upper) + multiplied_weights(one.architecture))
-    chosen = 2 * blocks * upper.config.max_position_embeddings * multiplied_weights(upper)
+    chosen = blocks * upper.config.max_position_embeddings * multiplied_weights(upper)
     assert untrained == pytest.approx(2 * (calibration + chosen) / SPEED.forward)
+
+
+def test_measuring_and_writing_follow_the_weights_and_the_tokens() -> None:
+    for seconds, forward_passes in ((measuring_seconds, 1), (writing_seconds, 6)):
+        per_token = (seconds([1e6, 3e6], 101, SPEED) - seconds([1e6, 3e6], 1, SPEED)) / 100
+        assert per_token == pytest.approx(forward_passes * 2 * 4e6 / SPEED.forward)
 
 
 def test_the_speed_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +207,7 @@ def test_the_table_of_a_dry_run(inputs: Path, tmp_path: Path) -> None:
     assert "4 layers, 32 wide" in lines["33K"] and " 64 " in lines["33K"]
     assert "4 layers, 16 wide, 2/1 heads, ffn 24" in lines["8.8K"] and "about 0 s" in lines["8.8K"]
     assert " 128 " in lines["all"]
+    assert check.measuring and "about" in lines["evaluation"]
     check.finished = 2
     lines = {line.split()[0]: line for line in _shown(check).splitlines() if line.strip()}
     assert lines["49K"].split()[-1] == lines["33K"].split()[-1] == "finished"

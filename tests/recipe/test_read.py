@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from cbd_trl.cli.main import main
-from cbd_trl.recipe.read import parse_recipe, read_recipe
-from cbd_trl.recipe.schema import AnchorPart, DataPart, Place, RecipeError, lines_of
+from cbd_trl.recipe.schema import AnchorPart, DataPart, RecipeError, SourcePart, lines_of, parse_recipe, read_recipe
 from tests.recipe.helpers import raw_recipe
 
 SHORT = "source: s\ndata: d.jsonl\nanchors: [0.5]\noutput_dir: out\n"
@@ -37,65 +36,78 @@ def test_what_a_recipe_says(tmp_path: Path) -> None:
     )
     recipe = _read(tmp_path, text)
     assert recipe.problems == () and recipe.name == "some" and recipe.output_dir == "out"
-    assert recipe.source == Place("me/model", "v1")
+    assert recipe.source == SourcePart(name="me/model", revision="v1")
     assert recipe.data == (
-        DataPart("a.jsonl", share=3.0, where="data[0]"),
-        DataPart("me/data", "en", "train[:90%]", "body", 1.0, "data[1]"),
+        DataPart(name="a.jsonl", share=3.0),
+        DataPart(name="me/data", config="en", split="train[:90%]", column="body", share=1.0),
     )
-    own = DataPart("b.jsonl", where="anchors[0].data")
+    own = DataPart(name="b.jsonl")
     # YAML reads 4e-4, without a dot, as text, and a bare `no` as false.
     assert recipe.anchors == (
-        AnchorPart(85e6, {"learning_rate": 4e-4}, (own,)),
-        AnchorPart(0.5),
-        AnchorPart({"num_hidden_layers": 2}),
+        AnchorPart(size=85e6, args={"learning_rate": 4e-4}, data=(own,)),
+        AnchorPart(ratio=0.5),
+        AnchorPart(shape={"num_hidden_layers": 2}),
     )
     assert recipe.args == {"max_steps": 5, "save_strategy": "no", "learning_rate": 1}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "place", "shown"),
     [
-        ({"ancors": []}, "ancors: there is no such key. Did you mean 'anchors'? There are: source, data, anchors"),
-        ({"args": {"learning_rat": 1.0}}, "args.learning_rat: there is no such key. Did you mean 'learning_rate'?"),
-        ({"args": {"output_dir": "x"}}, "args.output_dir: there is no such key."),
-        ({"args": {"max_steps": "many"}}, "args.max_steps: 'many' is a str, wanted int."),
-        ({"args": {"max_steps": 2.5}}, "args.max_steps: 2.5 is a float, wanted int."),
-        ({"args": {"packing": 1}}, "args.packing: 1 is a int, wanted bool."),
-        ({"args": {"learning_rate": True}}, "args.learning_rate: True is a bool, wanted float."),
-        ({"args": [1]}, "args: [1] is no mapping."),
-        ({"source": 7}, "source: 7 is no mapping. Write it with the keys name, revision."),
-        ({"source": {"name": "s", "revison": "v1"}}, "source.revison: there is no such key. Did you mean 'revision'?"),
-        ({"source": None}, "source: is missing."),
-        ({"data": []}, "data: the list is empty."),
-        ({"data": [{"name": "a"}, {"name": "b", "share": 1}]}, "data[0].share: is missing."),
-        ({"data": {"name": "a", "share": 0}}, "data.share: 0 is no number above 0."),
-        ({"data": {"name": "a", "split": 3}}, "data.split: 3 is no text."),
-        ({"anchors": []}, "anchors: the list is empty."),
-        ({"anchors": ["big"]}, "anchors[0]: 'big' is no number above 0. Write 44e6, 44M or 0.5."),
-        ({"anchors": [{"args": {}}]}, "anchors[0]: one of shape, size, ratio says how large it is; there are 0"),
-        ({"anchors": [{"size": 5e6, "ratio": 0.5}]}, "anchors[0]: one of shape, size, ratio says how large it is; "),
-        ({"anchors": [{"ratio": 2}]}, "anchors[0].ratio: 2 is not a ratio to the anchor above, below 1."),
-        ({"anchors": [{"size": 0.5}]}, "anchors[0].size: 0.5 is not a number of parameters, such as 44M."),
-        ({"anchors": [{"shape": 16}]}, "anchors[0].shape: 16 is no mapping of config fields."),
-        ({"anchors": [{"shape": {"n": 1, "dataset": "x"}}]}, "anchors[0].shape.dataset: is no config field."),
-        ({"anchors": [{"shap": {"n": 1}}]}, "anchors[0].shap: there is no such key. Did you mean 'shape'?"),
-        ({"bridge": {"args": {}}}, "bridge.model: is missing."),
-        ({"bridge": {"model": "m", "args": {"objectiv": "alm"}}}, "bridge.args.objectiv: there is no such key. Did y"),
-        ({"evaluation": {"tokens": 640}}, "evaluation.data: is missing."),
-        ({"evaluation": {"data": "d", "sizes": ["x"]}}, "evaluation.sizes[0]: 'x' is no number above 0."),
-        ({"evaluation": {"data": "d", "tokens": 10, "length": 20}}, "evaluation.tokens: 10 are fewer than the 20"),
-        ({"calibration_tokens": True}, "calibration_tokens: True is no whole number of at least 2."),
-        ({"output_dir": 5}, "output_dir: 5 is no text."),
+        ({"ancors": []}, "ancors", "Did you mean 'anchors'? The keys are: source, data, anchors"),
+        ({"name": "x"}, "name", "no such key"),
+        ({"args": {"learning_rat": 1.0}}, "args.learning_rat", "Did you mean 'learning_rate'?"),
+        ({"args": {"output_dir": "x"}}, "args.output_dir", "no such key"),
+        ({"args": {"max_steps": "many"}}, "args.max_steps", "'many' must be a valid integer"),
+        ({"args": {"max_steps": 2.5}}, "args.max_steps", "2.5 must be"),
+        ({"args": {"packing": 1}}, "args.packing", "1 must be a valid boolean"),
+        ({"args": {"learning_rate": True}}, "args.learning_rate", "True must be a valid number"),
+        ({"args": [1]}, "args", "[1] must be a valid mapping"),
+        ({"source": 7}, "source", "7 must be a mapping with the keys name, revision"),
+        ({"source": {"name": "s", "revison": "v1"}}, "source.revison", "Did you mean 'revision'?"),
+        ({"source": {"name": " "}}, "source.name", ""),
+        ({"source": None}, "source", "missing"),
+        ({"data": []}, "data", "must not be empty"),
+        ({"data": [{"name": "a"}, {"name": "b", "share": 1}]}, "data", "a has no share"),
+        ({"data": {"name": "a", "share": 0}}, "data.share", "0 must be greater than 0"),
+        ({"data": {"name": "a", "share": float("inf")}}, "data.share", "inf"),
+        ({"data": {"name": "a", "split": 3}}, "data.split", "3 must be a valid string"),
+        ({"anchors": []}, "anchors", "must not be empty"),
+        ({"anchors": ["big"]}, "anchors[0]", "'big'"),
+        ({"anchors": [{"args": {}}]}, "anchors[0]", "shape, size and ratio; there are 0"),
+        ({"anchors": [{"size": 5e6, "ratio": 0.5}]}, "anchors[0]", "shape, size and ratio; there are 2"),
+        ({"anchors": [{"ratio": 2}]}, "anchors[0].ratio", "2 must be less than or equal to 1"),
+        ({"anchors": [{"size": 0.5}]}, "anchors[0].size", "0.5 must be greater than 1"),
+        ({"anchors": [{"shape": 16}]}, "anchors[0].shape", "16 must be a valid mapping"),
+        ({"anchors": [{"shape": {"n": 1, "dataset": "x"}}]}, "anchors[0].shape", "dataset"),
+        ({"anchors": [{"shap": {"n": 1}}]}, "anchors[0].shap", "Did you mean 'shape'?"),
+        ({"bridge": {"args": {}}}, "bridge.model", "missing"),
+        ({"bridge": {"model": "m", "args": {"objectiv": "alm"}}}, "bridge.args.objectiv", "Did you mean 'objective"),
+        ({"evaluation": {"tokens": 640}}, "evaluation.data", "missing"),
+        ({"evaluation": {"data": "d", "sizes": ["x"]}}, "evaluation.sizes[0]", "'x'"),
+        ({"evaluation": {"data": "d", "sizes": [{}]}}, "evaluation.sizes[0]", "must not be empty"),
+        ({"evaluation": {"data": "d", "tokens": 10, "length": 20}}, "evaluation.tokens", "10 are fewer than the 20"),
+        ({"calibration_tokens": True}, "calibration_tokens", "True must be a valid integer"),
+        ({"output_dir": 5}, "output_dir", "5 must be a valid string"),
     ],
 )
-def test_one_thing_is_wrong(changes: dict[str, Any], said: str) -> None:
-    problems = _problems(**changes)
-    if changes == {"source": None}:
-        raw = raw_recipe(Path("folder"))
-        del raw["source"]
-        problems = parse_recipe(raw, "some").problems
-    found = [problem for problem in problems if problem.startswith(said)]
-    assert len(found) == 1 and len(problems) == 1, problems
+def test_one_thing_is_wrong(changes: dict[str, Any], place: str, shown: str) -> None:
+    [problem] = _problems(**changes)
+    assert problem.startswith(f"{place}: ") and shown in problem
+
+
+def test_what_is_wrong_is_left_out_and_the_rest_is_read() -> None:
+    anchors = [0.5, {"ratio": 0.5, "args": {"max_stepz": 1, "seed": 2}}, "big", 0.4]
+    recipe = parse_recipe(raw_recipe(Path("folder"), source=7, anchors=anchors, args={"seed": "x", "bf16": True}), "s")
+    assert [problem.partition(":")[0] for problem in recipe.problems] == [
+        "source",
+        "anchors[1].args.max_stepz",
+        "anchors[2]",
+        "args.seed",
+    ]
+    assert recipe.source is None and recipe.args == {"bf16": True}
+    # Those below one that is wrong would get its number.
+    assert [anchor.args for anchor in recipe.anchors] == [{}, {"seed": 2}]
 
 
 def test_all_that_is_wrong_is_said_together_with_its_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,10 +126,9 @@ def test_all_that_is_wrong_is_said_together_with_its_lines(tmp_path: Path, capsy
     )
     assert main(["build", str(file), "--dry-run"]) == 1
     shown = capsys.readouterr().err
-    assert "5 things are to be put right" in shown
+    assert "(5 problems)" in shown
     assert "line 6, anchors[0].args.divergense: there is no such key. Did you mean 'divergence'?" in shown
-    assert "line 7, anchors[1].ratio: 3 is not a ratio" in shown
-    assert "line 9, args.max_steps: 'lots' is a str" in shown
+    assert "line 7, anchors[1].ratio: 3 " in shown and "line 9, args.max_steps: 'lots' " in shown
     assert "line 1, source: " in shown and "line 2, data: there is no file missing.jsonl" in shown
     assert shown.rstrip().endswith("--set KEY=VALUE, such as --set source=DIR.")
 
@@ -131,8 +142,8 @@ def test_a_place_without_a_line_has_that_of_what_it_is_part_of() -> None:
 
 def test_a_value_that_was_set_has_no_line(tmp_path: Path) -> None:
     recipe = _read(tmp_path, SHORT, "anchors[0]=0.7", "args.max_steps=3", "source=DIR")
-    assert recipe.anchors == (AnchorPart(0.7),) and recipe.args == {"max_steps": 3}
-    assert recipe.source == Place("DIR")
+    assert recipe.anchors == (AnchorPart(ratio=0.7),) and recipe.args == {"max_steps": 3}
+    assert recipe.source == SourcePart(name="DIR")
     assert recipe.lines == {"data": 2, "anchors": 3, "output_dir": 4}
 
 
@@ -166,9 +177,9 @@ def test_no_anchors_are_said_once(tmp_path: Path, anchors: str) -> None:
         ("source: !!python/name:os.system\n", "could not determine a constructor"),
         ("source: [\n", "expected the node content"),
         ("? [a, b]\n: c\n", "unhashable key"),
-        ("just words\n", "holds no mapping"),
-        ("- a\n- b\n", "holds no mapping"),
-        ("", "holds no mapping"),
+        ("just words\n", "must be a mapping with the keys source, data"),
+        ("- a\n- b\n", "must be a mapping with the keys source, data"),
+        ("", "must be a mapping with the keys source, data"),
         ("a: \xe9".encode("latin-1").decode("latin-1") + "\x00", "special characters are not allowed"),
         ("[" * 400, "cannot be read as YAML"),
     ],
@@ -185,6 +196,16 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ValueError, match="cannot be read as YAML"):
         read_recipe(file)
+
+
+@pytest.mark.parametrize("key", ["true", "~", "1.5", "2020-01-01", "7"])
+@pytest.mark.parametrize(
+    "place", ["", "source: {name: s, KEY: x}\n", "args: {KEY: x}\n", "anchors: [{shape: {KEY: 1}}]\n"]
+)
+def test_a_key_that_is_no_text_is_one_problem(tmp_path: Path, key: str, place: str) -> None:
+    lines = {line.partition(":")[0]: line for line in SHORT.splitlines(keepends=True)}
+    lines |= {place.partition(":")[0]: place.replace("KEY", key)} if place else {key: f"{key}: x\n"}
+    assert len(_read(tmp_path, "".join(lines.values())).problems) == 1
 
 
 def test_aliases_of_aliases_are_no_trouble(tmp_path: Path) -> None:

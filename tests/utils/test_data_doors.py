@@ -237,8 +237,8 @@ def test_a_recipe_keeps_what_is_trained_on(tmp_path: Path) -> None:
     for name, every in rows.items():
         file = tmp_path / f"{name}.jsonl"
         Dataset.from_list(every).to_json(file)
-        part = DataPart(str(file))
+        part = DataPart(name=str(file))
         assert check_data(part, tiny_tokenizer()) == load_data([part], tiny_tokenizer(), 0).column_names == kept[name]
         assert len(load_data([part], None, 0)) == 4
-    parts = [DataPart(str(tmp_path / f"{name}.jsonl"), share=0.5) for name in ("ultrachat", "empty")]
+    parts = [DataPart(name=str(tmp_path / f"{name}.jsonl"), share=0.5) for name in ("ultrachat", "empty")]
     assert load_data(parts, None, 0).column_names == ["messages"]
