@@ -123,9 +123,7 @@ class BridgeDistillTrainer(DistillTrainer):
             return None
         options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k}
         if args.divergence is not None:
-            options["divergence"] = get_divergence(
-                args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share
-            )
+            options["divergence"] = get_divergence(args.divergence, **args.divergence_options)
         if "prefix" in weights:
             table = PrefixTable.of(self._bridge.student.tokenizer, self._bridge.teacher.tokenizer)
             options["table"] = table.to(self.accelerator.device)
