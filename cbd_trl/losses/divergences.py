@@ -175,6 +175,29 @@ def adaptive_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, head_share: floa
     return per_token(partial(_adaptive_kl_kernel, head_share=head_share), student_log_NE, teacher_log_NE)
 
 
+def alpha_divergence(student_log_NE: Tensor, teacher_log_NE: Tensor, alpha: float = 0.5) -> Tensor:
+    """Alpha-divergence, (1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)) (Wang et al. 2021, arXiv 2102.07954).
+
+    The sum over events of (alpha p + (1 - alpha) q - p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): from the reverse KL
+    (alpha 0) to the forward KL (alpha 1), the limits of the formula; at 1/2 four times the squared Hellinger distance.
+    Between the ends it is never above 1 / (alpha (1 - alpha)). Deviation: the paper also takes a negative alpha, whose
+    values it has to clip.
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+        alpha: in [0, 1]; within 1e-6 of an end it counts as that end.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if alpha < _LEAST_SHARE:
+        return reverse_kl(student_log_NE, teacher_log_NE)
+    if alpha > 1.0 - _LEAST_SHARE:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    return per_token(partial(_alpha_kernel, alpha=alpha), student_log_NE, teacher_log_NE)
+
+
 def total_variation(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
     """1/2 sum |p - q| (Wen et al. 2023, f-DISTILL, arXiv 2307.15190, TVD).
 
@@ -272,6 +295,7 @@ _HEAD_SHARE = Option(
     low_open=True,
     high_open=True,
 )
+_ALPHA = Option("alpha", 0.5, 0.0, 1.0, "Where it stands between reverse KL (0) and forward KL (1).")
 
 DIVERGENCES: dict[str, DivergenceRow] = {
     "forward_kl": DivergenceRow(forward_kl),
@@ -280,6 +304,7 @@ DIVERGENCES: dict[str, DivergenceRow] = {
     "skew_kl": DivergenceRow(skew_kl, _SKEW),
     "skew_reverse_kl": DivergenceRow(skew_reverse_kl, _SKEW),
     "adaptive_kl": DivergenceRow(adaptive_kl, _HEAD_SHARE),
+    "alpha_divergence": DivergenceRow(alpha_divergence, _ALPHA),
     "total_variation": DivergenceRow(total_variation, temperature_power=1),
 }
 OPTIONS: dict[str, Option] = {row.option.name: row.option for row in DIVERGENCES.values() if row.option is not None}
@@ -479,6 +504,20 @@ def _head_sum(values_NE: Tensor, teacher_log_NE: Tensor, head_share: float, kept
         open_n = open_n[mass_nK[:, -1] < head_share]
         kept *= 4
     return sums_N
+
+
+def _alpha_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor, alpha: float) -> Tensor:
+    # Event by event alpha p + (1 - alpha) q - p^alpha q^(1 - alpha): all of it follows from the larger of p and q and
+    # from the gap of their logs, exactly 0 where p = q, and nothing overflows.
+    gap_NE = teacher_log_NE - student_log_NE.clamp(min=_LOWEST)
+    share_NE = torch.where(gap_NE > 0, 1.0 - alpha, alpha)
+    gap_NE.abs_().neg_()
+    larger_NE = torch.maximum(student_log_NE, teacher_log_NE).exp_()
+    scaled_NE = gap_NE * share_NE
+    value_NE = gap_NE.expm1_().mul_(share_NE).sub_(scaled_NE.expm1()).mul_(larger_NE)
+    student_NE = torch.exp(student_log_NE, out=derivative_NE)
+    student_NE.sub_(scaled_NE.exp_().mul_(larger_NE)).div_(alpha)
+    return value_NE.sum(-1).div_(alpha * (1.0 - alpha))
 
 
 def _total_variation_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:

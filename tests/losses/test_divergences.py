@@ -11,6 +11,7 @@ from cbd_trl.losses import divergences as divergence_kernels
 from cbd_trl.losses.divergences import (
     DIVERGENCES,
     adaptive_kl,
+    alpha_divergence,
     divergence_option,
     forward_kl,
     get_divergence,
@@ -26,7 +27,7 @@ from cbd_trl.losses.teacher_outputs import top_k_log_probs
 
 NAMES = list(DIVERGENCES)
 # A value of each option that is not its default.
-OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6}
+OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6, "alpha": 0.3}
 # Two tokens: probabilities 1/2 against 3/4.
 STUDENT = torch.tensor([[0.5, 0.5]]).log()
 TEACHER = torch.tensor([[0.75, 0.25]]).log()
@@ -54,6 +55,10 @@ def _naive_adaptive_kl(s: Tensor, t: Tensor, head_share: float) -> Tensor:
     return share * _naive_kl(t, s) + (1 - share) * _naive_kl(s, t)
 
 
+def _naive_alpha(s: Tensor, t: Tensor, alpha: float) -> Tensor:
+    return (alpha * t + (1 - alpha) * s - t**alpha * s ** (1 - alpha)).sum(-1) / (alpha * (1 - alpha))
+
+
 # Each divergence the simple way: of the probabilities of student and teacher, and its option.
 TWINS: dict[str, Callable[..., Tensor]] = {
     "forward_kl": lambda s, t: _naive_kl(t, s),
@@ -62,6 +67,7 @@ TWINS: dict[str, Callable[..., Tensor]] = {
     "skew_kl": lambda s, t, skew: _naive_kl(t, skew * t + (1 - skew) * s),
     "skew_reverse_kl": lambda s, t, skew: _naive_kl(s, (1 - skew) * t + skew * s),
     "adaptive_kl": _naive_adaptive_kl,
+    "alpha_divergence": _naive_alpha,
     "total_variation": lambda s, t: (s - t).abs().sum(-1) / 2,
 }
 # f-divergences never rise where events are merged.
@@ -86,7 +92,9 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([probabilities]).log()
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS, {"beta": 0.0, "skew": 0.0, "head_share": 1.0}, {"beta": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS, {"beta": 0.0, "skew": 0.0, "head_share": 1.0, "alpha": 0.0}, {"beta": 1.0, "alpha": 1.0}]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_exactly_zero_when_equal_with_no_gradient(name: str, options: dict) -> None:
     student = logits(0).requires_grad_()
@@ -114,6 +122,7 @@ def test_hand_computed_values() -> None:
         partial(skew_reverse_kl, skew=0.6): _kl(0.5, 0.6),
         # Head: the first token, off by as much as the second.
         adaptive_kl: 0.5 * _kl(0.75, 0.5) + 0.5 * _kl(0.5, 0.75),
+        alpha_divergence: 4 * (1 - math.sqrt(0.375) - math.sqrt(0.125)),
         total_variation: 0.25,
     }
     for function, value in expected.items():
@@ -303,6 +312,16 @@ def test_without_skew_the_kl_remains(skewed, plain) -> None:
     assert torch.equal(skewed(student, teacher, skew=0.0), plain(student, teacher))
     torch.testing.assert_close(skewed(student, teacher, skew=1e-5), plain(student, teacher), rtol=1e-3, atol=1e-5)
     assert (skewed(student, teacher, skew=0.5) < plain(student, teacher)).all()
+
+
+def test_alpha_ends_are_reverse_and_forward_kl() -> None:
+    student, teacher = log_probs(4, scale=1.0), log_probs(5, scale=1.0)
+    for alpha, limit in ((0.0, reverse_kl), (1.0, forward_kl)):
+        assert torch.equal(alpha_divergence(student, teacher, alpha), limit(student, teacher))
+        near = alpha_divergence(student, teacher, abs(alpha - 1e-3))
+        torch.testing.assert_close(near, limit(student, teacher), rtol=1e-2, atol=0)
+    disjoint = alpha_divergence(logs(1.0, 0.0), logs(0.0, 1.0), 0.2)
+    assert disjoint.item() == pytest.approx(1 / 0.16)
 
 
 def test_adaptive_kl_weighs_by_where_the_student_is_off() -> None:
