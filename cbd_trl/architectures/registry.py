@@ -1,4 +1,4 @@
-"""The families there are: one row each."""
+"""The table of families, one row each, and what is looked up in it."""
 
 import copy
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from cbd_trl.architectures.base import Architecture
+from cbd_trl.architectures.base import Architecture, Family
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
@@ -26,6 +26,15 @@ FAMILIES = (LLAMA, GEMMA, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3)
 def supported_model_types() -> list[str]:
     """`config.model_type` values that chains can be built from."""
     return sorted({model_type for family in FAMILIES for model_type in family.model_types})
+
+
+def family_of(model_type: str) -> Family:
+    """Look up the family of a model type; of one with several descriptions the general one.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {name: family for family in FAMILIES for name in family.model_types}[model_type]
 
 
 def describe(config: PretrainedConfig) -> Architecture:
@@ -93,33 +102,21 @@ def is_tied(model: Any) -> bool:
     return tied
 
 
-_SHORT = {
-    "num_hidden_layers": "layers",
-    "n_layer": "layers",
-    "hidden_size": "wide",
-    "n_embd": "wide",
-    "num_attention_heads": "heads",
-    "n_head": "heads",
-    "num_key_value_heads": "kv",
-    "intermediate_size": "ffn",
-    "n_inner": "ffn",
-}
-
-
-# The order in which a shape is told.
-_ORDER = ("layers", "wide", "heads", "ffn")
+# What a dimension is called in a description of a shape, in the order of the words.
+_LABELS = {"layer": "layers", "width": "wide", "heads": "heads", "ffn": "ffn", "group": "kv"}
+_LABEL_OF_FIELD = {field: _LABELS[dim] for family in FAMILIES for field, dim in family.shape_fields.items()}
 
 
 def describe_shape(shape: Mapping[str, int], short: bool = False) -> str:
-    """A shape in a few words, such as `16 layers, 384 wide, 6/2 heads, ffn 1024`.
+    """Describe a shape in a few words, such as `16 layers, 384 wide, 6/2 heads, ffn 1024`.
 
     Args:
-        shape: config fields.
+        shape: config fields of any family.
         short: `16×384, 6/2 heads, ffn 1024`.
     """
-    parts = {_SHORT.get(name, name): value for name, value in shape.items()}
+    parts = {_LABEL_OF_FIELD.get(name, name): value for name, value in shape.items()}
     groups = parts.pop("kv", None)
-    parts = {name: parts[name] for name in sorted(parts, key=lambda name: (*_ORDER, name).index(name))}
+    parts = {name: parts[name] for name in sorted(parts, key=lambda name: (*_LABELS.values(), name).index(name))}
     if short and "layers" in parts and "wide" in parts:
         words = [f"{parts.pop('layers')}×{parts.pop('wide')}"]
     else:
