@@ -13,6 +13,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -131,6 +132,18 @@ ROWS: dict[str, Row] = {
     ),
     "gemma3_text": Row(
         Gemma3TextConfig, {**_GEMMA, "sliding_window_pattern": 3}, _BIASES, gguf="GEMMA3", whole_heads=True
+    ),
+    "granite": Row(
+        GraniteConfig,
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+        _ALL_BIASES,
+        ({"attention_bias": True}, {"mlp_bias": True}),
+        gguf="GRANITE",
     ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
     "gpt2": Row(

@@ -12,6 +12,7 @@ from cbd_trl.architectures.base import Architecture, Family
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
+from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.opt import OPT
@@ -20,7 +21,7 @@ from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3)
+FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3)
 
 
 def supported_model_types() -> list[str]:
