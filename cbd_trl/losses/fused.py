@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head, product_dtype
-from cbd_trl.losses.objective import METRICS, LogitObjective, Weights, combine
-from cbd_trl.losses.teacher_outputs import AnySignal
+from cbd_trl.losses.objective import METRICS, LogitObjective, TermWeights, combine
+from cbd_trl.losses.teacher_outputs import AnyTeacherOutputs
 
 # Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
 # fills it.
@@ -58,9 +58,9 @@ def fused_terms(
     hidden_Nd: Tensor,
     head: Head,
     targets_N: Tensor,
-    teacher: AnySignal,
+    teacher: AnyTeacherOutputs,
     objective: LogitObjective,
-    weights: Weights,
+    weights: TermWeights,
     chunk: int | None = None,
     starts: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -36,7 +36,7 @@ def cosine_distance(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
     return (student_unit_Nd - teacher_unit_Nd).square().sum(-1) / 2
 
 
-def normalised_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
+def normalized_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
     """Mean squared difference on the channels both models have, in units of the teacher's mean square there.
 
     The hidden-state loss of TinyBERT (Jiao et al. 2020, arXiv 1909.10351, equation 8), here divided by the mean square
@@ -59,7 +59,7 @@ def normalised_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
 
 
 HiddenLoss = Callable[[Tensor, Tensor], Tensor]
-HIDDEN_LOSSES: dict[str, HiddenLoss] = {"cosine": cosine_distance, "mse": normalised_mse}
+HIDDEN_LOSSES: dict[str, HiddenLoss] = {"cosine": cosine_distance, "mse": normalized_mse}
 # Of a trainer that is not told.
 HIDDEN_LOSS = "cosine"
 

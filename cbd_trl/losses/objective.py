@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cbd_trl.losses.divergences import Divergence, tempered_log_probs
 from cbd_trl.losses.reduction import cross_entropy
-from cbd_trl.losses.teacher_outputs import Statement
+from cbd_trl.losses.teacher_outputs import Prediction
 from cbd_trl.utils.formatting import did_you_mean
 
 # Share of the way from start to end, at a progress in [0, 1].
@@ -82,7 +82,7 @@ TERMS = ("kd", "ce", "hidden", "teacher_ce", "unaligned", *METRICS)
 
 
 @dataclass(frozen=True)
-class Weights:
+class TermWeights:
     """Weights of the terms at one step.
 
     Attributes:
@@ -99,7 +99,7 @@ class Weights:
 class LogitObjective(Protocol):
     """What `cbd_trl.losses.fused.fused_terms` asks of an objective."""
 
-    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
         """{"kd", "ce", "teacher_ce"}: (N,) float32 each; see `DistillObjective.terms`."""
 
 
@@ -121,7 +121,9 @@ class DistillObjective:
     top_k: int | None = None
     shared_rows: int | None = None
 
-    def terms(self, student_NV: Tensor, teacher: Statement, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+    def terms(
+        self, student_NV: Tensor, teacher: Prediction, targets_N: Tensor, weights: TermWeights
+    ) -> dict[str, Tensor]:
         """Every term that reads logits, and the teacher's own cross-entropy.
 
         A term of weight 0 is computed without gradient, because it is logged all the same. The divergence is taken
@@ -152,7 +154,7 @@ class DistillObjective:
             return {"kd": kd_N, "ce": ce_N, "teacher_ce": teacher.cross_entropy(targets_N)}
 
 
-def combine(terms: dict[str, Tensor], weights: Weights) -> Tensor:
+def combine(terms: dict[str, Tensor], weights: TermWeights) -> Tensor:
     """The weighted sum of the terms that have a weight.
 
     Args:

@@ -76,7 +76,7 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
-def normalise(total: Tensor, tokens: int, num_items: Tensor | int | None, num_processes: int = 1) -> Tensor:
+def normalize(total: Tensor, tokens: int, num_items: Tensor | int | None, num_processes: int = 1) -> Tensor:
     """The loss of a micro-batch: its token sum over the tokens of the whole optimiser step.
 
     Summed over micro-batches, and averaged over processes as DDP does, this is the mean over all scored tokens of the

@@ -31,7 +31,7 @@ def deviations(mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     return (squares - mean.square()).clamp(min=1e-6 * squares + 1e-12 * squares.mean()).sqrt()
 
 
-def factorise(mean: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
+def factorize(mean: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
     """The columns of L that belong to the coordinates `kept`, which come first: (D, P), rows in their own order.
 
     Args:
@@ -191,7 +191,7 @@ class Statistics:
 
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
         """L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
-        return factorise(self.mean(site), self.second(site), kept, self.ridge)
+        return factorize(self.mean(site), self.second(site), kept, self.ridge)
 
     def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
         """The statistics of a model whose stream at `site` is x[index[site]] (sites without an entry are dropped)."""
@@ -224,7 +224,7 @@ def _packed(second: torch.Tensor) -> torch.Tensor:
     return second[rows, columns].float()
 
 
-def normalised(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
+def normalize_stream(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
     """RMSNorm ("rms") or LayerNorm ("layer") without gain and bias, over the last axis, in float32."""
     stream = stream.float()
     if norm_type == "layer":
@@ -250,7 +250,7 @@ def watched(
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             # OPT's FFN sees one row of tokens, whatever the batch.
             stream = inputs[0].detach().flatten(0, -2)
-            visit(name, normalised(stream, *norm) if name in architecture.norms else stream)
+            visit(name, normalize_stream(stream, *norm) if name in architecture.norms else stream)
 
         return hook
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cbd_trl.surgery.statistics import Statistics, deviations, factorise, pack, packed_bytes, unpack
+from cbd_trl.surgery.statistics import Statistics, deviations, factorize, pack, packed_bytes, unpack
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import TensorFile, save_tensors
 from cbd_trl.utils.untrusted import parse_json, shown
@@ -126,7 +126,7 @@ class StoredStatistics:
         """
         size = len(kept)
         if int(kept[-1]) != size - 1:
-            return factorise(self.mean(site).double(), self.second(site).double(), kept, self.ridge).float()
+            return factorize(self.mean(site).double(), self.second(site).double(), kept, self.ridge).float()
         units = deviations(self.mean(site), self.variances(site)).float()
         factor = unpack(self._tensor(site, "codes"), self._vector(site, "scales"), units, size)
         factor.diagonal().copy_(self._vector(site, "diagonal")[:size] * units[:size])

@@ -64,7 +64,7 @@ class BridgeTeacher(LocalTeacher):
         return []
 
     @torch.no_grad()
-    def says(self, batch: Batch, student: nn.Module) -> BridgeSignal:  # type: ignore[override]  # no positions shared
+    def predict(self, batch: Batch, student: nn.Module) -> BridgeSignal:  # type: ignore[override]  # no positions shared
         """What the teacher says of the texts of a batch.
 
         Args:

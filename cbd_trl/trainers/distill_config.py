@@ -8,7 +8,7 @@ from trl import SFTConfig
 
 from cbd_trl.losses.divergences import DIVERGENCES, OPTIONS, check_divergence, divergence_option, divergences_with
 from cbd_trl.losses.hidden import HIDDEN_LOSS, HIDDEN_LOSSES, get_hidden_loss
-from cbd_trl.losses.objective import METRICS, SCHEDULES, Weights, WeightSchedule
+from cbd_trl.losses.objective import METRICS, SCHEDULES, TermWeights, WeightSchedule
 
 # Of the terms that are evaluated, by the last word of their names.
 _LOWER_IS_BETTER = ("kd", "ce", "hidden", "unaligned")
@@ -232,13 +232,13 @@ class DistillConfig(_DivergenceOptions, SFTConfig):
             for term in ("kd", "ce", "hidden")
         }
 
-    def weights(self, progress: float) -> Weights:
+    def weights(self, progress: float) -> TermWeights:
         """The weights at a point of the run.
 
         Args:
             progress: share of the optimiser steps done, in [0, 1].
         """
-        return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
+        return TermWeights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
 
     @property
     def evaluated(self) -> list[str]:

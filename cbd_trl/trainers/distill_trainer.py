@@ -253,7 +253,7 @@ class DistillTrainer(StepTrainer):
         """What `StepLoss` returns for a batch; on a step with a hybrid its loss is in the total, and is "hybrid"."""
         pairs = self._pairs
         with torch.no_grad(), pairs.teacher_outputs.recording() as teacher_states:
-            signal = self._teacher.says(batch, model)
+            signal = self._teacher.predict(batch, model)
 
         def forward(through: Pass, with_logits: bool) -> dict[str, Tensor]:
             with pairs.student_outputs.recording() as student_states:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from cbd_trl.losses.objective import TERMS, Weights, combine
-from cbd_trl.losses.reduction import normalise, sums_per_row
+from cbd_trl.losses.objective import TERMS, TermWeights, combine
+from cbd_trl.losses.reduction import normalize, sums_per_row
 from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.callbacks import TokenMeter
 from cbd_trl.trainers.checkpointing import CheckpointTrainer
@@ -25,7 +25,7 @@ class EvaluationTrainer(CheckpointTrainer):
         raise NotImplementedError
 
     @property
-    def _weights(self) -> Weights:
+    def _weights(self) -> TermWeights:
         raise NotImplementedError
 
     def _run(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class EvaluationTrainer(CheckpointTrainer):
         totals = dict(zip(terms, self.accelerator.gather_for_metrics(rows_RK).sum(0), strict=True))
         self._eval_meter.add(totals, totals.pop("tokens"))
         others = (None, None) if prediction_loss_only else (outputs["logits"], labels)
-        return normalise(loss_N.sum(), loss_N.numel(), None), *others
+        return normalize(loss_N.sum(), loss_N.numel(), None), *others
 
     def evaluation_loop(
         self,

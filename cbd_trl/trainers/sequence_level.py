@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.losses.fused import fused_terms
-from cbd_trl.losses.objective import METRICS, Weights
+from cbd_trl.losses.objective import METRICS, TermWeights
 from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
 from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.step_loss import StepLoss
@@ -39,7 +39,7 @@ class AbsentTeacher:
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """There is nothing to place."""
 
-    def says(self, batch: Batch, student: nn.Module) -> None:
+    def predict(self, batch: Batch, student: nn.Module) -> None:
         """Nothing."""
 
 
@@ -63,7 +63,7 @@ class _Silence:
 
 
 class _TextAlone:
-    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
         ce_N = cross_entropy(student_NV, targets_N)
         return {"kd": torch.zeros_like(ce_N), "ce": ce_N, "teacher_ce": torch.zeros_like(ce_N)}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head, output_head, product_dtype
 from cbd_trl.losses.fused import fused_terms
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 from cbd_trl.losses.reduction import scored_targets, select_scored
 from cbd_trl.trainers.hidden_states import LayerPairs
 
@@ -21,7 +21,7 @@ class StepLoss:
     Attributes:
         student: the causal LM itself, not wrapped.
         labels_BT: token ids, -100 where the token is not scored.
-        teacher: what it says: of the same tokens a `cbd_trl.losses.teacher_outputs.Signal`.
+        teacher: what it says: of the same tokens a `cbd_trl.losses.teacher_outputs.TeacherOutputs`.
         objective: the terms on logits: of the same tokens a `cbd_trl.losses.objective.DistillObjective`.
         weights: of all terms at this step.
         pairs: the layers that are compared.
@@ -35,7 +35,7 @@ class StepLoss:
     labels_BT: Tensor
     teacher: Any
     objective: Any
-    weights: Weights
+    weights: TermWeights
     pairs: LayerPairs
     student_states: Mapping[int, Tensor]
     teacher_states: Mapping[int, Tensor]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbd_trl.losses.objective import TERMS, Weights
-from cbd_trl.losses.reduction import count_scored, normalise
+from cbd_trl.losses.objective import TERMS, TermWeights
+from cbd_trl.losses.reduction import count_scored, normalize
 from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.callbacks import TokenCounter, TokenMeter
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -46,7 +46,7 @@ class StepTrainer(EvaluationTrainer):
         return super().train(*args, **kwargs)
 
     @property
-    def _weights(self) -> Weights:
+    def _weights(self) -> TermWeights:
         return self.args.weights(self.state.global_step / max(self.state.max_steps, 1))
 
     def get_batch_samples(
@@ -104,7 +104,7 @@ class StepTrainer(EvaluationTrainer):
             self._seen.tokens += self.accelerator.reduce(batch.count_tokens(), "sum") // self.get_tp_size()
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
-        loss = normalise(outputs["total"], scored, num_items_in_batch, processes)
+        loss = normalize(outputs["total"], scored, num_items_in_batch, processes)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
