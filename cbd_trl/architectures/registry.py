@@ -42,13 +42,13 @@ def describe(config: PretrainedConfig) -> Architecture:
     """Resolve the description of a model's family for its config.
 
     Raises:
-        ValueError: the model type or one of its options is not supported, or the model is quantised; the message
+        ValueError: the model type or one of its options is not supported, or the model is quantized; the message
             lists what is supported.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            "The model is quantised; weights are cut and mixed in floating point. Load it dequantised "
-            "(for GGUF: `from_pretrained(..., gguf_file=..., dtype=torch.float32)` and remove the quantisation marks)."
+            "The model is quantized; weights are cut and mixed in floating point. Load it dequantized "
+            "(for GGUF: `from_pretrained(..., gguf_file=..., dtype=torch.float32)` and remove the quantization marks)."
         )
     for family in FAMILIES:
         if config.model_type in family.model_types and family.when(config):
@@ -62,7 +62,7 @@ def describe(config: PretrainedConfig) -> Architecture:
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The same for a model at hand: whether its head is tied, its weights say and not its config.
+    """Describe a model at hand: whether its head is tied is read from its weights, not from its config.
 
     transformers loads a head that differs from the table although `tie_word_embeddings` is set, as merged adapters and
     edited checkpoints have it, and a program may tie what the config has apart.
@@ -83,7 +83,7 @@ def architecture_of(model: Any) -> Architecture:
 @torch.no_grad()
 def is_tied(model: Any) -> bool:
     """Whether a causal LM has one table for input and output: the same one, or by its config and with equal values.
-    Where its config says otherwise there is a warning.
+    Where its config differs there is a warning.
 
     Args:
         model: a causal LM; of one whose weights are not here the config is believed.

@@ -49,12 +49,12 @@ class Divergence:
     temperature_power: int = 2
 
     def __call__(self, student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
-        """The divergence of every token, (N,) float32."""
+        """Compute the divergence of every token, (N,) float32."""
         return self.function(student_log_NE, teacher_log_NE)
 
 
 def tempered_log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / T).
+    """Compute log softmax(logits / T).
 
     Gradients with respect to the logits shrink with T. The objective, not the divergence, makes up for it, to keep
     its weight beside the cross-entropy (Hinton et al. 2015, arXiv 1503.02531, section 2).
@@ -212,7 +212,7 @@ def total_variation(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
 
 
 def sampled_forward_kl(student_log_NK: Tensor, teacher_log_NK: Tensor) -> Tensor:
-    """Estimate of the forward KL from K draws from the teacher (Anshumann et al. 2025, arXiv 2503.16870).
+    """Estimate the forward KL from K draws from the teacher (Anshumann et al. 2025, arXiv 2503.16870).
 
     The mean of log p - log q over draws with replacement. Unbiased in value and gradient, but no divergence: it may be
     negative. Only the forward KL has this form, because it is an expectation under the teacher.

@@ -56,10 +56,10 @@ class WeightSchedule:
                 )
 
     def at(self, progress: float) -> float:
-        """The weight at a point of the run.
+        """Compute the weight at a point of the run.
 
         Args:
-            progress: share of the optimiser steps done; below 0 counts as 0, above 1 as 1.
+            progress: share of the optimizer steps done; below 0 counts as 0, above 1 as 1.
 
         Returns:
             the weight, exactly `start` at 0 and, unless constant, exactly `end` at 1.
@@ -97,7 +97,7 @@ class TermWeights:
 
 
 class LogitObjective(Protocol):
-    """What `cbd_trl.losses.fused.fused_terms` asks of an objective."""
+    """What `cbd_trl.losses.fused.fused_terms` needs of an objective."""
 
     def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
         """{"kd", "ce", "teacher_ce"}: (N,) float32 each; see `DistillObjective.terms`."""
@@ -124,14 +124,14 @@ class DistillObjective:
     def terms(
         self, student_NV: Tensor, teacher: Prediction, targets_N: Tensor, weights: TermWeights
     ) -> dict[str, Tensor]:
-        """Every term that reads logits, and the teacher's own cross-entropy.
+        """Compute every term that reads logits, and the teacher's own cross-entropy.
 
         A term of weight 0 is computed without gradient, because it is logged all the same. The divergence is taken
         between the distributions over the shared rows, the cross-entropies over each model's own rows.
 
         Args:
             student_NV: logits, (N, V_s) float32.
-            teacher: what it says at the same positions.
+            teacher: its prediction at the same positions.
             targets_N: token ids, (N,).
             weights: of this step.
 
@@ -155,7 +155,7 @@ class DistillObjective:
 
 
 def combine(terms: dict[str, Tensor], weights: TermWeights) -> Tensor:
-    """The weighted sum of the terms that have a weight.
+    """Add up the terms that have a weight.
 
     Args:
         terms: "kd", "ce" and perhaps "hidden", (N,) each.

@@ -1,7 +1,7 @@
-"""What a teacher says about the next token at N positions, and how a student is compared with it.
+"""Teacher output for the next token at N positions, and how a student is compared with it.
 
-A signal holds a whole micro-batch in a small form. For a part of it `at` makes a statement, which may be as wide as
-the vocabulary, and lives as long as that part is worked on.
+`TeacherOutputs` hold a whole micro-batch in a small form (hidden states, top-k entries). For a part of it `at` makes a
+`Prediction`, which may be as wide as the vocabulary and lives as long as that part is worked on.
 
 Shapes: N positions, D teacher width, V vocabulary rows, K kept entries.
 """
@@ -20,7 +20,7 @@ from cbd_trl.losses.reduction import cross_entropy
 
 
 def top_k_log_probs(log_NV: Tensor, indices_NK: Tensor) -> Tensor:
-    """Log-probabilities of the kept tokens, in their order, and last of everything else together.
+    """Gather the log-probabilities of the kept tokens, in their order, and last of everything else together.
 
     The tail is summed over the other tokens, not taken as 1 - sum, which would be noise for a confident model.
 
@@ -37,7 +37,7 @@ def top_k_log_probs(log_NV: Tensor, indices_NK: Tensor) -> Tensor:
 
 
 def teacher_top_k(log_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a cache keeps of a teacher's distribution.
+    """Take what a cache keeps of a teacher's distribution.
 
     Args:
         log_NV: log-probabilities over the vocabulary, (N, V).
@@ -55,7 +55,7 @@ def teacher_top_k(log_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(log_NV: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw tokens with replacement, as `cbd_trl.losses.divergences.sampled_forward_kl` wants them.
+    """Draw tokens with replacement, for `cbd_trl.losses.divergences.sampled_forward_kl`.
 
     Args:
         log_NV: log-probabilities over the vocabulary, (N, V).
@@ -90,10 +90,10 @@ class _KeptAndTail(torch.autograd.Function):
 
 
 class Prediction(Protocol):
-    """What a teacher says at some positions, ready to be compared with."""
+    """A teacher's next-token distributions at some positions, ready to be compared with."""
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
-        """Divergence between student and teacher.
+        """Compute the divergence between student and teacher.
 
         Args:
             student_log_NV: the student's log-probabilities at the temperature, over the rows both models have, (N, V).
@@ -109,25 +109,25 @@ class Prediction(Protocol):
         """The teacher's own cross-entropy at temperature 1, (N,) nats per token."""
 
     def rows(self, rows: slice) -> "Prediction":
-        """What is said at some of the N positions."""
+        """Select some of the N positions."""
 
 
 class AnyTeacherOutputs(Protocol):
-    """What is said at all scored positions of a micro-batch, in whatever form an objective reads."""
+    """Teacher output at all scored positions of a micro-batch, in whatever form an objective reads."""
 
     def at(self, part: slice) -> Any:
-        """The statement at some of the positions; it has `rows` to get at fewer of them."""
+        """Compute the output at some of the positions; it has `rows` to get at fewer of them."""
 
 
 class TeacherOutputs(AnyTeacherOutputs, Protocol):
-    """What a teacher says at all scored positions of a micro-batch."""
+    """Teacher output at all scored positions of a micro-batch."""
 
     def at(self, part: slice) -> Prediction:
-        """The statement at some of the positions."""
+        """Compute the prediction at some of the positions."""
 
 
 class LogitPrediction:
-    """A statement made of logits: of one teacher, or of several whose distributions are averaged.
+    """A prediction made of logits: of one teacher, or of several whose distributions are averaged.
 
     Args:
         logits: for each teacher (N, V_i) float32.
@@ -203,7 +203,7 @@ class MixtureOutputs:
     """Several teachers, whose distributions are averaged.
 
     Attributes:
-        members: a signal each.
+        members: the outputs of each.
         weights: summing to 1.
     """
 

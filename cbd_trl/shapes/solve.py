@@ -1,4 +1,4 @@
-"""From "138M parameters, please" to config fields. Nothing here touches a weight."""
+"""From a number of parameters to the config fields of a shape. Nothing here touches a weight."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ class Candidate:
         depth, sizes: number of layers and every atomic size.
         num_parameters: a tied table counted once.
         strain: root mean square distance of its dimensions' fractions from their mean (0: on the line), at the FFN
-            width that would give the size asked for exactly; for the part of the size that no FFN width gives, more.
+            width that would give the requested size exactly; for the part of the size that no FFN width gives, more.
         on_stair: whether depth and width are a stair of the staircase along the line.
     """
 
@@ -71,7 +71,7 @@ class Grid:
         low: atomic sizes of the small corner (0 for a corner at the origin).
         low_depth: its number of layers.
         depths: depths on offer.
-        fixed: dimensions whose value was asked for; "heads" is group x query.
+        fixed: dimensions whose value is fixed by the request; "heads" is group x query.
     """
 
     upper: Architecture
@@ -86,14 +86,12 @@ class Grid:
         return None if high == low else (value - low) / (high - low)
 
     def multiple(self, dim: str) -> int:
-        """What values of this dimension are multiples of: 8 where both corners are, else what they have in common "
-        "with 8."""
+        """Step of this dimension's values: 8 where both corners are multiples of it, else what they share with 8."""
         return math.gcd(_MULTIPLE, self.low[dim], self.upper.sizes[dim])
 
 
 def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
-    """All shapes of the grid; where the FFN width is free, those nearest to `num_parameters` (or to the line when it "
-    "is None)."""
+    """Yield all shapes of the grid; where the FFN width is free, those nearest to the size (None: to the line)."""
     count = ParameterCount(grid.upper)
     choices = list(_widths_and_heads(grid))
     stairs = _stairs(grid, sorted({sizes["width"] for sizes in choices}))
@@ -168,8 +166,8 @@ def _num_heads(heads: Mapping[str, int]) -> int:
 
 
 def heads_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
-    """Key/value groups and queries per group for a width: on the line, rounded up, unless they are fixed or the only "
-    "thing that varies."""
+    """List key/value groups and queries per group for a width: on the line, rounded up, unless they are fixed or the
+    only thing that varies."""
     high = grid.upper.sizes
     if width_follows_heads(grid.upper):
         queries = [
@@ -243,12 +241,12 @@ def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
 
 # Operators that replace whole blocks; the others can keep any number of layers.
 _BLOCK_OPERATORS = ("nested", "patch")
-# An anchor further than this from the size asked for is no answer (only at the small end of what can be cut).
+# An anchor further than this from the requested size is not returned (only at the small end of what can be cut).
 _ANCHOR_TOLERANCE = 0.25
 
 
 def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
-    """The shape of an anchor of a given size below `upper`: fewer layers down to half of them, then narrower.
+    """Solve for the shape of an anchor of a given size: fewer layers down to half of those of `upper`, then narrower.
 
     Depths that leave the pattern of layers that engines have built in (`Architecture.fits`) are not on offer.
 
@@ -260,8 +258,8 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
         Config fields of the family.
 
     Raises:
-        ValueError: the size is no positive number, not smaller than `upper`, or smaller than anything that can be cut
-            from it.
+        ValueError: the size is not a positive number, not smaller than `upper`, or smaller than anything that can be
+            cut from it.
     """
     total = upper.num_parameters
     if not _is_positive(size) or size >= total or size == 1:
@@ -294,7 +292,7 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
 
 
 def _is_positive(value: object) -> bool:
-    """A positive number; True is none."""
+    """Whether a value is a positive number; True is not."""
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
@@ -308,7 +306,7 @@ def solve_target(
     operator: str = "nested",
     kept: Sequence[int] | None = None,
 ) -> dict[str, int]:
-    """The shape of a target between two anchors: the fields given exactly, the others on the line or near it.
+    """Solve for the shape of a target between two anchors: the fields given exactly, the others near the line.
 
     Args:
         upper, lower: architectures of the two anchors.
@@ -325,13 +323,13 @@ def solve_target(
         All shape fields of the family.
 
     Raises:
-        ValueError: nothing asked for, a field or size out of range, a shape that cannot be made, or none within
+        ValueError: nothing was requested, a field or size out of range, a shape that cannot be made, or none within
             `tolerance`; the message holds what is possible.
     """
     fields = dict(config or {})
     if num_parameters is None and not fields:
         raise ValueError(
-            "Nothing was asked for: give num_parameters, or config with fields such as " + ", ".join(upper.shape) + "."
+            "Nothing was requested: give num_parameters, or config with fields such as " + ", ".join(upper.shape) + "."
         )
     if num_parameters is not None and not _is_positive(num_parameters):
         raise ValueError(f"num_parameters must be a positive number, got {num_parameters!r}.")
@@ -354,7 +352,7 @@ def solve_target(
 def list_sizes(
     upper: Architecture, lower: Architecture, block_map: Blocks, kept: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """What `nested` can make between two anchors.
+    """List what `nested` can make between two anchors.
 
     Returns:
         `num_parameters`: [smallest, largest]; `shape`: for every config field the values on offer, ascending.
@@ -388,7 +386,7 @@ def _grid(
 ) -> Grid:
     check_blocks(block_map, lower.depth, upper.depth)
     fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
-    # A depth that is asked for by name may leave the pattern that engines have built in.
+    # A depth that is requested by name may leave the pattern that engines have built in.
     fits = anywhere if "layer" in fixed else upper.fits
     depths: Iterable[int] = range(lower.depth, upper.depth + 1)
     if operator in _BLOCK_OPERATORS:
@@ -466,7 +464,7 @@ def _check_size_range(upper: Architecture, lower: Architecture, wanted: float, t
 
 
 def _impossible(grid: Grid, fields: Mapping[str, int]) -> str:
-    """Why no shape has these fields; a width that the config class refuses has its own message."""
+    """Explain why no shape has these fields; a width that the config class does not take has its own message."""
     upper, on_line = grid.upper, {}
     if "width" in grid.fixed and "heads" not in grid.fixed and "group" not in grid.fixed:
         on_line = next(iter(heads_for_width(grid, grid.fixed["width"])), {})

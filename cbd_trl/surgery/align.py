@@ -54,7 +54,7 @@ def collect_cross_moments(
         batches: `input_ids` (B, T) without padding.
 
     Returns:
-        {lower site: E[x y^T], (D, d)}, x and y the upper and the lower model's stream there: normalised before gain
+        {lower site: E[x y^T], (D, d)}, x and y the upper and the lower model's stream there: normalized before gain
         and bias at a norm, the raw input elsewhere.
 
     Raises:

@@ -23,8 +23,8 @@ from cbd_trl.surgery.blocks import Block, Fits, anywhere, spaced_blocks
 from cbd_trl.surgery.refit import OutputProjection, layer_inputs, refit_layer
 from cbd_trl.utils.progress import Progress
 
-# Positions, evenly spaced, whose divergence says how little a candidate may cost; the best are measured on all. The
-# head is most of the work where the vocabulary is large.
+# Positions, evenly spaced, on which candidates are compared first; the best are measured on all.
+# The head is most of the work where the vocabulary is large.
 _SAMPLE = 64
 # Standard errors that a candidate's cost may lie below that of its sample.
 _ERRORS = 2.0

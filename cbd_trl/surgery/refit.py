@@ -218,7 +218,7 @@ class OutputProjection:
 
 
 def _token_weights(target: torch.Tensor) -> torch.Tensor:
-    """What reads the stream sees it normalised, so large tokens must not be all that is fitted. But 1 / |t|^2 loses
+    """What reads the stream sees it normalized, so large tokens must not be all that is fitted. But 1 / |t|^2 loses
     the size of the few enormous ones (attention sinks), which upper blocks build on: 1 / |t|, (N, 1)."""
     return target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
 

@@ -119,7 +119,7 @@ _KINDS = ("mean", "second", "square")
 
 
 class SiteStatistics(Protocol):
-    """What a cut asks of a model's moments, in memory or on disk.
+    """What a cut reads of a model's moments, in memory or on disk.
 
     Args:
         ridge: of `factor`, times each coordinate's own variance.
@@ -149,11 +149,11 @@ class Statistics:
     """Moments per token at every site of a model, in memory.
 
     Args:
-        means: {site: E[x], (D,) float32}; x is the normalised stream before gain and bias at a norm, the raw input
+        means: {site: E[x], (D,) float32}; x is the normalized stream before gain and bias at a norm, the raw input
             elsewhere.
         seconds: {site: E[x x^T], its upper triangle row by row, (D (D + 1) / 2,) float32}.
         tokens: number of tokens averaged over, padding left out.
-        squares: {output norm: E[x_i^2], (D,) float32}; x is its input, normalised, before the gain.
+        squares: {output norm: E[x_i^2], (D,) float32}; x is its input, normalized, before the gain.
         ridge: of `factor`, times each coordinate's own variance.
     """
 
@@ -241,7 +241,7 @@ def watched(
 ) -> Iterator[None]:
     """Inside, every forward pass of a model calls `visit(name, x)` with what each of these sites and norms gets.
 
-    x is (B T, D), a row a token: normalised before gain and bias, in float32, at a norm; the raw input elsewhere.
+    x is (B T, D), a row a token: normalized before gain and bias, in float32, at a norm; the raw input elsewhere.
     """
     modules = dict(model.named_modules())
     norm = (architecture.family.norm_type, architecture.eps)

@@ -15,7 +15,7 @@ from cbd_trl.utils.untrusted import parse_json, shown
 
 FORMAT_VERSION = "3"
 _MARK = "cbd_trl_statistics"
-# Sites whose vectors stay mapped, so that what a layer asks for again and again is mapped once.
+# Sites whose vectors stay mapped, so that what a layer reads again and again is mapped once.
 _MAPPED = 8
 _VECTORS = ("mean", "variances", "prefix_squares", "diagonal", "scales")
 
@@ -122,7 +122,7 @@ class StoredStatistics:
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
         """L, (D, P) float32, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular.
 
-        Where `kept` is a prefix that is a part of what is stored; else the moments are factorised anew.
+        Where `kept` is a prefix that is a part of what is stored; else the moments are factorized anew.
         """
         size = len(kept)
         if int(kept[-1]) != size - 1:

@@ -111,7 +111,7 @@ def test_the_norm_epsilon_of_opt_is_torchs_and_cannot_be_set():
 def test_quantised_model_is_refused(family):
     config = tiny_config(family)
     config.quantization_config = {"quant_method": "gguf"}
-    with pytest.raises(ValueError, match=r"quantised.*Load it dequantised"):
+    with pytest.raises(ValueError, match=r"quantized.*Load it dequantized"):
         describe(config)
 
 

@@ -218,8 +218,8 @@ def test_config_that_leaves_the_size_out_of_reach():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "Nothing was asked for: give num_parameters, or config with fields such as num_hidden_layers"),
-        ({"config": {}}, "Nothing was asked for"),
+        ({}, "Nothing was requested: give num_parameters, or config with fields such as num_hidden_layers"),
+        ({"config": {}}, "Nothing was requested"),
         ({"num_parameters": -1}, "num_parameters must be a positive number, got -1"),
         ({"num_parameters": "138M"}, "num_parameters must be a positive number, got '138M'"),
         ({"num_parameters": True}, "num_parameters must be a positive number, got True"),
