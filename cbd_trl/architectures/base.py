@@ -298,7 +298,7 @@ class Architecture:
         """
         return bool(self.off_pattern) or not self._differing(layer, position)
 
-    def begins_alike(self, layer: int, position: int) -> bool:
+    def starts_period(self, layer: int, position: int) -> bool:
         """Whether whole periods of the engines' pattern stand for whole periods.
 
         Args:

@@ -142,7 +142,7 @@ def _rules(architecture: Architecture) -> list[tuple[Fits, Fits]]:
 
     Where whole periods of a pattern stand for whole periods, targets between the two depths keep it, too.
     """
-    return [(architecture.fits, architecture.begins_alike), (architecture.fits, anywhere), (anywhere, anywhere)]
+    return [(architecture.fits, architecture.starts_period), (architecture.fits, anywhere), (anywhere, anywhere)]
 
 
 def _single(total: int) -> _Costs:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from cbd_trl.architectures.axes import prefix
-from cbd_trl.surgery.align import Side, assignment, collect_cross_moments, match_models, order_above, paired_sites
+from cbd_trl.surgery.align import (
+    MeasuredModel,
+    assignment,
+    collect_cross_moments,
+    match_models,
+    order_above,
+    paired_sites,
+)
 from cbd_trl.surgery.blocks import spaced_layers
 from cbd_trl.surgery.grow import grow_depth, grow_width
 from cbd_trl.surgery.reorder import Order, importance, importance_order, permute
@@ -33,7 +40,7 @@ BATCHES = [{"input_ids": batch} for batch in tokens(16, seed=1).split(8)]
 def side(weights, architecture):
     model = build(weights, architecture)
     statistics = moments(model, architecture)
-    return model, Side(weights, architecture, statistics)
+    return model, MeasuredModel(weights, architecture, statistics)
 
 
 def matched(upper, lower):

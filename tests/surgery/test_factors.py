@@ -6,7 +6,8 @@ from transformers import LlamaConfig, Qwen2Config
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import axis_length
-from cbd_trl.surgery.statistics import BITS, deviations, factorize, pack, packed_bytes, unpack
+from cbd_trl.surgery.statistics import deviations, factorize
+from cbd_trl.surgery.statistics_file import BITS, pack, packed_bytes, unpack
 
 
 def random_moments(size, rows=300, seed=0):
