@@ -74,6 +74,7 @@ class Row:
         gguf: what `gguf.MODEL_ARCH` calls it; None where llama.cpp does not have it.
         whole_heads: whether transformers wants a width that is a multiple of the number of heads.
         writers: in a layer, what computes the neurons and what the values of the attention.
+        smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
     """
 
@@ -84,6 +85,7 @@ class Row:
     gguf: str | None = None
     whole_heads: bool = False
     writers: tuple[str, str] = ("mlp.up_proj", "self_attn.v_proj")
+    smooth: dict[str, Any] = field(default_factory=dict)
     sdpa: bool = True
 
 
@@ -170,6 +172,7 @@ ROWS: dict[str, Row] = {
         ({"enable_bias": False},),
         whole_heads=True,
         writers=("fc1", "self_attn.v_proj"),
+        smooth={"activation_function": "gelu"},
     ),
 }
 FAMILIES = list(ROWS)

@@ -34,11 +34,6 @@ def full_model(family: str, tied: bool, seed: int = 0, **overrides: Any) -> PreT
     return tiny_model(family, seed=seed, tie_word_embeddings=tied, **{**options, **overrides}).double()
 
 
-def lively(family: str) -> dict[str, Any]:
-    """Options without dead neurons, which nobody can tell apart; ReLU, OPT's own activation, has some."""
-    return {"activation_function": "gelu"} if family == "opt" else {}
-
-
 def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:
     architecture = describe(model.config)
     return weights_of(model, architecture), architecture

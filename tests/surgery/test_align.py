@@ -25,13 +25,12 @@ from tests.surgery.helpers import (
     every_case,
     every_family,
     full_model,
-    lively,
     moments,
     random_order,
     scaled,
     tokens,
 )
-from tests.tiny import WIDTH_OF_HEADS
+from tests.tiny import ROWS, WIDTH_OF_HEADS
 
 # The text of `moments`, in two batches.
 BATCHES = [{"input_ids": batch} for batch in tokens(16, seed=1).split(8)]
@@ -79,7 +78,7 @@ GROWN, GROWN_WITH_HEADS = {"width": 40, "group": 3, "query": 3, "ffn": 64}, {"wi
 
 def grown_and_scrambled(family, tied):
     """A model, and one grown from it in depth and every width, which computes the same, both scrambled."""
-    weights, architecture = described(full_model(family, tied, **lively(family)))
+    weights, architecture = described(full_model(family, tied, **ROWS[family].smooth))
     sizes = GROWN_WITH_HEADS if family in WIDTH_OF_HEADS else GROWN
     larger, larger_architecture = grow_width(weights, architecture, architecture.resized(**sizes))
     # New neurons are copies of old ones, save for what they write; here they are to be nobody's.
