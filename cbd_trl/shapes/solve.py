@@ -269,7 +269,7 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
                 wanted = _ffn_on_line(grid, depth, sizes)
             else:
                 wanted = ((num_parameters - outer) / depth - layer) / neuron
-            # Judged before rounding to an FFN width on offer, or neighbouring stairs would take turns.
+            # Judged before rounding to an FFN width on offer, or neighboring stairs would take turns.
             dial = _ffn_in_range(grid, wanted)
             strain = _strain(grid, depth, {**sizes, "ffn": dial})
             if num_parameters is not None:

@@ -1,6 +1,6 @@
 """Which layers a shallower model keeps, and which others each of them stands for: the cheapest blocks, by measure.
 
-Of two neighbours the wrong one can cost many times as much: the layer that makes the attention sink has no stand-in,
+Of two neighbors the wrong one can cost many times as much: the layer that makes the attention sink has no stand-in,
 wherever an even spacing happens to put it.
 
 Shapes: N positions of the held-out text, D width, V vocabulary rows.

@@ -76,7 +76,7 @@ class Fit:
 
 
 def _span(index: torch.Tensor) -> slice | torch.Tensor:
-    """Ascending positions as a slice where they are neighbours: a view then, not a copy."""
+    """Ascending positions as a slice where they are neighbors: a view then, not a copy."""
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index
 
