@@ -6,6 +6,7 @@ Gains, biases and norms are random: freshly initialized ones (gains 1, biases 0)
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -75,6 +76,7 @@ class Row:
         whole_heads: whether transformers wants a width that is a multiple of the number of heads.
         writers: in a layer, what computes the neurons and what the values of the attention.
         smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
+        like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
     """
 
@@ -86,6 +88,7 @@ class Row:
     whole_heads: bool = False
     writers: tuple[str, str] = ("mlp.up_proj", "self_attn.v_proj")
     smooth: dict[str, Any] = field(default_factory=dict)
+    like: str | None = None
     sdpa: bool = True
 
 
@@ -146,6 +149,7 @@ ROWS: dict[str, Row] = {
         _ALL_BIASES,
         ({"attention_bias": True}, {"mlp_bias": True}),
         gguf="GRANITE",
+        like="llama",
     ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
     "gpt2": Row(
@@ -184,6 +188,10 @@ def _ties_width(family: Family) -> bool:
     return family.resolve(sizes, {"width": 16})["group"] == 2
 
 
+# For tests that build or train a whole model.
+END_TO_END = [
+    pytest.param(family, marks=() if row.like is None else pytest.mark.slow, id=family) for family, row in ROWS.items()
+]
 SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
 # Those whose norms are LayerNorms, and those whose width is heads x head size (the same ones, so far).
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")
