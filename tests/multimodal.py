@@ -5,7 +5,7 @@ from typing import Any
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
 from cbd_trl.utils.modeling import text_model
-from tests.tiny import randomise
+from tests.tiny import randomize
 
 _VISION = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
@@ -22,7 +22,7 @@ def tiny_multimodal(*, seed: int = 0, layers: int = 4, **text: Any) -> PreTraine
         image_token_index=fields["vocab_size"] - 1,
     )
     model = Gemma3ForConditionalGeneration(config)
-    randomise(model.model.language_model, seed)
+    randomize(model.model.language_model, seed)
     return model.eval()
 
 

@@ -14,23 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from cbd_trl import Chain, from_chain
 from tests.chain.helpers import DEEP, WIDE, build_tiny_chain
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import ROWS, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 # What llama.cpp calls them; it has no OPT.
-ARCHITECTURES = {
-    "llama": MODEL_ARCH.LLAMA,
-    "mistral": MODEL_ARCH.LLAMA,
-    "qwen2": MODEL_ARCH.QWEN2,
-    "qwen3": MODEL_ARCH.QWEN3,
-    "phi3": MODEL_ARCH.PHI3,
-    "smollm3": MODEL_ARCH.SMOLLM3,
-    "gemma2": MODEL_ARCH.GEMMA2,
-    "gemma3_text": MODEL_ARCH.GEMMA3,
-    "olmo2": MODEL_ARCH.OLMO2,
-    "gpt2": MODEL_ARCH.GPT2,
-    "gpt_neox": MODEL_ARCH.GPTNEOX,
-}
+ARCHITECTURES = {family: MODEL_ARCH[row.gguf] for family, row in ROWS.items() if row.gguf is not None}
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +89,3 @@ def test_gguf_has_a_name_for_every_tensor(family):
     model = tiny_model(family, **tied)
     unnamed = [key for key, _ in model.named_parameters() if names.get_name(key, (".weight", ".bias")) is None]
     assert unnamed == []
-
-
-def test_every_family_but_opt_is_in_the_table():
-    assert set(FAMILIES) - set(ARCHITECTURES) == {"opt"}

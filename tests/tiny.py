@@ -1,36 +1,42 @@
-"""Tiny models with random gains, biases and norms: freshly initialised ones (gains 1, biases 0) hide bugs."""
+"""Tiny models of every family: one row of `ROWS` gives a family its tests in all folders.
 
+Gains, biases and norms are random: freshly initialized ones (gains 1, biases 0) hide bugs.
+"""
+
+from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
-    GPT2LMHeadModel,
     GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    GraniteConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     Olmo2Config,
-    Olmo2ForCausalLM,
     OPTConfig,
-    OPTForCausalLM,
     Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
-    Qwen2ForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
     SmolLM3Config,
-    SmolLM3ForCausalLM,
 )
 
+from cbd_trl.architectures.base import Family
+from cbd_trl.architectures.registry import family_of, supported_model_types
+
+# The common names of the fields of a shape, and the dimension that each sets.
+_DIMENSIONS = {
+    "hidden_size": "width",
+    "intermediate_size": "ffn",
+    "num_hidden_layers": "layer",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "group",
+}
 _SHAPE = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -44,19 +50,6 @@ _SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-# What a family calls its fields, where its config class does not take the common names; None: it has no such field.
-_OWN_NAMES: dict[str, dict[str, str | None]] = {
-    "gpt2": {
-        "hidden_size": "n_embd",
-        "intermediate_size": "n_inner",
-        "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head",
-        "num_key_value_heads": None,
-        "max_position_embeddings": "n_positions",
-    },
-    "gpt_neox": {"num_key_value_heads": None},
-    "opt": {"intermediate_size": "ffn_dim", "num_key_value_heads": None},
-}
 # Phi-3's, for a head size of 8: positions past 16 take the other factors.
 LONGROPE = {
     "rope_type": "longrope",
@@ -64,45 +57,161 @@ LONGROPE = {
     "long_factor": [1.0, 1.5, 2.5, 4.0],
     "original_max_position_embeddings": 16,
 }
-# Their width is heads x head size, and their norms are LayerNorms.
-WIDTH_OF_HEADS = tuple(_OWN_NAMES)
 # Sliding and full layers in turn, a window shorter than the tests' rows, and caps that the logits feel.
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "final_logit_softcapping": 3.0}
-_FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8}),
-    "mistral": (MistralConfig, MistralForCausalLM, {"head_dim": 8, "sliding_window": 6}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
-    "phi3": (Phi3Config, Phi3ForCausalLM, {"head_dim": 8}),
-    "smollm3": (
+_BIASES: dict[str, Any] = {"attention_bias": True}
+_ALL_BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A family in the tests.
+
+    Attributes:
+        config: its config class.
+        fields: config fields of the tiny model beside its shape.
+        biases: config fields that give it every bias that it can have.
+        options: further config fields, each set of them with tensors of its own to be described.
+        gguf: what `gguf.MODEL_ARCH` calls it; None where llama.cpp does not have it.
+        whole_heads: whether transformers wants a width that is a multiple of the number of heads.
+        writers: in a layer, what computes the neurons and what the values of the attention.
+        smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
+        like: a family whose end-to-end tests stand for its own, which are `slow`.
+        sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
+    """
+
+    config: Any
+    fields: dict[str, Any] = field(default_factory=dict)
+    biases: dict[str, Any] = field(default_factory=dict)
+    options: tuple[dict[str, Any], ...] = ()
+    gguf: str | None = None
+    whole_heads: bool = False
+    writers: tuple[str, str] = ("mlp.up_proj", "self_attn.v_proj")
+    smooth: dict[str, Any] = field(default_factory=dict)
+    like: str | None = None
+    sdpa: bool = True
+
+
+ROWS: dict[str, Row] = {
+    "llama": Row(
+        LlamaConfig,
+        {"head_dim": 8},
+        _ALL_BIASES,
+        (
+            *({"attention_bias": a, "mlp_bias": not a} for a in (False, True)),
+            {"num_key_value_heads": 4},
+            {"num_key_value_heads": 1, "head_dim": 16},
+            {"head_dim": None},
+        ),
+        gguf="LLAMA",
+        whole_heads=True,
+    ),
+    "mistral": Row(
+        MistralConfig,
+        {"head_dim": 8, "sliding_window": 6},
+        options=({"head_dim": None, "sliding_window": 8},),
+        gguf="LLAMA",
+    ),
+    "qwen2": Row(Qwen2Config, gguf="QWEN2"),
+    "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3"),
+    "phi3": Row(
+        Phi3Config,
+        {"head_dim": 8},
+        options=({"num_key_value_heads": 4, "sliding_window": 8}, {"rope_parameters": LONGROPE}),
+        gguf="PHI3",
+    ),
+    "smollm3": Row(
         SmolLM3Config,
-        SmolLM3ForCausalLM,
         {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
+        _ALL_BIASES,
+        ({"attention_bias": True}, {"mlp_bias": True}),
+        gguf="SMOLLM3",
     ),
-    "gemma2": (Gemma2Config, Gemma2ForCausalLM, {**_GEMMA, "attn_logit_softcapping": 1.0}),
-    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, {**_GEMMA, "sliding_window_pattern": 3}),
-    "olmo2": (Olmo2Config, Olmo2ForCausalLM, {}),
-    "gpt2": (
+    "gemma2": Row(
+        Gemma2Config,
+        {**_GEMMA, "attn_logit_softcapping": 1.0},
+        _BIASES,
+        gguf="GEMMA2",
+        whole_heads=True,
+        sdpa=False,
+    ),
+    "gemma3_text": Row(
+        Gemma3TextConfig, {**_GEMMA, "sliding_window_pattern": 3}, _BIASES, gguf="GEMMA3", whole_heads=True
+    ),
+    "granite": Row(
+        GraniteConfig,
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.25,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 0.5,
+        },
+        _ALL_BIASES,
+        ({"attention_bias": True}, {"mlp_bias": True}),
+        gguf="GRANITE",
+        like="llama",
+    ),
+    "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
+    "gpt2": Row(
         GPT2Config,
-        GPT2LMHeadModel,
         {"n_inner": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        options=({"n_inner": 40},),
+        gguf="GPT2",
+        whole_heads=True,
+        writers=("mlp.c_fc", "attn.c_attn"),
     ),
-    "gpt_neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {"rotary_pct": 0.5}),
-    "opt": (OPTConfig, OPTForCausalLM, {"dropout": 0.0}),
+    "gpt_neox": Row(
+        GPTNeoXConfig,
+        {"rotary_pct": 0.5},
+        _BIASES,
+        tuple({"attention_bias": b, "use_parallel_residual": p} for b in (False, True) for p in (False, True)),
+        gguf="GPTNEOX",
+        whole_heads=True,
+        writers=("mlp.dense_h_to_4h", "attention.query_key_value"),
+    ),
+    "opt": Row(
+        OPTConfig,
+        {"dropout": 0.0},
+        {"enable_bias": True},
+        ({"enable_bias": False},),
+        whole_heads=True,
+        writers=("fc1", "self_attn.v_proj"),
+        smooth={"activation_function": "gelu"},
+    ),
 }
-FAMILIES = list(_FAMILIES)
-# transformers has no soft-capping of attention scores in SDPA.
-SDPA_FAMILIES = [family for family in FAMILIES if family != "gemma2"]
+FAMILIES = list(ROWS)
+
+
+def _ties_width(family: Family) -> bool:
+    """Whether half the width means half the heads."""
+    sizes = {"width": 32, "ffn": 48, "group": 4, "query": 1, "dim": 8}
+    return family.resolve(sizes, {"width": 16})["group"] == 2
+
+
+# For tests that build or train a whole model.
+END_TO_END = [
+    pytest.param(family, marks=() if row.like is None else pytest.mark.slow, id=family) for family, row in ROWS.items()
+]
+SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
+# Those whose norms are LayerNorms, and those whose width is heads x head size (the same ones, so far).
+LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")
+WIDTH_OF_HEADS = tuple(family for family in FAMILIES if _ties_width(family_of(family)))
 
 
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
     """Config fields by the names that the family has for them; those it does not have are left out."""
-    names = {field: _OWN_NAMES.get(family, {}).get(field, field) for field in fields}
-    return {name: fields[field] for field, name in names.items() if name is not None}
+    own = {dimension: name for name, dimension in family_of(family).shape_fields.items()}
+    aliases = ROWS[family].config.attribute_map
+    named: dict[str | None, Any] = {}
+    for name, value in fields.items():
+        dimension = _DIMENSIONS.get(name)
+        named[aliases.get(name, name) if dimension is None else own.get(dimension)] = value
+    named.pop(None, None)
+    return {name: value for name, value in named.items() if name is not None}
 
 
 def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa", **overrides: Any) -> PreTrainedModel:
-    """A causal LM of 4 layers, width 32 and 64 vocabulary rows, the same for the same seed.
+    """Make a causal LM of 4 layers, width 32 and 64 vocabulary rows, the same for the same seed.
 
     Args:
         family: one of `FAMILIES`.
@@ -113,16 +222,15 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     Returns:
         the model, float32, in eval mode.
     """
-    config_class, model_class, own = _FAMILIES[family]
-    if family not in SDPA_FAMILIES:
-        attn_implementation = "eager"
-    config = config_class(**{**own_names(family, **_SHAPE), **own, **overrides})
-    model = model_class._from_config(config, attn_implementation=attn_implementation)
-    randomise(model, seed)
+    row = ROWS[family]
+    config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides})
+    how = attn_implementation if row.sdpa else "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=how)
+    randomize(model, seed)
     return model.eval()
 
 
-def randomise(model: Any, seed: int = 0) -> None:
+def randomize(model: Any, seed: int = 0) -> None:
     """Draw every parameter anew: gains around 1 (Gemma stores them less 1), the rest around 0, deviation 0.2.
 
     Args:
@@ -130,7 +238,8 @@ def randomise(model: Any, seed: int = 0) -> None:
         seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    gain = 0.0 if model.config.model_type in ("gemma2", "gemma3_text") else 1.0
+    model_type = model.config.model_type
+    gain = 1.0 - (family_of(model_type).gain_offset if model_type in supported_model_types() else 0.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = gain if parameter.dim() == 1 and name.endswith("weight") else 0.0

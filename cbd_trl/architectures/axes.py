@@ -39,12 +39,12 @@ def to_dims(tensor: torch.Tensor, axes: Axes, sizes: Sizes) -> torch.Tensor:
     """View a stored tensor as an array over its atomic dimensions.
 
     Raises:
-        ValueError: the tensor does not have the shape that its axes and the config's sizes say.
+        ValueError: the tensor does not have the shape of its axes and the config's sizes.
     """
     expected = tensor_shape(axes, sizes)
     if tuple(tensor.shape) != expected:
         raise ValueError(
-            f"A tensor of shape {tuple(tensor.shape)} was given where the config says {expected} (axes {axes}). "
+            f"A tensor of shape {tuple(tensor.shape)} was given where the config has {expected} (axes {axes}). "
             "The weights do not belong to this config; load both from the same folder."
         )
     return tensor.reshape([sizes[dim] for dim in dims_of(axes)])

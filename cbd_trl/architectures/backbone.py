@@ -207,13 +207,13 @@ def _takes(forward: Any, keyword: str) -> bool:
 
 
 def keep_trainable(model: nn.Module) -> None:
-    """Let a quantised model run in eval mode now and be trained later.
+    """Let a quantized model run in eval mode now and be trained later.
 
     On CPUs with bfloat16 instructions bitsandbytes packs 4-bit weights at the first forward in eval mode, after which
     no gradient passes them, silently: an evaluation during training would end it.
 
     Args:
-        model: changed in place; nothing happens where nothing is quantised so.
+        model: changed in place; nothing happens where nothing is quantized so.
     """
     module: Any
     for module in model.modules():
@@ -229,7 +229,7 @@ def _run_inside(inside: Callable[[Tensor], Any], hidden_BTD: Tensor) -> Any:
 
 @contextmanager
 def output_head(model: Any, keep: bool = False) -> Iterator[Head]:
-    """The head of a causal LM, whole, with the logit transforms its config asks for.
+    """Gather the head of a causal LM, whole, with the logit transforms of its config.
 
     Within the model's forward where it is sharded. Offloaded parameters (accelerate) are brought to their device,
     partitioned ones (ZeRO-3, FSDP 2) gathered, for the time of the context.
@@ -242,7 +242,7 @@ def output_head(model: Any, keep: bool = False) -> Iterator[Head]:
         a head that shares the model's parameters.
 
     Raises:
-        ValueError: if the output embedding is quantised.
+        ValueError: if the output embedding is quantized.
     """
     module = model.get_output_embeddings()
     offloaded = has_offloaded_params(module)
@@ -250,10 +250,10 @@ def output_head(model: Any, keep: bool = False) -> Iterator[Head]:
     with align_module_device(module):
         weight, bias = (_whole(getattr(module, name, None)) for name in ("weight", "bias"))
         if weight is None or not weight.is_floating_point():
-            kind = "no matrix" if weight is None else f"quantised ({weight.dtype})"
+            kind = "no matrix" if weight is None else f"quantized ({weight.dtype})"
             raise ValueError(
                 f"The output head of {type(model).__name__} is {kind}, but the loss multiplies by its weight. Leave "
-                "it out of the quantisation, such as with llm_int8_skip_modules=['lm_head']."
+                "it out of the quantization, such as with llm_int8_skip_modules=['lm_head']."
             )
         if keep and (offloaded or hasattr(module.weight, "ds_id") or _in_fsdp(model)):
             weight, bias = weight.clone(), None if bias is None else bias.clone()
@@ -263,7 +263,7 @@ def output_head(model: Any, keep: bool = False) -> Iterator[Head]:
 
 @torch.no_grad()
 def check_causal(model: Any) -> None:
-    """Refuse a model whose states know what follows, as an encoder's do: it would be asked for what it has read.
+    """Check that a model does not read what follows a token, as an encoder does: it would predict what it has read.
 
     Args:
         model: with an opened forward, in eval mode, not wrapped.
@@ -280,14 +280,14 @@ def check_causal(model: Any) -> None:
     _check_finite(model, one, two)
     if not torch.allclose(one, two, rtol=1e-2, atol=1e-2 * one.std().item()):
         raise ValueError(
-            f"{type(model).__name__} reads what follows a token, as an encoder does, so what it says of the next one "
-            "is no prediction. Give a causal language model."
+            f"{type(model).__name__} reads what follows a token, as an encoder does, so its output for the "
+            "next one is not a prediction. Give a causal language model."
         )
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Refuse a model whose logits are not its head of its last hidden state: the loss would silently be another one.
+    """Check that a model's logits are its head of its last hidden state: else the loss would silently be another one.
 
     Args:
         model: a causal LM, not wrapped.

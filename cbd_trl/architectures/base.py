@@ -23,7 +23,7 @@ class Site:
     """A place where linear layers read a stream.
 
     Args:
-        name: module whose input is the stream: a norm (the stream is then taken after normalising, before gain and
+        name: module whose input is the stream: a norm (the stream is then taken after normalizing, before gain and
             bias) or the reading linear layer itself.
         axis: the readers' input axis, for example `"width"`, `"ffn"` or `"group.query.dim"`.
         readers: modules whose weight reads the stream.
@@ -43,7 +43,7 @@ class OutputNorm:
     Args:
         name: the norm module.
         axis: the coordinates it is taken over, for example `"width"`, or `"dim"` for each head on its own.
-        projection: module whose output it normalises.
+        projection: module whose output it normalizes.
     """
 
     name: str
@@ -118,7 +118,7 @@ class Architecture:
         config: the model's config; it is never changed.
 
     Raises:
-        ValueError: the config says of a size that it is no positive whole number.
+        ValueError: a size in the config is not a positive whole number.
     """
 
     def __init__(self, family: Family, config: PretrainedConfig) -> None:
@@ -140,12 +140,12 @@ class Architecture:
         return {field: values[dim] for field, dim in self.family.shape_fields.items()}
 
     def resolve_sizes(self, fields: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        """The depth and atomic sizes that config fields ask for; what is not asked for stays as it is here.
+        """Resolve the depth and atomic sizes that config fields mean; what they leave out stays as it is here.
 
         What the family ties together follows: key/value groups take their query heads, GPT-2's width its heads.
 
         Raises:
-            ValueError: a field that is no shape field, no positive integer, or does not go with the others.
+            ValueError: a field is not a shape field, not a positive integer, or does not go with the others.
         """
         for field, value in fields.items():
             if field not in self.family.shape_fields:
@@ -203,7 +203,7 @@ class Architecture:
         shapes = {}
         for key, (name, rows) in self.stored.items():
             shape = tensor_shape(self.tensors[key], self.sizes)
-            # The parts of a fused tensor come in the order of their rows: the last one says where they end.
+            # The parts of a fused tensor come in the order of their rows: the last one ends where they end.
             shapes[name] = shape if rows.stop is None else (rows.stop, *shape[1:])
         return shapes
 
@@ -277,7 +277,7 @@ class Architecture:
         return [field for field, period in pattern if self.entry(field, layer) != period[position % len(period)]]
 
     def entry(self, field: str, layer: int) -> Any:
-        """What a per-layer list of the config says of one layer; None where there is no such list."""
+        """Look up a layer's entry in a per-layer list of the config; None where there is no such list."""
         entries = getattr(self.config, field, None)
         return None if entries is None else entries[layer]
 
@@ -298,7 +298,7 @@ class Architecture:
         """
         return bool(self.off_pattern) or not self._differing(layer, position)
 
-    def begins_alike(self, layer: int, position: int) -> bool:
+    def starts_period(self, layer: int, position: int) -> bool:
         """Whether whole periods of the engines' pattern stand for whole periods.
 
         Args:
@@ -388,7 +388,7 @@ class WidthOfHeads:
         return width // heads
 
     def check(self, sizes: Sizes) -> None:
-        """Refuse sizes whose heads do not fill the width (ValueError)."""
+        """Check that the heads fill the width (ValueError)."""
         heads, dim = sizes["group"] * sizes["query"], sizes["dim"]
         if sizes["width"] != heads * dim:
             raise ValueError(
@@ -397,7 +397,7 @@ class WidthOfHeads:
             )
 
     def with_heads(self, sizes: Sizes, given: Sizes) -> dict[str, int]:
-        """What was asked for, and the number of heads that a width means."""
+        """Add the number of heads that a width means to the sizes given."""
         if "width" not in given or "heads" in given or "group" in given:
             return dict(given)
         return {**given, "heads": max(given["width"] // sizes["dim"], 1)}
@@ -406,7 +406,7 @@ class WidthOfHeads:
         """Sizes with resolved heads, and the width that they fill.
 
         Raises:
-            ValueError: another width was asked for.
+            ValueError: the width given is another.
         """
         heads, dim = sizes["group"] * sizes["query"], sizes["dim"]
         width = given.get("width", heads * dim)
@@ -478,7 +478,7 @@ def learned_positions_of(config: Any) -> int | None:
 
 
 def check_positions(longest: int, positions: int | None, row: str, model: str, way_out: str) -> None:
-    """Refuse a row that is longer than a model has positions.
+    """Check that a row is no longer than a model has positions.
 
     Args:
         longest: tokens of the row.

@@ -58,7 +58,7 @@ def _assign(config: Any, sizes: Mapping[str, int]) -> None:
 
 def _resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
     resolved = _WIDTH.resolve(sizes, given)
-    # A plain GPT-2 has an FFN four times its width; keep that ratio unless told otherwise.
+    # A plain GPT-2 has an FFN four times its width; keep that ratio unless the FFN width is given.
     if "ffn" not in given and sizes["ffn"] == 4 * sizes["width"]:
         resolved["ffn"] = 4 * resolved["width"]
     return resolved

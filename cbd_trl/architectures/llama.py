@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
 
-What Gemma and OLMo 2 share with them is read from here.
+What Gemma, Granite and OLMo 2 share with them is read from here.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ QKV_BIASES = {
     "self_attn.v_proj.bias": "group.dim",
 }
 ATTENTION_BIASES = {**QKV_BIASES, "self_attn.o_proj.bias": "width"}
+MLP_BIASES = {"mlp.gate_proj.bias": "ffn", "mlp.up_proj.bias": "ffn", "mlp.down_proj.bias": "width"}
 QK_NORMS = {"self_attn.q_proj": "self_attn.q_norm", "self_attn.k_proj": "self_attn.k_norm"}
 
 
@@ -40,7 +41,7 @@ def layer_tensors(config: Any) -> dict[str, str]:
     if config.model_type in ("llama", "qwen3", "smollm3") and config.attention_bias:
         tensors |= ATTENTION_BIASES
     if config.model_type in ("llama", "smollm3") and config.mlp_bias:
-        tensors |= {"mlp.gate_proj.bias": "ffn", "mlp.up_proj.bias": "ffn", "mlp.down_proj.bias": "width"}
+        tensors |= MLP_BIASES
     if config.model_type == "qwen3":
         tensors |= {"self_attn.q_norm.weight": "dim", "self_attn.k_norm.weight": "dim"}
     return tensors

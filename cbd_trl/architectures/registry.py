@@ -1,4 +1,4 @@
-"""The families there are: one row each."""
+"""The table of families, one row each, and what is looked up in it."""
 
 import copy
 from collections.abc import Mapping
@@ -8,10 +8,11 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from cbd_trl.architectures.base import Architecture
+from cbd_trl.architectures.base import Architecture, Family
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
+from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.opt import OPT
@@ -20,7 +21,7 @@ from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3)
+FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3)
 
 
 def supported_model_types() -> list[str]:
@@ -28,17 +29,26 @@ def supported_model_types() -> list[str]:
     return sorted({model_type for family in FAMILIES for model_type in family.model_types})
 
 
+def family_of(model_type: str) -> Family:
+    """Look up the family of a model type; of one with several descriptions the general one.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return {name: family for family in FAMILIES for name in family.model_types}[model_type]
+
+
 def describe(config: PretrainedConfig) -> Architecture:
     """Resolve the description of a model's family for its config.
 
     Raises:
-        ValueError: the model type or one of its options is not supported, or the model is quantised; the message
+        ValueError: the model type or one of its options is not supported, or the model is quantized; the message
             lists what is supported.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            "The model is quantised; weights are cut and mixed in floating point. Load it dequantised "
-            "(for GGUF: `from_pretrained(..., gguf_file=..., dtype=torch.float32)` and remove the quantisation marks)."
+            "The model is quantized; weights are cut and mixed in floating point. Load it dequantized "
+            "(for GGUF: `from_pretrained(..., gguf_file=..., dtype=torch.float32)` and remove the quantization marks)."
         )
     for family in FAMILIES:
         if config.model_type in family.model_types and family.when(config):
@@ -52,7 +62,7 @@ def describe(config: PretrainedConfig) -> Architecture:
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The same for a model at hand: whether its head is tied, its weights say and not its config.
+    """Describe a model at hand: whether its head is tied is read from its weights, not from its config.
 
     transformers loads a head that differs from the table although `tie_word_embeddings` is set, as merged adapters and
     edited checkpoints have it, and a program may tie what the config has apart.
@@ -73,7 +83,7 @@ def architecture_of(model: Any) -> Architecture:
 @torch.no_grad()
 def is_tied(model: Any, one_tensor: bool = False) -> bool:
     """Whether a causal LM has one table for input and output: the same one, or by its config and with equal values.
-    Where its config says otherwise there is a warning.
+    Where its config differs there is a warning.
 
     Args:
         model: a causal LM; of one whose weights are not here the config is believed.
@@ -95,33 +105,21 @@ def is_tied(model: Any, one_tensor: bool = False) -> bool:
     return tied
 
 
-_SHORT = {
-    "num_hidden_layers": "layers",
-    "n_layer": "layers",
-    "hidden_size": "wide",
-    "n_embd": "wide",
-    "num_attention_heads": "heads",
-    "n_head": "heads",
-    "num_key_value_heads": "kv",
-    "intermediate_size": "ffn",
-    "n_inner": "ffn",
-}
-
-
-# The order in which a shape is told.
-_ORDER = ("layers", "wide", "heads", "ffn")
+# What a dimension is called in a description of a shape, in the order of the words.
+_LABELS = {"layer": "layers", "width": "wide", "heads": "heads", "ffn": "ffn", "group": "kv"}
+_LABEL_OF_FIELD = {field: _LABELS[dim] for family in FAMILIES for field, dim in family.shape_fields.items()}
 
 
 def describe_shape(shape: Mapping[str, int], short: bool = False) -> str:
-    """A shape in a few words, such as `16 layers, 384 wide, 6/2 heads, ffn 1024`.
+    """Describe a shape in a few words, such as `16 layers, 384 wide, 6/2 heads, ffn 1024`.
 
     Args:
-        shape: config fields.
+        shape: config fields of any family.
         short: `16×384, 6/2 heads, ffn 1024`.
     """
-    parts = {_SHORT.get(name, name): value for name, value in shape.items()}
+    parts = {_LABEL_OF_FIELD.get(name, name): value for name, value in shape.items()}
     groups = parts.pop("kv", None)
-    parts = {name: parts[name] for name in sorted(parts, key=lambda name: (*_ORDER, name).index(name))}
+    parts = {name: parts[name] for name in sorted(parts, key=lambda name: (*_LABELS.values(), name).index(name))}
     if short and "layers" in parts and "wide" in parts:
         words = [f"{parts.pop('layers')}×{parts.pop('wide')}"]
     else:

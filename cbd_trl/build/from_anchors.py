@@ -29,7 +29,7 @@ from cbd_trl.chain.folders import ONE_TOKENIZER, check_place
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
-from cbd_trl.surgery.align import Match, Side, collect_cross_moments, match_models, order_above
+from cbd_trl.surgery.align import Match, MeasuredModel, collect_cross_moments, match_models, order_above
 from cbd_trl.surgery.blocks import blocks_of
 from cbd_trl.surgery.reorder import Importance, Order, importance, importance_order, permute
 from cbd_trl.surgery.statistics import collect_statistics
@@ -207,15 +207,15 @@ class Coordinates:
         return cls([Order(**found[number]) for number in sorted(found)], json.loads(metadata["matches"]))
 
 
-def _with_statistics(member: Member, blocks: torch.Tensor) -> tuple[PreTrainedModel, Side]:
+def _with_statistics(member: Member, blocks: torch.Tensor) -> tuple[PreTrainedModel, MeasuredModel]:
     model: Any = member.load()
     weights = weights_of(model, member.architecture)
     model.to(PartialState().device)
     statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
-    return model, Side(weights, member.architecture, statistics)
+    return model, MeasuredModel(weights, member.architecture, statistics)
 
 
-def _importance(side: Side) -> Importance:
+def _importance(side: MeasuredModel) -> Importance:
     return importance(side.weights, side.architecture, side.statistics)
 
 

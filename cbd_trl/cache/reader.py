@@ -18,7 +18,7 @@ from cbd_trl.architectures.backbone import Head
 from cbd_trl.cache.format import HEAD_FILE, Manifest, Settings, read_manifest, row_key, token_bytes
 from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, empty_row, read_row
 from cbd_trl.losses.reduction import select_scored
-from cbd_trl.losses.teacher_outputs import HiddenSignal, SampledSignal, Signal, TopKSignal
+from cbd_trl.losses.teacher_outputs import HiddenOutputs, SampledOutputs, TeacherOutputs, TopKOutputs
 from cbd_trl.teachers.local import Batch
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import read_header
@@ -341,12 +341,12 @@ class CachedTeacher:
         if self._head is not None:
             self._head = self._head.to(accelerator.device)
 
-    def predict(self, batch: Batch, student: nn.Module) -> Signal:
+    def predict(self, batch: Batch, student: nn.Module) -> TeacherOutputs:
         """See `LocalTeacher.predict`."""
         said = {name: select_scored(values, batch.labels_BT) for name, values in batch.teacher.items()}
         if self._head is not None:
-            return HiddenSignal(said["teacher_hidden"].to(self._head.weight_VD.dtype), self._head)
+            return HiddenOutputs(said["teacher_hidden"].to(self._head.weight_VD.dtype), self._head)
         entries = said["teacher_indices"], said["teacher_log_probs"]
         if self.cache.manifest.settings.kind == "sampled":
-            return SampledSignal(*entries, said["teacher_target"])
-        return TopKSignal(*entries, said["teacher_tail"], said["teacher_target"])
+            return SampledOutputs(*entries, said["teacher_target"])
+        return TopKOutputs(*entries, said["teacher_tail"], said["teacher_target"])

@@ -1,13 +1,17 @@
 """Divergences between the next-token distributions of a student and a teacher, and their gradients.
 
-Shapes: N scored tokens, V vocabulary rows, K draws, E events (all tokens, or the kept ones and a tail: `events.py`).
-Every divergence takes float log-probabilities of the same E events, which sum to one, and returns nats per token that
-are >= 0 and exactly 0 for equal inputs. The teacher is a constant. In the formulas p is the teacher, q the student.
-A new divergence is one function and one row of `DIVERGENCES`.
+Shapes: N scored tokens, V vocabulary rows, K draws, E events (all tokens, or the kept ones and a tail: see
+`teacher_outputs.py`). Every divergence takes float log-probabilities of the same E events, which sum to one, and
+returns nats per token that are >= 0 and exactly 0 for equal inputs. The teacher is a constant. In the formulas p is
+the teacher, q the student.
+
+A new divergence is one function and one row of `DIVERGENCES`: the arguments of the trainers, their checks, the command
+line and the model card follow from the row. The function may be plain torch; a kernel, which computes value and
+derivative in one go, saves memory.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,8 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from cbd_trl.utils.formatting import did_you_mean
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 # The smallest positive float32. An event that the teacher rules out altogether would make the reverse KL infinite.
 TEACHER_LOG_FLOOR = math.log(2.0**-149)
 _LOWEST = torch.finfo(torch.float32).min
@@ -28,6 +30,360 @@ _LOWEST = torch.finfo(torch.float32).min
 _BLOCK_ELEMENTS = 2**19
 # Past this log-ratio of two probabilities the smaller one is lost in their float32 sum.
 _MIXTURE_GAP = 40.0
+# Where one distribution has less than about this share of a mixture, float32 rounds the other's to 1 and the formula
+# divides by 0. At that point the mixture is the other distribution.
+_LEAST_SHARE = 1e-6
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A function of the log-probabilities of student and teacher, (N, E) each.
+
+    Attributes:
+        function: returns (N,) float32.
+        temperature_power: its gradients with respect to the logits shrink as 1 / T to this power, where the two
+            distributions are close: 2 where the divergence is of second order in their difference, 1 of first.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+    temperature_power: int = 2
+
+    def __call__(self, student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+        """Compute the divergence of every token, (N,) float32."""
+        return self.function(student_log_NE, teacher_log_NE)
+
+
+def tempered_log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Compute log softmax(logits / T).
+
+    Gradients with respect to the logits shrink with T. The objective, not the divergence, makes up for it, to keep
+    its weight beside the cross-entropy (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    Args:
+        logits_NV: logits, (N, V), any float dtype.
+        temperature: above 0.
+
+    Returns:
+        (N, V) float32, nats.
+    """
+    logits_NV = logits_NV.float()
+    return F.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
+
+
+def forward_kl(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+    """KL(p || q): the student covers everything the teacher finds likely (Hinton et al. 2015, arXiv 1503.02531).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E).
+        teacher_log_NE: log-probabilities, (N, E); -inf for impossible events, which add nothing.
+
+    Returns:
+        (N,) float32, nats per token; the largest float32 stands for infinity, where only the student has -inf.
+    """
+    return per_token(_forward_kl_kernel, student_log_NE, teacher_log_NE)
+
+
+def reverse_kl(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+    """KL(q || p): the student keeps to what the teacher finds likely (Gu et al. 2023, arXiv 2306.08543).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E); -inf for impossible events, which add nothing.
+        teacher_log_NE: log-probabilities, (N, E); raised to at least `TEACHER_LOG_FLOOR`, because an event that only
+            the teacher rules out would make the value infinite.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    return per_token(_reverse_kl_kernel, student_log_NE, teacher_log_NE)
+
+
+def jsd(student_log_NE: Tensor, teacher_log_NE: Tensor, beta: float = 0.5) -> Tensor:
+    """Generalized Jensen-Shannon divergence (Agarwal et al. 2023, arXiv 2306.13649, eq. 1), with TRL's `beta`.
+
+    beta * KL(p || m) + (1 - beta) * KL(q || m) with m = beta * p + (1 - beta) * q. The formula is 0 at both ends; as
+    in TRL, beta 0 means forward KL and beta 1 reverse KL instead.
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+        beta: the teacher's share of the mixture, in [0, 1]; within 1e-6 of 1 it counts as 1.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if beta == 0.0:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    if beta > 1.0 - _LEAST_SHARE:
+        return reverse_kl(student_log_NE, teacher_log_NE)
+    return per_token(
+        partial(_mixture_kernel, share=beta, forward=beta, reverse=1.0 - beta), student_log_NE, teacher_log_NE
+    )
+
+
+def skew_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, skew: float = 0.1) -> Tensor:
+    """Skew KL, KL(p || skew * p + (1 - skew) * q): never above -log(skew) (Ko et al. 2024, arXiv 2402.03898, SKL).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+        skew: the teacher's share of the mixture, in [0, 1); 0 is the forward KL.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if skew == 0.0:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    return per_token(partial(_mixture_kernel, share=skew, forward=1.0, reverse=0.0), student_log_NE, teacher_log_NE)
+
+
+def skew_reverse_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, skew: float = 0.1) -> Tensor:
+    """Skew reverse KL, KL(q || (1 - skew) * p + skew * q): never above -log(skew) (Ko et al., arXiv 2402.03898, SRKL).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+        skew: the student's share of the mixture, in [0, 1); 0, as which all below 1e-6 count, is the reverse KL.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if skew < _LEAST_SHARE:
+        return reverse_kl(student_log_NE, teacher_log_NE)
+    return per_token(
+        partial(_mixture_kernel, share=1.0 - skew, forward=0.0, reverse=1.0), student_log_NE, teacher_log_NE
+    )
+
+
+def adaptive_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, head_share: float = 0.5) -> Tensor:
+    """Forward and reverse KL, weighted by where the student is off (Wu et al. 2024, arXiv 2404.02657, AKL).
+
+    The head is the teacher's most likely events, up to the one whose mass brings their sum to `head_share`. With g_h
+    and g_t the sums of |p - q| over head and tail, constants for the gradient:
+    (g_h * forward KL + g_t * reverse KL) / (g_h + g_t). Deviation: the authors' code leaves the event that reaches the
+    share out of the head, unless it is the first one. Not an f-divergence: merging events may raise it.
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf as in `forward_kl`.
+        teacher_log_NE: log-probabilities, (N, E), -inf as in `reverse_kl`.
+        head_share: the teacher's mass in the head, in (0, 1]; 1 is the forward KL.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if head_share == 1.0:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    return per_token(partial(_adaptive_kl_kernel, head_share=head_share), student_log_NE, teacher_log_NE)
+
+
+def alpha_divergence(student_log_NE: Tensor, teacher_log_NE: Tensor, alpha: float = 0.5) -> Tensor:
+    """Alpha-divergence, (1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)) (Wang et al. 2021, arXiv 2102.07954).
+
+    The sum over events of (alpha p + (1 - alpha) q - p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): from the reverse KL
+    (alpha 0) to the forward KL (alpha 1), the limits of the formula; at 1/2 four times the squared Hellinger distance.
+    Between the ends it is never above 1 / (alpha (1 - alpha)). Deviation: the paper also takes a negative alpha, whose
+    values it has to clip.
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+        alpha: in [0, 1]; within 1e-6 of an end it counts as that end.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if alpha < _LEAST_SHARE:
+        return reverse_kl(student_log_NE, teacher_log_NE)
+    if alpha > 1.0 - _LEAST_SHARE:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    return per_token(partial(_alpha_kernel, alpha=alpha), student_log_NE, teacher_log_NE)
+
+
+def total_variation(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
+    """1/2 sum |p - q| (Wen et al. 2023, f-DISTILL, arXiv 2307.15190, TVD).
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
+
+    Returns:
+        (N,) float32, no unit, in [0, 1].
+    """
+    return per_token(_total_variation_kernel, student_log_NE, teacher_log_NE)
+
+
+def sampled_forward_kl(student_log_NK: Tensor, teacher_log_NK: Tensor) -> Tensor:
+    """Estimate the forward KL from K draws from the teacher (Anshumann et al. 2025, arXiv 2503.16870).
+
+    The mean of log p - log q over draws with replacement. Unbiased in value and gradient, but no divergence: it may be
+    negative. Only the forward KL has this form, because it is an expectation under the teacher.
+
+    Args:
+        student_log_NK: log-probabilities of the drawn tokens, (N, K), normalized over the whole vocabulary.
+        teacher_log_NK: the same of the teacher.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    return (teacher_log_NK.float() - student_log_NK.float()).mean(-1)
+
+
+@dataclass(frozen=True)
+class Option:
+    """The option of a divergence: an argument of its function, of the trainers' configs and of the command line.
+
+    Attributes:
+        name: of the argument.
+        default: its value where none is given.
+        low, high: the bounds of its values, themselves allowed unless open.
+        help: what it means, a sentence.
+        low_open, high_open: whether the bound itself is excluded.
+    """
+
+    name: str
+    default: float
+    low: float
+    high: float
+    help: str
+    low_open: bool = False
+    high_open: bool = False
+
+    def check(self, value: float) -> None:
+        """Check that a value lies within the bounds.
+
+        Raises:
+            ValueError: it does not, or is not a number.
+        """
+        inside = self.low <= value <= self.high and not (
+            (self.low_open and value == self.low) or (self.high_open and value == self.high)
+        )
+        if not inside:
+            low = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
+            high = f"below {self.high:g}" if self.high_open else f"at most {self.high:g}"
+            raise ValueError(f"{self.name}={value} must be {low} and {high}. {self.help}")
+
+
+@dataclass(frozen=True)
+class DivergenceRow:
+    """One divergence.
+
+    Attributes:
+        function: of (student_log_NE, teacher_log_NE) and the option by its name; returns (N,) float32.
+        option: None where it has none. Several divergences may share one.
+        temperature_power: see `Divergence`.
+    """
+
+    function: Callable[..., Tensor]
+    option: Option | None = None
+    temperature_power: int = 2
+
+
+_BETA = Option("beta", 0.5, 0.0, 1.0, "The teacher's share of the mixture, as in TRL: 0 is forward KL, 1 reverse KL.")
+_SKEW = Option(
+    "skew",
+    0.1,
+    0.0,
+    1.0,
+    "How much of the one distribution is mixed into the other: 0 is plain KL, at 1 nothing would be left to compare.",
+    high_open=True,
+)
+_HEAD_SHARE = Option(
+    "head_share",
+    0.5,
+    0.0,
+    1.0,
+    "The teacher's mass that counts as the head of its distribution.",
+    low_open=True,
+    high_open=True,
+)
+_ALPHA = Option("alpha", 0.5, 0.0, 1.0, "Where it stands between reverse KL (0) and forward KL (1).")
+
+DIVERGENCES: dict[str, DivergenceRow] = {
+    "forward_kl": DivergenceRow(forward_kl),
+    "reverse_kl": DivergenceRow(reverse_kl),
+    "jsd": DivergenceRow(jsd, _BETA),
+    "skew_kl": DivergenceRow(skew_kl, _SKEW),
+    "skew_reverse_kl": DivergenceRow(skew_reverse_kl, _SKEW),
+    "adaptive_kl": DivergenceRow(adaptive_kl, _HEAD_SHARE),
+    "alpha_divergence": DivergenceRow(alpha_divergence, _ALPHA),
+    "total_variation": DivergenceRow(total_variation, temperature_power=1),
+}
+OPTIONS: dict[str, Option] = {row.option.name: row.option for row in DIVERGENCES.values() if row.option is not None}
+
+
+def get_divergence(name: str, **options: float) -> Divergence:
+    """Look up a divergence of `DIVERGENCES` and bind its option.
+
+    Args:
+        name: a key of the table.
+        options: values of `OPTIONS`; those that the divergence does not have are left unused.
+
+    Returns:
+        a function of (student_log_NE, teacher_log_NE).
+
+    Raises:
+        ValueError: for an unknown name; the message lists those that exist.
+    """
+    row, own = _row(name), divergence_option(name)
+    return Divergence(partial(row.function, **{own: options[own]} if own in options else {}), row.temperature_power)
+
+
+def divergence_option(name: str) -> str | None:
+    """Look up the name of the option that a divergence has.
+
+    Args:
+        name: a key of `DIVERGENCES`.
+
+    Returns:
+        a key of `OPTIONS`, or None.
+
+    Raises:
+        ValueError: for an unknown name; the message lists those that exist.
+    """
+    option = _row(name).option
+    return None if option is None else option.name
+
+
+def divergences_with(option: str) -> list[str]:
+    """List the divergences that have an option.
+
+    Args:
+        option: a key of `OPTIONS`.
+    """
+    return [name for name in DIVERGENCES if divergence_option(name) == option]
+
+
+def check_divergence(name: str | None, options: Mapping[str, float]) -> None:
+    """Check the name of a divergence and the values of all options.
+
+    Args:
+        name: a key of `DIVERGENCES`; None where the divergence is chosen elsewhere, and with it the default options.
+        options: a value for each of `OPTIONS`.
+
+    Raises:
+        ValueError: for an unknown name, a value out of bounds, or one that this divergence would ignore.
+    """
+    own = None if name is None else divergence_option(name)
+    for option in OPTIONS.values():
+        value = options[option.name]
+        option.check(value)
+        if option.name != own and value != option.default:
+            having = divergences_with(option.name)
+            raise ValueError(
+                f"{option.name}={value} is an option of {' and '.join(having)}, which divergence={name!r} does "
+                f"not have: it would be ignored. Set divergence={having[0]!r}, or leave {option.name} out."
+            )
+
+
+def _row(name: str) -> DivergenceRow:
+    if name not in DIVERGENCES:
+        hint = did_you_mean(name, DIVERGENCES)
+        raise ValueError(f"Unknown divergence {name!r}: there are {', '.join(DIVERGENCES)}.{hint}")
+    return DIVERGENCES[name]
+
+
+# (student_log_NE, teacher_log_NE, derivative_NE) -> value (N,). It writes the derivative of the value with respect to
+# the student's log-probabilities into its last argument.
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def per_token(kernel: Kernel, student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
@@ -79,7 +435,7 @@ class _WithDerivative(torch.autograd.Function):
         return derivative_NE.mul_(gradients[0].unsqueeze(-1)), None, None
 
 
-def forward_kl_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:
+def _forward_kl_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:
     # Finite, because an event of probability 0 then adds 0; a NaN stays one, as it should for a model that diverged.
     possible_NE = torch.clamp(student_log_NE, min=_LOWEST, out=derivative_NE)
     gap_NE = (teacher_log_NE - possible_NE).clamp_(min=_LOWEST)
@@ -89,7 +445,7 @@ def forward_kl_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative
     return value_N
 
 
-def reverse_kl_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:
+def _reverse_kl_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:
     floored_NE = torch.clamp(teacher_log_NE, min=TEACHER_LOG_FLOOR, out=derivative_NE)
     gap_NE = (student_log_NE - floored_NE).clamp_(min=_LOWEST)
     student_NE = torch.exp(student_log_NE, out=derivative_NE)
@@ -98,7 +454,7 @@ def reverse_kl_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative
     return value_NE.sum(-1)
 
 
-def mixture_kernel(
+def _mixture_kernel(
     student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor, share: float, forward: float, reverse: float
 ) -> Tensor:
     # forward * KL(p || m) + reverse * KL(q || m) with m = share * p + (1 - share) * q. All of it follows from the gap
@@ -116,17 +472,17 @@ def mixture_kernel(
     return value_N
 
 
-def adaptive_kl_kernel(
+def _adaptive_kl_kernel(
     student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor, head_share: float
 ) -> Tensor:
-    forward_N = forward_kl_kernel(student_log_NE, teacher_log_NE, derivative_NE)
+    forward_N = _forward_kl_kernel(student_log_NE, teacher_log_NE, derivative_NE)
     off_NE = student_log_NE.exp().add_(derivative_NE).abs_()
     head_N, total_N = _head_sum(off_NE, teacher_log_NE, head_share), off_NE.sum(-1)
     # Where nothing is off both weights are 0, as are both divergences.
     forward_weight_N = (head_N / total_N).nan_to_num_(nan=0.0).clamp_(max=1.0)
     reverse_weight_N = (total_N > 0) * (1.0 - forward_weight_N)
     reverse_derivative_NE = off_NE
-    reverse_N = reverse_kl_kernel(student_log_NE, teacher_log_NE, reverse_derivative_NE)
+    reverse_N = _reverse_kl_kernel(student_log_NE, teacher_log_NE, reverse_derivative_NE)
     derivative_NE.mul_(forward_weight_N.unsqueeze(-1))
     derivative_NE.addcmul_(reverse_derivative_NE, reverse_weight_N.unsqueeze(-1))
     return forward_weight_N * forward_N + reverse_weight_N * reverse_N
@@ -150,242 +506,22 @@ def _head_sum(values_NE: Tensor, teacher_log_NE: Tensor, head_share: float, kept
     return sums_N
 
 
-def total_variation_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:
+def _alpha_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor, alpha: float) -> Tensor:
+    # Event by event alpha p + (1 - alpha) q - p^alpha q^(1 - alpha): all of it follows from the larger of p and q and
+    # from the gap of their logs, exactly 0 where p = q, and nothing overflows.
+    gap_NE = teacher_log_NE - student_log_NE.clamp(min=_LOWEST)
+    share_NE = torch.where(gap_NE > 0, 1.0 - alpha, alpha)
+    gap_NE.abs_().neg_()
+    larger_NE = torch.maximum(student_log_NE, teacher_log_NE).exp_()
+    scaled_NE = gap_NE * share_NE
+    value_NE = gap_NE.expm1_().mul_(share_NE).sub_(scaled_NE.expm1()).mul_(larger_NE)
+    student_NE = torch.exp(student_log_NE, out=derivative_NE)
+    student_NE.sub_(scaled_NE.exp_().mul_(larger_NE)).div_(alpha)
+    return value_NE.sum(-1).div_(alpha * (1.0 - alpha))
+
+
+def _total_variation_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:
     student_NE = torch.exp(student_log_NE, out=derivative_NE)
     gap_NE = student_NE - teacher_log_NE.exp()
     derivative_NE.mul_(gap_NE.sign()).mul_(0.5)
     return gap_NE.abs_().sum(-1).mul_(0.5)
-
-
-# Where one distribution has less than about this share of a mixture, float32 rounds the other's to 1 and the formula
-# divides by 0. At that point the mixture is the other distribution.
-_LEAST_SHARE = 1e-6
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A function of the log-probabilities of student and teacher, (N, E) each.
-
-    Attributes:
-        function: returns (N,) float32.
-        temperature_power: its gradients with respect to the logits shrink as 1 / T to this power, where the two
-            distributions are close: 2 where the divergence is of second order in their difference, 1 of first.
-    """
-
-    function: Callable[[Tensor, Tensor], Tensor]
-    temperature_power: int = 2
-
-    def __call__(self, student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
-        """The divergence of every token, (N,) float32."""
-        return self.function(student_log_NE, teacher_log_NE)
-
-
-def tempered_log_probs(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / T).
-
-    Gradients with respect to the logits shrink with T. The objective, not the divergence, makes up for it, to keep
-    its weight beside the cross-entropy (Hinton et al. 2015, arXiv 1503.02531, section 2).
-
-    Args:
-        logits_NV: logits, (N, V), any float dtype.
-        temperature: above 0.
-
-    Returns:
-        (N, V) float32, nats.
-    """
-    logits_NV = logits_NV.float()
-    return F.log_softmax(logits_NV if temperature == 1.0 else logits_NV / temperature, dim=-1)
-
-
-def forward_kl(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
-    """KL(p || q): the student covers everything the teacher finds likely (Hinton et al. 2015, arXiv 1503.02531).
-
-    Args:
-        student_log_NE: log-probabilities, (N, E).
-        teacher_log_NE: log-probabilities, (N, E); -inf for impossible events, which add nothing.
-
-    Returns:
-        (N,) float32, nats per token; the largest float32 stands for infinity, where only the student has -inf.
-    """
-    return per_token(forward_kl_kernel, student_log_NE, teacher_log_NE)
-
-
-def reverse_kl(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
-    """KL(q || p): the student keeps to what the teacher finds likely (Gu et al. 2023, arXiv 2306.08543).
-
-    Args:
-        student_log_NE: log-probabilities, (N, E); -inf for impossible events, which add nothing.
-        teacher_log_NE: log-probabilities, (N, E); raised to at least `TEACHER_LOG_FLOOR`, because an event that only
-            the teacher rules out would make the value infinite.
-
-    Returns:
-        (N,) float32, nats per token.
-    """
-    return per_token(reverse_kl_kernel, student_log_NE, teacher_log_NE)
-
-
-def jsd(student_log_NE: Tensor, teacher_log_NE: Tensor, beta: float = 0.5) -> Tensor:
-    """Generalised Jensen-Shannon divergence (Agarwal et al. 2023, arXiv 2306.13649, eq. 1), with TRL's `beta`.
-
-    beta * KL(p || m) + (1 - beta) * KL(q || m) with m = beta * p + (1 - beta) * q. The formula is 0 at both ends; as
-    in TRL, beta 0 means forward KL and beta 1 reverse KL instead.
-
-    Args:
-        student_log_NE: log-probabilities, (N, E), -inf allowed.
-        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
-        beta: the teacher's share of the mixture, in [0, 1]; within 1e-6 of 1 it counts as 1.
-
-    Returns:
-        (N,) float32, nats per token.
-    """
-    if beta == 0.0:
-        return forward_kl(student_log_NE, teacher_log_NE)
-    if beta > 1.0 - _LEAST_SHARE:
-        return reverse_kl(student_log_NE, teacher_log_NE)
-    return per_token(
-        partial(mixture_kernel, share=beta, forward=beta, reverse=1.0 - beta), student_log_NE, teacher_log_NE
-    )
-
-
-def skew_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, skew: float = 0.1) -> Tensor:
-    """Skew KL, KL(p || skew * p + (1 - skew) * q): never above -log(skew) (Ko et al. 2024, arXiv 2402.03898, SKL).
-
-    Args:
-        student_log_NE: log-probabilities, (N, E), -inf allowed.
-        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
-        skew: the teacher's share of the mixture, in [0, 1); 0 is the forward KL.
-
-    Returns:
-        (N,) float32, nats per token.
-    """
-    if skew == 0.0:
-        return forward_kl(student_log_NE, teacher_log_NE)
-    return per_token(partial(mixture_kernel, share=skew, forward=1.0, reverse=0.0), student_log_NE, teacher_log_NE)
-
-
-def skew_reverse_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, skew: float = 0.1) -> Tensor:
-    """Skew reverse KL, KL(q || (1 - skew) * p + skew * q): never above -log(skew) (Ko et al., arXiv 2402.03898, SRKL).
-
-    Args:
-        student_log_NE: log-probabilities, (N, E), -inf allowed.
-        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
-        skew: the student's share of the mixture, in [0, 1); 0, as which all below 1e-6 count, is the reverse KL.
-
-    Returns:
-        (N,) float32, nats per token.
-    """
-    if skew < _LEAST_SHARE:
-        return reverse_kl(student_log_NE, teacher_log_NE)
-    return per_token(
-        partial(mixture_kernel, share=1.0 - skew, forward=0.0, reverse=1.0), student_log_NE, teacher_log_NE
-    )
-
-
-def adaptive_kl(student_log_NE: Tensor, teacher_log_NE: Tensor, head_share: float = 0.5) -> Tensor:
-    """Forward and reverse KL, weighted by where the student is off (Wu et al. 2024, arXiv 2404.02657, AKL).
-
-    The head is the teacher's most likely events, up to the one whose mass brings their sum to `head_share`. With g_h
-    and g_t the sums of |p - q| over head and tail, constants for the gradient:
-    (g_h * forward KL + g_t * reverse KL) / (g_h + g_t). Deviation: the authors' code leaves the event that reaches the
-    share out of the head, unless it is the first one. Not an f-divergence: merging events may raise it.
-
-    Args:
-        student_log_NE: log-probabilities, (N, E), -inf as in `forward_kl`.
-        teacher_log_NE: log-probabilities, (N, E), -inf as in `reverse_kl`.
-        head_share: the teacher's mass in the head, in (0, 1]; 1 is the forward KL.
-
-    Returns:
-        (N,) float32, nats per token.
-    """
-    if head_share == 1.0:
-        return forward_kl(student_log_NE, teacher_log_NE)
-    return per_token(partial(adaptive_kl_kernel, head_share=head_share), student_log_NE, teacher_log_NE)
-
-
-def total_variation(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
-    """1/2 sum |p - q| (Wen et al. 2023, f-DISTILL, arXiv 2307.15190, TVD).
-
-    Args:
-        student_log_NE: log-probabilities, (N, E), -inf allowed.
-        teacher_log_NE: log-probabilities, (N, E), -inf allowed.
-
-    Returns:
-        (N,) float32, no unit, in [0, 1].
-    """
-    return per_token(total_variation_kernel, student_log_NE, teacher_log_NE)
-
-
-def sampled_forward_kl(student_log_NK: Tensor, teacher_log_NK: Tensor) -> Tensor:
-    """Estimate of the forward KL from K draws from the teacher (Anshumann et al. 2025, arXiv 2503.16870).
-
-    The mean of log p - log q over draws with replacement. Unbiased in value and gradient, but no divergence: it may be
-    negative. Only the forward KL has this form, because it is an expectation under the teacher.
-
-    Args:
-        student_log_NK: log-probabilities of the drawn tokens, (N, K), normalised over the whole vocabulary.
-        teacher_log_NK: the same of the teacher.
-
-    Returns:
-        (N,) float32, nats per token.
-    """
-    return (teacher_log_NK.float() - student_log_NK.float()).mean(-1)
-
-
-@dataclass(frozen=True)
-class DivergenceRow:
-    """One divergence: its function, its option beside the two distributions, and `Divergence.temperature_power`."""
-
-    function: Callable[..., Tensor]
-    option: str | None = None
-    temperature_power: int = 2
-
-
-DIVERGENCES: dict[str, DivergenceRow] = {
-    "forward_kl": DivergenceRow(forward_kl),
-    "reverse_kl": DivergenceRow(reverse_kl),
-    "jsd": DivergenceRow(jsd, "beta"),
-    "skew_kl": DivergenceRow(skew_kl, "skew"),
-    "skew_reverse_kl": DivergenceRow(skew_reverse_kl, "skew"),
-    "adaptive_kl": DivergenceRow(adaptive_kl, "head_share"),
-    "total_variation": DivergenceRow(total_variation, temperature_power=1),
-}
-
-
-def get_divergence(name: str, **options: float) -> Divergence:
-    """A divergence of `DIVERGENCES` with its option bound.
-
-    Args:
-        name: a key of the table.
-        options: beta, skew, head_share; those that the divergence does not have are left unused.
-
-    Returns:
-        a function of (student_log_NE, teacher_log_NE).
-
-    Raises:
-        ValueError: for an unknown name; the message lists those that exist.
-    """
-    row = _row(name)
-    own = {key: value for key, value in options.items() if key == row.option}
-    return Divergence(partial(row.function, **own), row.temperature_power)
-
-
-def divergence_option(name: str) -> str | None:
-    """The option that a divergence of `DIVERGENCES` has: beta, skew, head_share or None.
-
-    Args:
-        name: a key of the table.
-
-    Returns:
-        the option's name.
-
-    Raises:
-        ValueError: for an unknown name; the message lists those that exist.
-    """
-    return _row(name).option
-
-
-def _row(name: str) -> DivergenceRow:
-    if name not in DIVERGENCES:
-        hint = did_you_mean(name, DIVERGENCES)
-        raise ValueError(f"Unknown divergence {name!r}: there are {', '.join(DIVERGENCES)}.{hint}")
-    return DIVERGENCES[name]

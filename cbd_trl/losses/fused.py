@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head, product_dtype
-from cbd_trl.losses.objective import METRICS, LogitObjective, Weights, combine
-from cbd_trl.losses.teacher_outputs import AnySignal
+from cbd_trl.losses.objective import METRICS, LogitObjective, TermWeights, combine
+from cbd_trl.losses.teacher_outputs import AnyTeacherOutputs
 
 # Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
 # fills it.
@@ -23,7 +23,7 @@ _BLOCK_ELEMENTS = {"cpu": 2**19}
 
 
 def default_chunk(rows: int, device: torch.device) -> int:
-    """Tokens whose logits are held at a time.
+    """Choose how many tokens' logits are held at a time.
 
     Args:
         rows: of the vocabulary.
@@ -58,9 +58,9 @@ def fused_terms(
     hidden_Nd: Tensor,
     head: Head,
     targets_N: Tensor,
-    teacher: AnySignal,
+    teacher: AnyTeacherOutputs,
     objective: LogitObjective,
-    weights: Weights,
+    weights: TermWeights,
     chunk: int | None = None,
     starts: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,7 +74,7 @@ def fused_terms(
         hidden_Nd: the student's last hidden states at the scored positions, (N, d).
         head: of the student; under autocast its product is taken in autocast's dtype.
         targets_N: token ids, (N,).
-        teacher: what it says at the same positions, as the objective reads it.
+        teacher: its output at the same positions, as the objective reads it.
         objective: the terms.
         weights: of the terms at this step.
         chunk: tokens at a time; None for `default_chunk`.
@@ -119,14 +119,14 @@ class _FusedTerms(torch.autograd.Function):
         metrics = {name: torch.empty_like(terms["ce"]) for name in METRICS}
         for part in _parts(slice(0, len(inputs_Nd)), size, starts):
             projected_nV = head.project(inputs_Nd[part])
-            said, targets_n = teacher.at(part), targets_N[part]
+            prediction, targets_n = teacher.at(part), targets_N[part]
             for rows in _blocks(projected_nV, part, starts):
                 # Before the terms: what this takes is free again when they need memory.
                 for name, metric_b in _metrics(head.bound(projected_nV[rows]), targets_n[rows]).items():
                     metrics[name][part][rows] = metric_b
                 leaf_bV = projected_nV[rows].detach().requires_grad_(any(needs))
                 with torch.set_grad_enabled(any(needs)):
-                    found = objective.terms(head.bound(leaf_bV), said.rows(rows), targets_n[rows], weights)
+                    found = objective.terms(head.bound(leaf_bV), prediction.rows(rows), targets_n[rows], weights)
                     loss = combine(found, weights).sum()
                 if loss.requires_grad:
                     # The logits have done their work: the slope takes their place.

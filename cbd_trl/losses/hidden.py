@@ -16,10 +16,10 @@ _FLOOR = 1e-6
 
 
 def cosine_distance(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
-    """1 - cosine similarity on the channels both models have, the first d of the teacher.
+    """Compute 1 - cosine similarity on the channels both models have, the first d of the teacher.
 
-    A prefix is the right share because a chain sorts its channels (design section 4). Computed as half the squared
-    distance of the two unit vectors, which is the same number and exactly 0 for equal states.
+    A prefix is the right share because a chain sorts its channels by importance (`cbd_trl.surgery.reorder`). Computed
+    as half the squared distance of the two unit vectors, the same number, and exactly 0 for equal states.
 
     Args:
         student_Nd: hidden states, (N, d), any float dtype.
@@ -36,8 +36,8 @@ def cosine_distance(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
     return (student_unit_Nd - teacher_unit_Nd).square().sum(-1) / 2
 
 
-def normalised_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
-    """Mean squared difference on the channels both models have, in units of the teacher's mean square there.
+def normalized_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
+    """Compute the mean squared difference on the channels both models have, over the teacher's mean square there.
 
     The hidden-state loss of TinyBERT (Jiao et al. 2020, arXiv 1909.10351, equation 8), here divided by the mean square
     of the teacher's state of the same token: 0 for equal states, 1 for a student's state of zeros, and no token weighs
@@ -59,8 +59,8 @@ def normalised_mse(student_Nd: Tensor, teacher_ND: Tensor) -> Tensor:
 
 
 HiddenLoss = Callable[[Tensor, Tensor], Tensor]
-HIDDEN_LOSSES: dict[str, HiddenLoss] = {"cosine": cosine_distance, "mse": normalised_mse}
-# Of a trainer that is not told.
+HIDDEN_LOSSES: dict[str, HiddenLoss] = {"cosine": cosine_distance, "mse": normalized_mse}
+# The default of the trainers.
 HIDDEN_LOSS = "cosine"
 
 
@@ -83,7 +83,7 @@ def get_hidden_loss(name: str) -> HiddenLoss:
 
 
 def mean_hidden_distance(pairs: Iterable[tuple[Tensor, Tensor]], loss: str = "cosine") -> Tensor:
-    """Mean over layers of a distance.
+    """Average a distance over layers.
 
     Args:
         pairs: for each of L student layers its states (N, d) and those of the teacher layer it stands for (N, D).

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cbd_trl.losses.divergences import Divergence, tempered_log_probs
 from cbd_trl.losses.reduction import cross_entropy
-from cbd_trl.losses.teacher_outputs import Statement
+from cbd_trl.losses.teacher_outputs import Prediction
 from cbd_trl.utils.formatting import did_you_mean
 
 # Share of the way from start to end, at a progress in [0, 1].
@@ -56,10 +56,10 @@ class WeightSchedule:
                 )
 
     def at(self, progress: float) -> float:
-        """The weight at a point of the run.
+        """Compute the weight at a point of the run.
 
         Args:
-            progress: share of the optimiser steps done; below 0 counts as 0, above 1 as 1.
+            progress: share of the optimizer steps done; below 0 counts as 0, above 1 as 1.
 
         Returns:
             the weight, exactly `start` at 0 and, unless constant, exactly `end` at 1.
@@ -82,7 +82,7 @@ TERMS = ("kd", "ce", "hidden", "teacher_ce", "unaligned", *METRICS)
 
 
 @dataclass(frozen=True)
-class Weights:
+class TermWeights:
     """Weights of the terms at one step.
 
     Attributes:
@@ -97,9 +97,9 @@ class Weights:
 
 
 class LogitObjective(Protocol):
-    """What `cbd_trl.losses.fused.fused_terms` asks of an objective."""
+    """What `cbd_trl.losses.fused.fused_terms` needs of an objective."""
 
-    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
         """{"kd", "ce", "teacher_ce"}: (N,) float32 each; see `DistillObjective.terms`."""
 
 
@@ -121,15 +121,17 @@ class DistillObjective:
     top_k: int | None = None
     shared_rows: int | None = None
 
-    def terms(self, student_NV: Tensor, teacher: Statement, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
-        """Every term that reads logits, and the teacher's own cross-entropy.
+    def terms(
+        self, student_NV: Tensor, teacher: Prediction, targets_N: Tensor, weights: TermWeights
+    ) -> dict[str, Tensor]:
+        """Compute every term that reads logits, and the teacher's own cross-entropy.
 
         A term of weight 0 is computed without gradient, because it is logged all the same. The divergence is taken
         between the distributions over the shared rows, the cross-entropies over each model's own rows.
 
         Args:
             student_NV: logits, (N, V_s) float32.
-            teacher: what it says at the same positions.
+            teacher: its prediction at the same positions.
             targets_N: token ids, (N,).
             weights: of this step.
 
@@ -152,8 +154,8 @@ class DistillObjective:
             return {"kd": kd_N, "ce": ce_N, "teacher_ce": teacher.cross_entropy(targets_N)}
 
 
-def combine(terms: dict[str, Tensor], weights: Weights) -> Tensor:
-    """The weighted sum of the terms that have a weight.
+def combine(terms: dict[str, Tensor], weights: TermWeights) -> Tensor:
+    """Add up the terms that have a weight.
 
     Args:
         terms: "kd", "ce" and perhaps "hidden", (N,) each.

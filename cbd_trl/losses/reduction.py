@@ -1,4 +1,4 @@
-"""The one truth about which positions are scored, how per-token terms are masked and how they are normalised.
+"""The one truth about which positions are scored, how per-token terms are masked and how they are normalized.
 
 Shapes: B batch, T tokens, N scored positions, V vocabulary rows, R dataset rows (examples) of a batch.
 Position t predicts token t + 1, so it is scored when the label of t + 1 is not -100; the last position never is.
@@ -15,7 +15,7 @@ from cbd_trl.utils.blocks import IGNORE_INDEX
 
 
 def scored_mask(labels_BT: Tensor) -> Tensor:
-    """Which positions predict a scored token.
+    """Mark the positions that predict a scored token.
 
     Args:
         labels_BT: token ids, -100 where the token is not scored, (B, T), not shifted.
@@ -27,7 +27,7 @@ def scored_mask(labels_BT: Tensor) -> Tensor:
 
 
 def count_scored(batches: Iterable[Mapping[str, Any]]) -> Tensor:
-    """How many positions of several batches are scored.
+    """Count the scored positions of several batches.
 
     Args:
         batches: each with `labels` (B, T), not shifted.
@@ -51,7 +51,7 @@ def scored_targets(labels_BT: Tensor) -> Tensor:
 
 
 def select_scored(values_BTX: Tensor, labels_BT: Tensor) -> Tensor:
-    """Values at the scored positions: logits, or hidden states.
+    """Select the values at the scored positions: logits, or hidden states.
 
     Args:
         values_BTX: (B, T, X), any dtype.
@@ -64,7 +64,7 @@ def select_scored(values_BTX: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Per-token cross-entropy.
+    """Compute the per-token cross-entropy.
 
     Args:
         logits_NV: logits, (N, V), any float dtype.
@@ -76,8 +76,8 @@ def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
-def normalise(total: Tensor, tokens: int, num_items: Tensor | int | None, num_processes: int = 1) -> Tensor:
-    """The loss of a micro-batch: its token sum over the tokens of the whole optimiser step.
+def normalize(total: Tensor, tokens: int, num_items: Tensor | int | None, num_processes: int = 1) -> Tensor:
+    """Normalize the loss of a micro-batch: its token sum over the tokens of the whole optimizer step.
 
     Summed over micro-batches, and averaged over processes as DDP does, this is the mean over all scored tokens of the
     step, whatever the accumulation, packing or number of processes.
@@ -85,7 +85,7 @@ def normalise(total: Tensor, tokens: int, num_items: Tensor | int | None, num_pr
     Args:
         total: scalar, nats, summed over the scored tokens of this micro-batch.
         tokens: how many they are.
-        num_items: scored tokens of the optimiser step, over all processes that `num_processes` counts; None for those
+        num_items: scored tokens of the optimizer step, over all processes that `num_processes` counts; None for those
             of this micro-batch.
         num_processes: how many processes share `num_items`.
 

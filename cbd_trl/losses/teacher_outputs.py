@@ -1,7 +1,7 @@
-"""What a teacher says about the next token at N positions, and how a student is compared with it.
+"""Teacher output for the next token at N positions, and how a student is compared with it.
 
-A signal holds a whole micro-batch in a small form. For a part of it `at` makes a statement, which may be as wide as
-the vocabulary, and lives as long as that part is worked on.
+`TeacherOutputs` hold a whole micro-batch in a small form (hidden states, top-k entries). For a part of it `at` makes a
+`Prediction`, which may be as wide as the vocabulary and lives as long as that part is worked on.
 
 Shapes: N positions, D teacher width, V vocabulary rows, K kept entries.
 """
@@ -20,7 +20,7 @@ from cbd_trl.losses.reduction import cross_entropy
 
 
 def top_k_log_probs(log_NV: Tensor, indices_NK: Tensor) -> Tensor:
-    """Log-probabilities of the kept tokens, in their order, and last of everything else together.
+    """Gather the log-probabilities of the kept tokens, in their order, and last of everything else together.
 
     The tail is summed over the other tokens, not taken as 1 - sum, which would be noise for a confident model.
 
@@ -37,7 +37,7 @@ def top_k_log_probs(log_NV: Tensor, indices_NK: Tensor) -> Tensor:
 
 
 def teacher_top_k(log_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a cache keeps of a teacher's distribution.
+    """Take what a cache keeps of a teacher's distribution.
 
     Args:
         log_NV: log-probabilities over the vocabulary, (N, V).
@@ -55,7 +55,7 @@ def teacher_top_k(log_NV: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(log_NV: Tensor, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw tokens with replacement, as `cbd_trl.losses.divergences.sampled_forward_kl` wants them.
+    """Draw tokens with replacement, for `cbd_trl.losses.divergences.sampled_forward_kl`.
 
     Args:
         log_NV: log-probabilities over the vocabulary, (N, V).
@@ -89,11 +89,11 @@ class _KeptAndTail(torch.autograd.Function):
         return (others_NV * scale_N1).scatter_(-1, indices_NK, gradient_NE[:, :-1]), None
 
 
-class Statement(Protocol):
-    """What a teacher says at some positions, ready to be compared with."""
+class Prediction(Protocol):
+    """A teacher's next-token distributions at some positions, ready to be compared with."""
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
-        """Divergence between student and teacher.
+        """Compute the divergence between student and teacher.
 
         Args:
             student_log_NV: the student's log-probabilities at the temperature, over the rows both models have, (N, V).
@@ -108,26 +108,26 @@ class Statement(Protocol):
     def cross_entropy(self, targets_N: Tensor) -> Tensor:
         """The teacher's own cross-entropy at temperature 1, (N,) nats per token."""
 
-    def rows(self, rows: slice) -> "Statement":
-        """What is said at some of the N positions."""
+    def rows(self, rows: slice) -> "Prediction":
+        """Select some of the N positions."""
 
 
-class AnySignal(Protocol):
-    """What is said at all scored positions of a micro-batch, in whatever form an objective reads."""
+class AnyTeacherOutputs(Protocol):
+    """Teacher output at all scored positions of a micro-batch, in whatever form an objective reads."""
 
     def at(self, part: slice) -> Any:
-        """The statement at some of the positions; it has `rows` to get at fewer of them."""
+        """Compute the output at some of the positions; it has `rows` to get at fewer of them."""
 
 
-class Signal(AnySignal, Protocol):
-    """What a teacher says at all scored positions of a micro-batch."""
+class TeacherOutputs(AnyTeacherOutputs, Protocol):
+    """Teacher output at all scored positions of a micro-batch."""
 
-    def at(self, part: slice) -> Statement:
-        """The statement at some of the positions."""
+    def at(self, part: slice) -> Prediction:
+        """Compute the prediction at some of the positions."""
 
 
-class Logits:
-    """A statement made of logits: of one teacher, or of several whose distributions are averaged.
+class LogitPrediction:
+    """A prediction made of logits: of one teacher, or of several whose distributions are averaged.
 
     Args:
         logits: for each teacher (N, V_i) float32.
@@ -140,9 +140,9 @@ class Logits:
         # At temperature 1 the divergence and the cross-entropy read the same log-probabilities.
         self._known: dict[tuple[float, int], Tensor] = {}
 
-    def rows(self, rows: slice) -> "Logits":
-        """See `Statement`."""
-        return Logits([logits_NV[rows] for logits_NV in self._logits], self._weights)
+    def rows(self, rows: slice) -> "LogitPrediction":
+        """See `Prediction`."""
+        return LogitPrediction([logits_NV[rows] for logits_NV in self._logits], self._weights)
 
     def log_probs(self, temperature: float, rows: int) -> Tensor:
         """Log of the weighted mean of the teachers' distributions over the first rows, (N, rows)."""
@@ -161,7 +161,7 @@ class Logits:
         ).logsumexp(0)
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
-        """See `Statement`."""
+        """See `Prediction`."""
         teacher_log_NV = self.log_probs(temperature, student_log_NV.shape[1])
         if top_k is None:
             return divergence(student_log_NV, teacher_log_NV)
@@ -171,14 +171,14 @@ class Logits:
         return divergence(student_log_NE, kept_NK if everything else torch.cat([kept_NK, tail_N[:, None]], 1))
 
     def cross_entropy(self, targets_N: Tensor) -> Tensor:
-        """See `Statement`. Each teacher's distribution is over its own rows."""
+        """See `Prediction`. Each teacher's distribution is over its own rows."""
         if len(self._logits) == 1:
             return -self.log_probs(1.0, self._logits[0].shape[1]).gather(1, targets_N[:, None])[:, 0]
         return -self._mean([-cross_entropy(logits_NV, targets_N) for logits_NV in self._logits])
 
 
 @dataclass(frozen=True)
-class HiddenSignal:
+class HiddenOutputs:
     """The last hidden states of a teacher, to be multiplied by its head part by part.
 
     Attributes:
@@ -193,30 +193,30 @@ class HiddenSignal:
         """Logits of a part, (n, V) float32."""
         return self.head.logits(self.hidden_ND[part])
 
-    def at(self, part: slice) -> Logits:
-        """See `Signal`."""
-        return Logits([self.logits(part)])
+    def at(self, part: slice) -> LogitPrediction:
+        """See `TeacherOutputs`."""
+        return LogitPrediction([self.logits(part)])
 
 
 @dataclass(frozen=True)
-class MixtureSignal:
+class MixtureOutputs:
     """Several teachers, whose distributions are averaged.
 
     Attributes:
-        members: a signal each.
+        members: the outputs of each.
         weights: summing to 1.
     """
 
-    members: Sequence[HiddenSignal]
+    members: Sequence[HiddenOutputs]
     weights: Sequence[float]
 
-    def at(self, part: slice) -> Logits:
-        """See `Signal`."""
-        return Logits([member.logits(part) for member in self.members], self.weights)
+    def at(self, part: slice) -> LogitPrediction:
+        """See `TeacherOutputs`."""
+        return LogitPrediction([member.logits(part) for member in self.members], self.weights)
 
 
 @dataclass(frozen=True)
-class TopKSignal:
+class TopKOutputs:
     """A teacher's K most likely tokens and the mass of all others.
 
     Attributes:
@@ -231,16 +231,16 @@ class TopKSignal:
     tail_N: Tensor
     target_N: Tensor
 
-    def at(self, part: slice) -> "TopKSignal":
-        """See `Signal`."""
+    def at(self, part: slice) -> "TopKOutputs":
+        """See `TeacherOutputs`."""
         return self.rows(part)
 
-    def rows(self, rows: slice) -> "TopKSignal":
-        """See `Statement`."""
-        return TopKSignal(self.indices_NK[rows], self.log_probs_NK[rows], self.tail_N[rows], self.target_N[rows])
+    def rows(self, rows: slice) -> "TopKOutputs":
+        """See `Prediction`."""
+        return TopKOutputs(self.indices_NK[rows], self.log_probs_NK[rows], self.tail_N[rows], self.target_N[rows])
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
-        """See `Statement`. The temperature is the one the entries were taken at; the first `top_k` are used."""
+        """See `Prediction`. The temperature is the one the entries were taken at; the first `top_k` are used."""
         indices_NK = self.indices_NK.long()
         kept = indices_NK.shape[1] if top_k is None else min(top_k, indices_NK.shape[1])
         student_log_NE = top_k_log_probs(student_log_NV, indices_NK[:, :kept])
@@ -252,12 +252,12 @@ class TopKSignal:
         return divergence(student_log_NE, teacher_log_NE.log_softmax(-1))
 
     def cross_entropy(self, targets_N: Tensor) -> Tensor:
-        """See `Statement`."""
+        """See `Prediction`."""
         return -self.target_N
 
 
 @dataclass(frozen=True)
-class SampledSignal:
+class SampledOutputs:
     """K draws from a teacher's distribution at every position (Sparse Logit Sampling, arXiv 2503.16870).
 
     Attributes:
@@ -270,18 +270,18 @@ class SampledSignal:
     log_probs_NK: Tensor
     target_N: Tensor
 
-    def at(self, part: slice) -> "SampledSignal":
-        """See `Signal`."""
+    def at(self, part: slice) -> "SampledOutputs":
+        """See `TeacherOutputs`."""
         return self.rows(part)
 
-    def rows(self, rows: slice) -> "SampledSignal":
-        """See `Statement`."""
-        return SampledSignal(self.indices_NK[rows], self.log_probs_NK[rows], self.target_N[rows])
+    def rows(self, rows: slice) -> "SampledOutputs":
+        """See `Prediction`."""
+        return SampledOutputs(self.indices_NK[rows], self.log_probs_NK[rows], self.target_N[rows])
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
-        """See `Statement`. Forward KL whatever the divergence: it alone can be estimated from draws without bias."""
+        """See `Prediction`. Forward KL whatever the divergence: it alone can be estimated from draws without bias."""
         return sampled_forward_kl(student_log_NV.gather(1, self.indices_NK.long()), self.log_probs_NK)
 
     def cross_entropy(self, targets_N: Tensor) -> Tensor:
-        """See `Statement`."""
+        """See `Prediction`."""
         return -self.target_N

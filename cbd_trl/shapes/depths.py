@@ -14,13 +14,13 @@ Blocks = Sequence[Sequence[int]]
 def reachable_depths(
     upper_depth: int, block_map: Blocks, kept: Sequence[int] | None = None, fits: Fits = anywhere
 ) -> list[int]:
-    """Depths that replacing whole blocks of the lower anchor by their upper layers can give, ascending.
+    """List the depths that replacing whole blocks of the lower anchor by their upper layers can give, ascending.
 
     Args:
         upper_depth: layers of the upper anchor.
         block_map: for each lower layer the upper layers it stands for.
         kept: for each lower layer the upper layer it was cut from; None: the last of its block.
-        fits: which upper layer may stand at which position; both anchors' own depths are on offer whatever it says.
+        fits: which upper layer may stand at which position; both anchors' own depths are on offer whatever it returns.
 
     Raises:
         ValueError: the block map does not split the upper layers.
@@ -36,7 +36,7 @@ def blocks_for_depth(
     kept: Sequence[int] | None = None,
     fits: Fits = anywhere,
 ) -> set[int]:
-    """Which blocks to replace for a depth: those that cost the most, or, where costs are unknown, the last ones.
+    """Choose the blocks to replace for a depth: those that cost the most, or, where costs are unknown, the last ones.
 
     Args:
         block_map: for each lower layer the upper layers it stands for.

@@ -1,4 +1,4 @@
-"""Config fields asked for -> the architecture cut from a larger one, or an error that says which shapes there are."""
+"""From config fields to the architecture cut from a larger one, or an error that lists the shapes there are."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,7 @@ def width_follows_heads(architecture: Architecture) -> bool:
 
 
 def needs_width_multiple_of_heads(architecture: Architecture) -> bool:
-    """Whether transformers refuses to save and load a width that is no multiple of the number of heads (Llama "
-    "does)."""
+    """Whether transformers takes only widths that are multiples of the number of heads (as of Llama)."""
     if width_follows_heads(architecture):
         return True
     heads = 2 * architecture.sizes["query"]
@@ -25,7 +24,7 @@ def needs_width_multiple_of_heads(architecture: Architecture) -> bool:
 
 
 def _config_complaint(architecture: Architecture) -> str | None:
-    """What transformers has against this shape, None if nothing."""
+    """Get transformers' own error for this shape, None if there is none."""
     # The subclass check alone: validate() would also complain about fields that have nothing to do with the shape.
     validate = getattr(architecture.config, "validate_architecture", None)
     try:
@@ -37,7 +36,7 @@ def _config_complaint(architecture: Architecture) -> str | None:
 
 
 def target_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architecture:
-    """The architecture that config fields ask for, cut from `upper`; fields left out stay as they are there.
+    """Build the architecture with these config fields, cut from `upper`; fields left out stay as they are there.
 
     Args:
         upper: the architecture to cut from; its config's per-layer lists travel with the evenly spaced layers that
@@ -45,8 +44,8 @@ def target_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Archi
         fields: config fields of the family (`Architecture.shape` lists them) with their values.
 
     Raises:
-        ValueError: no shape field, a value that is no positive integer or larger than in `upper`, or a shape that
-            transformers refuses.
+        ValueError: a field is not a shape field, its value is not a positive integer or is larger than in `upper`, or
+            transformers does not take the shape.
     """
     depth, sizes = upper.resolve_sizes(fields)
     _check_not_larger(upper, depth, sizes, fields)
@@ -62,9 +61,8 @@ def _check_not_larger(upper: Architecture, depth: int, sizes: Mapping[str, int],
     for field, value in fields.items():
         if value > shape[field]:
             raise ValueError(
-                f"{field}={value} is larger than the {shape[field]} of the model it is cut from. Ask for at most "
-                f"{shape[field]}, "
-                "or put a larger anchor above."
+                f"{field}={value} is larger than the {shape[field]} of the model it is cut from. Give at most "
+                f"{shape[field]}, or put a larger anchor above."
             )
     wanted, had = {**sizes, "layer": depth}, {**upper.sizes, "layer": upper.depth}
     for dim, value in wanted.items():
@@ -72,13 +70,12 @@ def _check_not_larger(upper: Architecture, depth: int, sizes: Mapping[str, int],
             what = {"query": "query heads per key/value head"}.get(dim, dim)
             raise ValueError(
                 f"The shape {dict(fields)} means {value} {what}, more than the {had[dim]} of the model it is cut "
-                "from. Cutting only "
-                f"removes: keep every dimension of {shape} or make it smaller."
+                f"from. Cutting only removes: keep every dimension of {shape} or make it smaller."
             )
 
 
 def _refused_width(target: Architecture, complaint: str) -> str:
-    """The message for a width that the config class refuses, with the nearest widths it takes."""
+    """Word the error for a width that the config class does not take, with the nearest widths it takes."""
     width, heads = target.sizes["width"], target.sizes["group"] * target.sizes["query"]
     nearest = [value for value in (width // heads * heads, -(-width // heads) * heads) if value > 0]
     return (

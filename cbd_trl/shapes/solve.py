@@ -1,4 +1,4 @@
-"""From "138M parameters, please" to config fields. Nothing here touches a weight."""
+"""From a number of parameters to the config fields of a shape. Nothing here touches a weight."""
 
 import itertools
 import math
@@ -20,6 +20,136 @@ _MOST_WIDTHS = 64
 _STRAIN_OF_SIZE = 20.0
 # A width off the multiple must bring the shape this much nearer to the line to be preferred.
 _ODD_WIDTH_STRAIN = 0.05
+# Operators that replace whole blocks; the others can keep any number of layers.
+_BLOCK_OPERATORS = ("nested", "patch")
+# An anchor further than this from the requested size is not returned (only at the small end of what can be cut).
+_ANCHOR_TOLERANCE = 0.25
+
+
+def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
+    """Solve for the shape of an anchor of a given size: fewer layers down to half of those of `upper`, then narrower.
+
+    Depths that leave the pattern of layers that engines have built in (`Architecture.fits`) are not on offer.
+
+    Args:
+        upper: architecture of the anchor above (or the source).
+        size: above 1 a number of parameters, below 1 a ratio to that of `upper`.
+
+    Returns:
+        Config fields of the family.
+
+    Raises:
+        ValueError: the size is not a positive number, not smaller than `upper`, or smaller than anything that can be
+            cut from it.
+    """
+    total = upper.num_parameters
+    if not _is_positive(size) or size >= total or size == 1:
+        raise ValueError(
+            f"An anchor's size must be a number of parameters below the {total:,} of the anchor above, or a ratio "
+            f"between 0 and 1, got {size!r}."
+        )
+    wanted = size if size > 1 else size * total
+    half = -(-upper.depth // 2)
+    depths = [depth for depth in range(half, upper.depth) if _keeps_pattern(depth, upper.depth, upper.fits)]
+    # Of a model in whose pattern no depth fits, only the width is changed.
+    half = min(depths, default=upper.depth)
+    shallower = Grid(upper, upper.sizes, upper.depth, depths, {})
+    by_depth = list(candidates(shallower, wanted))
+    if by_depth and min(option.num_parameters for option in by_depth) <= wanted:
+        return _fields(upper, min(by_depth, key=lambda option: abs(option.num_parameters - wanted)))
+    narrow = {**upper.sizes, "width": 0, "ffn": 0, "group": 0}
+    options = by_depth + [
+        o for o in candidates(Grid(upper, narrow, upper.depth, [half], {}), wanted) if o.num_parameters < total
+    ]
+    best = _nearest(options, wanted, _ANCHOR_TOLERANCE) if options else None
+    if best is None or abs(best.num_parameters - wanted) > _ANCHOR_TOLERANCE * wanted:
+        smallest = min((option.num_parameters for option in options), default=total)
+        raise ValueError(
+            f"No anchor of about {wanted:,.0f} parameters can be cut from one of {total:,} ({upper.shape}): the "
+            f"smallest has {smallest:,}{f', the nearest {best.num_parameters:,}' if best else ''}. Ask for one of "
+            "these, or give the anchor's config fields."
+        )
+    return _fields(upper, best)
+
+
+def solve_target(
+    upper: Architecture,
+    lower: Architecture,
+    block_map: Blocks,
+    num_parameters: float | None = None,
+    config: Mapping[str, Any] | None = None,
+    tolerance: float = 0.03,
+    operator: str = "nested",
+    kept: Sequence[int] | None = None,
+) -> dict[str, int]:
+    """Solve for the shape of a target between two anchors: the fields given exactly, the others near the line.
+
+    Args:
+        upper, lower: architectures of the two anchors.
+        block_map: for each lower layer the upper layers it stands for.
+        num_parameters: size wanted; None: the fields that `config` leaves out go where those it gives are on the line.
+        config: config fields to fix.
+        tolerance: largest |size - num_parameters| / num_parameters.
+        operator: `nested` and `patch` reach the depths that whole blocks give, the others every depth between. Where
+            engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere are made
+            only if `config` has them.
+        kept: for each lower layer the upper layer it was cut from; None: the last of its block.
+
+    Returns:
+        All shape fields of the family.
+
+    Raises:
+        ValueError: nothing was requested, a field or size out of range, a shape that cannot be made, or none within
+            `tolerance`; the message holds what is possible.
+    """
+    fields = dict(config or {})
+    if num_parameters is None and not fields:
+        raise ValueError(
+            "Nothing was requested: give num_parameters, or config with fields such as " + ", ".join(upper.shape) + "."
+        )
+    if num_parameters is not None and not _is_positive(num_parameters):
+        raise ValueError(f"num_parameters must be a positive number, got {num_parameters!r}.")
+    _check_pair(upper, lower)
+    _check_range(upper, lower, fields)
+    if num_parameters is not None:
+        _check_size_range(upper, lower, num_parameters, tolerance)
+    grid = _grid(upper, lower, block_map, kept, fields, operator)
+    options = list(candidates(grid, num_parameters))
+    if not options:
+        raise ValueError(_impossible(grid, fields))
+    if num_parameters is None:
+        return _fields(upper, min(options, key=lambda option: option.strain))
+    best = _nearest(options, num_parameters, tolerance)
+    if abs(best.num_parameters - num_parameters) > tolerance * num_parameters:
+        raise ValueError(_too_far(upper, options, num_parameters, tolerance, fields))
+    return _fields(upper, best)
+
+
+def list_sizes(
+    upper: Architecture, lower: Architecture, block_map: Blocks, kept: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """List what `nested` can make between two anchors.
+
+    Returns:
+        `num_parameters`: [smallest, largest]; `shape`: for every config field the values on offer, ascending.
+    """
+    _check_pair(upper, lower)
+    grid = _grid(upper, lower, block_map, kept, {}, "nested")
+    low, high = lower.sizes, upper.sizes
+    values = {
+        "layer": list(grid.depths),
+        "width": widths(grid),
+        "ffn": list(range(low["ffn"], high["ffn"] + 1, grid.multiple("ffn"))),
+        "group": list(range(low["group"], high["group"] + 1)),
+    }
+    groups_and_queries = [
+        (group, query) for group in values["group"] for query in range(low["query"], high["query"] + 1)
+    ]
+    values["heads"] = sorted({group * query for group, query in groups_and_queries})
+    return {
+        "num_parameters": [lower.num_parameters, upper.num_parameters],
+        "shape": {field: values[dim] for field, dim in upper.family.shape_fields.items()},
+    }
 
 
 @dataclass(frozen=True)
@@ -30,7 +160,7 @@ class Candidate:
         depth, sizes: number of layers and every atomic size.
         num_parameters: a tied table counted once.
         strain: root mean square distance of its dimensions' fractions from their mean (0: on the line), at the FFN
-            width that would give the size asked for exactly; for the part of the size that no FFN width gives, more.
+            width that would give the requested size exactly; for the part of the size that no FFN width gives, more.
         on_stair: whether depth and width are a stair of the staircase along the line.
     """
 
@@ -71,7 +201,7 @@ class Grid:
         low: atomic sizes of the small corner (0 for a corner at the origin).
         low_depth: its number of layers.
         depths: depths on offer.
-        fixed: dimensions whose value was asked for; "heads" is group x query.
+        fixed: dimensions whose value is fixed by the request; "heads" is group x query.
     """
 
     upper: Architecture
@@ -86,14 +216,47 @@ class Grid:
         return None if high == low else (value - low) / (high - low)
 
     def multiple(self, dim: str) -> int:
-        """What values of this dimension are multiples of: 8 where both corners are, else what they have in common "
-        "with 8."""
+        """Step of this dimension's values: 8 where both corners are multiples of it, else what they share with 8."""
         return math.gcd(_MULTIPLE, self.low[dim], self.upper.sizes[dim])
 
 
+def _grid(
+    upper: Architecture,
+    lower: Architecture,
+    block_map: Blocks,
+    kept: Sequence[int] | None,
+    fields: Mapping[str, int],
+    operator: str,
+) -> Grid:
+    check_blocks(block_map, lower.depth, upper.depth)
+    fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
+    # A depth that is requested by name may leave the pattern that engines have built in.
+    fits = anywhere if "layer" in fixed else upper.fits
+    depths: Iterable[int] = range(lower.depth, upper.depth + 1)
+    if operator in _BLOCK_OPERATORS:
+        depths = reachable_depths(upper.depth, block_map, kept, fits)
+    elif operator == "slice":
+        depths = [depth for depth in depths if _keeps_pattern(depth, upper.depth, fits)]
+    elif operator == "expand" and "layer" not in fixed:
+        depths = [depth for depth in depths if _keeps_pattern(lower.depth, depth, lambda i, j: lower.fits(j, i))]
+    if "layer" in fixed:
+        if fixed["layer"] not in depths:
+            raise ValueError(
+                f"{upper.family.depth_field}={fixed['layer']} cannot be made by operator={operator!r}, which replaces "
+                f"whole blocks. Depths it can make: {', '.join(str(depth) for depth in depths)}. Choose one of these, "
+                "or operator='slice' or 'expand'."
+            )
+        depths = [fixed["layer"]]
+    return Grid(upper, lower.sizes, lower.depth, list(depths), fixed)
+
+
+def _keeps_pattern(kept: int, total: int, fits: Fits) -> bool:
+    """Whether so many of the layers can be chosen that each comes to stand where it belongs."""
+    return fitting_layers(spaced_layers(total, kept), total, fits) is not None
+
+
 def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
-    """All shapes of the grid; where the FFN width is free, those nearest to `num_parameters` (or to the line when it "
-    "is None)."""
+    """Yield all shapes of the grid; where the FFN width is free, those nearest to the size (None: to the line)."""
     count = ParameterCount(grid.upper)
     choices = list(_widths_and_heads(grid))
     stairs = _stairs(grid, sorted({sizes["width"] for sizes in choices}))
@@ -106,7 +269,7 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
                 wanted = _ffn_on_line(grid, depth, sizes)
             else:
                 wanted = ((num_parameters - outer) / depth - layer) / neuron
-            # Judged before rounding to an FFN width on offer, or neighbouring stairs would take turns.
+            # Judged before rounding to an FFN width on offer, or neighboring stairs would take turns.
             dial = _ffn_in_range(grid, wanted)
             strain = _strain(grid, depth, {**sizes, "ffn": dial})
             if num_parameters is not None:
@@ -168,8 +331,8 @@ def _num_heads(heads: Mapping[str, int]) -> int:
 
 
 def heads_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
-    """Key/value groups and queries per group for a width: on the line, rounded up, unless they are fixed or the only "
-    "thing that varies."""
+    """List key/value groups and queries per group for a width: on the line, rounded up, unless they are fixed or the
+    only thing that varies."""
     high = grid.upper.sizes
     if width_follows_heads(grid.upper):
         queries = [
@@ -241,176 +404,9 @@ def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
     return strain + (_ODD_WIDTH_STRAIN if odd else 0.0)
 
 
-# Operators that replace whole blocks; the others can keep any number of layers.
-_BLOCK_OPERATORS = ("nested", "patch")
-# An anchor further than this from the size asked for is no answer (only at the small end of what can be cut).
-_ANCHOR_TOLERANCE = 0.25
-
-
-def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
-    """The shape of an anchor of a given size below `upper`: fewer layers down to half of them, then narrower.
-
-    Depths that leave the pattern of layers that engines have built in (`Architecture.fits`) are not on offer.
-
-    Args:
-        upper: architecture of the anchor above (or the source).
-        size: above 1 a number of parameters, below 1 a ratio to that of `upper`.
-
-    Returns:
-        Config fields of the family.
-
-    Raises:
-        ValueError: the size is no positive number, not smaller than `upper`, or smaller than anything that can be cut
-            from it.
-    """
-    total = upper.num_parameters
-    if not _is_positive(size) or size >= total or size == 1:
-        raise ValueError(
-            f"An anchor's size must be a number of parameters below the {total:,} of the anchor above, or a ratio "
-            f"between 0 and 1, got {size!r}."
-        )
-    wanted = size if size > 1 else size * total
-    half = -(-upper.depth // 2)
-    depths = [depth for depth in range(half, upper.depth) if _keeps_pattern(depth, upper.depth, upper.fits)]
-    # Of a model in whose pattern no depth fits, only the width is changed.
-    half = min(depths, default=upper.depth)
-    shallower = Grid(upper, upper.sizes, upper.depth, depths, {})
-    by_depth = list(candidates(shallower, wanted))
-    if by_depth and min(option.num_parameters for option in by_depth) <= wanted:
-        return _fields(upper, min(by_depth, key=lambda option: abs(option.num_parameters - wanted)))
-    narrow = {**upper.sizes, "width": 0, "ffn": 0, "group": 0}
-    options = by_depth + [
-        o for o in candidates(Grid(upper, narrow, upper.depth, [half], {}), wanted) if o.num_parameters < total
-    ]
-    best = _nearest(options, wanted, _ANCHOR_TOLERANCE) if options else None
-    if best is None or abs(best.num_parameters - wanted) > _ANCHOR_TOLERANCE * wanted:
-        smallest = min((option.num_parameters for option in options), default=total)
-        raise ValueError(
-            f"No anchor of about {wanted:,.0f} parameters can be cut from one of {total:,} ({upper.shape}): the "
-            f"smallest has {smallest:,}{f', the nearest {best.num_parameters:,}' if best else ''}. Ask for one of "
-            "these, or give the anchor's config fields."
-        )
-    return _fields(upper, best)
-
-
 def _is_positive(value: object) -> bool:
-    """A positive number; True is none."""
+    """Whether a value is a positive number; True is not."""
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
-
-
-def solve_target(
-    upper: Architecture,
-    lower: Architecture,
-    block_map: Blocks,
-    num_parameters: float | None = None,
-    config: Mapping[str, Any] | None = None,
-    tolerance: float = 0.03,
-    operator: str = "nested",
-    kept: Sequence[int] | None = None,
-) -> dict[str, int]:
-    """The shape of a target between two anchors: the fields given exactly, the others on the line or near it.
-
-    Args:
-        upper, lower: architectures of the two anchors.
-        block_map: for each lower layer the upper layers it stands for.
-        num_parameters: size wanted; None: the fields that `config` leaves out go where those it gives are on the line.
-        config: config fields to fix.
-        tolerance: largest |size - num_parameters| / num_parameters.
-        operator: `nested` and `patch` reach the depths that whole blocks give, the others every depth between. Where
-            engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere are made
-            only if `config` has them.
-        kept: for each lower layer the upper layer it was cut from; None: the last of its block.
-
-    Returns:
-        All shape fields of the family.
-
-    Raises:
-        ValueError: nothing asked for, a field or size out of range, a shape that cannot be made, or none within
-            `tolerance`; the message holds what is possible.
-    """
-    fields = dict(config or {})
-    if num_parameters is None and not fields:
-        raise ValueError(
-            "Nothing was asked for: give num_parameters, or config with fields such as " + ", ".join(upper.shape) + "."
-        )
-    if num_parameters is not None and not _is_positive(num_parameters):
-        raise ValueError(f"num_parameters must be a positive number, got {num_parameters!r}.")
-    _check_pair(upper, lower)
-    _check_range(upper, lower, fields)
-    if num_parameters is not None:
-        _check_size_range(upper, lower, num_parameters, tolerance)
-    grid = _grid(upper, lower, block_map, kept, fields, operator)
-    options = list(candidates(grid, num_parameters))
-    if not options:
-        raise ValueError(_impossible(grid, fields))
-    if num_parameters is None:
-        return _fields(upper, min(options, key=lambda option: option.strain))
-    best = _nearest(options, num_parameters, tolerance)
-    if abs(best.num_parameters - num_parameters) > tolerance * num_parameters:
-        raise ValueError(_too_far(upper, options, num_parameters, tolerance, fields))
-    return _fields(upper, best)
-
-
-def list_sizes(
-    upper: Architecture, lower: Architecture, block_map: Blocks, kept: Sequence[int] | None = None
-) -> dict[str, Any]:
-    """What `nested` can make between two anchors.
-
-    Returns:
-        `num_parameters`: [smallest, largest]; `shape`: for every config field the values on offer, ascending.
-    """
-    _check_pair(upper, lower)
-    grid = _grid(upper, lower, block_map, kept, {}, "nested")
-    low, high = lower.sizes, upper.sizes
-    values = {
-        "layer": list(grid.depths),
-        "width": widths(grid),
-        "ffn": list(range(low["ffn"], high["ffn"] + 1, grid.multiple("ffn"))),
-        "group": list(range(low["group"], high["group"] + 1)),
-    }
-    groups_and_queries = [
-        (group, query) for group in values["group"] for query in range(low["query"], high["query"] + 1)
-    ]
-    values["heads"] = sorted({group * query for group, query in groups_and_queries})
-    return {
-        "num_parameters": [lower.num_parameters, upper.num_parameters],
-        "shape": {field: values[dim] for field, dim in upper.family.shape_fields.items()},
-    }
-
-
-def _grid(
-    upper: Architecture,
-    lower: Architecture,
-    block_map: Blocks,
-    kept: Sequence[int] | None,
-    fields: Mapping[str, int],
-    operator: str,
-) -> Grid:
-    check_blocks(block_map, lower.depth, upper.depth)
-    fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
-    # A depth that is asked for by name may leave the pattern that engines have built in.
-    fits = anywhere if "layer" in fixed else upper.fits
-    depths: Iterable[int] = range(lower.depth, upper.depth + 1)
-    if operator in _BLOCK_OPERATORS:
-        depths = reachable_depths(upper.depth, block_map, kept, fits)
-    elif operator == "slice":
-        depths = [depth for depth in depths if _keeps_pattern(depth, upper.depth, fits)]
-    elif operator == "expand" and "layer" not in fixed:
-        depths = [depth for depth in depths if _keeps_pattern(lower.depth, depth, lambda i, j: lower.fits(j, i))]
-    if "layer" in fixed:
-        if fixed["layer"] not in depths:
-            raise ValueError(
-                f"{upper.family.depth_field}={fixed['layer']} cannot be made by operator={operator!r}, which replaces "
-                f"whole blocks. Depths it can make: {', '.join(str(depth) for depth in depths)}. Choose one of these, "
-                "or operator='slice' or 'expand'."
-            )
-        depths = [fixed["layer"]]
-    return Grid(upper, lower.sizes, lower.depth, list(depths), fixed)
-
-
-def _keeps_pattern(kept: int, total: int, fits: Fits) -> bool:
-    """Whether so many of the layers can be chosen that each comes to stand where it belongs."""
-    return fitting_layers(spaced_layers(total, kept), total, fits) is not None
 
 
 def _nearest(options: Sequence[Candidate], wanted: float, tolerance: float) -> Candidate:
@@ -466,7 +462,7 @@ def _check_size_range(upper: Architecture, lower: Architecture, wanted: float, t
 
 
 def _impossible(grid: Grid, fields: Mapping[str, int]) -> str:
-    """Why no shape has these fields; a width that the config class refuses has its own message."""
+    """Explain why no shape has these fields; a width that the config class does not take has its own message."""
     upper, on_line = grid.upper, {}
     if "width" in grid.fixed and "heads" not in grid.fixed and "group" not in grid.fixed:
         on_line = next(iter(heads_for_width(grid, grid.fixed["width"])), {})

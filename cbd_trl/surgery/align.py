@@ -54,7 +54,7 @@ def collect_cross_moments(
         batches: `input_ids` (B, T) without padding.
 
     Returns:
-        {lower site: E[x y^T], (D, d)}, x and y the upper and the lower model's stream there: normalised before gain
+        {lower site: E[x y^T], (D, d)}, x and y the upper and the lower model's stream there: normalized before gain
         and bias at a norm, the raw input elsewhere.
 
     Raises:
@@ -90,8 +90,8 @@ def collect_cross_moments(
 
 
 @dataclass(frozen=True)
-class Side:
-    """One of two models beside each other: its weights, what they mean, and its moments on the common text."""
+class MeasuredModel:
+    """One of the two models: its weights, what they mean, and its moments on the common text."""
 
     weights: Weights
     architecture: Architecture
@@ -132,7 +132,9 @@ class Match:
     quality: dict[str, Quality]
 
 
-def match_models(upper: Side, lower: Side, cross: Mapping[str, torch.Tensor], kept: Sequence[int]) -> Match:
+def match_models(
+    upper: MeasuredModel, lower: MeasuredModel, cross: Mapping[str, torch.Tensor], kept: Sequence[int]
+) -> Match:
     """Find the assignments (scipy's, rectangular) with the largest sum of correlations.
 
     Channels by the correlation of the streams as layers read them, averaged over the model; where all norms are
@@ -237,8 +239,8 @@ def _normed(covariance: torch.Tensor, *variances: torch.Tensor) -> torch.Tensor:
 
 
 def _head_correlation(
-    upper: Side,
-    lower: Side,
+    upper: MeasuredModel,
+    lower: MeasuredModel,
     cross: torch.Tensor,
     above: Site,
     below: Site,
@@ -260,7 +262,7 @@ def _head_correlation(
     return _normed(inner, *variances)
 
 
-def _output_matrix(side: Side, site: Site) -> torch.Tensor:
+def _output_matrix(side: MeasuredModel, site: Site) -> torch.Tensor:
     """The weight of an output projection, (width, inputs) float64."""
     key, _ = reader_keys(site.readers[0], side.weights, side.architecture)
     return input_matrix(side.weights[key], side.architecture.tensors[key], site.axis).double()

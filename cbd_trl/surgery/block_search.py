@@ -1,6 +1,6 @@
 """Which layers a shallower model keeps, and which others each of them stands for: the cheapest blocks, by measure.
 
-Of two neighbours the wrong one can cost many times as much: the layer that makes the attention sink has no stand-in,
+Of two neighbors the wrong one can cost many times as much: the layer that makes the attention sink has no stand-in,
 wherever an even spacing happens to put it.
 
 Shapes: N positions of the held-out text, D width, V vocabulary rows.
@@ -23,8 +23,8 @@ from cbd_trl.surgery.blocks import Block, Fits, anywhere, spaced_blocks
 from cbd_trl.surgery.refit import OutputProjection, layer_inputs, refit_layer
 from cbd_trl.utils.progress import Progress
 
-# Positions, evenly spaced, whose divergence says how little a candidate may cost; the best are measured on all. The
-# head is most of the work where the vocabulary is large.
+# Positions, evenly spaced, on which candidates are compared first; the best are measured on all.
+# The head is most of the work where the vocabulary is large.
 _SAMPLE = 64
 # Standard errors that a candidate's cost may lie below that of its sample.
 _ERRORS = 2.0
@@ -142,7 +142,7 @@ def _rules(architecture: Architecture) -> list[tuple[Fits, Fits]]:
 
     Where whole periods of a pattern stand for whole periods, targets between the two depths keep it, too.
     """
-    return [(architecture.fits, architecture.begins_alike), (architecture.fits, anywhere), (anywhere, anywhere)]
+    return [(architecture.fits, architecture.starts_period), (architecture.fits, anywhere), (anywhere, anywhere)]
 
 
 def _single(total: int) -> _Costs:

@@ -15,7 +15,7 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
     """Grow every width to `target`'s; logits stay equal.
 
     RMSNorm: new channels are written as zero, gains times sqrt(d_old / d_new), epsilon times d_old / d_new (norms over
-    an output share that epsilon, so what they normalise is scaled to it). LayerNorm: every new channel is written as
+    an output share that epsilon, so what they normalize is scaled to it). LayerNorm: every new channel is written as
     the mean of the old ones, new gains and biases are 0, old gains and epsilon scaled likewise. Where the epsilon is
     fixed (OPT) the whole stream is multiplied by sqrt(d_new / d_old) instead, which leaves its root mean square what
     it was. New heads and neurons get zero output projections. What reads a new coordinate, and the inner weights of
@@ -88,7 +88,7 @@ class _Scales:
         return stream if writes_stream else torch.ones_like(stream)
 
     def _read(self, module: str, axes: Axes) -> torch.Tensor:
-        """Scale of what a module reads; a norm's gain reads what is normalised."""
+        """Scale of what a module reads; a norm's gain reads what is normalized."""
         if module in self._old.norms:
             return self._normed(axes, axes[0], 1.0)
         return torch.ones((), dtype=torch.float64)

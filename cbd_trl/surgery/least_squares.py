@@ -76,7 +76,7 @@ class Fit:
 
 
 def _span(index: torch.Tensor) -> slice | torch.Tensor:
-    """Ascending positions as a slice where they are neighbours: a view then, not a copy."""
+    """Ascending positions as a slice where they are neighbors: a view then, not a copy."""
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index
 
@@ -124,7 +124,7 @@ def regress(
         rows, matrix = torch.arange(len(mean)), _centred(matrix, kept, rest, weighting)
         missing[kept] = gain[kept] * mean[kept].mean()
         features = features - missing[kept]
-    # A feature of gain 0 says nothing.
+    # A feature of gain 0 carries no information.
     inverse = torch.where(gain[kept].abs() > 1e-6 * gain.abs().max(), 1 / gain[kept], 0)
     if has_gain:
         matrix.mul_(gain[rows, None]).mul_(inverse)
@@ -196,7 +196,7 @@ def least_squares_cut(
     the stream have one, b + W c. Norm gains are multiplied by the ratio of the kept coordinates' root mean square to
     the full one; a LayerNorm's features are centred over the kept coordinates, so y also holds the kept coordinates'
     mean. Dropped heads and neurons go the same way through the output and down projections. Norms over an output
-    (after attention and FFN, over all heads' queries or keys) have their gains multiplied alike.
+    (after attention and FFN, over all heads' queries or keys) have their gains multiplied by the same factor.
 
     An approximation (the ratio varies from token to token); exact as ridge -> 0 with an untied head where the dropped
     coordinates are copies of kept ones, each copied equally often.

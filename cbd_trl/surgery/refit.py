@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import Architecture, decoder_layers
-from cbd_trl.surgery.statistics import normalised
+from cbd_trl.surgery.statistics import normalize_stream
 from cbd_trl.surgery.weights import as_stored, as_used, from_input_matrix, input_matrix
 from cbd_trl.utils.progress import Progress
 
@@ -210,7 +210,7 @@ class OutputProjection:
         """Set each gain of the norm so that what is added is nearest to the goals, in weighted least squares."""
         above = below = torch.zeros(())
         for rows, goal, weight in zip(projected, goals, weights, strict=True):
-            stream = normalised(rows, "rms", self._architecture.eps)
+            stream = normalize_stream(rows, "rms", self._architecture.eps)
             above = above + (weight * stream * goal).sum(0)
             below = below + (weight * stream.square()).sum(0)
         gain = above / below.clamp(min=1e-12)
@@ -218,7 +218,7 @@ class OutputProjection:
 
 
 def _token_weights(target: torch.Tensor) -> torch.Tensor:
-    """What reads the stream sees it normalised, so large tokens must not be all that is fitted. But 1 / |t|^2 loses
+    """What reads the stream sees it normalized, so large tokens must not be all that is fitted. But 1 / |t|^2 loses
     the size of the few enormous ones (attention sinks), which upper blocks build on: 1 / |t|, (N, 1)."""
     return target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
 

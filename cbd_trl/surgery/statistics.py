@@ -14,112 +14,12 @@ from cbd_trl.architectures.backbone import own_forward
 from cbd_trl.utils.modeling import in_eval_mode
 from cbd_trl.utils.progress import Progress
 
-BITS = 6
-_PANEL = 32
-_OFFSET = 2 ** (BITS - 1)
-# An entry is its step to this power: of 1, 1.5 and 2 the one that costs the fits least (SmolLM2-135M).
-_POWER = 1.5
-_STEPS = torch.arange(_OFFSET * 2, dtype=torch.float32, device="cpu") - _OFFSET
-# What a byte's low bits stand for, in units of the column's scale; looked up by whole bytes, the high bits in them.
-_ENTRIES = (_STEPS * _STEPS.abs() ** (_POWER - 1)).repeat(2 ** (8 - BITS))
-
-
-def deviations(mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Standard deviations, kept away from zero where a coordinate is constant: (D,) float64 from E[x] and E[x^2]."""
-    mean, squares = mean.double(), squares.double()
-    # Single precision sums leave nothing below this of a constant coordinate's variance.
-    return (squares - mean.square()).clamp(min=1e-6 * squares + 1e-12 * squares.mean()).sqrt()
-
-
-def factorise(mean: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The columns of L that belong to the coordinates `kept`, which come first: (D, P), rows in their own order.
-
-    Args:
-        mean, second: E[x], (D,), and E[x x^T], (D, D).
-        kept: (P,) int64, ascending.
-        ridge: added to the correlations' diagonal; more where rounding made the moments indefinite.
-    """
-    deviation = deviations(mean, second.diagonal())
-    correlation = (second - torch.outer(mean, mean)) / deviation[:, None] / deviation
-    columns = correlation[:, kept]
-    block = columns[kept]
-    for _ in range(20):
-        block.diagonal().add_(ridge)
-        triangle, failed = torch.linalg.cholesky_ex(block)
-        if not failed:
-            break
-        ridge *= 9
-    factor = torch.linalg.solve_triangular(triangle.T, columns, upper=True, left=False)
-    factor[kept] = triangle
-    return factor * deviation[:, None]
-
-
-def pack(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A lower triangular (D, D) matrix in few bits.
-
-    Returns:
-        uint8 codes of what is below the diagonal, panel by panel of 32 columns, and the columns' scales, (D,) float32.
-    """
-    below = factor.tril(-1)
-    largest = _OFFSET - 1
-    scales = (below.abs().amax(0) / largest**_POWER).float()
-    ratios = below.abs() / scales.clamp(min=torch.finfo(torch.float32).tiny)
-    steps = ratios.pow(1 / _POWER).round().clamp(max=largest) * below.sign()
-    codes = (steps + _OFFSET).to(torch.uint8)
-    size = len(factor)
-    return torch.cat([_pack(codes[start:, start : start + _PANEL]) for start in range(0, size, _PANEL)]), scales
-
-
-def unpack(codes: torch.Tensor, scales: torch.Tensor, units: torch.Tensor, columns: int) -> torch.Tensor:
-    """The leading columns of what `pack` was given, without the diagonal, row i times units[i]: (D, columns) float32.
-
-    Panel by panel, each of which stays in the cache from its codes to its place.
-    """
-    size, position = len(scales), 0
-    factor = torch.empty(size, columns)
-    for start in range(0, columns, _PANEL):
-        rows, width = size - start, min(_PANEL, size - start)
-        used = min(width, columns - start)
-        length = _packed_length(rows * width)
-        panel = _unpack(codes[position : position + length], rows * width).view(rows, width)[:, :used]
-        panel.mul_(scales[start : start + used])
-        place = factor[:, start : start + used]
-        place[:start].zero_()
-        torch.mul(panel, units[start:, None], out=place[start:])
-        position += length
-    return factor
-
-
-def packed_bytes(size: int) -> int:
-    """Bytes of the codes of a (size, size) factor."""
-    return sum(_packed_length((size - start) * min(_PANEL, size - start)) for start in range(0, size, _PANEL))
-
-
-def _packed_length(count: int) -> int:
-    return 3 * -(-count // 4)
-
-
-def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Four codes in three bytes: the two free bits of each of the first three hold the fourth."""
-    codes = codes.flatten()
-    codes = torch.nn.functional.pad(codes, (0, -len(codes) % 4)).view(4, -1)
-    return torch.stack([codes[i] | (codes[3] >> 2 * i & 3) << BITS for i in range(3)]).flatten()
-
-
-def _unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
-    """Inverse of `_pack`, as entries in units of their column's scale, float32."""
-    parts = packed.view(3, -1)
-    high = parts >> BITS
-    codes = torch.cat([packed, high[0] | high[1] << 2 | high[2] << 4])[:count]
-    return _ENTRIES.index_select(0, codes.int())
-
-
 RIDGE = 1e-3
 _KINDS = ("mean", "second", "square")
 
 
 class SiteStatistics(Protocol):
-    """What a cut asks of a model's moments, in memory or on disk.
+    """What a cut reads of a model's moments, in memory or on disk.
 
     Args:
         ridge: of `factor`, times each coordinate's own variance.
@@ -149,11 +49,11 @@ class Statistics:
     """Moments per token at every site of a model, in memory.
 
     Args:
-        means: {site: E[x], (D,) float32}; x is the normalised stream before gain and bias at a norm, the raw input
+        means: {site: E[x], (D,) float32}; x is the normalized stream before gain and bias at a norm, the raw input
             elsewhere.
         seconds: {site: E[x x^T], its upper triangle row by row, (D (D + 1) / 2,) float32}.
         tokens: number of tokens averaged over, padding left out.
-        squares: {output norm: E[x_i^2], (D,) float32}; x is its input, normalised, before the gain.
+        squares: {output norm: E[x_i^2], (D,) float32}; x is its input, normalized, before the gain.
         ridge: of `factor`, times each coordinate's own variance.
     """
 
@@ -191,7 +91,7 @@ class Statistics:
 
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
         """L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
-        return factorise(self.mean(site), self.second(site), kept, self.ridge)
+        return factorize(self.mean(site), self.second(site), kept, self.ridge)
 
     def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
         """The statistics of a model whose stream at `site` is x[index[site]] (sites without an entry are dropped)."""
@@ -217,49 +117,6 @@ class Statistics:
             means[site] = (axes.T @ self.mean(site)).float()
             seconds[site] = _packed(axes.T @ self.second(site) @ axes)
         return dataclasses.replace(self, means=means, seconds=seconds)
-
-
-def _packed(second: torch.Tensor) -> torch.Tensor:
-    rows, columns = torch.triu_indices(*second.shape)
-    return second[rows, columns].float()
-
-
-def normalised(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
-    """RMSNorm ("rms") or LayerNorm ("layer") without gain and bias, over the last axis, in float32."""
-    stream = stream.float()
-    if norm_type == "layer":
-        stream = stream - stream.mean(-1, keepdim=True)
-    return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
-
-
-@contextmanager
-def watched(
-    model: nn.Module,
-    architecture: Architecture,
-    places: Iterable[Site | OutputNorm],
-    visit: Callable[[str, torch.Tensor], None],
-) -> Iterator[None]:
-    """Inside, every forward pass of a model calls `visit(name, x)` with what each of these sites and norms gets.
-
-    x is (B T, D), a row a token: normalised before gain and bias, in float32, at a norm; the raw input elsewhere.
-    """
-    modules = dict(model.named_modules())
-    norm = (architecture.family.norm_type, architecture.eps)
-
-    def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            # OPT's FFN sees one row of tokens, whatever the batch.
-            stream = inputs[0].detach().flatten(0, -2)
-            visit(name, normalised(stream, *norm) if name in architecture.norms else stream)
-
-        return hook
-
-    handles = [modules[place.name].register_forward_pre_hook(hook_for(place.name)) for place in places]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -314,3 +171,76 @@ def collect_statistics(
         {name: (total / tokens).float().cpu() for name, total in sums[kind].items()} for kind in _KINDS
     )
     return Statistics(means, {name: _packed(second) for name, second in seconds.items()}, tokens, squares)
+
+
+def normalize_stream(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
+    """RMSNorm ("rms") or LayerNorm ("layer") without gain and bias, over the last axis, in float32."""
+    stream = stream.float()
+    if norm_type == "layer":
+        stream = stream - stream.mean(-1, keepdim=True)
+    return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
+
+
+@contextmanager
+def watched(
+    model: nn.Module,
+    architecture: Architecture,
+    places: Iterable[Site | OutputNorm],
+    visit: Callable[[str, torch.Tensor], None],
+) -> Iterator[None]:
+    """Inside, every forward pass of a model calls `visit(name, x)` with what each of these sites and norms gets.
+
+    x is (B T, D), a row a token: normalized before gain and bias, in float32, at a norm; the raw input elsewhere.
+    """
+    modules = dict(model.named_modules())
+    norm = (architecture.family.norm_type, architecture.eps)
+
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            # OPT's FFN sees one row of tokens, whatever the batch.
+            stream = inputs[0].detach().flatten(0, -2)
+            visit(name, normalize_stream(stream, *norm) if name in architecture.norms else stream)
+
+        return hook
+
+    handles = [modules[place.name].register_forward_pre_hook(hook_for(place.name)) for place in places]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def deviations(mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Standard deviations, kept away from zero where a coordinate is constant: (D,) float64 from E[x] and E[x^2]."""
+    mean, squares = mean.double(), squares.double()
+    # Single precision sums leave nothing below this of a constant coordinate's variance.
+    return (squares - mean.square()).clamp(min=1e-6 * squares + 1e-12 * squares.mean()).sqrt()
+
+
+def factorize(mean: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The columns of L that belong to the coordinates `kept`, which come first: (D, P), rows in their own order.
+
+    Args:
+        mean, second: E[x], (D,), and E[x x^T], (D, D).
+        kept: (P,) int64, ascending.
+        ridge: added to the correlations' diagonal; more where rounding made the moments indefinite.
+    """
+    deviation = deviations(mean, second.diagonal())
+    correlation = (second - torch.outer(mean, mean)) / deviation[:, None] / deviation
+    columns = correlation[:, kept]
+    block = columns[kept]
+    for _ in range(20):
+        block.diagonal().add_(ridge)
+        triangle, failed = torch.linalg.cholesky_ex(block)
+        if not failed:
+            break
+        ridge *= 9
+    factor = torch.linalg.solve_triangular(triangle.T, columns, upper=True, left=False)
+    factor[kept] = triangle
+    return factor * deviation[:, None]
+
+
+def _packed(second: torch.Tensor) -> torch.Tensor:
+    rows, columns = torch.triu_indices(*second.shape)
+    return second[rows, columns].float()

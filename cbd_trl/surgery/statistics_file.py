@@ -8,15 +8,23 @@ from typing import Any
 
 import torch
 
-from cbd_trl.surgery.statistics import Statistics, deviations, factorise, pack, packed_bytes, unpack
+from cbd_trl.surgery.statistics import Statistics, deviations, factorize
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import TensorFile, save_tensors
 from cbd_trl.utils.untrusted import parse_json, shown
 
 FORMAT_VERSION = "3"
 _MARK = "cbd_trl_statistics"
-# Sites whose vectors stay mapped, so that what a layer asks for again and again is mapped once.
+# Sites whose vectors stay mapped, so that what a layer reads again and again is mapped once.
 _MAPPED = 8
+BITS = 6
+_PANEL = 32
+_OFFSET = 2 ** (BITS - 1)
+# An entry is its step to this power: of 1, 1.5 and 2 the one that costs the fits least (SmolLM2-135M).
+_POWER = 1.5
+_STEPS = torch.arange(_OFFSET * 2, dtype=torch.float32, device="cpu") - _OFFSET
+# What a byte's low bits stand for, in units of the column's scale; looked up by whole bytes, the high bits in them.
+_ENTRIES = (_STEPS * _STEPS.abs() ** (_POWER - 1)).repeat(2 ** (8 - BITS))
 _VECTORS = ("mean", "variances", "prefix_squares", "diagonal", "scales")
 
 
@@ -122,11 +130,11 @@ class StoredStatistics:
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
         """L, (D, P) float32, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular.
 
-        Where `kept` is a prefix that is a part of what is stored; else the moments are factorised anew.
+        Where `kept` is a prefix that is a part of what is stored; else the moments are factorized anew.
         """
         size = len(kept)
         if int(kept[-1]) != size - 1:
-            return factorise(self.mean(site).double(), self.second(site).double(), kept, self.ridge).float()
+            return factorize(self.mean(site).double(), self.second(site).double(), kept, self.ridge).float()
         units = deviations(self.mean(site), self.variances(site)).float()
         factor = unpack(self._tensor(site, "codes"), self._vector(site, "scales"), units, size)
         factor.diagonal().copy_(self._vector(site, "diagonal")[:size] * units[:size])
@@ -143,3 +151,63 @@ def _number(path: Path, metadata: Mapping[str, str], name: str) -> Any:
     if type(value) not in (int, float) or value < 0:
         raise ValueError(f"{path} has {name} = {shown(text)} in its metadata, no number. Build the chain again.")
     return value
+
+
+def pack(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A lower triangular (D, D) matrix in few bits.
+
+    Returns:
+        uint8 codes of what is below the diagonal, panel by panel of 32 columns, and the columns' scales, (D,) float32.
+    """
+    below = factor.tril(-1)
+    largest = _OFFSET - 1
+    scales = (below.abs().amax(0) / largest**_POWER).float()
+    ratios = below.abs() / scales.clamp(min=torch.finfo(torch.float32).tiny)
+    steps = ratios.pow(1 / _POWER).round().clamp(max=largest) * below.sign()
+    codes = (steps + _OFFSET).to(torch.uint8)
+    size = len(factor)
+    return torch.cat([_pack(codes[start:, start : start + _PANEL]) for start in range(0, size, _PANEL)]), scales
+
+
+def unpack(codes: torch.Tensor, scales: torch.Tensor, units: torch.Tensor, columns: int) -> torch.Tensor:
+    """The leading columns of what `pack` was given, without the diagonal, row i times units[i]: (D, columns) float32.
+
+    Panel by panel, each of which stays in the cache from its codes to its place.
+    """
+    size, position = len(scales), 0
+    factor = torch.empty(size, columns)
+    for start in range(0, columns, _PANEL):
+        rows, width = size - start, min(_PANEL, size - start)
+        used = min(width, columns - start)
+        length = _packed_length(rows * width)
+        panel = _unpack(codes[position : position + length], rows * width).view(rows, width)[:, :used]
+        panel.mul_(scales[start : start + used])
+        place = factor[:, start : start + used]
+        place[:start].zero_()
+        torch.mul(panel, units[start:, None], out=place[start:])
+        position += length
+    return factor
+
+
+def packed_bytes(size: int) -> int:
+    """Bytes of the codes of a (size, size) factor."""
+    return sum(_packed_length((size - start) * min(_PANEL, size - start)) for start in range(0, size, _PANEL))
+
+
+def _packed_length(count: int) -> int:
+    return 3 * -(-count // 4)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """Four codes in three bytes: the two free bits of each of the first three hold the fourth."""
+    codes = codes.flatten()
+    codes = torch.nn.functional.pad(codes, (0, -len(codes) % 4)).view(4, -1)
+    return torch.stack([codes[i] | (codes[3] >> 2 * i & 3) << BITS for i in range(3)]).flatten()
+
+
+def _unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Inverse of `_pack`, as entries in units of their column's scale, float32."""
+    parts = packed.view(3, -1)
+    high = parts >> BITS
+    codes = torch.cat([packed, high[0] | high[1] << 2 | high[2] << 4])[:count]
+    return _ENTRIES.index_select(0, codes.int())

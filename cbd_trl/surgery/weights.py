@@ -74,7 +74,7 @@ def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.
 
 
 def to_weights(state: Weights, architecture: Architecture) -> Weights:
-    """A model's state dict as weights, each when it is asked for; what the architecture does not know is left out."""
+    """View a model's state dict as weights, each made on access; what the architecture does not know is left out."""
 
     def tensor(key: str) -> torch.Tensor:
         name, rows = architecture.stored[key]
@@ -84,7 +84,7 @@ def to_weights(state: Weights, architecture: Architecture) -> Weights:
 
 
 def to_state(weights: Weights, architecture: Architecture) -> Weights:
-    """Inverse of `to_weights`: the model's state dict, each tensor when it is asked for, without a tied head."""
+    """Invert `to_weights`: the model's state dict, each tensor made on access, without a tied head."""
     parts: dict[str, list[str]] = {}
     for key, (name, _) in architecture.stored.items():
         parts.setdefault(name, []).append(key)

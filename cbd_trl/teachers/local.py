@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import check_causal, check_head, open_forward, output_head, product_dtype
 from cbd_trl.losses.reduction import select_scored
-from cbd_trl.losses.teacher_outputs import HiddenSignal, MixtureSignal
+from cbd_trl.losses.teacher_outputs import HiddenOutputs, MixtureOutputs
 from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.modeling import check_writes, in_eval_mode, load_causal_lm
 from cbd_trl.utils.untrusted import name_remote_code
@@ -172,7 +172,7 @@ class Teacher(Protocol):
         """See `LocalTeacher.place`."""
 
     def predict(self, batch: Batch, student: nn.Module) -> Any:
-        """See `LocalTeacher.predict`; of the student's tokens a `Signal` of `cbd_trl.losses.teacher_outputs`."""
+        """See `LocalTeacher.predict`; `TeacherOutputs` where its tokens are the student's."""
 
 
 class LocalTeacher:
@@ -213,7 +213,7 @@ class LocalTeacher:
         placed.eval()
         self._placed = placed
 
-    def predict(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+    def predict(self, batch: Batch, student: nn.Module) -> HiddenOutputs:
         """Compute the teacher's output at the scored positions of a batch.
 
         Args:
@@ -248,9 +248,9 @@ class EnsembleTeacher:
         for member in self.members:
             member.place(accelerator, offload)
 
-    def predict(self, batch: Batch, student: nn.Module) -> MixtureSignal:
+    def predict(self, batch: Batch, student: nn.Module) -> MixtureOutputs:
         """See `LocalTeacher.predict`."""
-        return MixtureSignal([member.predict(batch, student) for member in self.members], self._weights)
+        return MixtureOutputs([member.predict(batch, student) for member in self.members], self._weights)
 
 
 class OwnBaseTeacher:
@@ -271,14 +271,14 @@ class OwnBaseTeacher:
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """The student is placed by the trainer."""
 
-    def predict(self, batch: Batch, student: nn.Module) -> HiddenSignal:
+    def predict(self, batch: Batch, student: nn.Module) -> HiddenOutputs:
         """See `LocalTeacher.predict`. In eval mode: dropout is for the student, and so is gradient checkpointing."""
         with in_eval_mode(student), self._student.disable_adapter():
             return read_hidden(student, self._student.get_base_model(), batch)
 
 
 @torch.no_grad()
-def read_hidden(placed: nn.Module, model: Any, batch: Batch) -> HiddenSignal:
+def read_hidden(placed: nn.Module, model: Any, batch: Batch) -> HiddenOutputs:
     """Run a model up to its last hidden state and keep the scored positions.
 
     Args:
@@ -297,8 +297,8 @@ class _ReadHidden:
     model: Any
     labels_BT: Tensor
 
-    def __call__(self, hidden_BTD: Tensor) -> HiddenSignal:
+    def __call__(self, hidden_BTD: Tensor) -> HiddenOutputs:
         hidden_ND = select_scored(hidden_BTD, self.labels_BT.to(hidden_BTD.device))
         with output_head(self.model, keep=True) as head:
             dtype = product_dtype(head, hidden_ND.device)
-            return HiddenSignal(hidden_ND.to(dtype), head.to(dtype))
+            return HiddenOutputs(hidden_ND.to(dtype), head.to(dtype))

@@ -109,9 +109,7 @@ class BridgeDistillTrainer(DistillTrainer):
         tokenizers = setup.bridge.student.tokenizer, setup.bridge.teacher.tokenizer
         options: dict[str, Any] = {"temperature": args.temperature, "top_k": args.top_k}
         if args.divergence is not None:
-            options["divergence"] = get_divergence(
-                args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share
-            )
+            options["divergence"] = get_divergence(args.divergence, **args.divergence_options)
         if "prefix" in weights:
             table = PrefixTable.of(*tokenizers)
             return get_objective("prefix", table=table.to(self.accelerator.device), **options)

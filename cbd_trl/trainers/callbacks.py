@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from cbd_trl.losses.objective import TERMS, Weights, combine
+from cbd_trl.losses.objective import TERMS, TermWeights, combine
 from cbd_trl.losses.reduction import sums_per_row
 from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.checkpointing import after_divergence
@@ -66,7 +66,7 @@ class EvaluationMeter:
     def __init__(self) -> None:
         self._meter = TokenMeter()
 
-    def add(self, outputs: Mapping[str, Tensor], batch: Batch, weights: Weights, gather: Reduce) -> Tensor:
+    def add(self, outputs: Mapping[str, Tensor], batch: Batch, weights: TermWeights, gather: Reduce) -> Tensor:
         """Add a batch.
 
         Args:

@@ -1,21 +1,35 @@
 """Arguments of `DistillTrainer`."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from trl import SFTConfig
 
-from cbd_trl.losses.divergences import DIVERGENCES, divergence_option, get_divergence
+from cbd_trl.losses.divergences import DIVERGENCES, OPTIONS, check_divergence, divergence_option, divergences_with
 from cbd_trl.losses.hidden import HIDDEN_LOSS, HIDDEN_LOSSES, get_hidden_loss
-from cbd_trl.losses.objective import METRICS, SCHEDULES, Weights, WeightSchedule
+from cbd_trl.losses.objective import METRICS, SCHEDULES, TermWeights, WeightSchedule
 
 # Of the terms that are evaluated, by the last word of their names.
 _LOWER_IS_BETTER = ("kd", "ce", "hidden", "unaligned")
 
 
+def _help_of(option: str) -> str:
+    return f"Of the divergence {' and '.join(divergences_with(option))}. {OPTIONS[option].help}"
+
+
+# The option of each divergence is a field: a row of the table of divergences is all that a new one takes.
+_DivergenceOptions: Any = make_dataclass(
+    "_DivergenceOptions",
+    [
+        (name, float, field(default=option.default, metadata={"help": _help_of(name)}))
+        for name, option in OPTIONS.items()
+    ],
+)
+
+
 @dataclass
-class DistillConfig(SFTConfig):
+class DistillConfig(_DivergenceOptions, SFTConfig):
     """Arguments of `DistillTrainer`: those of `trl.SFTConfig`, and these.
 
     As in `SFTConfig`, gradient checkpointing is on by default and so is bf16 mixed precision: pass `bf16=False` to
@@ -35,10 +49,8 @@ class DistillConfig(SFTConfig):
         kd_weight: weight of the divergence between teacher and student.
         kd_schedule: how that weight changes over the run: `constant`, `linear` or `cosine`.
         kd_weight_end: the weight at the end of the run. None: 0.
-        divergence: `forward_kl`, `reverse_kl`, `jsd`, `skew_kl`, `skew_reverse_kl`, `adaptive_kl`, `total_variation`.
-        beta: of `jsd`: 0 is forward KL, 1 reverse KL, as in TRL.
-        skew: of `skew_kl` and `skew_reverse_kl`: how much of the one distribution is mixed into the other.
-        head_share: of `adaptive_kl`: the teacher's mass that counts as the head of its distribution.
+        divergence: a name of `cbd_trl.losses.divergences.DIVERGENCES`, such as `reverse_kl` or `jsd`. One that has an
+            option takes it as an argument of its name, such as `beta` of `jsd`: see `OPTIONS` there.
         temperature: divides the logits of both models in the divergence, which is multiplied by its square (Hinton et
             al. 2015; `total_variation`: by itself) so that its weight keeps its meaning.
         top_k: compare the teacher's k most likely tokens and one bucket for all others. None: every token.
@@ -88,7 +100,7 @@ class DistillConfig(SFTConfig):
     teacher_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Weights of several teachers, whose distributions are averaged; scaled to sum to 1. Not set: "
+            "help": "TermWeights of several teachers, whose distributions are averaged; scaled to sum to 1. Not set: "
             "equal. Python only: several teachers are passed as a list."
         },
     )
@@ -122,21 +134,6 @@ class DistillConfig(SFTConfig):
             "help": "Divergence between the next-token distributions of teacher and student.",
             "choices": list(DIVERGENCES),
         },
-    )
-    beta: float = field(
-        default=0.5,
-        metadata={"help": "Of the divergence `jsd`: 0 is forward KL, 1 reverse KL."},
-    )
-    skew: float = field(
-        default=0.1,
-        metadata={
-            "help": "Of the divergences `skew_kl` and `skew_reverse_kl`: how much of the one distribution is mixed "
-            "into the other."
-        },
-    )
-    head_share: float = field(
-        default=0.5,
-        metadata={"help": "Of `adaptive_kl`: the teacher's mass that counts as the head of its distribution."},
     )
     temperature: float = field(
         default=1.0,
@@ -235,13 +232,13 @@ class DistillConfig(SFTConfig):
             for term in ("kd", "ce", "hidden")
         }
 
-    def weights(self, progress: float) -> Weights:
+    def weights(self, progress: float) -> TermWeights:
         """Compute the weights at a point of the run.
 
         Args:
             progress: share of the optimizer steps done, in [0, 1].
         """
-        return Weights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
+        return TermWeights(**{term: schedule.at(progress) for term, schedule in self.schedules().items()})
 
     def scheduled_weights(self, progress: float) -> dict[str, float]:
         """Compute the weights that change over the run, by their names, at a point of it.
@@ -258,6 +255,11 @@ class DistillConfig(SFTConfig):
         """What an evaluation reports of the student, without the prefix."""
         hidden = ["hidden"] if self.uses_hidden else []
         return ["loss", "kd", "ce", *hidden, "teacher_ce", *METRICS, "num_tokens"]
+
+    @property
+    def divergence_options(self) -> dict[str, float]:
+        """The options of all divergences, by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
 
     @property
     def kd_text(self) -> str:
@@ -349,31 +351,9 @@ def _check_weights(config: Any) -> None:
 
 
 def _check_divergence(config: Any) -> None:
-    if not _left_open(config, "divergence"):
-        get_divergence(config.divergence)
+    check_divergence(None if _left_open(config, "divergence") else config.divergence, config.divergence_options)
     if not _left_open(config, "temperature") and not (math.isfinite(config.temperature) and config.temperature > 0):
         raise ValueError(f"temperature={config.temperature}: it divides the logits, so it must be above 0 and finite.")
-    if not 0 <= config.beta <= 1:
-        raise ValueError(
-            f"beta={config.beta}: it is the teacher's share of the jsd mixture, so it must lie between 0 (forward KL) "
-            "and 1 (reverse KL)."
-        )
-    if not 0 <= config.skew < 1:
-        raise ValueError(
-            f"skew={config.skew}: it is the share of one distribution that is mixed into the other, so it must be at "
-            "least 0 (none, plain KL) and below 1 (where nothing is left to tell them apart)."
-        )
-    if not 0 < config.head_share < 1:
-        raise ValueError(f"head_share={config.head_share}: it is a share of the teacher's mass, between 0 and 1.")
-    own = None if config.divergence is None else divergence_option(config.divergence)
-    for name in ("beta", "skew", "head_share"):
-        value = getattr(config, name)
-        if name != own and value != config.__dataclass_fields__[name].default:
-            having = [other for other in DIVERGENCES if divergence_option(other) == name]
-            raise ValueError(
-                f"{name}={value} is an option of {' and '.join(having)}, which divergence={config.divergence!r} does "
-                f"not have: it would be ignored. Set divergence={having[0]!r}, or leave {name} out."
-            )
     for name, absent in (("top_k", "to compare every token"), ("loss_chunk_size", "to have it chosen")):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or value < 1):

@@ -23,8 +23,8 @@ from cbd_trl.architectures.base import learned_positions
 from cbd_trl.cache.reader import CachedTeacher
 from cbd_trl.cards.card import save_card
 from cbd_trl.cards.origin import Origin, origin_of
-from cbd_trl.losses.objective import Weights
-from cbd_trl.losses.reduction import count_scored, normalise
+from cbd_trl.losses.objective import TermWeights
+from cbd_trl.losses.reduction import count_scored, normalize
 from cbd_trl.teachers.local import Batch, causal_lm_of
 from cbd_trl.trainers.callbacks import EvaluationMeter, LossGuard, TokenCounter
 from cbd_trl.trainers.checkpointing import (
@@ -152,7 +152,8 @@ class DistillTrainer(SFTTrainer):
         student: Any = self.accelerator.unwrap_model(self.model)
         self._student, self._student_name = causal_lm_of(student), run.name
         setup = self._load_teacher(run.teacher, student, text_tokenizer(teacher_processing_class))
-        vars(self.args).update(self._settle_arguments(setup))
+        for argument, value in self._settle_arguments(setup).items():
+            setattr(self.args, argument, value)
         check_best_metric(self.args, self.eval_dataset, self.compute_metrics)
         self._setup, self._teacher, self.teacher_model = setup, setup.teacher, setup.model
         self._pairs = LayerPairs(student, setup.model, block_map, block_costs, self.args, hybrid)
@@ -305,7 +306,7 @@ class DistillTrainer(SFTTrainer):
         outputs = self._compute_outputs(model, batch, with_logits=return_outputs)
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
-        loss = normalise(outputs["total"], outputs["ce"].numel(), num_items_in_batch, processes)
+        loss = normalize(outputs["total"], outputs["ce"].numel(), num_items_in_batch, processes)
         if self.model.training:
             self._counter.add(outputs, loss, self._sum(batch.count_tokens()) // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
@@ -346,7 +347,7 @@ class DistillTrainer(SFTTrainer):
         return {**outputs, "total": outputs["total"] + beside, "hybrid": beside.detach()}
 
     @property
-    def _weights(self) -> Weights:
+    def _weights(self) -> TermWeights:
         return self.args.weights(self.state.global_step / max(self.state.max_steps, 1))
 
     def _sum(self, tensor: Tensor) -> Any:
@@ -454,7 +455,7 @@ class DistillTrainer(SFTTrainer):
             outputs = self._compute_outputs(model, batch, with_logits=not prediction_loss_only)
         loss_N = self._evaluation.add(outputs, batch, self._weights, self.accelerator.gather_for_metrics)
         others = (None, None) if prediction_loss_only else (outputs["logits"], batch.labels_BT)
-        return normalise(loss_N.sum(), loss_N.numel(), None), *others
+        return normalize(loss_N.sum(), loss_N.numel(), None), *others
 
     # Saving: projectors are a submodule of the student while it trains, so that the optimizer, DDP and FSDP treat them
     # as its parameters, and no part of it once it is saved.

@@ -242,7 +242,7 @@ def make_objective(args: DistillConfig, shared_rows: int) -> DistillObjective:
         args: of the run.
         shared_rows: vocabulary rows that both models have.
     """
-    divergence = get_divergence(args.divergence, beta=args.beta, skew=args.skew, head_share=args.head_share)
+    divergence = get_divergence(args.divergence, **args.divergence_options)
     return DistillObjective(divergence, args.temperature, args.top_k, shared_rows)
 
 

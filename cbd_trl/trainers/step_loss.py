@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head, output_head, product_dtype
 from cbd_trl.losses.fused import fused_terms
-from cbd_trl.losses.objective import METRICS, Weights
+from cbd_trl.losses.objective import METRICS, TermWeights
 from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
 from cbd_trl.trainers.hidden_states import LayerPairs
 
@@ -24,7 +24,7 @@ class StepLoss:
     Attributes:
         student: the causal LM itself, not wrapped.
         labels_BT: token ids, -100 where the token is not scored.
-        teacher: its output: of the same tokens a `cbd_trl.losses.teacher_outputs.Signal`.
+        teacher: its output: of the same tokens a `cbd_trl.losses.teacher_outputs.TeacherOutputs`.
         objective: the terms on logits: of the same tokens a `cbd_trl.losses.objective.DistillObjective`.
         weights: of all terms at this step.
         pairs: the layers that are compared.
@@ -38,7 +38,7 @@ class StepLoss:
     labels_BT: Tensor
     teacher: Any
     objective: Any
-    weights: Weights
+    weights: TermWeights
     pairs: LayerPairs
     student_states: Mapping[int, Tensor]
     teacher_states: Mapping[int, Tensor]
@@ -125,6 +125,6 @@ class _NoOutput:
 class _TextAlone:
     """An objective whose only term is the cross-entropy."""
 
-    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
         ce_N = cross_entropy(student_NV, targets_N)
         return {"kd": torch.zeros_like(ce_N), "ce": ce_N, "teacher_ce": torch.zeros_like(ce_N)}

@@ -23,7 +23,7 @@ def test_dimensions_are_views_of_the_stored_order():
 
 
 def test_wrong_shape_names_both_shapes_and_the_way_out():
-    with pytest.raises(ValueError, match=r"shape \(24, 6\).*config says \(24, 5\).*load both from the same folder"):
+    with pytest.raises(ValueError, match=r"shape \(24, 6\).*\(24, 5\).*load both from the same folder"):
         to_dims(torch.zeros(24, 6), QUERY, SIZES)
 
 

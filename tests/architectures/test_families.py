@@ -22,7 +22,7 @@ from transformers import (
 from cbd_trl.architectures import describe, supported_model_types
 from cbd_trl.architectures.axes import tensor_shape
 from cbd_trl.surgery.weights import weights_of
-from tests.tiny import FAMILIES, LONGROPE, WIDTH_OF_HEADS, tiny_model
+from tests.tiny import FAMILIES, LONGROPE, ROWS, WIDTH_OF_HEADS, tiny_model
 
 
 def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
@@ -30,28 +30,9 @@ def tiny_config(family: str, **overrides: Any) -> PretrainedConfig:
 
 
 OPTIONS = [
-    *[("llama", {"attention_bias": a, "mlp_bias": m}) for a in (False, True) for m in (False, True)],
-    ("llama", {"num_key_value_heads": 4}),
-    ("llama", {"num_key_value_heads": 1, "head_dim": 16}),
-    ("llama", {"head_dim": None}),
-    ("mistral", {}),
-    ("mistral", {"head_dim": None, "sliding_window": 8}),
-    ("qwen2", {}),
-    *[
-        (family, {"attention_bias": biased})
-        for family in ("qwen3", "smollm3", "gemma2", "gemma3_text", "olmo2")
-        for biased in (False, True)
-    ],
-    ("smollm3", {"mlp_bias": True}),
-    ("olmo2", {"num_key_value_heads": None}),
-    ("gpt2", {}),
-    ("gpt2", {"n_inner": 40}),
-    *[("gpt_neox", {"attention_bias": b, "use_parallel_residual": p}) for b in (False, True) for p in (False, True)],
-    ("opt", {"enable_bias": False}),
-    ("opt", {"enable_bias": True}),
-    ("phi3", {}),
-    ("phi3", {"num_key_value_heads": 4, "sliding_window": 8}),
-    ("phi3", {"rope_parameters": LONGROPE}),
+    (family, options)
+    for family, row in ROWS.items()
+    for options in ({}, *([row.biases] if row.biases else []), *row.options)
 ]
 
 
@@ -130,7 +111,7 @@ def test_the_norm_epsilon_of_opt_is_torchs_and_cannot_be_set():
 def test_quantised_model_is_refused(family):
     config = tiny_config(family)
     config.quantization_config = {"quant_method": "gguf"}
-    with pytest.raises(ValueError, match=r"quantised.*Load it dequantised"):
+    with pytest.raises(ValueError, match=r"quantized.*Load it dequantized"):
         describe(config)
 
 

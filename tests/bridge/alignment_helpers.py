@@ -1,4 +1,4 @@
-"""What the tests of the alignment share: tokenizers that normalise, random text, and a naive twin."""
+"""What the tests of the alignment share: tokenizers that normalize, random text, and a naive twin."""
 
 import random
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ Groups = list[tuple[list[int], list[int]]]
 
 
 def random_texts(seed: int, texts: int) -> list[str]:
-    """Words of the training corpus among letters of many scripts, with marks to compose and letters to normalise, and
+    """Words of the training corpus among letters of many scripts, with marks to compose and letters to normalize, and
     among any code points that UTF-8 can say, assigned or not."""
     draw = random.Random(seed)
     words = corpus(texts=8)

@@ -15,7 +15,7 @@ from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import BridgeObjective, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
 from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 
 V, W, STUDENT, TEACHER = 11, 17, 5, 6
 SHARED = SharedTokens(torch.tensor([0, 3, 4, 9]), torch.tensor([2, 1, 16, 5]))
@@ -110,7 +110,7 @@ def make_objective(name: str, divergence: str | None = None, temperature: float 
 
 
 def run(
-    objective: BridgeObjective, pair: Pair, weights: Weights, chunk: int | None = None
+    objective: BridgeObjective, pair: Pair, weights: TermWeights, chunk: int | None = None
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     """The total, its gradients with respect to the student's states and head, and the terms."""
     hidden, weight = pair.hidden_BTd.clone().requires_grad_(), pair.heads[0].weight_VD.clone().requires_grad_()
@@ -121,7 +121,7 @@ def run(
 Compare = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def naive(pair: Pair, compare: Compare, weights: Weights) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def naive(pair: Pair, compare: Compare, weights: TermWeights) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """All logits at once in float64, a loop over groups; the total, its gradients, and the values of the groups.
 
     `compare` is given log-probabilities of the group for student and teacher, and their logits on its first token.
@@ -192,7 +192,7 @@ def naive_shared(temperature: float, tokens: SharedTokens = SHARED) -> Compare:
 
 
 def naive_dskd(
-    pair: Pair, attention: CrossModelAttention, weights: Weights, temperature: float
+    pair: Pair, attention: CrossModelAttention, weights: TermWeights, temperature: float
 ) -> tuple[Tensor, list[Tensor]]:
     """DSKD-CMA position by position in float64: the total, gradients as of `naive`, then those of the maps."""
     hidden = pair.hidden_BTd.double().requires_grad_()

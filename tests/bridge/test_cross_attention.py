@@ -6,7 +6,7 @@ import torch
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention, CrossModelAttention
 from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 from tests.bridge.objective_helpers import STUDENT, TEACHER, W, make_objective, make_pair, randn, run
 
 PAIR = make_pair()
@@ -31,7 +31,7 @@ def test_of_the_teacher_and_of_tables_nothing_is_trained() -> None:
     tables = [table.clone().requires_grad_() for table in pair.tables]
     teacher_hidden = pair.hidden_RUD.clone().requires_grad_()
     pair.heads, pair.tables, pair.hidden_RUD = tuple(heads), tuple(tables), teacher_hidden
-    total, _ = objective(*pair.sides(pair.hidden_BTd.clone().requires_grad_(), heads[0]), Weights(kd=1.0, ce=0.0))
+    total, _ = objective(*pair.sides(pair.hidden_BTd.clone().requires_grad_(), heads[0]), TermWeights(kd=1.0, ce=0.0))
     total.backward()
     assert heads[0].weight_VD.grad is not None
     assert all(tensor.grad is None for tensor in (heads[1].weight_VD, *tables, teacher_hidden))
@@ -41,10 +41,10 @@ def test_without_weight_the_maps_are_not_trained_and_the_terms_are_known_all_the
     objective = make_objective("dskd-cma")
     assert isinstance(objective, CrossAttention)
     head = Head(PAIR.heads[0].weight_VD.clone().requires_grad_())
-    total, terms = objective(*PAIR.sides(PAIR.hidden_BTd, head), Weights(kd=0.0, ce=1.0))
+    total, terms = objective(*PAIR.sides(PAIR.hidden_BTd, head), TermWeights(kd=0.0, ce=1.0))
     total.backward()
     assert all(p.grad is None for p in objective.attention.parameters())
-    _, _, weighted = run(objective, PAIR, Weights(kd=1.0, ce=1.0))
+    _, _, weighted = run(objective, PAIR, TermWeights(kd=1.0, ce=1.0))
     torch.testing.assert_close(terms["kd"], weighted["kd"])
     assert total.item() == pytest.approx(terms["ce"].sum().item(), rel=1e-6)
 
@@ -57,7 +57,7 @@ def test_the_maps_learn_and_the_divergence_changes_the_loss() -> None:
     sides = PAIR.sides(PAIR.hidden_BTd, PAIR.heads[0])
     right = []
     for _ in range(60):
-        total, _ = objective(*sides, Weights(kd=1.0, ce=0.0))
+        total, _ = objective(*sides, TermWeights(kd=1.0, ce=0.0))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
@@ -66,7 +66,7 @@ def test_the_maps_learn_and_the_divergence_changes_the_loss() -> None:
     # The maps learn what follows from the teacher's states, and where they know it the student is compared.
     assert right[-1] > right[0] + 5
     found = {
-        name: run(CrossAttention(attention, get_divergence(name)), PAIR, Weights(kd=1.0, ce=0.0))[0].item()
+        name: run(CrossAttention(attention, get_divergence(name)), PAIR, TermWeights(kd=1.0, ce=0.0))[0].item()
         for name in ("forward_kl", "reverse_kl")
     }
     assert found["forward_kl"] != pytest.approx(found["reverse_kl"], rel=1e-4)

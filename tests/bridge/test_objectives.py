@@ -12,7 +12,7 @@ from cbd_trl.bridge.objectives.inputs import Side
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import OBJECTIVES, get_mixture, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 from tests.bridge.objective_helpers import (
     SHARED,
     STUDENT,
@@ -32,7 +32,7 @@ from tests.bridge.objective_helpers import (
 NAMES = list(OBJECTIVES)
 IN_PLACE = [name for name in NAMES if name != "dskd-cma"]
 PAIR = make_pair()
-BOTH = Weights(kd=0.7, ce=0.4)
+BOTH = TermWeights(kd=0.7, ce=0.4)
 # That of "prefix" is in test_prefix.py.
 TWINS = {"alm": naive_alm, "uld": naive_uld, "shared": naive_shared}
 
@@ -44,11 +44,11 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 2e-
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-@pytest.mark.parametrize("weights", [BOTH, Weights(kd=1.0, ce=0.0), Weights(kd=0.0, ce=1.0)])
+@pytest.mark.parametrize("weights", [BOTH, TermWeights(kd=1.0, ce=0.0), TermWeights(kd=0.0, ce=1.0)])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("name", TWINS)
 def test_chunked_is_the_naive_twin_in_value_and_gradient(
-    name: str, temperature: float, weights: Weights, chunk: int
+    name: str, temperature: float, weights: TermWeights, chunk: int
 ) -> None:
     expected, gradients, values = naive(PAIR, TWINS[name](temperature), weights)
     divergence = "forward_kl" if name == "shared" else None
@@ -108,7 +108,7 @@ def without_groups(pair: Pair, labels: Tensor) -> Pair:
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_where_nothing_is_aligned_the_cross_entropy_is_left(name: str, chunk: int) -> None:
     pair = without_groups(PAIR, PAIR.labels_BT)
-    total, gradients, terms = run(make_objective(name), pair, Weights(kd=1.0, ce=0.0), chunk)
+    total, gradients, terms = run(make_objective(name), pair, TermWeights(kd=1.0, ce=0.0), chunk)
     assert total == 0 and all((gradient == 0).all() for gradient in gradients)
     total, _, terms = run(make_objective(name), pair, BOTH, chunk)
     assert total.item() == pytest.approx(BOTH.ce * terms["ce"].sum().item(), rel=1e-5) and total > 0
@@ -133,13 +133,13 @@ def test_zero_where_teacher_and_student_are_the_same(name: str) -> None:
     leaf = hidden.clone().requires_grad_()
     text = torch.arange(2)[:, None].expand(2, 9)
     sides = Side.student(leaf, head, ids, ids, group, text), Side.teacher(hidden, head, ids, group)
-    total, terms = objective(*sides, Weights(kd=1.0, ce=0.0))
+    total, terms = objective(*sides, TermWeights(kd=1.0, ce=0.0))
     total.backward()
     assert total.item() == pytest.approx(0.0, abs=1e-4) and len(terms["kd"]) == 16
     assert leaf.grad is not None and leaf.grad.abs().max() < 2e-3
     torch.testing.assert_close(terms["teacher_ce"], terms["ce"], rtol=1e-4, atol=1e-5)
     other = Side.teacher(randn(2, 9, STUDENT, seed=2, scale=2.0), head, ids, group)
-    assert objective(sides[0], other, Weights(kd=1.0, ce=0.0))[0] > 1.0
+    assert objective(sides[0], other, TermWeights(kd=1.0, ce=0.0))[0] > 1.0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,8 +164,8 @@ def test_a_temperature_changes_the_loss(name: str) -> None:
 
 def test_a_mixture_is_the_weighted_sum_of_its_parts() -> None:
     weights = {"alm": 0.3, "uld": 2.0, "shared": 0.5}
-    parts = [run(make_objective(name), PAIR, Weights(kd=weight, ce=0.0)) for name, weight in weights.items()]
-    total, gradients, _ = run(get_mixture(weights, tokens=SHARED), PAIR, Weights(kd=1.0, ce=0.0), chunk=3)
+    parts = [run(make_objective(name), PAIR, TermWeights(kd=weight, ce=0.0)) for name, weight in weights.items()]
+    total, gradients, _ = run(get_mixture(weights, tokens=SHARED), PAIR, TermWeights(kd=1.0, ce=0.0), chunk=3)
     assert total.item() == pytest.approx(sum(part[0] for part in parts).item(), rel=1e-5)
     assert_same(gradients, [sum(part[1][index] for part in parts).double() for index in (0, 1)])
     alone, _, _ = run(get_mixture({"alm": 1.0}), PAIR, BOTH)

@@ -12,7 +12,7 @@ from cbd_trl.bridge.objectives.inputs import Side
 from cbd_trl.bridge.objectives.prefix import NO_NODE, ROOT, PrefixObjective, PrefixTable
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 from tests.bridge.objective_helpers import TEACHER, Pair, V, W, make_pair, randn, run
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 
@@ -86,7 +86,7 @@ def naive_target(
 @pytest.mark.parametrize(("temperature", "divergence"), [(1.0, "forward_kl"), (2.0, "forward_kl"), (1.0, "jsd")])
 @pytest.mark.parametrize("chunk", [None, 3])
 def test_equals_its_naive_twin_in_value_and_gradient(temperature: float, divergence: str, chunk: int | None) -> None:
-    spelled, pair, weights = spellings(), few_tokens(1), Weights(kd=0.7, ce=0.4, hidden=0.0)
+    spelled, pair, weights = spellings(), few_tokens(1), TermWeights(kd=0.7, ce=0.4, hidden=0.0)
     objective = PrefixObjective(PrefixTable.from_spellings(spelled, V), get_divergence(divergence), temperature)
     total, gradients, terms = run(objective, pair, weights, chunk)
 
@@ -135,7 +135,7 @@ def test_within_one_vocabulary_it_is_the_divergence() -> None:
     head = Head(randn(V, TEACHER, seed=2))
     pair.heads = (pair.heads[0], head)
     pair.ids_RU %= V
-    _, _, terms = run(PrefixObjective(PrefixTable.from_spellings(spelled, V)), pair, Weights(1.0, 0.0, 0.0))
+    _, _, terms = run(PrefixObjective(PrefixTable.from_spellings(spelled, V)), pair, TermWeights(1.0, 0.0, 0.0))
     student, teacher = pair.sides(pair.hidden_BTd, pair.heads[0])
     begins_N = student.begins_N
     logs = [head.logits(side.hidden_ND[side.begins_N]).log_softmax(-1)
@@ -168,7 +168,7 @@ def test_is_zero_where_the_student_says_what_the_teacher_does() -> None:
     eye, log_RUW = torch.eye(4), (p_W + 1e-30).log()[None]
     teacher = one_row(eye, [0, 2], torch.cat([log_RUW, log_RUW[:, :1]], 1))
     right = torch.tensor([[[0.7, 1e-30, 0.3, 1e-30], [1e-30, 1 / 7, 4 / 7, 2 / 7], [0.25] * 4]]).log()
-    weights = Weights(1.0, 0.0, 0.0)
+    weights = TermWeights(1.0, 0.0, 0.0)
     _, terms = PrefixObjective(table)(one_row(eye, [0, 2], right), teacher, weights)
     torch.testing.assert_close(terms["kd"], torch.zeros(2), atol=1e-6, rtol=0)
     naively = right.clone()
@@ -182,7 +182,7 @@ def test_nothing_aligned_is_nothing_learned() -> None:
     pair.group_BT.fill_(-1)
     pair.group_RU.fill_(-1)
     table = PrefixTable.from_spellings(spellings(), V)
-    total, gradients, terms = run(PrefixObjective(table), pair, Weights(1.0, 0.0, 0.0))
+    total, gradients, terms = run(PrefixObjective(table), pair, TermWeights(1.0, 0.0, 0.0))
     assert total == 0 and terms["kd"].abs().max() == 0
     assert all(gradient.abs().max() == 0 for gradient in gradients)
 
@@ -206,10 +206,10 @@ def test_the_table_is_moved_as_a_whole_and_not_at_every_chunk(monkeypatch: pytes
         return self
 
     monkeypatch.setattr(Tensor, "to", move)
-    run(PrefixObjective(table), few_tokens(1), Weights(0.7, 0.4), chunk=3)
+    run(PrefixObjective(table), few_tokens(1), TermWeights(0.7, 0.4), chunk=3)
     assert not moved
     monkeypatch.setattr(PrefixTable, "to", ask)
-    run(PrefixObjective(table), few_tokens(1), Weights(0.7, 0.4), chunk=3)
+    run(PrefixObjective(table), few_tokens(1), TermWeights(0.7, 0.4), chunk=3)
     assert len(asked) == 1
 
 

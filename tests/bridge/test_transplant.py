@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from cbd_trl.bridge.transplant import METHODS, transplant_vocabulary
 from cbd_trl.bridge.vocabulary import match_vocabularies
 from tests.bridge.tokenizers_of_kinds import letters, make_tokenizer
-from tests.tiny import FAMILIES, randomise, tiny_model
+from tests.tiny import FAMILIES, randomize, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 _LETTERS = [chr(ord("a") + place) for place in range(26)] + [chr(ord("A") + place) for place in range(26)]
@@ -151,7 +151,7 @@ def test_a_bias_of_the_head_goes_along() -> None:
     old, new = _tokenizer(["a", "b"]), _tokenizer(["ab", "b"])
     model = tiny_model("llama")
     model.lm_head = torch.nn.Linear(32, 64)
-    randomise(model)
+    randomize(model)
     bias = model.lm_head.bias
     made = transplant_vocabulary(model, old, new, "mean")
     torch.testing.assert_close(made.lm_head.bias, torch.stack([*bias[:3], bias[[3, 4]].mean(), bias[4]]))

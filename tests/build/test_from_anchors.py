@@ -19,8 +19,8 @@ from cbd_trl.surgery.weights import weights_of
 from cbd_trl.utils.blocks import token_blocks
 from tests.build.apart import NARROW, differs, make, sizes
 from tests.chain.helpers import assert_statistics_of, chain_rows, depth_of, random_pair, same_weights
-from tests.surgery.helpers import TOLERANCE, build, described, full_model, lively, logits, random_order, tokens
-from tests.tiny import FAMILIES, own_names, tiny_model
+from tests.surgery.helpers import TOLERANCE, build, described, full_model, logits, random_order, tokens
+from tests.tiny import END_TO_END, FAMILIES, ROWS, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 # Layers of the sorts of those they stand for.
@@ -37,7 +37,7 @@ def scrambled(model, seed):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", END_TO_END)
 def test_every_anchor_computes_what_it_computed(family, tied, tmp_path):
     pair = random_pair(family, tied, "both")
     models = [build(pair.upper, pair.upper_architecture), build(pair.lower, pair.lower_architecture)]
@@ -58,7 +58,7 @@ def test_every_anchor_computes_what_it_computed(family, tied, tmp_path):
 )
 def test_scrambling_the_anchors_changes_no_target(family, what, tmp_path):
     """Of two strangers: the same coordinates are found, however they were numbered."""
-    pair = random_pair(family, True, what, **lively(family))
+    pair = random_pair(family, True, what, **ROWS[family].smooth)
     models = [build(pair.upper, pair.upper_architecture), build(pair.lower, pair.lower_architecture)]
     moved = [scrambled(model, seed).float() for seed, model in enumerate(models)]
     chains = [make(tmp_path / name, given) for name, given in (("a", [m.float() for m in models]), ("b", moved))]
@@ -84,7 +84,7 @@ def sorted_on(text, weights, architecture):
 def nested_pair(family):
     """A sorted model of 6 layers, and one of 4 of its layers and 5/6 of its neurons; the rest does little."""
     weights, architecture = sorted_on(
-        TEXT, *described(full_model(family, True, **depth_of(family, 6), **lively(family)))
+        TEXT, *described(full_model(family, True, **depth_of(family, 6), **ROWS[family].smooth))
     )
     neurons = architecture.sizes["ffn"] * 5 // 6
     over_output = {norm.projection: norm.name for norm in architecture.output_norms}
@@ -103,7 +103,7 @@ def nested_pair(family):
     return build(weights, architecture), build(plain_cut(lower, lower_architecture, fewer), fewer)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", END_TO_END)
 def test_a_scrambled_anchor_of_a_nested_pair_is_recovered(family, tmp_path):
     """Targets are those of the pair before its lower anchor was scrambled."""
     upper, lower = (model.float() for model in nested_pair(family))

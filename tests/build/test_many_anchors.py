@@ -14,7 +14,7 @@ from cbd_trl.surgery.statistics_file import save_statistics
 from cbd_trl.targets.operators import OPERATORS
 from cbd_trl.targets.request import Request, find_target
 from tests.surgery.helpers import described, logits, moments
-from tests.tiny import randomise, tiny_model
+from tests.tiny import randomize, tiny_model
 
 # FFN widths that share no factor, so that the fine dial goes neuron by neuron.
 _SHAPES = {
@@ -46,7 +46,7 @@ def chain(request, tmp_path_factory):
             architecture = target_architecture(above, fields)
             blocks = blocks_of(spaced_layers(above.depth, architecture.depth))
             model = type(model)(architecture.config).eval()
-            randomise(model, seed=number)
+            randomize(model, seed=number)
         record = {"name": f"a{number}", "parent": parent, "block_map": None if parent is None else blocks}
         write_anchor(folder, record, _filler(model))
         parent = record["name"]

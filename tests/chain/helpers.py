@@ -21,7 +21,7 @@ from cbd_trl.surgery.weights import weights_of
 from cbd_trl.targets.operators import OPERATORS
 from cbd_trl.targets.pair import Pair
 from tests.surgery.helpers import described, full_model, moments
-from tests.tiny import WIDTH_OF_HEADS, own_names, randomise, tiny_model
+from tests.tiny import WIDTH_OF_HEADS, own_names, randomize, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.training import make_config, text_rows
 
@@ -67,7 +67,7 @@ def random_pair(family: str, tied: bool, what: str, **options: Any) -> Pair:
     sizes = target_architecture(upper_architecture, fields).sizes
     lower_architecture = upper_architecture.with_layers(kept).resized(**sizes)
     lower = type(upper)(lower_architecture.config).double()
-    randomise(lower, seed=2)
+    randomize(lower, seed=2)
     statistics = None if what == "depth" else moments(upper, upper_architecture)
     lower_weights = weights_of(lower, lower_architecture)
     return Pair(upper_weights, upper_architecture, lower_weights, lower_architecture, statistics, blocks, kept)

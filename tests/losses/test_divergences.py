@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from cbd_trl.losses import divergences as divergence_kernels
 from cbd_trl.losses.divergences import (
     DIVERGENCES,
     adaptive_kl,
+    alpha_divergence,
     divergence_option,
     forward_kl,
     get_divergence,
@@ -24,12 +26,58 @@ from cbd_trl.losses.divergences import (
 from cbd_trl.losses.teacher_outputs import top_k_log_probs
 
 NAMES = list(DIVERGENCES)
-OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6}
-F_DIVERGENCES = [name for name in NAMES if name != "adaptive_kl"]
+# A value of each option that is not its default.
+OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6, "alpha": 0.3}
 # Two tokens: probabilities 1/2 against 3/4.
 STUDENT = torch.tensor([[0.5, 0.5]]).log()
 TEACHER = torch.tensor([[0.75, 0.25]]).log()
 IMPOSSIBLE = float("-inf")
+
+
+def _naive_kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def _naive_head(p: Tensor, share: float) -> Tensor:
+    # Sorts everything: an event is in the head while the more likely ones do not reach the share.
+    ordered, order = p.sort(-1, descending=True)
+    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, ordered.cumsum(-1) - ordered < share)
+
+
+def _naive_jsd(s: Tensor, t: Tensor, beta: float) -> Tensor:
+    mixture = beta * t + (1 - beta) * s
+    return beta * _naive_kl(t, mixture) + (1 - beta) * _naive_kl(s, mixture)
+
+
+def _naive_adaptive_kl(s: Tensor, t: Tensor, head_share: float) -> Tensor:
+    off, head = (s - t).abs().detach(), _naive_head(t, head_share)
+    share = (off * head).sum(-1) / off.sum(-1)
+    return share * _naive_kl(t, s) + (1 - share) * _naive_kl(s, t)
+
+
+def _naive_alpha(s: Tensor, t: Tensor, alpha: float) -> Tensor:
+    return (alpha * t + (1 - alpha) * s - t**alpha * s ** (1 - alpha)).sum(-1) / (alpha * (1 - alpha))
+
+
+# Each divergence the simple way: of the probabilities of student and teacher, and its option.
+TWINS: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": lambda s, t: _naive_kl(t, s),
+    "reverse_kl": _naive_kl,
+    "jsd": _naive_jsd,
+    "skew_kl": lambda s, t, skew: _naive_kl(t, skew * t + (1 - skew) * s),
+    "skew_reverse_kl": lambda s, t, skew: _naive_kl(s, (1 - skew) * t + skew * s),
+    "adaptive_kl": _naive_adaptive_kl,
+    "alpha_divergence": _naive_alpha,
+    "total_variation": lambda s, t: (s - t).abs().sum(-1) / 2,
+}
+# f-divergences never rise where events are merged.
+F_DIVERGENCES = [name for name in NAMES if name != "adaptive_kl"]
+
+
+def _naive(name: str, student_log: Tensor, teacher_log: Tensor) -> Tensor:
+    option = divergence_option(name)
+    own = {} if option is None else {option: OPTIONS[option]}
+    return TWINS[name](student_log.exp(), teacher_log.exp(), **own)
 
 
 def logits(seed: int, n: int = 7, v: int = 11, scale: float = 3.0) -> Tensor:
@@ -44,7 +92,9 @@ def logs(*probabilities: float) -> Tensor:
     return torch.tensor([probabilities]).log()
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS, {"beta": 0.0, "skew": 0.0, "head_share": 1.0}, {"beta": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{}, OPTIONS, {"beta": 0.0, "skew": 0.0, "head_share": 1.0, "alpha": 0.0}, {"beta": 1.0, "alpha": 1.0}]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_exactly_zero_when_equal_with_no_gradient(name: str, options: dict) -> None:
     student = logits(0).requires_grad_()
@@ -72,6 +122,7 @@ def test_hand_computed_values() -> None:
         partial(skew_reverse_kl, skew=0.6): _kl(0.5, 0.6),
         # Head: the first token, off by as much as the second.
         adaptive_kl: 0.5 * _kl(0.75, 0.5) + 0.5 * _kl(0.5, 0.75),
+        alpha_divergence: 4 * (1 - math.sqrt(0.375) - math.sqrt(0.125)),
         total_variation: 0.25,
     }
     for function, value in expected.items():
@@ -86,38 +137,12 @@ def test_nothing_scored_gives_an_empty_value_and_a_zero_gradient(name: str) -> N
     value.sum().backward()
 
 
-def _naive_head(p: Tensor, share: float) -> Tensor:
-    # Sorts everything: an event is in the head while the more likely ones do not reach the share.
-    ordered, order = p.sort(-1, descending=True)
-    return torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, ordered.cumsum(-1) - ordered < share)
-
-
-def _naive(name: str, student_log: Tensor, teacher_log: Tensor, beta: float, skew: float, head_share: float) -> Tensor:
-    s, t = student_log.exp(), teacher_log.exp()
-
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (p * (p.log() - q.log())).sum(-1)
-
-    mixture = beta * t + (1 - beta) * s
-    off, head = (s - t).abs().detach(), _naive_head(t, head_share)
-    share = (off * head).sum(-1) / off.sum(-1)
-    return {
-        "forward_kl": lambda: kl(t, s),
-        "reverse_kl": lambda: kl(s, t),
-        "jsd": lambda: beta * kl(t, mixture) + (1 - beta) * kl(s, mixture),
-        "skew_kl": lambda: kl(t, skew * t + (1 - skew) * s),
-        "skew_reverse_kl": lambda: kl(s, (1 - skew) * t + skew * s),
-        "adaptive_kl": lambda: share * kl(t, s) + (1 - share) * kl(s, t),
-        "total_variation": lambda: (s - t).abs().sum(-1) / 2,
-    }[name]()
-
-
 def _assert_equal_to_the_twin(name: str, student: Tensor, teacher: Tensor, temperature: float = 1.0) -> None:
     ours, twin = student.clone().requires_grad_(), student.double().requires_grad_()
     teacher_log = tempered_log_probs(teacher, temperature)
     value = get_divergence(name, **OPTIONS)(tempered_log_probs(ours, temperature), teacher_log)
     # The twin's teacher is the same rounded numbers: where p is nearly q the rounding is most of the value.
-    expected = _naive(name, (twin / temperature).log_softmax(-1), teacher_log.double(), **OPTIONS)
+    expected = _naive(name, (twin / temperature).log_softmax(-1), teacher_log.double())
     torch.testing.assert_close(value.double(), expected, rtol=2e-5, atol=1e-6)
     slopes = torch.linspace(-1.0, 2.0, len(value))
     value.backward(slopes)
@@ -139,7 +164,7 @@ def test_the_derivative_is_that_of_the_formula_before_any_softmax(name: str) -> 
     # The softmax takes out of a gradient what is in proportion to q, and would hide a mistake there.
     ours, twin = log_probs(2).requires_grad_(), log_probs(2).double().requires_grad_()
     get_divergence(name, **OPTIONS)(ours, log_probs(3)).sum().backward()
-    _naive(name, twin, log_probs(3).double(), **OPTIONS).sum().backward()
+    _naive(name, twin, log_probs(3).double()).sum().backward()
     assert ours.grad is not None and twin.grad is not None
     torch.testing.assert_close(ours.grad.double(), twin.grad, rtol=1e-4, atol=1e-6)
 
@@ -287,6 +312,16 @@ def test_without_skew_the_kl_remains(skewed, plain) -> None:
     assert torch.equal(skewed(student, teacher, skew=0.0), plain(student, teacher))
     torch.testing.assert_close(skewed(student, teacher, skew=1e-5), plain(student, teacher), rtol=1e-3, atol=1e-5)
     assert (skewed(student, teacher, skew=0.5) < plain(student, teacher)).all()
+
+
+def test_alpha_ends_are_reverse_and_forward_kl() -> None:
+    student, teacher = log_probs(4, scale=1.0), log_probs(5, scale=1.0)
+    for alpha, limit in ((0.0, reverse_kl), (1.0, forward_kl)):
+        assert torch.equal(alpha_divergence(student, teacher, alpha), limit(student, teacher))
+        near = alpha_divergence(student, teacher, abs(alpha - 1e-3))
+        torch.testing.assert_close(near, limit(student, teacher), rtol=1e-2, atol=0)
+    disjoint = alpha_divergence(logs(1.0, 0.0), logs(0.0, 1.0), 0.2)
+    assert disjoint.item() == pytest.approx(1 / 0.16)
 
 
 def test_adaptive_kl_weighs_by_where_the_student_is_off() -> None:

@@ -10,14 +10,14 @@ from torch import Tensor
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
 from cbd_trl.losses.fused import _parts, default_chunk, fused_terms
-from cbd_trl.losses.objective import METRICS, DistillObjective, Weights
+from cbd_trl.losses.objective import METRICS, DistillObjective, TermWeights
 from cbd_trl.losses.reduction import scored_targets, select_scored
 from cbd_trl.losses.teacher_outputs import (
-    HiddenSignal,
-    MixtureSignal,
-    SampledSignal,
-    Signal,
-    TopKSignal,
+    HiddenOutputs,
+    MixtureOutputs,
+    SampledOutputs,
+    TeacherOutputs,
+    TopKOutputs,
     draw,
     teacher_top_k,
 )
@@ -56,7 +56,7 @@ def power(name: str) -> int:
 
 
 def naive(
-    head: Head, teacher_log: Tensor, objective: DistillObjective, weights: Weights, power: int = 2
+    head: Head, teacher_log: Tensor, objective: DistillObjective, weights: TermWeights, power: int = 2
 ) -> tuple[Tensor, list[Tensor]]:
     """All logits at once, in float64, differentiated by autograd."""
     hidden = HIDDEN.double().requires_grad_()
@@ -73,7 +73,7 @@ def naive(
 
 
 def fused(
-    head: Head, teacher: Signal, objective: DistillObjective, weights: Weights, chunk: int
+    head: Head, teacher: TeacherOutputs, objective: DistillObjective, weights: TermWeights, chunk: int
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
     hidden = HIDDEN.clone().requires_grad_()
     leaf = Head(*(None if t is None else t.clone().requires_grad_() for t in (head.weight_VD, head.bias_V)),
@@ -94,10 +94,10 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-
 @pytest.mark.parametrize("name", NAMES)
 def test_dense_is_fused(name: str, temperature: float, head: str, chunk: int) -> None:
     objective = DistillObjective(get_divergence(name), temperature)
-    weights = Weights(kd=0.7, ce=0.4)
+    weights = TermWeights(kd=0.7, ce=0.4)
     teacher_log = log_probs(naive_logits(TEACHER_HIDDEN.double(), TEACHER_HEAD), temperature)
     expected, gradients = naive(HEADS[head], teacher_log, objective, weights, power(name))
-    total, ours, terms = fused(HEADS[head], HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), objective, weights, chunk)
+    total, ours, terms = fused(HEADS[head], HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD), objective, weights, chunk)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(ours, gradients)
     assert {name: term.shape for name, term in terms.items()} == dict.fromkeys(
@@ -117,7 +117,7 @@ def coarse(log: Tensor, indices: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_top_k_cached_or_not_is_the_divergence_of_the_kept_events(name: str) -> None:
-    divergence, weights = get_divergence(name), Weights(kd=1.0, ce=0.5)
+    divergence, weights = get_divergence(name), TermWeights(kd=1.0, ce=0.5)
     teacher_log = log_probs(naive_logits(TEACHER_HIDDEN.double(), TEACHER_HEAD), 1.5)
     indices = teacher_log.topk(K).indices
     # The naive twin sees the events through a divergence that makes them.
@@ -125,10 +125,10 @@ def test_top_k_cached_or_not_is_the_divergence_of_the_kept_events(name: str) -> 
         dataclasses.replace(divergence, function=lambda s, t: divergence(coarse(s, indices), coarse(t, indices))), 1.5
     )
     expected, gradients = naive(HEADS["bias"], teacher_log, twin, weights, power(name))
-    dense = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD)
+    dense = HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD)
     target = -dense.at(slice(None)).cross_entropy(TARGETS)
-    kept = TopKSignal(*teacher_top_k(teacher_log.float(), K), target)
-    more = TopKSignal(*teacher_top_k(teacher_log.float(), K + 3), target)
+    kept = TopKOutputs(*teacher_top_k(teacher_log.float(), K), target)
+    more = TopKOutputs(*teacher_top_k(teacher_log.float(), K + 3), target)
     for signal, top_k in ((dense, K), (kept, None), (kept, K), (more, K)):
         objective = DistillObjective(divergence, 1.5, top_k)
         total, ours, terms = fused(HEADS["bias"], signal, objective, weights, 4)
@@ -139,10 +139,10 @@ def test_top_k_cached_or_not_is_the_divergence_of_the_kept_events(name: str) -> 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_vocabulary_kept_is_dense(name: str) -> None:
-    objective, weights = DistillObjective(get_divergence(name)), Weights(kd=1.0, ce=0.0)
-    dense = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD)
+    objective, weights = DistillObjective(get_divergence(name)), TermWeights(kd=1.0, ce=0.0)
+    dense = HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD)
     teacher_log = dense.at(slice(None)).log_probs(1.0, V)
-    whole = TopKSignal(*teacher_top_k(teacher_log, V), torch.zeros(N))
+    whole = TopKOutputs(*teacher_top_k(teacher_log, V), torch.zeros(N))
     expected, gradients, _ = fused(HEADS["plain"], dense, objective, weights, 4)
     total, ours, _ = fused(HEADS["plain"], whole, objective, weights, 4)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -150,11 +150,11 @@ def test_the_whole_vocabulary_kept_is_dense(name: str) -> None:
 
 
 def test_draws_are_forward_kl_on_average() -> None:
-    weights, objective = Weights(kd=1.0, ce=0.0), DistillObjective(get_divergence("forward_kl"))
-    dense = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD)
+    weights, objective = TermWeights(kd=1.0, ce=0.0), DistillObjective(get_divergence("forward_kl"))
+    dense = HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD)
     teacher_log = dense.at(slice(None)).log_probs(1.0, V)
     indices = draw(teacher_log, 40_000, torch.Generator().manual_seed(0))
-    drawn = SampledSignal(indices, teacher_log.gather(1, indices), torch.zeros(N))
+    drawn = SampledOutputs(indices, teacher_log.gather(1, indices), torch.zeros(N))
     expected, gradients, _ = fused(HEADS["plain"], dense, objective, weights, 4)
     total, ours, _ = fused(HEADS["plain"], drawn, objective, weights, 4)
     assert total.item() == pytest.approx(expected.item(), rel=0.02)
@@ -163,15 +163,18 @@ def test_draws_are_forward_kl_on_average() -> None:
 
 def test_several_teachers_are_the_mean_of_their_distributions() -> None:
     other = Head(randn(V + 2, TEACHER, seed=8))
-    members = [HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), HiddenSignal(TEACHER_HIDDEN, other)]
-    objective, weights = DistillObjective(get_divergence("reverse_kl"), 2.0, shared_rows=V), Weights(kd=1.0, ce=0.5)
+    members = [HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD), HiddenOutputs(TEACHER_HIDDEN, other)]
+    objective, weights = (
+        DistillObjective(get_divergence("reverse_kl"), 2.0, shared_rows=V),
+        TermWeights(kd=1.0, ce=0.5),
+    )
     probabilities = [
         log_probs(naive_logits(TEACHER_HIDDEN.double(), head)[:, :V], 2.0).exp() for head in (TEACHER_HEAD, other)
     ]
     expected, gradients = naive(
         HEADS["plain"], (0.25 * probabilities[0] + 0.75 * probabilities[1]).log(), objective, weights
     )
-    total, ours, terms = fused(HEADS["plain"], MixtureSignal(members, (0.25, 0.75)), objective, weights, 4)
+    total, ours, terms = fused(HEADS["plain"], MixtureOutputs(members, (0.25, 0.75)), objective, weights, 4)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(ours, gradients)
     own = [log_probs(naive_logits(TEACHER_HIDDEN, head), 1.0).exp()[torch.arange(N), TARGETS] for head in
@@ -180,8 +183,8 @@ def test_several_teachers_are_the_mean_of_their_distributions() -> None:
 
 
 def test_shared_rows_leave_the_padding_to_the_cross_entropy() -> None:
-    objective, weights = DistillObjective(get_divergence("forward_kl"), shared_rows=V - 3), Weights(kd=0.0, ce=1.0)
-    teacher = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD)
+    objective, weights = DistillObjective(get_divergence("forward_kl"), shared_rows=V - 3), TermWeights(kd=0.0, ce=1.0)
+    teacher = HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD)
     total, _, terms = fused(HEADS["plain"], teacher, objective, weights, 4)
     ce = -log_probs(naive_logits(HIDDEN, HEADS["plain"]), 1.0)[torch.arange(N), TARGETS]
     assert total.item() == pytest.approx(ce.sum().item(), rel=1e-5)
@@ -195,7 +198,7 @@ def test_a_copy_of_the_teacher_has_no_loss_and_no_gradient() -> None:
     for name in NAMES:
         for top_k in (None, K):
             objective = DistillObjective(get_divergence(name), top_k=top_k)
-            total, gradients, _ = fused(head, HiddenSignal(HIDDEN, head), objective, Weights(1.0, 0.0), 4)
+            total, gradients, _ = fused(head, HiddenOutputs(HIDDEN, head), objective, TermWeights(1.0, 0.0), 4)
             assert total.item() == 0.0, name
             assert max(g.abs().max().item() for g in gradients) < 1e-5, name
 
@@ -211,8 +214,8 @@ def test_masked_rows_are_not_projected_and_get_no_gradient(masked: float, monkey
     monkeypatch.setattr(Head, "project", lambda head, rows: projected.append(len(rows)) or project(head, rows))
     total, terms = fused_terms(
         select_scored(hidden, labels), HEADS["plain"], scored_targets(labels),
-        HiddenSignal(select_scored(said, labels), TEACHER_HEAD),
-        DistillObjective(get_divergence("jsd")), Weights(1.0, 1.0), 4,
+        HiddenOutputs(select_scored(said, labels), TEACHER_HEAD),
+        DistillObjective(get_divergence("jsd")), TermWeights(1.0, 1.0), 4,
     )  # fmt: skip
     total.backward()
     scored = labels[:, 1:] != -100
@@ -225,7 +228,7 @@ def test_masked_rows_are_not_projected_and_get_no_gradient(masked: float, monkey
 @pytest.mark.parametrize("head", HEADS)
 def test_the_metrics_are_those_of_the_students_distribution(head: str, chunk: int) -> None:
     """At temperature 1 and over all rows, whatever the divergence is taken at; an impossible token adds nothing."""
-    teacher, weights = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), Weights(1.0, 0.5)
+    teacher, weights = HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD), TermWeights(1.0, 0.5)
     objective = DistillObjective(get_divergence("forward_kl"), temperature=2.0, shared_rows=V - 3)
     logits = naive_logits(HIDDEN.double(), HEADS[head])
     targets = torch.where(torch.arange(N) % 3 == 0, TARGETS, logits.argmax(-1))
@@ -236,20 +239,20 @@ def test_the_metrics_are_those_of_the_students_distribution(head: str, chunk: in
         bias = HEADS[head].bias_V.clone()
         bias[5] = -torch.inf
         _, without = fused_terms(
-            HIDDEN, Head(HEADS[head].weight_VD, bias), targets, teacher, objective, Weights(0.0, 0.5), chunk
+            HIDDEN, Head(HEADS[head].weight_VD, bias), targets, teacher, objective, TermWeights(0.0, 0.5), chunk
         )
         rest = logits[:, [i for i in range(V) if i != 5]]
         assert_same([without["entropy"]], [torch.distributions.Categorical(logits=rest).entropy()])
 
 
 def test_low_precision_products_are_summed_in_float32() -> None:
-    objective, weights = DistillObjective(get_divergence("forward_kl")), Weights(1.0, 0.5)
-    exact, gradients, _ = fused(HEADS["plain"], HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), objective, weights, 4)
+    objective, weights = DistillObjective(get_divergence("forward_kl")), TermWeights(1.0, 0.5)
+    exact, gradients, _ = fused(HEADS["plain"], HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD), objective, weights, 4)
     half = TEACHER_HEAD.to(torch.bfloat16)
     hidden, weight = HIDDEN.clone().requires_grad_(), HEADS["plain"].weight_VD.clone().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         total, terms = fused_terms(
-            hidden, Head(weight), TARGETS, HiddenSignal(TEACHER_HIDDEN.bfloat16(), half), objective, weights, 4
+            hidden, Head(weight), TARGETS, HiddenOutputs(TEACHER_HIDDEN.bfloat16(), half), objective, weights, 4
         )
     total.backward()
     assert total.dtype == terms["kd"].dtype == weight.grad.dtype == hidden.grad.dtype == torch.float32
@@ -258,8 +261,8 @@ def test_low_precision_products_are_summed_in_float32() -> None:
 
 
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:
-    objective, weights = DistillObjective(get_divergence("forward_kl")), Weights(1.0, 0.5)
-    teacher = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD)
+    objective, weights = DistillObjective(get_divergence("forward_kl")), TermWeights(1.0, 0.5)
+    teacher = HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD)
     with torch.no_grad():
         total, _ = fused_terms(HIDDEN.clone().requires_grad_(), HEADS["plain"], TARGETS, teacher, objective, weights)
     assert not total.requires_grad
@@ -270,7 +273,7 @@ def test_no_gradient_is_computed_where_none_is_wanted() -> None:
     assert_same([hidden.grad], [fused(HEADS["plain"], teacher, objective, weights, 4)[1][0].double()])
     # Nothing but the hidden-state term has a weight.
     hidden = HIDDEN.clone().requires_grad_()
-    total, terms = fused_terms(hidden, HEADS["plain"], TARGETS, teacher, objective, Weights(0.0, 0.0, 1.0), 4)
+    total, terms = fused_terms(hidden, HEADS["plain"], TARGETS, teacher, objective, TermWeights(0.0, 0.0, 1.0), 4)
     total.backward()
     assert total == 0 and (hidden.grad == 0).all() and (terms["kd"] > 0).any()
 
@@ -279,7 +282,7 @@ def test_differentiating_twice_is_refused() -> None:
     hidden = HIDDEN.clone().requires_grad_()
     objective = DistillObjective(get_divergence("forward_kl"))
     total, _ = fused_terms(
-        hidden, HEADS["plain"], TARGETS, HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD), objective, Weights(1.0, 0.0)
+        hidden, HEADS["plain"], TARGETS, HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD), objective, TermWeights(1.0, 0.0)
     )
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiated twice.*Compute the loss again"):
@@ -312,8 +315,8 @@ def test_parts_begin_where_they_may() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_starts_change_nothing_where_tokens_stand_alone(chunk: int) -> None:
-    objective, weights = DistillObjective(get_divergence("jsd")), Weights(1.0, 0.5)
-    teacher = HiddenSignal(TEACHER_HIDDEN, TEACHER_HEAD)
+    objective, weights = DistillObjective(get_divergence("jsd")), TermWeights(1.0, 0.5)
+    teacher = HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD)
     expected, _ = fused_terms(HIDDEN, HEADS["plain"], TARGETS, teacher, objective, weights)
     found, _ = fused_terms(HIDDEN, HEADS["plain"], TARGETS, teacher, objective, weights, chunk, [0, 3, 9])
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)

@@ -6,7 +6,7 @@ from cbd_trl.losses.hidden import (
     cosine_distance,
     get_hidden_loss,
     mean_hidden_distance,
-    normalised_mse,
+    normalized_mse,
 )
 
 NAMES = list(HIDDEN_LOSSES)
@@ -41,7 +41,7 @@ def test_hand_computed_values() -> None:
     teacher = torch.tensor([[0.0, 3.0], [1.0, 0.0], [-1.0, 0.0]])
     expected = torch.tensor([1.0, 1.0 - 0.5**0.5, 2.0])
     torch.testing.assert_close(cosine_distance(student, teacher), expected)
-    torch.testing.assert_close(normalised_mse(student, teacher), torch.tensor([10 / 9, 1.0, 9.0]))
+    torch.testing.assert_close(normalized_mse(student, teacher), torch.tensor([10 / 9, 1.0, 9.0]))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,12 +74,12 @@ def test_the_channels_behind_the_prefix_do_not_count(name: str) -> None:
 def test_mse_sees_the_size_of_a_state_and_the_cosine_does_not() -> None:
     teacher = states(1)
     torch.testing.assert_close(cosine_distance(3 * teacher, teacher), torch.zeros(5))
-    torch.testing.assert_close(normalised_mse(3 * teacher, teacher), torch.full((5,), 4.0))
+    torch.testing.assert_close(normalized_mse(3 * teacher, teacher), torch.full((5,), 4.0))
 
 
 def test_mse_is_one_for_a_student_of_zeros_however_large_the_teacher() -> None:
     teacher = states(1) * torch.tensor([[1e-2], [1.0], [1e2], [1e4], [1e-1]])
-    torch.testing.assert_close(normalised_mse(torch.zeros(5, 8), teacher), torch.ones(5))
+    torch.testing.assert_close(normalized_mse(torch.zeros(5, 8), teacher), torch.ones(5))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -119,7 +119,7 @@ def test_a_narrower_teacher_is_refused(name: str) -> None:
 
 
 def test_an_unknown_loss_is_refused() -> None:
-    assert get_hidden_loss("mse") is normalised_mse
+    assert get_hidden_loss("mse") is normalized_mse
     with pytest.raises(
         ValueError, match=r"Unknown hidden loss 'cosin': there are cosine, mse\. Did you mean 'cosine'"
     ):

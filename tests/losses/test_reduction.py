@@ -3,7 +3,7 @@ import torch
 
 from cbd_trl.losses.reduction import (
     cross_entropy,
-    normalise,
+    normalize,
     scored_mask,
     scored_targets,
     select_scored,
@@ -24,7 +24,7 @@ def test_cross_entropy_equals_the_model_loss_in_value_and_gradient() -> None:
     logits = torch.randn(2, 4, 9, requires_grad=True)
     twin = logits.detach().clone().requires_grad_()
     terms = cross_entropy(select_scored(logits, LABELS), scored_targets(LABELS))
-    loss = normalise(terms.sum(), terms.numel(), None)
+    loss = normalize(terms.sum(), terms.numel(), None)
     expected = torch.nn.functional.cross_entropy(twin[:, :-1].reshape(-1, 9), LABELS[:, 1:].reshape(-1))
     torch.testing.assert_close(loss, expected)
     loss.backward()
@@ -42,17 +42,17 @@ def test_everything_masked_gives_zero_and_a_zero_gradient() -> None:
     labels = torch.full((2, 4), -100)
     logits = torch.randn(2, 4, 9, requires_grad=True)
     terms = cross_entropy(select_scored(logits, labels), scored_targets(labels))
-    loss = normalise(terms.sum(), terms.numel(), torch.tensor(0))
+    loss = normalize(terms.sum(), terms.numel(), torch.tensor(0))
     loss.backward()
     assert loss.item() == 0.0 and logits.grad.abs().max() == 0
 
 
 def test_shares_of_a_step_add_up_to_the_mean() -> None:
-    whole = normalise(torch.tensor(15.0), 6, None)
+    whole = normalize(torch.tensor(15.0), 6, None)
     assert whole.item() == 2.5
     parts = torch.tensor(1.0), torch.tensor(14.0)
-    assert sum(normalise(part, 3, 6) for part in parts).item() == pytest.approx(2.5)
-    averaged_by_ddp = sum(normalise(part, 3, 6, 2) for part in parts) / 2
+    assert sum(normalize(part, 3, 6) for part in parts).item() == pytest.approx(2.5)
+    averaged_by_ddp = sum(normalize(part, 3, 6, 2) for part in parts) / 2
     assert averaged_by_ddp.item() == pytest.approx(2.5)
 
 

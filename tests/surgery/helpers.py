@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import from_dims, select, to_dims
+from cbd_trl.architectures.registry import family_of
 from cbd_trl.surgery.reorder import Order
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from cbd_trl.surgery.weights import Weights, to_state, weights_of
-from tests.tiny import FAMILIES, WIDTH_OF_HEADS, tiny_model
+from tests.tiny import FAMILIES, ROWS, tiny_model
 
 # Style rule 7: the largest difference of logits, in units of their standard deviation.
 TOLERANCE = 1e-5
@@ -24,24 +25,13 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def full_model(family: str, tied: bool, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A randomised model with every bias its family can have, in float64.
+    """Make a randomized model with every bias its family can have, in float64.
 
     float64 keeps rounding far below the tolerance; an epsilon of 0.01 makes a forgotten one visible.
     """
-    options: dict[str, Any] = {"rms_norm_eps": 0.01}
-    if family in ("llama", "smollm3"):
-        options |= {"attention_bias": True, "mlp_bias": True}
-    if family in ("qwen3", "gemma2", "gemma3_text", "olmo2"):
-        options |= {"attention_bias": True}
-    if family in WIDTH_OF_HEADS:
-        # OPT's epsilon is torch's 1e-5, whatever its config says.
-        options = {"gpt2": {"layer_norm_epsilon": 0.01}, "gpt_neox": {"layer_norm_eps": 0.01}, "opt": {}}[family]
+    eps = family_of(family).eps_field
+    options = ROWS[family].biases | ({} if eps is None else {eps: 0.01})
     return tiny_model(family, seed=seed, tie_word_embeddings=tied, **{**options, **overrides}).double()
-
-
-def lively(family: str) -> dict[str, Any]:
-    """Options without dead neurons, which nobody can tell apart; ReLU, OPT's own activation, has some."""
-    return {"activation_function": "gelu"} if family == "opt" else {}
 
 
 def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from cbd_trl.architectures.axes import prefix
-from cbd_trl.surgery.align import Side, assignment, collect_cross_moments, match_models, order_above, paired_sites
+from cbd_trl.surgery.align import (
+    MeasuredModel,
+    assignment,
+    collect_cross_moments,
+    match_models,
+    order_above,
+    paired_sites,
+)
 from cbd_trl.surgery.blocks import spaced_layers
 from cbd_trl.surgery.grow import grow_depth, grow_width
 from cbd_trl.surgery.reorder import Order, importance, importance_order, permute
@@ -18,13 +25,12 @@ from tests.surgery.helpers import (
     every_case,
     every_family,
     full_model,
-    lively,
     moments,
     random_order,
     scaled,
     tokens,
 )
-from tests.tiny import WIDTH_OF_HEADS
+from tests.tiny import ROWS, WIDTH_OF_HEADS
 
 # The text of `moments`, in two batches.
 BATCHES = [{"input_ids": batch} for batch in tokens(16, seed=1).split(8)]
@@ -33,7 +39,7 @@ BATCHES = [{"input_ids": batch} for batch in tokens(16, seed=1).split(8)]
 def side(weights, architecture):
     model = build(weights, architecture)
     statistics = moments(model, architecture)
-    return model, Side(weights, architecture, statistics)
+    return model, MeasuredModel(weights, architecture, statistics)
 
 
 def matched(upper, lower):
@@ -72,7 +78,7 @@ GROWN, GROWN_WITH_HEADS = {"width": 40, "group": 3, "query": 3, "ffn": 64}, {"wi
 
 def grown_and_scrambled(family, tied):
     """A model, and one grown from it in depth and every width, which computes the same, both scrambled."""
-    weights, architecture = described(full_model(family, tied, **lively(family)))
+    weights, architecture = described(full_model(family, tied, **ROWS[family].smooth))
     sizes = GROWN_WITH_HEADS if family in WIDTH_OF_HEADS else GROWN
     larger, larger_architecture = grow_width(weights, architecture, architecture.resized(**sizes))
     # New neurons are copies of old ones, save for what they write; here they are to be nobody's.

@@ -6,7 +6,8 @@ from transformers import LlamaConfig, Qwen2Config
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import axis_length
-from cbd_trl.surgery.statistics import BITS, deviations, factorise, pack, packed_bytes, unpack
+from cbd_trl.surgery.statistics import deviations, factorize
+from cbd_trl.surgery.statistics_file import BITS, pack, packed_bytes, unpack
 
 
 def random_moments(size, rows=300, seed=0):
@@ -23,7 +24,7 @@ def test_a_factor_gives_the_covariance_and_its_ridge(kept):
     mean, second = random_moments(10)
     kept = torch.tensor(list(kept))
     covariance = second - torch.outer(mean, mean)
-    factor = factorise(mean, second, kept, 1e-2)
+    factor = factorize(mean, second, kept, 1e-2)
     assert torch.equal(factor[kept], factor[kept].tril()) and (factor[kept].diagonal() > 0).all()
     expected = covariance + 1e-2 * torch.diag(covariance.diagonal())
     torch.testing.assert_close((factor @ factor[kept].T)[kept], expected[kept][:, kept])
@@ -33,8 +34,8 @@ def test_a_factor_gives_the_covariance_and_its_ridge(kept):
 
 def test_a_prefix_has_the_leading_columns_of_the_whole_factor():
     mean, second = random_moments(12)
-    whole = factorise(mean, second, torch.arange(12), 1e-3)
-    torch.testing.assert_close(factorise(mean, second, torch.arange(5), 1e-3), whole[:, :5])
+    whole = factorize(mean, second, torch.arange(12), 1e-3)
+    torch.testing.assert_close(factorize(mean, second, torch.arange(5), 1e-3), whole[:, :5])
 
 
 def test_constant_coordinates_and_moments_that_are_not_quite_positive():
@@ -43,7 +44,7 @@ def test_constant_coordinates_and_moments_that_are_not_quite_positive():
     mean[2] = 5.0
     second[2] = second[:, 2] = 5.0 * mean
     second = second.float().double()
-    factor = factorise(mean, second, torch.arange(6), 1e-12)
+    factor = factorize(mean, second, torch.arange(6), 1e-12)
     assert factor.isfinite().all() and (factor.diagonal() > 0).all()
     assert 0 < deviations(mean, second.diagonal())[1] < 1e-5 * deviations(mean, second.diagonal()).max()
     # A dead coordinate goes with nothing.
@@ -52,7 +53,7 @@ def test_constant_coordinates_and_moments_that_are_not_quite_positive():
 
 @pytest.mark.parametrize("size", [1, 5, 32, 33, 100])
 def test_packing_rounds_to_the_nearest_step_of_each_column(size):
-    factor = factorise(*random_moments(size), torch.arange(size), 1e-3)
+    factor = factorize(*random_moments(size), torch.arange(size), 1e-3)
     codes, scales = pack(factor)
     assert codes.dtype == torch.uint8 and len(codes) == packed_bytes(size)
     found, below = unpack(codes, scales, torch.ones(size), size), factor.tril(-1)
@@ -70,7 +71,7 @@ def test_packing_rounds_to_the_nearest_step_of_each_column(size):
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 70])
 def test_leading_columns_are_unpacked_alone(columns):
-    codes, scales = pack(factorise(*random_moments(70), torch.arange(70), 1e-3))
+    codes, scales = pack(factorize(*random_moments(70), torch.arange(70), 1e-3))
     units = torch.linspace(1, 9, 70)
     leading = unpack(codes, scales, units, columns)
     assert torch.equal(leading, unpack(codes, scales, units, 70)[:, :columns])

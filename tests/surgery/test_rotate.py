@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from cbd_trl.architectures import describe
+from cbd_trl.architectures.registry import family_of
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import folds
 from cbd_trl.surgery.reorder import can_rotate, importance, principal_axes, rotate, sort_weights, to_principal_axes
@@ -19,13 +21,17 @@ from tests.surgery.helpers import (
     moments,
     scaled,
 )
-from tests.tiny import FAMILIES, WIDTH_OF_HEADS
+from tests.tiny import FAMILIES, LAYER_NORM, WIDTH_OF_HEADS, tiny_model
 
 # Norms over what is written to the stream.
-POST_NORMS = ("gemma2", "gemma3_text", "olmo2")
+POST_NORMS = tuple(
+    family
+    for family in FAMILIES
+    if any(norm.axis == ("width",) for norm in describe(tiny_model(family).config).output_norms)
+)
 ROTATED = [family for family in FAMILIES if family not in POST_NORMS]
 every_rotated_family = pytest.mark.parametrize("family", ROTATED)
-every_layer_norm_family = pytest.mark.parametrize("family", WIDTH_OF_HEADS)
+every_layer_norm_family = pytest.mark.parametrize("family", LAYER_NORM)
 
 
 @every_case
@@ -88,7 +94,7 @@ def test_gains_keep_their_size(family):
 
 
 # The axes of a LayerNorm's stream are near the principal ones, not those themselves.
-@pytest.mark.parametrize("family", [family for family in ROTATED if family not in WIDTH_OF_HEADS])
+@pytest.mark.parametrize("family", [family for family in ROTATED if family not in LAYER_NORM])
 def test_rotating_twice_is_rotating_once(family):
     model = full_model(family, False)
     weights, architecture = described(model)
@@ -130,12 +136,12 @@ def test_other_orthogonal_axes_are_as_exact():
 def test_a_stream_of_few_dimensions_is_cut_without_loss(family):
     """20 of 32 dimensions in use, none of them a channel: only principal axes can be cut to them."""
     # An epsilon that matters would make more of a stream of fewer channels.
-    field = {"gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}.get(family, "rms_norm_eps")
-    model = full_model(family, False, **({} if family == "opt" else {field: 1e-9}))
+    field = family_of(family).eps_field
+    model = full_model(family, False, **({} if field is None else {field: 1e-9}))
     weights, architecture = described(model)
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(32, 20, dtype=torch.float64, generator=generator)
-    if family in WIDTH_OF_HEADS:
+    if family in LAYER_NORM:
         basis -= basis.mean(0)
     keep = torch.linalg.qr(basis).Q
     flat, readers = dict(weights), readers_of(architecture)
@@ -164,4 +170,4 @@ def test_a_stream_of_few_dimensions_is_cut_without_loss(family):
         cut = build(least_squares_cut(these, architecture, moved, target), target)
         lost[name] = float((logits(cut) - logits(model)).square().mean() / logits(model).var())
     # A LayerNorm's kept channels have a variance of their own, token by token.
-    assert lost["on axes"] < (lost["in order"] / 2 if family in WIDTH_OF_HEADS else 1e-9)
+    assert lost["on axes"] < (lost["in order"] / 2 if family in LAYER_NORM else 1e-9)

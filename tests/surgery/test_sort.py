@@ -15,13 +15,7 @@ from tests.surgery.helpers import (
     moments,
     scaled,
 )
-
-# What computes the neurons and the values, where a family has other names for it than Llama.
-WRITERS = {
-    "gpt2": ("mlp.c_fc", "attn.c_attn"),
-    "gpt_neox": ("mlp.dense_h_to_4h", "attention.query_key_value"),
-    "opt": ("fc1", "self_attn.v_proj"),
-}
+from tests.tiny import ROWS
 
 
 @every_case
@@ -103,7 +97,7 @@ def test_a_huge_neuron_or_group_comes_first_in_its_layer_alone(family, dim, inde
     if how == "read strongly":
         name = next(site for site in architecture.family.sites if site.axis[0] == dim).readers[0]
     else:
-        ffn, values = WRITERS.get(family, ("mlp.up_proj", "self_attn.v_proj"))
+        ffn, values = ROWS[family].writers
         name = {"ffn": ffn, "group": values}[dim]
     weights = scaled(weights, architecture, architecture.layer_name(2, f"{name}.weight"), dim, index, 100.0)
     model = build(weights, architecture)

@@ -13,7 +13,7 @@ from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from tests.markov import VOCABULARY, markov_text
 from tests.surgery.helpers import build, described
 from tests.surgery.test_rotate import ROTATED
-from tests.tiny import FAMILIES, WIDTH_OF_HEADS, own_names, tiny_model
+from tests.tiny import FAMILIES, ROWS, WIDTH_OF_HEADS, own_names, tiny_model
 
 STEPS = 250
 
@@ -69,7 +69,7 @@ CASES = [
         tied,
         sizes,
         id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}",
-        marks=() if tied or family in _OFTEN else pytest.mark.slow,
+        marks=() if family in _OFTEN or (tied and ROWS[family].like is None) else pytest.mark.slow,
     )
     for family in FAMILIES
     for tied in (True, False)

@@ -16,7 +16,7 @@ from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
 from cbd_trl.generation import DecodingConfig, generate_completions
 from cbd_trl.surgery.statistics import collect_statistics
 from tests.surgery.helpers import logits
-from tests.tiny import randomise, tiny_model
+from tests.tiny import randomize, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.bridge_runs import make_bridge, students_tokenizer, teachers_tokenizer, texts
 from tests.training import make_trainer, text_rows
@@ -72,7 +72,7 @@ HOW = [
 def test_a_model_that_was_trained_here_is_copied_with_its_weights(how, tmp_path):
     model = _trained(how, str(tmp_path / "out")).eval()
     copied = copy.deepcopy(model)
-    randomise(copied, seed=7)
+    randomize(copied, seed=7)
     # Stock accelerate leaves its mixed precision on what it trained.
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "in bf16"):
         assert torch.equal(logits(copied), _reloaded(copied, tmp_path / "copied"))
@@ -80,7 +80,7 @@ def test_a_model_that_was_trained_here_is_copied_with_its_weights(how, tmp_path)
     assert torch.equal(logits(pickle.loads(pickle.dumps(copied))), _reloaded(copied, tmp_path / "copied"))
     made = transplant_vocabulary(model, students_tokenizer(), teachers_tokenizer())
     for one in (made, reduce_vocabulary(model, students_tokenizer(), texts(20), 290).model):
-        randomise(one, seed=8)
+        randomize(one, seed=8)
         assert logits(one).shape[-1] == one.get_input_embeddings().num_embeddings
         assert torch.equal(logits(one), _reloaded(one, tmp_path / "made"))
 
@@ -90,7 +90,7 @@ def test_a_copy_with_its_adapter_computes_with_both(tmp_path):
     trainer = make_trainer(student=tiny_model("llama", seed=1, num_hidden_layers=2), **adapter)
     trainer.train()
     copied = copy.deepcopy(trainer.model).eval()
-    randomise(copied, seed=7)
+    randomize(copied, seed=7)
     expected = _reloaded(copy.deepcopy(copied).merge_and_unload(), tmp_path)
     torch.testing.assert_close(logits(copied), expected, rtol=0, atol=float(1e-5 * expected.std()))
 
@@ -99,7 +99,7 @@ def test_a_copy_that_nobody_here_made_is_measured_and_written_with_as_it_is(tmp_
     """TRL's forward on a deep copy computes with the weights of the first, which a stock call cannot tell."""
     first = _supervised(tiny_model("llama", seed=1, num_hidden_layers=2, vocab_size=300), str(tmp_path / "out"))
     copied = copy.deepcopy(first)
-    randomise(copied, seed=7)
+    randomize(copied, seed=7)
     fresh = tiny_model("llama", seed=7, num_hidden_layers=2, vocab_size=300)
     batches = [{"input_ids": torch.arange(4, 68).view(2, 32)}]
     found, wanted = (collect_statistics(one, describe(fresh.config), batches, 64) for one in (copied, fresh))
@@ -136,7 +136,7 @@ def test_a_second_trainer_trains_what_it_was_given_as_it_was_asked_to():
     make_trainer(student=first, bf16=True).train()
     weights = {key: tensor.clone() for key, tensor in first.state_dict().items()}
     copied = copy.deepcopy(first)
-    randomise(copied, seed=7)
+    randomize(copied, seed=7)
     fresh = tiny_model("llama", seed=7, num_hidden_layers=2)
     logged = []
     for student in (copied, fresh):
@@ -152,7 +152,7 @@ def test_a_teacher_is_a_model_like_any_other_afterwards(tmp_path):
     teacher = tiny_model("llama", seed=2)
     make_trainer(teacher=teacher).train()
     copied = copy.deepcopy(teacher)
-    randomise(copied, seed=7)
+    randomize(copied, seed=7)
     assert torch.equal(logits(copied), _reloaded(copied, tmp_path))
 
 

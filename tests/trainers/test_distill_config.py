@@ -9,11 +9,18 @@ from trl import SFTConfig, TrlParser
 
 from cbd_trl import DistillTrainer
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.losses.divergences import DIVERGENCES
+from cbd_trl.losses.divergences import DIVERGENCES, OPTIONS, Option
 from cbd_trl.trainers.checks import check_run
 from cbd_trl.trainers.distill_config import DistillConfig
 from tests.tiny import tiny_model
 from tests.training import LENGTHS, assert_same_gradient, make_config, make_trainer, one_step
+
+WITH_OPTION = {name: row.option for name, row in DIVERGENCES.items() if row.option is not None}
+
+
+def _far_bound(option: Option) -> float:
+    return max(option.low, option.high, key=lambda bound: abs(bound - option.default))
+
 
 OWN = set(DistillConfig.__dataclass_fields__) - set(SFTConfig.__dataclass_fields__)
 # What one step is run with, and the change that must be seen in its gradient.
@@ -24,10 +31,11 @@ CHANGES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"swap_probability": 1.0}),
     ({}, {"temperature": 2.0}),
     ({}, {"top_k": 3}),
-    ({"divergence": "jsd"}, {"beta": 0.2}),
-    ({"divergence": "skew_kl"}, {"skew": 0.4}),
-    ({"divergence": "skew_reverse_kl"}, {"skew": 0.4}),
-    ({"divergence": "adaptive_kl"}, {"head_share": 0.9}),
+    # The default is turned towards the bound that is farther away.
+    *[
+        ({"divergence": name}, {option.name: 0.1 * option.default + 0.9 * _far_bound(option)})
+        for name, option in WITH_OPTION.items()
+    ],
     ({"hidden_weight": 1.0}, {"hidden_loss": "mse"}),
     ({"hidden_weight": 1.0}, {"hidden_projector": True}),
     *[
@@ -75,10 +83,11 @@ def relative_change(after: dict[str, Tensor], before: dict[str, Tensor]) -> floa
         ("hidden_schedule", "exponential", "Unknown schedule 'exponential'"),
         ("temperature", 0.0, "temperature=0.0: it divides the logits"),
         ("temperature", float("inf"), "temperature=inf: it divides the logits"),
-        ("beta", 1.5, "beta=1.5: .* must lie between 0"),
-        ("skew", 1.0, r"skew=1.0: .* at least 0 \(none, plain KL\) and below 1"),
+        ("beta", 1.5, "beta=1.5 must be at least 0 and at most 1"),
+        ("beta", float("nan"), "beta=nan"),
+        ("skew", 1.0, "skew=1.0 must be at least 0 and below 1"),
         ("skew", -0.1, "skew=-0.1"),
-        ("head_share", 0.0, "head_share=0.0: it is a share of the teacher's mass"),
+        ("head_share", 0.0, "head_share=0.0 must be above 0 and below 1"),
         ("head_share", 1.0, "head_share=1.0"),
         ("top_k", 0, "top_k=0: it is a number of tokens, .* Leave it out to compare every token"),
         ("top_k", 2.5, "top_k=2.5: it is a number of tokens, so it must be a whole number of at least 1"),
@@ -265,8 +274,7 @@ def test_the_command_line_sets_every_field() -> None:
     further: list[dict[str, Any]] = [
         {"teacher_cache": "folder"},
         {"self_distillation": True},
-        {"divergence": "skew_kl", "skew": 0.3},
-        {"divergence": "adaptive_kl", "head_share": 0.7},
+        *[{"divergence": name, option.name: option.default} for name, option in WITH_OPTION.items()],
         {"hidden_projector": True, "hidden_weight": 1.0},
     ]
     assert {name for line in (values, *further) for name in line} == OWN
@@ -282,10 +290,9 @@ def test_the_command_line_sets_every_field() -> None:
 def test_every_field_is_documented_twice_and_lists_its_choices() -> None:
     for name in OWN:
         field = DistillConfig.__dataclass_fields__[name]
-        assert f"\n        {name}: " in (DistillConfig.__doc__ or ""), name
+        assert name in OPTIONS or f"\n        {name}: " in (DistillConfig.__doc__ or ""), name
         assert field.metadata["help"].endswith("."), name
         assert field.default is not dataclasses.MISSING, name
     choices = {name: DistillConfig.__dataclass_fields__[name].metadata.get("choices") for name in OWN}
     assert choices["divergence"] == list(DIVERGENCES)
     assert choices["kd_schedule"] == choices["ce_schedule"] == choices["hidden_schedule"]
-    assert all(f"`{divergence}`" in (DistillConfig.__doc__ or "") for divergence in DIVERGENCES)

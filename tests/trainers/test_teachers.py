@@ -21,7 +21,7 @@ from transformers import (
 
 from cbd_trl import DistillTrainer
 from cbd_trl.cache import write_cache
-from tests.tiny import randomise, tiny_model
+from tests.tiny import randomize, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.dense import dense_terms, gradients
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
@@ -58,7 +58,7 @@ def model_with_head(kind: str, layers: int, seed: int) -> Any:
     model = model_class._from_config(
         config_class(**_SHAPE, num_hidden_layers=layers, **own), attn_implementation="eager"
     )
-    randomise(model, seed)
+    randomize(model, seed)
     return model.eval()
 
 

@@ -15,9 +15,9 @@ from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.inputs import Side, chunked_cross_entropy, common_chunk, on_first
 from cbd_trl.losses.divergences import Divergence, get_divergence
 from cbd_trl.losses.fused import fused_terms
-from cbd_trl.losses.objective import DistillObjective, Weights
+from cbd_trl.losses.objective import DistillObjective, TermWeights
 from cbd_trl.losses.reduction import cross_entropy
-from cbd_trl.losses.teacher_outputs import HiddenSignal, Logits
+from cbd_trl.losses.teacher_outputs import HiddenOutputs, LogitPrediction
 
 
 class CrossModelAttention(nn.Module):
@@ -134,7 +134,7 @@ class CrossAttention:
     temperature: float = 2.0
 
     def __call__(
-        self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
+        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch; see `GroupObjective`.
 
@@ -154,12 +154,12 @@ class CrossAttention:
             there_Nd, back_MD = self.attention(student, teacher)
             learning_N = chunked_cross_entropy(there_Nd, student_head, student.targets_N, chunk)
             back_total, back_terms = fused_terms(
-                back_MD, teacher_head, teacher.targets_N, HiddenSignal(teacher.hidden_ND.detach(), teacher_head),
-                DistillObjective(_BACK, self.temperature), Weights(kd=1.0, ce=0.0), chunk,
+                back_MD, teacher_head, teacher.targets_N, HiddenOutputs(teacher.hidden_ND.detach(), teacher_head),
+                DistillObjective(_BACK, self.temperature), TermWeights(kd=1.0, ce=0.0), chunk,
             )  # fmt: skip
         total, terms = fused_terms(
             student.hidden_ND, student.head, student.targets_N,
-            _RightSignal(HiddenSignal(there_Nd.detach(), student_head), student.targets_N),
+            _RightSignal(HiddenOutputs(there_Nd.detach(), student_head), student.targets_N),
             DistillObjective(self.divergence, self.temperature), weights, chunk,
         )  # fmt: skip
         if weights.kd > 0:
@@ -183,7 +183,7 @@ def _constant(head: Head) -> Head:
 class _RightSignal:
     """What a signal says, where the token it finds most likely is the one that follows."""
 
-    signal: HiddenSignal
+    signal: HiddenOutputs
     targets_N: Tensor
 
     def at(self, part: slice) -> "_RightStatement":
@@ -200,7 +200,7 @@ class _RightStatement:
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
         right_N = self.logits_NV.argmax(-1) == self.targets_N
-        return Logits([self.logits_NV]).compare(student_log_NV, divergence, temperature, top_k) * right_N
+        return LogitPrediction([self.logits_NV]).compare(student_log_NV, divergence, temperature, top_k) * right_N
 
     def cross_entropy(self, targets_N: Tensor) -> Tensor:
         return cross_entropy(self.logits_NV, targets_N)

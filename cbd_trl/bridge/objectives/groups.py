@@ -12,7 +12,7 @@ from torch import Tensor
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.objectives.inputs import Side, begins, compared_terms, walk
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Said:
 
 @dataclass(frozen=True)
 class GroupSignal:
-    """What the teacher says of the groups of a micro-batch (in the place of a `Signal`).
+    """What the teacher says of the groups of a micro-batch (in the place of a `TeacherOutputs`).
 
     Attributes:
         group_N: the group of each of the student's positions.
@@ -119,7 +119,7 @@ class GroupObjective:
         """
         raise NotImplementedError
 
-    def terms(self, student_NV: Tensor, teacher: Said, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+    def terms(self, student_NV: Tensor, teacher: Said, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
         """See `cbd_trl.losses.objective.LogitObjective`; "teacher_ce" is of whole groups, on their first token."""
         return compared_terms(
             student_NV,
@@ -130,7 +130,7 @@ class GroupObjective:
         )
 
     def __call__(
-        self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
+        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, of which only a chunk of both models' logits is held at a time.
 

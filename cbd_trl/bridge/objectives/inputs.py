@@ -16,9 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.losses.fused import default_chunk, fused_terms
-from cbd_trl.losses.objective import LogitObjective, Weights
+from cbd_trl.losses.objective import LogitObjective, TermWeights
 from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
-from cbd_trl.losses.teacher_outputs import AnySignal
+from cbd_trl.losses.teacher_outputs import AnyTeacherOutputs
 from cbd_trl.utils.blocks import IGNORE_INDEX
 
 
@@ -175,9 +175,9 @@ def chunked_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor, chun
 def walk(
     student: Side,
     teacher: Side,
-    ask: Callable[[int], AnySignal],
+    ask: Callable[[int], AnyTeacherOutputs],
     objective: LogitObjective,
-    weights: Weights,
+    weights: TermWeights,
     chunk: int | None = None,
     starts: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -210,7 +210,7 @@ def compared_terms(
     student_nV: Tensor,
     targets_n: Tensor,
     teacher_ce_n: Tensor,
-    weights: Weights,
+    weights: TermWeights,
     compare: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """The terms of a part, see `cbd_trl.losses.objective.LogitObjective`.

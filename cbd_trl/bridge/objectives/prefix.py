@@ -18,7 +18,7 @@ from cbd_trl.bridge.objectives.inputs import Side, compared_terms, on_first, wal
 from cbd_trl.bridge.token_bytes import Vocabulary
 from cbd_trl.bridge.vocabulary import match_read
 from cbd_trl.losses.divergences import Divergence, get_divergence, tempered_log_probs
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 
 NO_NODE = -1
 ROOT = 0
@@ -193,7 +193,7 @@ class _UnderWay:
 
 @dataclass(frozen=True)
 class PrefixSignal:
-    """What the teacher says at the student's positions (in the place of a `cbd_trl.losses.teacher_outputs.Signal`).
+    """What the teacher says at the student's positions (in the place of `TeacherOutputs`).
 
     Attributes:
         table: the teacher's tokens by the student's.
@@ -336,7 +336,9 @@ class PrefixObjective:
     divergence: Divergence = get_divergence("forward_kl")  # noqa: RUF009
     temperature: float = 1.0
 
-    def terms(self, student_NV: Tensor, teacher: PrefixSaid, targets_N: Tensor, weights: Weights) -> dict[str, Tensor]:
+    def terms(
+        self, student_NV: Tensor, teacher: PrefixSaid, targets_N: Tensor, weights: TermWeights
+    ) -> dict[str, Tensor]:
         """See `cbd_trl.losses.objective.LogitObjective`."""
         return compared_terms(
             student_NV, targets_N, teacher.teacher_ce_n, weights, lambda _: self._compare(student_NV, teacher)
@@ -350,7 +352,7 @@ class PrefixObjective:
         return kd_N * self.temperature**self.divergence.temperature_power
 
     def __call__(
-        self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
+        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, as `GroupObjective` has it, but "kd" has a value at each position.
 

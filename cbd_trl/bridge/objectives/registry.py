@@ -14,7 +14,7 @@ from cbd_trl.bridge.objectives.inputs import Side
 from cbd_trl.bridge.objectives.prefix import PrefixObjective
 from cbd_trl.bridge.objectives.shared_tokens import SharedHybrid
 from cbd_trl.bridge.objectives.sorted_distance import SortedDistance
-from cbd_trl.losses.objective import Weights
+from cbd_trl.losses.objective import TermWeights
 from cbd_trl.utils.formatting import did_you_mean
 
 
@@ -22,7 +22,7 @@ class BridgeObjective(Protocol):
     """Compares a student with a teacher of another vocabulary on a micro-batch."""
 
     def __call__(
-        self, student: Side, teacher: Side, weights: Weights, chunk: int | None = None
+        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of "kd" and "ce" over positions, with gradient, and each term, (N,), without.
 
