@@ -170,7 +170,7 @@ class BridgeOptions(DistillOptions):
     objective: dict[str, Any] | str | None = field(
         default=OBJECTIVE,
         metadata={
-            "help": "What the two models are compared by, such as prefix (the default), alm or uld; or several with their "
+            "help": "What the two models are compared by, such as prefix, alm or uld; or several with their "
             "weights, such as 'alm=1,uld=0.5' or a JSON object. Or seqkd: the data is text that the teacher wrote, "
             "and no teacher is loaded."
         },

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
 from cbd_trl.generation import DecodingConfig
-from cbd_trl.generation.decoding import DrawByRow, row_numbers
+from cbd_trl.generation.completer import DrawByRow, row_numbers
 from tests.generation.helpers import PROMPTS, alone, complete, rows_of, tiny_teacher
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
