@@ -142,9 +142,10 @@ def _make_many(chain: str, sizes: list[float], arguments: InitArguments, options
     assert arguments.output is not None
     made = make_targets(chain, sizes, arguments.output, revision=arguments.revision, **options)
     for target in made:
-        if target.told is not None:
-            print(f"{target.directory}: {_sentence(target.told)}{' Kept from an earlier run.' if target.kept else ''}")
-    _check_failed([(format_count(target.asked), target.error) for target in made if target.error], len(made))
+        if target.provenance is not None:
+            kept = " Kept from an earlier run." if target.kept else ""
+            print(f"{target.directory}: {_sentence(target.provenance)}{kept}")
+    _check_failed([(format_count(target.requested), target.error) for target in made if target.error], len(made))
 
 
 def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArguments, options: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title or None, caption=_CAPTION, caption_justify="left"
     )
-    for name in ("asked", "parameters", "embedding + other", "shape", "made by", "between", "weights"):
+    for name in ("requested", "parameters", "embedding + other", "shape", "made by", "between", "weights"):
         table.add_column(name, justify="left" if name in ("shape", "made by", "between") else "right")
     for name in ("KV cache", "FLOPs"):
         table.add_column(name, justify="right")
@@ -43,7 +43,7 @@ def _cells(summary: TargetSummary) -> list[str]:
     parts = (summary.embedding_parameters, summary.other_parameters)
     mixed = "" if summary.alpha is None else f", alpha {summary.alpha:.2f}"
     return [
-        "" if summary.asked is None else format_count(summary.asked),
+        "" if summary.requested is None else format_count(summary.requested),
         format_count(summary.num_parameters),
         " + ".join(map(format_count, parts)),
         describe_shape(summary.shape, short=True),

@@ -87,10 +87,10 @@ def test_a_dry_run_names_the_sizes_that_fail(chain_folder, sizes, capsys):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--sizes", "1M", "--num-parameters", "1M"], 2, "--sizes and --num-parameters are two ways to say the same"),
+        (["--sizes", "1M", "--num-parameters", "1M"], 2, "--sizes and --num-parameters both name sizes"),
         (["--sizes", "1M"], 2, "--output is missing"),
         (["--sizes", "big", "--output", "x"], 1, "'big' is no number of parameters: write 138e6, 138M or 1.2B"),
-        (["--dry-run"], 1, "Nothing was asked for"),
+        (["--dry-run"], 1, "No size or shape was requested"),
     ],
 )
 def test_what_cannot_be_asked_for(chain_folder, flags, code, message, capsys):

@@ -151,8 +151,8 @@ def test_dtype(chain, dtype, expected):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"Nothing was asked for. Give num_parameters=138e6, or config="),
-        ({"config": {}}, r"Nothing was asked for"),
+        ({}, r"Give num_parameters=138e6, or config="),
+        ({"config": {}}, r"No size or shape was requested"),
         ({"config": DEEP, "operator": "merge"}, r"Unknown operator 'merge'. Operators: nested, patch, slice, expand"),
         (
             {"config": WIDE, "operator": "slice", "alpha": 0.5},
