@@ -20,7 +20,7 @@ class Killed(Exception):
 
 
 def interrupt(monkeypatch, after):
-    """Have the completer die in the batch that follows so many, and the list of batches it was asked for."""
+    """Have the completer die in the batch that follows so many, and the list of batches it was given."""
     asked, real = [], Completer.complete
 
     def count(self, prompts, rows):
@@ -77,12 +77,12 @@ def test_the_settings_are_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, "seed is 0, asked for 1"),
-        ({"temperature": 0.5}, "temperature is 1.0, asked for 0.5"),
-        ({"max_new_tokens": 4}, "max_new_tokens is 8, asked for 4"),
-        ({"batch_size": 2}, "batch_size is 3, asked for 2"),
-        ({"num_return_sequences": 2}, "num_return_sequences is 1, asked for 2; rows is 7, asked for 14"),
-        ({"dataset": PROMPTS[:5]}, "prompts_sha256 is '.*', asked for '.*'; rows is 7, asked for 5"),
+        ({"seed": 1}, "seed is 0, requested 1"),
+        ({"temperature": 0.5}, "temperature is 1.0, requested 0.5"),
+        ({"max_new_tokens": 4}, "max_new_tokens is 8, requested 4"),
+        ({"batch_size": 2}, "batch_size is 3, requested 2"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 1, requested 2; rows is 7, requested 14"),
+        ({"dataset": PROMPTS[:5]}, "prompts_sha256 is '.*', requested '.*'; rows is 7, requested 5"),
         ({"dataset": [*PROMPTS[1:], PROMPTS[0]]}, "prompts_sha256 is"),
         ({"model": tiny_teacher(rms_norm_eps=1e-3)}, "teacher_fingerprint is"),
     ],

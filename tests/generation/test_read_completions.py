@@ -124,7 +124,7 @@ def test_failed_responses_are_left_out_and_counted(tmp_path, caplog):
     ("lines", "message"),
     [
         (["{"], "line 1 is not JSON .*Lines are"),
-        (["", "[]"], "line 2 holds a list, and no object"),
+        (["", "[]"], "line 2 holds a list, and must hold an object"),
         ([{"question": "w1"}], r"line 1: it has the keys \['question'\]. Lines are"),
         ([{"prompt": "w1"}], r"line 1: it has the keys \['prompt'\]"),
         (

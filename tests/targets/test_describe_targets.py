@@ -113,7 +113,7 @@ def test_from_the_hub_configs_are_enough(chain, chain_folder, tmp_path, monkeypa
         ({}, "No size or shape was requested"),
         ({"config": DEEP, "operator": "merge"}, "Unknown operator 'merge'"),
         ({"config": WIDE, "operator": "patch"}, "operator='patch' swaps whole blocks between anchors of equal"),
-        ({"config": WIDE, "dtype": "int8"}, "dtype='int8' is no floating-point type"),
+        ({"config": WIDE, "dtype": "int8"}, "dtype='int8' must be a floating-point type"),
     ],
 )
 def test_what_cannot_be_made_cannot_be_described(chain, arguments, message):

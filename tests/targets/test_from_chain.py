@@ -167,8 +167,8 @@ def test_dtype(chain, dtype, expected):
             {"config": WIDE, "operator": "patch"},
             r"operator='patch' swaps whole blocks between anchors of equal widths",
         ),
-        ({"config": WIDE, "dtype": "int8"}, r"dtype='int8' is no floating-point type"),
-        ({"config": WIDE, "dtype": "save"}, r"dtype='save' is no floating-point type"),
+        ({"config": WIDE, "dtype": "int8"}, r"dtype='int8' must be a floating-point type"),
+        ({"config": WIDE, "dtype": "save"}, r"dtype='save' must be a floating-point type"),
         (
             {"config": {"num_layers": 5}},
             r"'num_layers' is not a shape field of llama. Shape fields: num_hidden_layers",
