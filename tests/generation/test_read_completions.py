@@ -141,7 +141,7 @@ def test_failed_responses_are_left_out_and_counted(tmp_path, caplog):
         ([{"messages": []}], r"line 1: messages is \[\], and must be messages"),
         ([{"messages": ["w1"]}], "line 1: a message is 'w1', and must have a `role`"),
         ([{"messages": [{"role": "user", "content": None}]}], "line 1: a message's content is None, and must be text"),
-        ([{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}], "images and calls of tools are not"),
+        ([{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}], "images and tool calls are not"),
         ([{"prompt": "w1", "choices": ["w2"]}], "line 1: a choice is 'w2', and must be an object"),
         ([result("a", choice("w2"))], r"line 1: a response \(custom_id 'a'\) without its prompt: .*`requests`"),
         ([{"prompt": "w1", "completion": "w2", "finish_reason": "length"}], "0 responses failed, and 1 completions"),
@@ -158,14 +158,14 @@ def test_other_lines_are_named(tmp_path, lines, message):
     [
         (
             [request("b", messages=ASKED)],
-            "out, line 1: no line of `requests` has its custom_id 'a': they are of another",
+            "out, line 1: no line of `requests` has its custom_id 'a': the two files are of",
         ),
         (
             [request("a", messages=ASKED)] * 2,
             "in, line 2: custom_id is 'a', and must be a text that no other line has",
         ),
         ([{"body": {"messages": ASKED}}], "in, line 1: custom_id is None"),
-        ([{"custom_id": "a", "body": {"input": "w1"}}], "in, line 1: there is no `messages` or `prompt` in what was"),
+        ([{"custom_id": "a", "body": {"input": "w1"}}], "in, line 1: the request has neither `messages` nor `prompt`"),
     ],
 )
 def test_requests_that_do_not_fit_are_named(tmp_path, lines, message):
