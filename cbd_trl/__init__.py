@@ -61,7 +61,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(
             f"module 'cbd_trl' has no attribute '{name}': its public names are {', '.join(__all__)}. Everything else "
-            "is imported from the module that holds it, such as cbd_trl.losses."
+            "is imported from the module that holds it, such as cbd_trl.losses.divergences."
         )
     from importlib import import_module
 

@@ -50,7 +50,7 @@ COMMAND = Command(
     ),
     own=(GenerateArguments, DecodingConfig),
     types=_types,
-    others="TRL's ScriptArguments and ModelConfig",
+    others="the options of TRL's ScriptArguments and ModelConfig",
 )
 
 

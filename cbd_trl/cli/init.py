@@ -6,6 +6,7 @@ from typing import Any
 
 from cbd_trl.cli.parsing import Command, UsageError, parse_shape, parse_sizes, require, wide_console
 from cbd_trl.utils.formatting import format_count, parse_count
+from cbd_trl.utils.lazy import NamesOf
 
 
 @dataclass
@@ -61,7 +62,7 @@ class InitArguments:
         default="nested",
         metadata={
             "help": "Rule that makes the weights from the two neighbouring anchors.",
-            "choices": ["nested", "patch", "slice", "expand", "linear"],
+            "choices": NamesOf("cbd_trl.targets.operators", "OPERATORS"),
         },
     )
     alpha: float | None = field(
@@ -90,6 +91,9 @@ COMMAND = Command(
     "CHAIN --num-parameters N --output DIR [options]",
     "Make models of any size between the anchors of a chain, without a teacher and without training.",
     own=(InitArguments,),
+    types=lambda: [InitArguments],
+    others="the names of the operators",
+    hyphens=True,
     positional={"chain": "The chain: a folder that build wrote, or a Hub id. Required."},
 )
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _WIDTH = 200
 _ADAPTER_FLAGS = ("use_peft", "use_rslora", "use_dora")
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
-_LIKE_TRL = "TRL's ScriptArguments, SFTConfig and ModelConfig"
+_OF_TRL = "the options of TRL's ScriptArguments, SFTConfig and ModelConfig"
 
 
 class UsageError(ValueError):
@@ -40,9 +40,10 @@ class Command:
         description: what it does.
         own: dataclasses of this project.
         types: returns the dataclasses to fill, in order; None for `own`.
-        others: whose fields `--help-all` lists besides, in words.
+        others: what `--help-all` lists besides, in words, where there are `types`.
         positional: help of the positional arguments, by name.
         defaults: values of flags that replace the defaults of the dataclasses.
+        hyphens: write options with hyphens in the help, where none is TRL's; both ways are read.
     """
 
     name: str
@@ -50,9 +51,10 @@ class Command:
     description: str
     own: tuple[type, ...]
     types: Callable[[], list[Any]] | None = None
-    others: str = _LIKE_TRL
+    others: str = _OF_TRL
     positional: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Any] = field(default_factory=dict)
+    hyphens: bool = False
 
     def parse(self, flags: list[str]) -> list[Any]:
         """Fill the dataclasses from flags and YAML.
@@ -88,15 +90,14 @@ class Command:
             parser.add_argument(name, nargs="?", help=text)
         if self.types is not None:
             parser.add_argument(
-                "--help-all", help=f"List the options of {self.others} too (takes some seconds).", action="store_true"
+                "--help-all", help=f"List {self.others} too (takes some seconds).", action="store_true"
             )
         parser.add_argument("--config", help="YAML file of options, a line each; flags win over it.", metavar="FILE")
         for kind in self.own:
             hints = typing.get_type_hints(kind)
             for option in fields(kind):
                 default = self.defaults.get(option.name, option.default)
-                # TRL's options are written with underscores in all its documents.
-                name = option.name.replace("_", "-") if self.types is None else option.name
+                name = option.name.replace("_", "-") if self.hyphens else option.name
                 _add_to_help(parser, f"--{name}", hints[option.name], default, option.metadata)
         return parser.format_help()
 

@@ -41,6 +41,7 @@ COMMAND = Command(
     "CHAIN REPO [options]",
     "Upload a chain to the Hub. Run again after an interruption, files that arrived are not sent again.",
     own=(PushArguments,),
+    hyphens=True,
     positional={
         "chain": "The chain: a folder that build wrote, or a Hub id. Required.",
         "repo": "The repository, 'me/my-chain', made if there is none. Required.",

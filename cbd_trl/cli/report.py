@@ -93,6 +93,7 @@ COMMAND = Command(
         "controls, as a page, a picture and a JSON file. Run again, the command goes on where it was interrupted."
     ),
     own=(ReportArguments,),
+    hyphens=True,
     positional={"chain": "The chain: a folder that build wrote, or a Hub id. Required."},
 )
 

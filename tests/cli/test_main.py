@@ -1,4 +1,4 @@
-"""The command line: what it runs, what it refuses, and its errors."""
+"""The command line: what runs, what fails, and its errors."""
 
 import dataclasses
 import json
@@ -141,7 +141,7 @@ def test_the_options_of_a_config_are_listed_without_a_copy():
         ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--learning_rate"]),
         ("distill", ["--divergence {forward_kl,", "--kd_schedule {constant,", "--use_peft", "--learning_rate"]),
         ("bridge", ["--objective", "--divergence {forward_kl,", "--dataset_name"]),
-        ("init", ["--num-parameters"]),
+        ("init", ["--num-parameters", "--operator {nested,"]),
     ],
 )
 def test_help_all_lists_every_flag(name, flags, capsys):
@@ -299,7 +299,7 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
         (["init", "chain", "--ouptut", "x"], 2, r"no flag '--ouptut'. Did you mean '--output'\?"),
         (["init", "chain", "--output", "x", "--operator", "best"], 2, "invalid choice: 'best'"),
         (["init", "chain", "--output", "x", "--alpha", "much"], 2, "argument --alpha: invalid"),
-        (["init", "chain", "--output", "x", "--num-parameters", "many"], 1, "'many' is no number of parameters"),
+        (["init", "chain", "--output", "x", "--num-parameters", "many"], 1, "'many'.*number of parameters"),
         (["init", "no/such/chain", "--output", "x", "--num-parameters", "1M"], 1, "no folder no/such/chain"),
         (["build"], 2, "A recipe is missing: name a file, or one of demo, "),
         (["build", "no.yaml"], 1, "no recipe 'no.yaml'"),
@@ -419,9 +419,9 @@ def test_the_commands_say_what_is_wrong_with_a_file_without_a_traceback(tmp_path
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "rows.jsonl").write_text("no JSON\n")
     assert main([*command, str(tmp_path / "rows.jsonl")]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(
-        rf"^cbd-trl {command[0]}: error: The rows of .*rows\.jsonl cannot be read: JSON parse error", said
+        rf"^cbd-trl {command[0]}: error: The rows of .*rows\.jsonl cannot be read: JSON parse error", error
     )
 
 
@@ -429,9 +429,9 @@ def test_the_commands_say_what_is_wrong_with_a_file_without_a_traceback(tmp_path
 def test_a_config_file_that_is_no_yaml_is_named(tmp_path, capsys, content):
     (tmp_path / "init.yaml").write_bytes(content)
     assert main(["init", "chain", "--config", str(tmp_path / "init.yaml")]) == 2
-    said = capsys.readouterr().err.strip()
-    assert re.search(r"The config file .*init\.yaml is not YAML \(.*\)\. Wanted a line of `flag: value`", said)
-    assert len(said.splitlines()) == 1
+    error = capsys.readouterr().err.strip()
+    assert re.search(r"The config file .*init\.yaml is not YAML \(.*\)\. Wanted a line of `flag: value`", error)
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,16 @@ class Killed(Exception):
 
 def interrupt(monkeypatch, after):
     """Have the completer die in the batch that follows so many, and the list of batches it was given."""
-    asked, real = [], Completer.complete
+    batches, real = [], Completer.complete
 
     def count(self, prompts, rows):
-        if len(asked) == after:
+        if len(batches) == after:
             raise Killed
-        asked.append(list(rows))
+        batches.append(list(rows))
         return real(self, prompts, rows)
 
     monkeypatch.setattr(Completer, "complete", count)
-    return asked
+    return batches
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -42,9 +42,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, unbroken, afte
             complete(file)
     assert file.read_bytes() == b"".join(unbroken.splitlines(keepends=True)[: 3 * after])
     with monkeypatch.context() as patched:
-        asked = interrupt(patched, -1)
+        batches = interrupt(patched, -1)
         complete(file)
-        assert asked == [[0, 1, 2], [3, 4, 5], [6]][after:]
+        assert batches == [[0, 1, 2], [3, 4, 5], [6]][after:]
     assert file.read_bytes() == unbroken
 
 

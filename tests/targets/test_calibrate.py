@@ -46,15 +46,15 @@ def test_calibration_chooses_by_its_text(chain, monkeypatch):
             return 0.0 if (operator, plan.alpha) == (wanted, alpha) else 1.0
 
         monkeypatch.setattr("cbd_trl.targets.calibrate.mean_loss", loss)
-        told = from_chain(chain, config=WIDE, calibration_dataset=chain_rows(4)).config.cbd_trl
-        assert (told["operator"], told["alpha"]) == (wanted, alpha)
+        provenance = from_chain(chain, config=WIDE, calibration_dataset=chain_rows(4)).config.cbd_trl
+        assert (provenance["operator"], provenance["alpha"]) == (wanted, alpha)
 
     def first_blocks(pair, plan, operator, tokens):
         return 0.0 if plan.swapped == frozenset({0, 1}) else 1.0
 
     monkeypatch.setattr("cbd_trl.targets.calibrate.mean_loss", first_blocks)
-    told = from_chain(chain, config=DEEP, calibration_dataset=chain_rows(4)).config.cbd_trl
-    assert told["swapped_blocks"] == [0, 1]
+    provenance = from_chain(chain, config=DEEP, calibration_dataset=chain_rows(4)).config.cbd_trl
+    assert provenance["swapped_blocks"] == [0, 1]
 
 
 def test_mean_loss_is_that_of_the_model(chain):

@@ -20,10 +20,14 @@ from tests.tiny import FAMILIES, tiny_model
 def test_a_summary_is_what_is_made(chain, operator, shape):
     (summary,) = describe_targets(chain, config=shape, operator=operator, dtype="bfloat16")
     model = from_chain(chain, config=shape, operator=operator, dtype="bfloat16")
-    told = model.config.cbd_trl
-    assert (summary.requested, summary.num_parameters, summary.shape) == (None, model.num_parameters(), told["shape"])
-    assert (summary.operator, summary.alpha) == (told["operator"], told["alpha"])
-    assert list(summary.anchors) == told["anchors"]
+    provenance = model.config.cbd_trl
+    assert (summary.requested, summary.num_parameters, summary.shape) == (
+        None,
+        model.num_parameters(),
+        provenance["shape"],
+    )
+    assert (summary.operator, summary.alpha) == (provenance["operator"], provenance["alpha"])
+    assert list(summary.anchors) == provenance["anchors"]
     assert summary.dtype == "bfloat16"
     assert summary.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     assert summary.embedding_parameters == model.get_input_embeddings().weight.numel()

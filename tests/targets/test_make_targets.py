@@ -169,8 +169,8 @@ def test_what_makes_no_sense_is_refused_at_once(chain, tmp_path, sizes, options,
 def test_provenance_says_what_was_asked(chain, tmp_path):
     (size,) = sizes_of(chain, 0.5)
     (target,) = make_targets(chain, [size], tmp_path, tolerance=0.1, dtype=torch.bfloat16)
-    told = json.loads((target.directory / "config.json").read_text())["cbd_trl"]
-    assert told["request"] == {
+    provenance = json.loads((target.directory / "config.json").read_text())["cbd_trl"]
+    assert provenance["request"] == {
         "chain": chain.checksum, "num_parameters": size, "config": None, "operator": "nested", "alpha": None,
         "tolerance": 0.1, "dtype": "torch.bfloat16", "calibration": None,
     }  # fmt: skip
