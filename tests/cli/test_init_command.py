@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_trl.cli.main import main
 from cbd_trl.cli.parsing import parse_sizes
+from cbd_trl.utils.datasets import load_rows
 from tests.chain.helpers import WIDE, chain_rows
 
 
@@ -47,7 +48,7 @@ def test_a_failing_size_is_named_and_the_others_are_made(chain_folder, sizes, tm
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "txt", "parquet"])
-def test_calibration_data_from_a_file_and_what_it_chose(chain_folder, tmp_path, capsys, kind):
+def test_text_is_read_from_a_file(tmp_path, kind):
     rows, file = chain_rows(30, seed=5), tmp_path / f"text.{kind}"
     if kind == "jsonl":
         rows.to_json(file)
@@ -55,6 +56,12 @@ def test_calibration_data_from_a_file_and_what_it_chose(chain_folder, tmp_path, 
         rows.to_parquet(file)
     else:
         file.write_text("\n".join(rows["text"]))
+    assert load_rows(str(file))["text"][:] == rows["text"][:]
+
+
+def test_calibration_data_from_a_file_and_what_it_chose(chain_folder, tmp_path, capsys):
+    file = tmp_path / "text.jsonl"
+    chain_rows(30, seed=5).to_json(file)
     flags = ["--shape", json.dumps(WIDE), "--calibration-data", file, "--output", tmp_path / "model"]
     code, shown, _ = run(capsys, chain_folder, *flags)
     provenance = AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.cbd_trl
