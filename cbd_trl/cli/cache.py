@@ -1,36 +1,94 @@
-"""What `cbd-trl cache` does."""
+"""`cbd-trl cache`."""
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from trl import ModelConfig, ScriptArguments
+from cbd_trl.cli.parsing import (
+    Command,
+    UsageError,
+    changed_flags,
+    check_no_adapter,
+    loading_options,
+    require,
+    training_rows,
+)
 
-from cbd_trl.cli.arguments import CacheArguments
-from cbd_trl.cli.parsing import UsageError, changed_flags, parse_flags, refuse_adapter, require
-from cbd_trl.utils.datasets import load_rows
+if TYPE_CHECKING:
+    from trl import ModelConfig, ScriptArguments
+
+
+@dataclass
+class CacheArguments:
+    """Arguments of `cbd-trl cache`, besides those of ScriptArguments, SFTConfig and ModelConfig.
+
+    Args:
+        kind: what is kept of each prediction.
+        k: tokens or draws of a position.
+        temperature: the log-probabilities are taken at.
+        value_bits: of a log-probability.
+        batch_size: rows in one forward pass.
+        hidden_dtype: of hidden states.
+        logprobs: file of log-probabilities to import instead of running the teacher.
+    """
+
+    kind: str = field(
+        default="top_k",
+        metadata={
+            "help": "top_k: the k most likely tokens and the mass of all others. sampled: k draws, for an unbiased "
+            "forward KL. hidden: the last hidden state, from which everything can be computed.",
+            "choices": ["top_k", "sampled", "hidden"],
+        },
+    )
+    k: int = field(default=64, metadata={"help": "Tokens (top_k) or draws (sampled) kept at each position."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "The log-probabilities are taken at: that of the training to come."}
+    )
+    value_bits: int = field(
+        default=16, metadata={"help": "16 for quantised log-probabilities, 32 for exact ones.", "choices": [16, 32]}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Rows in one forward pass of the teacher."})
+    hidden_dtype: str | None = field(
+        default=None,
+        metadata={"help": "dtype of hidden states: float32, bfloat16 or float16. Not set: that of the teacher."},
+    )
+    logprobs: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON-lines file of log-probabilities, such as vLLM's outputs, to make the cache of. The teacher "
+            "(--model_name_or_path) then gives its tokenizer and vocabulary alone, and no dataset is read."
+        },
+    )
+
+
+def _types() -> list[type]:
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+    return [CacheArguments, ScriptArguments, SFTConfig, ModelConfig]
+
+
+COMMAND = Command(
+    "cache",
+    "--model_name_or_path TEACHER --dataset_name DATA --output_dir DIR [options]",
+    (
+        "Write what a teacher (--model_name_or_path) predicts for a dataset to --output_dir, with the SFT flags of "
+        "the training to come, such as --max_length. Run again, the command goes on where it was interrupted; on "
+        "another dataset or split it adds the rows."
+    ),
+    own=(CacheArguments,),
+    types=_types,
+    defaults={"output_dir": "teacher-cache"},
+)
 
 
 def cache(flags: list[str]) -> None:
-    """cbd-trl cache.
+    """Run `cbd-trl cache`.
 
     Args:
         flags: as typed.
     """
-    from trl import SFTConfig
-
-    description = (
-        "Write what a teacher (--model_name_or_path) predicts for a dataset to --output_dir, with the SFT flags of "
-        "the training to come, such as --max_length. Run again, the command goes on where it was interrupted; on "
-        "another dataset or split it adds the rows."
-    )
-    arguments, script, args, model = parse_flags(
-        "cache",
-        description,
-        [CacheArguments, ScriptArguments, SFTConfig, ModelConfig],
-        flags,
-        defaults={"output_dir": "teacher-cache"},
-    )
+    arguments, script, args, model = COMMAND.parse(flags)
     require(model_name_or_path=model.model_name_or_path)
-    _refuse_ignored(arguments, args, model)
+    _check_ignored(arguments, args, model)
     if arguments.logprobs is None:
         require(dataset_name=script.dataset_name)
         manifest = _write_cache(arguments, script, args, model)
@@ -45,38 +103,28 @@ def cache(flags: list[str]) -> None:
     print("    DistillTrainer(student, args=args, train_dataset=dataset).train()")
 
 
-def _refuse_ignored(arguments: CacheArguments, args: Any, model: ModelConfig) -> None:
-    refuse_adapter(model, "a cache is written")
+def _check_ignored(arguments: CacheArguments, args: Any, model: "ModelConfig") -> None:
+    check_no_adapter(model, "a cache is written")
     if args.trust_remote_code:
         raise UsageError(
             "--trust_remote_code would run code of the teacher's repository, which a cache is never written with: it "
             "would be ignored. Leave it out, or import the teacher's log-probabilities with --logprobs."
         )
-    asking = [name for name in changed_flags(arguments) if name in ("hidden_dtype", "batch_size")]
-    if arguments.logprobs is not None and asking:
+    of_forward = [name for name in changed_flags(arguments) if name in ("hidden_dtype", "batch_size")]
+    if arguments.logprobs is not None and of_forward:
         raise UsageError(
-            f"--{asking[0]} is about asking the teacher, and with --logprobs it is not asked: it would be ignored. "
+            f"--{of_forward[0]} is for running the teacher, and with --logprobs it is not run: it would be ignored. "
             "Leave one of the two out."
         )
 
 
-def _write_cache(arguments: CacheArguments, script: ScriptArguments, args: Any, model: ModelConfig) -> Any:
-    from trl import get_quantization_config
-
+def _write_cache(arguments: CacheArguments, script: "ScriptArguments", args: Any, model: "ModelConfig") -> Any:
     from cbd_trl.cache import write_cache
 
-    init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
-    if (quantization := get_quantization_config(model)) is not None:
-        init_kwargs["quantization_config"] = quantization
     assert script.dataset_name is not None and model.model_name_or_path is not None
     return write_cache(
         model.model_name_or_path,
-        load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming),
+        training_rows(script),
         args.output_dir,
         args=args,
         kind=arguments.kind,
@@ -86,11 +134,11 @@ def _write_cache(arguments: CacheArguments, script: ScriptArguments, args: Any, 
         seed=args.seed,
         batch_size=arguments.batch_size,
         hidden_dtype=arguments.hidden_dtype,
-        model_init_kwargs=init_kwargs,
+        model_init_kwargs=loading_options(model, args.model_init_kwargs),
     )
 
 
-def _import_cache(arguments: CacheArguments, args: Any, model: ModelConfig) -> Any:
+def _import_cache(arguments: CacheArguments, args: Any, model: "ModelConfig") -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     from cbd_trl.cache import import_logprobs

@@ -1,12 +1,9 @@
-"""What `cbd-trl generate` does."""
+"""`cbd-trl generate`."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from trl import ModelConfig, ScriptArguments
-
-from cbd_trl.cli.parsing import UsageError, parse_flags, refuse_adapter, require
-from cbd_trl.utils.datasets import load_rows
+from cbd_trl.cli.parsing import Command, UsageError, check_no_adapter, loading_options, require, training_rows
+from cbd_trl.generation.decoding import DecodingConfig
 
 
 @dataclass
@@ -38,42 +35,56 @@ class GenerateArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress."})
 
 
+def _types() -> list[type]:
+    from trl import ModelConfig, ScriptArguments
+
+    return [GenerateArguments, DecodingConfig, ScriptArguments, ModelConfig]
+
+
+COMMAND = Command(
+    "generate",
+    "--model_name_or_path TEACHER --dataset_name PROMPTS --output_file FILE [options]",
+    (
+        "Have a teacher (--model_name_or_path) complete the prompts of a dataset into --output_file: a dataset "
+        "of prompts, completions and why each ended, for SeqKD. Run again, it goes on where it was interrupted."
+    ),
+    own=(GenerateArguments, DecodingConfig),
+    types=_types,
+    others="the options of TRL's ScriptArguments and ModelConfig",
+)
+
+
 def generate(flags: list[str]) -> None:
-    """cbd-trl generate.
+    """Run `cbd-trl generate`.
 
     Args:
         flags: as typed.
     """
-    from accelerate import PartialState
-
-    from cbd_trl.generation import DecodingConfig, generate_completions
-
-    description = (
-        "Have a teacher (--model_name_or_path) complete the prompts of a dataset into --output_file: a dataset "
-        "of prompts, completions and why each ended, for SeqKD. Run again, it goes on where it was interrupted."
-    )
-    types = [GenerateArguments, DecodingConfig, ScriptArguments, ModelConfig]
-    arguments, decoding, script, model = parse_flags("generate", description, types, flags)
+    arguments, decoding, script, model = COMMAND.parse(flags)
     require(
         model_name_or_path=model.model_name_or_path,
         dataset_name=script.dataset_name,
         output_file=arguments.output_file,
     )
-    refuse_adapter(model, "a corpus is generated")
+    check_no_adapter(model, "a corpus is generated")
     if script.dataset_streaming:
         raise UsageError(
             "--dataset_streaming: a run that goes on where it was interrupted needs rows by number, which a stream "
-            "has not. Leave it out, or write the rows you want to a file."
+            "does not have. Leave it out, or write the rows you want to a file."
         )
+    from accelerate import PartialState
+
+    from cbd_trl.generation.generate import generate_completions
+
     corpus = generate_completions(
         model.model_name_or_path,
-        load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split),
+        training_rows(script),
         arguments.output_file,
         decoding=decoding,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         prompt_tokens=arguments.prompt_tokens,
-        model_init_kwargs=_init_kwargs(model),
+        model_init_kwargs={name: value for name, value in loading_options(model).items() if value is not None},
         use_cpu=arguments.use_cpu,
         disable_tqdm=arguments.disable_tqdm,
     )
@@ -82,15 +93,3 @@ def generate(flags: list[str]) -> None:
         "tokens. A student learns from them by --objective seqkd or SFT, without the teacher: "
         f"--dataset_name {corpus.file}"
     )
-
-
-def _init_kwargs(model: ModelConfig) -> dict[str, Any]:
-    from trl import get_quantization_config
-
-    options = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        "quantization_config": get_quantization_config(model),
-    }
-    return {name: value for name, value in options.items() if value is not None}

@@ -1,27 +1,114 @@
-"""What `cbd-trl init` does."""
+"""`cbd-trl init`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from cbd_trl.cli.arguments import InitArguments
-from cbd_trl.cli.parsing import UsageError, parse_flags, parse_shape, parse_sizes, require
-from cbd_trl.utils.datasets import load_rows
-from cbd_trl.utils.formatting import parse_count
+from cbd_trl.cli.parsing import Command, UsageError, parse_shape, parse_sizes, require
+from cbd_trl.utils.formatting import format_count, parse_count
+from cbd_trl.utils.lazy import NamesOf
+
+
+@dataclass
+class InitArguments:
+    """Arguments of `cbd-trl init`.
+
+    Args:
+        output: folder of the model, or of the folders of several.
+        num_parameters: size wanted.
+        sizes: several sizes wanted.
+        dry_run: tell what would be made, and make nothing.
+        shape: config fields that are fixed.
+        operator: how the target's weights are made.
+        alpha: weight of the lower anchor in a mix.
+        dtype: of the model.
+        tolerance: largest relative distance from `num_parameters`.
+        calibration_data: text that decides how much is mixed.
+        revision: of a chain on the Hub.
+    """
+
+    output: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that the model is written to; with --sizes, each model to a folder in it named after its "
+            "size (100M). Required, but for a dry run."
+        },
+    )
+    num_parameters: str | None = field(
+        default=None,
+        metadata={"help": "Parameters wanted: 138e6, 138M or 1.2B. A tied table counts once."},
+    )
+    sizes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Several numbers of parameters, 100M,120M,140M, made in one pass. Run again, finished models are "
+            "kept."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print shape, parameters, memory and cost of inference of what would be made, and make nothing."
+        },
+    )
+    shape: str | None = field(
+        default=None,
+        metadata={
+            "help": "Config fields that are fixed, as JSON: '{\"num_hidden_layers\": 20}'. In YAML a mapping. Alone, "
+            "or with --num-parameters or --sizes, which then decide the rest."
+        },
+    )
+    operator: str = field(
+        default="nested",
+        metadata={
+            "help": "Rule that makes the weights from the two neighbouring anchors.",
+            "choices": NamesOf("cbd_trl.targets.operators", "OPERATORS"),
+        },
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the lower anchor where the operator mixes, 0 to 1. Not set: from the size."},
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "dtype of the model: float32, bfloat16 or float16. Not set: that of the anchors."},
+    )
+    tolerance: float = field(
+        default=0.03, metadata={"help": "Largest distance from --num-parameters, as a share of it."}
+    )
+    calibration_data: str | None = field(
+        default=None,
+        metadata={
+            "help": "Text (a .jsonl, .json, .csv, .parquet or .txt file, or a dataset's Hub id) by whose loss the "
+            "blocks and the mix are chosen, other than that of the anchors. Not set: no data is needed."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Revision of a chain on the Hub."})
+
+
+COMMAND = Command(
+    "init",
+    "CHAIN --num-parameters N --output DIR [options]",
+    "Make models of any size between the anchors of a chain, without a teacher and without training.",
+    own=(InitArguments,),
+    types=lambda: [InitArguments],
+    others="the names of the operators",
+    hyphens=True,
+    positional={"chain": "The chain: a folder that build wrote, or a Hub id. Required."},
+)
 
 
 def init(flags: list[str]) -> None:
-    """cbd-trl init.
+    """Run `cbd-trl init`.
 
     Args:
         flags: as typed.
     """
-    description = "Make models of any size between the anchors of a chain, without a teacher and without training."
-    positional = {"chain": "The chain: a folder that build wrote, or a Hub id. Required."}
-    arguments, places = parse_flags("init", description, [InitArguments], flags, positional)
+    arguments, places = COMMAND.parse(flags)
     if places.chain is None:
         raise UsageError("The chain is missing: cbd-trl init CHAIN --num-parameters N --output DIR.")
     if arguments.sizes is not None and arguments.num_parameters is not None:
-        raise UsageError("--sizes and --num-parameters are two ways to say the same. Give one of them.")
+        raise UsageError("--sizes and --num-parameters both name sizes. Give one of them.")
     sizes = None if arguments.sizes is None else parse_sizes(arguments.sizes)
     options = {
         "config": parse_shape(arguments.shape),
@@ -36,6 +123,8 @@ def init(flags: list[str]) -> None:
         return
     require(output=arguments.output)
     if arguments.calibration_data is not None:
+        from cbd_trl.utils.datasets import load_rows
+
         options["calibration_dataset"] = load_rows(arguments.calibration_data)
     if sizes is None:
         _make_one(places.chain, size, arguments, options)
@@ -47,27 +136,26 @@ def _make_one(chain: str, size: float | None, arguments: InitArguments, options:
     from cbd_trl.targets.from_chain import from_chain
 
     model = from_chain(chain, size, revision=arguments.revision, save_directory=arguments.output, **options)
-    print(_told(model.config.cbd_trl))
+    print(_sentence(model.config.cbd_trl))
     print(f"Written to {arguments.output}: AutoModelForCausalLM.from_pretrained({arguments.output!r}) loads it.")
 
 
 def _make_many(chain: str, sizes: list[float], arguments: InitArguments, options: dict[str, Any]) -> None:
     from cbd_trl.targets.many import make_targets
-    from cbd_trl.utils.formatting import format_count
 
     assert arguments.output is not None
     made = make_targets(chain, sizes, arguments.output, revision=arguments.revision, **options)
     for target in made:
-        if target.told is not None:
-            print(f"{target.directory}: {_told(target.told)}{' Kept from an earlier run.' if target.kept else ''}")
-    _refuse_failed([(format_count(target.asked), target.error) for target in made if target.error], len(made))
+        if target.provenance is not None:
+            kept = " Kept from an earlier run." if target.kept else ""
+            print(f"{target.directory}: {_sentence(target.provenance)}{kept}")
+    _check_failed([(format_count(target.requested), target.error) for target in made if target.error], len(made))
 
 
 def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArguments, options: dict[str, Any]) -> None:
     from cbd_trl.chain.chain import Chain
     from cbd_trl.report.tables import target_table
     from cbd_trl.targets.many import describe_targets
-    from cbd_trl.utils.formatting import format_count
     from cbd_trl.utils.progress import make_console
 
     opened = Chain.from_pretrained(chain, revision=arguments.revision, verify=False)
@@ -79,37 +167,36 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
             if len(sizes) == 1:
                 raise
             failed.append((format_count(size or 0), str(error)))
-    console = make_console()
-    console.print(target_table(summaries, f"What {opened.name_or_path} would give"))
+    make_console().print(target_table(summaries, f"What {opened.name_or_path} would give"))
     if arguments.calibration_data is not None:
         print("With --calibration-data the operator and alpha may turn out otherwise, by measured loss.")
     for summary in summaries:
         if summary.engine_limit:
             print(f"{format_count(summary.num_parameters)}: {summary.engine_limit}")
     print("Nothing was built or written: this is a dry run.")
-    _refuse_failed(failed, len(sizes))
+    _check_failed(failed, len(sizes))
 
 
-def _told(told: dict[str, Any]) -> str:
-    """What became of a target, in a sentence or two."""
+def _sentence(made: dict[str, Any]) -> str:
+    """Describe a target from its `model.config.cbd_trl`, in a sentence or two."""
     from cbd_trl.architectures.registry import describe_shape
 
-    text = f"{told['num_parameters']:,} parameters, {describe_shape(told['shape'])}: "
-    text += f"operator {told['operator']} of {' and '.join(told['anchors'])}"
-    if told["alpha"] is not None:
-        text += f", alpha {told['alpha']:.3g}"
-    if told.get("swapped_blocks"):
-        text += f", blocks {told['swapped_blocks']} from the upper one"
-    if "calibration_tokens" in told:
-        text += f"; chosen by the loss on {told['calibration_tokens']:,} tokens of calibration text"
-    return text + "." + (f" {told['engine_limit']}" if "engine_limit" in told else "")
+    text = f"{made['num_parameters']:,} parameters, {describe_shape(made['shape'])}: "
+    text += f"operator {made['operator']} of {' and '.join(made['anchors'])}"
+    if made["alpha"] is not None:
+        text += f", alpha {made['alpha']:.3g}"
+    if made.get("swapped_blocks"):
+        text += f", blocks {made['swapped_blocks']} from the upper one"
+    if "calibration_tokens" in made:
+        text += f"; chosen by the loss on {made['calibration_tokens']:,} tokens of calibration text"
+    return text + "." + (f" {made['engine_limit']}" if "engine_limit" in made else "")
 
 
-def _refuse_failed(failed: list[tuple[str, str]], count: int) -> None:
-    """End with an error that names the sizes that cannot be had.
+def _check_failed(failed: list[tuple[str, str]], count: int) -> None:
+    """Check that every size could be made.
 
     Raises:
-        ValueError: there are any.
+        ValueError: naming those that could not, with the reason of each.
     """
     if failed:
         reasons = " ".join(f"{size}: {error}" for size, error in failed)

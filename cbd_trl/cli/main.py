@@ -1,11 +1,13 @@
-"""The command `cbd-trl`: picks the subcommand; nothing heavy is imported before it is known."""
+"""The command `cbd-trl`: picks the subcommand, and turns its errors into one line and an exit code."""
 
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 
+from cbd_trl.cli.parsing import UsageError
 from cbd_trl.utils.formatting import did_you_mean
 
 COMMANDS = {
@@ -19,6 +21,8 @@ COMMANDS = {
     "distill": "train a student on a dataset to predict what a teacher predicts",
     "bridge": "the same with a teacher of another tokenizer",
 }
+# Commands that share a module, by the module; any other has one of its own name.
+_MODULES = {"distill": "train", "bridge": "train"}
 USAGE = f"usage: cbd-trl {{{','.join(COMMANDS)}}} [flags]"
 
 
@@ -29,8 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments behind the program's name; None for those of the process.
 
     Returns:
-        the exit code: 0 when all went well, 1 when the command could not do what was asked, 2 for wrong flags,
-        130 when it was interrupted.
+        the exit code: 0 when all went well, 1 when the command failed, 2 for wrong flags, 130 when it was interrupted.
+
+    Raises:
+        SystemExit: with code 0, once the help of a subcommand is printed.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -53,23 +59,21 @@ def _run(name: str, flags: list[str]) -> int:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     # TRL's configs set the old name; transformers warns about it on every config, the user can do nothing.
     warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
-    from cbd_trl.cli import train as cli_commands
-    from cbd_trl.cli.parsing import UsageError
-    from cbd_trl.recipe.schema import RecipeError
-
+    command = getattr(import_module(f"cbd_trl.cli.{_MODULES.get(name, name)}"), name)
     try:
-        cli_commands.COMMANDS[name](flags)
+        command(flags)
     except UsageError as error:
         print(f"cbd-trl {name}: {error} See cbd-trl {name} --help.", file=sys.stderr)
         return 2
-    except RecipeError as error:
-        print(f"cbd-trl {name}: error: {error}", file=sys.stderr)
-        return 1
     except (ValueError, OSError) as error:
-        # Our errors say what to do in one sentence; a traceback would bury it.
+        # Our errors name a way out in one sentence; a traceback would bury it.
         if os.environ.get("CBD_TRL_TRACEBACK"):
             raise
-        print(f"cbd-trl {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        from cbd_trl.recipe.schema import RecipeError
+
+        # The problems of a recipe are a list, a line each.
+        text = str(error) if isinstance(error, RecipeError) else " ".join(str(error).split())
+        print(f"cbd-trl {name}: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ncbd-trl {name}: interrupted; what was finished is kept, the same command goes on.", file=sys.stderr)
@@ -88,8 +92,9 @@ def _help() -> str:
     lines += [
         "",
         "A whole chain as one file: cbd-trl build recipe.yaml --dry-run. cbd-trl build --list-recipes names some.",
-        "Every flag can stand in a YAML file: cbd-trl distill --config distill.yaml. Flags win over the file.",
-        "cbd-trl COMMAND --help lists the flags of a command. CBD_TRL_TRACEBACK=1 shows where an error came from.",
+        "Elsewhere flags can stand in a YAML file: cbd-trl distill --config distill.yaml. Flags win over the file.",
+        "cbd-trl COMMAND --help lists the options of a command, --help-all those of TRL too.",
+        "CBD_TRL_TRACEBACK=1 shows where an error came from.",
         "Several devices: accelerate launch -m cbd_trl.cli build ...",
     ]
     return "\n".join(lines)

@@ -1,64 +1,163 @@
-"""Reads the flags, the YAML file and the rows that the subcommands of `cbd-trl` have in common."""
+"""Reads the flags of the subcommands of `cbd-trl`, and the YAML file that holds some of them; prints their help."""
 
+import argparse
 import json
-from dataclasses import MISSING, fields
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
-from trl import ModelConfig, ScriptArguments, TrlParser
-
-from cbd_trl.utils.datasets import load_rows
 from cbd_trl.utils.formatting import did_you_mean, parse_count
+from cbd_trl.utils.lazy import NamesOf
 
+if TYPE_CHECKING:
+    from trl import ModelConfig, ScriptArguments
+
+# Columns of a table in a file or a pipe, which has no width to fit into.
 _ADAPTER_FLAGS = ("use_peft", "use_rslora", "use_dora")
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
+_OF_TRL = "the options of TRL's ScriptArguments, SFTConfig and ModelConfig"
 
 
 class UsageError(ValueError):
-    """The flags are wrong, as against what they ask for."""
+    """The flags are wrong, as opposed to the work that they request."""
 
 
-class _Parser(TrlParser):
-    """TrlParser with errors of one line: the stock usage text of a training command is 300 flags long."""
+@dataclass(frozen=True)
+class Command:
+    """A subcommand whose flags are the fields of dataclasses.
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message.rstrip(".") + ".")
-
-    def known_flags(self) -> list[str]:
-        return [flag for action in self._actions for flag in action.option_strings]
-
-
-def parse_flags(
-    name: str,
-    description: str,
-    types: list[Any],
-    flags: list[str],
-    positional: dict[str, str] | None = None,
-    defaults: dict[str, Any] | None = None,
-) -> list[Any]:
-    """The dataclasses filled from flags and YAML, and the namespace of the positional arguments if there are any.
+    `--help` lists the fields of `own`, and imports neither torch nor TRL: nor must the modules of these dataclasses.
+    `--help-all` lists all flags.
 
     Args:
-        name: of the command.
-        description: of the command.
-        types: dataclasses to fill.
-        flags: as typed.
-        positional: names and help of positional arguments.
-        defaults: of flags, instead of those of the dataclasses.
-
-    Raises:
-        UsageError: for unknown flags, values of the wrong type, or a config file that cannot be read.
+        name: what is typed behind `cbd-trl`.
+        usage: what is usually typed behind the name.
+        description: what it does.
+        own: dataclasses of this project.
+        types: returns the dataclasses to fill, in order; None for `own`.
+        others: what `--help-all` lists besides, in words, where there are `types`.
+        positional: help of the positional arguments, by name.
+        defaults: values of flags that replace the defaults of the dataclasses.
+        hyphens: write options with hyphens in the help, where none is TRL's; both ways are read.
     """
-    parser = _Parser(
-        types, prog=f"cbd-trl {name}", description=description, epilog="Flags can stand in a YAML file: --config FILE."
-    )
-    for argument, text in (positional or {}).items():
-        parser.add_argument(argument, nargs="?", help=text)
-    parser.set_defaults_with_config(**(defaults or {}))
-    if "--config" in flags and flags.index("--config") == len(flags) - 1:
-        raise UsageError("--config needs the path of a YAML file.")
+
+    name: str
+    usage: str
+    description: str
+    own: tuple[type, ...]
+    types: Callable[[], list[Any]] | None = None
+    others: str = _OF_TRL
+    positional: dict[str, str] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    hyphens: bool = False
+
+    def parse(self, flags: list[str]) -> list[Any]:
+        """Fill the dataclasses from flags and YAML.
+
+        Args:
+            flags: as typed behind the name.
+
+        Returns:
+            the dataclasses, and the namespace of the positional arguments if there are any.
+
+        Raises:
+            SystemExit: help was requested, and is printed.
+            UsageError: for unknown flags, values of the wrong type, or a config file that cannot be read.
+        """
+        if {"-h", "--help"} & set(flags) or ("--help-all" in flags and self.types is None):
+            print(self.help(), end="")
+            raise SystemExit(0)
+        parser = self._parser()
+        if "--help-all" in flags:
+            parser.print_help()
+            raise SystemExit(0)
+        return _parse(parser, flags)
+
+    def help(self) -> str:
+        """Format the command's own flags, without importing what the others come from."""
+        parser = argparse.ArgumentParser(
+            prog=f"cbd-trl {self.name}",
+            usage=f"cbd-trl {self.name} {self.usage}",
+            description=self.description,
+            formatter_class=_HelpFormatter,
+        )
+        for name, text in self.positional.items():
+            parser.add_argument(name, nargs="?", help=text)
+        if self.types is not None:
+            parser.add_argument(
+                "--help-all", help=f"List {self.others} too (takes some seconds).", action="store_true"
+            )
+        parser.add_argument("--config", help="YAML file of options, a line each; flags win over it.", metavar="FILE")
+        for kind in self.own:
+            hints = typing.get_type_hints(kind)
+            for option in fields(kind):
+                default = self.defaults.get(option.name, option.default)
+                name = option.name.replace("_", "-") if self.hyphens else option.name
+                _add_to_help(parser, f"--{name}", hints[option.name], default, option.metadata)
+        return parser.format_help()
+
+    def _parser(self) -> Any:
+        parser = _trl_parser()(
+            list(self.own) if self.types is None else self.types(),
+            prog=f"cbd-trl {self.name}",
+            usage=f"cbd-trl {self.name} {self.usage}",
+            description=self.description,
+            epilog="Every option can stand in a YAML file: --config FILE.",
+        )
+        for name, text in self.positional.items():
+            parser.add_argument(name, nargs="?", help=text)
+        parser.set_defaults_with_config(**self.defaults)
+        return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def _add_to_help(parser: argparse.ArgumentParser, flag: str, hint: Any, default: Any, metadata: Any) -> None:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)] or [hint]
+    nargs = "?" if kinds == [bool] else None
+    if typing.get_origin(kinds[0]) is list:
+        kinds, nargs = list(typing.get_args(kinds[0])), "+"
+    metavar, text = _METAVARS.get(kinds[0], "JSON"), metadata.get("help", "")
+    choices = metadata.get("choices")
+    if isinstance(choices, NamesOf):
+        # To list these would import torch.
+        metavar, text = "NAME", f"{text} --help-all lists the names."
+    elif choices is not None:
+        metavar = f"{{{','.join(map(str, choices))}}}"
+    parser.add_argument(flag, help=text, default=default, metavar=metavar, nargs=nargs)
+
+
+@cache
+def _trl_parser() -> type:
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        """TrlParser with errors of one line: the stock usage text of a training command is 300 flags long."""
+
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message.rstrip(".") + ".")
+
+        def known_flags(self) -> list[str]:
+            return [flag for action in self._actions for flag in action.option_strings]
+
+    return Parser
+
+
+def _parse(parser: Any, flags: list[str]) -> list[Any]:
+    import yaml
+
     # TrlParser reads `--config FILE` only.
     flags = [part for flag in flags for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if flags[-1:] == ["--config"]:
+        raise UsageError("--config needs the path of a YAML file.")
     try:
         *parsed, remaining = parser.parse_args_and_config(flags, return_remaining_strings=True)
     except OSError as error:
@@ -70,23 +169,19 @@ def parse_flags(
             "each flag, in UTF-8."
         ) from error
     if remaining:
-        _refuse_unknown(remaining, parser.known_flags())
+        unknown = next((text for text in remaining if text.startswith("--")), remaining[0])
+        raise UsageError(f"There is no flag {unknown!r}.{did_you_mean(unknown, parser.known_flags())}")
     return parsed
 
 
-def _refuse_unknown(remaining: list[str], known: list[str]) -> NoReturn:
-    unknown = next((text for text in remaining if text.startswith("--")), remaining[0])
-    raise UsageError(f"There is no flag {unknown!r}.{did_you_mean(unknown, known)}")
-
-
 def require(**values: Any) -> None:
-    """Refuse flags that were left out.
+    """Check that flags were given.
 
     Args:
         values: of the flags by name, None where a flag is missing.
 
     Raises:
-        UsageError: naming those.
+        UsageError: naming those that are missing.
     """
     missing = [f"--{name}" for name, value in values.items() if value is None]
     if missing:
@@ -94,7 +189,7 @@ def require(**values: Any) -> None:
 
 
 def changed_flags(arguments: Any) -> list[str]:
-    """Names of the flags that are not at their default.
+    """List the flags that are not at their default.
 
     Args:
         arguments: one of the parsed dataclasses.
@@ -106,8 +201,8 @@ def changed_flags(arguments: Any) -> list[str]:
     ]
 
 
-def refuse_adapter(model: ModelConfig, what: str) -> None:
-    """Refuse flags of an adapter where nothing is trained.
+def check_no_adapter(model: "ModelConfig", what: str) -> None:
+    """Check that no flag shapes an adapter, where nothing is trained.
 
     Args:
         model: the flags.
@@ -120,12 +215,46 @@ def refuse_adapter(model: ModelConfig, what: str) -> None:
     if adapter:
         raise UsageError(
             f"--{adapter[0]} shapes an adapter that is trained, and {what} without training: it would be "
-            "ignored. Leave it out; a teacher with an adapter is to be merged first."
+            "ignored. Leave it out; merge an adapter into the teacher first."
         )
 
 
-def evaluation_rows(script: ScriptArguments, args: Any) -> Any:
-    """The rows to evaluate on, None where no evaluation is asked for.
+def loading_options(model: "ModelConfig", given: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Collect the keyword arguments of `from_pretrained` from the flags of a model.
+
+    Args:
+        model: the flags.
+        given: further arguments, which win over the flags.
+
+    Returns:
+        revision, attn_implementation and dtype, whether set or None, and `quantization_config` where there is one.
+    """
+    from trl import get_quantization_config
+
+    options = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(given or {}),
+    }
+    quantization = get_quantization_config(model)
+    return options if quantization is None else {**options, "quantization_config": quantization}
+
+
+def training_rows(script: "ScriptArguments") -> Any:
+    """Load the rows to train on.
+
+    Args:
+        script: names the dataset.
+    """
+    from cbd_trl.utils.datasets import load_rows
+
+    assert script.dataset_name is not None
+    return load_rows(script.dataset_name, script.dataset_config, script.dataset_train_split, script.dataset_streaming)
+
+
+def evaluation_rows(script: "ScriptArguments", args: Any) -> Any:
+    """Load the rows to evaluate on, None where no evaluation is requested.
 
     Args:
         script: names the dataset.
@@ -134,6 +263,8 @@ def evaluation_rows(script: ScriptArguments, args: Any) -> Any:
     Raises:
         ValueError: the dataset is a file, which has no other split.
     """
+    from cbd_trl.utils.datasets import load_rows
+
     if args.eval_strategy == "no":
         return None
     assert script.dataset_name is not None
@@ -145,8 +276,17 @@ def evaluation_rows(script: ScriptArguments, args: Any) -> Any:
     return load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
 
 
+def parse_names(values: list[str] | None) -> list[str]:
+    """Split the values of a flag at commas, and keep each name once.
+
+    Args:
+        values: as parsed, None where the flag was left out.
+    """
+    return list(dict.fromkeys(part.strip() for value in values or [] for part in value.split(",") if part.strip()))
+
+
 def parse_sizes(values: list[Any] | str | float) -> list[float]:
-    """The sizes of `--sizes`, or of YAML.
+    """Read the sizes of `--sizes`, or of YAML.
 
     Args:
         values: counts, several of them in one text with commas between.
@@ -155,51 +295,14 @@ def parse_sizes(values: list[Any] | str | float) -> list[float]:
         the numbers, in their order.
 
     Raises:
-        ValueError: for what is no count.
+        ValueError: a value is not a count.
     """
     items = values if isinstance(values, list) else [values]
     return [parse_count(part) for item in items for part in str(item).split(",") if part.strip()]
 
 
-def parse_anchors(values: list[Any] | str | float | dict[str, Any] | None) -> list[dict[str, Any] | float]:
-    """The anchors of `--anchors`, or of YAML.
-
-    Args:
-        values: JSON objects, counts and ratios; or one JSON list of them.
-
-    Returns:
-        what `build_chain` takes.
-
-    Raises:
-        ValueError: if there are none, or one is neither an object nor a number.
-    """
-    items = values if isinstance(values, list) else [] if values is None else [values]
-    if len(items) == 1 and isinstance(items[0], str) and items[0].lstrip().startswith("["):
-        items = _json(items[0], "--anchors")
-    if not items:
-        raise ValueError(
-            "--anchors is missing: name at least one lower anchor, such as --anchors 85M 44M, or --anchors "
-            "'[{\"num_hidden_layers\": 16}]'."
-        )
-    return [_parse_anchor(item) for item in items]
-
-
-def _parse_anchor(item: Any) -> dict[str, Any] | float:
-    if isinstance(item, str) and item.lstrip().startswith("{"):
-        item = _json(item, "--anchors")
-    if isinstance(item, dict):
-        return item
-    try:
-        return parse_count(item)
-    except ValueError as error:
-        raise ValueError(
-            f"--anchors: {item!r} is neither config fields nor a size. Write '{{\"num_hidden_layers\": 16}}', 85e6, "
-            "85M, or a ratio such as 0.6."
-        ) from error
-
-
 def parse_shape(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
-    """The config fields of `--shape`, or of YAML.
+    """Read the config fields of `--shape`, or of YAML.
 
     Args:
         value: a JSON object, a mapping, or None.
@@ -207,42 +310,16 @@ def parse_shape(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
     Raises:
         ValueError: for anything else.
     """
-    shape = _json(value, "--shape") if isinstance(value, str) else value
-    if shape is not None and not isinstance(shape, dict):
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(
+                f"--shape: {value!r} is not JSON ({error}). Put field names in double quotes and the whole in single "
+                "ones: '{\"num_hidden_layers\": 16}'."
+            ) from error
+    if value is not None and not isinstance(value, dict):
         raise ValueError(
-            f"--shape: {value!r} is not an object of config fields such as '{{\"num_hidden_layers\": 20}}'."
+            f"--shape: {value!r} must be an object of config fields, such as '{{\"num_hidden_layers\": 20}}'."
         )
-    return shape
-
-
-def parse_bridge(value: str | dict[str, Any] | None) -> dict[str, Any] | None:
-    """What `--bridge`, or YAML, says.
-
-    Args:
-        value: a JSON object, a mapping, or None.
-
-    Returns:
-        `model`, and `args` and `dataset` where they are given.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    bridge = _json(value, "--bridge") if isinstance(value, str) else value
-    if bridge is None:
-        return None
-    if not isinstance(bridge, dict) or "model" not in bridge or bridge.keys() - {"model", "args", "dataset"}:
-        raise ValueError(
-            f"--bridge: {value!r} is not an object with a `model`, and `args` and `dataset` where they are wanted. "
-            'Write \'{"model": "DIR", "args": {"max_steps": 4000}}\'.'
-        )
-    return bridge
-
-
-def _json(text: str, flag: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{flag}: {text!r} is not JSON ({error}). Field names stand in double quotes, the whole in single ones: "
-            "'{\"num_hidden_layers\": 16}'."
-        ) from error
+    return value

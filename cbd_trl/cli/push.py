@@ -1,8 +1,8 @@
-"""What `cbd-trl push` does, and its flags."""
+"""`cbd-trl push`."""
 
 from dataclasses import dataclass, field
 
-from cbd_trl.cli.parsing import UsageError, parse_flags
+from cbd_trl.cli.parsing import Command, UsageError
 
 
 @dataclass
@@ -36,20 +36,28 @@ class PushArguments:
     )
 
 
+COMMAND = Command(
+    "push",
+    "CHAIN REPO [options]",
+    "Upload a chain to the Hub. Run again after an interruption, files that arrived are not sent again.",
+    own=(PushArguments,),
+    hyphens=True,
+    positional={
+        "chain": "The chain: a folder that build wrote, or a Hub id. Required.",
+        "repo": "The repository, 'me/my-chain', made if there is none. Required.",
+    },
+)
+
+
 def push(flags: list[str]) -> None:
-    """cbd-trl push.
+    """Run `cbd-trl push`.
 
     Args:
         flags: as typed.
     """
-    description = "Upload a chain to the Hub. Run again after an interruption, files that arrived are not sent again."
-    positional = {
-        "chain": "The chain: a folder that build wrote, or a Hub id. Required.",
-        "repo": "The repository, 'me/my-chain', made if there is none. Required.",
-    }
-    arguments, places = parse_flags("push", description, [PushArguments], flags, positional)
+    arguments, places = COMMAND.parse(flags)
     if places.chain is None or places.repo is None:
-        raise UsageError("Two places are wanted: cbd-trl push CHAIN REPO.")
+        raise UsageError("The chain or the repository is missing: cbd-trl push CHAIN REPO.")
     from cbd_trl.chain.chain import Chain
 
     commit = Chain.from_pretrained(places.chain).push_to_hub(

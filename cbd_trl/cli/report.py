@@ -1,11 +1,10 @@
-"""What `cbd-trl report` does, and its flags."""
+"""`cbd-trl report`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbd_trl.cli.parsing import UsageError, parse_flags, parse_sizes, require
-from cbd_trl.utils.datasets import load_rows
+from cbd_trl.cli.parsing import Command, UsageError, parse_names, parse_sizes, require
 
 
 @dataclass
@@ -86,18 +85,26 @@ class ReportArguments:
     )
 
 
+COMMAND = Command(
+    "report",
+    "CHAIN --data FILE [--output DIR] [options]",
+    (
+        "Measure a chain: held-out loss, bits per byte and tasks of every anchor and of the sizes between, with "
+        "controls, as a page, a picture and a JSON file. Run again, the command goes on where it was interrupted."
+    ),
+    own=(ReportArguments,),
+    hyphens=True,
+    positional={"chain": "The chain: a folder that build wrote, or a Hub id. Required."},
+)
+
+
 def report(flags: list[str]) -> None:
-    """cbd-trl report.
+    """Run `cbd-trl report`.
 
     Args:
         flags: as typed.
     """
-    description = (
-        "Measure a chain: held-out loss, bits per byte and tasks of every anchor and of the sizes between, with "
-        "controls, as a page, a picture and a JSON file. Run again, the command goes on where it was interrupted."
-    )
-    positional = {"chain": "The chain: a folder that build wrote, or a Hub id. Required."}
-    arguments, places = parse_flags("report", description, [ReportArguments], flags, positional)
+    arguments, places = COMMAND.parse(flags)
     if places.chain is None:
         raise UsageError("The chain is missing: cbd-trl report CHAIN --data FILE.")
     require(data=arguments.data)
@@ -105,8 +112,8 @@ def report(flags: list[str]) -> None:
 
     options = ReportOptions(
         sizes=None if arguments.sizes is None else parse_sizes(arguments.sizes),
-        operators=_names(arguments.operators) or CONTROLS,
-        tasks=_names(arguments.tasks),
+        operators=parse_names(arguments.operators) or CONTROLS,
+        tasks=parse_names(arguments.tasks),
         include_path=arguments.include_path,
         limit=arguments.limit,
         blocks=arguments.blocks,
@@ -122,7 +129,7 @@ def report(flags: list[str]) -> None:
 def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from cbd_trl.chain.chain import Chain
     from cbd_trl.report.findings import compare_chains, findings
-    from cbd_trl.report.measure import measure_chains
+    from cbd_trl.report.measure import load_held_out, measure_chains
     from cbd_trl.report.page import save_measurements, write_report
     from cbd_trl.report.tables import sweep_table
     from cbd_trl.utils.files import Results
@@ -134,7 +141,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file, and --output names the folder of the report. Give another name.")
     results = Results(output / "results.json")
-    rows = held_out_rows(arguments.data, arguments.split)
+    rows = load_held_out(arguments.data, arguments.split)
     chains = [Chain.from_pretrained(name, revision=arguments.revision)]
     if arguments.compare is not None:
         chains.append(Chain.from_pretrained(arguments.compare, revision=arguments.compare_revision))
@@ -153,30 +160,6 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
         console.print(sweep_table(found, title=found["name"]))
         for sentence in findings(found):
             console.print(sentence, highlight=False, markup=False)
-    if len(measured) > 1 and (comparison := compare_chains(measured)):
-        console.print(comparison, highlight=False, markup=False)
+    if len(measured) > 1 and (text := compare_chains(measured)):
+        console.print(text, highlight=False, markup=False)
     print(f"Written: {', '.join(map(str, files))}")
-
-
-def held_out_rows(name: str, split: str) -> Any:
-    """The rows of held-out text.
-
-    Args:
-        name: a file, or a dataset's Hub id.
-        split: of the latter.
-
-    Raises:
-        ValueError: there is nothing in it, or no such file (see `load_rows`).
-    """
-    path = Path(name)
-    if path.is_file() and not path.stat().st_size:
-        raise ValueError(f"{name} is empty: there is no text to measure on. Give a file with held-out text.")
-    rows = load_rows(name, split=split)
-    if not len(rows):
-        raise ValueError(f"{name} holds no rows of text: there is nothing to measure on.")
-    return rows
-
-
-def _names(values: list[str] | None) -> list[str]:
-    """Names of a flag, several of them in one text with commas between."""
-    return list(dict.fromkeys(part.strip() for value in values or [] for part in value.split(",") if part.strip()))

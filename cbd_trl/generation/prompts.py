@@ -1,4 +1,4 @@
-"""From the rows of a dataset to what a teacher goes on from."""
+"""From the rows of a dataset to the prompts that a teacher completes."""
 
 import hashlib
 import json
@@ -15,10 +15,10 @@ from cbd_trl.utils.datasets import TEMPLATE_COLUMNS, is_of_template, sft_dataset
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a completion is asked for.
+    """A prompt, and its columns in the file of completions.
 
     Attributes:
-        columns: of the row in the file: `prompt`, and what else the chat template was given.
+        columns: of the row in the file: `prompt`, and the other template arguments.
         ids: token ids that the teacher reads, at least one.
     """
 
@@ -27,7 +27,7 @@ class Prompt:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is plain text, and no conversation."""
+        """Return whether it is plain text rather than a conversation."""
         return isinstance(self.columns["prompt"], str)
 
 
@@ -36,7 +36,7 @@ class Prompts:
     `text`.
 
     A text is read as it is, behind the tokens that the tokenizer puts before any text. A conversation is read in the
-    chat template; in a chat, a last turn of the assistant is what the teacher is to write, and is left out. Empty
+    chat template; in a chat, a last turn of the assistant is for the teacher to write, and is left out. Empty
     chats are skipped; which columns are read is decided as in training (see `sft_dataset`).
 
     Args:
@@ -70,7 +70,7 @@ class Prompts:
             number: from 0.
 
         Raises:
-            ValueError: naming it, if it is no prompt.
+            ValueError: naming it, if it does not hold a prompt.
         """
         row = self._rows[number]
         if self._column == "conversations":
@@ -117,17 +117,17 @@ class Prompts:
         (column,) = text_columns(row, "dataset", prompts=True)
         if column == "text" and (self._prompt_tokens is None or self._prompt_tokens < 0):
             raise ValueError(
-                f"prompt_tokens={self._prompt_tokens} for a dataset of texts: it says how many tokens of each are the "
-                "prompt, such as 32; 0 has the teacher begin by itself."
+                f"prompt_tokens={self._prompt_tokens} for a dataset of texts: it must be the number of tokens of each "
+                "that are the prompt, such as 32; with 0 the teacher begins by itself."
             )
         if column == "text" and not self._tokenizer.is_fast:
             raise ValueError(
-                "The teacher's tokenizer does not tell where its tokens are in a text (it is not a fast one), so the "
+                "The teacher's tokenizer does not give the offsets of its tokens (it is not a fast one), so the "
                 "first prompt_tokens cannot be found. Give a dataset with `prompt`."
             )
         if column != "text" and self._prompt_tokens is not None:
             raise ValueError(
-                f"prompt_tokens={self._prompt_tokens} says where a `text` is cut, and the dataset has {column!r}: it "
+                f"prompt_tokens={self._prompt_tokens} is for a dataset of `text`, and this one has {column!r}: it "
                 "would be ignored. Leave it out."
             )
         return column
@@ -156,17 +156,17 @@ class Prompts:
                 f"Row {number} is a conversation, and the teacher's tokenizer has no chat template to read it in. "
                 "Give a teacher that was trained on chats, or prompts as text."
             )
-        # Tables fill what a message lacks with None, and some templates take that for text.
+        # Tables fill missing keys of a message with None, which some templates take for text.
         messages = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
         answered = messages[-1]["role"] == "assistant"
         if answered and self._column == "prompt":
             raise ValueError(
-                f"Row {number}: the prompt ends with a turn of the assistant, which is what the teacher is to write. "
-                "Leave that turn out, or name the column `messages`, of which it is left out."
+                f"Row {number}: the prompt ends with a turn of the assistant, which the teacher is to write. "
+                "Leave that turn out, or name the column `messages`, where it is left out."
             )
         messages = messages[:-1] if answered else messages
         if not messages:
-            raise ValueError(f"Row {number}: before the assistant's turn there is none to answer. Leave the row out.")
+            raise ValueError(f"Row {number}: no turn stands before the assistant's. Leave the row out.")
         extras = {name: row[name] for name in TEMPLATE_COLUMNS if row.get(name)}
         return Prompt(
             {"prompt": messages, **extras}, self._encode(self._render(messages, extras, number))["input_ids"]
@@ -184,5 +184,5 @@ class Prompts:
             raise ValueError(f"Row {number}: the teacher's chat template cannot read it ({error}).") from error
 
     def _encode(self, text: str, **options: Any) -> Any:
-        # verbose: no warning of rows longer than the model's context; they are refused by `check`.
+        # verbose: no warning of rows longer than the model's context; `check` raises for them.
         return self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False, **options)

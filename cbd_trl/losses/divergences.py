@@ -11,7 +11,7 @@ derivative in one go, saves memory.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cbd_trl.utils.formatting import did_you_mean
+from cbd_trl.losses.divergence_table import divergence_option, divergence_row
 
 # The smallest positive float32. An event that the teacher rules out altogether would make the reverse KL infinite.
 TEACHER_LOG_FLOOR = math.log(2.0**-149)
@@ -227,89 +227,6 @@ def sampled_forward_kl(student_log_NK: Tensor, teacher_log_NK: Tensor) -> Tensor
     return (teacher_log_NK.float() - student_log_NK.float()).mean(-1)
 
 
-@dataclass(frozen=True)
-class Option:
-    """The option of a divergence: an argument of its function, of the trainers' configs and of the command line.
-
-    Attributes:
-        name: of the argument.
-        default: its value where none is given.
-        low, high: the bounds of its values, themselves allowed unless open.
-        help: what it means, a sentence.
-        low_open, high_open: whether the bound itself is excluded.
-    """
-
-    name: str
-    default: float
-    low: float
-    high: float
-    help: str
-    low_open: bool = False
-    high_open: bool = False
-
-    def check(self, value: float) -> None:
-        """Check that a value lies within the bounds.
-
-        Raises:
-            ValueError: it does not, or is not a number.
-        """
-        inside = self.low <= value <= self.high and not (
-            (self.low_open and value == self.low) or (self.high_open and value == self.high)
-        )
-        if not inside:
-            low = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
-            high = f"below {self.high:g}" if self.high_open else f"at most {self.high:g}"
-            raise ValueError(f"{self.name}={value} must be {low} and {high}. {self.help}")
-
-
-@dataclass(frozen=True)
-class DivergenceRow:
-    """One divergence.
-
-    Attributes:
-        function: of (student_log_NE, teacher_log_NE) and the option by its name; returns (N,) float32.
-        option: None where it has none. Several divergences may share one.
-        temperature_power: see `Divergence`.
-    """
-
-    function: Callable[..., Tensor]
-    option: Option | None = None
-    temperature_power: int = 2
-
-
-_BETA = Option("beta", 0.5, 0.0, 1.0, "The teacher's share of the mixture, as in TRL: 0 is forward KL, 1 reverse KL.")
-_SKEW = Option(
-    "skew",
-    0.1,
-    0.0,
-    1.0,
-    "How much of the one distribution is mixed into the other: 0 is plain KL, at 1 nothing would be left to compare.",
-    high_open=True,
-)
-_HEAD_SHARE = Option(
-    "head_share",
-    0.5,
-    0.0,
-    1.0,
-    "The teacher's mass that counts as the head of its distribution.",
-    low_open=True,
-    high_open=True,
-)
-_ALPHA = Option("alpha", 0.5, 0.0, 1.0, "Where it stands between reverse KL (0) and forward KL (1).")
-
-DIVERGENCES: dict[str, DivergenceRow] = {
-    "forward_kl": DivergenceRow(forward_kl),
-    "reverse_kl": DivergenceRow(reverse_kl),
-    "jsd": DivergenceRow(jsd, _BETA),
-    "skew_kl": DivergenceRow(skew_kl, _SKEW),
-    "skew_reverse_kl": DivergenceRow(skew_reverse_kl, _SKEW),
-    "adaptive_kl": DivergenceRow(adaptive_kl, _HEAD_SHARE),
-    "alpha_divergence": DivergenceRow(alpha_divergence, _ALPHA),
-    "total_variation": DivergenceRow(total_variation, temperature_power=1),
-}
-OPTIONS: dict[str, Option] = {row.option.name: row.option for row in DIVERGENCES.values() if row.option is not None}
-
-
 def get_divergence(name: str, **options: float) -> Divergence:
     """Look up a divergence of `DIVERGENCES` and bind its option.
 
@@ -323,62 +240,8 @@ def get_divergence(name: str, **options: float) -> Divergence:
     Raises:
         ValueError: for an unknown name; the message lists those that exist.
     """
-    row, own = _row(name), divergence_option(name)
-    return Divergence(partial(row.function, **{own: options[own]} if own in options else {}), row.temperature_power)
-
-
-def divergence_option(name: str) -> str | None:
-    """Look up the name of the option that a divergence has.
-
-    Args:
-        name: a key of `DIVERGENCES`.
-
-    Returns:
-        a key of `OPTIONS`, or None.
-
-    Raises:
-        ValueError: for an unknown name; the message lists those that exist.
-    """
-    option = _row(name).option
-    return None if option is None else option.name
-
-
-def divergences_with(option: str) -> list[str]:
-    """List the divergences that have an option.
-
-    Args:
-        option: a key of `OPTIONS`.
-    """
-    return [name for name in DIVERGENCES if divergence_option(name) == option]
-
-
-def check_divergence(name: str | None, options: Mapping[str, float]) -> None:
-    """Check the name of a divergence and the values of all options.
-
-    Args:
-        name: a key of `DIVERGENCES`; None where the divergence is chosen elsewhere, and with it the default options.
-        options: a value for each of `OPTIONS`.
-
-    Raises:
-        ValueError: for an unknown name, a value out of bounds, or one that this divergence would ignore.
-    """
-    own = None if name is None else divergence_option(name)
-    for option in OPTIONS.values():
-        value = options[option.name]
-        option.check(value)
-        if option.name != own and value != option.default:
-            having = divergences_with(option.name)
-            raise ValueError(
-                f"{option.name}={value} is an option of {' and '.join(having)}, which divergence={name!r} does "
-                f"not have: it would be ignored. Set divergence={having[0]!r}, or leave {option.name} out."
-            )
-
-
-def _row(name: str) -> DivergenceRow:
-    if name not in DIVERGENCES:
-        hint = did_you_mean(name, DIVERGENCES)
-        raise ValueError(f"Unknown divergence {name!r}: there are {', '.join(DIVERGENCES)}.{hint}")
-    return DIVERGENCES[name]
+    row, own = divergence_row(name), divergence_option(name)
+    return Divergence(partial(globals()[name], **{own: options[own]} if own in options else {}), row.temperature_power)
 
 
 # (student_log_NE, teacher_log_NE, derivative_NE) -> value (N,). It writes the derivative of the value with respect to

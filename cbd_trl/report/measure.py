@@ -20,7 +20,7 @@ from cbd_trl.report.tasks import task_probes
 from cbd_trl.targets import operators
 from cbd_trl.targets.request import ANCHOR, Request, find_target
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
-from cbd_trl.utils.datasets import sft_dataset
+from cbd_trl.utils.datasets import load_rows, sft_dataset
 from cbd_trl.utils.files import Results
 from cbd_trl.utils.formatting import did_you_mean, format_count
 
@@ -370,3 +370,22 @@ def add_bits_per_byte(report: Mapping[str, Any], tokenizer: Any, blocks: TokenBl
         entry["bits_per_byte"] = bits(entry["loss"])
     for entry in report["targets"]:
         entry["bits_per_byte"] = {name: bits(loss) for name, loss in entry["loss"].items()}
+
+
+def load_held_out(name: str, split: str) -> Any:
+    """Load rows of held-out text.
+
+    Args:
+        name: a file, or a dataset's Hub id.
+        split: of the latter.
+
+    Raises:
+        ValueError: there is nothing in it, or no such file (see `load_rows`).
+    """
+    path = Path(name)
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"{name} is empty: there is no text to measure on. Give a file with held-out text.")
+    rows = load_rows(name, split=split)
+    if not len(rows):
+        raise ValueError(f"{name} holds no rows of text: there is nothing to measure on.")
+    return rows

@@ -43,7 +43,7 @@ def _cells(summary: TargetSummary) -> list[str]:
     parts = (summary.embedding_parameters, summary.other_parameters)
     mixed = "" if summary.alpha is None else f", alpha {summary.alpha:.2f}"
     return [
-        "" if summary.asked is None else format_count(summary.asked),
+        "" if summary.requested is None else format_count(summary.requested),
         format_count(summary.num_parameters),
         " + ".join(map(format_count, parts)),
         describe_shape(summary.shape, short=True),

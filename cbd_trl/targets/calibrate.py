@@ -4,27 +4,39 @@ import dataclasses
 from collections.abc import Iterator
 
 import torch
+from datasets import Dataset
 
 from cbd_trl.chain.model import build_model
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.shapes.depths import blocks_for_depth
 from cbd_trl.targets.operators import MIXING_OPERATORS, OPERATORS
 from cbd_trl.targets.pair import Pair, Plan
-from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.targets.request import ANCHOR, Target
+from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
+from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.progress import Progress
 
+CALIBRATION_TOKENS = 4096
 _ALPHAS = (0.0, 0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
+def calibration_tokens(target: Target, dataset: Dataset) -> TokenBlocks | None:
+    """Take the first tokens of a dataset, to choose a target by its loss; None for an anchor, which has no choice."""
+    if target.operator == ANCHOR:
+        return None
+    upper, dataset = target.anchors[0], sft_dataset(dataset, "calibration_dataset")
+    return token_blocks(dataset, upper.load_tokenizer(), CALIBRATION_TOKENS, calibration_length(upper.config()))
+
+
 def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> float:
-    """Loss of the target that `operator` makes, on calibration text: mean nats per predicted token."""
+    """Measure the loss of the target that `operator` makes, on calibration text: mean nats per predicted token."""
     weights, architecture = OPERATORS[operator](pair, plan)
     model = build_model(architecture, weights, torch.float32)
     return held_out_loss(model, tokens)
 
 
 def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> tuple[str, Plan]:
-    """The best of the operator's own candidates, `expand` and `slice`, by loss on calibration text.
+    """Choose the best of the operator's own candidates, `expand` and `slice`, by loss on calibration text.
 
     For `nested` and `patch` the candidates vary which blocks are swapped, for mixing operators how much is mixed;
     both ends included.
@@ -46,7 +58,7 @@ def _candidates(pair: Pair, plan: Plan, operator: str) -> Iterator[Plan]:
 
 
 def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | None]:
-    """The blocks swapped by default, the last ones, the first, and every other one, as far as they give the depth."""
+    """List sets of blocks to swap: the default, the last, the first, and every other one if that gives the depth."""
     if operator not in ("nested", "patch"):
         yield None
         return
@@ -69,7 +81,7 @@ def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | N
 
 
 def _renumbered(blocks: list[list[int]]) -> list[list[int]]:
-    """The same block lengths over 0, 1, 2, ..."""
+    """Renumber the layers of blocks as 0, 1, 2, ..."""
     numbered, start = [], 0
     for block in blocks:
         numbered.append(list(range(start, start + len(block))))

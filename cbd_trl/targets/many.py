@@ -1,4 +1,4 @@
-"""Many targets from one chain in one pass: opened and checked once, files opened once a pair."""
+"""Many targets of one chain: made in one pass (`make_targets`), or described beforehand (`describe_targets`)."""
 
 import hashlib
 import json
@@ -16,9 +16,11 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import dims_of, tensor_shape
 from cbd_trl.chain.chain import Chain
 from cbd_trl.surgery.weights import reader_keys
-from cbd_trl.targets.from_chain import calibration_tokens, check_replaceable, load_pair, make_model, save_model
+from cbd_trl.targets.calibrate import calibration_tokens
+from cbd_trl.targets.make import load_pair, make_model
 from cbd_trl.targets.pair import Pair
 from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, target_dtype
+from cbd_trl.targets.saving import check_replaceable, save_model
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.progress import Progress
@@ -26,19 +28,19 @@ from cbd_trl.utils.progress import Progress
 
 @dataclass(frozen=True)
 class MadeTarget:
-    """What became of one size.
+    """The result for one size of `make_targets`.
 
     Args:
-        asked: the number of parameters asked for.
+        requested: number of parameters.
         directory: the folder of the model.
-        told: what it was made from, as `model.config.cbd_trl` says; None where it could not be made.
+        provenance: what it was made from (`model.config.cbd_trl`); None where it could not be made.
         kept: whether an earlier run had made it already.
         error: why it could not be made.
     """
 
-    asked: float
+    requested: float
     directory: Path
-    told: dict[str, Any] | None = None
+    provenance: dict[str, Any] | None = None
     kept: bool = False
     error: str | None = None
 
@@ -72,7 +74,7 @@ def make_targets(
         One entry a size, in their order. A size that cannot be made has its error there; the others are made.
 
     Raises:
-        ValueError: no sizes, one of them twice, or arguments that make no sense for any chain.
+        ValueError: no sizes, one of them twice, or arguments that are invalid for any chain.
     """
     requests = {size: Request(size, config, operator, alpha, tolerance) for size in sizes}
     if not requests or len(requests) < len(sizes):
@@ -92,82 +94,12 @@ def make_targets(
     return [made[size] for size in sizes]
 
 
-def _directories(folder: Path, sizes: Sequence[float]) -> Iterator[tuple[float, Path]]:
-    names = Counter(anchor_name(round(size)) for size in sizes)
-    for size in sizes:
-        name = anchor_name(round(size))
-        yield size, folder / (name if names[name] == 1 else str(round(size)))
-
-
-class _Maker:
-    """Makes one target after another, keeping what the headers of the last pair's files say."""
-
-    def __init__(self, chain: Chain, dtype: torch.dtype | str | None, dataset: Dataset | None) -> None:
-        self._chain, self._dtype, self._dataset = chain, dtype, dataset
-        self._tokens: TokenBlocks | None = None
-        self._names: tuple[str, ...] = ()
-        self._pair: Pair | None = None
-
-    def make(self, request: Request, directory: Path) -> MadeTarget:
-        assert request.num_parameters is not None
-        check_replaceable(directory)
-        target = find_target(self._chain, request)
-        tokens = self._calibration(target)
-        asked = self._asked(request, target, tokens)
-        told = _made_before(directory, asked)
-        if told is not None:
-            return MadeTarget(request.num_parameters, directory, told, kept=True)
-        model = make_model(self._chain, request, target, tokens, self._dtype, self._loaded(target))
-        model.config.cbd_trl["asked"] = asked
-        save_model(model, self._chain, directory)
-        return MadeTarget(request.num_parameters, directory, model.config.cbd_trl)
-
-    def _calibration(self, target: Target) -> TokenBlocks | None:
-        if self._dataset is None or target.operator == ANCHOR:
-            return None
-        if self._tokens is None:
-            self._tokens = calibration_tokens(target, self._dataset)
-        return self._tokens
-
-    def _loaded(self, target: Target) -> Pair | None:
-        if target.operator == ANCHOR:
-            return None
-        names = tuple(anchor.name for anchor in target.anchors)
-        if names != self._names:
-            self._pair, self._names = load_pair(*target.anchors), names
-        return self._pair
-
-    def _asked(self, request: Request, target: Target, tokens: TokenBlocks | None) -> dict[str, Any]:
-        """All that decides what is made, as JSON keeps it."""
-        assert request.num_parameters is not None
-        text = None if tokens is None else hashlib.sha256(tokens.input_ids.numpy().tobytes()).hexdigest()
-        return {
-            "chain": self._chain.checksum,
-            "num_parameters": float(request.num_parameters),
-            "config": None if request.config is None else dict(request.config),
-            "operator": request.operator,
-            "alpha": request.alpha,
-            "tolerance": request.tolerance,
-            "dtype": str(target_dtype(self._dtype, target.anchors[0])),
-            "calibration": text,
-        }
-
-
-def _made_before(directory: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What the model that lies there was made from, if it is the one that is asked for."""
-    config = directory / "config.json"
-    if not config.is_file():
-        return None
-    told: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))["cbd_trl"]
-    return told if told.get("asked") == asked else None
-
-
 @dataclass(frozen=True)
 class TargetSummary:
     """A target and what it costs to keep and to run.
 
     Args:
-        asked: the size that was asked for; None where only config fields were.
+        requested: number of parameters, None where only config fields were requested.
         num_parameters: a tied table counted once.
         embedding_parameters: those of the token table, of an untied head and of learned positions.
         shape: config fields of the family.
@@ -185,7 +117,7 @@ class TargetSummary:
         engine_limit: what runs differently outside of transformers (`Architecture.engine_limit`), or None.
     """
 
-    asked: float | None
+    requested: float | None
     num_parameters: int
     embedding_parameters: int
     shape: dict[str, int]
@@ -217,11 +149,11 @@ def describe_targets(
     revision: str | None = None,
     token: str | None = None,
 ) -> list[TargetSummary]:
-    """What `from_chain` would make, before it is made: a dry run.
+    """Describe what `from_chain` would make, before it is made: a dry run.
 
     Args:
         chain: a chain, its folder, or its Hub id; of the latter chain.json and config.json of the anchors are fetched.
-        sizes: numbers of parameters; None for the one target that `config` asks for.
+        sizes: numbers of parameters; None for the one target of `config`.
         config, operator, alpha, dtype, tolerance, revision, token: as `from_chain` takes them.
 
     Returns:
@@ -229,7 +161,7 @@ def describe_targets(
         shape.
 
     Raises:
-        ValueError: a size, shape, operator or alpha that cannot be had; the message says what can.
+        ValueError: a size, shape, operator or alpha that is out of reach; the message names what is not.
     """
     requests = [Request(size, config, operator, alpha, tolerance) for size in ([None] if sizes is None else sizes)]
     if not isinstance(chain, Chain):
@@ -237,12 +169,89 @@ def describe_targets(
     return [_summary(chain, request, dtype) for request in requests]
 
 
+def multiplied_weights(architecture: Architecture) -> int:
+    """Count the weights of all matrices that a hidden state is multiplied with, a tied table among them."""
+    readers = {reader for site in architecture.sites for reader in site.readers}
+    keys = [reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers]
+    return sum(math.prod(tensor_shape(architecture.tensors[key], architecture.sizes)) for key in keys)
+
+
+def _directories(folder: Path, sizes: Sequence[float]) -> Iterator[tuple[float, Path]]:
+    names = Counter(anchor_name(round(size)) for size in sizes)
+    for size in sizes:
+        name = anchor_name(round(size))
+        yield size, folder / (name if names[name] == 1 else str(round(size)))
+
+
+class _Maker:
+    """Makes one target after another, keeping the last pair of anchors open."""
+
+    def __init__(self, chain: Chain, dtype: torch.dtype | str | None, dataset: Dataset | None) -> None:
+        self._chain, self._dtype, self._dataset = chain, dtype, dataset
+        self._tokens: TokenBlocks | None = None
+        self._names: tuple[str, ...] = ()
+        self._pair: Pair | None = None
+
+    def make(self, request: Request, directory: Path) -> MadeTarget:
+        assert request.num_parameters is not None
+        check_replaceable(directory)
+        target = find_target(self._chain, request)
+        tokens = self._calibration(target)
+        record = self._record(request, target, tokens)
+        provenance = _made_before(directory, record)
+        if provenance is not None:
+            return MadeTarget(request.num_parameters, directory, provenance, kept=True)
+        model = make_model(self._chain, request, target, tokens, self._dtype, self._loaded(target))
+        model.config.cbd_trl["request"] = record
+        save_model(model, self._chain, directory)
+        return MadeTarget(request.num_parameters, directory, model.config.cbd_trl)
+
+    def _calibration(self, target: Target) -> TokenBlocks | None:
+        if self._dataset is None or target.operator == ANCHOR:
+            return None
+        if self._tokens is None:
+            self._tokens = calibration_tokens(target, self._dataset)
+        return self._tokens
+
+    def _loaded(self, target: Target) -> Pair | None:
+        if target.operator == ANCHOR:
+            return None
+        names = tuple(anchor.name for anchor in target.anchors)
+        if names != self._names:
+            self._pair, self._names = load_pair(*target.anchors), names
+        return self._pair
+
+    def _record(self, request: Request, target: Target, tokens: TokenBlocks | None) -> dict[str, Any]:
+        """Collect all that decides what is made, as JSON keeps it."""
+        assert request.num_parameters is not None
+        text = None if tokens is None else hashlib.sha256(tokens.input_ids.numpy().tobytes()).hexdigest()
+        return {
+            "chain": self._chain.checksum,
+            "num_parameters": float(request.num_parameters),
+            "config": None if request.config is None else dict(request.config),
+            "operator": request.operator,
+            "alpha": request.alpha,
+            "tolerance": request.tolerance,
+            "dtype": str(target_dtype(self._dtype, target.anchors[0])),
+            "calibration": text,
+        }
+
+
+def _made_before(directory: Path, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read what the model in a folder was made from, if it is the requested one."""
+    config = directory / "config.json"
+    if not config.is_file():
+        return None
+    provenance: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))["cbd_trl"]
+    return provenance if provenance.get("request") == record else None
+
+
 def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) -> TargetSummary:
     target = find_target(chain, request)
     architecture, kind = target.architecture, target_dtype(dtype, target.anchors[0])
     sizes, depth = architecture.sizes, architecture.depth
     return TargetSummary(
-        asked=request.num_parameters,
+        requested=request.num_parameters,
         num_parameters=architecture.num_parameters,
         embedding_parameters=_embedding_parameters(architecture),
         shape=architecture.shape,
@@ -264,10 +273,3 @@ def _embedding_parameters(architecture: Architecture) -> int:
         for axes in architecture.tensors.values()
         if {"vocab", "position"} & set(dims_of(axes))
     )
-
-
-def multiplied_weights(architecture: Architecture) -> int:
-    """Weights of all matrices that a stream is multiplied with, a tied table among them."""
-    readers = {reader for site in architecture.sites for reader in site.readers}
-    keys = [reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers]
-    return sum(math.prod(tensor_shape(architecture.tensors[key], architecture.sizes)) for key in keys)

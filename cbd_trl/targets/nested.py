@@ -1,4 +1,4 @@
-"""How `nested` mixes two anchors in width, for any weights of them: targets are made by it, and hybrids trained."""
+"""The mix of two anchors in width, for any weights of theirs: operator `nested` and the hybrids in training use it."""
 
 import functools
 from collections.abc import Callable
@@ -23,12 +23,12 @@ NESTED_OUTPUT_POWER = 3.0
 
 
 def nested_alpha(pair: Pair, target: Architecture) -> float:
-    """The weight of the lower anchor in a target."""
+    """Compute the weight of the lower anchor in a target."""
     return pair.fraction(target) ** NESTED_ALPHA_POWER
 
 
 def cut_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """The upper anchor's part in `nested`: the least-squares cut of those of its layers that the target is made of,
+    """Cut the upper anchor for `nested`: the least-squares cut of those of its layers that the target is made of,
     norm gains folded into the readers."""
     widths = pair.upper_architecture.resized(**plan.target.sizes)
     cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths, fold=True)
@@ -36,7 +36,7 @@ def cut_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
-    """The mix that `nested` makes of the cut of the upper anchor and the lower one, for any weights of the two.
+    """Build the function that mixes the cut of the upper anchor with the lower one, for any weights of the two.
 
     Every output that the lower anchor has is alpha * lower + (1 - alpha) * cut, with what the cut reads from new
     coordinates in its part; new outputs are the cut's at full strength. A swapped block is the cut of its upper
@@ -73,7 +73,7 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
 
 
 def _target_gauge(pair: Pair, target: Architecture) -> Callable[[str], float]:
-    """What each tensor of the lower anchor, its norms folded, is multiplied by on the shared prefix of a target.
+    """Build the function that scales each tensor of the lower anchor, norms folded, on the shared prefix of a target.
 
     The target's norms divide a stream or an output by the root mean square of more coordinates than the lower anchor's
     do; measured on the upper anchor, the two differ by the ratio of the prefixes' root mean squares, which is taken
@@ -89,7 +89,7 @@ def _target_gauge(pair: Pair, target: Architecture) -> Callable[[str], float]:
 
     @functools.cache
     def ratios(norm: Site | OutputNorm, norm_type: str) -> list[float]:
-        """What the gains of the lower anchor and of the target lose to their root mean squares."""
+        """Compute what the gains of the lower anchor and of the target lose to their root mean squares."""
         layer, name = architecture.split_name(norm.name)
         above = replace(norm, name=norm.name if layer is None else upper.layer_name(pair.kept[layer], name))
         return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes(norm.axis)]
@@ -120,7 +120,7 @@ def _mix(
     inputs: tuple[str, ...],
     shares: tuple[float, float],
 ) -> torch.Tensor:
-    """One tensor of the target: the outputs that the lower anchor has are mixed, the others are the cut's.
+    """Mix one tensor of the target: the outputs that the lower anchor has are mixed, the others are the cut's.
 
     Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts by its share on mixed
     outputs.
@@ -144,7 +144,7 @@ def _mix(
 
 
 def _input_dims(architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """{key: the dimensions along which a tensor reads}, where it does; a tied head reads through the final norm's
+    """Map {key: the dimensions along which a tensor reads}, where it does; a tied head reads through the final norm's
     gain and bias."""
     reads = {f"{reader}.weight": site.axis for site in architecture.sites for reader in site.readers}
     if architecture.tied:

@@ -1,6 +1,6 @@
 """Operators: the rules that make a target's weights from two anchors. Pure functions, one table.
 
-What they return works out each tensor when it is asked for, from the few of the anchors' tensors that it needs.
+The weights they return compute each tensor when it is read, from the few of the anchors' tensors that it needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ Operator = Callable[[Pair, Plan], tuple[Weights, Architecture]]
 
 
 def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | None:
-    """The weight that `operator` gives the lower anchor at this target, None where it mixes nothing."""
+    """Compute the weight that `operator` gives the lower anchor at this target, None where it mixes nothing."""
     if operator == "linear":
         return pair.fraction(target)
     if operator == "nested" and not pair.equal_widths:
@@ -29,7 +29,7 @@ def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | No
 
 
 def planned_architecture(operator: str, pair: Pair, target: Architecture) -> Architecture:
-    """What an operator will make of a shape: with the per-layer entries of the layers that it takes.
+    """Compute the architecture that an operator makes of a shape, with the per-layer entries of the layers it takes.
 
     Args:
         operator: its name.
@@ -41,12 +41,12 @@ def planned_architecture(operator: str, pair: Pair, target: Architecture) -> Arc
         return pair.upper_architecture.resized(**target.sizes).with_layers(layers)
     if operator == "expand":
         return grow_depth({}, pair.lower_architecture.resized(**target.sizes), target.depth)[1]
-    # These make tensors only when they are asked for one.
+    # Their tensors are made only when they are read.
     return linear(pair, Plan(target))[1] if operator == "linear" else target
 
 
 def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """Whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one
+    """Take whole upper blocks for depth; in width the least-squares cut of the upper anchor, mixed with the lower one
     where they share coordinates (see `cut_upper` and `mixer`)."""
     if pair.equal_widths:
         return patch(pair, plan)
@@ -56,7 +56,7 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """Whole blocks of the upper anchor in place of lower layers (boomerang distillation, arXiv 2510.05064); equal
+    """Put whole blocks of the upper anchor in place of lower layers (boomerang distillation, arXiv 2510.05064); equal
     widths only."""
     check_patch(pair, plan.target)
     return swap_blocks(
@@ -71,10 +71,10 @@ def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def check_patch(pair: Pair, target: Architecture) -> None:
-    """Refuse widths that differ, which `patch` cannot make.
+    """Check that no width differs: `patch` makes none.
 
     Raises:
-        ValueError: any width does.
+        ValueError: a width differs.
     """
     if not pair.equal_widths or target.sizes != pair.upper_architecture.sizes:
         raise ValueError(
@@ -85,7 +85,7 @@ def check_patch(pair: Pair, target: Architecture) -> None:
 
 
 def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """The upper anchor alone: evenly spaced layers, least-squares cut in width."""
+    """Cut the upper anchor alone: evenly spaced layers, least-squares cut in width."""
     widths = pair.upper_architecture.resized(**plan.target.sizes)
     layers = spaced_layers(widths.depth, plan.target.depth, widths.fits)
     if widths.sizes == pair.upper_architecture.sizes:
@@ -96,15 +96,17 @@ def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """The lower anchor alone, grown exactly: the same logits at the target's size."""
+    """Grow the lower anchor alone, exactly: the same logits at the target's size."""
     target = pair.lower_architecture.resized(**plan.target.sizes)
     return grow_depth(*grow_width(pair.lower, pair.lower_architecture, target), plan.target.depth)
 
 
 def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783): plain cut, zero
-    padding, layers at equal relative depth; what kind of layer each is, as in the anchor of the greater weight, or, if
-    engines tell layers apart by position (`Architecture.fits`), as these have it."""
+    """Average the anchors: theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783).
+
+    Trans is a plain cut or zero padding, and takes layers at equal relative depth. Layer types are those of the anchor
+    of the greater weight or, if engines tell layers apart by position (`Architecture.fits`), as these have it.
+    """
     alpha = pair.fraction(plan.target) if plan.alpha is None else plan.alpha
     depth = plan.target.depth
 
@@ -133,6 +135,6 @@ MIXING_OPERATORS = ("nested", "linear")
 
 
 def _balanced(weights: Weights, architecture: Architecture, pair: Pair, layers: Sequence[int]) -> Weights:
-    """The same function in the gauge of the upper anchor, from whose layers it is made: ready for training."""
+    """Rescale to the norm gains of the upper anchor, from whose layers it is made, without changing the function."""
     like, _ = select_layers(pair.upper, pair.upper_architecture, layers)
     return balance_norms(weights, architecture, like)

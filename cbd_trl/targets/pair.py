@@ -1,4 +1,4 @@
-"""Two neighbouring anchors, and what is asked for between them."""
+"""The inputs of an operator: two neighbouring anchors, and a plan of what to make between them."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Pair:
 
     Args:
         upper, lower: weights, the lower cut from the upper in shared coordinates.
-        upper_architecture, lower_architecture: what the weights mean.
+        upper_architecture, lower_architecture: of the weights.
         statistics: the upper anchor's moments; None only where no width differs.
         blocks: for each lower layer the upper layers it stands for.
         kept: the one of them that it was cut from.
@@ -37,10 +37,10 @@ class Pair:
         return self.upper_architecture.sizes == self.lower_architecture.sizes
 
     def moments(self) -> SiteStatistics:
-        """The upper anchor's.
+        """Return the upper anchor's statistics.
 
         Raises:
-            ValueError: there are none.
+            ValueError: the pair has none.
         """
         if self.statistics is None:
             raise ValueError(
@@ -50,19 +50,19 @@ class Pair:
         return self.statistics
 
     def fraction(self, target: Architecture) -> float:
-        """(N_large - N) / (N_large - N_small) in parameters: 0 at the upper anchor, 1 at the lower one."""
+        """Compute (N_large - N) / (N_large - N_small) in parameters: 0 at the upper anchor, 1 at the lower one."""
         large, small = self.upper_architecture.num_parameters, self.lower_architecture.num_parameters
         return (large - target.num_parameters) / (large - small)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an operator is asked to make.
+    """What an operator is to make.
 
     Args:
         target: depth and widths.
         alpha: weight of the lower anchor in the mix, 0 to 1; None = the operator's own rule.
-        swapped: lower layers replaced by their upper blocks; None = as `blocks_for_depth` has it.
+        swapped: lower layers replaced by their upper blocks; None = as `blocks_for_depth` chooses.
     """
 
     target: Architecture
@@ -71,14 +71,14 @@ class Plan:
 
 
 def swapped_blocks(pair: Pair, plan: Plan) -> Collection[int]:
-    """The lower layers that a target has the upper blocks of."""
+    """Choose the lower layers that are replaced by their upper blocks."""
     if plan.swapped is not None:
         return plan.swapped
     return blocks_for_depth(pair.blocks, plan.target.depth, pair.costs, pair.kept, pair.upper_architecture.fits)
 
 
 def layer_stack(pair: Pair, plan: Plan) -> list[tuple[int | None, int]]:
-    """For each layer of a target the lower layer that is mixed into it, None in a swapped block, and the upper one."""
+    """List for each layer of a target the lower layer mixed into it, None in a swapped block, and the upper one."""
     check_blocks(pair.blocks, pair.lower_architecture.depth, pair.upper_architecture.depth)
     swapped, stack = swapped_blocks(pair, plan), list[tuple[int | None, int]]()
     for i, block in enumerate(pair.blocks):

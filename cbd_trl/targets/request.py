@@ -1,4 +1,4 @@
-"""What from_chain is asked for, and the target that this comes to. No weight is read here."""
+"""The request made of `from_chain`, and the target that it leads to. No weight is read here."""
 
 import math
 from collections.abc import Mapping
@@ -21,16 +21,16 @@ from cbd_trl.targets.operators import (
 )
 from cbd_trl.targets.pair import Pair
 
-# What a target is made by that is an anchor as it is.
+# The operator of a target that is an anchor as it is.
 ANCHOR = "anchor"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for; the arguments of `from_chain` that choose the target.
+    """The arguments of `from_chain` that choose the target.
 
     Raises:
-        ValueError: one that makes no sense, whatever the chain.
+        ValueError: one that is invalid whatever the chain.
     """
 
     num_parameters: float | None = None
@@ -48,13 +48,11 @@ class Request:
                 f"out, or use {' or '.join(repr(name) for name in MIXING_OPERATORS)}."
             )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"alpha={self.alpha} must lie between 0 (the upper anchor's side) and 1 (the lower anchor's)."
-            )
+            raise ValueError(f"alpha={self.alpha} must lie between 0 (the upper anchor alone) and 1 (the lower one).")
         if self.num_parameters is None and not self.config:
             raise ValueError(
-                "Nothing was asked for. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or both; "
-                "`Chain.sizes()` lists what a chain can make."
+                "No size or shape was requested. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or "
+                "both; `Chain.sizes()` lists what a chain can make."
             )
         size = self.num_parameters
         is_number = isinstance(size, Real) and not isinstance(size, bool)
@@ -71,13 +69,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Target:
-    """What a request comes to.
+    """The anchors, the shape and the mix that a request leads to.
 
     Args:
         anchors: the upper and the lower one; a single one where the target is that anchor.
         architecture: the shape, in a config cut from the upper anchor's.
-        operator: the one asked for, `ANCHOR` where the target is one.
-        alpha: share of the lower anchor where something is mixed, by the size unless it was asked for.
+        operator: the requested one, `ANCHOR` where the target is one.
+        alpha: share of the lower anchor where something is mixed, by the size unless it was requested.
     """
 
     anchors: tuple[Anchor, ...]
@@ -87,8 +85,11 @@ class Target:
 
     @property
     def files(self) -> dict[str, list[str]]:
-        """The files that it is made from, {anchor: names}: the tensors of each, the statistics of the upper one where
-        a width differs, and what goes with its tokenizer."""
+        """List the files that it is made from, {anchor: names}.
+
+        These are the tensors of each, the statistics of the upper one where a width differs, and what goes with its
+        tokenizer.
+        """
         upper, lower = self.anchors[0], self.anchors[-1]
         used = {anchor.name: ["config.json", *weight_files(anchor.files)] for anchor in self.anchors}
         used[upper.name] = [*upper.small_files, *weight_files(upper.files)]
@@ -98,15 +99,15 @@ class Target:
 
 
 def find_target(chain: Chain, request: Request) -> Target:
-    """The pair of anchors, the shape and the mix that a request comes to.
+    """Find the pair of anchors, the shape and the mix for a request.
 
-    An anchor's own shape, asked for in whatever words (its size, one near it, some of its fields), is that anchor, as
+    An anchor's own shape, however it is requested (by its size, one near it, some of its fields), is that anchor, as
     it is for every operator and without alpha at its end of a pair: sizes are continuous across the anchors of a
-    chain. Only `slice` at the smallest anchor's shape and `expand` at the largest one's are no anchor: there is no
-    pair in which they would keep it.
+    chain. Only `slice` at the smallest anchor's shape and `expand` at the largest one's make a new model: there is
+    no pair in which they would keep the anchor.
 
     Raises:
-        ValueError: a size, shape or operator that cannot be had; the message says what can.
+        ValueError: a size, shape or operator that is out of reach; the message names what is not.
     """
     own = [anchor for anchor in chain.anchors if request.alpha is None and _keeps(chain, anchor, request.operator)]
     for anchor in own:
@@ -121,7 +122,7 @@ def find_target(chain: Chain, request: Request) -> Target:
         if anchor.shape == fields:
             return Target((anchor,), anchor.architecture(), ANCHOR)
     architecture = target_architecture(above, fields)
-    # What an operator says about a shape, it says without looking at weights.
+    # Operators plan a shape without reading weights.
     pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs)
     if request.operator == "patch":
         check_patch(pair, architecture)
@@ -133,14 +134,14 @@ def find_target(chain: Chain, request: Request) -> Target:
 
 
 def _keeps(chain: Chain, anchor: Anchor, operator: str) -> bool:
-    """Whether the operator leaves an anchor as it is in one of the pairs that it is part of."""
+    """Return whether the operator leaves an anchor as it is in one of the pairs that it is part of."""
     if operator == "slice":
         return anchor is not chain.anchors[-1]
     return operator != "expand" or anchor is not chain.anchors[0]
 
 
 def _names(request: Request, anchor: Anchor) -> bool:
-    """Whether the request is for exactly this anchor's size or shape."""
+    """Return whether the request is for exactly this anchor's size or shape."""
     fields = request.config or {}
     if any(anchor.shape.get(field) != value for field, value in fields.items()):
         return False
@@ -150,15 +151,16 @@ def _names(request: Request, anchor: Anchor) -> bool:
 
 
 def target_dtype(dtype: torch.dtype | str | None, anchor: Anchor) -> torch.dtype:
-    """The dtype of a target: the one asked for, by default that of the anchor above.
+    """Resolve the dtype of a target: the requested one, by default that of the anchor above.
 
     Raises:
-        ValueError: no floating-point type.
+        ValueError: it is not a floating-point type.
     """
     wanted = anchor.dtype if dtype is None or dtype == "auto" else dtype
     found = getattr(torch, wanted, None) if isinstance(wanted, str) else wanted
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(
-            f"dtype={dtype!r} is no floating-point type. Use for example torch.bfloat16, 'float32' or None."
+            f"dtype={dtype!r} must be a floating-point type, such as torch.bfloat16, 'float32', or None for that "
+            "of the anchors."
         )
     return found

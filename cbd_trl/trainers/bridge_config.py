@@ -1,18 +1,14 @@
 """Arguments of `BridgeDistillTrainer`."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from cbd_trl.bridge.objectives.registry import OBJECTIVES, SEQKD, parse_objective
-from cbd_trl.losses.divergences import DIVERGENCES
 from cbd_trl.losses.objective import METRICS, WeightSchedule
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.trainers.options import OBJECTIVE, BridgeOptions
 
-# An untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside the cross-entropy on 102k of its tokens, is
-# at 2.369 and 2.375 bits per byte (two seeds) by it alone, at 2.345 and 2.355 with the layers beside it, at 2.444 and
-# 2.455 by the cross-entropy alone (docs/bridge.md).
-_DEFAULT = "prefix"
-# Of the mean cosine distance of the layers: the best of 0, 1 and 4 there, and ahead of 12 as far as that was run.
+# Of the mean cosine distance of the layers: the best of 0, 1 and 4 where the default objective was measured (see
+# `options`), and ahead of 12 as far as that was run.
 HIDDEN_WEIGHT = 4.0
 # Options of DistillConfig without a meaning here, and why.
 _WITHOUT_MEANING = {
@@ -38,7 +34,7 @@ _WEIGHTS = (
 
 
 @dataclass
-class BridgeDistillConfig(DistillConfig):
+class BridgeDistillConfig(BridgeOptions, DistillConfig):
     """Arguments of `BridgeDistillTrainer`: those of `DistillConfig`, with these differences.
 
     `teacher_cache`, `self_distillation`, `teacher_weights` and `swap_probability` need one vocabulary: an error
@@ -62,31 +58,6 @@ class BridgeDistillConfig(DistillConfig):
     trainer = "BridgeDistillTrainer"
     teacher_arguments = ["teacher_model_name_or_path"]
     _VALID_DICT_FIELDS = [*DistillConfig._VALID_DICT_FIELDS, "objective"]
-
-    objective: dict[str, Any] | str | None = field(
-        default=_DEFAULT,
-        metadata={
-            "help": f"How the two models are compared: one of {', '.join(OBJECTIVES)}, or several with their "
-            "weights, such as 'alm=1,uld=0.5' or a JSON object. Or seqkd: the data is text that the teacher wrote, "
-            "and no teacher is loaded."
-        },
-    )
-    # None is a value of these three only here: the default depends on the objective.
-    divergence: str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Divergence of the objectives that have one (alm, shared, dskd-cma, prefix). Not set: their own.",
-            "choices": list(DIVERGENCES),
-        },
-    )
-    temperature: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Temperature of all objectives named. Not set: their own, which for alm is 100."},
-    )
-    top_k: int | None = field(
-        default=None,
-        metadata={"help": "Of the objectives that rank tokens (uld, shared): how many ranks. Not set: all."},
-    )
 
     def __post_init__(self) -> None:
         """Check every value, so that a mistake is seen before a model is loaded."""
@@ -158,7 +129,7 @@ class BridgeDistillConfig(DistillConfig):
     @property
     def objectives(self) -> dict[str, float]:
         """The weight of each objective."""
-        return parse_objective(_DEFAULT if self.objective is None else self.objective)
+        return parse_objective(OBJECTIVE if self.objective is None else self.objective)
 
     @property
     def learns_projectors(self) -> str | None:

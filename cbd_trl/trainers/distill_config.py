@@ -1,35 +1,22 @@
-"""Arguments of `DistillTrainer`."""
+"""Arguments of `DistillTrainer`: their meaning and their checks; the fields are in `options`."""
 
 import math
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from trl import SFTConfig
 
-from cbd_trl.losses.divergences import DIVERGENCES, OPTIONS, check_divergence, divergence_option, divergences_with
-from cbd_trl.losses.hidden import HIDDEN_LOSS, HIDDEN_LOSSES, get_hidden_loss
-from cbd_trl.losses.objective import METRICS, SCHEDULES, TermWeights, WeightSchedule
+from cbd_trl.losses.divergence_table import OPTIONS, check_divergence, divergence_option
+from cbd_trl.losses.hidden import HIDDEN_LOSS, get_hidden_loss
+from cbd_trl.losses.objective import METRICS, TermWeights, WeightSchedule
+from cbd_trl.trainers.options import DistillOptions
 
 # Of the terms that are evaluated, by the last word of their names.
 _LOWER_IS_BETTER = ("kd", "ce", "hidden", "unaligned")
 
 
-def _help_of(option: str) -> str:
-    return f"Of the divergence {' and '.join(divergences_with(option))}. {OPTIONS[option].help}"
-
-
-# The option of each divergence is a field: a row of the table of divergences is all that a new one takes.
-_DivergenceOptions: Any = make_dataclass(
-    "_DivergenceOptions",
-    [
-        (name, float, field(default=option.default, metadata={"help": _help_of(name)}))
-        for name, option in OPTIONS.items()
-    ],
-)
-
-
 @dataclass
-class DistillConfig(_DivergenceOptions, SFTConfig):
+class DistillConfig(DistillOptions, SFTConfig):
     """Arguments of `DistillTrainer`: those of `trl.SFTConfig`, and these.
 
     As in `SFTConfig`, gradient checkpointing is on by default and so is bf16 mixed precision: pass `bf16=False` to
@@ -49,8 +36,8 @@ class DistillConfig(_DivergenceOptions, SFTConfig):
         kd_weight: weight of the divergence between teacher and student.
         kd_schedule: how that weight changes over the run: `constant`, `linear` or `cosine`.
         kd_weight_end: the weight at the end of the run. None: 0.
-        divergence: a name of `cbd_trl.losses.divergences.DIVERGENCES`, such as `reverse_kl` or `jsd`. One that has an
-            option takes it as an argument of its name, such as `beta` of `jsd`: see `OPTIONS` there.
+        divergence: a name of `cbd_trl.losses.divergence_table.DIVERGENCES`, such as `reverse_kl` or `jsd`. One with
+            an option takes it as an argument of its name, such as `beta` of `jsd`: see `OPTIONS` there.
         temperature: divides the logits of both models in the divergence, which is multiplied by its square (Hinton et
             al. 2015; `total_variation`: by itself) so that its weight keeps its meaning.
         top_k: compare the teacher's k most likely tokens and one bucket for all others. None: every token.
@@ -81,132 +68,6 @@ class DistillConfig(_DivergenceOptions, SFTConfig):
     # Its arguments that name a teacher; the trainer's `teacher_model` is one more way.
     teacher_arguments = ["teacher_model_name_or_path", "teacher_cache", "self_distillation"]
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
-
-    teacher_model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Path or Hub id of the teacher, used when the trainer is given none."},
-    )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of `AutoModelForCausalLM.from_pretrained` for a teacher given as a path or Hub "
-            "id. Unless named here, dtype and attention implementation are the student's."
-        },
-    )
-    teacher_model_revision: str | None = field(
-        default=None,
-        metadata={"help": "Revision of a teacher (and its tokenizer) given as a Hub id."},
-    )
-    teacher_weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "TermWeights of several teachers, whose distributions are averaged; scaled to sum to 1. Not set: "
-            "equal. Python only: several teachers are passed as a list."
-        },
-    )
-    teacher_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder that `cbd-trl cache` wrote: no teacher is loaded."},
-    )
-    teacher_offload: bool = field(
-        default=False,
-        metadata={"help": "Keep the teacher in the CPU's memory and bring each layer to the device when it runs."},
-    )
-    self_distillation: bool = field(
-        default=False,
-        metadata={"help": "The teacher is the student's own base, its adapter switched off. Needs a PEFT student."},
-    )
-    kd_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of the divergence between teacher and student."},
-    )
-    kd_schedule: str = field(
-        default="constant",
-        metadata={"help": "How kd_weight changes over the run.", "choices": list(SCHEDULES)},
-    )
-    kd_weight_end: float | None = field(
-        default=None,
-        metadata={"help": "kd_weight at the end of the run, where it has a schedule. Not set: 0."},
-    )
-    divergence: str = field(
-        default="forward_kl",
-        metadata={
-            "help": "Divergence between the next-token distributions of teacher and student.",
-            "choices": list(DIVERGENCES),
-        },
-    )
-    temperature: float = field(
-        default=1.0,
-        metadata={
-            "help": "Divides the logits of both models in the divergence, which is multiplied by its square so that "
-            "its weight keeps its meaning."
-        },
-    )
-    top_k: int | None = field(
-        default=None,
-        metadata={
-            "help": "Compare the teacher's k most likely tokens and one bucket for all others. Not set: every token."
-        },
-    )
-    ce_weight: float = field(
-        default=0.5,
-        metadata={"help": "Weight of the cross-entropy on the tokens of the dataset."},
-    )
-    ce_schedule: str = field(
-        default="constant",
-        metadata={"help": "How ce_weight changes over the run.", "choices": list(SCHEDULES)},
-    )
-    ce_weight_end: float | None = field(
-        default=None,
-        metadata={"help": "ce_weight at the end of the run, where it has a schedule. Not set: 0."},
-    )
-    hidden_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the mean distance between each student layer's output and that of the last layer of "
-            "its block in the teacher. Needs models of equal width or of one chain, or hidden_projector. Not set: 0, "
-            "or what `build_chain` sets."
-        },
-    )
-    hidden_schedule: str = field(
-        default="constant",
-        metadata={"help": "How hidden_weight changes over the run.", "choices": list(SCHEDULES)},
-    )
-    hidden_weight_end: float | None = field(
-        default=None,
-        metadata={"help": "hidden_weight at the end of the run, where it has a schedule. Not set: 0."},
-    )
-    hidden_loss: str | None = field(
-        default=None,
-        metadata={
-            "help": "Distance of hidden states: `cosine`, or `mse`, the squared distance over the square of the "
-            "teacher's state. Not set: `cosine`, or what `build_chain` sets.",
-            "choices": list(HIDDEN_LOSSES),
-        },
-    )
-    hidden_projector: bool = field(
-        default=False,
-        metadata={
-            "help": "Compare hidden states through a learned matrix per layer, for models that do not share channels. "
-            "It is trained along, kept in checkpoints, and no part of the student."
-        },
-    )
-    swap_probability: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the optimizer steps that train a hybrid beside the student, on the same tokens: the "
-            "student with a random number of its blocks replaced by the teacher's frozen ones. Needs two models of "
-            "one chain that differ in depth alone; `build_chain` has others for widths. Not set: 0, or what "
-            "`build_chain` sets."
-        },
-    )
-
-    loss_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens whose logits are held at a time. Not set: what suits the vocabulary and the device."
-        },
-    )
 
     def __post_init__(self) -> None:
         """Check every value, so that a mistake is seen before a model is loaded."""

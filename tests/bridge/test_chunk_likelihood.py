@@ -8,7 +8,8 @@ from torch import Tensor
 
 from cbd_trl.bridge.objectives.chunk_likelihood import ChunkLikelihood, chunk_likelihood
 from cbd_trl.bridge.objectives.registry import get_objective
-from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
+from cbd_trl.losses.divergence_table import DIVERGENCES
+from cbd_trl.losses.divergences import get_divergence
 
 KL = get_divergence("forward_kl")
 STUDENT, TEACHER = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()

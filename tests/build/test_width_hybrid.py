@@ -15,7 +15,8 @@ from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.hidden import mean_hidden_distance
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.targets.from_chain import from_chain, load_pair
+from cbd_trl.targets.from_chain import from_chain
+from cbd_trl.targets.make import load_pair
 from cbd_trl.targets.nested import cut_upper, mixer
 from cbd_trl.targets.operators import nested
 from cbd_trl.targets.pair import Plan

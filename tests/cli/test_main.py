@@ -1,20 +1,26 @@
-"""The command line: what it runs, what it refuses, and how it says so."""
+"""The command line: what runs, what fails, and its errors."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 
-from cbd_trl import Chain
+from cbd_trl import BridgeDistillConfig, Chain, DistillConfig
 from cbd_trl.cache import TeacherCache
+from cbd_trl.cli import cache, demo, generate, init, push, report, train
 from cbd_trl.cli.main import COMMANDS, main
-from cbd_trl.cli.parsing import parse_anchors, parse_shape
+from cbd_trl.cli.parsing import parse_shape
+from cbd_trl.recipe.schema import parse_recipe
 from cbd_trl.utils.datasets import load_rows
 from cbd_trl.utils.formatting import parse_count
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
+from tests.recipe.helpers import ARGS
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -39,20 +45,23 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(folder):
-    """A chain made by the command `build`, its anchors in YAML."""
-    (folder / "build.yaml").write_text(
-        f"source: {folder / 'source'}\n"
-        f"dataset_name: {folder / 'rows.jsonl'}\n"
-        "anchors:\n"
-        "  - num_hidden_layers: 4\n"
-        "    args: {learning_rate: 3.0e-4, warmup_steps: 1}\n"
-        "  - {hidden_size: 16, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 24}\n"
-        "calibration_tokens: 64\n"
-        "learning_rate: 1.0e-3\n"
-        "max_steps: 1\n"
-    )
-    flags = ["--config", str(folder / "build.yaml"), *TRAINING, "--output_dir", str(folder / "chain")]
-    assert main(["build", *flags]) == 0
+    """A chain made by the command `build` from a recipe."""
+    narrow = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+    recipe = {
+        "source": str(folder / "source"),
+        "data": str(folder / "rows.jsonl"),
+        "anchors": [
+            {"shape": {"num_hidden_layers": 4}, "args": {"learning_rate": 3.0e-4, "warmup_steps": 1}},
+            {"shape": narrow},
+        ],
+        "output_dir": str(folder / "elsewhere"),
+        "calibration_tokens": 64,
+        "args": {**ARGS, "learning_rate": 1.0e-3, "max_steps": 1},
+    }
+    (folder / "build.yaml").write_text(json.dumps(recipe))
+    flags = ["--set", "args.max_steps=2", "--set", f"output_dir={folder / 'chain'}"]
+    assert main(["build", str(folder / "build.yaml"), *flags]) == 0
+    assert not (folder / "elsewhere").exists()
     return folder / "chain"
 
 
@@ -63,46 +72,102 @@ def test_help_lists_every_command(capsys):
     assert main([]) == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tarin"]])
-def test_top_level_imports_nothing_heavy(arguments):
-    start = f"import sys; from cbd_trl.cli.main import main; main({arguments}); "
-    code = f"{start}print({{'torch', 'trl'}} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.splitlines()[-1] == "set()"
+OWN = {
+    "demo": demo.COMMAND,
+    "init": init.COMMAND,
+    "push": push.COMMAND,
+    "report": report.COMMAND,
+    "cache": cache.COMMAND,
+    "generate": generate.COMMAND,
+    "distill": train.DISTILL,
+    "bridge": train.BRIDGE,
+}
+IN_A_PROCESS = """
+import json, sys
+from contextlib import redirect_stdout
+from io import StringIO
+from cbd_trl.cli.main import COMMANDS, main
+
+shown = {}
+for arguments in [["--help"], ["--version"], ["tarin"], *([name, "--help"] for name in COMMANDS)]:
+    with redirect_stdout(StringIO()) as text:
+        try:
+            main(arguments)
+        except SystemExit as stop:
+            assert stop.code == 0
+    shown[arguments[0]] = text.getvalue()
+heavy = {"torch", "trl", "transformers", "datasets", "numpy"} & sys.modules.keys()
+print(json.dumps([sorted(heavy), shown]))
+"""
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """Help of every command in a process that has imported nothing else: the modules it imports, and the texts."""
+    run = subprocess.run([sys.executable, "-c", IN_A_PROCESS], capture_output=True, text=True, check=True)
+    heavy, texts = json.loads(run.stdout)
+    assert heavy == []
+    return texts
+
+
+def test_help_imports_nothing_heavy_and_knows_every_command(shown):
+    assert COMMANDS.keys() <= shown.keys()
+    assert OWN.keys() == COMMANDS.keys() - {"build"}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_help_lists_the_options_of_the_command(name, shown):
+    """All of its own, each as the parser knows it; those of TRL are behind --help-all."""
+    listed = set(re.findall(r"^  (--[\w-]+)", shown[name], re.MULTILINE)) - {"--help-all", "--config"}
+    fields = {field.name for kind in OWN[name].own for field in dataclasses.fields(kind)}
+    assert {flag[2:].replace("-", "_") for flag in listed} == fields
+    assert listed <= set(OWN[name]._parser().known_flags())
+    assert all(f"  {argument} " in shown[name] for argument in OWN[name].positional)
+    assert ("--help-all" in shown[name]) == (OWN[name].types is not None)
+
+
+def test_the_options_of_a_config_are_listed_without_a_copy():
+    """What DistillConfig and BridgeDistillConfig add to SFTConfig is what their help lists."""
+    for config, command in ((DistillConfig, train.DISTILL), (BridgeDistillConfig, train.BRIDGE)):
+        fields = {field.name for field in dataclasses.fields(config)}
+        own = {field.name for kind in command.own for field in dataclasses.fields(kind)}
+        assert own == fields - {field.name for field in dataclasses.fields(SFTConfig)}
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"),
+    ("name", "flags"),
     [
-        ("demo", ["--output", "--steps", "--wheel", "--seed"]),
-        ("build", ["--source", "--anchors", "--dataset_name", "--swap_probability", "--learning_rate"]),
-        (
-            "init",
-            ["--num-parameters", "--output", "--shape", "--operator", "--alpha", "--dtype", "--sizes", "--dry-run"],
-        ),
-        ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--kind", "--temperature", "--logprobs"]),
-        (
-            "generate",
-            ["--model_name_or_path", "--output_file", "--max_new_tokens", "--temperature", "--prompt_tokens"],
-        ),
-        ("distill", ["--teacher_model_name_or_path", "--divergence", "--use_peft", "--dataset_name"]),
-        ("bridge", ["--teacher_model_name_or_path", "--objective", "--temperature", "--dataset_name"]),
+        ("build", ["--dry-run", "--set", "--list-recipes"]),
+        ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--learning_rate"]),
+        ("distill", ["--divergence {forward_kl,", "--kd_schedule {constant,", "--use_peft", "--learning_rate"]),
+        ("bridge", ["--objective", "--divergence {forward_kl,", "--dataset_name"]),
+        ("init", ["--num-parameters", "--operator {nested,"]),
     ],
 )
-def test_help_of_a_command_lists_its_flags(command, flags, capsys):
+def test_help_all_lists_every_flag(name, flags, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([command, "--help"])
+        main([name, "--help-all"])
     assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert all(flag in shown for flag in flags) and "--config" in shown
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in flags)
 
 
-def test_build_reads_yaml_and_flags_win(chain):
+def test_build_reads_a_recipe_and_set_wins(chain):
     built = Chain.from_pretrained(chain)
     assert [anchor.shape["num_hidden_layers"] for anchor in built.anchors] == [6, 4, 4]
     assert built.anchors[1].training["learning_rate"] == 3e-4
     assert built.anchors[2].training["learning_rate"] == 1e-3
     assert {anchor.training["max_steps"] for anchor in built.anchors[1:]} == {2}
+
+
+@pytest.mark.parametrize("flags", [["--config", "flags.yaml"], ["--source", "x", "--anchors", "85M"], ["--recipe=x"]])
+def test_build_without_a_recipe_shows_how_to_write_one(flags, capsys):
+    assert main(["build", *flags]) == 2
+    error = capsys.readouterr().err
+    assert flags[0].partition("=")[0] in error
+    # What it shows is a recipe.
+    sketch = yaml.safe_load(re.search(r"\{.*\}\}", error)[0])
+    assert not parse_recipe(sketch, "sketch").problems
 
 
 def test_init_writes_a_normal_model_folder(chain, tmp_path, capsys):
@@ -166,7 +231,7 @@ def test_cache_writes_what_training_reads(folder, tmp_path, capsys):
     lines = [json.loads(line)["text"] for line in (folder / "rows.jsonl").read_text().splitlines()]
     written.check_rows(tokenizer(line + "</s>")["input_ids"][:16] for line in lines)
     assert main(["cache", *flags, "--k", "8"]) == 1
-    assert "made in another way: k is 7, asked for 8" in capsys.readouterr().err
+    assert "k is 7" in capsys.readouterr().err
     student = ["--model_name_or_path", source, "--teacher_cache", cache, "--output_dir", str(tmp_path / "student")]
     student += ["--dataset_name", str(folder / "rows.jsonl"), *TRAINING]
     assert main(["distill", *student, "--temperature", "2.0"]) == 0
@@ -234,10 +299,10 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
         (["init", "chain", "--ouptut", "x"], 2, r"no flag '--ouptut'. Did you mean '--output'\?"),
         (["init", "chain", "--output", "x", "--operator", "best"], 2, "invalid choice: 'best'"),
         (["init", "chain", "--output", "x", "--alpha", "much"], 2, "argument --alpha: invalid"),
-        (["init", "chain", "--output", "x", "--num-parameters", "many"], 1, "'many' is no number of parameters"),
+        (["init", "chain", "--output", "x", "--num-parameters", "many"], 1, "'many'.*number of parameters"),
         (["init", "no/such/chain", "--output", "x", "--num-parameters", "1M"], 1, "no folder no/such/chain"),
-        (["build", "--dataset_name", "x", "--use_cpu"], 2, "--source is missing"),
-        (["build", "--source", "x", "--dataset_name", "y", "--use_cpu"], 1, "--anchors is missing"),
+        (["build"], 2, "A recipe is missing: name a file, or one of demo, "),
+        (["build", "no.yaml"], 1, "no recipe 'no.yaml'"),
         (
             ["distill", "--use_cpu"],
             2,
@@ -267,12 +332,12 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
         (
             ["cache", "--use_cpu", "--model_name_or_path", "x", "--logprobs", "y", "--batch_size", "4"],
             2,
-            "--batch_size is about asking the teacher, and with --logprobs it is not asked",
+            "--batch_size is for running the teacher, and with --logprobs it is not run",
         ),
         (
             ["cache", "--use_cpu", "--model_name_or_path", "x", "--logprobs", "y", "--hidden_dtype", "float16"],
             2,
-            "--hidden_dtype is about asking",
+            "--hidden_dtype is for running the teacher",
         ),
         (["generate"], 2, "--model_name_or_path, --dataset_name, --output_file are missing"),
         (["generate", "--model_name_or_path", "x", "--dataset_name", "y"], 2, "--output_file is missing"),
@@ -306,28 +371,6 @@ def test_errors_are_one_line_with_a_code(arguments, code, message, capsys):
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert re.search(message, lines[0]), lines[0]
-
-
-def test_unknown_training_argument_of_an_anchor_is_named(folder, capsys):
-    anchors = '{"num_hidden_layers": 4, "args": {"lerning_rate": 1}}'
-    flags = ["--source", "x", "--dataset_name", "y", "--use_cpu", "--anchors", anchors]
-    assert main(["build", *flags]) == 1
-    assert "['lerning_rate'] are no fields of DistillConfig" in capsys.readouterr().err
-
-
-def test_a_file_of_another_kind_is_refused(folder, tmp_path, capsys):
-    (tmp_path / "rows.xml").write_text("<x/>")
-    flags = [
-        "--source",
-        str(folder / "source"),
-        "--anchors",
-        "0.6",
-        "--dataset_name",
-        str(tmp_path / "rows.xml"),
-        "--use_cpu",
-    ]
-    assert main(["build", *flags]) == 1
-    assert "must end in .jsonl, .json, .csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -376,9 +419,9 @@ def test_the_commands_say_what_is_wrong_with_a_file_without_a_traceback(tmp_path
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "rows.jsonl").write_text("no JSON\n")
     assert main([*command, str(tmp_path / "rows.jsonl")]) == 1
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(
-        rf"^cbd-trl {command[0]}: error: The rows of .*rows\.jsonl cannot be read: JSON parse error", said
+        rf"^cbd-trl {command[0]}: error: The rows of .*rows\.jsonl cannot be read: JSON parse error", error
     )
 
 
@@ -386,9 +429,9 @@ def test_the_commands_say_what_is_wrong_with_a_file_without_a_traceback(tmp_path
 def test_a_config_file_that_is_no_yaml_is_named(tmp_path, capsys, content):
     (tmp_path / "init.yaml").write_bytes(content)
     assert main(["init", "chain", "--config", str(tmp_path / "init.yaml")]) == 2
-    said = capsys.readouterr().err.strip()
-    assert re.search(r"The config file .*init\.yaml is not YAML \(.*\)\. Wanted a line of `flag: value`", said)
-    assert len(said.splitlines()) == 1
+    error = capsys.readouterr().err.strip()
+    assert re.search(r"The config file .*init\.yaml is not YAML \(.*\)\. Wanted a line of `flag: value`", error)
+    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -398,21 +441,11 @@ def test_parse_count(text, count):
     assert parse_count(text) == pytest.approx(count)
 
 
-def test_parse_anchors_takes_objects_sizes_ratios_and_lists():
-    expected = [{"num_hidden_layers": 16}, 44e6, 0.5]
-    assert parse_anchors(['{"num_hidden_layers": 16}', "44M", "0.5"]) == expected
-    assert parse_anchors(['[{"num_hidden_layers": 16}, 44e6, 0.5]']) == expected
-    assert parse_anchors([{"num_hidden_layers": 16}, 44e6, 0.5]) == expected
-    with pytest.raises(ValueError, match=r"'\{num_hidden_layers: 16\}' is not JSON.*double quotes"):
-        parse_anchors(["{num_hidden_layers: 16}"])
-    with pytest.raises(ValueError, match="'deep' is neither config fields nor a size"):
-        parse_anchors(["deep"])
-
-
 def test_parse_shape():
     assert (
         parse_shape('{"num_hidden_layers": 20}') == {"num_hidden_layers": 20} == parse_shape({"num_hidden_layers": 20})
     )
     assert parse_shape(None) is None
-    with pytest.raises(ValueError, match="'20' is not an object of config fields"):
-        parse_shape("20")
+    for value, reason in (("20", "must be an object"), ("{num_hidden_layers: 16}", "not JSON.*double quotes")):
+        with pytest.raises(ValueError, match=f"--shape: .*{reason}"):
+            parse_shape(value)

@@ -15,7 +15,7 @@ Inline: `cbd-trl demo` and `num_layers`, no command; `make test`.
     prose that is indented
 
 ```bash
-$ A=1 accelerate launch -m cbd_trl.cli build --config c.yaml
+$ A=1 accelerate launch -m cbd_trl.cli build c.yaml
 # a comment
 cbd-trl push a \\
   --to "b # c"
@@ -41,7 +41,7 @@ def test_commands_blocks_and_files_are_steps():
         Step("command", "cbd-trl demo", 1),
         Step("command", "make test", 1),
         Step("command", "cbd-trl init my-chain --output a   # the small one", 3),
-        Step("command", "A=1 accelerate launch -m cbd_trl.cli build --config c.yaml", 8),
+        Step("command", "A=1 accelerate launch -m cbd_trl.cli build c.yaml", 8),
         Step("command", 'cbd-trl push a --to "b # c"', 10),
         Step("python", "x = 1\n", 15),
         Step("file", "# folder/c.yaml\nsource: x\n", 19, "folder/c.yaml"),

@@ -20,17 +20,17 @@ class Killed(Exception):
 
 
 def interrupt(monkeypatch, after):
-    """Have the completer die in the batch that follows so many, and the list of batches it was asked for."""
-    asked, real = [], Completer.complete
+    """Have the completer die in the batch that follows so many, and the list of batches it was given."""
+    batches, real = [], Completer.complete
 
     def count(self, prompts, rows):
-        if len(asked) == after:
+        if len(batches) == after:
             raise Killed
-        asked.append(list(rows))
+        batches.append(list(rows))
         return real(self, prompts, rows)
 
     monkeypatch.setattr(Completer, "complete", count)
-    return asked
+    return batches
 
 
 @pytest.mark.parametrize("after", [0, 1, 2])
@@ -42,9 +42,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, unbroken, afte
             complete(file)
     assert file.read_bytes() == b"".join(unbroken.splitlines(keepends=True)[: 3 * after])
     with monkeypatch.context() as patched:
-        asked = interrupt(patched, -1)
+        batches = interrupt(patched, -1)
         complete(file)
-        assert asked == [[0, 1, 2], [3, 4, 5], [6]][after:]
+        assert batches == [[0, 1, 2], [3, 4, 5], [6]][after:]
     assert file.read_bytes() == unbroken
 
 
@@ -77,12 +77,12 @@ def test_the_settings_are_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, "seed is 0, asked for 1"),
-        ({"temperature": 0.5}, "temperature is 1.0, asked for 0.5"),
-        ({"max_new_tokens": 4}, "max_new_tokens is 8, asked for 4"),
-        ({"batch_size": 2}, "batch_size is 3, asked for 2"),
-        ({"num_return_sequences": 2}, "num_return_sequences is 1, asked for 2; rows is 7, asked for 14"),
-        ({"dataset": PROMPTS[:5]}, "prompts_sha256 is '.*', asked for '.*'; rows is 7, asked for 5"),
+        ({"seed": 1}, "seed is 0, requested 1"),
+        ({"temperature": 0.5}, "temperature is 1.0, requested 0.5"),
+        ({"max_new_tokens": 4}, "max_new_tokens is 8, requested 4"),
+        ({"batch_size": 2}, "batch_size is 3, requested 2"),
+        ({"num_return_sequences": 2}, "num_return_sequences is 1, requested 2; rows is 7, requested 14"),
+        ({"dataset": PROMPTS[:5]}, "prompts_sha256 is '.*', requested '.*'; rows is 7, requested 5"),
         ({"dataset": [*PROMPTS[1:], PROMPTS[0]]}, "prompts_sha256 is"),
         ({"model": tiny_teacher(rms_norm_eps=1e-3)}, "teacher_fingerprint is"),
     ],

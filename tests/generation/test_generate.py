@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from trl import SFTConfig, SFTTrainer
 
 from cbd_trl.generation import DecodingConfig
-from cbd_trl.generation.decoding import DrawByRow, row_numbers
+from cbd_trl.generation.completer import DrawByRow, row_numbers
 from tests.generation.helpers import PROMPTS, alone, complete, rows_of, tiny_teacher
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -184,7 +184,7 @@ def test_decoding_that_means_nothing_is_refused(options, message):
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size=0: it must be at least 1"),
-        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "model_init_kwargs say how to load a teacher, but it is a"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "model_init_kwargs are for loading a teacher, but it is a"),
         ({"processing_class": None}, r"No tokenizer was found with the teacher \(a model made in memory\)"),
         ({"max_new_tokens": 64}, "max_new_tokens=64 and the teacher's context of 64 tokens leave no room"),
         ({"max_new_tokens": 60}, r"2 of 7 prompts leave no room .* such as row 2 with 6 tokens: .* at most 4 fit"),

@@ -114,16 +114,16 @@ def test_prompt_and_completion_are_one_text(tmp_path, kind):
         (iter([]), {}, "The prompts are a list_iterator, a stream: .* needs rows by number"),
         ([], {}, "The data set given as dataset is empty"),
         ([{"question": "w1"}], {}, r"columns \['question'\], and no prompt: it needs `prompt`"),
-        ([{"text": "w1"}], {}, "prompt_tokens=None for a dataset of texts: it says how many tokens"),
+        ([{"text": "w1"}], {}, "prompt_tokens=None for a dataset of texts"),
         ([{"text": "w1"}], {"prompt_tokens": -1}, "prompt_tokens=-1 for a dataset of texts"),
-        ([{"prompt": "w1"}], {"prompt_tokens": 3}, "prompt_tokens=3 says where a `text` is cut, .* has 'prompt'"),
+        ([{"prompt": "w1"}], {"prompt_tokens": 3}, "prompt_tokens=3 .* has 'prompt'"),
         ([{"prompt": 3}], {}, r"prompt.* holds 3 \(int\), and must hold texts, or lists of messages"),
         ([{"prompt": "w1"}, {"prompt": None}], {}, "Row 1 .*None in the column 'prompt'"),
         ([{"text": ["w1"]}], {"prompt_tokens": 1}, r"text.* holds \['w1'\] \(list\), and must hold texts"),
         ([{"messages": "w1"}], {}, "messages.* holds 'w1' .*, and must hold lists of messages"),
         ([{"messages": []}], {}, "nothing but empty chats"),
         ([{"messages": ["w1"]}], {}, r"messages.* holds \['w1'\] .*, and must hold lists of messages with 'role'"),
-        ([{"messages": [ANSWER]}], {}, "Row 0: before the assistant's turn there is none to answer"),
+        ([{"messages": [ANSWER]}], {}, "Row 0: no turn stands before the assistant's"),
         ([{"prompt": [*CHAT, ANSWER]}], {}, "Row 0: the prompt ends with a turn of the assistant.*name the column"),
     ],
 )
@@ -152,5 +152,5 @@ def test_empty_chats_are_skipped():
 def test_a_tokenizer_that_does_not_tell_places_cannot_cut_texts(monkeypatch):
     tokenizer = tiny_tokenizer()
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(ValueError, match=r"does not tell where its tokens are .*Give a dataset with `prompt`"):
+    with pytest.raises(ValueError, match=r"offsets of its tokens .*Give a dataset with `prompt`"):
         Prompts([{"text": "w1 w2"}], tokenizer, 1)

@@ -50,26 +50,26 @@ def test_prompts_and_completions(tmp_path, row):
 
 
 def test_results_of_the_batch_interface_find_their_prompts(tmp_path):
-    asked = write(tmp_path / "in", request("a", messages=ASKED), request("b", messages=ASKED[1:]))
+    requests = write(tmp_path / "in", request("a", messages=ASKED), request("b", messages=ASKED[1:]))
     found = write(
         tmp_path / "out",
         result("b", choice("w4", refusal=None), choice("w5", "length"), error=None),
         result("a", choice("w6")),
     )
-    data = read_completions(found, requests=asked).to_list()
+    data = read_completions(found, requests=requests).to_list()
     assert [row["prompt"] for row in data] == [ASKED[1:], ASKED[1:], ASKED]
     assert [row["completion"][0]["content"] for row in data] == ["w4", "w5", "w6"]
     assert [row["finish_reason"] for row in data] == ["stop", "length", "stop"]
-    assert len(read_completions(found, requests=asked, drop_truncated=True)) == 2
+    assert len(read_completions(found, requests=requests, drop_truncated=True)) == 2
 
 
 def test_texts_as_the_older_interface_gives_them(tmp_path):
     plain = {"choices": [{"text": "w2", "finish_reason": "stop"}]}
     expected = {"prompt": "w1", "completion": "w2", "finish_reason": "stop"}
     assert read_completions(write(tmp_path / "f", {**plain, "prompt": "w1"})).to_list() == [expected]
-    asked = write(tmp_path / "in", request("a", prompt="w1"))
+    requests = write(tmp_path / "in", request("a", prompt="w1"))
     for line in (result("a", *plain["choices"]), {**plain, "custom_id": "a"}, {**plain, "id": "a"}):
-        assert read_completions(write(tmp_path / "f", line), requests=asked).to_list() == [expected]
+        assert read_completions(write(tmp_path / "f", line), requests=requests).to_list() == [expected]
     chat = {"messages": ASKED, "choices": [choice("w2 w3")]}
     assert read_completions(write(tmp_path / "f", chat))[0]["completion"] == ANSWERED
 
@@ -78,9 +78,9 @@ def test_tools_and_arguments_of_the_template_are_kept(tmp_path):
     tools = [{"type": "function", "function": {"name": "w7", "parameters": {"type": "object"}}}]
     given = {"tools": tools, "chat_template_kwargs": {"mood": "w8"}}
     kept = {"tools": json.dumps(tools), "chat_template_kwargs": {"mood": "w8"}}
-    asked = write(tmp_path / "in", request("a", messages=ASKED, **given), request("b", messages=ASKED))
+    requests = write(tmp_path / "in", request("a", messages=ASKED, **given), request("b", messages=ASKED))
     found = write(tmp_path / "out", result("a", choice("w2 w3")), result("b", choice("w4")))
-    data = read_completions(found, requests=asked)
+    data = read_completions(found, requests=requests)
     row = {"prompt": ASKED, "completion": ANSWERED, "finish_reason": "stop"}
     assert data[0] == {**row, **kept} and data[1]["tools"] is None
     assert read_completions(write(tmp_path / "f", {"messages": ASKED + ANSWERED, **given}))[0] == {
@@ -99,7 +99,7 @@ def test_tools_and_arguments_of_the_template_are_kept(tmp_path):
 
 
 def test_failed_responses_are_left_out_and_counted(tmp_path, caplog):
-    asked = write(tmp_path / "in", *(request(name, messages=ASKED) for name in "abcdef"))
+    requests = write(tmp_path / "in", *(request(name, messages=ASKED) for name in "abcdef"))
     refused = {"status_code": 429, "body": {"error": {"message": "rate limit"}}}
     found = write(
         tmp_path / "out",
@@ -111,20 +111,20 @@ def test_failed_responses_are_left_out_and_counted(tmp_path, caplog):
         result("f", choice("w2")),
     )
     with caplog.at_level(logging.WARNING):
-        assert len(read_completions(found, requests=asked)) == 1
+        assert len(read_completions(found, requests=requests)) == 1
     assert '5 failed responses are left out, such as line 1: {"error": {"message": "rate limit"}}' in caplog.text
     write(tmp_path / "out", *found.read_text().splitlines()[:5])
     with pytest.raises(
         ValueError, match=r"gives no row: 5 responses failed, and 0 completions were cut off.*rate limit"
     ):
-        read_completions(found, requests=asked)
+        read_completions(found, requests=requests)
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         (["{"], "line 1 is not JSON .*Lines are"),
-        (["", "[]"], "line 2 holds a list, and no object"),
+        (["", "[]"], "line 2 holds a list, and must hold an object"),
         ([{"question": "w1"}], r"line 1: it has the keys \['question'\]. Lines are"),
         ([{"prompt": "w1"}], r"line 1: it has the keys \['prompt'\]"),
         (
@@ -141,7 +141,7 @@ def test_failed_responses_are_left_out_and_counted(tmp_path, caplog):
         ([{"messages": []}], r"line 1: messages is \[\], and must be messages"),
         ([{"messages": ["w1"]}], "line 1: a message is 'w1', and must have a `role`"),
         ([{"messages": [{"role": "user", "content": None}]}], "line 1: a message's content is None, and must be text"),
-        ([{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}], "images and calls of tools are not"),
+        ([{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}], "images and tool calls are not"),
         ([{"prompt": "w1", "choices": ["w2"]}], "line 1: a choice is 'w2', and must be an object"),
         ([result("a", choice("w2"))], r"line 1: a response \(custom_id 'a'\) without its prompt: .*`requests`"),
         ([{"prompt": "w1", "completion": "w2", "finish_reason": "length"}], "0 responses failed, and 1 completions"),
@@ -158,14 +158,14 @@ def test_other_lines_are_named(tmp_path, lines, message):
     [
         (
             [request("b", messages=ASKED)],
-            "out, line 1: no line of `requests` has its custom_id 'a': they are of another",
+            "out, line 1: no line of `requests` has its custom_id 'a': the two files are of",
         ),
         (
             [request("a", messages=ASKED)] * 2,
             "in, line 2: custom_id is 'a', and must be a text that no other line has",
         ),
         ([{"body": {"messages": ASKED}}], "in, line 1: custom_id is None"),
-        ([{"custom_id": "a", "body": {"input": "w1"}}], "in, line 1: there is no `messages` or `prompt` in what was"),
+        ([{"custom_id": "a", "body": {"input": "w1"}}], "in, line 1: the request has neither `messages` nor `prompt`"),
     ],
 )
 def test_requests_that_do_not_fit_are_named(tmp_path, lines, message):
@@ -185,12 +185,12 @@ def test_what_was_generated_is_read_back(tmp_path):
 
 
 def test_sft_trains_on_what_a_server_answered(tmp_path):
-    asked = write(tmp_path / "in", request("a", messages=ASKED), request("b", messages=ASKED[1:]))
+    requests = write(tmp_path / "in", request("a", messages=ASKED), request("b", messages=ASKED[1:]))
     found = write(tmp_path / "out", result("a", choice("w2 w3")), result("b", choice("w4", "length")))
     args = SFTConfig(
         str(tmp_path), max_steps=1, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no"
     )
-    data, tokenizer = read_completions(found, requests=asked), tiny_tokenizer()
+    data, tokenizer = read_completions(found, requests=requests), tiny_tokenizer()
     trainer = SFTTrainer(
         tiny_model("llama", num_hidden_layers=1), args, train_dataset=data, processing_class=tokenizer
     )

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cbd_trl.losses import divergences as divergence_kernels
+from cbd_trl.losses.divergence_table import DIVERGENCES, divergence_option
 from cbd_trl.losses.divergences import (
-    DIVERGENCES,
     adaptive_kl,
     alpha_divergence,
-    divergence_option,
     forward_kl,
     get_divergence,
     jsd,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
+from cbd_trl.losses.divergence_table import DIVERGENCES
+from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.fused import _parts, default_chunk, fused_terms
 from cbd_trl.losses.objective import METRICS, DistillObjective, TermWeights
 from cbd_trl.losses.reduction import scored_targets, select_scored

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from cbd_trl.losses.divergences import DIVERGENCES, get_divergence, reverse_kl, tempered_log_probs
+from cbd_trl.losses.divergence_table import DIVERGENCES
+from cbd_trl.losses.divergences import get_divergence, reverse_kl, tempered_log_probs
 from cbd_trl.losses.objective import DistillObjective, TermWeights, combine
 from cbd_trl.losses.reduction import cross_entropy
 from cbd_trl.losses.teacher_outputs import LogitPrediction

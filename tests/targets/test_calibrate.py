@@ -5,8 +5,8 @@ import torch
 
 from cbd_trl import from_chain
 from cbd_trl.shapes.smaller import target_architecture
-from cbd_trl.targets.calibrate import choose_plan, mean_loss
-from cbd_trl.targets.from_chain import CALIBRATION_TOKENS, load_pair
+from cbd_trl.targets.calibrate import CALIBRATION_TOKENS, choose_plan, mean_loss
+from cbd_trl.targets.make import load_pair
 from cbd_trl.targets.pair import Plan
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from tests.chain.helpers import DEEP, SHAPES, WIDE, between, chain_rows, random_pair
@@ -46,15 +46,15 @@ def test_calibration_chooses_by_its_text(chain, monkeypatch):
             return 0.0 if (operator, plan.alpha) == (wanted, alpha) else 1.0
 
         monkeypatch.setattr("cbd_trl.targets.calibrate.mean_loss", loss)
-        told = from_chain(chain, config=WIDE, calibration_dataset=chain_rows(4)).config.cbd_trl
-        assert (told["operator"], told["alpha"]) == (wanted, alpha)
+        provenance = from_chain(chain, config=WIDE, calibration_dataset=chain_rows(4)).config.cbd_trl
+        assert (provenance["operator"], provenance["alpha"]) == (wanted, alpha)
 
     def first_blocks(pair, plan, operator, tokens):
         return 0.0 if plan.swapped == frozenset({0, 1}) else 1.0
 
     monkeypatch.setattr("cbd_trl.targets.calibrate.mean_loss", first_blocks)
-    told = from_chain(chain, config=DEEP, calibration_dataset=chain_rows(4)).config.cbd_trl
-    assert told["swapped_blocks"] == [0, 1]
+    provenance = from_chain(chain, config=DEEP, calibration_dataset=chain_rows(4)).config.cbd_trl
+    assert provenance["swapped_blocks"] == [0, 1]
 
 
 def test_mean_loss_is_that_of_the_model(chain):

@@ -20,10 +20,14 @@ from tests.tiny import FAMILIES, tiny_model
 def test_a_summary_is_what_is_made(chain, operator, shape):
     (summary,) = describe_targets(chain, config=shape, operator=operator, dtype="bfloat16")
     model = from_chain(chain, config=shape, operator=operator, dtype="bfloat16")
-    told = model.config.cbd_trl
-    assert (summary.asked, summary.num_parameters, summary.shape) == (None, model.num_parameters(), told["shape"])
-    assert (summary.operator, summary.alpha) == (told["operator"], told["alpha"])
-    assert list(summary.anchors) == told["anchors"]
+    provenance = model.config.cbd_trl
+    assert (summary.requested, summary.num_parameters, summary.shape) == (
+        None,
+        model.num_parameters(),
+        provenance["shape"],
+    )
+    assert (summary.operator, summary.alpha) == (provenance["operator"], provenance["alpha"])
+    assert list(summary.anchors) == provenance["anchors"]
     assert summary.dtype == "bfloat16"
     assert summary.weight_bytes == sum(p.numel() * p.element_size() for p in model.parameters())
     assert summary.embedding_parameters == model.get_input_embeddings().weight.numel()
@@ -34,7 +38,7 @@ def test_sizes_in_their_order_with_anchors_as_such(chain):
     large, middle, small = chain.anchors
     sizes = [small.num_parameters, large.num_parameters, (small.num_parameters + middle.num_parameters) / 2]
     summaries = describe_targets(chain, sizes, tolerance=0.2)
-    assert [summary.asked for summary in summaries] == sizes
+    assert [summary.requested for summary in summaries] == sizes
     assert [summary.operator for summary in summaries] == ["anchor", "anchor", "nested"]
     assert [summary.anchors for summary in summaries] == [(small.name,), (large.name,), (middle.name, small.name)]
     assert summaries[1].num_parameters == large.num_parameters and summaries[1].dtype == "float32"
@@ -110,10 +114,10 @@ def test_from_the_hub_configs_are_enough(chain, chain_folder, tmp_path, monkeypa
     [
         ({"sizes": [1e9]}, "No two neighbouring anchors .* lie around num_parameters=1,000,000,000"),
         ({"sizes": [-1]}, "num_parameters=-1 must be a positive number"),
-        ({}, "Nothing was asked for"),
+        ({}, "No size or shape was requested"),
         ({"config": DEEP, "operator": "merge"}, "Unknown operator 'merge'"),
         ({"config": WIDE, "operator": "patch"}, "operator='patch' swaps whole blocks between anchors of equal"),
-        ({"config": WIDE, "dtype": "int8"}, "dtype='int8' is no floating-point type"),
+        ({"config": WIDE, "dtype": "int8"}, "dtype='int8' must be a floating-point type"),
     ],
 )
 def test_what_cannot_be_made_cannot_be_described(chain, arguments, message):
@@ -123,7 +127,7 @@ def test_what_cannot_be_made_cannot_be_described(chain, arguments, message):
 
 def test_the_table_tells_everything():
     summary = TargetSummary(
-        asked=100e6, num_parameters=99_106_112, embedding_parameters=28_311_552, operator="nested", alpha=0.25,
+        requested=100e6, num_parameters=99_106_112, embedding_parameters=28_311_552, operator="nested", alpha=0.25,
         shape={"num_hidden_layers": 20, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3},
         anchors=("135M", "85M"), dtype="bfloat16", weight_bytes=198_212_224, cache_bytes=15_360, flops=198_190_080,
         attention_flops=46_080,

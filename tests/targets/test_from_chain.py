@@ -44,13 +44,13 @@ def test_shapes_are_met(chain, operator, shape):
 def test_provenance(chain, operator, shape):
     model = from_chain(chain, config=shape, operator=operator)
     names = [anchor.name for anchor in (chain.anchors[:2] if shape is DEEP else chain.anchors[1:])]
-    told = model.config.cbd_trl
-    assert (told["chain"], told["anchors"], told["operator"]) == (chain.path.name, names, operator)
-    assert {**told["shape"], **shape} == told["shape"]
+    provenance = model.config.cbd_trl
+    assert (provenance["chain"], provenance["anchors"], provenance["operator"]) == (chain.path.name, names, operator)
+    assert {**provenance["shape"], **shape} == provenance["shape"]
     upper, lower = (chain[name].num_parameters for name in names)
     fraction = (upper - model.num_parameters()) / (upper - lower)
     alpha = {"linear": fraction, "nested": fraction**NESTED_ALPHA_POWER if shape is WIDE else None}.get(operator)
-    assert told["alpha"] == (None if alpha is None else pytest.approx(alpha))
+    assert provenance["alpha"] == (None if alpha is None else pytest.approx(alpha))
 
 
 def test_what_it_is_made_of(chain):
@@ -99,8 +99,8 @@ def test_part_of_an_anchors_shape_is_that_anchor(chain):
 
 def test_an_operator_or_alpha_at_an_anchors_shape_is_obeyed(chain):
     middle, smallest = chain.anchors[1:]
-    for asked in ({"operator": "slice"}, {"alpha": 0.5}, {"operator": "linear", "alpha": 0.5}):
-        model = from_chain(chain, config=smallest.shape, **asked)
+    for options in ({"operator": "slice"}, {"alpha": 0.5}, {"operator": "linear", "alpha": 0.5}):
+        model = from_chain(chain, config=smallest.shape, **options)
         assert model.config.cbd_trl["anchors"] == [middle.name, smallest.name]
         assert not anchor_weights(model, smallest)
 
@@ -143,16 +143,16 @@ def test_the_chain_is_given_by_its_folder(chain, chain_folder):
     ],
 )
 def test_dtype(chain, dtype, expected):
-    for asked in ({"config": WIDE}, {"num_parameters": chain.anchors[1].num_parameters}):
-        model = from_chain(chain, dtype=dtype, **asked)
+    for options in ({"config": WIDE}, {"num_parameters": chain.anchors[1].num_parameters}):
+        model = from_chain(chain, dtype=dtype, **options)
         assert {parameter.dtype for parameter in model.parameters()} == {model.config.dtype} == {expected}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, r"Nothing was asked for. Give num_parameters=138e6, or config="),
-        ({"config": {}}, r"Nothing was asked for"),
+        ({}, r"Give num_parameters=138e6, or config="),
+        ({"config": {}}, r"No size or shape was requested"),
         ({"config": DEEP, "operator": "merge"}, r"Unknown operator 'merge'. Operators: nested, patch, slice, expand"),
         (
             {"config": WIDE, "operator": "slice", "alpha": 0.5},
@@ -167,8 +167,8 @@ def test_dtype(chain, dtype, expected):
             {"config": WIDE, "operator": "patch"},
             r"operator='patch' swaps whole blocks between anchors of equal widths",
         ),
-        ({"config": WIDE, "dtype": "int8"}, r"dtype='int8' is no floating-point type"),
-        ({"config": WIDE, "dtype": "save"}, r"dtype='save' is no floating-point type"),
+        ({"config": WIDE, "dtype": "int8"}, r"dtype='int8' must be a floating-point type"),
+        ({"config": WIDE, "dtype": "save"}, r"dtype='save' must be a floating-point type"),
         (
             {"config": {"num_layers": 5}},
             r"'num_layers' is not a shape field of llama. Shape fields: num_hidden_layers",

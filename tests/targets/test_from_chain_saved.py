@@ -37,9 +37,9 @@ def test_a_saved_model_is_a_normal_model(chain, tmp_path):
     assert tokenizer.chat_template == tiny_tokenizer().chat_template
     generation = GenerationConfig.from_pretrained(folder)
     assert (generation.temperature, generation.do_sample) == (0.7, True)
-    told = json.loads((folder / "config.json").read_text())["cbd_trl"]
-    assert told == model.config.cbd_trl == loaded.config.cbd_trl
-    assert told["operator"] == "nested" and told["chain"] == chain.path.name
+    provenance = json.loads((folder / "config.json").read_text())["cbd_trl"]
+    assert provenance == model.config.cbd_trl == loaded.config.cbd_trl
+    assert provenance["operator"] == "nested" and provenance["chain"] == chain.path.name
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 

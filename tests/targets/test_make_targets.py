@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbd_trl import Chain, from_chain, make_targets
 from cbd_trl.chain import folders
 from cbd_trl.targets import many as module
-from cbd_trl.targets.from_chain import load_pair
+from cbd_trl.targets.make import load_pair
 from tests.chain.helpers import chain_rows, same_weights
 
 
@@ -22,15 +22,15 @@ def sizes_of(chain, *shares):
 def test_each_is_what_from_chain_makes(chain, tmp_path):
     sizes = [*sizes_of(chain, 0.3, 0.6), chain.anchors[0].num_parameters]
     made = make_targets(chain, sizes, tmp_path / "models", tolerance=0.1)
-    assert [target.asked for target in made] == sizes
+    assert [target.requested for target in made] == sizes
     assert not any(target.kept or target.error for target in made)
     assert [target.directory.parent for target in made] == [tmp_path / "models"] * 3
     for size, target in zip(sizes, made, strict=True):
         model = AutoModelForCausalLM.from_pretrained(target.directory)
         expected = from_chain(chain, size, tolerance=0.1)
         assert same_weights(dict(model.state_dict()), dict(expected.state_dict()))
-        assert model.config.cbd_trl == target.told
-        assert {**expected.config.cbd_trl, "asked": target.told["asked"]} == target.told
+        assert model.config.cbd_trl == target.provenance
+        assert {**expected.config.cbd_trl, "request": target.provenance["request"]} == target.provenance
         AutoTokenizer.from_pretrained(target.directory)
 
 
@@ -66,8 +66,8 @@ def test_files_are_checked_once_and_a_pair_is_loaded_once(chain, chain_folder, t
 def test_a_failing_size_loses_no_other(chain, tmp_path):
     good, bad = sizes_of(chain, 0.5)[0], 10**9
     made = make_targets(chain, [bad, good], tmp_path / "models", tolerance=0.1)
-    assert "lie around num_parameters=1,000,000,000" in made[0].error and made[0].told is None
-    assert made[1].error is None and made[1].told["num_parameters"] > 0
+    assert "lie around num_parameters=1,000,000,000" in made[0].error and made[0].provenance is None
+    assert made[1].error is None and made[1].provenance["num_parameters"] > 0
     assert [path.name for path in (tmp_path / "models").iterdir()] == [made[1].directory.name]
 
 
@@ -105,7 +105,7 @@ def test_finished_models_are_kept_and_an_interrupted_run_goes_on(chain, tmp_path
     before = stamps(made)
     again = make_targets(chain, sizes, tmp_path / "models", **options)
     assert all(target.kept for target in again) and stamps(again) == before
-    assert [target.told for target in again] == [target.told for target in made]
+    assert [target.provenance for target in again] == [target.provenance for target in made]
 
 
 @pytest.mark.parametrize(
@@ -145,10 +145,10 @@ def test_calibration_text_is_read_once_and_told(chain, tmp_path):
     made = make_targets(chain, sizes, tmp_path, tolerance=0.1, calibration_dataset=text)
     for size, target in zip(sizes[:2], made, strict=False):
         expected = from_chain(chain, size, tolerance=0.1, calibration_dataset=text)
-        assert {**expected.config.cbd_trl, "asked": target.told["asked"]} == target.told
-        assert target.told["calibration_tokens"] > 0 and target.told["calibration_tokens"] % 64 == 0
-    assert made[2].told["operator"] == "anchor" and "calibration_tokens" not in made[2].told
-    assert made[0].told["asked"]["calibration"] == made[1].told["asked"]["calibration"] is not None
+        assert {**expected.config.cbd_trl, "request": target.provenance["request"]} == target.provenance
+        assert target.provenance["calibration_tokens"] > 0 and target.provenance["calibration_tokens"] % 64 == 0
+    assert made[2].provenance["operator"] == "anchor" and "calibration_tokens" not in made[2].provenance
+    assert made[0].provenance["request"]["calibration"] == made[1].provenance["request"]["calibration"] is not None
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_what_makes_no_sense_is_refused_at_once(chain, tmp_path, sizes, options,
 def test_provenance_says_what_was_asked(chain, tmp_path):
     (size,) = sizes_of(chain, 0.5)
     (target,) = make_targets(chain, [size], tmp_path, tolerance=0.1, dtype=torch.bfloat16)
-    told = json.loads((target.directory / "config.json").read_text())["cbd_trl"]
-    assert told["asked"] == {
+    provenance = json.loads((target.directory / "config.json").read_text())["cbd_trl"]
+    assert provenance["request"] == {
         "chain": chain.checksum, "num_parameters": size, "config": None, "operator": "nested", "alpha": None,
         "tolerance": 0.1, "dtype": "torch.bfloat16", "calibration": None,
     }  # fmt: skip

@@ -65,9 +65,9 @@ def test_expand_computes_what_the_lower_anchor_computes(family, tied, what):
 @every_kind
 def test_expand_keeps_each_layer_sort(what):
     """Sliding-window layers stay what they were, wherever new layers come between."""
-    sorts = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
-    sorts.append("full_attention")
-    options = {"use_sliding_window": True, "sliding_window": 4, "layer_types": sorts, "num_hidden_layers": 6}
+    layer_types = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    layer_types.append("full_attention")
+    options = {"use_sliding_window": True, "sliding_window": 4, "layer_types": layer_types, "num_hidden_layers": 6}
     pair = random_pair("qwen2", True, what)
     upper = full_model("qwen2", True, seed=1, **options)
     upper_architecture = describe(upper.config)

@@ -34,7 +34,7 @@ def reads(pair: Pair, operator: str, plan: Plan):
     upper, lower = Counter(), Counter()
     watched = dataclasses.replace(pair, upper=spied(pair.upper, upper), lower=spied(pair.lower, lower))
     made, _ = OPERATORS[operator](watched, plan)
-    assert not upper and not lower, "nothing is read before it is asked for"
+    assert not upper and not lower, "nothing is read before it is needed"
     dict(made)
     return upper, lower
 

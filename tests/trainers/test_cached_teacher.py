@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from cbd_trl import DistillConfig, DistillTrainer
 from cbd_trl.cache import TeacherCache, write_cache
-from cbd_trl.losses.divergences import DIVERGENCES, get_divergence
+from cbd_trl.losses.divergence_table import DIVERGENCES
+from cbd_trl.losses.divergences import get_divergence
 from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows

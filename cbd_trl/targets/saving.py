@@ -1,0 +1,99 @@
+"""Saves the model of a target in one piece, or names one that is not saved."""
+
+import functools
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from cbd_trl.cards.card import save_card
+from cbd_trl.chain.cards import copy_picture
+from cbd_trl.chain.chain import Chain
+from cbd_trl.targets.card import target_card
+from cbd_trl.utils.formatting import anchor_name
+
+
+def check_replaceable(directory: Path) -> None:
+    """Check that a folder is empty or holds a model that from_chain saved: it is replaced as a whole.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+        return
+    config = directory / "config.json"
+    if (
+        not config.is_file()
+        or "cbd_trl" not in json.loads(config.read_text(encoding="utf-8"))
+        or any(entry.is_dir() for entry in directory.iterdir())
+    ):
+        raise ValueError(
+            f"save_directory={str(directory)!r} holds something other than a model that from_chain saved. Choose an "
+            "empty or new folder."
+        )
+
+
+def save_model(model: PreTrainedModel, chain: Chain, directory: Path) -> None:
+    """Write model, the upper anchor's tokenizer, provenance and card under a temporary name, then rename."""
+    provenance = model.config.cbd_trl
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary, before = (directory.parent / f".{kind}-{directory.name}-{os.getpid()}" for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+        chain[provenance["anchors"][0]].load_tokenizer().save_pretrained(temporary)
+        copy_picture(chain, temporary)
+        save_card(temporary, target_card(chain, provenance, directory.name))
+        if directory.exists():
+            directory.rename(before)
+        try:
+            temporary.rename(directory)
+        except OSError:
+            if before.exists():
+                before.rename(directory)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def name_unsaved(model: PreTrainedModel, chain: Chain) -> None:
+    """Name a model that is saved nowhere, so that its tokenizer is found and other weights are not.
+
+    Trainers look up its tokenizer, and some a reference model, by the name in its config: a folder that has all that a
+    saved target has but the weights, as long as the process lives. peft takes the model's own name for the base of an
+    adapter, and other people read it: a sentence, which no library finds a model by.
+    """
+    provenance = model.config.cbd_trl
+    size, source = anchor_name(provenance["num_parameters"]), provenance["chain"]
+    folder = Path(tempfile.mkdtemp(dir=_unsaved_folder().name)) / f"{size}-from-{Path(source).name}-not-saved"
+    folder.mkdir()
+    upper = chain[provenance["anchors"][0]]
+    upper.need(*upper.small_files)
+    for name in upper.small_files:
+        if "config" not in name or name.startswith("tokenizer"):
+            _link((upper.path / name).resolve(), folder / name)
+    model.config.save_pretrained(folder)
+    save_card(folder, target_card(chain, provenance, folder.name))
+    model.config._name_or_path = str(folder)
+    model.name_or_path = (
+        f"{size} from {source}, made in memory and saved nowhere: give cbd_trl.from_chain a save_directory"
+    )
+
+
+@functools.cache
+def _unsaved_folder() -> tempfile.TemporaryDirectory:
+    """Removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="cbd_trl-")
+
+
+def _link(file: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        place.symlink_to(file)
+    except OSError:
+        # A system that does not let everyone make links.
+        shutil.copyfile(file, place)
