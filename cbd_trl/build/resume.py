@@ -8,12 +8,13 @@ from cbd_trl.build.arguments import changed_arguments, there_and_now, training_r
 from cbd_trl.build.plan import Step
 from cbd_trl.build.source_anchor import MADE_WITH, Head
 from cbd_trl.build.training import ARGUMENTS
+from cbd_trl.chain.cards import VALUES
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.utils.tokenizers import tokenizer_hash
 
-_SOURCE = ("source", "fingerprint")
+_SOURCE = ("source", "weights_sha256")
 
 
 def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dict[int, Anchor]:
@@ -21,7 +22,7 @@ def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dic
 
     Args:
         output_dir: the chain's folder.
-        head: the first anchor, as it is asked for now. Names and fingerprints are compared where both are known.
+        head: the first anchor, as it is asked for now. Names and hashes of weights are compared where both are known.
         steps: the others.
 
     Raises:
@@ -41,13 +42,13 @@ def finished_anchors(output_dir: Path, head: Head, steps: Sequence[Step]) -> dic
             f"{output_dir} already holds a chain of more anchors ({there}) than are asked for now. {way_out}"
         )
     for anchor, step in zip(anchors[1:], steps, strict=False):
-        now = training_record(step.args)
-        changed = changed_arguments(anchor.training, now)
+        recorded, now = anchor.training.get(ARGUMENTS) or {}, training_record(step.args)
+        changed = changed_arguments(recorded, now)
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
                 f"are asked for now: {step.architecture.shape}; changed arguments: {changed or 'none'}"
-                f"{there_and_now(changed, anchor.training, now)}. {way_out}"
+                f"{there_and_now(changed, recorded.get(VALUES, {}), now[VALUES])}. {way_out}"
             )
     check_place(output_dir, names[len(anchors) :])
     return dict(enumerate(anchors))
@@ -65,7 +66,7 @@ def _check_head(output_dir: Path, anchor: Anchor, head: Head, way_out: str) -> N
     changed = _changed_bridge(anchor.training.get("bridge"), head)
     made, wanted = anchor.training.get(MADE_WITH) or {}, head.record.get(MADE_WITH, {})
     changed += [name for name, value in wanted.items() if made.get(name, value) != value]
-    if anchor.tokenizer is not None and anchor.tokenizer != tokenizer_hash(head.tokenizer):
+    if anchor.tokenizer_sha256 is not None and anchor.tokenizer_sha256 != tokenizer_hash(head.tokenizer):
         changed.insert(0, "tokenizer")
     if anchor.shape != shape or changed:
         raise ValueError(
@@ -76,8 +77,13 @@ def _check_head(output_dir: Path, anchor: Anchor, head: Head, way_out: str) -> N
 
 
 def _values(changed: list[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    flat = ({**(r.get(MADE_WITH) or {}), **((r.get("bridge") or {}).get(ARGUMENTS) or {})} for r in (there, now))
+    flat = ({**(r.get(MADE_WITH) or {}), **_bridge_arguments(r)} for r in (there, now))
     return there_and_now(changed, *flat)
+
+
+def _bridge_arguments(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = (record.get("bridge") or {}).get(ARGUMENTS) or {}
+    return arguments.get(VALUES) or {}
 
 
 def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -27,7 +27,7 @@ from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.tokenizers import check_rows
 
 # In the record of the first anchor: arguments that decide it, and that are those of no training.
-MADE_WITH = "made_with"
+MADE_WITH = "source_options"
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,7 @@ def store_head(output_dir: Path, head: Head, made: Trained, text: TokenBlocks) -
     record = {
         "name": head.name,
         "parent": None,
-        "block_map": None,
-        "block_start": list(text.start),
+        "text_start": list(text.start),
         "tokens_seen": made.tokens_seen,
         "losses": made.losses,
         "training": {

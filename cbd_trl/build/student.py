@@ -26,7 +26,7 @@ from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.statistics_file import save_statistics
 from cbd_trl.targets.pair import Pair
-from cbd_trl.utils.files import writing
+from cbd_trl.utils.files import write_text, writing
 from cbd_trl.utils.progress import Progress
 
 # To compare blocks; refitting what is chosen uses all there is.
@@ -52,9 +52,7 @@ def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torc
             [{"input_ids": batch} for batch in fit],
             {"input_ids": rows[-1:]},
         )
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(block) for block in blocks]))
-        temporary.rename(file)
+        write_text(file, json.dumps([asdict(block) for block in blocks]))
     found = [json.loads(file.read_text()) if state.is_main_process else None]
     broadcast_object_list(found)
     return [Block(tuple(block["layers"]), block["kept"], block["cost"]) for block in found[0] or []]

@@ -16,15 +16,16 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from cbd_trl.architectures import architecture_of
 from cbd_trl.build.arguments import changed_arguments, there_and_now
+from cbd_trl.chain.cards import VALUES
 from cbd_trl.chain.model import stock_model
 from cbd_trl.trainers.callbacks import show_progress
 from cbd_trl.trainers.checkpointing import last_checkpoint
-from cbd_trl.utils.files import writing
+from cbd_trl.utils.files import TEMPORARY, write_text, writing
 
 # Where the settings of a training have its arguments.
 ARGUMENTS = "arguments"
 # Of a work folder's settings.
-_FORMAT = 2
+_FORMAT = 3
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
 
@@ -61,7 +62,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
     # Through JSON and back: tuples are lists there.
     changed = _changed_settings(there, json.loads(json.dumps(settings)))
     if changed and (checkpoint := last_checkpoint(work)):
-        values = [{**record, **(record.get(ARGUMENTS) or {})} for record in (there or {}, settings)]
+        values = [{**record, **(record.get(ARGUMENTS) or {}).get(VALUES, {})} for record in (there or {}, settings)]
         raise ValueError(
             f"{output_dir} holds an unfinished training of the anchor {name} ({Path(checkpoint).name}), begun with "
             f"other settings than are asked for now; changed: {changed}{there_and_now(changed, *values)}. Ask for "
@@ -73,9 +74,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
         with writing(work, "What was finished before stands."):
             _remove(work)
             work.mkdir(parents=True)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(settings))
-            temporary.replace(file)
+            write_text(file, json.dumps(settings))
     state.wait_for_everyone()
     return work
 
@@ -115,7 +114,7 @@ def remove_work_folder(output_dir: Path, name: str) -> None:
 
 def _remove(work: Path) -> None:
     """Under another name first, so that a work folder is whole or not there; what a killed run left goes, too."""
-    rubbish = work.parent / f".tmp-{work.name}"
+    rubbish = work.parent / f"{TEMPORARY}{work.name}"
     shutil.rmtree(rubbish, ignore_errors=True)
     if work.exists():
         work.replace(rubbish)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.cache.format import Manifest, Settings
 from cbd_trl.cache.shards import CachedRow
 from cbd_trl.cache.writer import CacheWriter
-from cbd_trl.utils.tokenizers import tokenizer_fingerprint
+from cbd_trl.utils.tokenizers import tokenizer_hash
 
 # Servers round: what is off by less is no mistake.
 _TOLERANCE = 1e-3
@@ -70,10 +70,10 @@ def import_logprobs(
         teacher=teacher,
         # Its weights are not at hand: its name is all that tells it from another.
         teacher_fingerprint=f"imported:{teacher}",
-        tokenizer_fingerprint=None if processing_class is None else tokenizer_fingerprint(processing_class),
+        tokenizer_sha256=None if processing_class is None else tokenizer_hash(processing_class),
         k=min(k, vocabulary_rows),
         temperature=1.0,
-        value_bits=value_bits,
+        value_bits=32 if value_bits == 32 else 16,
     )
     writer = CacheWriter(output_dir, settings)
     writer.begin(None)

@@ -14,7 +14,8 @@ from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.cards.card import PICTURE, Card, code, plain, recorded_losses, save_card, table
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.origin import Origin, hub_ids, read_origins
-from cbd_trl.chain.manifest import Anchor, weight_files
+from cbd_trl.chain.anchor import Anchor
+from cbd_trl.chain.manifest import weight_files
 from cbd_trl.chain.measurements import MEASURED, markdown_table, measures
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.shapes.solve import solve_target
@@ -25,8 +26,9 @@ logger = logging.get_logger(__name__)
 # Under these names in an anchor's `training`.
 ORIGINS = "origins"
 DATASETS = "datasets"
-# Beside the arguments of a training: names of those that were not at their default, and whose defaults the others are.
-GIVEN, VERSIONS = "given", "versions"
+# Under these in its "arguments": all values, names of those that were not at their default, and the libraries whose
+# defaults the others are.
+VALUES, NON_DEFAULT, VERSIONS = "values", "non_default", "versions"
 
 
 class AnyChain(Protocol):
@@ -170,28 +172,30 @@ def _training(anchor: Anchor) -> Iterator[str]:
         )
 
 
-def _arguments(told: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(training: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a training that were not at their default; of a matched model how well it matched."""
-    if "aligned" in told:
-        match = told.get("match")
+    if "aligned" in training:
+        match = training.get("match")
         return {f"match of {what}": quality for what, quality in match.items()} if isinstance(match, Mapping) else {}
-    record = _record(told)
-    given = record.get(GIVEN)
-    return {name: record[name] for name in given if name in record} if isinstance(given, list) else {}
+    record = _record(training)
+    values, names = record.get(VALUES), record.get(NON_DEFAULT)
+    if not isinstance(values, Mapping) or not isinstance(names, list):
+        return {}
+    return {name: values[name] for name in names if isinstance(name, str) and name in values}
 
 
-def _defaults(told: Mapping[str, Any]) -> str:
+def _defaults(training: Mapping[str, Any]) -> str:
     """Whose defaults the other arguments have."""
-    versions = _record(told).get(VERSIONS)
+    versions = _record(training).get(VERSIONS)
     if not isinstance(versions, Mapping):
         return ""
     libraries = ", ".join(f"{plain(str(name))} {plain(str(version))}" for name, version in versions.items())
     return f"All others are the defaults of {libraries}.\n\n"
 
 
-def _record(told: Mapping[str, Any]) -> Mapping[str, Any]:
-    bridge = told.get("bridge")
-    record = bridge.get("arguments") if isinstance(bridge, Mapping) else told
+def _record(training: Mapping[str, Any]) -> Mapping[str, Any]:
+    bridge = training.get("bridge")
+    record = (bridge if isinstance(bridge, Mapping) else training).get("arguments")
     return record if isinstance(record, Mapping) else {}
 
 

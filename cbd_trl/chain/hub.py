@@ -1,7 +1,6 @@
 """A chain on the Hub: chain.json first, then, at that same commit, the files that are really used; anchors in
 repositories of their own at the commits that chain.json pins."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +16,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.folders import verify_config, verify_files
-from cbd_trl.chain.manifest import MANIFEST, Anchor, Manifest
+from cbd_trl.chain.manifest import MANIFEST, Manifest
 
 
 class HubFolder:
@@ -51,7 +51,7 @@ class HubFolder:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.repo_id!r} at commit {self.commit}: {', '.join(missing)} could not be fetched from the Hub "
-                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here. {told(error)} "
+                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here. {explained(error)} "
                 "Ask for it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
             ) from error
 
@@ -72,7 +72,8 @@ def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | N
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" (revision {revision!r})"
         raise ValueError(
-            f"{repo_id!r}{at} is no folder here, and its {MANIFEST} could not be fetched from the Hub. {told(error)}"
+            f"{repo_id!r}{at} is no folder here, and its {MANIFEST} could not be fetched from the Hub. "
+            f"{explained(error)}"
         ) from error
     # The cache keeps every commit in a folder named after it.
     return HubFolder(repo_id, manifest.parent.name, token)
@@ -80,38 +81,37 @@ def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | N
 
 def place_anchors(
     manifest: Manifest, folder: Path, hub: HubFolder | None, token: str | bool | None = None, verify: bool = True
-) -> Manifest:
-    """The manifest with anchors that fetch what is not here, and check it then.
+) -> list[Anchor]:
+    """Give each anchor of a manifest its folder; what is not here is fetched, and checked, when it is used.
 
     Args:
-        manifest: what chain.json says.
-        folder: where it lies.
+        manifest: read from chain.json.
+        folder: where chain.json lies.
         hub: the repository it came from; None for a folder of this machine.
         token: Hub token.
         verify: compare the sha256 of what is used with chain.json.
     """
     anchors = []
-    for anchor in manifest.anchors:
-        if anchor.repo is not None:
-            own = HubFolder(anchor.repo["repo_id"], anchor.repo["revision"], token)
-            prepare = _Prepare(own, "", folder, manifest.model_type, verify)
-            anchors.append(dataclasses.replace(anchor, path=own.path, prepare=prepare))
+    for record in manifest.anchors:
+        if record.repo is not None:
+            own = HubFolder(record.repo.repo_id, record.repo.revision, token)
+            anchors.append(Anchor.of(record, own.path, _Fetch(own, "", folder, manifest.model_type, verify)))
         elif hub is not None:
-            prepare = _Prepare(hub, f"{anchor.name}/", folder, manifest.model_type, verify)
-            anchors.append(dataclasses.replace(anchor, prepare=prepare))
+            fetch = _Fetch(hub, f"{record.name}/", folder, manifest.model_type, verify)
+            anchors.append(Anchor.of(record, folder / record.name, fetch))
         else:
-            anchors.append(anchor)
-    return dataclasses.replace(manifest, anchors=tuple(anchors))
+            anchors.append(Anchor.of(record, folder / record.name))
+    return anchors
 
 
-class _Prepare:
+class _Fetch:
     """Fetches and checks the files of one anchor, each once.
 
     Args:
         hub: the repository they are in.
         prefix: what their names begin with there.
         chain: the folder of chain.json.
-        model_type: what chain.json says of all anchors.
+        model_type: of all anchors, by chain.json.
         verify: whether their sha256 are compared.
     """
 
@@ -173,7 +173,7 @@ def hub_reason(error: BaseException | None) -> str | None:
     return None
 
 
-def told(error: BaseException) -> str:
-    """The reason and, in brackets, the client's own words."""
+def explained(error: BaseException) -> str:
+    """Give the reason and, in brackets, the client's own words."""
     reason = hub_reason(error)
     return f"{reason or ''} ({type(error).__name__}: {' '.join(str(error).split())})".strip()

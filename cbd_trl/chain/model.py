@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cbd_trl.architectures import Architecture
+from cbd_trl.chain.manifest import DTYPES
 from cbd_trl.surgery.weights import Weights, to_state
 from cbd_trl.utils.modeling import quiet
 from cbd_trl.utils.progress import Progress
@@ -60,9 +61,6 @@ def _parameters(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
         used.add(tensor.untyped_storage().data_ptr())
         parameters[key] = tensor
     return parameters
-
-
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class StoredWeights(Mapping[str, torch.Tensor]):

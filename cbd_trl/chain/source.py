@@ -68,8 +68,8 @@ class Source:
         # Of a target that is saved nowhere the name in the config leads to its tokenizer and its card.
         return str(self.place.config._name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
 
-    def fingerprint(self) -> str | None:
-        """sha256 of the weights of a model in memory, whose name may say nothing; None for a path or a Hub id."""
+    def weights_sha256(self) -> str | None:
+        """Hash the weights of a model in memory, whose name may say nothing; None for a path or a Hub id."""
         if not isinstance(self.place, PreTrainedModel):
             return None
         digest = hashlib.sha256()
@@ -79,13 +79,13 @@ class Source:
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What tells it from another, as chain.json has it: of a folder its name and the hash of its weights, no path,
-        since that goes where the chain goes."""
+        """Describe it for chain.json: its name, of a folder with the hash of its weights and never a path, since that
+        goes where the chain goes."""
         name = readable_name(self.name) or ""
         if not isinstance(self.place, PreTrainedModel) and (files := sorted(Path(self.place).glob("*.safetensors"))):
             hashes = "".join(map(sha256_of, files))
             name += f"@{hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
-        return {"source": name, "fingerprint": self.fingerprint()}
+        return {"source": name, "weights_sha256": self.weights_sha256()}
 
     def origin(self) -> Origin:
         """What its card says of it; asked for once it was loaded."""
@@ -163,9 +163,8 @@ class Source:
         own = find_tokenizer(self.name, self.revision, local_only=isinstance(self.place, PreTrainedModel))
         if own is None:
             return given
-        reason = tokenizer_difference(own, given, names=("its own", "the given"))
-        # Either may have tokens that the other lacks, such as one for padding.
-        if reason is not None and tokenizer_difference(given, own, names=("the given", "its own")) is not None:
+        reason = tokenizer_difference(own, given, names=("its own", "the given"), further_tokens="either")
+        if reason is not None:
             raise ValueError(
                 f"The {self.role} ({self.name!r}) was saved with another tokenizer than the `processing_class` given "
                 f"for it: {reason}. Its rows stand for its own tokens. Leave `processing_class` out; for another "

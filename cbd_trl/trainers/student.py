@@ -8,8 +8,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.trainers.distill_config import DistillConfig
+from cbd_trl.utils.model_folders import name_remote_code
 from cbd_trl.utils.modeling import is_multimodal, load_causal_lm
-from cbd_trl.utils.untrusted import name_remote_code
 
 # Where every process holds a whole model, "auto" would spread each over all devices.
 _ONE_EACH = ("MULTI_GPU", "DEEPSPEED")

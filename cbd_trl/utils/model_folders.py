@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from cbd_trl.utils.untrusted import read_json, reading, shown
+
+logger = logging.get_logger(__name__)
 
 # Fields that name code to be run: classes of the repository, or kernels of another one.
 _CODE_FIELDS = frozenset(
@@ -120,3 +124,34 @@ def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for inside in value if isinstance(value, list) else [value]:
             if isinstance(inside, dict):
                 yield from _fields(inside)
+
+
+def name_remote_code(place: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Warn of the code that `trust_remote_code=True` will run: its classes, their repository, the commit. A model
+    without code of its own gives no warning. Nothing is run here.
+
+    Args:
+        place: path or Hub id of a model.
+        revision, token: of a Hub id.
+    """
+    found: dict[str, Any] = {}
+    # What cannot be read cannot be loaded either, and loading says so.
+    with suppress(OSError, ValueError):
+        found, _ = PretrainedConfig.get_config_dict(place, revision=revision, token=token)
+    # "owner/name--module.Class" is a class of another repository.
+    classes = sorted(set(_texts(found.get("auto_map"))))
+    if classes:
+        commit = found.get("_commit_hash") or revision
+        logger.warning(
+            f"trust_remote_code=True: {', '.join(classes)} of {place} "
+            f"({f'at {commit}' if commit else 'as it is now'}) will run on this machine with all your rights. Read it "
+            "first, and pin the commit that you have read as the revision."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inside)

@@ -127,7 +127,7 @@ def test_without_a_checkpoint_other_settings_begin_anew(tmp_path, interrupted):
         build(tmp_path / "chain", args=chain_config(learning_rate=0.02))
     steps = interrupted(None)
     chain = build(tmp_path / "chain", anchors=CHAIN_ANCHORS[:1])
-    assert steps == [0, 1, 2] and chain.anchors[1].training["learning_rate"] == 0.01
+    assert steps == [0, 1, 2] and chain.anchors[1].arguments["learning_rate"] == 0.01
 
 
 def test_a_chain_can_be_made_longer(chain, copied, interrupted):

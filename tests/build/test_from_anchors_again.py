@@ -161,7 +161,7 @@ def test_an_interrupted_run_goes_on(after, align, tmp_path, monkeypatch):
 
 def test_anchors_in_forgotten_coordinates_are_written_anew(tmp_path):
     first, second = make(tmp_path / "chain", sizes()).anchors
-    write_manifest(tmp_path / "chain", Manifest("llama", {}, (first,)))
+    write_manifest(tmp_path / "chain", Manifest(model_type="llama", versions={}, anchors=[first]))
     shutil.rmtree(second.path)
     before = (first.path / "model.safetensors").stat().st_mtime_ns
     assert len(make(tmp_path / "chain", sizes()).anchors) == 2

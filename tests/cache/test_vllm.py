@@ -131,7 +131,7 @@ def test_imported_and_local_rows_do_not_mix(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [line([7, 8], [None, GOOD])])
     load(file, tmp_path / "cache", k=2)
     rows = Dataset.from_dict({"input_ids": [[9, 8]]})
-    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:None', asked for"):
+    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:None', requested"):
         write_cache(
             tiny_model("llama"),
             rows,
@@ -145,7 +145,7 @@ def test_imported_and_local_rows_do_not_mix(tmp_path):
 def test_imports_of_two_teachers_do_not_mix(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [line([7, 8], [None, GOOD])])
     load(file, tmp_path / "cache", k=2, teacher="org/one")
-    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:org/one', asked for 'imported:org/two'"):
+    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:org/one', requested 'imported:org/two'"):
         load(file, tmp_path / "cache", k=2, teacher="org/two")
     assert load(file, tmp_path / "cache", k=2, teacher="org/one").rows == 1
 

@@ -1,6 +1,5 @@
 """A chain pushed by the real client to a Hub on this machine, and pulled from there."""
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -82,7 +81,7 @@ def shorter(chain_folder, tmp_path):
     Chain.from_pretrained(chain_folder).save_pretrained(folder)
     manifest = read_manifest(folder)
     shutil.rmtree(folder / manifest.anchors[2].name)
-    write_manifest(folder, dataclasses.replace(manifest, anchors=manifest.anchors[:2]))
+    write_manifest(folder, manifest.model_copy(update={"anchors": manifest.anchors[:2]}))
     return Chain.from_pretrained(folder)
 
 

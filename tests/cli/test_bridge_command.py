@@ -40,8 +40,12 @@ def test_build_with_a_bridge(tmp_path: Path) -> None:
     flags = ["--config", str(tmp_path / "build.yaml"), *TRAINING, "--output_dir", str(tmp_path / "chain")]
     assert main(["build", *flags]) == 0
     upper, lower = Chain.from_pretrained(tmp_path / "chain").anchors
-    told = upper.training["bridge"]["arguments"]
-    assert (told["objective"], told["max_steps"], lower.training["max_steps"]) == ('{"uld": 1.0}', 1, 2)
+    told = upper.training["bridge"]["arguments"]["values"]
+    assert (told["objective"], told["max_steps"], lower.arguments["max_steps"]) == (
+        '{"uld": 1.0}',
+        1,
+        2,
+    )
     # What trains the anchors trains it too, and what compares models of one tokenizer does not.
     assert (told["max_length"], told["per_device_train_batch_size"], told["divergence"]) == (32, 2, None)
 

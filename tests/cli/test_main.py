@@ -100,9 +100,9 @@ def test_help_of_a_command_lists_its_flags(command, flags, capsys):
 def test_build_reads_yaml_and_flags_win(chain):
     built = Chain.from_pretrained(chain)
     assert [anchor.shape["num_hidden_layers"] for anchor in built.anchors] == [6, 4, 4]
-    assert built.anchors[1].training["learning_rate"] == 3e-4
-    assert built.anchors[2].training["learning_rate"] == 1e-3
-    assert {anchor.training["max_steps"] for anchor in built.anchors[1:]} == {2}
+    assert built.anchors[1].arguments["learning_rate"] == 3e-4
+    assert built.anchors[2].arguments["learning_rate"] == 1e-3
+    assert {anchor.arguments["max_steps"] for anchor in built.anchors[1:]} == {2}
 
 
 def test_init_writes_a_normal_model_folder(chain, tmp_path, capsys):
