@@ -23,7 +23,7 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.formatting import anchor_name
+from cbd_trl.utils.formatting import anchor_name, format_count
 from cbd_trl.utils.tokenizers import check_rows
 
 # In the record of the first anchor: arguments that decide it, and that are those of no training.
@@ -92,7 +92,7 @@ def source_head(
         dataset=dataset,
         record=head_record(origin, args, special),
         sources=[origin],
-        doing=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
+        doing=f"sorting the source ({format_count(architecture.num_parameters)} parameters)",
         make=lambda label: Trained(origin.model(args.model_init_kwargs)),
     )
 

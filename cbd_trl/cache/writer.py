@@ -33,7 +33,7 @@ from cbd_trl.losses.divergences import tempered_log_probs
 from cbd_trl.losses.teacher_outputs import draw, teacher_top_k
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
 from cbd_trl.utils.files import TEMPORARY, write_bytes
-from cbd_trl.utils.formatting import readable_name
+from cbd_trl.utils.formatting import format_bytes, readable_name
 from cbd_trl.utils.modeling import check_checkpoint, check_writes, in_eval_mode, load_causal_lm
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import tensor_bytes
@@ -452,8 +452,8 @@ def check_disk(folder: Path, settings: Settings, rows: int, tokens: int, head: H
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"The cache of {tokens:,} tokens needs {needed / 1e9:.2f} GB and the disk of {folder} has "
-            f"{free / 1e9:.2f} GB free. Use a smaller k, fewer rows, or another disk; --value_bits 16 and a shorter "
+            f"The cache of {tokens:,} tokens needs {format_bytes(needed)} and the disk of {folder} has "
+            f"{format_bytes(free)} free. Use a smaller k, fewer rows, or another disk; --value_bits 16 and a shorter "
             "--max_length help too."
         )
 

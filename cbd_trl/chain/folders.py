@@ -293,7 +293,9 @@ def _completed(folder: Path, record: Mapping[str, Any], temporary: Path) -> Anch
         "tokenizer_sha256": stored_tokenizer_hash(temporary),
         "files": files,
     }
-    return Anchor.of(validated(AnchorRecord, found, folder / MANIFEST, "Change the record that write_anchor was given."), temporary)
+    return Anchor.of(
+        validated(AnchorRecord, found, folder / MANIFEST, "Change the record that write_anchor was given."), temporary
+    )
 
 
 def _block_record(block: Block | Sequence[int]) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from cbd_trl.report.page import save_measurements, write_report
     from cbd_trl.report.tables import rich_table
     from cbd_trl.utils.files import Results
-    from cbd_trl.utils.modeling import quiet_loading
+    from cbd_trl.utils.modeling import quiet
     from cbd_trl.utils.progress import Progress
 
     assert arguments.data is not None
@@ -149,7 +149,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     if not console.is_terminal:
         # A file or a pipe has no width to fit into.
         console = Console(width=200)
-    with quiet_loading(), Progress("measuring") as bar:
+    with quiet(messages=True), Progress("measuring") as bar:
         measured = measure_chains(chains, rows, options, results, bar.at)
     files = write_report(measured, output, Path(arguments.data).name, options.tasks)
     for chain, found in zip(chains, measured, strict=True):

@@ -28,7 +28,7 @@ from cbd_trl.report.tables import rich_table
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.utils.files import Results, write_text
 from cbd_trl.utils.formatting import format_count, format_seconds
-from cbd_trl.utils.modeling import load_causal_lm, quiet_loading
+from cbd_trl.utils.modeling import load_causal_lm, quiet
 from cbd_trl.utils.progress import Progress
 
 
@@ -72,7 +72,7 @@ class Demo:
         Returns:
             what report.json holds.
         """
-        with quiet_loading():
+        with quiet(messages=True):
             return self._run()
 
     def _run(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer, is_conversational
 from trl.chat_template_utils import clone_chat_template, get_training_chat_template, has_generation_markers
 
+from cbd_trl.utils.tokenizers import check_token
+
 logger = logging.get_logger(__name__)
 
 # Columns that hold a row's text. TRL takes whichever it meets first for the one that says whether a row is a chat, so
@@ -177,12 +179,7 @@ def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | Non
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     if args.eos_token is not None:
-        if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"eos_token={args.eos_token!r} is not in the vocabulary of the {type(tokenizer).__name__}. Name one "
-                "of its tokens, or leave eos_token out."
-            )
-        tokenizer.eos_token = args.eos_token
+        tokenizer.eos_token = check_token(tokenizer, "eos_token", args.eos_token)
     path = args.chat_template_path
     if path is not None and (template := read_template(path)) is not None:
         tokenizer.chat_template = template

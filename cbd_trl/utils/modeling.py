@@ -26,7 +26,6 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.utils import cached_file, find_adapter_config_file, logging
-from transformers.utils import logging as transformers_logging
 
 from cbd_trl.utils.formatting import readable_name
 
@@ -170,11 +169,18 @@ def check_writes(model: Any, role: str) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar and no report of transformers for what is in memory already, or is loaded again later."""
+def quiet(messages: bool = False) -> Iterator[None]:
+    """Hide the progress bars of transformers, and its messages below errors.
+
+    For what is in memory already or is loaded again later; hundreds of weights load in a blink, and one bar is enough.
+
+    Args:
+        messages: whether they are shown.
+    """
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(max(verbosity, logging.ERROR))
+    if not messages:
+        logging.set_verbosity(max(verbosity, logging.ERROR))
     try:
         yield
     finally:
@@ -474,15 +480,3 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Within it transformers shows no bars: hundreds of weights load in a blink, and one bar is enough."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

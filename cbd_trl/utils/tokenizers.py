@@ -239,6 +239,28 @@ def check_rows(role: str, rows: int, tokenizer: PreTrainedTokenizerBase, argumen
         )
 
 
+def check_token(tokenizer: PreTrainedTokenizerBase, argument: str, token: str) -> str:
+    """Check that a token is in a vocabulary.
+
+    Args:
+        tokenizer: of the vocabulary.
+        argument: by which the token is given, such as "eos_token".
+        token: its text.
+
+    Returns:
+        the token.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"{argument}={token!r} is not in the vocabulary of the tokenizer {tokenizer_name(tokenizer)}, so no model "
+            f"could learn it. Name one of its tokens, leave {argument} out, or add the token to the model first."
+        )
+    return token
+
+
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     """Name a tokenizer for a reader: where it is from, else its class, and how many tokens it has."""
     name = readable_name(tokenizer.name_or_path or None)

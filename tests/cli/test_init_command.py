@@ -89,7 +89,7 @@ def test_a_dry_run_names_the_sizes_that_fail(chain_folder, sizes, capsys):
     [
         (["--sizes", "1M", "--num-parameters", "1M"], 2, "--sizes and --num-parameters are two ways to say the same"),
         (["--sizes", "1M"], 2, "--output is missing"),
-        (["--sizes", "big", "--output", "x"], 1, "'big' is no number of parameters: write 138e6, 138M or 1.2B"),
+        (["--sizes", "big", "--output", "x"], 1, "'big' must be a number of parameters: write 138e6, 138M or 1.2B"),
         (["--dry-run"], 1, "Nothing was asked for"),
     ],
 )
@@ -101,5 +101,5 @@ def test_what_cannot_be_asked_for(chain_folder, flags, code, message, capsys):
 def test_parse_sizes():
     assert parse_sizes(["100e6,120e6"]) == [100e6, 120e6] == parse_sizes(["100M", "120M"]) == parse_sizes([1e8, 120e6])
     assert parse_sizes("1.5B, 900M,") == [1.5e9, 9e8]
-    with pytest.raises(ValueError, match="'x' is no number of parameters"):
+    with pytest.raises(ValueError, match="'x' must be a number of parameters"):
         parse_sizes(["1M,x"])

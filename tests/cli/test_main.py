@@ -234,7 +234,7 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
         (["init", "chain", "--ouptut", "x"], 2, r"no flag '--ouptut'. Did you mean '--output'\?"),
         (["init", "chain", "--output", "x", "--operator", "best"], 2, "invalid choice: 'best'"),
         (["init", "chain", "--output", "x", "--alpha", "much"], 2, "argument --alpha: invalid"),
-        (["init", "chain", "--output", "x", "--num-parameters", "many"], 1, "'many' is no number of parameters"),
+        (["init", "chain", "--output", "x", "--num-parameters", "many"], 1, "'many' must be a number of parameters"),
         (["init", "no/such/chain", "--output", "x", "--num-parameters", "1M"], 1, "no folder no/such/chain"),
         (["build", "--dataset_name", "x", "--use_cpu"], 2, "--source is missing"),
         (["build", "--source", "x", "--dataset_name", "y", "--use_cpu"], 1, "--anchors is missing"),
