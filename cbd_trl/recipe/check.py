@@ -360,7 +360,7 @@ def how_estimated(check: Check) -> str:
     """
     lines = [
         "Disk: weights and statistics (0.15 of the weights in bfloat16); checkpoints are there while an anchor is "
-        f"trained. Free: {_bytes(check.disk_free)}.",
+        f"trained. Free: {format_bytes(check.disk_free)}.",
         "Tokens: those of full rows; shorter rows that are not packed have fewer.",
         "Memory: weights of teacher and student, gradients, AdamW's moments, the activations of a micro-batch and "
         "0.5 GB of libraries, on one device, with nothing sharded.",
