@@ -27,7 +27,7 @@ from cbd_trl.utils.untrusted import check_inside
 
 
 class RowIndex:
-    """Finds a row, or one that begins with it. Takes 32 bytes a row, and 4 a token once a beginning is asked for.
+    """Finds a row, or one that begins with it. Takes 32 bytes a row, and 4 a token once a beginning is looked up.
 
     Args:
         open_shard: the open safetensors file of a number.
@@ -92,7 +92,7 @@ class RowIndex:
 
 
 def _lengths(shard: Any, number: int) -> np.ndarray:
-    """How long its rows are: what a damaged or hostile one says would lead to tokens of other rows."""
+    """How long its rows are: those of a damaged or hostile one would lead to tokens of other rows."""
     lengths = shard.get_tensor("lengths").numpy()
     tokens = shard.get_slice("tokens").get_shape()[0]
     # Each before the sum, which could overflow.
@@ -188,7 +188,7 @@ class TeacherCache:
         return Head(tensors["weight"], tensors.get("bias"), self.settings.scale, self.settings.softcap)
 
     def check(self, *, vocabulary_rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Refuse a student or a tokenizer that the cache was not made for.
+        """Check that the cache was made for a student and a tokenizer.
 
         Args:
             vocabulary_rows: of the student's head.
@@ -212,7 +212,7 @@ class TeacherCache:
             )
 
     def check_rows(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
-        """Refuse a data set with rows that the cache does not hold, before a token is trained on.
+        """Check that the cache holds the rows of a data set, before a token is trained on.
 
         Args:
             rows: token ids of every row. A progress bar appears when it takes seconds.
@@ -311,7 +311,7 @@ class TeacherCache:
         if shapes != wanted:
             raise ValueError(f"{path} was changed: it holds the shapes {shapes} instead of {wanted}. {again}")
         if any(tensor.dtype not in ("F32", "BF16", "F16") for tensor in tensors.values()):
-            raise ValueError(f"{path} was changed: its numbers are no float32, bfloat16 or float16. {again}")
+            raise ValueError(f"{path} was changed: its numbers must be float32, bfloat16 or float16. {again}")
 
 
 def _shown(token_ids: np.ndarray) -> str:

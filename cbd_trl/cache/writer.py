@@ -88,7 +88,7 @@ class CacheWriter:
         return self._manifest
 
     def has(self, token_ids: np.ndarray) -> bool:
-        """Whether a row is there already, written or about to be.
+        """Tell whether a row is there already, written or about to be.
 
         Args:
             token_ids: of the row, (n,).
@@ -96,7 +96,7 @@ class CacheWriter:
         return row_key(token_ids) in self._keys
 
     def begin(self, new_rows: int | None) -> None:
-        """Say how many rows will be added. A new cache is marked as unfinished from here to `finish`.
+        """Set how many rows will be added. A new cache is marked as unfinished from here to `finish`.
 
         A complete one stays so until the first new shard is written: an addition that fails before leaves it usable.
 
@@ -239,7 +239,7 @@ class Predictor:
         return predictions
 
     def check_length(self, longest: int) -> None:
-        """Refuse a row that the teacher has no positions for.
+        """Check that the teacher has positions for a row.
 
         Args:
             longest: its tokens.
@@ -338,7 +338,7 @@ def write_cache(
 
     Args:
         teacher: a causal LM, or the path or Hub id of one.
-        dataset: of any format `trl.SFTTrainer` takes, or already tokenised (`input_ids`); may be a stream.
+        dataset: of any format `trl.SFTTrainer` takes, or already tokenized (`input_ids`); may be a stream.
         output_dir: folder of the cache.
         processing_class: tokenizer of the training; None for the teacher's.
         args: of the training: they decide how rows are made and truncated, and the device. None for TRL's defaults.
@@ -433,7 +433,7 @@ def _count_new(writer: CacheWriter, predictor: Predictor, rows: Any, args: SFTCo
 
 
 def check_disk(folder: Path, settings: Settings, rows: int, tokens: int, head: Head | None = None) -> None:
-    """Refuse to start what the disk cannot hold.
+    """Check that the disk can hold what is to be written.
 
     Args:
         folder: of the cache, which need not exist.
@@ -465,7 +465,7 @@ def _load(teacher: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, ar
         return model.to(args.device)
     if init_kwargs:
         raise ValueError(
-            "model_init_kwargs say how to load a teacher, but it is a model already: they would be ignored. Leave "
+            "model_init_kwargs are for loading a teacher, but it is a model already: they would be ignored. Leave "
             "them out, or give the teacher's path or Hub id."
         )
     return teacher
@@ -496,7 +496,7 @@ def _check_values(
         raise ValueError(f"temperature={temperature}: it divides the logits, so it must be above 0 and finite.")
     if value_bits not in (16, 32):
         raise ValueError(
-            f"value_bits={value_bits}: log-probabilities are stored in 16 bits (quantised) or 32 (exactly)."
+            f"value_bits={value_bits}: log-probabilities are stored in 16 bits (quantized) or 32 (exactly)."
         )
     if kind == "hidden" and temperature != 1.0:
         raise ValueError(

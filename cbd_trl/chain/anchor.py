@@ -41,7 +41,7 @@ class Anchor(AnchorRecord):
         """Have these files in its folder; whatever reads one calls this first.
 
         Raises:
-            ValueError: a file of a chain on the Hub cannot be fetched or is not what chain.json says.
+            ValueError: a file of a chain on the Hub cannot be fetched or is not what chain.json records.
         """
         if self.fetch is not None:
             self.fetch(self, [name for name in names if name in self.files])
@@ -106,7 +106,7 @@ class Anchor(AnchorRecord):
         left out.
 
         Raises:
-            ValueError: the files do not hold the tensors that the config says the model has.
+            ValueError: the files do not hold the tensors that the config implies.
         """
         self.need(*weight_files(self.files))
         architecture = self.architecture()

@@ -1,4 +1,4 @@
-"""The card of an anchor."""
+"""The cards of a chain and of its anchors."""
 
 import json
 import shutil
@@ -130,12 +130,12 @@ def anchor_card(chain: AnyChain, anchor: Anchor, repo_id: str | None = None) -> 
 
 def how_made(anchor: Anchor) -> str:
     """What an anchor was made from and how, in a few words."""
-    told = anchor.training
-    if anchor.parent is not None and "aligned" not in told:
+    training = anchor.training
+    if anchor.parent is not None and "aligned" not in training:
         return f"cut from {anchor.parent}, refitted and distilled from it"
-    if "aligned" in told:
-        return "a model that existed already" + (", in coordinates of the chain" if told["aligned"] else "")
-    taught = "taught by the source across vocabularies" if "bridge" in told else "the source"
+    if "aligned" in training:
+        return "a model that existed already" + (", in coordinates of the chain" if training["aligned"] else "")
+    taught = "taught by the source across vocabularies" if "bridge" in training else "the source"
     return f"{taught}, its channels sorted or turned"
 
 
@@ -301,16 +301,16 @@ def _anchors_table(anchors: list[Anchor]) -> str:
         shape = plain(describe_shape(anchor.shape))
         made = [how_made(anchor), f"{anchor.tokens_seen:,}"]
         rows.append([anchor.name, f"{anchor.num_parameters:,}", shape, *made, *losses, digests])
-    said = (
+    note = (
         "Cross-entropies are of the training text, nats per token, at its end; sha256 is how that of the weights "
         "begins."
     )
-    return f"{table(header, rows)}\n\n{said}"
+    return f"{table(header, rows)}\n\n{note}"
 
 
 def _measured(chain: AnyChain) -> Iterator[str]:
     """A table of what was measured, where something was."""
-    # A file that is no report, or of another version, is no reason to have no card.
+    # A file that is not a report, or of another version, must not cost the card.
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):
         report = _plain(json.loads((chain.path / MEASURED).read_text(encoding="utf-8")))
         yield f"## Measured\n\n{measures(report)}.\n\n{markdown_table(report)}"

@@ -126,7 +126,7 @@ class Chain:
 
     @property
     def source(self) -> Anchor:
-        """The anchor at the head of the chain."""
+        """The first anchor, which all others come from."""
         return self.anchors[0]
 
     def __getitem__(self, name: str) -> Anchor:
@@ -143,7 +143,7 @@ class Chain:
         )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that all anchors share.
+        """Load the tokenizer that all anchors share.
 
         Raises:
             ValueError: none was stored.
@@ -153,7 +153,7 @@ class Chain:
     def pair_for(
         self, num_parameters: float | None = None, config: Mapping[str, Any] | None = None, tolerance: float = 0.03
     ) -> tuple[Anchor, Anchor]:
-        """The two neighbouring anchors that a target lies between.
+        """Find the two neighboring anchors that a target lies between.
 
         Args:
             num_parameters: its size.
@@ -185,14 +185,14 @@ class Chain:
             for upper, lower in pairs
         )
         size = [f"num_parameters={num_parameters:,.0f}"] if num_parameters is not None else []
-        asked = ", ".join(size + [f"{name}={value}" for name, value in (config or {}).items()])
+        requested = ", ".join(size + [f"{name}={value}" for name, value in (config or {}).items()])
         raise ValueError(
-            f"No two neighbouring anchors of the chain in {self.path} lie around {asked}. What lies between them: "
+            f"No two neighbouring anchors of the chain in {self.path} lie around {requested}. What lies between them: "
             f"{offers}."
         )
 
     def sizes(self) -> list[dict[str, Any]]:
-        """What can be made between neighbouring anchors.
+        """List what can be made between neighboring anchors.
 
         Returns:
             One entry a pair: `upper`, `lower` (names), `num_parameters` [smallest, largest] and `shape`
@@ -243,8 +243,8 @@ class Chain:
     ) -> CommitInfo:
         """Upload the chain and its cards to a Hub repository, made if there is none; a chain in it is replaced.
 
-        All is committed at once, chain.json with the rest: what an interrupted upload leaves is no chain, and the same
-        call again sends only what is missing.
+        All is committed at once, chain.json with the rest: an interrupted upload leaves no chain.json, and the same call
+        again sends only what is missing.
 
         Args:
             repo_id: the repository, "me/my-chain".

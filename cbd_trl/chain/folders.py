@@ -68,8 +68,8 @@ def _difference(above: Anchor, anchor: Anchor) -> str:
     )
 
 
-# What transformers reads from a model's folder without being asked to.
-_READ_UNASKED = (".json", ".jinja", ".model", ".txt")
+# What transformers reads from a model's folder on its own.
+_READ_BY_DEFAULT = (".json", ".jinja", ".model", ".txt")
 
 
 def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = True) -> None:
@@ -105,10 +105,10 @@ def verify_files(folder: Path, anchor: Anchor, names: Sequence[str], hashes: boo
 
 
 def _check_unlisted(folder: Path, anchor: Anchor) -> None:
-    """Refuse a file that nobody recorded and transformers would read: a chat template, an adapter, a vocabulary."""
+    """Check for files that nobody recorded and transformers would read: a chat template, an adapter, a vocabulary."""
     found = {path.relative_to(anchor.path).as_posix() for path in anchor.path.glob("**/*") if path.name[0] != "."}
     for name in sorted(found - anchor.files.keys()):
-        if name.endswith(_READ_UNASKED):
+        if name.endswith(_READ_BY_DEFAULT):
             raise ValueError(
                 f"{anchor.path / name} would be read with the anchor, but {folder / MANIFEST} does not list it: "
                 f"somebody put it there. Take it out. {RESTORE}"
@@ -152,7 +152,7 @@ def verify_config(folder: Path, anchor: Anchor, model_type: str) -> None:
 
 
 def check_block_map(folder: Path, anchor: Anchor, above: Anchor) -> None:
-    """Refuse a block map that does not split the layers of the anchor above (ValueError naming chain.json)."""
+    """Check that a block map splits the layers of the anchor above (ValueError naming chain.json)."""
     try:
         check_blocks(anchor.block_map or [], anchor.architecture().depth, above.architecture().depth)
     except ValueError as error:
@@ -160,9 +160,9 @@ def check_block_map(folder: Path, anchor: Anchor, above: Anchor) -> None:
 
 
 def check_place(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to write anchors where something else is, which would be gone.
+    """Check that anchors would not be written over something else.
 
-    A folder without the statistics of an anchor is none that a run left here when it was killed.
+    A folder without the statistics of an anchor is not one that a killed run left here.
 
     Args:
         folder: the chain's folder, which need not be there.
@@ -268,7 +268,7 @@ def _remove(path: Path) -> None:
 
 
 def _completed(folder: Path, record: Mapping[str, Any], temporary: Path) -> Anchor:
-    """The record with what the anchor's own files say: shape, number of parameters, dtype, tokenizer and sha256."""
+    """The record, completed from the anchor's own files: shape, number of parameters, dtype, tokenizer and sha256."""
     files = _hashes(temporary)
     if "config.json" not in files or not weight_files(files):
         raise ValueError(

@@ -22,7 +22,7 @@ from cbd_trl.chain.manifest import MANIFEST, Manifest
 
 
 class HubFolder:
-    """The files of a Hub repository at one commit, fetched into the Hub's cache when they are asked for.
+    """The files of a Hub repository at one commit, fetched into the Hub's cache when they are used.
 
     Args:
         repo_id: the repository.
@@ -37,7 +37,7 @@ class HubFolder:
         self.path = Path(constants.HF_HUB_CACHE) / name / "snapshots" / commit
 
     def fetch(self, files: Sequence[str]) -> None:
-        """Have these files.
+        """Fetch the files that are not in the cache.
 
         Raises:
             ValueError: one is not in the cache and cannot be fetched.
@@ -52,12 +52,12 @@ class HubFolder:
             raise ValueError(
                 f"{self.repo_id!r} at commit {self.commit}: {', '.join(missing)} could not be fetched from the Hub "
                 f"and {'is' if len(missing) == 1 else 'are'} not in its cache here. {explained(error)} "
-                "Ask for it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
+                "Open it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
             ) from error
 
 
 def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> HubFolder:
-    """A chain's repository, with its chain.json.
+    """Open a chain's repository and fetch its chain.json.
 
     Args:
         repo_id: the repository.
@@ -72,7 +72,7 @@ def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | N
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" (revision {revision!r})"
         raise ValueError(
-            f"{repo_id!r}{at} is no folder here, and its {MANIFEST} could not be fetched from the Hub. "
+            f"{repo_id!r}{at} is not a folder here, and its {MANIFEST} could not be fetched from the Hub. "
             f"{explained(error)}"
         ) from error
     # The cache keeps every commit in a folder named after it.
@@ -126,7 +126,7 @@ class _Fetch:
             return
         self._hub.fetch([f"{self._prefix}{name}" for name in new])
         verify_files(self._chain, anchor, new, hashes=self._verify)
-        # Before the config is read, which asks for its file again.
+        # Before the config is read, which needs its file again.
         self._ready.update(new)
         anchor.check_no_code()
         if "config.json" in new:
@@ -149,9 +149,9 @@ _REASONS: list[tuple[type[Exception], str]] = [
     ),
     (
         EntryNotFoundError,
-        "The repository does not hold it: it is no chain, or its upload was cut off before the end. Push it again.",
+        "The repository does not hold it: it is not a chain, or its upload was cut off before the end. Push it again.",
     ),
-    (HFValidationError, "This is no id of a repository: wanted 'owner/name'."),
+    (HFValidationError, "This is not the id of a repository: it must be 'owner/name'."),
 ]
 _STATUS_REASONS = {
     401: "The Hub does not accept the token: log in again (hf auth login) or give another token=.",
@@ -160,7 +160,7 @@ _STATUS_REASONS = {
 
 
 def hub_reason(error: BaseException | None) -> str | None:
-    """Why the Hub's client failed; None where it is not known, or the connection broke.
+    """Explain why the Hub's client failed; None where it is not known, or the connection broke.
 
     Args:
         error: what it raised.

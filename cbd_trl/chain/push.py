@@ -117,7 +117,7 @@ class Push:
             raise _failed(repo_id, error) from error
         if seen:
             raise ValueError(
-                f"{repo_id!r} is there and public, and private=True (--private) asks for a private repository: "
+                f"{repo_id!r} is there and public, and private=True (--private) requires a private repository: "
                 "everybody could read what is uploaded, and nothing was. Make it private in its settings on the Hub, "
                 "choose another id, or leave private out."
             )
@@ -133,8 +133,8 @@ class Push:
             there = self._files(own)
             if own not in pinned and _is_model(there) and not _is_pushed(there, anchor):
                 raise ValueError(
-                    f"{own!r} holds a model that is no anchor of this chain: the {MANIFEST} of {repo_id!r} does not "
-                    "name it, and it is not what an interrupted push of the same anchor leaves. Nothing there is "
+                    f"{own!r} holds a model that is not an anchor of this chain: the {MANIFEST} of {repo_id!r} "
+                    "does not name it, and it is not what an interrupted push of the same anchor leaves. Nothing there is "
                     f"overwritten. Choose another id, or rename or delete {own!r} on the Hub."
                 )
             sent = {*pinned.get(own, ()), *CARD_FILES, STATISTICS_FILE}

@@ -91,7 +91,7 @@ def writing(place: Path, kept: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise _failed(place, error, kept) from error
     except RuntimeError as error:
-        # All that torch.save says of a full disk.
+        # All that torch.save reports of a full disk.
         if "inline_container" not in str(error):
             raise
         raise _failed(place, error, kept) from error

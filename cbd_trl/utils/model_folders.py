@@ -22,13 +22,13 @@ _CODE_FIELDS = frozenset(
 # Fields that name a file to be read instead of one of the folder: `tokenizer_file`, `fast_tokenizer_files`, ...
 _FILE_FIELDS = ("_file", "_files")
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
-# transformers makes lists of as many entries as these say, before a tensor proves that they are there.
+# transformers makes lists of as many entries as these fields hold, before a tensor proves that they are there.
 _COUNTED = ("layer", "label")
 _MOST_COUNTED = 10_000
 
 
 def load_config(folder: Path, way_out: str) -> PretrainedConfig:
-    """The config of a model of transformers' own.
+    """Load the config of a model of transformers' own.
 
     Raises:
         ValueError: it cannot be read, names code, or claims what no model has; the message names file and field.
@@ -43,7 +43,7 @@ def load_config(folder: Path, way_out: str) -> PretrainedConfig:
 
 
 def check_no_code(folder: Path, way_out: str) -> None:
-    """Refuse a model's folder whose files name code of its own, or other files to be read.
+    """Check that the files of a model's folder name no code of its own, and no other files to be read.
 
     Raises:
         ValueError: naming file and field; or one cannot be read.
@@ -64,7 +64,7 @@ def drop_code(folder: Path) -> None:
 
 
 def load_generation_config(folder: Path, way_out: str) -> GenerationConfig:
-    """The stored generation config.
+    """Load the stored generation config.
 
     Raises:
         ValueError: it cannot be read, or names code.
@@ -76,7 +76,7 @@ def load_generation_config(folder: Path, way_out: str) -> GenerationConfig:
 
 
 def load_tokenizer(folder: Path, way_out: str) -> PreTrainedTokenizerBase:
-    """The stored tokenizer; its chat template is not rendered.
+    """Load the stored tokenizer; its chat template is not rendered.
 
     Raises:
         ValueError: it cannot be read, or names code.
@@ -87,7 +87,7 @@ def load_tokenizer(folder: Path, way_out: str) -> PreTrainedTokenizerBase:
 
 
 def read_object(file: Path, way_out: str, limit: int | None = None) -> dict[str, Any]:
-    """The object that a JSON file holds (see `read_json`).
+    """Read the object that a JSON file holds (see `read_json`).
 
     Raises:
         ValueError: there is none.
@@ -111,7 +111,7 @@ def _read_without_code(file: Path, way_out: str) -> dict[str, Any]:
             )
         if field.endswith(_FILE_FIELDS) and value is not None:
             raise ValueError(
-                f"{file}: {field} names another file ({shown(value)}), of which chain.json says nothing and which may "
+                f"{file}: {field} names another file ({shown(value)}), which chain.json does not list and which may "
                 f"lie anywhere: take the field out. {way_out}"
             )
     return found
@@ -135,7 +135,7 @@ def name_remote_code(place: str, revision: str | None = None, token: str | bool 
         revision, token: of a Hub id.
     """
     found: dict[str, Any] = {}
-    # What cannot be read cannot be loaded either, and loading says so.
+    # What cannot be read cannot be loaded either, and loading raises.
     with suppress(OSError, ValueError):
         found, _ = PretrainedConfig.get_config_dict(place, revision=revision, token=token)
     # "owner/name--module.Class" is a class of another repository.

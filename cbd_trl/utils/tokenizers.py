@@ -30,9 +30,9 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     """Load the tokenizer that belongs to a model, if there is one.
 
     Args:
-        name_or_path: path or Hub id of the model, or what its config says it came from.
+        name_or_path: path or Hub id of the model, or what its config names as its origin.
         revision: of a Hub id.
-        local_only: never ask the Hub.
+        local_only: never look on the Hub.
 
     Returns:
         the tokenizer, or None if there is none at that place.

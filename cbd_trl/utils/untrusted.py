@@ -20,7 +20,7 @@ _MOST_DIGITS = 40
 
 
 def read_json(file: Path, way_out: str, limit: int = _LARGEST_BYTES) -> Any:
-    """What a JSON file holds, for one that need not be friendly.
+    """Read a JSON file that need not be friendly.
 
     Args:
         file: to be read.
@@ -29,12 +29,12 @@ def read_json(file: Path, way_out: str, limit: int = _LARGEST_BYTES) -> Any:
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: it is no plain file, too large, or not JSON as `parse_json` takes it; the message names it.
+        ValueError: it is not a plain file, too large, or not JSON as `parse_json` takes it; the message names it.
     """
     try:
         # A pipe would be waited for, and a device has no end.
         if file.exists() and not file.is_file():
-            raise ValueError("it is no plain file")
+            raise ValueError("it must be a plain file")
         if (size := file.stat().st_size) > limit:
             raise ValueError(f"{size:,} bytes are more than the {limit:,} that such a file may have")
         return parse_json(file.read_bytes())
@@ -45,7 +45,7 @@ def read_json(file: Path, way_out: str, limit: int = _LARGEST_BYTES) -> Any:
 
 
 def check_inside(folder: Path, file: Path, way_out: str) -> None:
-    """Refuse a file that is a link out of its folder.
+    """Check that a file is not a link out of its folder.
 
     Args:
         folder: that it is to lie in.
@@ -66,7 +66,7 @@ def check_inside(folder: Path, file: Path, way_out: str) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON that means one thing to every reader: UTF-8, no key twice, only finite numbers of few digits, not deep.
+    """Parse JSON that means one thing to every reader: UTF-8, no key twice, finite numbers of few digits, not deep.
 
     Raises:
         ValueError: it is not.
@@ -115,7 +115,7 @@ def _check_depth(found: Any) -> None:
 class Untrusted(BaseModel):
     """A JSON object that somebody else may have written: its fields and no others, of exactly these types.
 
-    An int is no bool and text no number; a whole number will do for a float.
+    A bool is not taken for an int, nor text for a number; a whole number will do for a float.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -165,13 +165,13 @@ _FIELD = re.compile(r"\w{1,60}", re.ASCII)
 
 
 def shown(value: Any) -> str:
-    """A value of any size in a few words."""
+    """Shorten a value of any size to a few words."""
     return reprlib.repr(value)
 
 
 @contextmanager
 def reading(file: Path, what: str, way_out: str) -> Iterator[None]:
-    """Whatever a library raises while it reads a file is a ValueError that names the file.
+    """Turn whatever a library raises while it reads a file into a ValueError that names the file.
 
     Args:
         file: read by somebody else's code.

@@ -218,20 +218,20 @@ def test_the_seed_is_a_setting_of_draws(tmp_path):
         ({"batch_size": 0}, "batch_size=0: it must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0: it divides the logits"),
         ({"temperature": float("nan")}, "temperature=nan: it divides the logits"),
-        ({"value_bits": 8}, r"value_bits=8: log-probabilities are stored in 16 bits \(quantised\) or 32"),
+        ({"value_bits": 8}, r"value_bits=8: log-probabilities are stored in 16 bits \(quantized\) or 32"),
         ({"kind": "hidden", "temperature": 2.0}, "temperature=2.0 with kind='hidden': hidden states serve every"),
         ({"hidden_dtype": "bfloat16"}, "hidden_dtype='bfloat16' with kind='top_k'"),
         ({"kind": "hidden", "hidden_dtype": "int8"}, "hidden_dtype='int8' .*one of float32, bfloat16, float16"),
         (
             {"model_init_kwargs": {"dtype": "float32"}},
-            "model_init_kwargs say how to load a teacher, but it is a model",
+            "model_init_kwargs are for loading a teacher, but it is a model",
         ),
         (
             {"dataset": Dataset.from_dict({"input_ids": [[1, 99]]})},
             "holds token 99, but the teacher has 64 vocabulary",
         ),
         ({"dataset": Dataset.from_dict({"text": []})}, "is empty: it has no rows"),
-        ({"dataset": text_rows(), "processing_class": None}, r"columns \['text'\] and has to be tokenised, but"),
+        ({"dataset": text_rows(), "processing_class": None}, r"columns \['text'\] and has to be tokenized, but"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, options, message):

@@ -76,7 +76,7 @@ def test_a_recipe_that_is_right_has_no_problems(inputs: Path, tmp_path: Path) ->
         ({"args": {**ARGS, "eval_strategy": "steps"}}, "args: eval_strategy="),
         ({"args": {**ARGS, "teacher_model_name_or_path": "x"}}, "anchors[0]: The args of a chain set teacher_model"),
         ({"args": {**ARGS, "max_length": 65}}, "anchors[0].args.max_length: 65 tokens are more than the 64"),
-        ({"source": "nowhere/at-all"}, "source: The source 'nowhere/at-all' is no model folder"),
+        ({"source": "nowhere/at-all"}, "source: The source 'nowhere/at-all' is not a model folder"),
         ({"data": "missing.jsonl"}, "data: there is no file missing.jsonl"),
         ({"anchors": [{"shape": DEEP, "data": "gone.csv"}]}, "anchors[0].data: there is no file gone.csv"),
         (
