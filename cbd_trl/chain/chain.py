@@ -243,8 +243,8 @@ class Chain:
     ) -> CommitInfo:
         """Upload the chain and its cards to a Hub repository, made if there is none; a chain in it is replaced.
 
-        All is committed at once, chain.json with the rest: an interrupted upload leaves no chain.json, and the same call
-        again sends only what is missing.
+        All is committed at once, chain.json with the rest: an interrupted upload leaves no chain.json, and the same
+        call again sends only what is missing.
 
         Args:
             repo_id: the repository, "me/my-chain".

@@ -227,7 +227,7 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
         ),
         (
             {"source": "no/such-model-anywhere"},
-            r"The source 'no/such-model-anywhere' is no model folder and could not",
+            r"The source 'no/such-model-anywhere' is not a model folder and could not",
         ),
         ({"processing_class": None}, r"No tokenizer could be loaded from the source .*Pass `processing_class`"),
         ({"dataset": Dataset.from_dict({"story": ["w1 w2"]})}, r"columns \['story'\], and none of the SFT formats"),

@@ -117,7 +117,7 @@ def test_an_unreachable_hub_is_like_offline(hub, monkeypatch):
         (
             "me/model",
             None,
-            r"'me/model' .*chain.json could not be .*it is no chain, or its upload was cut .*EntryNotFoundError",
+            r"'me/model' .*chain.json could not be .*it is not a chain, or its upload was cut .*EntryNotFoundError",
         ),
     ],
 )

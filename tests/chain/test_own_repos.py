@@ -130,7 +130,7 @@ def committed(hub, repo_id, folder, **files):
 def test_a_model_that_is_no_anchor_is_not_overwritten(hub, chain, tmp_path, name):
     own = own_repo(chain.anchors[2])
     before = committed(hub, own, tmp_path / "theirs", **{name: b"theirs", "adapter_config.json": b"{}"})
-    with pytest.raises(ValueError, match=rf"'{own}' holds a model that is no anchor of this chain.*Choose another id"):
+    with pytest.raises(ValueError, match=rf"'{own}' holds a model that is not an anchor of this chain.*Choose another id"):
         chain.push_to_hub("me/chain", own_repos=True)
     assert hub.head(own) == before and not hub.uploads
     assert set(hub.files("me/chain")) == set(hub.files(own_repo(chain.source))) == {".gitattributes"}
@@ -147,7 +147,7 @@ def test_a_chain_that_pins_others_does_not_make_it_one(pinned, chain, tmp_path):
     for files in ({"adapter_config.json": b"{}"}, {"config.json": b"{}"}):
         pinned.repositories[own].references["main"] = said["anchors"][2]["repo"]["revision"]
         before = committed(pinned, own, tmp_path / next(iter(files)), **files)
-        with pytest.raises(ValueError, match=rf"'{own}' holds a model that is no anchor of this chain"):
+        with pytest.raises(ValueError, match=rf"'{own}' holds a model that is not an anchor of this chain"):
             chain.push_to_hub("me/chain", own_repos=True)
         assert pinned.head(own) == before
 
@@ -180,7 +180,7 @@ def test_files_that_only_the_earlier_anchor_had_are_taken_away(hub, chain, tmp_p
 def test_no_anchor_goes_to_a_public_repository_when_all_is_to_be_private(hub, chain):
     own = own_repo(chain.anchors[1])
     hub.create({"name": own.split("/")[1]}, "me")
-    with pytest.raises(ValueError, match=rf"'{own}' is there and public, and private=True .* asks for a private"):
+    with pytest.raises(ValueError, match=rf"'{own}' is there and public, and private=True .* requires a private"):
         chain.push_to_hub("me/chain", own_repos=True, private=True)
     assert not hub.uploads and set(hub.files(own)) == {".gitattributes"}
 

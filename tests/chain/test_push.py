@@ -201,7 +201,7 @@ def test_private_needs_a_token(hub, chain):
         ("me/pushed", False, "'me/pushed'. The Hub does not accept the token: log in"),
         ("me/pushed", "token-of-nobody", "'me/pushed'. The Hub does not accept the token: log in"),
         ("me/pushed", "token-of-you", "'me/pushed'. The token may not do that: give one that may write there"),
-        ("me/a chain", None, "'me/a chain'. This is no id of a repository: wanted 'owner/name'"),
+        ("me/a chain", None, "'me/a chain'. This is not the id of a repository: it must be 'owner/name'"),
     ],
 )
 def test_who_may_not_push_is_told(hub, chain, repo_id, token, message):
