@@ -134,8 +134,8 @@ class Push:
             if own not in pinned and _is_model(there) and not _is_pushed(there, anchor):
                 raise ValueError(
                     f"{own!r} holds a model that is not an anchor of this chain: the {MANIFEST} of {repo_id!r} "
-                    "does not name it, and it is not what an interrupted push of the same anchor leaves. Nothing there "
-                    f"is overwritten. Choose another id, or rename or delete {own!r} on the Hub."
+                    "does not name it, and it is not what an interrupted push of the same anchor leaves. Nothing "
+                    f"there is overwritten. Choose another id, or rename or delete {own!r} on the Hub."
                 )
             sent = {*pinned.get(own, ()), *CARD_FILES, STATISTICS_FILE}
             made[anchor.name] = own, [name for name in there if name in sent or _SHARDS.fullmatch(name)]

@@ -85,7 +85,7 @@ def test_layers_of_other_kinds_are_refused(upper, lower, message):
         ([tiny_model("llama")], r"A chain needs two anchors or more, got 1. Give models, paths or Hub ids"),
         ([tiny_model("llama"), tiny_model("gpt2")], r"of the model types llama, gpt2. A target is one stock model"),
         (sizes()[::-1], r"anchors\[1\] has .* parameters, no fewer than the .* List anchors from large to small"),
-        ([tiny_model("llama"), "no/such-model-anywhere"], r"The anchor 'no/such-model-anywhere' is not a model folder"),
+        ([tiny_model("llama"), "no/such-model-anywhere"], r"'no/such-model-anywhere' is not a model folder"),
         (
             [tiny_model("gpt2"), tiny_model("gpt2", n_layer=2, n_positions=32)],
             r"differ in their number of learned pos",

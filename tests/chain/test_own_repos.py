@@ -130,7 +130,7 @@ def committed(hub, repo_id, folder, **files):
 def test_a_model_that_is_no_anchor_is_not_overwritten(hub, chain, tmp_path, name):
     own = own_repo(chain.anchors[2])
     before = committed(hub, own, tmp_path / "theirs", **{name: b"theirs", "adapter_config.json": b"{}"})
-    with pytest.raises(ValueError, match=rf"'{own}' holds a model that is not an anchor of this chain.*Choose another id"):
+    with pytest.raises(ValueError, match=rf"'{own}' holds a model that is not an anchor of .*Choose another id"):
         chain.push_to_hub("me/chain", own_repos=True)
     assert hub.head(own) == before and not hub.uploads
     assert set(hub.files("me/chain")) == set(hub.files(own_repo(chain.source))) == {".gitattributes"}
