@@ -112,7 +112,7 @@ def test_no_secret_and_no_place_is_recorded(tmp_path: Any) -> None:
     options = {"dtype": "bfloat16", "token": "hf_secret", "cache_dir": str(tmp_path), "revision": "main"}
     args = make_config(model_init_kwargs=options, chat_template_path=str(template), hub_token="hf_secret")
     record = training_record(args)
-    assert record["model_init_kwargs"] == '{"dtype": "bfloat16", "revision": "main"}'
+    assert record["values"]["model_init_kwargs"] == '{"dtype": "bfloat16", "revision": "main"}'
     assert "hf_secret" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
     template.write_text("{{ messages | upper }}")
     assert changed_arguments(record, training_record(args)) == ["chat_template_path"]
@@ -150,5 +150,5 @@ def test_what_would_go_wrong_in_a_build_is_refused(config: type, fields: dict[st
 
 
 def test_enums_are_recorded_by_value() -> None:
-    record = training_record(make_config(lr_scheduler_type="cosine"))
+    record = training_record(make_config(lr_scheduler_type="cosine"))["values"]
     assert record["lr_scheduler_type"] == "cosine" and not any(isinstance(entry, Enum) for entry in record.values())

@@ -175,8 +175,8 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": source(seed=4)}, r"a chain of another source .*'fingerprint'"),
-        ({"processing_class": make_tokenizer("byte_level", 410, seed=1)}, r"changed: \['source_tokenizer'\]"),
+        ({"source": source(seed=4)}, r"a chain of another source .*'weights_sha256'"),
+        ({"processing_class": make_tokenizer("byte_level", 410, seed=1)}, r"changed: \['source_tokenizer_sha256'\]"),
         ({"bridge": bridge_step(model=anchor_zero(seed=4))}, r"anchor .* changed: \['student_weights_sha256'\]"),
         (
             {"bridge": bridge_step(model=tiny_model("gpt2", vocab_size=300, n_positions=128, n_layer=5))},

@@ -172,8 +172,8 @@ def test_anchors_in_forgotten_coordinates_are_written_anew(tmp_path):
     ("changes", "named"),
     [
         ({"align": False}, r"'aligned': \(True, False\)"),
-        ({"dataset": chain_rows(60, seed=5)}, r"'text': "),
-        ({"anchors": [sizes()[0], tiny_model("llama", seed=9, **NARROW)]}, r"'beside': "),
+        ({"dataset": chain_rows(60, seed=5)}, r"'text_sha256': "),
+        ({"anchors": [sizes()[0], tiny_model("llama", seed=9, **NARROW)]}, r"'sources': "),
     ],
 )
 def test_a_folder_with_another_chain_is_refused(changes, named, tmp_path):
