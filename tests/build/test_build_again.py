@@ -168,7 +168,7 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
         ({"source": tiny_model("llama", num_hidden_layers=5)}, r"a chain of another source .*'num_hidden_layers': 5"),
         (
             {"source": tiny_model("llama", seed=3, tie_word_embeddings=True, num_hidden_layers=6)},
-            r"a chain of another source .*'fingerprint'",
+            r"a chain of another source .*'weights_sha256'",
         ),
     ],
 )
