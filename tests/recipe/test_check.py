@@ -83,7 +83,7 @@ def test_a_recipe_that_is_right_has_no_problems(inputs: Path, tmp_path: Path) ->
             {"evaluation": {"data": "gone.txt", "tokens": 64, "length": 16}},
             "evaluation.data: there is no file gone.txt",
         ),
-        ({"bridge": {"model": "nowhere/student"}}, "bridge: The model of the bridge 'nowhere/student' is no model"),
+        ({"bridge": {"model": "nowhere/student"}}, "bridge: The model of the bridge 'nowhere/student' is not a model"),
     ],
 )
 def test_one_thing_cannot_be(inputs: Path, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
