@@ -94,7 +94,7 @@ def pairs_of(chain: Chain) -> dict[str, Chain]:
         above, below = upper.architecture(), lower.architecture()
         kind = "depth" if above.sizes == below.sizes else "width" if above.depth == below.depth else "both"
         pairs[kind] = Chain.from_pretrained(chain.path, verify=False)
-        pairs[kind].anchors = [dataclasses.replace(upper, parent=None, block_map=None, kept_layers=None), lower]
+        pairs[kind].anchors = [upper.model_copy(update={"parent": None, "blocks": None}), lower]
     return pairs
 
 

@@ -82,7 +82,7 @@ def write_random_chain(folder: Path, configs: Sequence[PretrainedConfig], dtype:
         architecture = describe(config)
         record = {"name": f"anchor-{number}", "parent": parent}
         if above is not None:
-            record["block_map"] = blocks_of(spaced_layers(above.depth, architecture.depth))
+            record["blocks"] = blocks_of(spaced_layers(above.depth, architecture.depth))
         write_anchor(folder, record, _filler(config, architecture, dtype))
         above, parent = architecture, record["name"]
 

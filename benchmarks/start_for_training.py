@@ -131,7 +131,7 @@ def report(benchmark: Benchmark) -> None:
     options, anchors, curves = benchmark.options, benchmark.chain.anchors, benchmark.curves()
     parameters = [flops.counted_parameters(anchor.architecture()) for anchor in anchors]
     tokens = [anchor.tokens_seen for anchor in anchors]
-    hybrids = [anchor.training.get("swap_probability", 0.0) for anchor in anchors]
+    hybrids = [anchor.arguments.get("swap_probability", 0.0) for anchor in anchors]
     title = f"{describe_shape(TARGET)}: held-out loss against recovery tokens"
     names = ("tokens", "long_tokens", "held_out_blocks", "seed", "fp32")
     settings = {name: getattr(options, name) for name in names}

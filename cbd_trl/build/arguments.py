@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from cbd_trl.chain.cards import GIVEN, VERSIONS
+from cbd_trl.chain.cards import NON_DEFAULT, VALUES, VERSIONS
 from cbd_trl.chain.manifest import library_versions
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -127,18 +127,18 @@ def check_chain_arguments(args: DistillConfig, step: str, teacher: str) -> None:
 def training_record(args: DistillConfig) -> dict[str, Any]:
     """The arguments that decide what is trained, as JSON values.
 
-    Every field of the config is in it but those of `NOT_RECORDED`; under "given" the names of those that are not at
-    their default, and under "versions" the libraries whose defaults the others are.
+    Under "values" is every field of the config but those of `NOT_RECORDED`, under "non_default" the names of those
+    that are not at their default, and under "versions" the libraries whose defaults the others are.
     """
-    record, given = {}, []
+    values, non_default = {}, []
     follows = args.load_best_model_at_end or _json_value(args.lr_scheduler_type) in _FOLLOWS_A_MEASURE
     for field in dataclasses.fields(args):
         if field.name in _EXCLUDED or (field.name in MEASURED and not follows):
             continue
-        record[field.name] = _recorded(args, field.name)
+        values[field.name] = _recorded(args, field.name)
         if _json_value(getattr(args, field.name)) != _json_value(_default(field)):
-            given.append(field.name)
-    return {**record, GIVEN: given, VERSIONS: library_versions()}
+            non_default.append(field.name)
+    return {VALUES: values, NON_DEFAULT: non_default, VERSIONS: library_versions()}
 
 
 def changed_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -152,14 +152,18 @@ def changed_arguments(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> li
         recorded: an earlier `training_record`.
         now: that of now.
     """
-    given_then, given_now = recorded.get(GIVEN, recorded), now[GIVEN]
-    known = [name for name in now if name not in (GIVEN, VERSIONS) and name in recorded]
-    if unknown := [name for name in given_now if name not in recorded]:
+    there, here = recorded.get(VALUES, {}), now[VALUES]
+    given_then, given_now = recorded.get(NON_DEFAULT, there), now[NON_DEFAULT]
+    if unknown := [name for name in given_now if name not in there]:
         logger.warning_once(
             f"What was built before does not record {', '.join(unknown)}: whether that was the same is not known. "
             "What is finished stays as it is."
         )
-    return [name for name in known if recorded[name] != now[name] and (name in given_then or name in given_now)]
+    return [
+        name
+        for name, value in here.items()
+        if there.get(name, value) != value and (name in given_then or name in given_now)
+    ]
 
 
 def then_and_now(names: Sequence[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:

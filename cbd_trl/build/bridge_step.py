@@ -110,8 +110,8 @@ def plan_bridged_anchor(
     known = student.record()
     bridge_record = {
         "student": known["source"],
-        "student_fingerprint": known["fingerprint"],
-        "source_tokenizer": tokenizer_hash(models.teacher_tokenizer),
+        "student_weights_sha256": known["weights_sha256"],
+        "source_tokenizer_sha256": tokenizer_hash(models.teacher_tokenizer),
         ARGUMENTS: training_record(args),
     }
     record = {**source_record(origin, chain_args, special), "bridge": bridge_record}
@@ -150,8 +150,7 @@ def _checked_args(step: Any, output_dir: Path) -> BridgeDistillConfig:
 def _check_apart(models: _Models) -> None:
     """Check that the two tokenizers differ and can be aligned."""
     one, other, names = models.tokenizer, models.teacher_tokenizer, ("the student's", "the source's")
-    apart = tokenizer_difference(one, other, names=names) or tokenizer_difference(other, one, names=names[::-1])
-    if apart is None:
+    if tokenizer_difference(one, other, names=names, further_tokens="neither") is None:
         raise ValueError(
             f"The source and the model of the bridge have one tokenizer ({len(one)} tokens), so there is nothing to "
             "bridge. Leave `bridge` out: plain anchors are cut from the source. For a model of another family with "

@@ -242,13 +242,11 @@ def _distil_anchor(
     metadata = {
         "name": step.name,
         "parent": upper.name,
-        "block_map": block_map,
-        "kept_layers": [block.kept for block in blocks],
-        "block_costs": costs,
-        "block_start": list(text.start),
+        "blocks": blocks,
+        "text_start": list(text.start),
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,
-        "training": {**record, DATASETS: hub_datasets(step.dataset)},
+        "training": {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)},
     }
     anchor = store_anchor(output_dir, metadata, model.cpu(), tokenizer, statistics)
     remove_work_folder(output_dir, step.name)

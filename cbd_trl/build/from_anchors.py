@@ -30,7 +30,7 @@ from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.align import Match, MeasuredModel, collect_cross_moments, match_models, order_above
-from cbd_trl.surgery.blocks import blocks_of
+from cbd_trl.surgery.blocks import Block, blocks_of
 from cbd_trl.surgery.reorder import Importance, Order, importance, importance_order, permute
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
@@ -315,9 +315,9 @@ def _make(
 
 def _settings(members: Sequence[Member], align: bool, blocks: torch.Tensor) -> list[dict[str, Any]]:
     """Settings that decide each anchor: all anchors, since the order of one depends on those below it."""
-    text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()[:16]
-    beside = [member.source.record() for member in members]
-    return [{**own, "beside": beside, "aligned": align, "text": text} for own in beside]
+    text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
+    sources = [member.source.record() for member in members]
+    return [{**own, "sources": sources, "aligned": align, "text_sha256": text} for own in sources]
 
 
 def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Mapping[str, Any]]) -> int:
@@ -379,12 +379,12 @@ def _write(
     model.to(PartialState().device)
     blocks = text.input_ids
     statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
+    above = [Block(tuple(layers), kept) for layers, kept in zip(blocks_of(member.kept), member.kept, strict=True)]
     record = {
         "name": member.name,
         "parent": members[number - 1].name if number else None,
-        "block_map": blocks_of(member.kept) if number else None,
-        "kept_layers": list(member.kept) if number else None,
-        "block_start": list(text.start),
+        "blocks": above if number else None,
+        "text_start": list(text.start),
         "tokens_seen": 0,
         "losses": {},
         "training": {**settings, "match": coordinates.matches[number], ORIGINS: [member.source.origin().record()]},

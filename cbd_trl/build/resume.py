@@ -8,12 +8,13 @@ from cbd_trl.build.arguments import changed_arguments, then_and_now, training_re
 from cbd_trl.build.plan import Step
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor
 from cbd_trl.build.training import ARGUMENTS
+from cbd_trl.chain.cards import VALUES
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.utils.tokenizers import tokenizer_hash
 
-_SOURCE = ("source", "fingerprint")
+_SOURCE = ("source", "weights_sha256")
 
 
 def finished_anchors(output_dir: Path, source_anchor: SourceAnchor, steps: Sequence[Step]) -> dict[int, Anchor]:
@@ -39,13 +40,13 @@ def finished_anchors(output_dir: Path, source_anchor: SourceAnchor, steps: Seque
         there = ", ".join(anchor.name for anchor in anchors)
         raise ValueError(f"{output_dir} already holds a chain of more anchors ({there}) than requested now. {way_out}")
     for anchor, step in zip(anchors[1:], steps, strict=False):
-        now = training_record(step.args)
-        changed = changed_arguments(anchor.training, now)
+        recorded, now = anchor.training.get(ARGUMENTS) or {}, training_record(step.args)
+        changed = changed_arguments(recorded, now)
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
                 f"requested now: {step.architecture.shape}; changed arguments: {changed or 'none'}"
-                f"{then_and_now(changed, anchor.training, now)}. {way_out}"
+                f"{then_and_now(changed, recorded.get(VALUES, {}), now[VALUES])}. {way_out}"
             )
     check_place(output_dir, names[len(anchors) :])
     return dict(enumerate(anchors))
@@ -63,7 +64,7 @@ def _check_source_anchor(output_dir: Path, anchor: Anchor, source_anchor: Source
     changed = _changed_bridge(anchor.training.get("bridge"), source_anchor)
     made, wanted = anchor.training.get(MADE_WITH) or {}, source_anchor.record.get(MADE_WITH, {})
     changed += [name for name, value in wanted.items() if made.get(name, value) != value]
-    if anchor.tokenizer is not None and anchor.tokenizer != tokenizer_hash(source_anchor.tokenizer):
+    if anchor.tokenizer_sha256 is not None and anchor.tokenizer_sha256 != tokenizer_hash(source_anchor.tokenizer):
         changed.insert(0, "tokenizer")
     if anchor.shape != shape or changed:
         raise ValueError(
@@ -74,8 +75,13 @@ def _check_source_anchor(output_dir: Path, anchor: Anchor, source_anchor: Source
 
 
 def _values(changed: list[str], there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    flat = ({**(r.get(MADE_WITH) or {}), **((r.get("bridge") or {}).get(ARGUMENTS) or {})} for r in (there, now))
+    flat = ({**(r.get(MADE_WITH) or {}), **_bridge_arguments(r)} for r in (there, now))
     return then_and_now(changed, *flat)
+
+
+def _bridge_arguments(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    arguments = (record.get("bridge") or {}).get(ARGUMENTS) or {}
+    return arguments.get(VALUES) or {}
 
 
 def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

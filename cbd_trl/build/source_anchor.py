@@ -23,11 +23,11 @@ from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.formatting import anchor_name
+from cbd_trl.utils.formatting import anchor_name, format_count
 from cbd_trl.utils.tokenizers import check_rows
 
 # Key in the source anchor's metadata: arguments that decide it and belong to no training.
-MADE_WITH = "made_with"
+MADE_WITH = "source_options"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def plan_source_anchor(
         dataset=dataset,
         record=source_record(origin, args, special),
         sources=[origin],
-        description=f"sorting the source ({architecture.num_parameters / 1e6:.1f}M parameters)",
+        description=f"sorting the source ({format_count(architecture.num_parameters)} parameters)",
         make=lambda label: Trained(origin.model(args.model_init_kwargs)),
     )
 
@@ -136,8 +136,7 @@ def store_source_anchor(output_dir: Path, source_anchor: SourceAnchor, made: Tra
     record = {
         "name": source_anchor.name,
         "parent": None,
-        "block_map": None,
-        "block_start": list(text.start),
+        "text_start": list(text.start),
         "tokens_seen": made.tokens_seen,
         "losses": made.losses,
         "training": {

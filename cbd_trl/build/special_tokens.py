@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cbd_trl.build.arguments import template_record
 from cbd_trl.utils.datasets import read_template
+from cbd_trl.utils.tokenizers import check_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,11 @@ class SpecialTokens:
         """
         taught = copy.deepcopy(tokenizer)
         if self.eos_token is not None:
-            taught.eos_token = _known(taught, "eos_token", self.eos_token)
+            taught.eos_token = check_token(taught, "eos_token", self.eos_token)
         if self.chat_template_path is not None:
             self._render(taught, self.chat_template_path)
         if pad_token := self.pad_token or taught.pad_token or taught.eos_token:
-            taught.pad_token = _known(taught, "pad_token", pad_token)
+            taught.pad_token = check_token(taught, "pad_token", pad_token)
         return taught
 
     def _render(self, taught: Any, path: str) -> None:
@@ -112,15 +113,6 @@ class SpecialTokens:
                 generation.eos_token_id = there = [own, *there]
         if further := [end for end in dict.fromkeys(ends) if end not in there]:
             generation.eos_token_id = [*there, *further]
-
-
-def _known(tokenizer: PreTrainedTokenizerBase, name: str, token: str) -> str:
-    if token not in tokenizer.get_vocab():
-        raise ValueError(
-            f"{name}={token!r} is not in the vocabulary of the chain's tokenizer ({len(tokenizer)} tokens), so no "
-            "anchor could learn it. Use one of its tokens, or add it to the source first."
-        )
-    return token
 
 
 def listed(ids: Any) -> list[int]:

@@ -22,6 +22,7 @@ from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.targets.pair import Pair
+from cbd_trl.utils.files import write_text
 
 # Tokens to compare blocks on; refitting the chosen ones uses all calibration tokens.
 _FIT_TOKENS = 2048
@@ -46,9 +47,7 @@ def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torc
             [{"input_ids": batch} for batch in fit],
             {"input_ids": rows[-1:]},
         )
-        temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(block) for block in blocks]))
-        temporary.rename(file)
+        write_text(file, json.dumps([asdict(block) for block in blocks]))
     found = [json.loads(file.read_text()) if state.is_main_process else None]
     broadcast_object_list(found)
     return [Block(tuple(block["layers"]), block["kept"], block["cost"]) for block in found[0] or []]

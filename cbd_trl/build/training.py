@@ -16,15 +16,16 @@ from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from cbd_trl.architectures import architecture_of
 from cbd_trl.build.arguments import changed_arguments, then_and_now
+from cbd_trl.chain.cards import VALUES
 from cbd_trl.chain.model import stock_model
 from cbd_trl.trainers.callbacks import show_progress
 from cbd_trl.trainers.checkpointing import last_checkpoint
-from cbd_trl.utils.files import writing
+from cbd_trl.utils.files import TEMPORARY, write_text, writing
 
 # Key of the training arguments among the settings of a training.
 ARGUMENTS = "arguments"
 # Version of a work folder's settings.
-_FORMAT = 2
+_FORMAT = 3
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce")
 _EVALUATED = ("loss", "_kd", "_ce", "_hidden")
 
@@ -62,7 +63,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
     # Through JSON and back: tuples are lists there.
     changed = _changed_settings(there, json.loads(json.dumps(settings)))
     if changed and (checkpoint := last_checkpoint(work)):
-        values = [{**record, **(record.get(ARGUMENTS) or {})} for record in (there or {}, settings)]
+        values = [{**record, **(record.get(ARGUMENTS) or {}).get(VALUES, {})} for record in (there or {}, settings)]
         raise ValueError(
             f"{output_dir} holds an unfinished training of the anchor {name} ({Path(checkpoint).name}), begun with "
             f"other settings than those requested now; changed: {changed}{then_and_now(changed, *values)}. Request "
@@ -74,9 +75,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
         with writing(work, "What was finished before stands."):
             _remove(work)
             work.mkdir(parents=True)
-            temporary = file.with_suffix(".tmp")
-            temporary.write_text(json.dumps(settings))
-            temporary.replace(file)
+            write_text(file, json.dumps(settings))
     state.wait_for_everyone()
     return work
 
@@ -116,7 +115,7 @@ def remove_work_folder(output_dir: Path, name: str) -> None:
 
 def _remove(work: Path) -> None:
     """Rename, then delete, so that a work folder is whole or absent; leftovers of a killed run go too."""
-    trash = work.parent / f".tmp-{work.name}"
+    trash = work.parent / f"{TEMPORARY}{work.name}"
     shutil.rmtree(trash, ignore_errors=True)
     if work.exists():
         work.replace(trash)

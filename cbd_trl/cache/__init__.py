@@ -1,4 +1,4 @@
-"""What a teacher says about a data set, on disk: written once, read by every training without a teacher in memory."""
+"""A teacher's predictions for a data set, on disk: written once, and read by trainings without a teacher in memory."""
 
 from cbd_trl.cache.reader import MissingRowError, TeacherCache
 from cbd_trl.cache.shards import CachedRow

@@ -15,19 +15,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.cache.format import HEAD_FILE, Manifest, Settings, read_manifest, row_key, token_bytes
-from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, empty_row, read_row
+from cbd_trl.cache.format import HEAD_FILE, Manifest, Settings, read_manifest
+from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, empty_row, read_row, row_key, token_bytes
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.losses.teacher_outputs import HiddenOutputs, SampledOutputs, TeacherOutputs, TopKOutputs
 from cbd_trl.teachers.local import Batch
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import read_header
-from cbd_trl.utils.tokenizers import tokenizer_fingerprint
+from cbd_trl.utils.tokenizers import tokenizer_hash
 from cbd_trl.utils.untrusted import check_inside
 
 
 class RowIndex:
-    """Finds a row, or one that begins with it. Takes 32 bytes a row, and 4 a token once a beginning is asked for.
+    """Finds a row, or one that begins with it. Takes 32 bytes a row, and 4 a token once a beginning is looked up.
 
     Args:
         open_shard: the open safetensors file of a number.
@@ -92,7 +92,7 @@ class RowIndex:
 
 
 def _lengths(shard: Any, number: int) -> np.ndarray:
-    """How long its rows are: what a damaged or hostile one says would lead to tokens of other rows."""
+    """How long its rows are: those of a damaged or hostile one would lead to tokens of other rows."""
     lengths = shard.get_tensor("lengths").numpy()
     tokens = shard.get_slice("tokens").get_shape()[0]
     # Each before the sum, which could overflow.
@@ -147,7 +147,7 @@ class TeacherCache:
         folder = Path(folder)
         manifest = read_manifest(folder)
         if not manifest.complete:
-            of = "an unknown number of" if manifest.rows_wanted is None else f"{manifest.rows_wanted:,}"
+            of = "an unknown number of" if manifest.expected_rows is None else f"{manifest.expected_rows:,}"
             raise ValueError(
                 f"The teacher cache {folder} is incomplete: it holds {manifest.rows:,} of {of} rows. Run the same "
                 "command to finish it: what is there is kept."
@@ -188,7 +188,7 @@ class TeacherCache:
         return Head(tensors["weight"], tensors.get("bias"), self.settings.scale, self.settings.softcap)
 
     def check(self, *, vocabulary_rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Refuse a student or a tokenizer that the cache was not made for.
+        """Check that the cache was made for a student and a tokenizer.
 
         Args:
             vocabulary_rows: of the student's head.
@@ -197,23 +197,22 @@ class TeacherCache:
         Raises:
             ValueError: if the student has no row for a token of the cache, or the tokenizers differ.
         """
-        made_with = self.settings.tokenizer_fingerprint
-        if tokenizer is not None and made_with is not None and tokenizer_fingerprint(tokenizer) != made_with:
+        made_with = self.settings.tokenizer_sha256
+        if tokenizer is not None and made_with is not None and (found := tokenizer_hash(tokenizer)) != made_with:
             raise ValueError(
-                f"The teacher cache {self.folder} was made with another tokenizer (vocabulary {made_with[:12]} "
-                f"against {tokenizer_fingerprint(tokenizer)[:12]} of the training data): its token ids mean other "
-                f"tokens. Use the tokenizer of {self.settings.teacher or 'its teacher'}, or write a cache of a "
-                "teacher that has the student's."
+                f"The teacher cache {self.folder} was made with another tokenizer (hash {made_with[:12]} against "
+                f"{found[:12]} of the training data): its token ids mean other tokens. Use the tokenizer of "
+                f"{self.settings.teacher or 'its teacher'}, or write a cache of a teacher that has the student's."
             )
-        if vocabulary_rows <= self.manifest.highest_id:
+        if vocabulary_rows <= self.manifest.highest_token_id:
             raise ValueError(
-                f"The teacher cache {self.folder} holds predictions of token {self.manifest.highest_id}, but the "
-                f"student has {vocabulary_rows} vocabulary rows (the teacher {self.settings.vocabulary_rows}). Resize "
-                "the student's embeddings, or write the cache with a smaller k."
+                f"The teacher cache {self.folder} holds predictions of token {self.manifest.highest_token_id}, but "
+                f"the student has {vocabulary_rows} vocabulary rows (the teacher {self.settings.vocabulary_rows}). "
+                "Resize the student's embeddings, or write the cache with a smaller k."
             )
 
     def check_rows(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
-        """Refuse a data set with rows that the cache does not hold, before a token is trained on.
+        """Check that the cache holds the rows of a data set, before a token is trained on.
 
         Args:
             rows: token ids of every row. A progress bar appears when it takes seconds.
@@ -261,11 +260,11 @@ class TeacherCache:
                 "the cache again."
             )
         found = read_row(shard, self.settings, positions_at, len(token_ids) - 1)
-        if found.indices is not None and int(found.indices.max()) > self.manifest.highest_id:
+        if found.indices is not None and int(found.indices.max()) > self.manifest.highest_token_id:
             raise ValueError(
                 f"{self.folder / self.manifest.shards[number].file} was changed: it predicts token "
-                f"{int(found.indices.max())}, above {self.manifest.highest_id}, the highest that cache.json knows of. "
-                "Copy it again, or delete the folder and write the cache again."
+                f"{int(found.indices.max())}, above {self.manifest.highest_token_id}, the highest that cache.json "
+                "records. Copy it again, or delete the folder and write the cache again."
             )
         return found
 
@@ -306,13 +305,13 @@ class TeacherCache:
             tensors, _ = read_header(path)
         except ValueError as error:
             raise ValueError(f"{error} {again}") from error
-        rows, width = self.settings.vocabulary_rows, self.settings.width
+        rows, width = self.settings.vocabulary_rows, self.settings.hidden_size
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         wanted = {"weight": [rows, width], **({"bias": [rows]} if "bias" in shapes else {})}
         if shapes != wanted:
             raise ValueError(f"{path} was changed: it holds the shapes {shapes} instead of {wanted}. {again}")
         if any(tensor.dtype not in ("F32", "BF16", "F16") for tensor in tensors.values()):
-            raise ValueError(f"{path} was changed: its numbers are no float32, bfloat16 or float16. {again}")
+            raise ValueError(f"{path} was changed: its numbers must be float32, bfloat16 or float16. {again}")
 
 
 def _shown(token_ids: np.ndarray) -> str:

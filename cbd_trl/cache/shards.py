@@ -13,17 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbd_trl.cache.format import (
-    Settings,
-    Shard,
-    dequantise,
-    high_bytes,
-    pack_ids,
-    quantise,
-    row_key,
-    unpack_ids,
-    write_atomically,
-)
+from cbd_trl.cache.format import Settings, Shard
+from cbd_trl.utils.files import write_bytes
 from cbd_trl.utils.tensor_files import read_header, tensor_bytes
 from cbd_trl.utils.untrusted import check_inside
 
@@ -34,7 +25,7 @@ _WIDTHS |= {"bfloat16": ("BF16", 2), "float16": ("F16", 2)}
 
 @dataclass(frozen=True)
 class CachedRow:
-    """What a teacher says at the P = n - 1 positions of a row of n tokens.
+    """A teacher's predictions at the P = n - 1 positions of a row of n tokens.
 
     Attributes:
         target: log-probability at temperature 1 of the token that follows, (P,) float32.
@@ -55,8 +46,8 @@ def _per_position(settings: Settings) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name, dtype and shape of what is stored for each position."""
     columns: dict[str, tuple[str, tuple[int, ...]]] = {"target": ("float32", ())}
     if settings.kind == "hidden":
-        assert settings.dtype is not None and settings.width is not None
-        return columns | {"hidden": (settings.dtype, (settings.width,))}
+        assert settings.hidden_dtype is not None and settings.hidden_size is not None
+        return columns | {"hidden": (settings.hidden_dtype, (settings.hidden_size,))}
     assert settings.k is not None
     columns["ids_low"] = ("uint16", (settings.k,))
     if high := high_bytes(settings.k, settings.vocabulary_rows):
@@ -76,7 +67,7 @@ def _columns(settings: Settings, rows: int, tokens: int) -> dict[str, tuple[str,
 
 
 def stored_bytes(settings: Settings, rows: int, tokens: int) -> int:
-    """Bytes that rows take on disk, without the few kilobytes of headers.
+    """Compute the bytes that rows take on disk, without the few kilobytes of headers.
 
     Args:
         settings: of the cache.
@@ -121,7 +112,7 @@ def write_shard(
         columns["ids_low"], columns["ids_high"] = pack_ids(ids_PK, settings.vocabulary_rows)
         values_PK = torch.cat([_known(row.log_probs) for row in predictions]).numpy()
         if settings.value_bits == 16:
-            columns["values"], columns["lowest"] = quantise(values_PK)
+            columns["values"], columns["lowest"] = quantize(values_PK)
         else:
             columns["values"] = values_PK
         if settings.kind == "top_k":
@@ -130,12 +121,14 @@ def write_shard(
     tensors = {name: torch.as_tensor(columns[name]).contiguous() for name in wanted}
     data = tensor_bytes(tensors, {"format": "pt"})
     name = f"rows-{number:05d}.safetensors"
-    write_atomically(folder / name, data)
-    return Shard(name, len(lengths), sum(lengths), len(data), hashlib.sha256(data).hexdigest()), highest
+    write_bytes(folder / name, data)
+    digest = hashlib.sha256(data).hexdigest()
+    shard = Shard(file=name, rows=len(lengths), tokens=sum(lengths), num_bytes=len(data), sha256=digest)
+    return shard, highest
 
 
 def check_shard(folder: Path, shard: Shard, settings: Settings, verify: bool) -> None:
-    """Refuse a shard that is not what the manifest says.
+    """Check that a shard is what the manifest says.
 
     Args:
         folder: of the cache.
@@ -152,8 +145,10 @@ def check_shard(folder: Path, shard: Shard, settings: Settings, verify: bool) ->
     if not path.is_file():
         raise ValueError(f"{path} is missing, but the cache lists it with {shard.rows:,} rows. {again}")
     size = path.stat().st_size
-    if size != shard.size:
-        raise ValueError(f"{path} has {size:,} bytes instead of {shard.size:,}: it was cut short or changed. {again}")
+    if size != shard.num_bytes:
+        raise ValueError(
+            f"{path} has {size:,} bytes instead of {shard.num_bytes:,}: it was cut short or changed. {again}"
+        )
     with path.open("rb") as file:
         if verify and hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             raise ValueError(f"{path} was changed: its sha256 is not the one it was written with. {again}")
@@ -191,16 +186,18 @@ def read_row(shard: Any, settings: Settings, start: int, positions: int) -> Cach
     indices = torch.from_numpy(unpack_ids(columns["ids_low"].numpy(), high, settings.vocabulary_rows))
     values = columns["values"]
     if settings.value_bits == 16:
-        values = torch.from_numpy(dequantise(values.numpy(), columns["lowest"].numpy()))
+        values = torch.from_numpy(dequantize(values.numpy(), columns["lowest"].numpy()))
     return CachedRow(target, indices, values, columns.get("tail"))
 
 
 def empty_row(settings: Settings) -> CachedRow:
-    """The predictions of a row without a position: (0,), (0, K) and (0, D)."""
+    """Make the predictions of a row without a position: (0,), (0, K) and (0, D)."""
     target = torch.zeros(0)
     if settings.kind == "hidden":
-        assert settings.width is not None and settings.dtype is not None
-        return CachedRow(target, hidden=torch.zeros(0, settings.width, dtype=getattr(torch, settings.dtype)))
+        assert settings.hidden_size is not None and settings.hidden_dtype is not None
+        return CachedRow(
+            target, hidden=torch.zeros(0, settings.hidden_size, dtype=getattr(torch, settings.hidden_dtype))
+        )
     assert settings.k is not None
     tail = torch.zeros(0) if settings.kind == "top_k" else None
     return CachedRow(target, torch.zeros(0, settings.k, dtype=torch.int32), torch.zeros(0, settings.k), tail)
@@ -209,3 +206,104 @@ def empty_row(settings: Settings) -> CachedRow:
 def _known(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
     return tensor
+
+
+# Of the 65,536 codes the last stands for -inf, which no step of a finite length reaches.
+_STEPS = 65534
+_MINUS_INFINITY = 65535
+
+
+def row_key(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """Hash a row to what it is found by: 16 bytes of blake2b of its token ids as little-endian int32.
+
+    Args:
+        token_ids: of one row of the data set.
+
+    Returns:
+        16 bytes.
+    """
+    return hashlib.blake2b(token_bytes(token_ids), digest_size=16).digest()
+
+
+def token_bytes(token_ids: Sequence[int] | np.ndarray) -> bytes:
+    """Encode token ids as little-endian int32, four bytes each."""
+    return np.asarray(token_ids, dtype="<i4").tobytes()
+
+
+def high_bits(vocabulary_rows: int) -> int:
+    """Count the bits of a token id beyond the first 16: ceil(log2 V) - 16, and 0 for V <= 65,536."""
+    return max(0, (vocabulary_rows - 1).bit_length() - 16)
+
+
+def high_bytes(k: int, vocabulary_rows: int) -> int:
+    """Count the bytes that the high bits of the k ids of a position take."""
+    return (k * high_bits(vocabulary_rows) + 7) // 8
+
+
+def pack_ids(ids_PK: np.ndarray, vocabulary_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split token ids into their low 16 bits and the packed rest.
+
+    Args:
+        ids_PK: token ids below `vocabulary_rows`, (P, K).
+        vocabulary_rows: V, which sets the width of the rest.
+
+    Returns:
+        low (P, K) uint16, and high (P, ceil(K h / 8)) uint8 for the h = `high_bits(V)` further bits of each id.
+    """
+    positions, k = ids_PK.shape
+    width = high_bits(vocabulary_rows)
+    high_PK = ids_PK.astype(np.uint32) >> 16
+    bits_PKh = (high_PK[..., None] >> np.arange(width, dtype=np.uint32)) & 1
+    packed = np.packbits(bits_PKh.reshape(positions, k * width).astype(np.uint8), axis=1)
+    return ids_PK.astype(np.uint16), packed
+
+
+def unpack_ids(low_PK: np.ndarray, high: np.ndarray, vocabulary_rows: int) -> np.ndarray:
+    """Invert `pack_ids`.
+
+    Args:
+        low_PK: (P, K) uint16.
+        high: (P, ceil(K h / 8)) uint8.
+        vocabulary_rows: V.
+
+    Returns:
+        token ids, (P, K) int32.
+    """
+    width = high_bits(vocabulary_rows)
+    ids_PK = low_PK.astype(np.int32)
+    if width == 0:
+        return ids_PK
+    positions, k = low_PK.shape
+    bits_PKh = np.unpackbits(high, axis=1, count=k * width).reshape(positions, k, width)
+    return ids_PK | (bits_PKh.astype(np.int32) << np.arange(16, 16 + width, dtype=np.int32)).sum(-1, dtype=np.int32)
+
+
+def quantize(log_PK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Round log-probabilities to steps of a 65,534th of their lowest: off by half a step at most, and 0 stays 0.
+
+    Args:
+        log_PK: (P, K) float32, nats, at most 0; -inf keeps a code of its own.
+
+    Returns:
+        codes (P, K) uint16, and the lowest finite value of each position (P,) float32.
+    """
+    finite_PK = np.isfinite(log_PK)
+    lowest_P = np.where(finite_PK, log_PK, 0.0).min(axis=1, initial=0.0).astype(np.float32)
+    scale_P1 = np.where(lowest_P < 0, lowest_P, -1.0).astype(np.float64)[:, None]
+    codes_PK = np.rint(np.where(finite_PK, log_PK, 0.0) / scale_P1 * _STEPS)
+    return np.where(finite_PK, codes_PK, _MINUS_INFINITY).astype(np.uint16), lowest_P
+
+
+def dequantize(codes_PK: np.ndarray, lowest_P: np.ndarray) -> np.ndarray:
+    """Invert `quantize`.
+
+    Args:
+        codes_PK: (P, K) uint16.
+        lowest_P: (P,) float32.
+
+    Returns:
+        (P, K) float32, nats.
+    """
+    log_PK = codes_PK.astype(np.float32) * (lowest_P / np.float32(_STEPS))[:, None]
+    log_PK[codes_PK == _MINUS_INFINITY] = -np.inf
+    return log_PK

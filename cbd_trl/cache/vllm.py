@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.cache.format import Manifest, Settings
 from cbd_trl.cache.shards import CachedRow
 from cbd_trl.cache.writer import CacheWriter
-from cbd_trl.utils.tokenizers import tokenizer_fingerprint
+from cbd_trl.utils.tokenizers import tokenizer_hash
 
-# Servers round: what is off by less is no mistake.
+# Servers round: what is off by less is accepted.
 _TOLERANCE = 1e-3
 # 1 - sum is noise below the resolution of the float32 numbers it is made of.
 _LEAST_TAIL = math.log(1e-7)
@@ -33,8 +33,8 @@ def import_logprobs(
 ) -> Manifest:
     """Write a cache of kind `top_k` at temperature 1 from a JSON-lines file, one row of the data set a line.
 
-    A line has `prompt_token_ids` and `prompt_logprobs` as vLLM's `RequestOutput` (asked with `prompt_logprobs=k`): for
-    each token null (the first) or {"token id": log-probability, or an object with "logprob"}, which predicts that very
+    A line has `prompt_token_ids` and `prompt_logprobs` as vLLM's `RequestOutput` (with `prompt_logprobs=k`): for each
+    token null (the first) or {"token id": log-probability, or an object with "logprob"}, which predicts that very
     token and lists it. A completion may follow, as `outputs[0].token_ids` and `.logprobs` or as `token_ids` and
     `logprobs`: it is appended. The k most likely are kept; the tail is 1 minus their sum.
 
@@ -70,10 +70,10 @@ def import_logprobs(
         teacher=teacher,
         # Its weights are not at hand: its name is all that tells it from another.
         teacher_fingerprint=f"imported:{teacher}",
-        tokenizer_fingerprint=None if processing_class is None else tokenizer_fingerprint(processing_class),
+        tokenizer_sha256=None if processing_class is None else tokenizer_hash(processing_class),
         k=min(k, vocabulary_rows),
         temperature=1.0,
-        value_bits=value_bits,
+        value_bits=32 if value_bits == 32 else 16,
     )
     writer = CacheWriter(output_dir, settings)
     writer.begin(None)
@@ -155,7 +155,7 @@ def _position(
         raise ValueError(f"Token {t}: id {outside[0]} is not below the vocabulary's {vocabulary_rows} rows.")
     wrong = [value for value in found.values() if not value <= _TOLERANCE]
     if wrong:
-        raise ValueError(f"Token {t}: {wrong[0]} is no log-probability, which is at most 0.")
+        raise ValueError(f"Token {t}: {wrong[0]} must be a log-probability, at most 0.")
     if len(found) < k:
         raise ValueError(f"Token {t} has {len(found)} log-probabilities, fewer than k={k}: use a smaller k.")
     if token not in found:

@@ -1,6 +1,5 @@
 """Adds rows to a teacher cache shard by shard; what was written stays when the process is killed."""
 
-import dataclasses
 import hashlib
 import math
 import shutil
@@ -27,19 +26,18 @@ from cbd_trl.cache.format import (
     check_kind,
     check_settings,
     read_manifest,
-    row_key,
-    write_atomically,
     write_manifest,
 )
-from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, stored_bytes, write_shard
+from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, row_key, stored_bytes, write_shard
 from cbd_trl.losses.divergences import tempered_log_probs
 from cbd_trl.losses.teacher_outputs import draw, teacher_top_k
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
-from cbd_trl.utils.formatting import readable_name
+from cbd_trl.utils.files import TEMPORARY, write_bytes
+from cbd_trl.utils.formatting import format_bytes, readable_name
 from cbd_trl.utils.modeling import check_checkpoint, check_writes, in_eval_mode, load_causal_lm
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import tensor_bytes
-from cbd_trl.utils.tokenizers import find_tokenizer, teacher_fingerprint, text_tokenizer, tokenizer_fingerprint
+from cbd_trl.utils.tokenizers import find_tokenizer, teacher_fingerprint, text_tokenizer, tokenizer_hash
 
 SHARD_TOKENS = 65536
 
@@ -62,7 +60,7 @@ class CacheWriter:
         self._head = head
         self._tokens: list[np.ndarray] = []
         self._predictions: list[CachedRow] = []
-        self._rows_wanted: int | None = None
+        self._expected_rows: int | None = None
         self._manifest = self._open()
         self._keys = {key for shard in self._manifest.shards for key in _keys(self.folder / shard.file)}
 
@@ -74,11 +72,11 @@ class CacheWriter:
                     f"{self.folder} holds {sorted(others)[0]!r} and no cache: it is something else's folder. Give "
                     "--output_dir a new or empty one."
                 )
-            return Manifest(self.settings)
+            return Manifest(settings=self.settings)
         manifest = read_manifest(self.folder)
         if not manifest.shards:
             # A first try that failed before its first shard binds nobody to its settings.
-            return Manifest(self.settings)
+            return Manifest(settings=self.settings)
         check_settings(self.folder, manifest.settings, self.settings)
         for shard in manifest.shards:
             check_shard(self.folder, shard, self.settings, verify=False)
@@ -90,7 +88,7 @@ class CacheWriter:
         return self._manifest
 
     def has(self, token_ids: np.ndarray) -> bool:
-        """Whether a row is there already, written or about to be.
+        """Tell whether a row is there already, written or about to be.
 
         Args:
             token_ids: of the row, (n,).
@@ -98,14 +96,14 @@ class CacheWriter:
         return row_key(token_ids) in self._keys
 
     def begin(self, new_rows: int | None) -> None:
-        """Say how many rows will be added. A new cache is marked as unfinished from here to `finish`.
+        """Set how many rows will be added. A new cache is marked as unfinished from here to `finish`.
 
         A complete one stays so until the first new shard is written: an addition that fails before leaves it usable.
 
         Args:
             new_rows: rows to add; None where a stream does not tell.
         """
-        self._rows_wanted = None if new_rows is None else self._manifest.rows + new_rows
+        self._expected_rows = None if new_rows is None else self._manifest.rows + new_rows
         if not self._manifest.complete:
             self._mark_unfinished()
 
@@ -118,8 +116,8 @@ class CacheWriter:
                 tensors["bias"] = self._head.bias_V.detach().cpu().contiguous()
             data = tensor_bytes(tensors, {"format": "pt"})
             digest = hashlib.sha256(data).hexdigest()
-            write_atomically(self.folder / HEAD_FILE, data)
-        self._update(complete=False, rows_wanted=self._rows_wanted, head_sha256=digest)
+            write_bytes(self.folder / HEAD_FILE, data)
+        self._update(complete=False, expected_rows=self._expected_rows, head_sha256=digest)
 
     def add(self, token_rows: list[np.ndarray], predictions: list[CachedRow]) -> None:
         """Add a batch of rows; a shard is written once it is full.
@@ -144,7 +142,7 @@ class CacheWriter:
             the manifest.
         """
         self._flush()
-        self._update(complete=True, rows_wanted=self._manifest.rows)
+        self._update(complete=True, expected_rows=self._manifest.rows)
         return self._manifest
 
     def _flush(self) -> None:
@@ -155,10 +153,10 @@ class CacheWriter:
         self._tokens, self._predictions = [], []
         if self._manifest.complete:
             self._mark_unfinished()
-        self._update(shards=(*shards, shard), highest_id=max(highest, self._manifest.highest_id))
+        self._update(shards=[*shards, shard], highest_token_id=max(highest, self._manifest.highest_token_id))
 
     def _update(self, **changes: object) -> None:
-        manifest = dataclasses.replace(self._manifest, **changes)  # type: ignore[arg-type]
+        manifest = self._manifest.model_copy(update=changes)
         write_manifest(self.folder, manifest)
         self._manifest = manifest
 
@@ -172,7 +170,7 @@ def _keys(path: Path) -> list[bytes]:
 def _is_ours(name: str) -> bool:
     """A file that a write killed before its first manifest may have left."""
     return (
-        name.startswith(".tmp-") or name == HEAD_FILE or (name.startswith("rows-") and name.endswith(".safetensors"))
+        name.startswith(TEMPORARY) or name == HEAD_FILE or (name.startswith("rows-") and name.endswith(".safetensors"))
     )
 
 
@@ -241,7 +239,7 @@ class Predictor:
         return predictions
 
     def check_length(self, longest: int) -> None:
-        """Refuse a row that the teacher has no positions for.
+        """Check that the teacher has positions for a row.
 
         Args:
             longest: its tokens.
@@ -283,8 +281,8 @@ class Predictor:
         log_NV = tempered_log_probs(logits_NV, 1.0)
         target_N = log_NV.gather(1, targets_N[:, None])[:, 0].cpu()
         if settings.kind == "hidden":
-            assert settings.dtype is not None
-            return CachedRow(target_N, hidden=hidden_ND.to(getattr(torch, settings.dtype)).cpu())
+            assert settings.hidden_dtype is not None
+            return CachedRow(target_N, hidden=hidden_ND.to(getattr(torch, settings.hidden_dtype)).cpu())
         assert settings.k is not None and settings.temperature is not None
         if settings.temperature != 1.0:
             log_NV = tempered_log_probs(logits_NV, settings.temperature)
@@ -340,7 +338,7 @@ def write_cache(
 
     Args:
         teacher: a causal LM, or the path or Hub id of one.
-        dataset: of any format `trl.SFTTrainer` takes, or already tokenised (`input_ids`); may be a stream.
+        dataset: of any format `trl.SFTTrainer` takes, or already tokenized (`input_ids`); may be a stream.
         output_dir: folder of the cache.
         processing_class: tokenizer of the training; None for the teacher's.
         args: of the training: they decide how rows are made and truncated, and the device. None for TRL's defaults.
@@ -380,7 +378,7 @@ def write_cache(
         predictor = Predictor(model)
         settings = Settings(
             **_chosen(kind, k, temperature, value_bits, seed, hidden_dtype, predictor.head),
-            **_asked(model, name, tokenizer),
+            **_predictor_record(model, name, tokenizer),
         )
         writer = CacheWriter(output_dir, settings, predictor.head if kind == "hidden" else None)
         with progress_shown(not args.disable_tqdm):
@@ -397,7 +395,7 @@ def _predict_rows(writer: CacheWriter, predictor: Predictor, rows: Any, args: SF
     if new_rows == 0 and writer.manifest.complete:
         return
     writer.begin(new_rows)
-    with Progress("Asking the teacher", total=new_tokens, unit="tokens", unit_scale=True) as bar:
+    with Progress("Predicting with the teacher", total=new_tokens, unit="tokens", unit_scale=True) as bar:
         for batch in _batches(writer, _predicted_rows(rows, args), batch_size):
             writer.add(batch, predictor.predict(batch, writer.settings))
             bar.update(sum(map(len, batch)))
@@ -435,7 +433,7 @@ def _count_new(writer: CacheWriter, predictor: Predictor, rows: Any, args: SFTCo
 
 
 def check_disk(folder: Path, settings: Settings, rows: int, tokens: int, head: Head | None = None) -> None:
-    """Refuse to start what the disk cannot hold.
+    """Check that the disk can hold what is to be written.
 
     Args:
         folder: of the cache, which need not exist.
@@ -454,8 +452,8 @@ def check_disk(folder: Path, settings: Settings, rows: int, tokens: int, head: H
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ValueError(
-            f"The cache of {tokens:,} tokens needs {needed / 1e9:.2f} GB and the disk of {folder} has "
-            f"{free / 1e9:.2f} GB free. Use a smaller k, fewer rows, or another disk; --value_bits 16 and a shorter "
+            f"The cache of {tokens:,} tokens needs {format_bytes(needed)} and the disk of {folder} has "
+            f"{format_bytes(free)} free. Use a smaller k, fewer rows, or another disk; --value_bits 16 and a shorter "
             "--max_length help too."
         )
 
@@ -467,7 +465,7 @@ def _load(teacher: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, ar
         return model.to(args.device)
     if init_kwargs:
         raise ValueError(
-            "model_init_kwargs say how to load a teacher, but it is a model already: they would be ignored. Leave "
+            "model_init_kwargs are for loading a teacher, but it is a model already: they would be ignored. Leave "
             "them out, or give the teacher's path or Hub id."
         )
     return teacher
@@ -498,7 +496,7 @@ def _check_values(
         raise ValueError(f"temperature={temperature}: it divides the logits, so it must be above 0 and finite.")
     if value_bits not in (16, 32):
         raise ValueError(
-            f"value_bits={value_bits}: log-probabilities are stored in 16 bits (quantised) or 32 (exactly)."
+            f"value_bits={value_bits}: log-probabilities are stored in 16 bits (quantized) or 32 (exactly)."
         )
     if kind == "hidden" and temperature != 1.0:
         raise ValueError(
@@ -518,7 +516,10 @@ def _chosen(
     """The settings that a kind has, and the rows that all have."""
     common = {"kind": kind, "vocabulary_rows": head.rows}
     if kind == "hidden":
-        shape = {"width": head.weight_VD.shape[1], "dtype": dtype or str(head.weight_VD.dtype).removeprefix("torch.")}
+        shape = {
+            "hidden_size": head.weight_VD.shape[1],
+            "hidden_dtype": dtype or str(head.weight_VD.dtype).removeprefix("torch."),
+        }
         return {**common, **shape, "scale": head.scale, "softcap": head.softcap}
     # Draws may be more than there are tokens, kept tokens may not.
     kept = min(k, head.rows) if kind == "top_k" else k
@@ -526,10 +527,12 @@ def _chosen(
     return {**common, **values, "seed": seed if kind == "sampled" else None}
 
 
-def _asked(model: PreTrainedModel, name: str | None, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """The settings that tell who was asked."""
+def _predictor_record(
+    model: PreTrainedModel, name: str | None, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """The settings that tell which model predicted."""
     return {
         "teacher": readable_name(name),
         "teacher_fingerprint": teacher_fingerprint(model),
-        "tokenizer_fingerprint": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "tokenizer_sha256": None if tokenizer is None else tokenizer_hash(tokenizer),
     }

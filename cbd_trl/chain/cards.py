@@ -14,7 +14,8 @@ from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.cards.card import PICTURE, code, evaluation_prefix, losses_table, plain, render_card, save_card
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.origin import Origin, hub_ids, read_origins
-from cbd_trl.chain.manifest import Anchor, weight_files
+from cbd_trl.chain.anchor import Anchor
+from cbd_trl.chain.manifest import weight_files
 from cbd_trl.chain.measurements import MEASURED, measurements_table, table_units
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.shapes.solve import solve_target
@@ -25,8 +26,8 @@ logger = logging.get_logger(__name__)
 # Keys of an anchor's `training`: the models it was made from, and what it was trained on.
 ORIGINS = "origins"
 DATASETS = "datasets"
-# Keys beside the arguments of a training: names of those that were set, and the libraries whose defaults the rest are.
-GIVEN, VERSIONS = "given", "versions"
+# Keys of its "arguments": all values, names of those that were set, and the libraries whose defaults the rest are.
+VALUES, NON_DEFAULT, VERSIONS = "values", "non_default", "versions"
 
 _CHAIN_USE = """from cbd_trl import Chain, from_chain
 model = from_chain("{name}", num_parameters={size:_})
@@ -284,8 +285,10 @@ def _arguments(training: Mapping[str, Any]) -> dict[str, Any]:
         match = training.get("match")
         return {f"match of {what}": quality for what, quality in match.items()} if isinstance(match, Mapping) else {}
     record = _argument_record(training)
-    given = record.get(GIVEN)
-    return {name: record[name] for name in given if name in record} if isinstance(given, list) else {}
+    values, names = record.get(VALUES), record.get(NON_DEFAULT)
+    if not isinstance(values, Mapping) or not isinstance(names, list):
+        return {}
+    return {name: values[name] for name in names if isinstance(name, str) and name in values}
 
 
 def _defaults(training: Mapping[str, Any]) -> str:
@@ -299,5 +302,5 @@ def _defaults(training: Mapping[str, Any]) -> str:
 
 def _argument_record(training: Mapping[str, Any]) -> Mapping[str, Any]:
     bridge = training.get("bridge")
-    record = bridge.get("arguments") if isinstance(bridge, Mapping) else training
+    record = (bridge if isinstance(bridge, Mapping) else training).get("arguments")
     return record if isinstance(record, Mapping) else {}

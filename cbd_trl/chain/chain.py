@@ -1,10 +1,9 @@
 """A chain on disk: opened and checked, copied, written anchor by anchor.
 
-DIR/chain.json                  what the chain is made of (see chain_json.py)
+DIR/chain.json                  what the chain is made of (see manifest.py)
 DIR/<anchor>/                   a model folder as save_pretrained writes it, with tokenizer and statistics.safetensors
 """
 
-import dataclasses
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from huggingface_hub import CommitInfo
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.cards.card import CARD_FILES
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.cards import save_cards
 from cbd_trl.chain.folders import (
     check_block_map,
@@ -25,7 +25,7 @@ from cbd_trl.chain.folders import (
     write_anchor,
 )
 from cbd_trl.chain.hub import open_on_hub, place_anchors
-from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, Anchor, Manifest, read_manifest, write_manifest
+from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, AnchorRecord, Manifest, read_manifest, write_manifest
 from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.chain.push import Push
 from cbd_trl.shapes.solve import list_sizes
@@ -38,13 +38,19 @@ class Chain:
 
     Args:
         path: the chain's folder.
-        manifest: what its chain.json says.
+        manifest: its chain.json.
+        anchors: the anchors of the manifest, with their folders.
         name_or_path: what it was opened with, a Hub id or a path.
         revision: the commit of a chain on the Hub; None for a folder.
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, name_or_path: str | None = None, revision: str | None = None
+        self,
+        path: Path,
+        manifest: Manifest,
+        anchors: Sequence[Anchor],
+        name_or_path: str | None = None,
+        revision: str | None = None,
     ) -> None:
         self.path = path
         self.name_or_path = name_or_path if name_or_path is not None else str(path)
@@ -52,7 +58,7 @@ class Chain:
         self.checksum = manifest.checksum
         self.model_type = manifest.model_type
         self.versions = dict(manifest.versions)
-        self.anchors = list(manifest.anchors)
+        self.anchors = list(anchors)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{anchor.name} {anchor.num_parameters:,}" for anchor in self.anchors)
@@ -85,8 +91,9 @@ class Chain:
         local, name = _local_folder(path_or_hub_id), str(path_or_hub_id)
         hub = None if local else open_on_hub(name, revision, token)
         folder = hub.path if hub else Path(name).expanduser()
-        manifest = place_anchors(read_manifest(folder), folder, hub, token, verify)
-        chain = cls(folder, manifest, name, hub.commit if hub else None)
+        manifest = read_manifest(folder)
+        anchors = place_anchors(manifest, folder, hub, token, verify)
+        chain = cls(folder, manifest, anchors, name, hub.commit if hub else None)
         above: Anchor | None = None
         for anchor in chain.anchors:
             if not anchor.finished:
@@ -94,9 +101,9 @@ class Chain:
                     f"{chain.path / MANIFEST}: anchor {anchor.name!r} is not finished. Run build_chain again with the "
                     "same arguments."
                 )
-            if anchor.prepare is None:
+            if anchor.fetch is None:
                 verify_anchor(folder, anchor, chain.model_type, hashes=verify)
-                if above is not None and above.prepare is None:
+                if above is not None and above.fetch is None:
                     check_block_map(folder, anchor, above)
             above = anchor
         check_one_tokenizer(chain.anchors, chain.path / MANIFEST)
@@ -119,7 +126,7 @@ class Chain:
 
     @property
     def source(self) -> Anchor:
-        """The anchor at the head of the chain."""
+        """The first anchor, which all others come from."""
         return self.anchors[0]
 
     def __getitem__(self, name: str) -> Anchor:
@@ -136,7 +143,7 @@ class Chain:
         )
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that all anchors share.
+        """Load the tokenizer that all anchors share.
 
         Raises:
             ValueError: none was stored.
@@ -146,7 +153,7 @@ class Chain:
     def pair_for(
         self, num_parameters: float | None = None, config: Mapping[str, Any] | None = None, tolerance: float = 0.03
     ) -> tuple[Anchor, Anchor]:
-        """The two neighbouring anchors that a target lies between.
+        """Find the two neighboring anchors that a target lies between.
 
         Args:
             num_parameters: its size.
@@ -178,14 +185,14 @@ class Chain:
             for upper, lower in pairs
         )
         size = [f"num_parameters={num_parameters:,.0f}"] if num_parameters is not None else []
-        asked = ", ".join(size + [f"{name}={value}" for name, value in (config or {}).items()])
+        requested = ", ".join(size + [f"{name}={value}" for name, value in (config or {}).items()])
         raise ValueError(
-            f"No two neighbouring anchors of the chain in {self.path} lie around {asked}. What lies between them: "
+            f"No two neighbouring anchors of the chain in {self.path} lie around {requested}. What lies between them: "
             f"{offers}."
         )
 
     def sizes(self) -> list[dict[str, Any]]:
-        """What can be made between neighbouring anchors.
+        """List what can be made between neighboring anchors.
 
         Returns:
             One entry a pair: `upper`, `lower` (names), `num_parameters` [smallest, largest] and `shape`
@@ -220,8 +227,8 @@ class Chain:
             (target / name).unlink(missing_ok=True)
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, target / name)
-        here = tuple(dataclasses.replace(anchor, repo=None) for anchor in self.anchors)
-        write_manifest(target, Manifest(self.model_type, self.versions, here))
+        here: list[AnchorRecord] = [anchor.model_copy(update={"repo": None}) for anchor in self.anchors]
+        write_manifest(target, Manifest(model_type=self.model_type, versions=self.versions, anchors=here))
         save_cards(Chain.from_pretrained(target, verify=False))
 
     def push_to_hub(
@@ -236,7 +243,7 @@ class Chain:
     ) -> CommitInfo:
         """Upload the chain and its cards to a Hub repository, made if there is none; a chain in it is replaced.
 
-        All is committed at once, chain.json with the rest: what an interrupted upload leaves is no chain, and the same
+        All is committed at once, chain.json with the rest: an interrupted upload leaves no chain.json, and the same
         call again sends only what is missing.
 
         Args:

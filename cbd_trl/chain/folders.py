@@ -1,6 +1,5 @@
 """An anchor's folder: checked against its record, written, copied; always under a temporary name first."""
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,28 +8,29 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from cbd_trl.architectures import describe
 from cbd_trl.cards.card import CARD_FILES
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.manifest import (
+    DTYPES,
     MANIFEST,
     RESTORE,
     STATISTICS_FILE,
-    Anchor,
+    AnchorRecord,
     Manifest,
     check_order,
-    check_record,
     library_versions,
     read_manifest,
     weight_files,
     write_manifest,
 )
-from cbd_trl.chain.model import DTYPES
-from cbd_trl.surgery.blocks import check_blocks
-from cbd_trl.utils.files import flush, sha256_of
-from cbd_trl.utils.model_folders import drop_code
+from cbd_trl.surgery.blocks import Block, check_blocks
+from cbd_trl.utils.files import TEMPORARY, flush, sha256_of
+from cbd_trl.utils.model_folders import drop_code, load_config
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import read_header
 from cbd_trl.utils.tokenizers import stored_tokenizer_hash, tokenizer_difference
-from cbd_trl.utils.untrusted import check_inside
+from cbd_trl.utils.untrusted import check_inside, validated
 
 ONE_TOKENIZER = (
     "The anchors of a chain share one tokenizer: a target's vocabulary rows are interpolated token by token, so a row "
@@ -41,7 +41,7 @@ ONE_TOKENIZER = (
 
 
 def check_one_tokenizer(anchors: Sequence[Anchor], file: Path) -> None:
-    """Refuse anchors with different tokenizers; those without one are passed over.
+    """Check that anchors have one tokenizer, by its hash; those without one are passed over.
 
     Args:
         anchors: of one chain.
@@ -50,9 +50,9 @@ def check_one_tokenizer(anchors: Sequence[Anchor], file: Path) -> None:
     Raises:
         ValueError: naming two anchors, and what differs.
     """
-    having = [anchor for anchor in anchors if anchor.tokenizer is not None]
+    having = [anchor for anchor in anchors if anchor.tokenizer_sha256 is not None]
     for above, anchor in pairwise(having):
-        if anchor.tokenizer != above.tokenizer:
+        if anchor.tokenizer_sha256 != above.tokenizer_sha256:
             raise ValueError(
                 f"{file}: the anchors {above.name!r} and {anchor.name!r} have different tokenizers: "
                 f"{_difference(above, anchor)}. {ONE_TOKENIZER}"
@@ -62,16 +62,14 @@ def check_one_tokenizer(anchors: Sequence[Anchor], file: Path) -> None:
 def _difference(above: Anchor, anchor: Anchor) -> str:
     one, other = above.load_tokenizer(), anchor.load_tokenizer()
     names = f"{above.name}'s", f"{anchor.name}'s"
-    # Each way, because tokens that only the second one has are not compared.
     return (
-        tokenizer_difference(one, other, names=names)
-        or tokenizer_difference(other, one, names=names[::-1])
+        tokenizer_difference(one, other, names=names, further_tokens="neither")
         or "they have one vocabulary, but other rules for text or another begin or unknown token"
     )
 
 
-# What transformers reads from a model's folder without being asked to.
-_READ_UNASKED = (".json", ".jinja", ".model", ".txt")
+# What transformers reads from a model's folder on its own.
+_READ_BY_DEFAULT = (".json", ".jinja", ".model", ".txt")
 
 
 def verify_anchor(folder: Path, anchor: Anchor, model_type: str, hashes: bool = True) -> None:
@@ -107,10 +105,10 @@ def verify_files(folder: Path, anchor: Anchor, names: Sequence[str], hashes: boo
 
 
 def _check_unlisted(folder: Path, anchor: Anchor) -> None:
-    """Refuse a file that nobody recorded and transformers would read: a chat template, an adapter, a vocabulary."""
+    """Check for files that nobody recorded and transformers would read: a chat template, an adapter, a vocabulary."""
     found = {path.relative_to(anchor.path).as_posix() for path in anchor.path.glob("**/*") if path.name[0] != "."}
     for name in sorted(found - anchor.files.keys()):
-        if name.endswith(_READ_UNASKED):
+        if name.endswith(_READ_BY_DEFAULT):
             raise ValueError(
                 f"{anchor.path / name} would be read with the anchor, but {folder / MANIFEST} does not list it: "
                 f"somebody put it there. Take it out. {RESTORE}"
@@ -154,7 +152,7 @@ def verify_config(folder: Path, anchor: Anchor, model_type: str) -> None:
 
 
 def check_block_map(folder: Path, anchor: Anchor, above: Anchor) -> None:
-    """Refuse a block map that does not split the layers of the anchor above (ValueError naming chain.json)."""
+    """Check that a block map splits the layers of the anchor above (ValueError naming chain.json)."""
     try:
         check_blocks(anchor.block_map or [], anchor.architecture().depth, above.architecture().depth)
     except ValueError as error:
@@ -162,9 +160,9 @@ def check_block_map(folder: Path, anchor: Anchor, above: Anchor) -> None:
 
 
 def check_place(folder: Path, names: Iterable[str]) -> None:
-    """Refuse to write anchors where something else is, which would be gone.
+    """Check that anchors would not be written over something else.
 
-    A folder without the statistics of an anchor is none that a run left here when it was killed.
+    A folder without the statistics of an anchor is not one that a killed run left here.
 
     Args:
         folder: the chain's folder, which need not be there.
@@ -189,13 +187,14 @@ def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[
 
     Args:
         folder: the chain's folder, made if there is none.
-        record: `name`, `parent`, `block_map` and what is known of its training (fields of `Anchor`); shape, dtype,
-            tokenizer and sha256 are read from the files. Anchors recorded below the parent are taken out of
-            chain.json: they were cut from what is being replaced.
+        record: `name`, `parent`, `blocks` and what is known of its training (fields of `AnchorRecord`). A block is a
+            `Block`, or a list of layers, of which the last is the kept one. Shape, dtype, tokenizer and sha256 are
+            read from the files. Anchors recorded below the parent are taken out of chain.json: they were cut from what
+            is being replaced.
         fill: writes the anchor's files into the folder it is given.
 
     Returns:
-        The complete record.
+        the anchor.
 
     Raises:
         ValueError: the parent is not in the chain, `fill` wrote no model or another tokenizer than the chain's, or the
@@ -203,41 +202,43 @@ def write_anchor(folder: str | Path, record: Mapping[str, Any], fill: Callable[[
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    anchor = Anchor(**record)
-    above = _anchors_down_to(folder, anchor)
-    temporary = _fresh_folder(folder / f".tmp-{anchor.name}")
+    above = _anchors_down_to(folder, record)
+    temporary = _fresh_folder(folder / f"{TEMPORARY}{Path(record['name']).name}")
     fill(temporary)
     drop_code(temporary)
     flush(temporary)
-    written = _completed(anchor, temporary, _hashes(temporary))
-    check_record(written, folder / MANIFEST)
+    written = _completed(folder, record, temporary)
     check_order([*above, written], folder / MANIFEST)
     check_one_tokenizer([*above, written], folder / MANIFEST)
     model_type = written.config().model_type
     if above:
         check_block_map(folder, written, above[-1])
         # First without the anchor, so that chain.json never lists a folder while it is being replaced.
-        write_manifest(folder, Manifest(model_type, library_versions(), above))
+        write_manifest(folder, _manifest(model_type, above))
     else:
         (folder / MANIFEST).unlink(missing_ok=True)
-    _move_folder(temporary, folder / anchor.name)
-    written = dataclasses.replace(written, path=folder / anchor.name)
-    write_manifest(folder, Manifest(model_type, library_versions(), (*above, written)))
+    _move_folder(temporary, folder / written.name)
+    written = Anchor.of(written, folder / written.name)
+    write_manifest(folder, _manifest(model_type, [*above, written]))
     return written
 
 
-def _anchors_down_to(folder: Path, anchor: Anchor) -> tuple[Anchor, ...]:
+def _manifest(model_type: str, anchors: Sequence[AnchorRecord]) -> Manifest:
+    return Manifest(model_type=model_type, versions=library_versions(), anchors=list(anchors))
+
+
+def _anchors_down_to(folder: Path, record: Mapping[str, Any]) -> list[Anchor]:
     """The recorded anchors down to this one's parent."""
-    if anchor.parent is None:
-        return ()
-    anchors = read_manifest(folder).anchors
+    if record.get("parent") is None:
+        return []
+    anchors = [Anchor.of(anchor, folder / anchor.name) for anchor in read_manifest(folder).anchors]
     names = [other.name for other in anchors]
-    if anchor.parent not in names:
+    if record["parent"] not in names:
         raise ValueError(
-            f"{folder / MANIFEST}: anchor {anchor.name!r} has the parent {anchor.parent!r}, which is not there. "
+            f"{folder / MANIFEST}: anchor {record['name']!r} has the parent {record['parent']!r}, which is not there. "
             f"Anchors: {', '.join(names)}."
         )
-    return anchors[: names.index(anchor.parent) + 1]
+    return anchors[: names.index(record["parent"]) + 1]
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -266,41 +267,47 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _completed(anchor: Anchor, folder: Path, files: dict[str, str]) -> Anchor:
-    """The record with what the anchor's own files say: shape, number of parameters, dtype, hash of the tokenizer,
-    sha256 of each file; and, where it is not said which layers were kept, the last of each block."""
+def _completed(folder: Path, record: Mapping[str, Any], temporary: Path) -> Anchor:
+    """The record, completed from the anchor's own files: shape, number of parameters, dtype, tokenizer and sha256."""
+    files = _hashes(temporary)
     if "config.json" not in files or not weight_files(files):
         raise ValueError(
-            f"{folder} was filled without config.json or model.safetensors: an anchor is a model as save_pretrained "
-            f"writes it. Files: {', '.join(files) or 'none'}."
+            f"{temporary} was filled without config.json or model.safetensors: an anchor is a model as "
+            f"save_pretrained writes it. Files: {', '.join(files) or 'none'}."
         )
-    found = dataclasses.replace(anchor, path=folder, files=files)
-    architecture = found.architecture()
-    tensors, _ = read_header(folder / weight_files(files)[0])
+    architecture = describe(load_config(temporary, RESTORE))
+    tensors, _ = read_header(temporary / weight_files(files)[0])
     kind = next(iter(tensors.values())).dtype
-    dtype = DTYPES.get(kind)
-    if dtype is None:
+    if kind not in DTYPES:
         raise ValueError(
-            f"{folder / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES.values())}: "
+            f"{temporary / weight_files(files)[0]} holds {kind} weights. Chains store {', '.join(DTYPES.values())}: "
             "convert the model first."
         )
-    kept = anchor.kept_layers
-    if kept is None and anchor.block_map is not None:
-        kept = [block[-1] for block in anchor.block_map]
-    return dataclasses.replace(
-        found,
-        shape=architecture.shape,
-        num_parameters=architecture.num_parameters,
-        dtype=dtype,
-        tokenizer=stored_tokenizer_hash(folder),
-        kept_layers=kept,
+    blocks = record.get("blocks")
+    found = {
+        **record,
+        "blocks": None if blocks is None else [_block_record(block) for block in blocks],
+        "shape": architecture.shape,
+        "num_parameters": architecture.num_parameters,
+        "dtype": DTYPES[kind],
+        "tokenizer_sha256": stored_tokenizer_hash(temporary),
+        "files": files,
+    }
+    return Anchor.of(
+        validated(AnchorRecord, found, folder / MANIFEST, "Change the record that write_anchor was given."), temporary
     )
+
+
+def _block_record(block: Block | Sequence[int]) -> dict[str, Any]:
+    if isinstance(block, Block):
+        return {"layers": list(block.layers), "kept": block.kept, "cost": block.cost}
+    return {"layers": list(block), "kept": block[-1]}
 
 
 def copy_anchor(anchor: Anchor, folder: Path) -> None:
     """Copy the files of an anchor's record into another chain's folder."""
     anchor.need(*anchor.files)
-    temporary = _fresh_folder(folder / f".tmp-{anchor.name}")
+    temporary = _fresh_folder(folder / f"{TEMPORARY}{anchor.name}")
     for name in anchor.files:
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(anchor.path / name, temporary / name)

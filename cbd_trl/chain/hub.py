@@ -1,7 +1,6 @@
 """A chain on the Hub: chain.json first, then, at that same commit, the files that are really used; anchors in
 repositories of their own at the commits that chain.json pins."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +16,13 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.file_download import repo_folder_name
 
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.folders import verify_config, verify_files
-from cbd_trl.chain.manifest import MANIFEST, Anchor, Manifest
+from cbd_trl.chain.manifest import MANIFEST, Manifest
 
 
 class HubFolder:
-    """The files of a Hub repository at one commit, fetched into the Hub's cache when they are asked for.
+    """The files of a Hub repository at one commit, fetched into the Hub's cache when they are used.
 
     Args:
         repo_id: the repository.
@@ -37,7 +37,7 @@ class HubFolder:
         self.path = Path(constants.HF_HUB_CACHE) / name / "snapshots" / commit
 
     def fetch(self, files: Sequence[str]) -> None:
-        """Have these files.
+        """Fetch the files that are not in the cache.
 
         Raises:
             ValueError: one is not in the cache and cannot be fetched.
@@ -51,13 +51,13 @@ class HubFolder:
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{self.repo_id!r} at commit {self.commit}: {', '.join(missing)} could not be fetched from the Hub "
-                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here. {told(error)} "
-                "Ask for it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
+                f"and {'is' if len(missing) == 1 else 'are'} not in its cache here. {explained(error)} "
+                "Open it once with a connection (and without HF_HUB_OFFLINE); after that it works offline."
             ) from error
 
 
 def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> HubFolder:
-    """A chain's repository, with its chain.json.
+    """Open a chain's repository and fetch its chain.json.
 
     Args:
         repo_id: the repository.
@@ -72,7 +72,8 @@ def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | N
     except (OSError, ValueError) as error:
         at = "" if revision is None else f" (revision {revision!r})"
         raise ValueError(
-            f"{repo_id!r}{at} is no folder here, and its {MANIFEST} could not be fetched from the Hub. {told(error)}"
+            f"{repo_id!r}{at} is not a folder here, and its {MANIFEST} could not be fetched from the Hub. "
+            f"{explained(error)}"
         ) from error
     # The cache keeps every commit in a folder named after it.
     return HubFolder(repo_id, manifest.parent.name, token)
@@ -80,38 +81,37 @@ def open_on_hub(repo_id: str, revision: str | None = None, token: str | bool | N
 
 def place_anchors(
     manifest: Manifest, folder: Path, hub: HubFolder | None, token: str | bool | None = None, verify: bool = True
-) -> Manifest:
-    """The manifest with anchors that fetch what is not here, and check it then.
+) -> list[Anchor]:
+    """Give each anchor of a manifest its folder; what is not here is fetched, and checked, when it is used.
 
     Args:
-        manifest: what chain.json says.
-        folder: where it lies.
+        manifest: read from chain.json.
+        folder: where chain.json lies.
         hub: the repository it came from; None for a folder of this machine.
         token: Hub token.
         verify: compare the sha256 of what is used with chain.json.
     """
     anchors = []
-    for anchor in manifest.anchors:
-        if anchor.repo is not None:
-            own = HubFolder(anchor.repo["repo_id"], anchor.repo["revision"], token)
-            prepare = _Prepare(own, "", folder, manifest.model_type, verify)
-            anchors.append(dataclasses.replace(anchor, path=own.path, prepare=prepare))
+    for record in manifest.anchors:
+        if record.repo is not None:
+            own = HubFolder(record.repo.repo_id, record.repo.revision, token)
+            anchors.append(Anchor.of(record, own.path, _Fetch(own, "", folder, manifest.model_type, verify)))
         elif hub is not None:
-            prepare = _Prepare(hub, f"{anchor.name}/", folder, manifest.model_type, verify)
-            anchors.append(dataclasses.replace(anchor, prepare=prepare))
+            fetch = _Fetch(hub, f"{record.name}/", folder, manifest.model_type, verify)
+            anchors.append(Anchor.of(record, folder / record.name, fetch))
         else:
-            anchors.append(anchor)
-    return dataclasses.replace(manifest, anchors=tuple(anchors))
+            anchors.append(Anchor.of(record, folder / record.name))
+    return anchors
 
 
-class _Prepare:
+class _Fetch:
     """Fetches and checks the files of one anchor, each once.
 
     Args:
         hub: the repository they are in.
         prefix: what their names begin with there.
         chain: the folder of chain.json.
-        model_type: what chain.json says of all anchors.
+        model_type: of all anchors, by chain.json.
         verify: whether their sha256 are compared.
     """
 
@@ -126,7 +126,7 @@ class _Prepare:
             return
         self._hub.fetch([f"{self._prefix}{name}" for name in new])
         verify_files(self._chain, anchor, new, hashes=self._verify)
-        # Before the config is read, which asks for its file again.
+        # Before the config is read, which needs its file again.
         self._ready.update(new)
         anchor.check_no_code()
         if "config.json" in new:
@@ -149,9 +149,9 @@ _REASONS: list[tuple[type[Exception], str]] = [
     ),
     (
         EntryNotFoundError,
-        "The repository does not hold it: it is no chain, or its upload was cut off before the end. Push it again.",
+        "The repository does not hold it: it is not a chain, or its upload was cut off before the end. Push it again.",
     ),
-    (HFValidationError, "This is no id of a repository: wanted 'owner/name'."),
+    (HFValidationError, "This is not the id of a repository: it must be 'owner/name'."),
 ]
 _STATUS_REASONS = {
     401: "The Hub does not accept the token: log in again (hf auth login) or give another token=.",
@@ -160,7 +160,7 @@ _STATUS_REASONS = {
 
 
 def hub_reason(error: BaseException | None) -> str | None:
-    """Why the Hub's client failed; None where it is not known, or the connection broke.
+    """Explain why the Hub's client failed; None where it is not known, or the connection broke.
 
     Args:
         error: what it raised.
@@ -173,7 +173,7 @@ def hub_reason(error: BaseException | None) -> str | None:
     return None
 
 
-def told(error: BaseException) -> str:
-    """The reason and, in brackets, the client's own words."""
+def explained(error: BaseException) -> str:
+    """Give the reason and, in brackets, the client's own words."""
     reason = hub_reason(error)
     return f"{reason or ''} ({type(error).__name__}: {' '.join(str(error).split())})".strip()

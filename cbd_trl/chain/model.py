@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from cbd_trl.architectures import Architecture
+from cbd_trl.chain.manifest import DTYPES
 from cbd_trl.surgery.weights import Weights, to_state
 from cbd_trl.utils.modeling import quiet
 from cbd_trl.utils.progress import Progress
@@ -19,11 +20,11 @@ from cbd_trl.utils.tensor_files import TensorFile
 def build_model(
     architecture: Architecture, weights: Weights, dtype: torch.dtype, name_or_path: str = ""
 ) -> PreTrainedModel:
-    """The stock causal LM class of the family, holding these weights, in eval mode.
+    """Build the stock causal LM class of the family with these weights, in eval mode.
 
     Args:
         architecture: what the weights mean; its config is copied.
-        weights: `{key: tensor}` with the keys of `architecture.tensors`, asked for one after another. The model holds
+        weights: `{key: tensor}` with the keys of `architecture.tensors`, read one after another. The model holds
             them as they are, without a copy, where that is how it stores them, they have its dtype and share their
             memory with nothing.
         dtype: of the returned parameters.
@@ -35,7 +36,7 @@ def build_model(
 def stock_model(
     config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype, name_or_path: str = ""
 ) -> PreTrainedModel:
-    """The same from a config, which is copied, and tensors as the class stores them."""
+    """Build the same from a config, which is copied, and tensors as the class stores them."""
     config = copy.deepcopy(config)
     config.dtype = dtype
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -62,9 +63,6 @@ def _parameters(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[s
     return parameters
 
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-
-
 class StoredWeights(Mapping[str, torch.Tensor]):
     """Weights in safetensors files, one or several shards; shapes and dtypes are known from the headers.
 
@@ -77,7 +75,8 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         names: {name in the files: key} where the two differ.
 
     Raises:
-        ValueError: a file is no safetensors file, or a tensor is missing, there twice, or of another shape or dtype.
+        ValueError: a file is not a safetensors file, or a tensor is missing, there twice, or of another shape or
+            dtype.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         missing = sorted(shapes.keys() - found.keys())
         if missing:
             places = ", ".join(str(file) for file in files)
-            raise ValueError(f"{places} lacks {missing[:5]}, which config.json says it has.")
+            raise ValueError(f"{places} lacks {missing[:5]}, which config.json implies.")
         # In the order of the model, whatever that of the files is.
         self._places = {key: found[key] for key in shapes}
 

@@ -12,9 +12,18 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
 from cbd_trl.cards.card import CARD_FILES, README, current_card
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.cards import AnyChain, anchor_card, chain_card
-from cbd_trl.chain.hub import hub_reason, told
-from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, Anchor, Manifest, manifest_text, read_manifest
+from cbd_trl.chain.hub import explained, hub_reason
+from cbd_trl.chain.manifest import (
+    MANIFEST,
+    STATISTICS_FILE,
+    AnchorRecord,
+    Manifest,
+    RepoPin,
+    manifest_text,
+    read_manifest,
+)
 from cbd_trl.chain.measurements import MEASURED
 
 # Name in the repository -> a file here, or what it is to hold.
@@ -74,18 +83,20 @@ class Push:
         named = copy.copy(chain)
         named.name_or_path, named.revision = repo_id, self.revision or "main"
         content: dict[str, Path | bytes] = {}
-        anchors = []
+        anchors: list[AnchorRecord] = []
         for anchor in chain.anchors:
             if anchor.name in own_repos:
                 own, earlier = own_repos[anchor.name]
                 there = _anchor_content(named, anchor, own)
                 commit = self._commit(own, there, [name for name in earlier if name not in there])
-                anchors.append(dataclasses.replace(anchor, repo={"repo_id": own, "revision": commit.oid}))
+                pin = RepoPin(repo_id=own, revision=commit.oid)
+                anchors.append(anchor.model_copy(update={"repo": pin}))
             else:
                 there = _anchor_content(named, anchor)
                 content.update({f"{anchor.name}/{name}": part for name, part in there.items()})
-                anchors.append(dataclasses.replace(anchor, repo=None))
-        content[MANIFEST] = manifest_text(Manifest(chain.model_type, chain.versions, tuple(anchors))).encode()
+                anchors.append(anchor.model_copy(update={"repo": None}))
+        manifest = Manifest(model_type=chain.model_type, versions=chain.versions, anchors=anchors)
+        content[MANIFEST] = manifest_text(manifest).encode()
         for name in (*CARD_FILES, MEASURED):
             if (chain.path / name).is_file():
                 content[name] = chain.path / name
@@ -103,10 +114,10 @@ class Push:
                 api.create_branch(repo_id, branch=self.revision, exist_ok=True)
         # The client lets errors of its HTTP library through, and which one that is depends on its version.
         except Exception as error:
-            raise _explained(repo_id, error) from error
+            raise _failed(repo_id, error) from error
         if seen:
             raise ValueError(
-                f"{repo_id!r} is there and public, and private=True (--private) asks for a private repository: "
+                f"{repo_id!r} is there and public, and private=True (--private) requires a private repository: "
                 "everybody could read what is uploaded, and nothing was. Make it private in its settings on the Hub, "
                 "choose another id, or leave private out."
             )
@@ -122,9 +133,9 @@ class Push:
             there = self._files(own)
             if own not in pinned and _is_model(there) and not _is_pushed(there, anchor):
                 raise ValueError(
-                    f"{own!r} holds a model that is no anchor of this chain: the {MANIFEST} of {repo_id!r} does not "
-                    "name it, and it is not what an interrupted push of the same anchor leaves. Nothing there is "
-                    f"overwritten. Choose another id, or rename or delete {own!r} on the Hub."
+                    f"{own!r} holds a model that is not an anchor of this chain: the {MANIFEST} of {repo_id!r} "
+                    "does not name it, and it is not what an interrupted push of the same anchor leaves. Nothing "
+                    f"there is overwritten. Choose another id, or rename or delete {own!r} on the Hub."
                 )
             sent = {*pinned.get(own, ()), *CARD_FILES, STATISTICS_FILE}
             made[anchor.name] = own, [name for name in there if name in sent or _SHARDS.fullmatch(name)]
@@ -136,18 +147,18 @@ class Push:
         try:
             file = HfApi(token=self.token).hf_hub_download(repo_id, MANIFEST, revision=self.revision)
         except Exception as error:
-            raise _explained(repo_id, error) from error
-        anchors: tuple[Anchor, ...] = ()
+            raise _failed(repo_id, error) from error
+        anchors: list[AnchorRecord] = []
         with suppress(ValueError):
             anchors = read_manifest(Path(file).parent).anchors
-        return {anchor.repo["repo_id"]: set(anchor.files) for anchor in anchors if anchor.repo is not None}
+        return {anchor.repo.repo_id: set(anchor.files) for anchor in anchors if anchor.repo is not None}
 
     def _files(self, repo_id: str) -> dict[str, RepoFile]:
         api = HfApi(token=self.token)
         try:
             entries = list(api.list_repo_tree(repo_id, recursive=True, revision=self.revision))
         except Exception as error:
-            raise _explained(repo_id, error) from error
+            raise _failed(repo_id, error) from error
         return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
     def _there(self, repo_id: str) -> list[str]:
@@ -173,7 +184,7 @@ class Push:
                 repo_id, [*additions, *deletions], commit_message=self.commit_message, revision=self.revision
             )
         except Exception as error:
-            raise _explained(repo_id, error) from error
+            raise _failed(repo_id, error) from error
 
 
 def _is_model(files: Iterable[str]) -> bool:
@@ -212,13 +223,13 @@ def _left_over(before: list[str], content: Content) -> list[str]:
     ]
 
 
-def _explained(repo_id: str, error: Exception) -> Exception:
+def _failed(repo_id: str, error: Exception) -> Exception:
     """What to raise instead of what the client raised."""
     # It wraps what went wrong with a file once more.
     inner = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
     if hub_reason(inner) is not None or isinstance(inner, ValueError):
-        return ValueError(f"The chain cannot be pushed to {repo_id!r}. {told(inner)}")
+        return ValueError(f"The chain cannot be pushed to {repo_id!r}. {explained(inner)}")
     return ConnectionError(
         f"The upload to {repo_id!r} was cut off before its commit, so nobody can open a part of it. Run the same "
-        f"again: files that arrived are not sent again. {told(inner)}"
+        f"again: files that arrived are not sent again. {explained(inner)}"
     )

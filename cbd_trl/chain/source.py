@@ -49,7 +49,7 @@ class Source:
 
     Raises:
         ValueError: it is a PEFT adapter, in memory or in a folder.
-        TypeError: it is no model of transformers.
+        TypeError: it is not a model of transformers.
     """
 
     place: str | Path | PreTrainedModel
@@ -65,11 +65,11 @@ class Source:
 
     @property
     def name(self) -> str:
-        # Of a target that is saved nowhere the name in the config leads to its tokenizer and its card.
+        # Of a target that is not saved, the name in the config leads to its tokenizer and its card.
         return str(self.place.config._name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
 
-    def fingerprint(self) -> str | None:
-        """sha256 of the weights of a model in memory, whose name may say nothing; None for a path or a Hub id."""
+    def weights_sha256(self) -> str | None:
+        """Hash the weights of a model in memory, whose name may be empty; None for a path or a Hub id."""
         if not isinstance(self.place, PreTrainedModel):
             return None
         digest = hashlib.sha256()
@@ -79,20 +79,20 @@ class Source:
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """What tells it from another, as chain.json has it: of a folder its name and the hash of its weights, no path,
-        since that goes where the chain goes."""
+        """Describe it for chain.json: its name, of a folder with the hash of its weights and never a path, since that
+        goes where the chain goes."""
         name = readable_name(self.name) or ""
         if not isinstance(self.place, PreTrainedModel) and (files := sorted(Path(self.place).glob("*.safetensors"))):
             hashes = "".join(map(sha256_of, files))
             name += f"@{hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
-        return {"source": name, "fingerprint": self.fingerprint()}
+        return {"source": name, "weights_sha256": self.weights_sha256()}
 
     def origin(self) -> Origin:
-        """What its card says of it; asked for once it was loaded."""
+        """Look up what its card records of it, once it was loaded."""
         return origin_of(self.name, self.revision, self.token)
 
     def config(self) -> PretrainedConfig:
-        """Its config, without the weights; of a multimodal model that of its language model.
+        """Load its config, without the weights; of a multimodal model that of its language model.
 
         Raises:
             ValueError: nothing of that name can be read.
@@ -106,27 +106,27 @@ class Source:
             return text_config(config)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"The {self.role} {self.name!r} is no model folder and could not be fetched from the Hub ({error}). "
-                "Give a model, the path of a folder with config.json, or a Hub id."
+                f"The {self.role} {self.name!r} is not a model folder and could not be fetched from the Hub "
+                f"({error}). Give a model, the path of a folder with config.json, or a Hub id."
             ) from error
 
     def architecture(self) -> Architecture:
-        """What its tensors mean, its head tied or not as its weights have it (see `architecture_of`).
+        """Describe what its tensors mean, its head tied or not as its weights have it (see `architecture_of`).
 
         Weights are read only where the config has the head tied and there is one among the tensors all the same.
 
         Raises:
             ValueError: no chain can be made of it.
         """
-        stated = describe(self.config())
+        configured = describe(self.config())
         if isinstance(self.place, PreTrainedModel):
             return architecture_of(text_model(self.place))
-        if stated.tied and self._has_tensor(f"{stated.family.head}.weight", stated.family.file_names):
+        if configured.tied and self._has_tensor(f"{configured.family.head}.weight", configured.family.file_names):
             return architecture_of(self.model({"dtype": "auto"}))
-        return stated
+        return configured
 
     def check_weights(self) -> None:
-        """Refuse a folder whose tensors are not those of its config; of a model on the Hub only loading it tells.
+        """Check that the tensors of a folder are those of its config; of a model on the Hub only loading it tells.
 
         Raises:
             ValueError: see `check_checkpoint`.
@@ -143,14 +143,14 @@ class Source:
         for file in files:
             names |= read_header(file)[0].keys()
         if not files and not Path(place).is_dir():
-            # Offline, or in another format: what is wrong with it is said when it is loaded.
+            # Offline, or in another format: loading it reports what is wrong.
             with suppress(Exception):
                 listed = HfApi(token=self.token).get_safetensors_metadata(place, revision=self.revision)
                 names |= listed.weight_map.keys()
         return any(f".{file_names.get(name, name)}".endswith(f".{key}") for name in names)
 
     def tokenizer_or(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-        """The tokenizer that is given for it, its own where none is.
+        """Choose the tokenizer: the one given for it, or else its own.
 
         Raises:
             ValueError: there is none, or the one given has other ids than the one that the model was saved with.
@@ -163,9 +163,8 @@ class Source:
         own = find_tokenizer(self.name, self.revision, local_only=isinstance(self.place, PreTrainedModel))
         if own is None:
             return given
-        reason = tokenizer_difference(own, given, names=("its own", "the given"))
-        # Either may have tokens that the other lacks, such as one for padding.
-        if reason is not None and tokenizer_difference(given, own, names=("the given", "its own")) is not None:
+        reason = tokenizer_difference(own, given, names=("its own", "the given"), further_tokens="either")
+        if reason is not None:
             raise ValueError(
                 f"The {self.role} ({self.name!r}) was saved with another tokenizer than the `processing_class` given "
                 f"for it: {reason}. Its rows stand for its own tokens. Leave `processing_class` out; for another "
@@ -187,9 +186,9 @@ class Source:
             ) from error
 
     def model(self, init_kwargs: dict[str, Any] | str | None = None) -> PreTrainedModel:
-        """The model itself; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype.
+        """Load the model; from a folder or the Hub in float32 (TRL's default) unless `init_kwargs` has a dtype.
 
-        Of a multimodal model it is the language model, which is said.
+        Of a multimodal model it is the language model, with a warning.
 
         Raises:
             ValueError: weights are missing, unknown, of another shape or in no safetensors.

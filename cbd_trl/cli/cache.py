@@ -94,7 +94,7 @@ def cache(flags: list[str]) -> None:
         manifest = _write_cache(arguments, script, args, model)
     else:
         manifest = _import_cache(arguments, args, model)
-    size = sum(shard.size for shard in manifest.shards)
+    size = sum(shard.num_bytes for shard in manifest.shards)
     print(
         f"{manifest.rows:,} rows, {manifest.tokens:,} tokens, {size / max(1, manifest.tokens):.0f} bytes per token in "
         f"{args.output_dir}. Training reads it without the teacher:"

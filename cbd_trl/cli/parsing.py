@@ -15,7 +15,6 @@ from cbd_trl.utils.lazy import NamesOf
 if TYPE_CHECKING:
     from trl import ModelConfig, ScriptArguments
 
-# Columns of a table in a file or a pipe, which has no width to fit into.
 _ADAPTER_FLAGS = ("use_peft", "use_rslora", "use_dora")
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", bool: "BOOL"}
 _OF_TRL = "the options of TRL's ScriptArguments, SFTConfig and ModelConfig"

@@ -133,7 +133,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
     from cbd_trl.report.page import save_measurements, write_report
     from cbd_trl.report.tables import sweep_table
     from cbd_trl.utils.files import Results
-    from cbd_trl.utils.modeling import quiet_loading
+    from cbd_trl.utils.modeling import quiet
     from cbd_trl.utils.progress import Progress, make_console
 
     assert arguments.data is not None
@@ -151,7 +151,7 @@ def _measure(arguments: ReportArguments, name: str, options: Any) -> None:
             "first: Chain.from_pretrained(...).save_pretrained(...)."
         )
     console = make_console()
-    with quiet_loading(), Progress("measuring") as bar:
+    with quiet(messages=True), Progress("measuring") as bar:
         measured = measure_chains(chains, rows, options, results, bar.at)
     files = write_report(measured, output, Path(arguments.data).name, options.tasks)
     for chain, found in zip(chains, measured, strict=True):

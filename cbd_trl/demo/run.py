@@ -26,7 +26,7 @@ from cbd_trl.report.tables import sweep_table
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.utils.files import Results, write_text
 from cbd_trl.utils.formatting import format_count, format_seconds
-from cbd_trl.utils.modeling import quiet_loading
+from cbd_trl.utils.modeling import quiet
 from cbd_trl.utils.progress import make_console
 
 TITLE = "Any size from one chain: SmolLM2-135M-Instruct and two anchors distilled from it"
@@ -118,7 +118,7 @@ class Demo:
         Returns:
             the content of report.json.
         """
-        with quiet_loading():
+        with quiet(messages=True):
             chain = self._build(self._source())
             report = json.loads((chain.path / MEASURED).read_text(encoding="utf-8"))
             answers = self._answers(chain, report)

@@ -9,8 +9,8 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
-from cbd_trl.cache.format import write_atomically
 from cbd_trl.utils.datasets import TEMPLATE_COLUMNS
+from cbd_trl.utils.files import write_text
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +103,7 @@ class CompletionsFile:
     def begin(self) -> None:
         """Cut off what is left of a batch that was interrupted. Of several processes one does this, and appends."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._record, (json.dumps(self._settings, indent=1) + "\n").encode())
+        write_text(self._record, json.dumps(self._settings, indent=1) + "\n")
         with self.path.open("ab") as file:
             file.truncate(self._size)
 

@@ -30,7 +30,7 @@ from cbd_trl.utils.tokenizers import (
     find_tokenizer,
     teacher_fingerprint,
     text_tokenizer,
-    tokenizer_fingerprint,
+    tokenizer_hash,
 )
 
 
@@ -129,7 +129,7 @@ def _settings(
         **dataclasses.asdict(decoding),
         "ends": completer.ends,
         "teacher_fingerprint": teacher_fingerprint(teacher),
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "tokenizer_sha256": tokenizer_hash(tokenizer),
         "attn_implementation": getattr(teacher.config, "_attn_implementation", None),
     }
 

@@ -40,7 +40,7 @@ from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.files import write_text
-from cbd_trl.utils.formatting import anchor_name, did_you_mean, format_count, format_seconds
+from cbd_trl.utils.formatting import anchor_name, did_you_mean, format_bytes, format_count, format_seconds
 from cbd_trl.utils.modeling import check_checkpoint
 
 FILE = "recipe.json"
@@ -383,8 +383,8 @@ def _check_disk(check: Check) -> None:
     check.disk_free = shutil.disk_usage(folder).free
     if check.disk_needed > check.disk_free:
         check.problems.append(
-            f"output_dir: the chain needs {check.disk_needed / 1e9:.1f} GB there with the checkpoints of one anchor "
-            f"(weights, statistics, optimizer), and {check.disk_free / 1e9:.1f} GB are free. Make room, choose "
+            f"output_dir: the chain needs {format_bytes(check.disk_needed)} there with the checkpoints of one anchor "
+            f"(weights, statistics, optimizer), and {format_bytes(check.disk_free)} are free. Make room, choose "
             "another disk, set args.save_total_limit to 1, or args.save_strategy to 'no' and go without resuming."
         )
 
@@ -409,10 +409,10 @@ def recipe_table(check: Check) -> Table:
         "all" if not check.finished else "left",
         "",
         "",
-        _bytes(sum(cost.disk for cost in left)),
-        _bytes(max((cost.checkpoints for cost in left), default=0)),
+        format_bytes(sum(cost.disk for cost in left)),
+        format_bytes(max((cost.checkpoints for cost in left), default=0)),
         _count([cost.tokens for cost in left]),
-        _bytes(max((cost.memory for cost in left), default=0)),
+        format_bytes(max((cost.memory for cost in left), default=0)),
         _time(None if None in seconds else sum(second or 0 for second in seconds)),
     )
     return table
@@ -426,7 +426,7 @@ def how_estimated(check: Check) -> str:
     """
     lines = [
         "Disk: weights and statistics (0.15 of the weights in bfloat16); checkpoints are there while an anchor is "
-        f"trained. Free: {_bytes(check.disk_free)}.",
+        f"trained. Free: {format_bytes(check.disk_free)}.",
         "Tokens: those of full rows; shorter rows that are not packed have fewer.",
         "Memory: weights of teacher and student, gradients, AdamW's moments, the activations of a micro-batch and "
         "0.5 GB of libraries, on one device, with nothing sharded.",
@@ -453,10 +453,10 @@ def _cells(cost: Cost, finished: bool) -> list[str]:
         return [*cells, *["finished", "", "", "", ""]]
     return [
         *cells,
-        _bytes(cost.disk),
-        _bytes(cost.checkpoints),
+        format_bytes(cost.disk),
+        format_bytes(cost.checkpoints),
         _count([cost.tokens]),
-        _bytes(cost.memory),
+        format_bytes(cost.memory),
         _time(cost.seconds),
     ]
 
@@ -464,13 +464,6 @@ def _cells(cost: Cost, finished: bool) -> list[str]:
 def _count(tokens: list[int | None]) -> str:
     known = [count for count in tokens if count is not None]
     return format_count(sum(known)) if len(known) == len(tokens) else "by epochs"
-
-
-def _bytes(size: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size / 1e3:.3g} kB"
 
 
 def _time(seconds: float | None) -> str:

@@ -238,7 +238,7 @@ class _Job:
             "path": self.chain.name_or_path,
             "revision": self.chain.revision,
             "model_type": self.chain.model_type,
-            "tokenizer": self.chain.source.tokenizer,
+            "tokenizer": self.chain.source.tokenizer_sha256,
             "text": {
                 "blocks": len(self.blocks),
                 "block_length": self.block_length,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from cbd_trl.architectures import describe
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.utils.files import Results
+from cbd_trl.utils.formatting import format_count
 
 OPERATORS = ("nested", "linear", "slice", "expand")
 RANDOM = "random"
@@ -49,7 +50,7 @@ class SweepTarget:
     def __str__(self) -> str:
         parts = [f"{name}={value}" for name, value in self.config.items()]
         if self.num_parameters is not None:
-            parts.insert(0, f"{self.num_parameters / 1e6:.4g}M")
+            parts.insert(0, format_count(self.num_parameters))
         return ", ".join(parts)
 
     @property

@@ -11,7 +11,7 @@ from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.chain.measurements import table_rows, table_units
 from cbd_trl.targets.many import TargetSummary
 from cbd_trl.targets.request import ANCHOR
-from cbd_trl.utils.formatting import format_count
+from cbd_trl.utils.formatting import format_bytes, format_count
 
 _CAPTION = (
     "Parameters: in the token table, an untied head and learned positions + in all else; a tied table counts once. "
@@ -49,17 +49,10 @@ def _cells(summary: TargetSummary) -> list[str]:
         describe_shape(summary.shape, short=True),
         "the anchor itself" if summary.operator == ANCHOR else summary.operator + mixed,
         " and ".join(summary.anchors),
-        f"{_bytes(summary.weight_bytes)} {summary.dtype}",
-        _bytes(summary.cache_bytes),
+        f"{format_bytes(summary.weight_bytes)} {summary.dtype}",
+        format_bytes(summary.cache_bytes),
         f"{format_count(summary.flops)} + {format_count(summary.attention_flops)} × T",
     ]
-
-
-def _bytes(count: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"
 
 
 def sweep_table(report: Mapping[str, Any], title: str = "") -> Table:

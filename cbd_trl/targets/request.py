@@ -8,8 +8,9 @@ from numbers import Real
 import torch
 
 from cbd_trl.architectures import Architecture
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.chain import Chain
-from cbd_trl.chain.manifest import STATISTICS_FILE, Anchor, weight_files
+from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.shapes.solve import solve_target
 from cbd_trl.targets.operators import (

@@ -16,8 +16,8 @@ from cbd_trl.architectures.backbone import check_causal, check_head, open_forwar
 from cbd_trl.losses.reduction import select_scored
 from cbd_trl.losses.teacher_outputs import HiddenOutputs, MixtureOutputs
 from cbd_trl.utils.formatting import readable_name
+from cbd_trl.utils.model_folders import name_remote_code
 from cbd_trl.utils.modeling import check_writes, in_eval_mode, load_causal_lm
-from cbd_trl.utils.untrusted import name_remote_code
 
 # The collator of a cached teacher puts what it read under names that begin so.
 TEACHER_PREFIX = "teacher_"

@@ -304,8 +304,8 @@ def _empty(cache: TeacherCache, batch: int, length: int) -> dict[str, Tensor]:
     settings = cache.settings
     tensors = {"teacher_target": torch.zeros(batch, length)}
     if settings.kind == "hidden":
-        assert settings.width is not None and settings.dtype is not None
-        hidden = torch.zeros(batch, length, settings.width, dtype=getattr(torch, settings.dtype))
+        assert settings.hidden_size is not None and settings.hidden_dtype is not None
+        hidden = torch.zeros(batch, length, settings.hidden_size, dtype=getattr(torch, settings.hidden_dtype))
         return tensors | {"teacher_hidden": hidden}
     assert settings.k is not None
     tensors["teacher_indices"] = torch.zeros(batch, length, settings.k, dtype=torch.int32)

@@ -3,7 +3,6 @@
 Shapes: B rows, T tokens, d student width, D teacher width, L compared layer pairs.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
 from cbd_trl.teachers.local import causal_lm_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
+from cbd_trl.utils.files import replacing
 from cbd_trl.utils.tensor_files import save_tensors
 
 NAME = "distill_projectors"
@@ -130,10 +130,8 @@ def save_projectors(projectors: Projectors, folder: str | Path) -> None:
         folder: of the checkpoint; made if need be.
     """
     file = Path(folder) / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{FILE}.tmp")
-    save_tensors({key: value.detach().contiguous() for key, value in projectors.state_dict().items()}, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        save_tensors({key: value.detach().contiguous() for key, value in projectors.state_dict().items()}, temporary)
 
 
 def load_projectors(projectors: Projectors, folder: str | Path) -> None:

@@ -27,9 +27,9 @@ from cbd_trl.trainers.checks import check_arguments, check_best_metric
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.model_card import describe_model
 from cbd_trl.utils.datasets import sft_dataset, sft_datasets
+from cbd_trl.utils.model_folders import name_remote_code
 from cbd_trl.utils.modeling import check_checkpoint, check_writes, is_multimodal, load_causal_lm
 from cbd_trl.utils.tokenizers import check_vocabularies, vocabulary_rows
-from cbd_trl.utils.untrusted import name_remote_code
 
 logger = logging.get_logger(__name__)
 

@@ -26,9 +26,11 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer, is_conversational
 from trl.chat_template_utils import clone_chat_template, get_training_chat_template, has_generation_markers
 
+from cbd_trl.utils.tokenizers import check_token
+
 logger = logging.get_logger(__name__)
 
-# Columns that hold a row's text. TRL takes whichever it meets first for the one that says whether a row is a chat, so
+# Columns that hold a row's text. TRL decides by whichever it meets first whether a row is a chat, so
 # those that are not read are dropped.
 _TEXTS = ("prompt", "completion", "messages", "conversations", "chosen", "rejected")
 # What TRL hands to the chat template beside a chat.
@@ -91,7 +93,7 @@ def sft_dataset(
 
 
 def sft_datasets(datasets: Any, name: str, args: SFTConfig | None = None, formatted: bool = False) -> Any:
-    """`sft_dataset` of each data set to evaluate on.
+    """Apply `sft_dataset` to each data set to evaluate on.
 
     Args:
         datasets: one, a dict of them, or what is none: None, or the name of one that is known.
@@ -107,7 +109,7 @@ def sft_datasets(datasets: Any, name: str, args: SFTConfig | None = None, format
 
 
 def text_columns(row: Mapping[str, Any], name: str, field: str = "text", prompts: bool = False) -> tuple[str, ...]:
-    """The columns that SFTTrainer makes the tokens of a row from.
+    """Find the columns that SFTTrainer makes the tokens of a row from.
 
     Args:
         row: the first of a data set.
@@ -137,13 +139,13 @@ def text_columns(row: Mapping[str, Any], name: str, field: str = "text", prompts
         )
     raise ValueError(
         f"A row of {name} has the columns {sorted(row)}, and none of the SFT formats: {field!r}, 'messages', or "
-        "'prompt' and 'completion' (or 'input_ids', already tokenised). Rename the columns or set "
+        "'prompt' and 'completion' (or 'input_ids', already tokenized). Rename the columns or set "
         "`dataset_text_field`."
     )
 
 
 def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
-    """All columns of a row that SFTTrainer reads, in their order.
+    """List all columns of a row that SFTTrainer reads, in their order.
 
     Args:
         row: the first of a data set.
@@ -161,7 +163,7 @@ def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
 
 
 def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | None) -> PreTrainedTokenizerBase:
-    """The tokenizer as SFTTrainer changes it before it reads a row: `eos_token` and `chat_template_path`.
+    """Change a tokenizer as SFTTrainer does before it reads a row: `eos_token` and `chat_template_path`.
 
     Args:
         tokenizer: as given; it is not changed.
@@ -177,12 +179,7 @@ def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | Non
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     if args.eos_token is not None:
-        if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"eos_token={args.eos_token!r} is not in the vocabulary of the {type(tokenizer).__name__}. Name one "
-                "of its tokens, or leave eos_token out."
-            )
-        tokenizer.eos_token = args.eos_token
+        tokenizer.eos_token = check_token(tokenizer, "eos_token", args.eos_token)
     path = args.chat_template_path
     if path is not None and (template := read_template(path)) is not None:
         tokenizer.chat_template = template
@@ -192,7 +189,7 @@ def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | Non
             clone_chat_template(_model_of_no_size(len(tokenizer)), tokenizer, path)
         except OSError as error:
             raise ValueError(
-                f"chat_template_path={path!r} is no .jinja file, and no folder or Hub id of a tokenizer that can be "
+                f"chat_template_path={path!r} is not a .jinja file, nor a folder or Hub id of a tokenizer that can be "
                 f"read: {error}"
             ) from error
     return tokenizer
@@ -229,7 +226,7 @@ def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args:
         return dataset.select_columns([name for name in ("input_ids", "seq_lengths") if name in first])
     if tokenizer is None:
         raise ValueError(
-            f"The data set has the columns {sorted(first)} and has to be tokenised, but there is no tokenizer. Pass "
+            f"The data set has the columns {sorted(first)} and has to be tokenized, but there is no tokenizer. Pass "
             "`processing_class`."
         )
     options: Any = _defaults() if args is None else copy.copy(args)
@@ -302,7 +299,7 @@ def token_rows(
 def template_reads(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None, name: str
 ) -> Iterator[None]:
-    """Refuse by its number the row that a chat template fails at.
+    """Name the row that a chat template fails at, by its number.
 
     Args:
         dataset: from `sft_dataset`, which is prepared meanwhile.
@@ -446,7 +443,7 @@ def _one_dataset(dataset: Any, name: str) -> Any:
 
 
 def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats: bool, name: str) -> bool:
-    """Whether a row of a stream is no empty chat."""
+    """Tell whether a row of a stream has text; an empty chat has none."""
     for column in columns:
         if column not in row:
             raise ValueError(
@@ -465,7 +462,7 @@ def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats
 
 
 def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name: str) -> None:
-    """Refuse what TRL would take for something else, or fail at.
+    """Check what TRL would take for something else, or fail at.
 
     Args:
         row: none of its columns is empty.
@@ -535,7 +532,7 @@ def _check_value(value: Any, column: str, name: str) -> None:
 
 
 def _is_message(turn: Any, keys: Sequence[str]) -> bool:
-    # What a message says may be None: that of a call of tools is.
+    # The content of a message may be None: that of a call of tools is.
     return isinstance(turn, Mapping) and all(key in turn for key in keys) and turn[keys[0]] is not None
 
 
@@ -547,7 +544,7 @@ def _missing(number: int, column: str, name: str) -> str:
 
 
 def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Dataset:
-    """The rows that are no empty chats. Read column by column: nothing of a row is made for it."""
+    """Select the rows with text, column by column: no row is made for it."""
     scanned = [column for column in (*columns, "chat_template_kwargs") if column in dataset.column_names]
     number, empty = 0, []
     for batch in dataset.select_columns(scanned).with_format("arrow").iter(_SCANNED_ROWS):
@@ -634,14 +631,14 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
 
 @contextmanager
 def _explained_rows(name: str) -> Iterator[None]:
-    """What `datasets` says of a file that it cannot read, which is a traceback without the file, as one sentence."""
+    """Explain a file that `datasets` cannot read in one sentence, where it gives a traceback without the file."""
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import ArrowInvalid
 
     try:
         yield
     except (DatasetGenerationError, ArrowInvalid, BadGzipFile, UnicodeDecodeError, StopIteration) as error:
-        # The cause is wrapped, except where an error of rows that differ is told in full.
+        # The cause is wrapped, except where an error of rows that differ is given in full.
         cause = error.__cause__ or error
         if isinstance(cause, StopIteration):
             raise ValueError(f"{name} is empty: there are no rows to read. Give a file with rows.") from error
@@ -650,7 +647,7 @@ def _explained_rows(name: str) -> Iterator[None]:
         elif isinstance(cause, UnicodeDecodeError):
             wanted = "text in UTF-8: convert it, as in `iconv -f latin1 -t utf-8`"
         else:
-            wanted = "what its name says: in .jsonl one JSON object on each line, all with the same columns"
+            wanted = "what its name promises: in .jsonl one JSON object on each line, all with the same columns"
         raise ValueError(
             f"The rows of {name} cannot be read: {' '.join(str(cause).split())} ({type(cause).__name__}). "
             f"Wanted {wanted}."

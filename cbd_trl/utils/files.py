@@ -1,4 +1,4 @@
-"""Writing what must outlive a crash: on the disk before it counts, and an error that says what is still there."""
+"""Files that must outlive a crash: written in one step, flushed before they count, told apart by their sha256."""
 
 import functools
 import hashlib
@@ -14,6 +14,50 @@ from typing import Any
 from huggingface_hub import cached_assets_path
 from safetensors import SafetensorError
 
+# What the temporary file, or folder, of an atomic write is called: this and the name that it will have.
+TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary file, which takes the place of a file once the block ends without an error.
+
+    A reader, or the next run, sees the old content or the new one and never a part, whether the process is killed or
+    the power fails. The temporary file has one name, so one process writes at a time, and what a killed one left is
+    written over.
+
+    Args:
+        path: the file; its folder is made if need be.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    # A link that lies there is not followed.
+    temporary.unlink(missing_ok=True)
+    yield temporary
+    _flush_file(temporary)
+    os.replace(temporary, path)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file in one step (see `replacing`).
+
+    Args:
+        path: the file; its folder is made if need be.
+        content: all of it.
+    """
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file in one step, as UTF-8 (see `replacing`).
+
+    Args:
+        path: the file; its folder is made if need be.
+        text: all of it.
+    """
+    write_bytes(path, text.encode())
+
 
 def flush(folder: Path) -> None:
     """Have every file below a folder on the disk, so that a power cut after a rename finds them whole.
@@ -23,17 +67,21 @@ def flush(folder: Path) -> None:
     """
     for path in folder.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _flush_file(path)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def writing(place: Path, kept: str) -> Iterator[None]:
-    """Within it a write that fails is an error with a way out.
+    """Turn a write that fails into an error with a way out.
 
     Args:
         place: what is being written.
-        kept: a sentence that says what stands in spite of it.
+        kept: a sentence about what stands in spite of it.
 
     Raises:
         OSError: the disk is full, or the place cannot be written to.
@@ -43,14 +91,14 @@ def writing(place: Path, kept: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise _failed(place, error, kept) from error
     except RuntimeError as error:
-        # All that torch.save says of a full disk.
+        # All that torch.save reports of a full disk.
         if "inline_container" not in str(error):
             raise
         raise _failed(place, error, kept) from error
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder, and a file in it that is gone at once.
+    """Check that a folder can be made and written to, by a file that is gone at once.
 
     Args:
         folder: made if there is none.
@@ -79,11 +127,11 @@ State = tuple[int, ...]
 
 
 def sha256_of(path: Path) -> str:
-    """A file's sha256.
+    """Hash a file.
 
-    It is looked up where the file has the inode, size and times that it had when it was worked out before; a file
-    younger than a few seconds is read every time. What is remembered from process to process lies in the assets of
-    the Hugging Face cache (`HF_ASSETS_CACHE`), an entry a file; without a folder to write to, nothing is.
+    The sha256 is looked up where the file has the inode, size and times that it had when it was computed before; a
+    file younger than a few seconds is read every time. What is remembered from process to process lies in the assets
+    of the Hugging Face cache (`HF_ASSETS_CACHE`), an entry a file; without a folder to write to, nothing is.
     """
     found = path.stat()
     state = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -122,23 +170,9 @@ def _read_entry(path: Path, state: State) -> str | None:
 
 def _write_entry(path: Path, state: State, digest: str) -> None:
     with suppress(OSError, ValueError):
-        entry = _entry_of(path)
-        temporary = entry.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"path": str(path), "state": state, "sha256": digest}), encoding="utf-8")
-        temporary.replace(entry)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or the next run, sees the old text or the new one and never a part.
-
-    Args:
-        path: the file; its folder is made if need be.
-        text: its whole content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        entry = json.dumps({"path": str(path), "state": state, "sha256": digest})
+        # Another process may write the same entry at the same time, and one of them then fails, which is no matter.
+        write_text(_entry_of(path), entry)
 
 
 class Results:

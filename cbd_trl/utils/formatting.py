@@ -1,20 +1,82 @@
-"""Names in front of a reader: what to call a model, and which name was meant."""
+"""Names, counts, sizes and durations as people read and write them."""
 
 import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+_COUNT_UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
+_BYTE_UNITS = {" kB": 1e3, " MB": 1e6, " GB": 1e9}
+_COUNT = re.compile(r"([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmb]?)", re.IGNORECASE)
+
+
+def format_count(count: float) -> str:
+    """Write a count of parameters, tokens or operations in short: 85.2M, 1.35B, 41.2k."""
+    return _with_unit(count, _COUNT_UNITS, 4, "")
+
+
+def format_bytes(count: float) -> str:
+    """Write a number of bytes in short, in powers of 1000: 3.21 GB, 12 MB."""
+    return _with_unit(count, _BYTE_UNITS, 3, " B")
+
+
+def _with_unit(count: float, units: dict[str, float], digits: int, none: str) -> str:
+    for unit, size in reversed(units.items()):
+        if count >= size:
+            return f"{count / size:.{digits}g}{unit}"
+    return f"{count:.0f}{none}"
+
+
+def parse_count(text: str | float) -> float:
+    """Read a parameter count as people write it.
+
+    Args:
+        text: a number, or text such as `138e6`, `138M`, `1.2B`.
+
+    Raises:
+        ValueError: for any other text.
+    """
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        return float(text)
+    match = _COUNT.fullmatch(str(text).strip().replace(",", "").replace("_", ""))
+    if match is None:
+        raise ValueError(f"{text!r} must be a number of parameters: write 138e6, 138M or 1.2B.")
+    units = {unit.lower(): size for unit, size in _COUNT_UNITS.items()}
+    return float(match[1]) * units.get(match[2].lower(), 1.0)
+
+
+def format_seconds(seconds: float) -> str:
+    """Write a duration in short: `40 s`, `6 min`, `1 h 5 min`, `3 d 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def anchor_name(num_parameters: int, taken: Collection[str] = ()) -> str:
+    """Name a model by its size, in the fewest digits: `134515008` is `"135M"`, or `"135M-2"` where that is taken."""
+    stem = str(num_parameters)
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if num_parameters >= scale:
+            value = num_parameters / scale
+            stem = f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
+            break
+    same = sum(name == stem or name.startswith(f"{stem}-") for name in taken)
+    return f"{stem}-{same + 1}" if same else stem
+
 
 def readable_name(name: str | None) -> str | None:
-    """A Hub id as it is, the last folder of a local path, None for a model without a name."""
+    """Shorten a local path to its last folder; a Hub id stays as it is, and a model without a name gives None."""
     if not name or name == "None":
         return None
     return os.path.basename(os.path.normpath(name)) if os.path.isabs(name) or os.path.isdir(name) else name
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """What an error about an unknown name ends with.
+    """Suggest the closest known name, for the end of an error.
 
     Args:
         name: what was given.
@@ -25,63 +87,6 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def format_count(num_parameters: float) -> str:
-    """A parameter count as people say it: 85.2M, 1.35B, 41.2k."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if num_parameters >= size:
-            return f"{num_parameters / size:.4g}{unit}"
-    return f"{num_parameters:.0f}"
-
-
-_COUNT = re.compile(r"([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmb]?)", re.IGNORECASE)
-
-
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
-
-
-def parse_count(text: str | float) -> float:
-    """A parameter count as people write it.
-
-    Args:
-        text: a number, or text such as `138e6`, `138M`, `1.2B`.
-
-    Returns:
-        the number.
-
-    Raises:
-        ValueError: for any other text.
-    """
-    if isinstance(text, int | float) and not isinstance(text, bool):
-        return float(text)
-    match = _COUNT.fullmatch(str(text).strip().replace(",", "").replace("_", ""))
-    if match is None:
-        raise ValueError(f"{text!r} is no number of parameters: write 138e6, 138M or 1.2B.")
-    return float(match[1]) * _UNITS[match[2].lower()]
-
-
-def anchor_name(num_parameters: int, taken: Collection[str] = ()) -> str:
-    """`134515008` -> `"135M"`, or `"135M-2"` where that name is taken."""
-    stem = str(num_parameters)
-    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if num_parameters >= scale:
-            value = num_parameters / scale
-            stem = f"{value:.1f}{unit}" if value < 10 else f"{value:.0f}{unit}"
-            break
-    alike = sum(name == stem or name.startswith(f"{stem}-") for name in taken)
-    return f"{stem}-{alike + 1}" if alike else stem
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds as people say them: `40 s`, `6 min`, `1 h 5 min`, `3 d 4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]], align: Sequence[str] = ()) -> str:

@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from cbd_trl.utils.untrusted import read_json, reading, shown
+
+logger = logging.get_logger(__name__)
 
 # Fields that name code to be run: classes of the repository, or kernels of another one.
 _CODE_FIELDS = frozenset(
@@ -18,13 +22,13 @@ _CODE_FIELDS = frozenset(
 # Fields that name a file to be read instead of one of the folder: `tokenizer_file`, `fast_tokenizer_files`, ...
 _FILE_FIELDS = ("_file", "_files")
 _FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
-# transformers makes lists of as many entries as these say, before a tensor proves that they are there.
+# transformers makes lists of as many entries as these fields hold, before a tensor proves that they are there.
 _COUNTED = ("layer", "label")
 _MOST_COUNTED = 10_000
 
 
 def load_config(folder: Path, way_out: str) -> PretrainedConfig:
-    """The config of a model of transformers' own.
+    """Load the config of a model of transformers' own.
 
     Raises:
         ValueError: it cannot be read, names code, or claims what no model has; the message names file and field.
@@ -39,7 +43,7 @@ def load_config(folder: Path, way_out: str) -> PretrainedConfig:
 
 
 def check_no_code(folder: Path, way_out: str) -> None:
-    """Refuse a model's folder whose files name code of its own, or other files to be read.
+    """Check that the files of a model's folder name no code of its own, and no other files to be read.
 
     Raises:
         ValueError: naming file and field; or one cannot be read.
@@ -60,7 +64,7 @@ def drop_code(folder: Path) -> None:
 
 
 def load_generation_config(folder: Path, way_out: str) -> GenerationConfig:
-    """The stored generation config.
+    """Load the stored generation config.
 
     Raises:
         ValueError: it cannot be read, or names code.
@@ -72,7 +76,7 @@ def load_generation_config(folder: Path, way_out: str) -> GenerationConfig:
 
 
 def load_tokenizer(folder: Path, way_out: str) -> PreTrainedTokenizerBase:
-    """The stored tokenizer; its chat template is not rendered.
+    """Load the stored tokenizer; its chat template is not rendered.
 
     Raises:
         ValueError: it cannot be read, or names code.
@@ -83,7 +87,7 @@ def load_tokenizer(folder: Path, way_out: str) -> PreTrainedTokenizerBase:
 
 
 def read_object(file: Path, way_out: str, limit: int | None = None) -> dict[str, Any]:
-    """The object that a JSON file holds (see `read_json`).
+    """Read the object that a JSON file holds (see `read_json`).
 
     Raises:
         ValueError: there is none.
@@ -107,7 +111,7 @@ def _read_without_code(file: Path, way_out: str) -> dict[str, Any]:
             )
         if field.endswith(_FILE_FIELDS) and value is not None:
             raise ValueError(
-                f"{file}: {field} names another file ({shown(value)}), of which chain.json says nothing and which may "
+                f"{file}: {field} names another file ({shown(value)}), which chain.json does not list and which may "
                 f"lie anywhere: take the field out. {way_out}"
             )
     return found
@@ -120,3 +124,34 @@ def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for inside in value if isinstance(value, list) else [value]:
             if isinstance(inside, dict):
                 yield from _fields(inside)
+
+
+def name_remote_code(place: str, revision: str | None = None, token: str | bool | None = None) -> None:
+    """Warn of the code that `trust_remote_code=True` will run: its classes, their repository, the commit. A model
+    without code of its own gives no warning. Nothing is run here.
+
+    Args:
+        place: path or Hub id of a model.
+        revision, token: of a Hub id.
+    """
+    found: dict[str, Any] = {}
+    # What cannot be read cannot be loaded either, and loading raises.
+    with suppress(OSError, ValueError):
+        found, _ = PretrainedConfig.get_config_dict(place, revision=revision, token=token)
+    # "owner/name--module.Class" is a class of another repository.
+    classes = sorted(set(_texts(found.get("auto_map"))))
+    if classes:
+        commit = found.get("_commit_hash") or revision
+        logger.warning(
+            f"trust_remote_code=True: {', '.join(classes)} of {place} "
+            f"({f'at {commit}' if commit else 'as it is now'}) will run on this machine with all your rights. Read it "
+            "first, and pin the commit that you have read as the revision."
+        )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inside in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inside)

@@ -26,11 +26,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 from transformers.utils import cached_file, find_adapter_config_file, logging
-from transformers.utils import logging as transformers_logging
 
 from cbd_trl.utils.formatting import readable_name
 
-# Of the options of `from_pretrained`, those that say where the files are.
+# Of the options of `from_pretrained`, those that locate the files.
 _WHERE = ("revision", "token", "subfolder", "cache_dir", "local_files_only")
 # Buffers that old checkpoints hold and models compute: transformers knows those of most classes, not of all.
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
@@ -49,7 +48,7 @@ _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> PreTrainedModel:
-    """Load a causal LM whose every weight is what its checkpoint says.
+    """Load a causal LM, every weight of it from its checkpoint.
 
     transformers fills what a checkpoint lacks with random numbers and leaves out what it does not know; here both are
     refused, but for what it ignores by design: buffers that the model computes, a tied head, older names of keys. Only
@@ -78,7 +77,7 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
         if not adapters:
             raise ValueError(_merge(f"{name} is a PEFT adapter"))
         return _with_adapter(place, adapter, role, options)
-    # Sizes that differ are told by name below, with everything else.
+    # Sizes that differ are named below, with everything else.
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if options.get("gguf_file") is None:
         options["use_safetensors"] = True
@@ -97,7 +96,7 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
 
 
 def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> None:
-    """Refuse what `load_causal_lm` would, by the headers of the files: in a second, before any long work.
+    """Check a checkpoint as `load_causal_lm` would, by the headers of the files: in a second, before any long work.
 
     What only loading can tell is left to it: quantized checkpoints, adapters, and models with code of their own.
 
@@ -105,7 +104,7 @@ def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **
         place: path or Hub id.
         role: what an error calls it.
         adapters: whether an adapter may be loaded, too.
-        options: of `from_pretrained`; only those that say where the files are count.
+        options: of `from_pretrained`; only those that locate the files count.
 
     Raises:
         ValueError: as `load_causal_lm`.
@@ -116,7 +115,7 @@ def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **
     if later or (adapters and _adapter(place, where)):
         return
     check_no_adapter(place, role, **where)
-    with suppress(OSError, ValueError):  # no config to read: loading says so
+    with suppress(OSError, ValueError):  # no config to read: loading raises
         if getattr(_config(place, where), "quantization_config", None) is not None:
             return
     of_files = {key: options[key] for key in ("variant", "key_mapping") if key in options}
@@ -125,14 +124,14 @@ def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **
 
 
 def check_plain(model: Any, role: str) -> None:
-    """Refuse a model in memory whose weights are not a plain model's.
+    """Check that the weights of a model in memory are a plain model's.
 
     Args:
         model: what was given for a model.
         role: what an error calls it.
 
     Raises:
-        TypeError: it is no model of transformers, such as one that `torch.compile` or a trainer wrapped.
+        TypeError: it is not a model of transformers, but one that `torch.compile` or a trainer wrapped.
         ValueError: it has a PEFT adapter, or no head.
     """
     if hasattr(model, "get_base_model") or _has_adapter_layers(model):
@@ -149,7 +148,7 @@ def check_plain(model: Any, role: str) -> None:
 
 
 def check_writes(model: Any, role: str) -> None:
-    """Refuse a model that does not say what the next token of a text is.
+    """Check that a model predicts the next token of a text.
 
     Args:
         model: in memory.
@@ -170,11 +169,18 @@ def check_writes(model: Any, role: str) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bar and no report of transformers for what is in memory already, or is loaded again later."""
+def quiet(messages: bool = False) -> Iterator[None]:
+    """Hide the progress bars of transformers, and its messages below errors.
+
+    For what is in memory already or is loaded again later; hundreds of weights load in a blink, and one bar is enough.
+
+    Args:
+        messages: whether they are shown.
+    """
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
-    logging.set_verbosity(max(verbosity, logging.ERROR))
+    if not messages:
+        logging.set_verbosity(max(verbosity, logging.ERROR))
     try:
         yield
     finally:
@@ -185,7 +191,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
-    """Have a model on a device for a time, and back on its own after it.
+    """Move a model to a device for a time, and back to its own after it.
 
     One that is spread over devices stays where it is.
 
@@ -206,7 +212,7 @@ def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrain
 
 
 def is_spread(model: Any) -> bool:
-    """Whether a `device_map` put the parts of a model on several devices, or off them.
+    """Tell whether a `device_map` put the parts of a model on several devices, or off them.
 
     Args:
         model: of transformers.
@@ -215,7 +221,7 @@ def is_spread(model: Any) -> bool:
 
 
 def is_multimodal(model: Any) -> bool:
-    """Whether the language model is a part of this one, beside a tower for images or sounds.
+    """Tell whether the language model is a part of this one, beside a tower for images or sounds.
 
     Args:
         model: a causal LM.
@@ -224,7 +230,7 @@ def is_multimodal(model: Any) -> bool:
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The config of the language model in a multimodal one, where that is a causal LM that transformers knows.
+    """Take the config of the language model out of a multimodal one, if transformers has a causal LM for it.
 
     Args:
         config: of any model.
@@ -243,7 +249,7 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model of a multimodal one, as a causal LM of its own that shares its weights; a text model itself.
+    """Take the language model out of a multimodal one, as a causal LM that shares its weights.
 
     Args:
         model: a causal LM.
@@ -277,7 +283,7 @@ def _loaded(place: str | Path, options: Mapping[str, Any]) -> tuple[Any, dict[st
 
 
 def _look_again(place: str | Path, options: Mapping[str, Any], name: str) -> None:
-    """Refuse by name what makes transformers fail before it tells.
+    """Name what makes transformers fail before it reports it.
 
     That is a part of a quantized checkpoint that is missing, or a tied head of another size than the table.
     """
@@ -322,7 +328,7 @@ def _auto_class(place: str | Path, options: Mapping[str, Any]) -> Any:
 
 
 def _check_keys(model: Any, info: Mapping[str, Any], name: str) -> None:
-    """Refuse what transformers found missing, unknown or of another shape.
+    """Check that transformers found nothing missing, unknown or of another shape.
 
     Args:
         model: that was loaded.
@@ -382,7 +388,7 @@ def _listed(names: Collection[str]) -> str:
 
 
 def _unreadable(place: str | Path, options: Mapping[str, Any], error: Exception) -> str | None:
-    """What is wrong with its files; None where there is no such place, or it cannot be reached."""
+    """Explain what is wrong with its files; None where there is no such place, or it cannot be reached."""
     again = "Fetch or save it again."
     if isinstance(error, SafetensorError):
         return f"has a weight file that is damaged or cut off ({error}). {again}"
@@ -424,7 +430,7 @@ def _merge(found: str) -> str:
 
 
 def check_no_adapter(place: str | Path, role: str, **where: Any) -> None:
-    """Refuse the folder of a PEFT adapter, which is not a model of its own.
+    """Check that a place is not the folder of a PEFT adapter, which is no model of its own.
 
     Args:
         place: path or Hub id.
@@ -440,7 +446,7 @@ def check_no_adapter(place: str | Path, role: str, **where: Any) -> None:
 
 def _adapter(place: str | Path, options: Mapping[str, Any]) -> str | None:
     """The config file of the PEFT adapter at a place, None where there is none."""
-    with suppress(OSError):  # nothing of that name: loading says so
+    with suppress(OSError):  # nothing of that name: loading raises
         return find_adapter_config_file(str(place), **_where(options))
     return None
 
@@ -467,22 +473,10 @@ def _with_adapter(place: str | Path, adapter: str, role: str, options: Mapping[s
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in eval mode; afterwards in the mode that it was in, whatever happened."""
+    """Put a model in eval mode for a time, and back in the mode that it was in, whatever happened."""
     was_training = model.training
     model.eval()
     try:
         yield
     finally:
         model.train(was_training)
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Within it transformers shows no bars: hundreds of weights load in a blink, and one bar is enough."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

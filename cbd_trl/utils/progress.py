@@ -1,4 +1,4 @@
-"""What is shown of long work: a bar with the time left on a terminal, elsewhere a plain line now and then."""
+"""Progress of long work: a bar with the time left on a terminal, elsewhere a plain line now and then."""
 
 import sys
 import threading
@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 from cbd_trl.utils.formatting import format_seconds
 
-# What is over sooner gets no bar.
+# Seconds; work that is over sooner gets no bar.
 _DELAY = 2.0
-# How often somebody looks whether a long step, too, is to be told of.
+# Seconds between looks at whether a long step needs a line.
 _LOOK = 1.0
 _WIDE = 200
 _SHOWN = ContextVar("shown", default=True)
@@ -24,7 +24,7 @@ _SHOWN = ContextVar("shown", default=True)
 
 @contextmanager
 def progress_shown(shown: bool) -> Iterator[None]:
-    """Within it progress is shown only if this, and every such context around it, says so.
+    """Show progress only if this, and every such context around it, allows it.
 
     Args:
         shown: False where `disable_tqdm` is set, and in all processes but one.
@@ -44,7 +44,7 @@ def make_console() -> Console:
 
 
 class Ticker:
-    """Tells when another plain line is due: after 5 seconds, then twice as long each time, at last every minute.
+    """Decides when another plain line is due: after 5 seconds, then twice as long each time, at last every minute.
 
     Args:
         clock: seconds, from any moment.
@@ -67,10 +67,10 @@ class Ticker:
 
 
 class Progress:
-    """The progress of one piece of work: iterate over it, or enter it and tell it of each step.
+    """The progress of one piece of work: iterate over it, or enter it and `update` it at each step.
 
     On a terminal or in a notebook it is tqdm's bar, once the work takes two seconds. Where there is no terminal, a
-    line on stderr when `Ticker` says so: `Choosing layers: 12/62 · 3 min left`. Both come while a step takes long,
+    line on stderr when `Ticker` has one due: `Choosing layers: 12/62 · 3 min left`. Both come while a step takes long,
     too, from a thread of their own. See `progress_shown`.
 
     Args:
@@ -137,7 +137,7 @@ class Progress:
 
         Args:
             steps: how many.
-            note: said beside them from now on.
+            note: shown beside them from now on.
         """
         self.steps += steps
         if note != self._note:
@@ -147,7 +147,7 @@ class Progress:
         self._line_if_due()
 
     def at(self, description: str, steps: int, total: int) -> None:
-        """Tell which step begins.
+        """Set which step begins.
 
         Args:
             description: of it.
@@ -160,7 +160,7 @@ class Progress:
         self.update(steps - self.steps)
 
     def line(self) -> str:
-        """What a plain line says."""
+        """Format a plain line."""
         done = f"{self.steps:,}" if self.total is None else f"{self.steps:,}/{self.total:,}"
         parts = [f"{self.description}: {done}" + ("" if self._unit == "it" else f" {self._unit}")]
         made = self.steps - self._initial
@@ -170,7 +170,7 @@ class Progress:
         return " · ".join([*parts, self._note] if self._note else parts)
 
     def _line_if_due(self) -> None:
-        # What is done needs no line: the next one says what comes then.
+        # What is done needs no line: the next work has its own.
         with self._lock:
             if self._lines and self.steps != self.total and self._ticker.due():
                 print(self.line(), file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Writing safetensors files that are the same bytes each time: the library puts metadata in an order of chance."""
+"""safetensors files: read header by header and tensor by tensor, written as the same bytes each time."""
 
 import json
 import math
@@ -36,10 +36,10 @@ class Entry:
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata; no tensor is read.
+    """Read the entries of a safetensors file by name, and its metadata; no tensor is read.
 
     Raises:
-        ValueError: it is no whole and consistent safetensors file.
+        ValueError: it is not a whole and consistent safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -75,8 +75,8 @@ class TensorFile(Mapping[str, torch.Tensor]):
         path: the file.
 
     Raises:
-        ValueError: it is no whole and consistent safetensors file; on access, a dtype or an empty tensor that no file
-            of a chain has.
+        ValueError: it is not a whole and consistent safetensors file; on access, a dtype or an empty tensor that no
+            file of a chain has.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,11 +84,11 @@ class TensorFile(Mapping[str, torch.Tensor]):
         self._entries, self.metadata = read_header(path)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header."""
+        """Look up a tensor's shape in the header."""
         return self._entries[key].shape
 
     def dtype(self, key: str) -> str:
-        """A tensor's dtype as the format names it, such as "BF16", from the header."""
+        """Look up a tensor's dtype in the header, as the format names it, such as "BF16"."""
         return self._entries[key].dtype
 
     def __getitem__(self, key: str) -> torch.Tensor:
@@ -122,7 +122,7 @@ _LENGTH_BYTES = 8
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file, its metadata sorted: the library leaves them in an order of chance.
 
     Args:
         tensors: contiguous ones, of any shape and dtype.
@@ -138,7 +138,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The same as `save_tensors` writes."""
+    """Make the bytes that `save_tensors` would write."""
     data = save(dict(tensors), metadata=None if metadata is None else dict(metadata))
     start = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
     return data[:_LENGTH_BYTES] + _in_order(data[_LENGTH_BYTES:start]) + data[start:]

@@ -1,11 +1,11 @@
-"""Do a student and a teacher read and write the same tokens?"""
+"""Which tokenizers are the same: `tokenizer_difference` of two in memory, `tokenizer_hash` for one on disk."""
 
 import copy
 import hashlib
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from cbd_trl.utils.untrusted import reading
 logger = logging.get_logger(__name__)
 
 
-# Letters with accents, digits, spaces, a newline and another script: what normalisers, pre-tokenizers and merges
+# Letters with accents, digits, spaces, a newline and another script: what normalizers, pre-tokenizers and merges
 # disagree about although the vocabularies are equal.
 _PROBE = "Émile's 1,234.5 naïve  tests:\n\tdon't split «déjà vu» – 数学 ok?"
 
@@ -30,9 +30,9 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     """Load the tokenizer that belongs to a model, if there is one.
 
     Args:
-        name_or_path: path or Hub id of the model, or what its config says it came from.
+        name_or_path: path or Hub id of the model, or what its config names as its origin.
         revision: of a Hub id.
-        local_only: never ask the Hub.
+        local_only: never look on the Hub.
 
     Returns:
         the tokenizer, or None if there is none at that place.
@@ -40,7 +40,7 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     if name_or_path is None or lacks_tokenizer(name_or_path):
         return None
     try:
-        # Said, because transformers asks at the keyboard where nothing is said.
+        # Given, because transformers asks at the keyboard where it is not.
         return AutoTokenizer.from_pretrained(
             name_or_path, revision=revision, local_files_only=local_only, trust_remote_code=False
         )
@@ -50,7 +50,7 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
 
 
 def text_tokenizer(given: Any) -> Any:
-    """The tokenizer of what was given for one: of a processor for text and images that around which it is built.
+    """Take the tokenizer out of a processor for text and images; a tokenizer is returned as it is.
 
     Args:
         given: a tokenizer, a processor or None.
@@ -76,8 +76,8 @@ def text_tokenizer(given: Any) -> Any:
 
 
 def lacks_tokenizer(name_or_path: str) -> bool:
-    """Whether this is no name, or a folder without a tokenizer, of which transformers would make an empty one for some
-    families.
+    """Tell whether this is not a name, or a folder without a tokenizer, of which transformers would make an empty one
+    for some families.
 
     Args:
         name_or_path: path or Hub id of a model.
@@ -89,17 +89,31 @@ def lacks_tokenizer(name_or_path: str) -> bool:
 
 
 def tokenizer_difference(
-    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, *, names: tuple[str, str]
+    one: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    *,
+    names: tuple[str, str],
+    further_tokens: Literal["neither", "other", "either"] = "other",
 ) -> str | None:
-    """Why two tokenizers do not read the same tokens, None where they do.
+    """Explain why two tokenizers do not read the same tokens; None where they do.
 
-    The other may know further tokens (they are not compared); every token of the first must have the same id in the
-    other, and both must split a probe text alike.
+    This is the rule for tokenizers in memory: every token of the first has the same id in the other, and both split a
+    probe text in the same way. On disk the rule is `tokenizer_hash`, which is stricter.
 
     Args:
         one, other: the tokenizers.
         names: what to call them, as in "the student's".
+        further_tokens: which of them may have tokens that the one it is compared with lacks, such as one for padding.
     """
+    reason = _difference(one, other, names)
+    if further_tokens == "neither":
+        return reason or _difference(other, one, names[::-1])
+    if further_tokens == "either" and reason is not None and _difference(other, one, names[::-1]) is None:
+        return None
+    return reason
+
+
+def _difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: tuple[str, str]) -> str | None:
     ours, theirs = one.get_vocab(), other.get_vocab()
     differing = [(token, index) for token, index in ours.items() if theirs.get(token) != index]
     if differing:
@@ -117,7 +131,7 @@ def tokenizer_difference(
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose tokens are not the student's (see `tokenizer_difference`).
+    """Check that a teacher's tokens are the student's (see `tokenizer_difference`).
 
     Args:
         student: the tokenizer that makes the training data.
@@ -137,7 +151,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 
 
 def shared_vocabulary(student_rows: int, teacher_rows: int, tokens: int) -> int:
-    """How many logits two models with padded vocabularies share.
+    """Count the logits that two models with padded vocabularies share.
 
     Args:
         student_rows: rows of the student's output embedding.
@@ -171,7 +185,7 @@ def check_vocabularies(
     teacher_name_or_path: str | None = None,
     revision: str | None = None,
 ) -> int:
-    """Check that both models speak the tokenizer of the data.
+    """Check that both models have the tokenizer of the data.
 
     Without `teacher_tokenizer` the teacher's is looked for where it was loaded from; for a model given in memory, only
     on this machine. Where none is found, only the number of rows can be checked.
@@ -205,11 +219,11 @@ def check_vocabularies(
     return shared_vocabulary(vocabulary_rows(student), vocabulary_rows(teacher), highest)
 
 
-def check_rows(side: str, rows: int, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
-    """Refuse a model that lacks rows for a tokenizer.
+def check_rows(role: str, rows: int, tokenizer: PreTrainedTokenizerBase, argument: str) -> None:
+    """Check that a model has a vocabulary row for each token.
 
     Args:
-        side: what to call the model.
+        role: what to call the model, such as "teacher".
         rows: of its vocabulary.
         tokenizer: the one given for it.
         argument: by which it is given.
@@ -220,21 +234,43 @@ def check_rows(side: str, rows: int, tokenizer: PreTrainedTokenizerBase, argumen
     tokens = max(tokenizer.get_vocab().values()) + 1
     if rows < tokens:
         raise ValueError(
-            f"The {side} has {rows} vocabulary rows, and the tokenizer given for it, {tokenizer_name(tokenizer)}, has "
-            f"{tokens} tokens: it is another model's. Pass the {side}'s own as `{argument}`, or resize the embeddings."
+            f"The {role} has {rows} vocabulary rows, and the tokenizer given for it, {tokenizer_name(tokenizer)}, has "
+            f"{tokens} tokens: it is another model's. Pass the {role}'s own as `{argument}`, or resize the embeddings."
         )
 
 
+def check_token(tokenizer: PreTrainedTokenizerBase, argument: str, token: str) -> str:
+    """Check that a token is in a vocabulary.
+
+    Args:
+        tokenizer: of the vocabulary.
+        argument: by which the token is given, such as "eos_token".
+        token: its text.
+
+    Returns:
+        the token.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if token not in tokenizer.get_vocab():
+        raise ValueError(
+            f"{argument}={token!r} is not in the vocabulary of the tokenizer {tokenizer_name(tokenizer)}, so no model "
+            f"could learn it. Name one of its tokens, leave {argument} out, or add the token to the model first."
+        )
+    return token
+
+
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What to call a tokenizer in front of a reader: where it is from, else its class, and how many tokens it has."""
+    """Name a tokenizer for a reader: where it is from, else its class, and how many tokens it has."""
     name = readable_name(tokenizer.name_or_path or None)
     return f"{name or type(tokenizer).__name__} ({len(tokenizer)} tokens)"
 
 
 def vocabulary_rows(model: Any) -> int:
-    """How many logits a model has per position: rows of its output embedding, which config.vocab_size need not be."""
+    """Count the logits of a model per position: rows of its output embedding, which config.vocab_size need not be."""
     weight = model.get_output_embeddings().weight
-    # ZeRO-3 leaves an empty parameter behind, and tells what its shape was.
+    # ZeRO-3 leaves an empty parameter behind, and its shape beside it.
     return getattr(weight, "ds_shape", weight.shape)[0]
 
 
@@ -249,9 +285,9 @@ _LARGEST_BYTES = 2**28
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides which ids a text becomes, and which text ids are.
+    """Hash what decides which ids a text becomes, and which text ids are.
 
-    Vocabulary, merges, rules for splitting, normalising and decoding, added tokens, and which tokens stand for the
+    Vocabulary, merges, rules for splitting, normalizing and decoding, added tokens, and which tokens stand for the
     begin of a text, for what is unknown, and the like. Chat templates, and which tokens pad and end, are left out.
 
     Args:
@@ -261,21 +297,21 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         64 hexadecimal digits, those of `stored_tokenizer_hash` once it is saved.
 
     Raises:
-        ValueError: it saves nothing that says what its tokens are.
+        ValueError: it saves no file with its tokens.
     """
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         found = stored_tokenizer_hash(Path(folder))
     if found is None:
         raise ValueError(
-            f"A {type(tokenizer).__name__} saves no file that says what its tokens are (tokenizer.json, or a "
-            "vocabulary), so nobody could read the chain's text with it. Pass a tokenizer as AutoTokenizer loads it."
+            f"A {type(tokenizer).__name__} saves no file with its tokens (tokenizer.json, or a "
+            "vocabulary), so it cannot be told from another one. Pass a tokenizer as AutoTokenizer loads it."
         )
     return found
 
 
 def stored_tokenizer_hash(folder: Path, way_out: str = "Save the tokenizer again.") -> str | None:
-    """The `tokenizer_hash` of the tokenizer in a folder, None where there is none.
+    """Compute the `tokenizer_hash` of the tokenizer in a folder; None where there is none.
 
     Raises:
         ValueError: its files cannot be read; the message ends with the way out.
@@ -310,7 +346,7 @@ def _file_rules(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-# What a config says about files, libraries or text generation, and not about the next token's distribution.
+# Fields of a config about files, libraries or text generation, and not about the next token's distribution.
 _NOT_THE_FUNCTION = {
     "_name_or_path",
     "architectures",
@@ -325,22 +361,8 @@ _NOT_THE_FUNCTION = {
 _SAMPLE = 8
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of the vocabulary, special and added tokens included.
-
-    The roles of special tokens are left out: training may give a tokenizer its pad or eos token.
-
-    Args:
-        tokenizer: of the data.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
 def teacher_fingerprint(model: Any) -> str:
-    """sha256 of a model's config and of some values of each of its parameters.
+    """Hash a model's config and some values of each of its parameters.
 
     Two models that were trained apart differ in almost every value; reading a few of each matrix tells them apart in
     no time.

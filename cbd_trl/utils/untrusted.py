@@ -2,17 +2,14 @@
 
 import json
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from transformers import PretrainedConfig
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
-
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 # Of any JSON file of ours; a tokenizer's vocabulary may take more.
 _LARGEST_BYTES = 2**24
@@ -23,7 +20,7 @@ _MOST_DIGITS = 40
 
 
 def read_json(file: Path, way_out: str, limit: int = _LARGEST_BYTES) -> Any:
-    """What a JSON file holds, for one that need not be friendly.
+    """Read a JSON file that need not be friendly.
 
     Args:
         file: to be read.
@@ -32,12 +29,12 @@ def read_json(file: Path, way_out: str, limit: int = _LARGEST_BYTES) -> Any:
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: it is no plain file, too large, or not JSON as `parse_json` takes it; the message names it.
+        ValueError: it is not a plain file, too large, or not JSON as `parse_json` takes it; the message names it.
     """
     try:
         # A pipe would be waited for, and a device has no end.
         if file.exists() and not file.is_file():
-            raise ValueError("it is no plain file")
+            raise ValueError("it must be a plain file")
         if (size := file.stat().st_size) > limit:
             raise ValueError(f"{size:,} bytes are more than the {limit:,} that such a file may have")
         return parse_json(file.read_bytes())
@@ -48,7 +45,7 @@ def read_json(file: Path, way_out: str, limit: int = _LARGEST_BYTES) -> Any:
 
 
 def check_inside(folder: Path, file: Path, way_out: str) -> None:
-    """Refuse a file that is a link out of its folder.
+    """Check that a file is not a link out of its folder.
 
     Args:
         folder: that it is to lie in.
@@ -69,7 +66,7 @@ def check_inside(folder: Path, file: Path, way_out: str) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """JSON that means one thing to every reader: UTF-8, no key twice, only finite numbers of few digits, not deep.
+    """Parse JSON that means one thing to every reader: UTF-8, no key twice, finite numbers of few digits, not deep.
 
     Raises:
         ValueError: it is not.
@@ -115,39 +112,66 @@ def _check_depth(found: Any) -> None:
     raise ValueError("it is nested too deeply")
 
 
-def check_fields(entry: Any, fields: Mapping[str, tuple[type, ...]], where: str, way_out: str) -> None:
-    """Refuse an object that does not have exactly these fields, or one of another type.
+class Untrusted(BaseModel):
+    """A JSON object that somebody else may have written: its fields and no others, of exactly these types.
+
+    A bool is not taken for an int, nor text for a number; a whole number will do for a float.
+    """
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+Schema = TypeVar("Schema", bound=Untrusted)
+# Mistakes in one message.
+_MOST_MISTAKES = 3
+
+
+def validated(schema: type[Schema], found: Any, file: Path, way_out: str) -> Schema:
+    """Validate what a JSON file holds.
 
     Args:
-        entry: as JSON has it.
-        fields: name -> types; an int is no bool, and a whole number will do for a float.
-        where: the file, and where in it.
-        way_out: the end of every error.
+        schema: what it has to be.
+        found: as `read_json` gives it.
+        file: for the message.
+        way_out: the end of the error.
 
     Raises:
-        ValueError: naming the field.
+        ValueError: naming the file, the first fields that are wrong, and their values.
     """
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be an object, got {type(entry).__name__}. {way_out}")
-    missing, unknown = sorted(fields.keys() - entry.keys()), sorted(entry.keys() - fields.keys())
-    if missing or unknown:
-        raise ValueError(f"{where}: missing keys {missing}, unknown keys {shown(unknown)}. {way_out}")
-    for key, types in fields.items():
-        value = entry[key]
-        fine = isinstance(value, types) or (float in types and type(value) is int)
-        if not fine or (isinstance(value, bool) and bool not in types):
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-            raise ValueError(f"{where}: {key} must be of type {wanted}, got {shown(value)}. {way_out}")
+    try:
+        return schema.model_validate(found)
+    except ValidationError as error:
+        mistakes = [_mistake(mistake) for mistake in error.errors(include_url=False)[:_MOST_MISTAKES]]
+        raise ValueError(f"{file}, {'; '.join(mistakes)}. {way_out}") from None
+
+
+def _mistake(error: Mapping[str, Any]) -> str:
+    """Put a mistake that pydantic found into words: `anchors[1].dtype: Input should be ..., got 'int8'`."""
+    place = ""
+    for part in error["loc"]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part if _FIELD.fullmatch(part) else shown(part)}"
+    field = place.lstrip(".") or "the whole"
+    if error["type"] == "missing":
+        return f"{field}: the field is missing"
+    if error["type"] == "extra_forbidden":
+        return f"{field}: there is no field of this name"
+    if error["type"] == "value_error":
+        cause = str(error["ctx"]["error"])
+        return f"{field}: {cause}" + ("" if isinstance(error["input"], dict) else f", got {shown(error['input'])}")
+    return f"{field}: {error['msg']}, got {shown(error['input'])}"
+
+
+_FIELD = re.compile(r"\w{1,60}", re.ASCII)
 
 
 def shown(value: Any) -> str:
-    """A value of any size in a few words."""
+    """Shorten a value of any size to a few words."""
     return reprlib.repr(value)
 
 
 @contextmanager
 def reading(file: Path, what: str, way_out: str) -> Iterator[None]:
-    """Whatever a library raises while it reads a file is a ValueError that names the file.
+    """Turn whatever a library raises while it reads a file into a ValueError that names the file.
 
     Args:
         file: read by somebody else's code.
@@ -161,34 +185,3 @@ def reading(file: Path, what: str, way_out: str) -> Iterator[None]:
         yield
     except Exception as error:  # what others' readers raise of nonsense has no end
         raise ValueError(f"{file} cannot be read as {what} ({type(error).__name__}: {error}). {way_out}") from error
-
-
-def name_remote_code(place: str, revision: str | None = None, token: str | bool | None = None) -> None:
-    """Warn of the code that `trust_remote_code=True` will run: its classes, their repository, the commit. A model
-    without code of its own gives no warning. Nothing is run here.
-
-    Args:
-        place: path or Hub id of a model.
-        revision, token: of a Hub id.
-    """
-    found: dict[str, Any] = {}
-    # What cannot be read cannot be loaded either, and loading says so.
-    with suppress(OSError, ValueError):
-        found, _ = PretrainedConfig.get_config_dict(place, revision=revision, token=token)
-    # "owner/name--module.Class" is a class of another repository.
-    classes = sorted(set(_texts(found.get("auto_map"))))
-    if classes:
-        commit = found.get("_commit_hash") or revision
-        logger.warning(
-            f"trust_remote_code=True: {', '.join(classes)} of {place} "
-            f"({f'at {commit}' if commit else 'as it is now'}) will run on this machine with all your rights. Read it "
-            "first, and pin the commit that you have read as the revision."
-        )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inside in value.values() if isinstance(value, dict) else value:
-            yield from _texts(inside)

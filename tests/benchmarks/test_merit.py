@@ -34,7 +34,7 @@ def _write(folder, model, name, parent, blocks):
         model.save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
 
-    write_anchor(folder, {"name": name, "parent": parent, "block_map": blocks}, fill)
+    write_anchor(folder, {"name": name, "parent": parent, "blocks": blocks}, fill)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from cbd_trl.bridge.token_bytes import Vocabulary, pieces_of, token_bytes
 from cbd_trl.bridge.vocabulary import covered_share, match_vocabularies
 from cbd_trl.report.measure import scored_bytes
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.tokenizers import tokenizer_difference, tokenizer_fingerprint, tokenizer_hash
+from cbd_trl.utils.tokenizers import tokenizer_difference, tokenizer_hash
 from tests.bridge.tokenizers_of_kinds import KINDS, corpus, letters, make_tokenizer
 from tests.tiny import tiny_model
 
@@ -145,7 +145,6 @@ def test_added_tokens_are_read_a_few_times_and_not_once_for_each_token(monkeypat
         ),
         "difference": lambda: tokenizer_difference(ours, theirs, names=("a", "b")),
         "hash": lambda: tokenizer_hash(ours),
-        "fingerprint": lambda: tokenizer_fingerprint(ours),
     }
     for step, run in steps.items():
         reads.clear()

@@ -78,23 +78,24 @@ def test_evaluations_count_where_they_decide(why: dict[str, Any]) -> None:
 def test_a_field_that_a_later_transformers_adds_is_recorded() -> None:
     later = dataclasses.make_dataclass("Later", [("momentum_decay", float, 0.5)], bases=(DistillConfig,))
     args = later(output_dir="unused", use_cpu=True, bf16=False, momentum_decay=0.25)
-    assert training_record(args)["momentum_decay"] == 0.25 and "momentum_decay" in training_record(args)["given"]
+    assert training_record(args)["values"]["momentum_decay"] == 0.25
+    assert "momentum_decay" in training_record(args)["non_default"]
 
 
 def test_a_default_that_has_moved_since_is_no_change() -> None:
     now = training_record(make_config())
-    assert "weight_decay" not in now["given"] and now["versions"].keys() >= {"transformers", "trl", "cbd-trl"}
-    then = {**now, "weight_decay": 0.1, "versions": {"transformers": "5.0.0"}}
+    assert "weight_decay" not in now["non_default"] and now["versions"].keys() >= {"transformers", "trl", "cbd-trl"}
+    then = {**now, "values": {**now["values"], "weight_decay": 0.1}, "versions": {"transformers": "5.0.0"}}
     assert changed_arguments(then, now) == []
     # Then it was given, or it is now.
-    assert changed_arguments({**then, "given": [*now["given"], "weight_decay"]}, now) == ["weight_decay"]
+    assert changed_arguments({**then, "non_default": [*now["non_default"], "weight_decay"]}, now) == ["weight_decay"]
     assert changed_arguments(then, training_record(make_config(weight_decay=0.2))) == ["weight_decay"]
     assert changed_arguments(then, training_record(make_config(weight_decay=0.1))) == []
 
 
 def test_what_an_older_record_lacks_is_not_compared_and_named(caplog: pytest.LogCaptureFixture) -> None:
     """An older record says nothing of defaults either: all that it has is compared."""
-    older = {"learning_rate": 1e-2, "adam_beta2": 0.99, "fingerprint": "0123"}
+    older = {"values": {"learning_rate": 1e-2, "adam_beta2": 0.99}}
     now = training_record(make_config(neftune_noise_alpha=5.0))
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
@@ -111,7 +112,7 @@ def test_no_secret_and_no_place_is_recorded(tmp_path: Any) -> None:
     options = {"dtype": "bfloat16", "token": "hf_secret", "cache_dir": str(tmp_path), "revision": "main"}
     args = make_config(model_init_kwargs=options, chat_template_path=str(template), hub_token="hf_secret")
     record = training_record(args)
-    assert record["model_init_kwargs"] == '{"dtype": "bfloat16", "revision": "main"}'
+    assert record["values"]["model_init_kwargs"] == '{"dtype": "bfloat16", "revision": "main"}'
     assert "hf_secret" not in json.dumps(record) and str(tmp_path) not in json.dumps(record)
     template.write_text("{{ messages | upper }}")
     assert changed_arguments(record, training_record(args)) == ["chat_template_path"]
@@ -149,5 +150,5 @@ def test_what_would_go_wrong_in_a_build_is_refused(config: type, fields: dict[st
 
 
 def test_enums_are_recorded_by_value() -> None:
-    record = training_record(make_config(lr_scheduler_type="cosine"))
+    record = training_record(make_config(lr_scheduler_type="cosine"))["values"]
     assert record["lr_scheduler_type"] == "cosine" and not any(isinstance(entry, Enum) for entry in record.values())

@@ -82,7 +82,7 @@ def test_anchor_zero_is_what_the_trainer_makes(chain: Chain) -> None:
 def test_text_of_the_source_is_enough(tmp_path: Path) -> None:
     config = bridge_config(objective="seqkd", max_steps=1)
     zero = build_bridged(tmp_path, bridge=bridge_step(args=config)).anchors[0]
-    assert zero.training["bridge"]["arguments"]["objective"] == '{"seqkd": 1.0}' and zero.losses.keys() >= {"ce"}
+    assert zero.training["bridge"]["arguments"]["values"]["objective"] == '{"seqkd": 1.0}' and "ce" in zero.losses
     assert "kd" not in zero.losses
 
 
@@ -91,13 +91,14 @@ def test_what_chain_json_tells_of_it(chain: Chain) -> None:
     assert (anchor.parent, anchor.block_map) == (None, None)
     assert {"loss", "kd", "ce", "teacher_ce", "eval_loss", "eval_kd"} <= anchor.losses.keys()
     assert anchor.tokens_seen > 3 * 4 * 5
-    assert anchor.training["source"] == "" and len(anchor.training["fingerprint"]) == 64
+    assert anchor.training["source"] == "" and len(anchor.training["weights_sha256"]) == 64
     told = anchor.training["bridge"]
-    assert told["source_tokenizer"] == tokenizer_hash(teachers_tokenizer())
-    assert told["student"] == "" and len(told["student_fingerprint"]) == 64
+    assert told["source_tokenizer_sha256"] == tokenizer_hash(teachers_tokenizer())
+    assert told["student"] == "" and len(told["student_weights_sha256"]) == 64
     assert told["arguments"] == training_record(bridge_config())
-    assert told["arguments"]["objective"] == '{"alm": 1.0}' and told["arguments"]["max_steps"] == 3
-    assert anchor.tokenizer == lower.tokenizer == tokenizer_hash(students_tokenizer()) != told["source_tokenizer"]
+    assert told["arguments"]["values"]["objective"] == '{"alm": 1.0}' and told["arguments"]["values"]["max_steps"] == 3
+    assert anchor.tokenizer_sha256 == lower.tokenizer_sha256 == tokenizer_hash(students_tokenizer())
+    assert anchor.tokenizer_sha256 != told["source_tokenizer_sha256"]
     assert "bridge" not in lower.training and "eval_kd" in lower.losses
 
 
@@ -174,12 +175,12 @@ def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": source(seed=4)}, r"a chain of another source .*'fingerprint'"),
-        ({"processing_class": make_tokenizer("byte_level", 410, seed=1)}, r"changed: \['source_tokenizer'\]"),
-        ({"bridge": bridge_step(model=anchor_zero(seed=4))}, r"anchor .* changed: \['student_fingerprint'\]"),
+        ({"source": source(seed=4)}, r"a chain of another source .*'weights_sha256'"),
+        ({"processing_class": make_tokenizer("byte_level", 410, seed=1)}, r"changed: \['source_tokenizer_sha256'\]"),
+        ({"bridge": bridge_step(model=anchor_zero(seed=4))}, r"anchor .* changed: \['student_weights_sha256'\]"),
         (
             {"bridge": bridge_step(model=tiny_model("gpt2", vocab_size=300, n_positions=128, n_layer=5))},
-            r"requested now: \{.*'n_layer': 5.*changed: \['student_fingerprint'\]",
+            r"requested now: \{.*'n_layer': 5.*changed: \['student_weights_sha256'\]",
         ),
         (
             {"bridge": bridge_step(processing_class=make_tokenizer("byte_level", 290))},
@@ -226,9 +227,9 @@ def test_both_sides_as_they_are_saved(tmp_path: Path) -> None:
     options = {"source": tmp_path / "source", "processing_class": None, "args": chain_config(max_steps=1)}
     chain = build_bridged(tmp_path / "chain", bridge=BridgeStep(str(tmp_path / "zero"), args=args), **options)
     told = chain.source.training
-    assert told["source"].startswith("source@") and told["fingerprint"] is None
-    assert told["bridge"]["student"].startswith("zero@") and told["bridge"]["student_fingerprint"] is None
-    assert told["bridge"]["source_tokenizer"] == tokenizer_hash(teachers_tokenizer())
+    assert told["source"].startswith("source@") and told["weights_sha256"] is None
+    assert told["bridge"]["student"].startswith("zero@") and told["bridge"]["student_weights_sha256"] is None
+    assert told["bridge"]["source_tokenizer_sha256"] == tokenizer_hash(teachers_tokenizer())
     assert chain.tokenizer().get_vocab() == students_tokenizer().get_vocab()
     # Without text of its own, the chain's.
     tokens = token_blocks(rows(), students_tokenizer(), 256, 128).input_ids.numel()

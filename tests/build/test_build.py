@@ -83,7 +83,7 @@ def test_what_chain_json_tells(chain, chain_folder):
     assert [entry["num_parameters"] for entry in body["anchors"]] == [
         AutoModelForCausalLM.from_pretrained(anchor.path).num_parameters() for anchor in chain.anchors
     ]
-    assert [entry["block_map"] for entry in body["anchors"]] == [None, BLOCKS, [[0], [1], [2], [3]]]
+    assert [anchor.block_map for anchor in chain.anchors] == [None, BLOCKS, [[0], [1], [2], [3]]]
     assert source["shape"] == describe(chain_source().config).shape
     assert deep["shape"] == {**source["shape"], **CHAIN_ANCHORS[0]}
     assert wide["shape"] == {**deep["shape"], **CHAIN_ANCHORS[1]}
@@ -92,7 +92,8 @@ def test_what_chain_json_tells(chain, chain_folder):
         # Three steps of four rows of 6 to 14 words and an end.
         assert 3 * 4 * 7 <= entry["tokens_seen"] <= 3 * 4 * 15
         assert {"loss", "kd", "ce", "teacher_ce", "eval_loss", "eval_kd"} <= entry["losses"].keys()
-        assert entry["training"]["learning_rate"] == 1e-2 and entry["training"]["max_steps"] == 3
+        values = entry["training"]["arguments"]["values"]
+        assert (values["learning_rate"], values["max_steps"]) == (1e-2, 3)
     # A narrower stream is not held to the wider one.
     assert "hidden" in deep["losses"] and "hidden" not in wide["losses"]
     for entry in body["anchors"]:
@@ -154,7 +155,7 @@ def test_an_anchor_starts_as_the_refitted_cut_of_the_one_above(tmp_path):
 def test_depth_and_width_at_once(tmp_path):
     anchors = [{**CHAIN_ANCHORS[0], **CHAIN_ANCHORS[1]}]
     upper, lower = build(tmp_path / "chain", anchors=anchors, args=chain_config(learning_rate=0.0)).anchors
-    assert lower.training["swap_probability"] == 1.0
+    assert lower.arguments["swap_probability"] == 1.0
     narrow = upper.architecture().resized(**lower.architecture().sizes)
     statistics = StoredStatistics(upper.statistics_file)
     cut = least_squares_cut(upper.load_state_dict(), upper.architecture(), statistics, narrow)
@@ -191,11 +192,11 @@ def test_an_anchor_is_trained_with_hybrids_beside_it(tmp_path):
 
 
 def test_chain_defaults_are_in_force_and_the_callers_arguments_untouched(chain, tmp_path):
-    assert [anchor.training["hidden_weight"] for anchor in chain.anchors[1:]] == [2.0, 0.0]
-    assert [anchor.training["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 1.0]
+    assert [anchor.arguments["hidden_weight"] for anchor in chain.anchors[1:]] == [2.0, 0.0]
+    assert [anchor.arguments["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 1.0]
     args = chain_config(hidden_weight=0.0, swap_probability=0.0, max_steps=1)
     anchor = build(tmp_path / "chain", anchors=CHAIN_ANCHORS[:1], args=args).anchors[1]
-    assert (anchor.training["hidden_weight"], anchor.training["swap_probability"]) == (0.0, 0.0)
+    assert (anchor.arguments["hidden_weight"], anchor.arguments["swap_probability"]) == (0.0, 0.0)
     assert "hidden" not in anchor.losses and "hidden" in chain.anchors[1].losses
     args = chain_config(max_steps=1)
     before = args.to_dict()
@@ -209,7 +210,7 @@ def test_an_anchor_may_have_arguments_and_text_of_its_own(chain, tmp_path):
     built = build(tmp_path / "chain", anchors=[CHAIN_ANCHORS[0], own])
     assert same_weights(built.anchors[1].load_state_dict(), chain.anchors[1].load_state_dict())
     record = built.anchors[2]
-    assert (record.training["max_steps"], record.training["hidden_weight"]) == (1, 0.5)
+    assert (record.arguments["max_steps"], record.arguments["hidden_weight"]) == (1, 0.5)
     assert (
         StoredStatistics(record.statistics_file).tokens
         == token_blocks(short, tiny_tokenizer(), 256, 64).input_ids.numel()
@@ -299,7 +300,7 @@ def test_what_comes_back_is_the_chain_on_disk(tmp_path):
 
 
 def test_the_record_of_the_arguments_is_plain_json(chain):
-    training = chain.anchors[1].training
+    training = chain.anchors[1].arguments
     assert training["lr_scheduler_type"] == "linear" and training["adam_beta2"] == 0.999
 
 

@@ -127,7 +127,7 @@ def test_without_a_checkpoint_other_settings_begin_anew(tmp_path, interrupted):
         build(tmp_path / "chain", args=chain_config(learning_rate=0.02))
     steps = interrupted(None)
     chain = build(tmp_path / "chain", anchors=CHAIN_ANCHORS[:1])
-    assert steps == [0, 1, 2] and chain.anchors[1].training["learning_rate"] == 0.01
+    assert steps == [0, 1, 2] and chain.anchors[1].arguments["learning_rate"] == 0.01
 
 
 def test_a_chain_can_be_made_longer(chain, copied, interrupted):
@@ -168,7 +168,7 @@ def test_a_chain_can_be_made_longer(chain, copied, interrupted):
         ({"source": tiny_model("llama", num_hidden_layers=5)}, r"a chain of another source .*'num_hidden_layers': 5"),
         (
             {"source": tiny_model("llama", seed=3, tie_word_embeddings=True, num_hidden_layers=6)},
-            r"a chain of another source .*'fingerprint'",
+            r"a chain of another source .*'weights_sha256'",
         ),
     ],
 )
@@ -227,7 +227,7 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
         ),
         (
             {"source": "no/such-model-anywhere"},
-            r"The source 'no/such-model-anywhere' is no model folder and could not",
+            r"The source 'no/such-model-anywhere' is not a model folder and could not",
         ),
         ({"processing_class": None}, r"No tokenizer could be loaded from the source .*Pass `processing_class`"),
         ({"dataset": Dataset.from_dict({"story": ["w1 w2"]})}, r"columns \['story'\], and none of the SFT formats"),

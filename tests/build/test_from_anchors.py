@@ -142,7 +142,7 @@ def test_what_chain_json_tells(tmp_path):
     assert lower["training"]["match"].keys() == {"width", "ffn", "heads"}
     for quality in lower["training"]["match"].values():
         assert 0 < quality["random"] < quality["matched"] < 1
-    assert upper["training"]["beside"] == lower["training"]["beside"]
+    assert upper["training"]["sources"] == lower["training"]["sources"]
     assert chain.anchors[0].load_model().generation_config.temperature == 0.7
     assert chain.tokenizer().get_vocab() == tiny_tokenizer().get_vocab()
     assert not (tmp_path / "chain" / ".work").exists()

@@ -85,7 +85,7 @@ def test_layers_of_other_kinds_are_refused(upper, lower, message):
         ([tiny_model("llama")], r"A chain needs two anchors or more, got 1. Give models, paths or Hub ids"),
         ([tiny_model("llama"), tiny_model("gpt2")], r"of the model types llama, gpt2. A target is one stock model"),
         (sizes()[::-1], r"anchors\[1\] has .* parameters, no fewer than the .* List anchors from large to small"),
-        ([tiny_model("llama"), "no/such-model-anywhere"], r"The anchor 'no/such-model-anywhere' is no model folder"),
+        ([tiny_model("llama"), "no/such-model-anywhere"], r"'no/such-model-anywhere' is not a model folder"),
         (
             [tiny_model("gpt2"), tiny_model("gpt2", n_layer=2, n_positions=32)],
             r"differ in their number of learned pos",
@@ -161,7 +161,7 @@ def test_an_interrupted_run_goes_on(after, align, tmp_path, monkeypatch):
 
 def test_anchors_in_forgotten_coordinates_are_written_anew(tmp_path):
     first, second = make(tmp_path / "chain", sizes()).anchors
-    write_manifest(tmp_path / "chain", Manifest("llama", {}, (first,)))
+    write_manifest(tmp_path / "chain", Manifest(model_type="llama", versions={}, anchors=[first]))
     shutil.rmtree(second.path)
     before = (first.path / "model.safetensors").stat().st_mtime_ns
     assert len(make(tmp_path / "chain", sizes()).anchors) == 2
@@ -172,8 +172,8 @@ def test_anchors_in_forgotten_coordinates_are_written_anew(tmp_path):
     ("changes", "named"),
     [
         ({"align": False}, r"'aligned': \(True, False\)"),
-        ({"dataset": chain_rows(60, seed=5)}, r"'text': "),
-        ({"anchors": [sizes()[0], tiny_model("llama", seed=9, **NARROW)]}, r"'beside': "),
+        ({"dataset": chain_rows(60, seed=5)}, r"'text_sha256': "),
+        ({"anchors": [sizes()[0], tiny_model("llama", seed=9, **NARROW)]}, r"'sources': "),
     ],
 )
 def test_a_folder_with_another_chain_is_refused(changes, named, tmp_path):

@@ -47,7 +47,7 @@ def chain(request, tmp_path_factory):
             blocks = blocks_of(spaced_layers(above.depth, architecture.depth))
             model = type(model)(architecture.config).eval()
             randomize(model, seed=number)
-        record = {"name": f"a{number}", "parent": parent, "block_map": None if parent is None else blocks}
+        record = {"name": f"a{number}", "parent": parent, "blocks": None if parent is None else blocks}
         write_anchor(folder, record, _filler(model))
         parent = record["name"]
     return Chain.from_pretrained(folder)

@@ -30,9 +30,9 @@ def older(source, tmp_path, monkeypatch):
     """A chain of a version that had fewer arguments, finished with the defaults of today."""
     older = ("learning_rate", "divergence", "hidden_loss", "max_steps")
     records = [training_record(step.args) for step in planned(source)]
-    records = [{"fingerprint": "older", **{name: record[name] for name in older}} for record in records]
+    records = [{"arguments": {"values": {name: record["values"][name] for name in older}}} for record in records]
     steps = planned(source)
-    anchors = [SimpleNamespace(name="source", shape=source.shape, training={}, tokenizer=None)]
+    anchors = [SimpleNamespace(name="source", shape=source.shape, training={}, tokenizer_sha256=None)]
     anchors += [
         SimpleNamespace(name=step.name, shape=step.architecture.shape, training=record)
         for step, record in zip(steps, records, strict=True)

@@ -181,7 +181,7 @@ def test_what_one_anchor_is_taught_holds_for_all_and_is_not_changed_later(tmp_pa
     assert [saved(anchor.path)["eos"] for anchor in chain.anchors] == ["w7"] * 3
     # The first anchor alone is finished: nothing was trained that could tell.
     manifest = json.loads((chain.path / "chain.json").read_text())
-    assert manifest["anchors"][0]["training"]["made_with"]["eos_token"] == "w7"
+    assert manifest["anchors"][0]["training"]["source_options"]["eos_token"] == "w7"
     own["args"] = one_step(eos_token="w8")
     with pytest.raises(ValueError, match=r"the anchor 49K .*changed: \['eos_token'\]"):
         build_chain(chain_source(), [ANCHORS[0], own], **options)

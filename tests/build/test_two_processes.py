@@ -29,8 +29,8 @@ def test_two_processes_build_the_anchors_of_one(kind: str, tmp_path: Path) -> No
     two = Chain.from_pretrained(tmp_path / "two")
     assert len(two.anchors) == len(one.anchors) > 1 and not list(two.path.glob(".work*"))
     for ours, theirs in zip(two.anchors, one.anchors, strict=True):
-        assert (ours.name, ours.parent, ours.block_map, ours.tokenizer, ours.tokens_seen) == (
-            theirs.name, theirs.parent, theirs.block_map, theirs.tokenizer, theirs.tokens_seen
+        assert (ours.name, ours.parent, ours.block_map, ours.tokenizer_sha256, ours.tokens_seen) == (
+            theirs.name, theirs.parent, theirs.block_map, theirs.tokenizer_sha256, theirs.tokens_seen
         )  # fmt: skip
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
         weights, expected = ours.load_state_dict(), theirs.load_state_dict()

@@ -36,7 +36,7 @@ def make_settings(**overrides: Any) -> Settings:
     """Settings of a top-k cache of no model."""
     defaults = {"kind": "top_k", "vocabulary_rows": 64, "teacher": None, "teacher_fingerprint": "x"}
     return Settings(
-        **{**defaults, "tokenizer_fingerprint": None, "k": 4, "temperature": 1.0, "value_bits": 16, **overrides}
+        **{**defaults, "tokenizer_sha256": None, "k": 4, "temperature": 1.0, "value_bits": 16, **overrides}
     )
 
 

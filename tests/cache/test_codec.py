@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cbd_trl.cache.format import dequantise, high_bits, high_bytes, pack_ids, quantise, row_key, unpack_ids
+from cbd_trl.cache.shards import dequantize, high_bits, high_bytes, pack_ids, quantize, row_key, unpack_ids
 
 
 @pytest.mark.parametrize("bits", range(8, 22))
@@ -28,26 +28,26 @@ def test_high_bits_is_ceil_log2_less_16(vocabulary, bits):
 def test_no_position_round_trips():
     low, high = pack_ids(np.zeros((0, 5), np.int32), 151936)
     assert unpack_ids(low, high, 151936).shape == (0, 5)
-    assert dequantise(*quantise(np.zeros((0, 5), np.float32))).shape == (0, 5)
+    assert dequantize(*quantize(np.zeros((0, 5), np.float32))).shape == (0, 5)
 
 
-def test_quantised_values_are_off_by_half_a_step():
+def test_quantized_values_are_off_by_half_a_step():
     values = (
         -np.abs(np.random.default_rng(0).normal(size=(200, 64)).astype(np.float32)) * np.logspace(-3, 2, 200)[:, None]
     )
     values = values.astype(np.float32)
     values[:, 0] = 0.0
-    codes, lowest = quantise(values)
-    back = dequantise(codes, lowest)
+    codes, lowest = quantize(values)
+    back = dequantize(codes, lowest)
     half_a_step = -lowest / 65534 / 2
     assert (np.abs(back - values) <= half_a_step[:, None] * 1.01).all()
     assert (back[:, 0] == 0).all() and (back <= 0).all()
     np.testing.assert_allclose(back.min(1), values.min(1), rtol=1e-6)
 
 
-def test_quantised_extremes():
+def test_quantized_extremes():
     values = np.array([[0, 0], [-np.inf, 0], [-np.inf, -np.inf], [-1e4, -1e-4], [-1e-30, 0]], np.float32)
-    back = dequantise(*quantise(values))
+    back = dequantize(*quantize(values))
     np.testing.assert_array_equal(back[:3], values[:3])
     np.testing.assert_allclose(back[3:], values[3:], rtol=1e-6, atol=0.08)
     assert not np.isnan(back).any()

@@ -1,6 +1,5 @@
 """Whatever is wrong with a cache is refused and named."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -40,19 +39,23 @@ def edit(folder, **changes):
 
 
 def test_a_folder_without_a_cache(tmp_path):
-    with pytest.raises(ValueError, match=r"is no teacher cache: there is no cache.json in it"):
+    with pytest.raises(ValueError, match=r"is not a teacher cache: there is no cache.json in it"):
         TeacherCache.open(tmp_path)
 
 
 def test_another_format_version(folder):
-    edit(folder, format_version=2)
-    with pytest.raises(ValueError, match="format_version 2; this version of cbd-trl reads 1"):
+    edit(folder, format_version=1)
+    with pytest.raises(ValueError, match="format_version 1; this version of cbd-trl reads 2"):
         TeacherCache.open(folder)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot be read"), ("[]", "format_version None"), ('{"format_version": 1}', "was changed or damaged")],
+    [
+        ("{", "cannot be read"),
+        ("[]", "format_version None"),
+        ('{"format_version": 2}', "settings: the field is missing"),
+    ],
 )
 def test_a_damaged_manifest(folder, text, message):
     (folder / "cache.json").write_text(text)
@@ -68,10 +71,10 @@ def test_a_shard_outside_the_folder(folder):
 
 
 def test_an_incomplete_cache(folder):
-    edit(folder, complete=False, rows_wanted=5000)
+    edit(folder, complete=False, expected_rows=5000)
     with pytest.raises(ValueError, match=r"incomplete: it holds 12 of 5,000 rows. Run the same command to finish it"):
         TeacherCache.open(folder)
-    edit(folder, rows_wanted=None)
+    edit(folder, expected_rows=None)
     with pytest.raises(ValueError, match="12 of an unknown number of rows"):
         TeacherCache.open(folder)
 
@@ -154,7 +157,7 @@ def test_another_tokenizer_or_too_few_rows(folder):
     cache.check(vocabulary_rows=64, tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match=r"was made with another tokenizer .* token ids mean other tokens"):
         cache.check(vocabulary_rows=64, tokenizer=tiny_tokenizer([f"v{i}" for i in range(54)]))
-    highest = cache.manifest.highest_id
+    highest = cache.manifest.highest_token_id
     cache.check(vocabulary_rows=highest + 1)
     with pytest.raises(ValueError, match=rf"predictions of token {highest}, but the student has {highest} vocab"):
         cache.check(vocabulary_rows=highest)
@@ -178,13 +181,13 @@ def test_rows_that_are_not_there(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 5}, "k is 4, asked for 5"),
-        ({"temperature": 2.0}, "temperature is 1.0, asked for 2.0"),
-        ({"value_bits": 32}, "value_bits is 16, asked for 32"),
-        ({"kind": "hidden"}, "kind is 'top_k', asked for 'hidden'; "),
+        ({"k": 5}, "k is 4, requested 5"),
+        ({"temperature": 2.0}, "temperature is 1.0, requested 2.0"),
+        ({"value_bits": 32}, "value_bits is 16, requested 32"),
+        ({"kind": "hidden"}, "kind is 'top_k', requested 'hidden'; "),
         ({"model": tiny_model("llama", seed=3)}, "teacher_fingerprint is '"),
-        ({"model": tiny_model("llama", vocab_size=70)}, "vocabulary_rows is 64, asked for 70"),
-        ({"processing_class": tiny_tokenizer(["a"])}, "tokenizer_fingerprint is '"),
+        ({"model": tiny_model("llama", vocab_size=70)}, "vocabulary_rows is 64, requested 70"),
+        ({"processing_class": tiny_tokenizer(["a"])}, "tokenizer_sha256 is '"),
     ],
 )
 def test_other_settings_in_the_same_folder(folder, options, message):
@@ -200,7 +203,7 @@ def test_a_cache_without_a_row_binds_nobody(tmp_path):
 
 def test_the_seed_is_a_setting_of_draws(tmp_path):
     write(tmp_path, kind="sampled", seed=1)
-    with pytest.raises(ValueError, match="made in another way: seed is 1, asked for 2"):
+    with pytest.raises(ValueError, match="made in another way: seed is 1, requested 2"):
         write(tmp_path, kind="sampled", seed=2)
 
 
@@ -215,20 +218,20 @@ def test_the_seed_is_a_setting_of_draws(tmp_path):
         ({"batch_size": 0}, "batch_size=0: it must be at least 1"),
         ({"temperature": 0.0}, "temperature=0.0: it divides the logits"),
         ({"temperature": float("nan")}, "temperature=nan: it divides the logits"),
-        ({"value_bits": 8}, r"value_bits=8: log-probabilities are stored in 16 bits \(quantised\) or 32"),
+        ({"value_bits": 8}, r"value_bits=8: log-probabilities are stored in 16 bits \(quantized\) or 32"),
         ({"kind": "hidden", "temperature": 2.0}, "temperature=2.0 with kind='hidden': hidden states serve every"),
         ({"hidden_dtype": "bfloat16"}, "hidden_dtype='bfloat16' with kind='top_k'"),
         ({"kind": "hidden", "hidden_dtype": "int8"}, "hidden_dtype='int8' .*one of float32, bfloat16, float16"),
         (
             {"model_init_kwargs": {"dtype": "float32"}},
-            "model_init_kwargs say how to load a teacher, but it is a model",
+            "model_init_kwargs are for loading a teacher, but it is a model",
         ),
         (
             {"dataset": Dataset.from_dict({"input_ids": [[1, 99]]})},
             "holds token 99, but the teacher has 64 vocabulary",
         ),
         ({"dataset": Dataset.from_dict({"text": []})}, "is empty: it has no rows"),
-        ({"dataset": text_rows(), "processing_class": None}, r"columns \['text'\] and has to be tokenised, but"),
+        ({"dataset": text_rows(), "processing_class": None}, r"columns \['text'\] and has to be tokenized, but"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, options, message):
@@ -263,5 +266,5 @@ def test_manifest_names_no_path(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     settings = write_cache(str(tmp_path / "model"), text_rows(), tmp_path / "cache", args=make_args(tmp_path)).settings
-    assert dataclasses.asdict(settings)["teacher"] == "model"
+    assert settings.teacher == "model"
     assert str(tmp_path) not in (tmp_path / "cache" / "cache.json").read_text()

@@ -18,7 +18,7 @@ def test_top_64_takes_at_most_300_bytes_a_token(tmp_path, vocabulary):
     assert size / shard.tokens <= 300
     # What is estimated before is what is written, but for the header.
     assert 0 <= size - stored_bytes(settings, shard.rows, shard.tokens) < 2000
-    assert size == shard.size
+    assert size == shard.num_bytes
 
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled"])
@@ -45,7 +45,9 @@ def test_rows_come_back(tmp_path, kind, vocabulary, value_bits):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_hidden_states_come_back(tmp_path, dtype):
-    settings = make_settings(kind="hidden", k=None, temperature=None, value_bits=None, width=6, dtype=dtype)
+    settings = make_settings(
+        kind="hidden", k=None, temperature=None, value_bits=None, hidden_size=6, hidden_dtype=dtype
+    )
     hidden = torch.randn(3, 6).to(getattr(torch, dtype))
     shard, highest = write_shard(tmp_path, 0, settings, [np.arange(4)], [CachedRow(torch.zeros(3), hidden=hidden)])
     with safe_open(tmp_path / shard.file, "pt") as file:

@@ -99,8 +99,8 @@ GOOD = {"7": -1.0, "8": -2.0}
         ({"prompt_token_ids": [7, 8], "outputs": [{"token_ids": [7], "logprobs": [GOOD]}]}, "Token 1 has no log-prob"),
         (line([7, 99], [None, GOOD]), "Token 99 is not below the vocabulary's 64 rows"),
         (line([7, 8], [None, {**GOOD, "64": -3.0}]), "Token 1: id 64 is not below the vocabulary's 64 rows"),
-        (line([7, 8], [None, {"7": -1.0, "8": 0.5}]), "Token 1: 0.5 is no log-probability, which is at most 0"),
-        (line([7, 8], [None, {"7": -1.0, "8": math.nan}]), "Token 1: nan is no log-probability"),
+        (line([7, 8], [None, {"7": -1.0, "8": 0.5}]), "Token 1: 0.5 must be a log-probability, at most 0"),
+        (line([7, 8], [None, {"7": -1.0, "8": math.nan}]), "Token 1: nan must be a log-probability"),
         (line([7, 8], [None, {"8": -1.0}]), "Token 1 has 1 log-probabilities, fewer than k=2: use a smaller k"),
         (line([7, 9], [None, GOOD]), "Token 1 is 9, which its log-probabilities do not list: they are of another row"),
         (line([7, 8], [None, {"7": -0.1, "8": -0.1}]), "Token 1: the probabilities sum to 1.8097, above 1"),
@@ -131,7 +131,7 @@ def test_imported_and_local_rows_do_not_mix(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [line([7, 8], [None, GOOD])])
     load(file, tmp_path / "cache", k=2)
     rows = Dataset.from_dict({"input_ids": [[9, 8]]})
-    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:None', asked for"):
+    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:None', requested"):
         write_cache(
             tiny_model("llama"),
             rows,
@@ -145,7 +145,7 @@ def test_imported_and_local_rows_do_not_mix(tmp_path):
 def test_imports_of_two_teachers_do_not_mix(tmp_path):
     file = write_lines(tmp_path / "rows.jsonl", [line([7, 8], [None, GOOD])])
     load(file, tmp_path / "cache", k=2, teacher="org/one")
-    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:org/one', asked for 'imported:org/two'"):
+    with pytest.raises(ValueError, match="teacher_fingerprint is 'imported:org/one', requested 'imported:org/two'"):
         load(file, tmp_path / "cache", k=2, teacher="org/two")
     assert load(file, tmp_path / "cache", k=2, teacher="org/one").rows == 1
 

@@ -1,6 +1,5 @@
 """Words from a manifest that somebody else wrote stay words: no Markdown, no HTML, no metadata come of them."""
 
-import dataclasses
 import json
 import re
 
@@ -77,11 +76,12 @@ def hostile(chain, tmp_path):
         **told,
     }
     manifest = read_manifest(tmp_path / "copy")
-    anchors = [dataclasses.replace(anchor, losses=losses, training=training) for anchor in manifest.anchors]
-    anchors[1] = dataclasses.replace(anchors[1], training={"aligned": True, "match": told})
-    anchors[2] = dataclasses.replace(anchors[2], training={"bridge": {"arguments": told}})
+    anchors = [anchor.model_copy(update={"losses": losses, "training": training}) for anchor in manifest.anchors]
+    anchors[1] = anchors[1].model_copy(update={"training": {"aligned": True, "match": told}})
+    record = {"values": told, "non_default": HOSTILE, "versions": told}
+    anchors[2] = anchors[2].model_copy(update={"training": {"bridge": {"arguments": record}}})
     versions = {words: f"1{words}" for words in HOSTILE}
-    changed = dataclasses.replace(manifest, versions=versions, anchors=tuple(anchors))
+    changed = manifest.model_copy(update={"versions": versions, "anchors": anchors})
     write_manifest(tmp_path / "copy", changed)
     return Chain.from_pretrained(tmp_path / "copy")
 
@@ -123,4 +123,4 @@ def test_measurements_that_are_none_are_left_out(chain, tmp_path):
     "told", [{"aligned": True, "match": ["x"]}, {"bridge": {"arguments": "x"}}, {"datasets": "x"}, {"origins": "x"}]
 )
 def test_records_of_other_types_are_no_error(chain, told):
-    metadata(anchor_card(chain, dataclasses.replace(chain.anchors[0], training=told)))
+    metadata(anchor_card(chain, chain.anchors[0].model_copy(update={"training": told})))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from cbd_trl import Chain, DistillConfig, build_chain
 from cbd_trl.architectures import Architecture
-from cbd_trl.chain.manifest import Anchor
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import collect_statistics

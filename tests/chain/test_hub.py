@@ -91,7 +91,7 @@ def test_what_was_fetched_once_works_offline(hub, chain, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=rf"{missing}.*once with a connection \(and without HF_HUB_OFFLINE\)"):
         from_chain("me/chain", config=DEEP)
-    with pytest.raises(ValueError, match=r"'me/other' is no folder here, and its chain.json could not be fetched"):
+    with pytest.raises(ValueError, match=r"'me/other' is not a folder here, and its chain.json could not be fetched"):
         from_chain("me/other", config=DEEP)
     assert len(hub.requests) == asked
 
@@ -110,14 +110,14 @@ def test_an_unreachable_hub_is_like_offline(hub, monkeypatch):
         (
             "me/nothing",
             None,
-            r"'me/nothing' is no folder here, and its chain.json could not .*There is no such repository, or it is "
+            r"'me/nothing' is not a folder here, and its chain.json could not .*There is no such repository, or it is "
             r"private .*RepositoryNotFoundError",
         ),
         ("me/chain", "v9", r"'me/chain' \(revision 'v9'\) .*no such branch, tag or commit: .*RevisionNotFoundError"),
         (
             "me/model",
             None,
-            r"'me/model' .*chain.json could not be .*it is no chain, or its upload was cut .*EntryNotFoundError",
+            r"'me/model' .*chain.json could not be .*it is not a chain, or its upload was cut .*EntryNotFoundError",
         ),
     ],
 )

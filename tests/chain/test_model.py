@@ -91,7 +91,7 @@ def test_what_was_read_does_not_stay(tmp_path):
 def test_what_does_not_fit_the_config_is_refused(tmp_path):
     files, shapes, _ = saved(tmp_path)
     norm = "model.norm.weight"
-    with pytest.raises(ValueError, match=r"model\.safetensors lacks \['more'\], which config.json says it has"):
+    with pytest.raises(ValueError, match=r"model\.safetensors lacks \['more'\], which config.json implies"):
         StoredWeights(files, {**shapes, "more": (1,)})
     with pytest.raises(ValueError, match=r"holds model.norm.weight of shape \(32,\), but config.json says \(33,\)"):
         StoredWeights(files, {**shapes, norm: (33,)})

@@ -1,6 +1,5 @@
 """A chain pushed by the real client to a Hub on this machine, and pulled from there."""
 
-import dataclasses
 import hashlib
 import os
 import shutil
@@ -82,7 +81,7 @@ def shorter(chain_folder, tmp_path):
     Chain.from_pretrained(chain_folder).save_pretrained(folder)
     manifest = read_manifest(folder)
     shutil.rmtree(folder / manifest.anchors[2].name)
-    write_manifest(folder, dataclasses.replace(manifest, anchors=manifest.anchors[:2]))
+    write_manifest(folder, manifest.model_copy(update={"anchors": manifest.anchors[:2]}))
     return Chain.from_pretrained(folder)
 
 
@@ -202,7 +201,7 @@ def test_private_needs_a_token(hub, chain):
         ("me/pushed", False, "'me/pushed'. The Hub does not accept the token: log in"),
         ("me/pushed", "token-of-nobody", "'me/pushed'. The Hub does not accept the token: log in"),
         ("me/pushed", "token-of-you", "'me/pushed'. The token may not do that: give one that may write there"),
-        ("me/a chain", None, "'me/a chain'. This is no id of a repository: wanted 'owner/name'"),
+        ("me/a chain", None, "'me/a chain'. This is not the id of a repository: it must be 'owner/name'"),
     ],
 )
 def test_who_may_not_push_is_told(hub, chain, repo_id, token, message):

@@ -35,7 +35,11 @@ def test_build_with_a_bridge(tmp_path: Path) -> None:
     (tmp_path / "build.yaml").write_text(json.dumps(recipe))
     assert main(["build", str(tmp_path / "build.yaml")]) == 0
     upper, lower = Chain.from_pretrained(tmp_path / "chain").anchors
-    trained = upper.training["bridge"]["arguments"]
-    assert (trained["objective"], trained["max_steps"], lower.training["max_steps"]) == ('{"uld": 1.0}', 1, 2)
+    trained = upper.training["bridge"]["arguments"]["values"]
+    assert (trained["objective"], trained["max_steps"], lower.arguments["max_steps"]) == (
+        '{"uld": 1.0}',
+        1,
+        2,
+    )
     # What trains the anchors trains it too, and what compares models of one tokenizer does not.
     assert (trained["max_length"], trained["per_device_train_batch_size"], trained["divergence"]) == (32, 2, None)

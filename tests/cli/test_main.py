@@ -155,9 +155,9 @@ def test_help_all_lists_every_flag(name, flags, capsys):
 def test_build_reads_a_recipe_and_set_wins(chain):
     built = Chain.from_pretrained(chain)
     assert [anchor.shape["num_hidden_layers"] for anchor in built.anchors] == [6, 4, 4]
-    assert built.anchors[1].training["learning_rate"] == 3e-4
-    assert built.anchors[2].training["learning_rate"] == 1e-3
-    assert {anchor.training["max_steps"] for anchor in built.anchors[1:]} == {2}
+    assert built.anchors[1].arguments["learning_rate"] == 3e-4
+    assert built.anchors[2].arguments["learning_rate"] == 1e-3
+    assert {anchor.arguments["max_steps"] for anchor in built.anchors[1:]} == {2}
 
 
 @pytest.mark.parametrize("flags", [["--config", "flags.yaml"], ["--source", "x", "--anchors", "85M"], ["--recipe=x"]])

@@ -61,6 +61,14 @@ def anchor(**fields: Any) -> Callable[[Path], None]:
     return lambda folder: seal(folder, lambda found: found["anchors"][1].update(fields))
 
 
+def blocks(*layers: list[int], costs: list[Any] | None = None) -> list[dict[str, Any]]:
+    """Blocks of these layers, of which the last is kept."""
+    return [
+        {"layers": block, "kept": block[-1], "cost": cost}
+        for block, cost in zip(layers, costs or [None] * len(layers), strict=True)
+    ]
+
+
 def lists(name: str, digest: Any = "0" * 64) -> Callable[[Path], None]:
     """A file is listed that is not there."""
     return lambda folder: seal(folder, lambda found: found["anchors"][1]["files"].update({name: digest}))

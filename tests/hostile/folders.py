@@ -39,7 +39,7 @@ FOLDERS = [
     Case(
         "unlisted-link", link("generation_config.json", f"../../{OUTSIDE}/large/config.json"), "is a link that leaves"
     ),
-    Case("pipe-manifest", pipe("chain.json"), "it is no plain file"),
+    Case("pipe-manifest", pipe("chain.json"), "it must be a plain file"),
     Case("pipe-config", pipe("large/config.json"), "is missing, but"),
     Case("pipe-weights", pipe("large/model.safetensors"), "is missing, but"),
     # Code.

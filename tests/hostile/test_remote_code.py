@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 import cbd_trl
 from cbd_trl.chain.source import Source
 from cbd_trl.teachers.local import load_teacher
+from cbd_trl.utils.model_folders import name_remote_code
 from cbd_trl.utils.tokenizers import find_tokenizer
-from cbd_trl.utils.untrusted import name_remote_code
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 

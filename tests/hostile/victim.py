@@ -28,7 +28,7 @@ def write_chain(folder: Path) -> Path:
     architecture = describe(large.config)
     small = type(large)(target_architecture(architecture, NARROW).config).eval()
     blocks = [[layer] for layer in range(architecture.depth)]
-    records: list[dict[str, Any]] = [{"name": LARGE}, {"name": SMALL, "parent": LARGE, "block_map": blocks}]
+    records: list[dict[str, Any]] = [{"name": LARGE}, {"name": SMALL, "parent": LARGE, "blocks": blocks}]
     text = torch.arange(3, 51).view(4, 12)
     for record, model in zip(records, (large, small), strict=True):
 

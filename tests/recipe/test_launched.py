@@ -52,7 +52,7 @@ def test_two_processes_build_the_chain_of_one(
     one, two = (Chain.from_pretrained(tmp_path / name / "chain") for name in ("one", "two"))
     assert len(two.anchors) == 3 and not list(two.path.glob(".work*"))
     for ours, theirs in zip(two.anchors, one.anchors, strict=True):
-        for field in ("name", "parent", "block_map", "shape", "tokenizer", "tokens_seen"):
+        for field in ("name", "parent", "blocks", "shape", "tokenizer_sha256", "tokens_seen"):
             assert getattr(ours, field) == getattr(theirs, field), field
         assert ours.losses == pytest.approx(theirs.losses, rel=1e-4)
         weights, expected = ours.load_state_dict(), theirs.load_state_dict()

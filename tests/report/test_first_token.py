@@ -74,16 +74,16 @@ def test_every_reader_of_a_build_begins_with_it(tokenizer, seen, tmp_path):
     options = {"dataset": texts(0), "processing_class": tokenizer, "calibration_tokens": 320}
     chain = build_chain(source(), [SMALLER], output_dir=tmp_path / "chain", args=chain_config(max_steps=1), **options)
     assert_all_begin(seen, 10)
-    assert [anchor.block_start for anchor in chain.anchors] == [[BOS], [BOS]]
+    assert [anchor.text_start for anchor in chain.anchors] == [[BOS], [BOS]]
     body = json.loads((tmp_path / "chain" / "chain.json").read_text())
-    assert [anchor["block_start"] for anchor in body["anchors"]] == [[BOS], [BOS]]
+    assert [anchor["text_start"] for anchor in body["anchors"]] == [[BOS], [BOS]]
     # Most of them begin inside a row, which a flat stream would cut without it.
     assert max(len(ids) for ids in seen) > 1
     seen.clear()
     models = [anchor.load_model() for anchor in chain.anchors]
     again = chain_from_anchors(models, output_dir=tmp_path / "again", **options)
     assert_all_begin(seen, 6)
-    assert [anchor.block_start for anchor in again.anchors] == [[BOS], [BOS]]
+    assert [anchor.text_start for anchor in again.anchors] == [[BOS], [BOS]]
     seen.clear()
     from_chain(chain, config=BETWEEN, calibration_dataset=texts(1))
     assert_all_begin(seen, 9)

@@ -42,7 +42,7 @@ def chain_of(tmp_path_factory):
 def test_layers_are_trained_on_hybrids_of_their_own_types(chain_of, family):
     """By default half of the steps in depth and all in width."""
     _, chain = chain_of(family)
-    assert [anchor.training.get("swap_probability") for anchor in chain.anchors[1:]] == [0.5, 1.0]
+    assert [anchor.arguments["swap_probability"] for anchor in chain.anchors[1:]] == [0.5, 1.0]
     upper, lower = (anchor.config() for anchor in chain.anchors[:2])
     for name in ("layer_types", "no_rope_layers"):
         if getattr(upper, name, None) is not None:

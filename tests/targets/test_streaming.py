@@ -110,14 +110,14 @@ def rewritten(chain_folder, tmp_path_factory):
         manifest = read_manifest(folder)
         anchors = []
         for anchor in manifest.anchors:
-            dtype = change(anchor.path, load_file(anchor.path / "model.safetensors"))
+            dtype = change(folder / anchor.name, load_file(folder / anchor.name / "model.safetensors"))
             files = {
                 path.name: sha256_of(path)
-                for path in anchor.path.iterdir()
+                for path in (folder / anchor.name).iterdir()
                 if path.name in anchor.files or path.suffix == ".safetensors"
             }
-            anchors.append(dataclasses.replace(anchor, files=files, dtype=dtype))
-        write_manifest(folder, dataclasses.replace(manifest, anchors=tuple(anchors)))
+            anchors.append(anchor.model_copy(update={"files": files, "dtype": dtype}))
+        write_manifest(folder, manifest.model_copy(update={"anchors": anchors}))
         return Chain.from_pretrained(folder)
 
     return make

@@ -38,7 +38,7 @@ def stored(pair: Pair, folder, dtype: torch.dtype) -> Chain:
             save_statistics(moments(model, architecture), path / STATISTICS_FILE)
             model.to(dtype).save_pretrained(path, max_shard_size=shard)
 
-        write_anchor(folder, {"name": kind, "parent": name, "block_map": block_map}, fill)
+        write_anchor(folder, {"name": kind, "parent": name, "blocks": block_map}, fill)
         name, block_map = kind, [list(block) for block in pair.blocks]
     return Chain.from_pretrained(folder)
 
