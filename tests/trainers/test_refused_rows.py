@@ -104,7 +104,11 @@ def test_a_build_is_refused_before_its_first_anchor(way: str, tmp_path: Any) -> 
             "match": "'epoch', and there is nothing to evaluate",
         },
         "no steps": {"rows": None, "max_steps": -1, "match": "is a stream.* max_steps=-1"},
-        "metric": {"rows": text_rows(), "metric_for_best_model": "eval_bleu", "match": "nothing that an evaluation"},
+        "metric": {
+            "rows": text_rows(),
+            "metric_for_best_model": "eval_bleu",
+            "match": "metric_for_best_model='eval_bleu'",
+        },
     }[way]
     tokenizer, rows, match = how.pop("tokenizer", tiny_tokenizer()), how.pop("rows"), how.pop("match")
     trained = rows if way == "cut" else Dataset.from_dict({"messages": [CHAT] * 16})
