@@ -1,7 +1,9 @@
 """Tiny models with random gains, biases and norms: freshly initialised ones (gains 1, biases 0) hide bugs."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     Gemma2Config,
@@ -91,8 +93,24 @@ _FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "opt": (OPTConfig, OPTForCausalLM, {"dropout": 0.0}),
 }
 FAMILIES = list(_FAMILIES)
+# Families that surgery treats alike, by the one that stands for them where a test goes from end to end; the others
+# have their turn in `make test-slow`. Tests of single operations run in every family.
+KINDS: dict[str, tuple[str, ...]] = {
+    "llama": ("mistral", "qwen2"),  # RMSNorm before, grouped heads, biases or none
+    "phi3": (),  # projections that are stored as one tensor
+    "gemma3_text": ("gemma2", "qwen3", "smollm3"),  # layers of several types, gains of heads, scaled embeddings
+    "olmo2": (),  # norms after, and over all heads
+    "gpt2": ("opt",),  # LayerNorm, learned positions
+    "gpt_neox": (),  # LayerNorm, parallel layers, heads stored in turn
+}
+assert sorted([*KINDS, *sum(KINDS.values(), ())]) == sorted(FAMILIES), "every family is of one kind"
 # transformers has no soft-capping of attention scores in SDPA.
 SDPA_FAMILIES = [family for family in FAMILIES if family != "gemma2"]
+
+
+def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
+    """Parameters for a test from end to end: one family of a kind, and the others marked `slow`."""
+    return [pytest.param(family, marks=() if family in KINDS else pytest.mark.slow) for family in families]
 
 
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
