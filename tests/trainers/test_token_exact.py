@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import FAMILIES, SDPA_FAMILIES
+from tests.tiny import FAMILIES, SDPA_FAMILIES, by_kind
 from tests.training import assert_same_gradient, make_trainer, one_step, text_rows
 
 ROOT = Path(__file__).parents[2]
@@ -37,12 +37,18 @@ def test_gradient_accumulation(swap: float) -> None:
         assert logs["num_tokens"] == runs[0][0]["num_tokens"]
 
 
-PACKED = [(name, "eager") for name in FAMILIES] + [(name, "sdpa") for name in SDPA_FAMILIES]
 # Only row by row, as SDPA runs on a CPU, does OPT keep packed rows apart.
-PACKED.remove(("opt", "eager"))
+PACKED = {"eager": [family for family in FAMILIES if family != "opt"], "sdpa": SDPA_FAMILIES}
 
 
-@pytest.mark.parametrize(("family", "attention"), PACKED)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        pytest.param(*family.values, attention, marks=family.marks)
+        for attention, families in PACKED.items()
+        for family in by_kind(families)
+    ],
+)
 def test_packed_rows_do_not_see_each_other(family: str, attention: str) -> None:
     def run(**how: object) -> tuple:
         trainer = make_trainer(family, hidden_weight=1.0, swap_probability=1.0, **how)
