@@ -1,6 +1,5 @@
 """Fixtures shared by all tests: no network, no GPU, one thread; a tiny chain that is only read, and a Hub."""
 
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,16 +7,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from cbd_trl import Chain
 from tests.chain.helpers import build_tiny_chain
 from tests.chain.hub_repositories import Hub
 from tests.chain.hub_server import go_online, serving
+from tests.processes import settle
 from tests.tokenizer import tiny_tokenizer
-
-torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,13 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported so far out of every later collection of garbage.
-
-    Of torch, transformers and TRL there are some half a million objects, accelerate collects after every training, and
-    each time they would be walked through: a third of what a tiny training costs.
-    """
-    gc.collect()
-    gc.freeze()
+    """Every module of the tests is imported now."""
+    settle()
 
 
 @pytest.fixture

@@ -14,8 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from cbd_trl import DistillTrainer
+from tests.processes import settle
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
+from tests.trainers import two_processes
 from tests.trainers.bridge_runs import make_bridge, student, teacher, texts
 from tests.training import make_config, text_rows
 
@@ -203,7 +205,7 @@ def partition_on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    settle()
     mode, folder, models = sys.argv[1:]
     if mode.startswith("fsdp"):
         shard_on_cpu()
@@ -212,6 +214,10 @@ if __name__ == "__main__":
     outcome = resume(folder) if mode == "fsdp resumed" else measure(mode, 2, folder, models)
     if torch.distributed.get_rank() == 0:
         torch.save(outcome, os.path.join(folder, "out.pt"))
+    if mode == "ddp":  # while there are two processes
+        step = two_processes.measure(processes=2)
+        if torch.distributed.get_rank() == 0:
+            torch.save(step, os.path.join(folder, "step.pt"))
     torch.distributed.barrier()  # who leaves early takes the sockets of the other away
     torch.distributed.destroy_process_group()
     # Seen once: torch aborts a process that is done, while the interpreter is taken down.

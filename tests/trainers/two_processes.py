@@ -1,6 +1,5 @@
-"""One step and one evaluation, run by `test_token_exact.py` in one process and under torchrun in two."""
+"""One step and one evaluation, run by `test_launch.py` in one process and in two."""
 
-import sys
 from typing import Any
 
 import torch
@@ -47,11 +46,3 @@ def measure(processes: int) -> dict[str, tuple]:
         logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
         results[name] = logs, grads, metrics
     return results
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    outcome = measure(processes=2)
-    if torch.distributed.get_rank() == 0:
-        torch.save(outcome, sys.argv[1])
-    torch.distributed.destroy_process_group()
