@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.processes import launch
-from tests.trainers import two_processes
-from tests.trainers.launched import CASES, measure
+from tests.trainers.launched import CASES, measure, measure_steps
 from tests.training import assert_same_gradient
 
 TERMS = ("loss", "kd", "ce", "teacher_ce", "num_tokens")
@@ -30,7 +29,7 @@ def under_ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_step_and_evaluation_of_two_processes_are_those_of_one(under_ddp: Path) -> None:
-    measured, expected = torch.load(under_ddp / "step.pt"), two_processes.measure(processes=1)
+    measured, expected = torch.load(under_ddp / "step.pt"), measure_steps(processes=1)
     assert measured.keys() == expected.keys()
     for how, (logs, grads, metrics) in expected.items():
         ours = measured[how]
