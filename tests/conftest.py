@@ -1,6 +1,5 @@
 """Fixtures shared by all tests: no network, no GPU, one thread; a tiny chain that is only read, and a Hub."""
 
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,16 +7,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from cbd_trl import Chain
 from tests.chain.helpers import build_tiny_chain
 from tests.chain.hub_repositories import Hub
 from tests.chain.hub_server import go_online, serving
+from tests.processes import settle
 from tests.tokenizer import tiny_tokenizer
-
-torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,14 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Take what the imports made out of garbage collection.
-
-    Each training collects garbage when it begins, and would walk through the objects of torch and TRL every time:
-    three quarters of the time of a training on tiny models.
-    """
-    gc.collect()
-    gc.freeze()
+def pytest_collection_finish() -> None:
+    """Every module of the tests is imported now."""
+    settle()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 Gains, biases and norms are random: freshly initialized ones (gains 1, biases 0) hide bugs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,9 +112,10 @@ ROWS: dict[str, Row] = {
         {"head_dim": 8, "sliding_window": 6},
         options=({"head_dim": None, "sliding_window": 8},),
         gguf="LLAMA",
+        like="llama",
     ),
-    "qwen2": Row(Qwen2Config, gguf="QWEN2"),
-    "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3"),
+    "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
+    "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
     "phi3": Row(
         Phi3Config,
         {"head_dim": 8},
@@ -126,6 +128,7 @@ ROWS: dict[str, Row] = {
         _ALL_BIASES,
         ({"attention_bias": True}, {"mlp_bias": True}),
         gguf="SMOLLM3",
+        like="gemma3_text",
     ),
     "gemma2": Row(
         Gemma2Config,
@@ -134,6 +137,7 @@ ROWS: dict[str, Row] = {
         gguf="GEMMA2",
         whole_heads=True,
         sdpa=False,
+        like="gemma3_text",
     ),
     "gemma3_text": Row(
         Gemma3TextConfig, {**_GEMMA, "sliding_window_pattern": 3}, _BIASES, gguf="GEMMA3", whole_heads=True
@@ -177,6 +181,7 @@ ROWS: dict[str, Row] = {
         whole_heads=True,
         writers=("fc1", "self_attn.v_proj"),
         smooth={"activation_function": "gelu"},
+        like="gpt2",
     ),
 }
 FAMILIES = list(ROWS)
@@ -188,14 +193,18 @@ def _ties_width(family: Family) -> bool:
     return family.resolve(sizes, {"width": 16})["group"] == 2
 
 
-# For tests that build or train a whole model.
-END_TO_END = [
-    pytest.param(family, marks=() if row.like is None else pytest.mark.slow, id=family) for family, row in ROWS.items()
-]
+# A family of each kind. It stands for the others where a test goes from end to end; theirs are in `make test-slow`.
+# Tests of single operations run in every family.
+KINDS = tuple(family for family, row in ROWS.items() if row.like is None)
 SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
 # Those whose norms are LayerNorms, and those whose width is heads x head size (the same ones, so far).
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")
 WIDTH_OF_HEADS = tuple(family for family in FAMILIES if _ties_width(family_of(family)))
+
+
+def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
+    """Parameters for a test from end to end: one family of a kind, and the others marked `slow`."""
+    return [pytest.param(family, marks=() if family in KINDS else pytest.mark.slow) for family in families]
 
 
 def own_names(family: str, **fields: Any) -> dict[str, Any]:

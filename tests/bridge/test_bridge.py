@@ -274,9 +274,9 @@ def test_a_mark_that_swallows_white_space_is_masked_and_nothing_else() -> None:
 
 def test_ids_of_another_tokenizer_are_refused() -> None:
     bridge = Bridge(make_tokenizer(), make_tokenizer("byte_fallback"))
-    with pytest.raises(ValueError, match=r"token id 400.*student's tokenizer knows only 0 to 399.*processing_class"):
+    with pytest.raises(ValueError, match=r"\b400\b.*\b399\b.*processing_class"):
         bridge.read(padded([[5, 400]]))
-    with pytest.raises(ValueError, match="token id -7"):
+    with pytest.raises(ValueError, match="-7"):
         bridge.read(padded([[5, -7]]))
 
 

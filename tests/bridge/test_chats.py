@@ -224,12 +224,12 @@ def test_arguments_of_the_template_are_handed_on() -> None:
 
 def test_as_many_chats_as_texts_are_wanted() -> None:
     student = _student()
-    with pytest.raises(ValueError, match=r"1 chats for a batch of 2 texts.*Pass a chat or None for each"):
+    with pytest.raises(ValueError, match=r"\b1\b.*\b2\b"):
         read_chats(Bridge(student, _teacher()), padded(_ids(student)), _chats()[:1])
 
 
 def test_ids_of_another_tokenizer_are_refused() -> None:
-    with pytest.raises(ValueError, match="token id 999"):
+    with pytest.raises(ValueError, match="999"):
         read_chats(Bridge(_student(), _teacher()), padded([[1, 999], [1]]), _chats())
 
 

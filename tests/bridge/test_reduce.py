@@ -66,7 +66,7 @@ def test_texts_may_come_one_at_a_time() -> None:
         whole = reduce_vocabulary(model, tokenizer, texts, 300, held_out=held_out)
         streamed = reduce_vocabulary(model, tokenizer, iter(texts), 300, held_out=held_out and iter(held_out))
         assert str(streamed) == str(whole) and streamed.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
-    with pytest.raises(ValueError, match=r"measured on held-out texts, got none"):
+    with pytest.raises(ValueError, match="held-out"):
         reduce_vocabulary(model, tokenizer, iter(texts), 300, held_out=iter(()))
 
 
@@ -182,16 +182,14 @@ def test_words_stay_apart_where_the_normaliser_writes_the_spaces() -> None:
 
 def test_bad_sizes_texts_and_kinds_are_refused() -> None:
     tokenizer, model = make_tokenizer(size=400), tiny_model("llama", vocab_size=400)
-    with pytest.raises(ValueError, match=r"less than the 400 tokens there are, and positive, got 400"):
+    with pytest.raises(ValueError, match=r"400\b.*\b400"):
         reduce_vocabulary(model, tokenizer, corpus(), 400)
     with pytest.raises(
         ValueError,
-        match=r"size=100 is too small: 6 special tokens, 0 other added tokens.* alone are 262. Ask for 262 or more",
+        match=r"size=100\b.*\b262\b",
     ):
         reduce_vocabulary(model, tokenizer, corpus(), 100)
-    with pytest.raises(
-        ValueError, match=r"measured on held-out texts, got none. Pass `held_out`, or 10 texts or more"
-    ):
+    with pytest.raises(ValueError, match="held_out"):
         reduce_vocabulary(model, tokenizer, corpus(texts=9), 300)
-    with pytest.raises(ValueError, match=r"got a tokenizer whose model is Unigram.*transplant_vocabulary"):
+    with pytest.raises(ValueError, match=r"Unigram.*transplant_vocabulary"):
         train_smaller_tokenizer(make_tokenizer("unigram"), corpus(), 50)

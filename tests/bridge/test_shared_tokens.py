@@ -71,7 +71,7 @@ def test_a_vocabulary_within_the_other_is_compared_given_a_shared_token() -> Non
 
 
 def test_a_token_with_two_partners_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"teacher_S has 2 ids, 1 of them distinct.*counted twice"):
+    with pytest.raises(ValueError, match=r"teacher_S.*\b2\b.*\b1\b"):
         SharedTokens(torch.tensor([0, 1]), torch.tensor([3, 3]))
-    with pytest.raises(ValueError, match=r"teacher_S has 1 ids.*beside 2 of student_S"):
+    with pytest.raises(ValueError, match=r"teacher_S.*\b1\b.*\b2\b.*student_S"):
         SharedTokens(torch.tensor([0, 1]), torch.tensor([3]))

@@ -136,5 +136,5 @@ def test_chats_begin_as_those_of_the_old_template(ours: str | None, theirs: str 
 
 def test_a_name_with_another_role_is_refused() -> None:
     old = _spelling("bos", "a", bos_token="<s>", eos_token="</s>")
-    with pytest.raises(ValueError, match="adds '<s>' to a text, which in the new one has another role"):
+    with pytest.raises(ValueError, match="'<s>'"):
         carry_over_special_tokens(old, letters("a", eos_token="<s>"))

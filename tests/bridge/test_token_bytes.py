@@ -93,20 +93,20 @@ def _changed(**parts: object) -> PreTrainedTokenizerFast:
 
 def test_what_does_not_keep_its_bytes_is_refused() -> None:
     dropping = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    with pytest.raises(ValueError, match=r"exact bytes of a text: its pre-tokenizer drops .*'\\n'.*byte-level BPE"):
+    with pytest.raises(ValueError, match=r"pre-tokenizer.*'\\n'"):
         token_bytes(_changed(pre_tokenizer=dropping))
-    with pytest.raises(ValueError, match="its pre-tokenizer drops"):
+    with pytest.raises(ValueError, match="pre-tokenizer"):
         token_bytes(tiny_tokenizer())
-    with pytest.raises(ValueError, match="it has no decoder, which says what its tokens are in a text"):
+    with pytest.raises(ValueError, match="decoder"):
         backend = Tokenizer(models.BPE({"a": 0}, []))
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=backend))
-    with pytest.raises(ValueError, match=r'a step that is not understood there \({"type": "WordPiece"'):
+    with pytest.raises(ValueError, match='"WordPiece"'):
         token_bytes(_changed(decoder=decoders.WordPiece()))
-    with pytest.raises(ValueError, match=r'not understood there \({"type": "Strip"'):
+    with pytest.raises(ValueError, match='"Strip"'):
         token_bytes(_changed(decoder=decoders.Sequence([decoders.Strip(" ", 1, 0), decoders.Fuse()])))
-    with pytest.raises(ValueError, match=r'not understood there \({"type": "Replace"'):
+    with pytest.raises(ValueError, match='"Replace"'):
         token_bytes(_changed(decoder=decoders.Sequence([decoders.Replace("▁", "_"), decoders.Fuse()])))
-    with pytest.raises(ValueError, match=r"carry marks \(end_of_word_suffix '</w>'\)"):
+    with pytest.raises(ValueError, match=r"end_of_word_suffix.*</w>"):
         token_bytes(_changed(model=models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>")))
 
 
@@ -114,5 +114,5 @@ def test_a_slow_tokenizer_is_refused() -> None:
     class Slow:
         name_or_path = "some/model"
 
-    with pytest.raises(ValueError, match=r"Slow 'some/model' is not a fast tokenizer.*AutoTokenizer"):
+    with pytest.raises(ValueError, match="'some/model'"):
         token_bytes(Slow())  # type: ignore[arg-type]

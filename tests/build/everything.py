@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 
 from cbd_trl import Chain, chain_from_anchors, from_chain
@@ -15,6 +14,7 @@ from cbd_trl.generation import DecodingConfig, generate_completions
 from cbd_trl.targets.many import make_targets
 from tests.build.bridged import build_bridged
 from tests.chain.helpers import DEEP, WIDE, chain_config, chain_rows, chain_source
+from tests.processes import settle
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.training import make_trainer
@@ -55,5 +55,5 @@ def write_everything(inputs: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    settle()
     write_everything(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -20,7 +20,7 @@ from cbd_trl.utils.blocks import token_blocks
 from tests.build.apart import NARROW, differs, make, sizes
 from tests.chain.helpers import assert_statistics_of, chain_rows, depth_of, random_pair, same_weights
 from tests.surgery.helpers import TOLERANCE, build, described, full_model, logits, random_order, tokens
-from tests.tiny import END_TO_END, FAMILIES, ROWS, own_names, tiny_model
+from tests.tiny import ROWS, by_kind, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 # Layers of the sorts of those they stand for.
@@ -37,7 +37,7 @@ def scrambled(model, seed):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", END_TO_END)
+@pytest.mark.parametrize("family", by_kind())
 def test_every_anchor_computes_what_it_computed(family, tied, tmp_path):
     pair = random_pair(family, tied, "both")
     models = [build(pair.upper, pair.upper_architecture), build(pair.lower, pair.lower_architecture)]
@@ -54,7 +54,10 @@ def test_every_anchor_computes_what_it_computed(family, tied, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "what"),
-    [*itertools.product(("llama", "gpt2"), ("depth", "width")), *((family, "both") for family in FAMILIES)],
+    [
+        *itertools.product(("llama", "gpt2"), ("depth", "width")),
+        *(pytest.param(*kind.values, "both", marks=kind.marks) for kind in by_kind()),
+    ],
 )
 def test_scrambling_the_anchors_changes_no_target(family, what, tmp_path):
     """Of two strangers: the same coordinates are found, however they were numbered."""
@@ -103,7 +106,7 @@ def nested_pair(family):
     return build(weights, architecture), build(plain_cut(lower, lower_architecture, fewer), fewer)
 
 
-@pytest.mark.parametrize("family", END_TO_END)
+@pytest.mark.parametrize("family", by_kind())
 def test_a_scrambled_anchor_of_a_nested_pair_is_recovered(family, tmp_path):
     """Targets are those of the pair before its lower anchor was scrambled."""
     upper, lower = (model.float() for model in nested_pair(family))

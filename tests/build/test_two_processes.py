@@ -1,9 +1,6 @@
 """Two processes build the chain that one builds: anchor zero across vocabularies and the one below it; under FSDP."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,20 +9,15 @@ from cbd_trl import Chain
 from cbd_trl.surgery.statistics_file import StoredStatistics
 from tests.build.bridged import anchor_zero
 from tests.build.two_processes import BUILDS, build
+from tests.processes import launch
 from tests.surgery.helpers import logits
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILDS)
 def test_two_processes_build_the_anchors_of_one(kind: str, tmp_path: Path) -> None:
     one = build(kind, tmp_path / "one", processes=1)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "tests.build.two_processes", kind, str(tmp_path / "two")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
+    launch("tests.build.two_processes", kind, str(tmp_path / "two"))
     two = Chain.from_pretrained(tmp_path / "two")
     assert len(two.anchors) == len(one.anchors) > 1 and not list(two.path.glob(".work*"))
     for ours, theirs in zip(two.anchors, one.anchors, strict=True):

@@ -9,6 +9,7 @@ import torch
 from cbd_trl import Chain, build_chain
 from tests.build.bridged import bridge_config, bridge_step, build_bridged
 from tests.chain.helpers import chain_config, chain_rows, chain_source
+from tests.processes import settle
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.launched import SHARDING, shard_on_cpu
 
@@ -57,7 +58,7 @@ def build(kind: str, folder: Path, processes: int) -> Chain:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    settle()
     build(sys.argv[1], Path(sys.argv[2]), processes=2)
     torch.distributed.barrier()  # who leaves early takes the sockets of the other away
     torch.distributed.destroy_process_group()

@@ -1,8 +1,6 @@
 """What a teacher's completions are, whatever comes with them in a batch."""
 
 import itertools
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from cbd_trl.generation import DecodingConfig
 from cbd_trl.generation.completer import DrawByRow, row_numbers
 from tests.generation.helpers import PROMPTS, alone, complete, rows_of, tiny_teacher
+from tests.processes import launch
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
@@ -133,8 +132,7 @@ def test_two_processes_write_the_same_file(tmp_path):
     tiny_teacher().save_pretrained(tmp_path / "teacher")
     tiny_tokenizer().save_pretrained(tmp_path / "teacher")
     whole = complete(tmp_path / "one.jsonl", str(tmp_path / "teacher"), processing_class=None)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, "-m", "tests.generation.two_processes", str(tmp_path)], check=True, cwd=ROOT)
+    launch("tests.generation.two_processes", str(tmp_path))
     assert (tmp_path / "two.jsonl").read_bytes() == whole.file.read_bytes()
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from tests.generation.helpers import complete
+from tests.processes import settle
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    settle()
     folder = Path(sys.argv[1])
     complete(folder / "two.jsonl", str(folder / "teacher"), processing_class=None)
     torch.distributed.destroy_process_group()

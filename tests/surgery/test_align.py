@@ -230,5 +230,5 @@ def _streams(model, architecture, sites, text):
 def test_no_text_is_refused():
     weights, architecture = described(full_model("llama", True))
     model = build(weights, architecture)
-    with pytest.raises(ValueError, match=r"no text to match the two models on. Give a dataset with text"):
+    with pytest.raises(ValueError, match="dataset"):
         collect_cross_moments(model, architecture, model, architecture, [0, 1, 2, 3], [])

@@ -153,7 +153,7 @@ def test_what_needs_no_measuring():
 def test_bad_input():
     model = deep_model()
     architecture = described(model)[1]
-    with pytest.raises(ValueError, match=r"Cannot keep 7 of 6 layers"):
+    with pytest.raises(ValueError, match=r"\b7\b.*\b6\b"):
         cheapest_blocks(model, architecture, 7, FIT, HELD_OUT)
-    with pytest.raises(ValueError, match=r"no calibration text to choose the layers by"):
+    with pytest.raises(ValueError, match="calibration"):
         cheapest_blocks(model, architecture, 4, [], HELD_OUT)

@@ -51,7 +51,7 @@ def test_spaced_layers_always_keeps_distinct_layers_and_both_ends():
 
 @pytest.mark.parametrize("kept", [0, 6])
 def test_spaced_layers_refuses(kept):
-    with pytest.raises(ValueError, match=rf"Cannot keep {kept} of 5 layers\. Ask for 1 to 5"):
+    with pytest.raises(ValueError, match=rf"{kept}\b.*\b5\b"):
         spaced_layers(5, kept)
 
 
@@ -188,5 +188,5 @@ def test_layer_types_of_swapped_blocks_are_the_upper_layers(family):
 
 def test_a_wrong_block_map_is_refused():
     lower, upper = _pair("llama", True)
-    with pytest.raises(ValueError, match=r"upper model's 6 layers, in order, into 4 blocks"):
+    with pytest.raises(ValueError, match=r"\b6\b.*\b4\b"):
         swap_blocks(*described(lower), *described(upper), [[0], [1], [2], [3]], [1])

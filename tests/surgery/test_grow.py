@@ -148,7 +148,7 @@ def test_growing_to_the_same_shape_changes_nothing(family):
 @every_family
 def test_cutting_layers_by_growing_is_refused(family):
     weights, architecture = described(full_model(family, True))
-    with pytest.raises(ValueError, match="Cannot grow 4 layers to 3"):
+    with pytest.raises(ValueError, match=r"\b4\b.*\b3\b"):
         grow_depth(weights, architecture, 3)
 
 

@@ -250,7 +250,7 @@ def test_a_cut_makes_nothing_larger(cut):
     architecture = describe(model.config)
     weights = weights_of(model, architecture)
     wider = architecture.resized(width=40)
-    with pytest.raises(ValueError, match="a cut keeps the depth and makes nothing larger \\(larger: width\\)"):
+    with pytest.raises(ValueError, match="width"):
         if cut == "plain":
             plain_cut(weights, architecture, wider)
         else:

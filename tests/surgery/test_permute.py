@@ -74,7 +74,5 @@ def test_no_channel_of_a_layer_norm_changes_sign():
     order = dataclasses.replace(random_order(architecture), signs=torch.ones(32))
     permute(weights, architecture, order)
     order.signs[5] = -1
-    with pytest.raises(
-        ValueError, match=r"gpt2 model cannot change sign.*LayerNorm subtracts the mean.*Leave `signs`"
-    ):
+    with pytest.raises(ValueError, match=r"gpt2.*signs"):
         permute(weights, architecture, order)

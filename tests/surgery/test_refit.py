@@ -135,5 +135,5 @@ def test_a_norm_behind_the_projection_gets_the_gain_of_least_squares(family):
 
 def test_without_text_nothing_is_refitted():
     teacher, student, architecture, blocks = cut_pair("llama")
-    with pytest.raises(ValueError, match="no calibration text to refit the layers on"):
+    with pytest.raises(ValueError, match="calibration"):
         refit_layers(student, teacher, architecture, blocks, [])

@@ -117,7 +117,7 @@ def test_a_failing_batch_leaves_no_hooks_behind():
 def test_no_tokens_is_an_error(batches):
     model = full_model("llama", True)
     _, architecture = described(model)
-    with pytest.raises(ValueError, match=r"calibration text holds no token.*Give a dataset"):
+    with pytest.raises(ValueError, match="dataset"):
         collect_statistics(model, architecture, batches, 10)
 
 

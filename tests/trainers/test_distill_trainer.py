@@ -10,7 +10,7 @@ from trl import SFTConfig
 from cbd_trl import DistillConfig, DistillTrainer
 from cbd_trl.trainers.hidden_states import resolve_block_map
 from cbd_trl.utils.formatting import readable_name
-from tests.tiny import FAMILIES, tiny_model
+from tests.tiny import by_kind, tiny_model
 from tests.tokenizer import WORDS, tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
 
@@ -24,7 +24,7 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_kind())
 def test_a_student_learns_its_teacher(family: str) -> None:
     trainer = make_trainer(family, max_steps=12, hidden_weight=1.0, swap_probability=0.5, learning_rate=2e-2)
     trainer.train()

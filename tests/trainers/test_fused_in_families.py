@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cbd_trl import DistillTrainer
 from cbd_trl.trainers.hidden_states import NAME
-from tests.tiny import FAMILIES, own_names, tiny_model
+from tests.tiny import by_kind, own_names, tiny_model
 from tests.trainers.dense import DIVERGENCES, dense_terms, gradients
 from tests.training import assert_same_gradient, make_trainer, one_step
 
@@ -41,7 +41,7 @@ def trainer_on(mask: Sequence[Sequence[int]], family: str, **fields: Any) -> Dis
 
 @pytest.mark.parametrize("masked", MASKS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_kind())
 def test_fused_is_dense(family: str, divergence: str, masked: str) -> None:
     mask, by_hand = MASKS[masked], student_of(family)
     terms = dense_terms(by_hand, [tiny_model(family, seed=2)], IDS, labels_of(mask), DIVERGENCES[divergence])
@@ -62,7 +62,7 @@ def _batch(trainer: DistillTrainer, masked: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_kind())
 def test_where_everything_is_masked_loss_and_gradient_are_zero(family: str, divergence: str) -> None:
     trainer = trainer_on(MASKS["0%"], family, divergence=divergence, hidden_weight=1.0, hidden_projector=True)
     trainer.model.train()

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from cbd_trl import DistillTrainer
 from cbd_trl.losses.hidden import HIDDEN_LOSSES
 from cbd_trl.trainers.hidden_states import FILE, NAME
-from tests.tiny import FAMILIES, own_names, tiny_model
+from tests.tiny import by_kind, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.training import assert_same_gradient, make_config, make_trainer, one_step, text_rows
 
@@ -172,7 +172,7 @@ def test_projectors_are_trained_with_the_gradient_computed_by_hand(loss: str) ->
     assert not any(torch.equal(p, old) for p, old in zip(trainer.projectors.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_kind())
 def test_projectors_bring_models_of_unequal_width_together(family: str) -> None:
     trainer = projecting(family, max_steps=12, kd_weight=0.0, ce_weight=0.0, learning_rate=2e-2)
     trainer.train()

@@ -1,19 +1,11 @@
-"""The same rows give the same loss and gradient, however they are batched, packed or spread over processes."""
-
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""The same rows give the same loss and gradient, however batched or packed. Of two processes: test_launch.py."""
 
 import pytest
 import torch
 
-from tests.tiny import FAMILIES, SDPA_FAMILIES
+from tests.tiny import FAMILIES, SDPA_FAMILIES, by_kind
 from tests.training import assert_same_gradient, make_trainer, one_step, text_rows
 
-ROOT = Path(__file__).parents[2]
 TERMS = ("loss", "kd", "ce", "hidden", "teacher_ce")
 
 
@@ -37,12 +29,18 @@ def test_gradient_accumulation(swap: float) -> None:
         assert logs["num_tokens"] == runs[0][0]["num_tokens"]
 
 
-PACKED = [(name, "eager") for name in FAMILIES] + [(name, "sdpa") for name in SDPA_FAMILIES]
 # Only row by row, as SDPA runs on a CPU, does OPT keep packed rows apart.
-PACKED.remove(("opt", "eager"))
+PACKED = {"eager": [family for family in FAMILIES if family != "opt"], "sdpa": SDPA_FAMILIES}
 
 
-@pytest.mark.parametrize(("family", "attention"), PACKED)
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        pytest.param(*family.values, attention, marks=family.marks)
+        for attention, families in PACKED.items()
+        for family in by_kind(families)
+    ],
+)
 def test_packed_rows_do_not_see_each_other(family: str, attention: str) -> None:
     def run(**how: object) -> tuple:
         trainer = make_trainer(family, hidden_weight=1.0, swap_probability=1.0, **how)
@@ -103,27 +101,3 @@ def test_the_log_is_a_mean_over_tokens_and_not_over_steps() -> None:
     for name in ("kd", "ce", "teacher_ce"):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
     assert logs[0]["num_tokens"] == logs[1]["num_tokens"] == sum((3, 9, 5, 12)) + 4
-
-
-def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
-    from tests.trainers.two_processes import measure
-
-    expected = measure(processes=1)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = tmp_path / "out.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    command += ["--master_addr=127.0.0.1", "-m", "tests.trainers.two_processes", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    measured = torch.load(out)
-    assert measured.keys() == expected.keys()
-    for how, (logs, grads, metrics) in expected.items():
-        ours = measured[how]
-        assert_same_gradient(ours[1], grads)
-        for name in TERMS:
-            assert ours[0][name] == pytest.approx(logs[name], rel=1e-5), (how, name)
-            assert ours[2][f"eval_{name}"] == pytest.approx(metrics[f"eval_{name}"], rel=1e-5), (how, name)
-        assert ours[0]["num_tokens"] == logs["num_tokens"], json.dumps(how)

@@ -1,0 +1,158 @@
+"""What `test_strict_device.py` runs in a process where the strict device is the accelerator.
+
+By hand: `python -m pytest -n 0 tests/device/runs.py`, and never together with other tests.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cbd_trl import Chain, DistillTrainer, build_chain, from_chain
+from cbd_trl.losses.held_out import held_out_loss
+from tests.chain.helpers import CHAIN_ANCHORS, DEEP, WIDE, chain_config, chain_rows, chain_source
+from tests.device.backend import install
+from tests.device.tensor import NAME, USAGE, StrictMode, StrictTensor
+from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
+from tests.trainers.bridge_runs import make_bridge
+from tests.training import make_trainer, text_rows
+
+install()
+
+ON_DEVICE: dict[str, Any] = {"use_cpu": False, "dataloader_pin_memory": False, "optim": "adamw_torch"}
+# Two steps, with an evaluation after the last.
+STEPS = {**ON_DEVICE, "max_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def strict_device() -> Iterator[None]:
+    with StrictMode():
+        USAGE.clear()
+        yield
+
+
+@pytest.fixture(scope="module")
+def strict_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """The tiny chain, built on the device."""
+    with StrictMode():
+        folder = tmp_path_factory.mktemp("strict") / "chain"
+        chain = build_chain(
+            chain_source(),
+            CHAIN_ANCHORS,
+            dataset=chain_rows(),
+            output_dir=folder,
+            args=chain_config(**ON_DEVICE, max_steps=1, save_strategy="no"),
+            processing_class=tiny_tokenizer(),
+            eval_dataset=chain_rows(4, seed=9),
+            calibration_tokens=128,
+        )
+        assert USAGE.uploads, "the build never used the device"
+        return chain
+
+
+def train(trainer: Any) -> None:
+    """Train on the device, and see finite losses of training and of evaluation."""
+    assert trainer.args.device.type == NAME
+    assert all(isinstance(parameter.data, StrictTensor) for parameter in trainer.model.parameters())
+    trainer.train()
+    losses = [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+    assert len(losses) >= 2 and all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param({}, id="padded"),
+        pytest.param({"packing": True, "bf16": True, "hidden_weight": 1.0}, id="packed-bf16-hidden"),
+        pytest.param({"divergence": "adaptive_kl", "temperature": 2.0, "loss_chunk_size": 3}, id="adaptive-chunks"),
+        pytest.param({"top_k": 8, "gradient_accumulation_steps": 2}, id="top_k"),
+    ],
+)
+def test_distill_trainer(how: dict[str, Any]) -> None:
+    train(make_trainer(**{**STEPS, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": text_rows(), **how}))
+
+
+@pytest.mark.parametrize("objective", ["alm=1,uld=0.5", "shared", "dskd-cma", "prefix"])
+def test_bridge_trainer(objective: str) -> None:
+    train(make_bridge(**STEPS, objective=objective, logging_steps=1))
+
+
+def test_build_chain(strict_chain: Chain) -> None:
+    reopened = Chain.from_pretrained(strict_chain.path)
+    assert len(reopened.anchors) == 1 + len(CHAIN_ANCHORS)
+    assert all(tensor.isfinite().all() for anchor in reopened.anchors for tensor in anchor.load_model().parameters())
+
+
+@pytest.mark.parametrize("operator", ["patch", "linear", "expand", "slice"])
+def test_from_chain(strict_chain: Chain, operator: str) -> None:
+    shape = DEEP if operator == "patch" else WIDE
+    model = from_chain(strict_chain, config=shape, operator=operator).to(NAME)
+    assert model(torch.zeros(1, 4, dtype=torch.long, device=NAME)).logits.isfinite().all()
+
+
+def test_from_chain_calibrated(strict_chain: Chain) -> None:
+    made = from_chain(strict_chain, config=WIDE, calibration_dataset=chain_rows(6))
+    assert all(parameter.isfinite().all() for parameter in made.parameters())
+
+
+def test_a_planted_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor made without saying where, which no CPU notices, ends a training."""
+    stock = DistillTrainer.compute_loss
+    monkeypatch.setattr(DistillTrainer, "compute_loss", lambda *a, **k: stock(*a, **k) + torch.zeros(1))
+    with pytest.raises(RuntimeError, match=f"{NAME}:0 and cpu"):
+        train(make_trainer(**STEPS))
+
+
+def test_what_is_counted() -> None:
+    """Waits, uploads and float64 by operation and place; bytes as long as somebody holds them."""
+    before = USAGE.bytes_now
+    table = torch.ones(4, 8).to(NAME)
+    assert USAGE.bytes_now - before == table.nbytes == 128 and USAGE.bytes_peak >= USAGE.bytes_now
+    view = table[1:]
+    assert USAGE.bytes_now - before == 128
+    assert sum(USAGE.uploads.values()) == 1 and not USAGE.waits
+    assert table[table > 0].sum().item() == 32
+    assert view[torch.tensor([0])].double().cpu().sum() == 8
+    operations = {operation for operation, place in USAGE.waits}
+    assert operations == {
+        "aten::index by a mask",
+        "aten::_local_scalar_dense",
+        "aten::index by an index on the host",
+        "aten::_to_copy to the host",
+    }
+    assert [operation for operation, place in USAGE.doubles] == ["aten::_to_copy"]
+    del table, view
+    assert USAGE.bytes_now == before
+
+
+def test_a_count_names_the_line() -> None:
+    """The line of cbd_trl that asked for it, however deep in torch it was done."""
+    held_out_loss(tiny_model("llama").to(NAME), torch.randint(0, 64, (2, 16)))
+    places = {place for counter in (USAGE.waits, USAGE.uploads) for _, place in counter}
+    file = held_out_loss.__module__.replace(".", "/") + ".py:"
+    assert any(place.startswith(file) for place in places)
+    root = Path(__file__).parents[2]
+    for file, _, line in (place.partition(":") for place in places if place.startswith("cbd_trl/")):
+        assert (root / file).read_text(encoding="utf-8").splitlines()[int(line) - 1].strip()
+
+
+def test_host_and_device_do_not_mix() -> None:
+    on_device, on_host = torch.ones(3, 4, device=NAME), torch.ones(4)
+    for mixed in (
+        lambda: on_device + on_host,
+        lambda: on_device @ on_host,
+        lambda: on_host[on_device[0].long()],
+        lambda: torch.cat([on_device[0], on_host]),
+        lambda: on_device.index_put_((on_device[0, :1].long(),), on_host),
+    ):
+        with pytest.raises(RuntimeError, match=f"{NAME}:0 and cpu"):
+            mixed()
+    with pytest.raises(TypeError, match="numpy"):
+        on_device.numpy()
+    # As on CUDA: a scalar goes along, and an index is copied.
+    assert (on_device * torch.tensor(2.0)).sum().item() == 24
+    assert on_device[torch.tensor([2])].shape == (1, 4)
