@@ -269,7 +269,7 @@ def collect_statistics(
     """Run calibration batches through a model and average the moments at every site.
 
     What begins a text counts like any other token: of Gemma 3 270M, cut to four fifths, KL to the source is 1.54 nats
-    with `<bos>` in the moments and 2.61 without (docs/quality.md).
+    with `<bos>` in the moments and 2.61 without (docs/results/quality.md).
 
     Args:
         model: the causal LM described by `architecture`; put into eval mode for the run.

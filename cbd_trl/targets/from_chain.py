@@ -55,7 +55,7 @@ def from_chain(
             two neighbouring anchors is made.
         config: config fields to fix, for example `{"num_hidden_layers": 20}`; `num_parameters`, or else the line,
             decides the rest. Depths that leave the pattern of layers that llama.cpp has built in (SmolLM3, Gemma 2
-            and 3; docs/export.md) are made only when they are asked for here.
+            and 3; docs/guides/export.md) are made only when they are asked for here.
         operator: "nested" (upper blocks for depth, least-squares cut mixed with the lower anchor for width), "patch"
             (blocks only), "slice" (upper anchor alone), "expand" (lower anchor alone, grown exactly) or "linear"
             (arXiv 2605.07783).

@@ -10,7 +10,7 @@ from cbd_trl.trainers.distill_config import DistillConfig
 
 # An untrained GPT-2 of 30M with 8k tokens, taught by SmolLM2-135M beside the cross-entropy on 102k of its tokens, is
 # at 2.369 and 2.375 bits per byte (two seeds) by it alone, at 2.345 and 2.355 with the layers beside it, at 2.444 and
-# 2.455 by the cross-entropy alone (docs/bridge.md).
+# 2.455 by the cross-entropy alone (docs/guides/bridge.md).
 _DEFAULT = "prefix"
 # Of the mean cosine distance of the layers: the best of 0, 1 and 4 there, and ahead of 12 as far as that was run.
 HIDDEN_WEIGHT = 4.0

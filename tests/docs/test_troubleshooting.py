@@ -1,4 +1,4 @@
-"""Every message in docs/troubleshooting.md is one that the package, or the library it names, can say."""
+"""Every message in docs/guides/troubleshooting.md is one that the package, or the library it names, can say."""
 
 import ast
 import functools
