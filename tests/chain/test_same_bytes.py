@@ -1,4 +1,4 @@
-"""The same work, done by two processes in two places, leaves the same bytes but for what docs/guides/chains.md excepts."""
+"""Two processes in two places leave the same bytes, but for what docs/guides/chains.md excepts."""
 
 import json
 import os
