@@ -42,6 +42,7 @@ def test_unknown_attribute_lists_the_public_names():
 def test_version_is_that_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert cbd_trl.__version__ == project["version"]
+    assert f"\nversion: {cbd_trl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def _normalize(distribution: str) -> str:

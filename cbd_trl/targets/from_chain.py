@@ -69,7 +69,8 @@ def from_chain(
             the model is nowhere to be loaded from: trainers find its tokenizer, but an adapter trained on it has no
             base that can be loaded, and trainers that reload a reference model by name (GRPO with beta > 0, DPO)
             refuse it.
-        revision, token: of a chain on the Hub.
+        revision: of a chain on the Hub: branch, tag or commit.
+        token: for a chain on the Hub that is private or gated.
 
     Returns:
         The model in eval mode; `model.config.cbd_trl` says what it was made from. At an anchor's own shape it is that

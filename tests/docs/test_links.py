@@ -1,6 +1,7 @@
 """Links in README.md and docs/ lead somewhere, and every page is in the navigation of the site."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -29,3 +30,9 @@ def test_every_page_is_in_the_navigation_of_the_site():
     nav = re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text().split("nav:")[1])
     pages = {str(page.relative_to(ROOT / "docs")) for page in guides()[1:]}
     assert sorted(nav) == sorted(pages)
+
+
+def test_the_architecture_lists_the_rooms_in_the_order_of_the_contract():
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    rows = re.findall(r"^\| (`.*`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert [re.findall(r"\w+", row.replace(" and ", " ")) for row in rows] == [re.findall(r"\w+", row) for row in layers]
