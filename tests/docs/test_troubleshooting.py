@@ -10,7 +10,7 @@ import pytest
 
 from tests.docs.reading import ROOT
 
-GUIDE = ROOT / "docs" / "troubleshooting.md"
+GUIDE = ROOT / "docs" / "guides" / "troubleshooting.md"
 _ENTRY = re.compile(r"^- `([^`]+)`(?: \((\w+)\))?", re.MULTILINE)
 _LEAST = 15
 
