@@ -1,6 +1,6 @@
 """Draw the picture of README.md from a stored report of `benchmarks.real_text_chain`: loss against size.
 
-    python -m benchmarks.readme_picture
+python -m benchmarks.readme_picture
 """
 
 import argparse
@@ -45,7 +45,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes.text(*place, label, color=style["color"], weight="bold" if operator == "nested" else None)
         axes.plot(*zip(*anchors, strict=True), "*-", color="black", lw=0.6, ms=17, zorder=5)
         for anchor, (size, loss) in zip(report["anchors"], anchors, strict=True):
-            axes.annotate(anchor["name"], (size, loss), (0, -24), textcoords="offset points", ha="center", weight="bold")
+            axes.annotate(
+                anchor["name"], (size, loss), (0, -24), textcoords="offset points", ha="center", weight="bold"
+            )
         axes.set(
             xlim=(38, 141),
             ylim=(3.45, HIGHEST),

@@ -22,7 +22,7 @@ def read_rows(limit: int | None = None) -> list[dict[str, Any]]:
     Returns:
         [{"prompt": str, "completion": str, "complete": whether the answer ended by itself}].
     """
-    packed = files("cbd_trl.demo").joinpath("written.jsonl.gz").read_bytes()
+    packed = files("cbd_trl.recipe").joinpath("written.jsonl.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").splitlines()
     return [json.loads(line) for line in lines[:limit]]
 

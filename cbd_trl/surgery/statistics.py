@@ -126,7 +126,8 @@ class SiteStatistics(Protocol):
     """
 
     @property
-    def ridge(self) -> float: ...
+    def ridge(self) -> float:
+        """The ridge that the factors hold, times each coordinate's own variance."""
 
     def mean(self, site: str) -> torch.Tensor:
         """E[x], (D,)."""

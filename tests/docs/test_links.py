@@ -35,4 +35,6 @@ def test_every_page_is_in_the_navigation_of_the_site():
 def test_the_architecture_lists_the_rooms_in_the_order_of_the_contract():
     layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
     rows = re.findall(r"^\| (`.*`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
-    assert [re.findall(r"\w+", row.replace(" and ", " ")) for row in rows] == [re.findall(r"\w+", row) for row in layers]
+    assert [re.findall(r"\w+", row.replace(" and ", " ")) for row in rows] == [
+        re.findall(r"\w+", row) for row in layers
+    ]
