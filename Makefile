@@ -15,7 +15,7 @@ PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow check format lock clean
+.PHONY: help .venv demo test test-slow check docs format lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([.a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -45,11 +45,15 @@ test: $(READY) ## the tests, without network, in minutes
 test-slow: $(READY) ## the tests marked slow
 	$(OFFLINE) $(BIN)/python -m pytest -m slow $(ARGS)
 
-check: $(READY) ## format, lint, types and the order of imports, without changing a file
+check: $(READY) ## format, lint, types, order of imports and documentation, without changing a file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs: $(READY) ## build the documentation in site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(READY) ## rewrite the files in the project's format
 	$(BIN)/ruff format .
@@ -59,12 +63,12 @@ format: $(READY) ## rewrite the files in the project's format
 lock: ## resolve requirements.lock anew, in an environment of its own
 	rm -rf .cache/lock
 	$(PYTHON) -m venv .cache/lock
-	.cache/lock/bin/python -m pip install "$$(grep '^torch==' requirements.lock)" ".[dev,gguf]"
+	.cache/lock/bin/python -m pip install "$$(grep '^torch==' requirements.lock)" ".[dev,docs]"
 	.cache/lock/bin/python -m pip freeze --exclude cbd-trl > .cache/lock/frozen
 	{ grep '^#' requirements.lock; sed 's/+cpu$$//' .cache/lock/frozen; } > .cache/lock/requirements.lock
 	mv .cache/lock/requirements.lock requirements.lock
 	rm -rf .cache/lock
 
 clean: ## remove .venv, the downloads and every cache; demo-output/ stays
-	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist
+	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache build dist site
 	find cbd_trl tests -name __pycache__ -type d -prune -exec rm -rf {} +

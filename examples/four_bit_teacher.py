@@ -1,4 +1,4 @@
-"""Distil from a teacher in 4 bits, so that one fits which would not: needs `pip install "cbd-trl[quantized]"`.
+"""Distill from a teacher in 4 bits, so that one fits which would not: needs `pip install "cbd-trl[quantized]"`.
 
     python examples/four_bit_teacher.py --chain my-chain --num_parameters 60e6 --dataset trl-lib/Capybara \
         --teacher_model_name_or_path my-chain/135M --output_dir distilled-60M

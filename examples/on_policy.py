@@ -1,4 +1,4 @@
-"""Distil on what the student itself writes: TRL's DistillationTrainer, with the anchor above as teacher.
+"""Distill on what the student itself writes: TRL's DistillationTrainer, with the anchor above as teacher.
 
     python examples/on_policy.py --chain my-chain --num_parameters 60e6 --dataset trl-lib/tldr \
         --output_dir on-policy-60M

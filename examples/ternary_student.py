@@ -1,4 +1,4 @@
-"""Distil a student whose linear layers weigh -1, 0 or 1 (BitNet b1.58, arXiv 2402.17764), through transformers.
+"""Distill a student whose linear layers weigh -1, 0 or 1 (BitNet b1.58, arXiv 2402.17764), through transformers.
 
     python examples/ternary_student.py --chain my-chain --num_parameters 60e6 --dataset trl-lib/Capybara \
         --output_dir ternary-60M
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     chain = Chain.from_pretrained(arguments.chain)
     start = Path(training.output_dir, "full-precision")
     anchors = from_chain(chain, arguments.num_parameters, save_directory=start).config.cbd_trl["anchors"]
-    # transformers loads a BitNet only where the config of the folder says that it is one.
+    # transformers loads a BitNet only where the config of the folder names it one.
     config = AutoConfig.from_pretrained(start)
     config.quantization_config = BitNetQuantConfig(linear_class="autobitlinear", quantization_mode="online").to_dict()
     student = AutoModelForCausalLM.from_pretrained(start, config=config)

@@ -87,7 +87,7 @@ def test_sft(run, chain, tmp_path):
 
 
 def test_two_lines_make_a_distillation_of_it(run, chain, tmp_path, monkeypatch):
-    diff = (EXAMPLES.parent / "docs" / "examples.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
+    diff = (EXAMPLES.parent / "README.md").read_text().split("```diff\n")[1].split("```")[0].splitlines()
     script = (EXAMPLES / "sft.py").read_text()
     removed, added = ([line[1:] for line in diff if line[0] == sign] for sign in "-+")
     assert len(removed) == len(added) == 2 and len(diff) == 4

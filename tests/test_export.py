@@ -1,4 +1,4 @@
-"""What docs/export.md says: a target is a stock model to the tools that read folders of models."""
+"""What docs/guides/export.md says: a target is a stock model to the tools that read folders of models."""
 
 import json
 from pathlib import Path

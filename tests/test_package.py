@@ -1,8 +1,12 @@
 """The package as its users meet it: the public names, the version, and an import that costs nothing."""
 
+import ast
+import functools
+import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +20,8 @@ PUBLIC_NAMES = [
     *("from_chain", "make_targets"),
 ]
 ROOT = Path(__file__).parents[1]
+# Extras that the package uses through transformers and TRL, which import them.
+IMPORTED_BY_OTHERS = {"bitsandbytes", "peft"}
 
 
 def test_public_names_are_exactly_these():
@@ -36,6 +42,56 @@ def test_unknown_attribute_lists_the_public_names():
 def test_version_is_that_of_the_project():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert cbd_trl.__version__ == project["version"]
+    assert f"\nversion: {cbd_trl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def _normalize(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+@functools.cache
+def _declared(*extras: str) -> set[str]:
+    """The distributions that pyproject.toml lists: the dependencies, or those of the extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = project["optional-dependencies"]
+    requirements = [line for extra in extras for line in listed[extra]] if extras else project["dependencies"]
+    return {_normalize(re.match(r"[\w.-]+", line)[0]) for line in requirements}
+
+
+@functools.cache
+def _imported(*folders: str) -> set[str]:
+    """The distributions that the modules of some folders import, at the top or inside a function."""
+    modules: set[str] = set()
+    for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules.add(node.module.split(".")[0])
+    # Scripts of benchmarks/ find what lies beside them.
+    own = {"cbd_trl", "tests", "benchmarks", *(file.stem for file in (ROOT / "benchmarks").glob("*.py"))}
+    names = packages_distributions()
+    return {_normalize(names[module][0]) for module in modules - sys.stdlib_module_names - own}
+
+
+def test_every_dependency_is_imported():
+    assert _declared() - _imported("cbd_trl") == set()
+
+
+def test_everything_imported_is_a_dependency_or_in_an_extra_for_users():
+    imported = _imported("cbd_trl")
+    assert imported - _declared() == _declared("eval", "gguf")
+    assert _declared("peft", "quantized") == IMPORTED_BY_OTHERS
+
+
+def test_the_extra_dev_has_what_tests_and_benchmarks_import():
+    assert _imported("tests", "benchmarks", "examples") - _declared() <= _declared("dev")
+    assert _declared("eval", "gguf", "peft", "quantized") <= _declared("dev")
+
+
+def test_the_lock_pins_what_is_declared():
+    lock = {_normalize(line.split("==")[0]) for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    assert (_declared() | _declared("dev", "docs")) - lock == set()
 
 
 def test_import_loads_neither_torch_nor_transformers():

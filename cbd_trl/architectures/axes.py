@@ -19,6 +19,7 @@ def parse_axes(text: str) -> Axes:
 
 
 def axis_length(axis: tuple[str, ...], sizes: Sizes) -> int:
+    """Multiply the sizes of the dimensions of an axis."""
     length = 1
     for dim in axis:
         length *= sizes[dim]

@@ -160,6 +160,7 @@ class Architecture:
         return depth, self.family.resolve(self.sizes, given)
 
     def layer_name(self, layer: int, name: str) -> str:
+        """Name a tensor of a layer as a key of the state dict."""
         return f"{self.family.layers}.{layer}.{name}"
 
     def split_name(self, key: str) -> tuple[int | None, str]:
@@ -350,6 +351,7 @@ class Architecture:
 
     @property
     def eps(self) -> float:
+        """The epsilon of the norms."""
         field = self.family.eps_field
         return TORCH_LAYER_NORM_EPS if field is None else float(getattr(self.config, field))
 

@@ -76,7 +76,8 @@ def build_chain(
             vocabularies. That model becomes the largest anchor, and its tokenizer the chain's.
         eval_dataset: evaluated once for every anchor after training, when given.
         calibration_tokens: tokens of text behind the statistics.
-        revision, token: of a source on the Hub.
+        revision: of a source on the Hub: branch, tag or commit.
+        token: for a source on the Hub that is private or gated.
 
     Raises:
         ValueError: before any long work, for a source, anchor or output folder that cannot be used.

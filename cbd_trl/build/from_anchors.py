@@ -148,6 +148,7 @@ class Coordinates:
 
     @classmethod
     def unchanged(cls, count: int) -> "Coordinates":
+        """Leave the coordinates of `count` anchors as they are."""
         return cls([None] * count, [{}] * count)
 
     @classmethod

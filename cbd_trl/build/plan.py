@@ -18,7 +18,7 @@ from cbd_trl.trainers.distill_config import DistillConfig, check_config
 from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.formatting import anchor_name
 
-# Measured on SmolLM2-135M (docs/quality.md). Between two depths the hidden-state term keeps an anchor's layers near
+# Measured on SmolLM2-135M (docs/results). Between two depths the hidden-state term keeps an anchor's layers near
 # the blocks that replace them, and hybrids beside half of the steps bring the models between from 0.84 to 1.23 of what
 # a straight line would gain, at no loss to the anchor. A narrower stream cannot be the wider one's, and what holds it
 # there costs anchor and targets alike: hybrids alone, beside every step, are better.

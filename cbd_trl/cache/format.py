@@ -1,6 +1,6 @@
 """cache.json: the format of a teacher cache's manifest, read, validated and written.
 
-`docs/formats.md` is its description for people. A cache of another format version is refused; every later version of
+`docs/reference/formats.md` is its description for people. A cache of another format version is refused; every later version of
 cbd-trl reads this one, as `tests/cache/stored` holds it to.
 """
 

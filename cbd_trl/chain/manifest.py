@@ -1,6 +1,6 @@
 """chain.json: the format of a chain's manifest, read, validated and written without loading torch.
 
-`docs/formats.md` is its description for people. A chain of another schema version is refused; every later version
+`docs/reference/formats.md` is its description for people. A chain of another schema version is refused; every later version
 of cbd-trl reads this one, as `tests/chain/stored` holds it to.
 """
 
@@ -125,7 +125,7 @@ class AnchorRecord(Untrusted):
             nothing.
         tokens_seen: tokens it was distilled on.
         losses: name -> value at the end of its training, in nats per token.
-        training: what it was made from and how (docs/formats.md); any JSON.
+        training: what it was made from and how (docs/reference/formats.md); any JSON.
         finished: whether its training reached the end.
         files: file name -> sha256 of every file of the folder.
     """

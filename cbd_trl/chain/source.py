@@ -65,6 +65,7 @@ class Source:
 
     @property
     def name(self) -> str:
+        """Hub id, folder, or the name in the config of a model in memory."""
         # Of a target that is not saved, the name in the config leads to its tokenizer and its card.
         return str(self.place.config._name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
 

@@ -28,7 +28,7 @@ def build(flags: list[str]) -> None:
         usage="cbd-trl build RECIPE [--dry-run] [--set KEY=VALUE ...]",
         description="Distil a chain of anchors from a source model, as a recipe describes it. Run again, the command "
         "goes on where it was interrupted.",
-        epilog=f"A recipe is a YAML file such as {_SKETCH}; docs/recipes.md lists its keys, and the training "
+        epilog=f"A recipe is a YAML file such as {_SKETCH}; docs/guides/recipes.md lists its keys, and the training "
         "arguments in `args` are those that cbd-trl distill --help-all lists. On several devices: accelerate launch "
         "-m cbd_trl.cli build RECIPE.",
         allow_abbrev=False,

@@ -114,7 +114,7 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
     return best
 
 
-# Of the disk of the bfloat16 weights (docs/chains.md).
+# Of the disk of the bfloat16 weights (docs/guides/chains.md).
 _STATISTICS_SHARE = 0.15
 _BF16_BYTES, _FLOAT32_BYTES = 2, 4
 # AdamW keeps two moments of every weight.

@@ -38,7 +38,7 @@ def from_chain(
             two neighbouring anchors is made.
         config: config fields to fix, for example `{"num_hidden_layers": 20}`; `num_parameters`, or else the line,
             decides the rest. Depths that leave the pattern of layers that llama.cpp has built in (SmolLM3, Gemma 2
-            and 3; docs/export.md) are made only when they are requested here.
+            and 3; docs/guides/export.md) are made only when they are requested here.
         operator: "nested" (upper blocks for depth, least-squares cut mixed with the lower anchor for width), "patch"
             (blocks only), "slice" (upper anchor alone), "expand" (lower anchor alone, grown exactly) or "linear"
             (arXiv 2605.07783).
@@ -52,7 +52,8 @@ def from_chain(
             the model is nowhere to be loaded from: trainers find its tokenizer, but an adapter trained on it has no
             base that can be loaded, and trainers that reload a reference model by name (GRPO with beta > 0, DPO)
             refuse it.
-        revision, token: of a chain on the Hub.
+        revision: of a chain on the Hub: branch, tag or commit.
+        token: for a chain on the Hub that is private or gated.
 
     Returns:
         The model in eval mode; `model.config.cbd_trl` records what it was made from. At an anchor's own shape it is

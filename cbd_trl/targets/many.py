@@ -68,7 +68,14 @@ def make_targets(
         sizes: numbers of parameters.
         output_dir: gets a folder for each size, named as anchors are: "100M"; where two sizes would share a name,
             after the whole number.
-        config, operator, alpha, calibration_dataset, dtype, tolerance, revision, token: as `from_chain` takes them.
+        config: config fields to fix, as in `from_chain`.
+        operator: the rule that makes the weights, as in `from_chain`.
+        alpha: weight of the lower anchor where the operator mixes, as in `from_chain`.
+        calibration_dataset: text on which blocks and alpha are chosen, as in `from_chain`.
+        dtype: of the result, as in `from_chain`.
+        tolerance: largest relative distance from a size, as in `from_chain`.
+        revision: of a chain on the Hub.
+        token: for a chain on the Hub that is private or gated.
 
     Returns:
         One entry a size, in their order. A size that cannot be made has its error there; the others are made.
@@ -154,7 +161,13 @@ def describe_targets(
     Args:
         chain: a chain, its folder, or its Hub id; of the latter chain.json and config.json of the anchors are fetched.
         sizes: numbers of parameters; None for the one target of `config`.
-        config, operator, alpha, dtype, tolerance, revision, token: as `from_chain` takes them.
+        config: config fields to fix, as in `from_chain`.
+        operator: the rule that makes the weights, as in `from_chain`.
+        alpha: weight of the lower anchor where the operator mixes, as in `from_chain`.
+        dtype: of the result, as in `from_chain`.
+        tolerance: largest relative distance from a size, as in `from_chain`.
+        revision: of a chain on the Hub.
+        token: for a chain on the Hub that is private or gated.
 
     Returns:
         One summary a size. With calibration text `from_chain` may choose another operator and alpha, never another

@@ -34,6 +34,7 @@ class Pair:
 
     @property
     def equal_widths(self) -> bool:
+        """Whether the anchors differ in depth alone."""
         return self.upper_architecture.sizes == self.lower_architecture.sizes
 
     def moments(self) -> SiteStatistics:

@@ -1,4 +1,4 @@
-"""The same work, done by two processes in two places, leaves the same bytes but for what docs/chains.md excepts."""
+"""Two processes in two places leave the same bytes, but for what docs/guides/chains.md excepts."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from cbd_trl.utils.tensor_files import save_tensors, tensor_bytes
 from tests.recipe.helpers import write_inputs, write_recipe
 
 ROOT = Path(__file__).parents[2]
-# What the table of exceptions in docs/chains.md says, one expression a row.
+# What the table of exceptions in docs/guides/chains.md says, one expression a row.
 EXCEPTIONS = {
     "`training_args.bin`": r"run/.*training_args\.bin",
     "`evaluation-results.json`, `loss-against-size.json`": r"(chain|copy)/(evaluation-results|loss-.*-size)\.json",
@@ -75,7 +75,7 @@ def test_two_builds_differ_in_nothing_but_the_exceptions(twice: tuple[Path, Path
 
 
 def test_the_exceptions_are_those_of_the_docs() -> None:
-    text = (ROOT / "docs" / "chains.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "chains.md").read_text(encoding="utf-8")
     section = text.partition("## The same build, the same bytes")[2].partition("\n## ")[0]
     assert re.findall(r"^\| (`.*?) \|", section, flags=re.M) == list(EXCEPTIONS)
 

@@ -116,7 +116,7 @@ def _cbd_trl(words: Sequence[str]) -> None:
         if words[0] in NOT_RUN:
             stack.enter_context(mock.patch(NOT_RUN[words[0]][0]))
         code = main(words)
-    assert code == 0, f"exit code {code}: {said.getvalue().strip().splitlines()[-1:]}"
+    assert code == 0, f"exit code {code}: {said.getvalue().strip().splitlines()[-12:]}"
 
 
 def _python(words: Sequence[str]) -> None:

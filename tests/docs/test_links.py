@@ -1,6 +1,7 @@
-"""Links in README.md, the guides and the model cards lead somewhere, and every guide is found from README.md."""
+"""Links in README.md and docs/ lead somewhere, and every page is in the navigation of the site."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tests.docs.reading import ROOT, guides
 
 _LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
-_PAGES = [*guides(), *sorted((ROOT / "model_cards").glob("*.md"))]
+_PAGES = guides()
 
 
 def anchors(page: Path) -> set[str]:
@@ -25,7 +26,15 @@ def test_links_lead_to_files_and_headings(page):
         assert not anchor or anchor in anchors(target), f"{page.name} links to {place}#{anchor}: {anchors(target)}"
 
 
-def test_every_guide_is_linked_from_the_readme():
-    linked = {place for place, _ in _LINK.findall((ROOT / "README.md").read_text())}
-    missing = {f"docs/{guide.name}" for guide in guides()[1:]} - linked
-    assert not missing, f"README.md's list of guides lacks {sorted(missing)}"
+def test_every_page_is_in_the_navigation_of_the_site():
+    nav = re.findall(r"[\w./-]+\.md", (ROOT / "mkdocs.yml").read_text().split("nav:")[1])
+    pages = {str(page.relative_to(ROOT / "docs")) for page in guides()[1:]}
+    assert sorted(nav) == sorted(pages)
+
+
+def test_the_architecture_lists_the_rooms_in_the_order_of_the_contract():
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    rows = re.findall(r"^\| (`.*`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    assert [re.findall(r"\w+", row.replace(" and ", " ")) for row in rows] == [
+        re.findall(r"\w+", row) for row in layers
+    ]

@@ -1,4 +1,4 @@
-"""Every message in docs/troubleshooting.md is one that the package, or the library it names, can say."""
+"""Every message in docs/guides/troubleshooting.md is one that the package, or the library it names, can say."""
 
 import ast
 import functools
@@ -10,7 +10,7 @@ import pytest
 
 from tests.docs.reading import ROOT
 
-GUIDE = ROOT / "docs" / "troubleshooting.md"
+GUIDE = ROOT / "docs" / "guides" / "troubleshooting.md"
 _ENTRY = re.compile(r"^- `([^`]+)`(?: \((\w+)\))?", re.MULTILINE)
 _LEAST = 15
 

@@ -145,6 +145,7 @@ INPUTS: dict[str, Callable[[Path], None]] = {
     "gpt2-large": lambda folder: _gpt2(folder, 96),
     "TEACHER": lambda folder: _llama(folder, 2),
     "student": _student_of_other_tokens,
+    "demo-output/chain": _chain,
     "my-chain": _chain,
     "me/my-chain": _chain,
     "trl-lib/Capybara": _chats,
