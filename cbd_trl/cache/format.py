@@ -1,7 +1,7 @@
 """cache.json: the format of a teacher cache's manifest, read, validated and written.
 
-`docs/reference/formats.md` is its description for people. A cache of another format version is refused; every later version of
-cbd-trl reads this one, as `tests/cache/stored` holds it to.
+Described for people in `docs/reference/formats.md`. A cache of another format version is refused, and every later version of cbd-trl reads this one: see
+`tests/cache/stored`.
 """
 
 import json
