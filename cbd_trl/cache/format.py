@@ -1,7 +1,7 @@
 """cache.json: the format of a teacher cache's manifest, read, validated and written.
 
-Described for people in `docs/reference/formats.md`. A cache of another format version is refused, and every later version of cbd-trl reads this one: see
-`tests/cache/stored`.
+Described for people in `docs/reference/formats.md`. A cache of another format version is refused, and every
+later version of cbd-trl reads this one: see `tests/cache/stored`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """chain.json: the format of a chain's manifest, read, validated and written without loading torch.
 
-Described for people in `docs/reference/formats.md`. A chain of another schema version is refused, and every later version of cbd-trl reads this one: see
-`tests/chain/stored`.
+Described for people in `docs/reference/formats.md`. A chain of another schema version is refused, and every
+later version of cbd-trl reads this one: see `tests/chain/stored`.
 """
 
 import hashlib
