@@ -22,7 +22,7 @@ from cbd_trl.build.source_anchor import SourceAnchor, plan_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.chain.manifest import MANIFEST
 from cbd_trl.chain.source import Source
-from cbd_trl.recipe.arguments import anchor_args, bridge_args, chain_args, default_args, refused_argument
+from cbd_trl.recipe.configs import anchor_args, bridge_args, chain_args, default_args, refused_argument
 from cbd_trl.recipe.data import check_data, check_mix, placed, shares_rows
 from cbd_trl.recipe.estimate import (
     Cost,

@@ -15,8 +15,8 @@ from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.chain.source import Source
 from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.recipe.arguments import anchor_args
 from cbd_trl.recipe.check import Check, check_recipe, remember
+from cbd_trl.recipe.configs import anchor_args
 from cbd_trl.recipe.data import load_data
 from cbd_trl.recipe.schema import Recipe, RecipeError
 from cbd_trl.report.measure import add_bits_per_byte

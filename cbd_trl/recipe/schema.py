@@ -2,7 +2,6 @@
 
 import copy
 import re
-import reprlib
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -26,13 +25,11 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from cbd_trl.utils.formatting import did_you_mean, parse_count
+from cbd_trl.utils.untrusted import shown
 
 _REQUIRED = ("source", "data", "anchors", "output_dir")
 _SIZES = ("shape", "size", "ratio")
 _MERGE = "tag:yaml.org,2002:merge"
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 80
-_SHORT.maxlevel = 2
 # Errors that taking out another one may cause.
 _LACKS = ("missing", "no_size", "too_short")
 # More names than this are not listed in an error: a config has hundreds.
@@ -54,11 +51,6 @@ class RecipeError(ValueError):
         listed = [f"  - {with_line(problem, lines or {})}" for problem in problems]
         way_out = "Change the file, or one key for this run: --set KEY=VALUE, such as --set source=DIR."
         super().__init__("\n".join([f"The recipe {name} cannot be built ({count}):", *listed, way_out]))
-
-
-def shown(value: Any) -> str:
-    """Format a value for a message, cut where it is long or deep."""
-    return _SHORT.repr(value)
 
 
 def _listed(value: Any) -> tuple[Any, ...]:

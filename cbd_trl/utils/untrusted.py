@@ -162,11 +162,14 @@ def _mistake(error: Mapping[str, Any]) -> str:
 
 
 _FIELD = re.compile(r"\w{1,60}", re.ASCII)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
 
 
 def shown(value: Any) -> str:
-    """Shorten a value of any size to a few words."""
-    return reprlib.repr(value)
+    """Format a value for a message, cut where it is long or deep."""
+    return _SHORT.repr(value)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ import pytest
 
 from cbd_trl import DistillConfig
 from cbd_trl.recipe import arguments as argument_checks
-from cbd_trl.recipe.arguments import chain_args, check_argument
+from cbd_trl.recipe.arguments import check_argument
 from cbd_trl.recipe.check import Check, check_recipe
+from cbd_trl.recipe.configs import chain_args
 from cbd_trl.recipe.schema import parse_recipe
 from tests.recipe.helpers import ARGS, raw_recipe
 

@@ -12,8 +12,8 @@ from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 from cbd_trl.architectures import describe
 from cbd_trl.cli.main import main
 from cbd_trl.demo.run import ANSWER_TOKENS, Settings, default_steps
-from cbd_trl.recipe.arguments import anchor_args, bridge_args
 from cbd_trl.recipe.check import Check, how_estimated, plan_costs, recipe_table
+from cbd_trl.recipe.configs import anchor_args, bridge_args
 from cbd_trl.recipe.estimate import Speed, writing_seconds
 from cbd_trl.recipe.schema import read_recipe, shipped_recipes
 from tests.tokenizer import tiny_tokenizer
