@@ -230,7 +230,7 @@ def test_the_command_pushes_and_says_how_to_use_it(hub, chain, capsys):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["me/pushed"], 2, "Two places are wanted: cbd-trl push CHAIN REPO"),
+        (["me/pushed"], 2, "cbd-trl push CHAIN REPO"),
         (["CHAIN", "you/pushed"], 1, "cannot be pushed to 'you/pushed'. The token may not do that"),
         (["CHAIN", "me/pushed", "--public"], 2, "There is no flag '--public'"),
     ],

@@ -269,10 +269,10 @@ def test_generate_writes_what_a_student_is_trained_on(folder, tmp_path, capsys):
     assert main(["distill", *student, "--dataset_name", str(file), *TRAINING]) == 0
 
 
-@pytest.mark.parametrize(("kind", "flag", "value"), [("sampled", "seed", 5), ("hidden", "dtype", "bfloat16")])
+@pytest.mark.parametrize(("kind", "flag", "value"), [("sampled", "seed", 5), ("hidden", "hidden_dtype", "bfloat16")])
 def test_cache_of_another_kind(folder, tmp_path, kind, flag, value):
     flags = ["--model_name_or_path", str(folder / "source"), "--dataset_name", str(folder / "rows.jsonl"), *TRAINING]
-    flags += ["--kind", kind, "--seed" if flag == "seed" else "--hidden_dtype", str(value)]
+    flags += ["--kind", kind, f"--{flag}", str(value)]
     assert main(["cache", *flags, "--output_dir", str(tmp_path)]) == 0
     assert getattr(TeacherCache.open(tmp_path).settings, flag) == value
 
@@ -390,9 +390,9 @@ def test_errors_are_one_line_with_a_code(arguments, code, message, capsys):
         (
             "a.parquet",
             b"text, and more of it",
-            r"a\.parquet cannot be read: Parquet magic bytes not found.*Wanted what its name says",
+            r"a\.parquet cannot be read: Parquet magic bytes not found.*Wanted what its name promises",
         ),
-        ("a.jsonl.gz", b"text", r"a\.jsonl\.gz cannot be read: Not a gzipped file.*Wanted what its name says"),
+        ("a.jsonl.gz", b"text", r"a\.jsonl\.gz cannot be read: Not a gzipped file.*Wanted what its name promises"),
         ("a.jsonl", b"", r"a\.jsonl is empty: there are no rows to read"),
     ],
 )

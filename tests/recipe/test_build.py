@@ -118,7 +118,7 @@ def test_a_dry_run_tells_what_is_finished(built: Built, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
     assert shown.count("finished") == 3 and " left " in shown and "this is a dry run" in shown
     assert main(["build", str(built.recipe), *built.flags, "--set", more, "--dry-run"]) == 1
-    assert "built with other settings than are asked for now" in capsys.readouterr().err
+    assert "built with other settings than requested now" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in built.folder.rglob("*")} == before
 
 

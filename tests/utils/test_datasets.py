@@ -296,7 +296,7 @@ def test_a_tokenizer_is_needed_and_its_end_known() -> None:
     with pytest.raises(ValueError, match="eos_token='<end>' is not in the vocabulary"):
         _read(Dataset.from_dict(TEXT), _tokenizer(False), eos_token="<end>")
     for path in ("no/tokenizer", __file__):
-        with pytest.raises(ValueError, match=r"chat_template_path=.* is no \.jinja file, and no folder"):
+        with pytest.raises(ValueError, match=r"chat_template_path=.* is not a \.jinja file, nor a folder"):
             _read(Dataset.from_dict(TEXT), _tokenizer(False), chat_template_path=path)
 
 
