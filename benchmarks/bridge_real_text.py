@@ -51,7 +51,7 @@ BODY = {
     **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
 }
 # What a run is trained by: arguments of BridgeDistillConfig; None where there is no teacher. Each objective is alone
-# but for the cross-entropy; "default" is what is taken where nothing is asked for: "prefix", and the layers beside it.
+# but for the cross-entropy; "default" is what is used where no objective is given: "prefix", and the layers beside it.
 OBJECTIVES = ("uld", "alm", "shared", "dskd-cma", "prefix")
 RUNS: dict[str, dict[str, Any] | None] = {
     "sft": None,

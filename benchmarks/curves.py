@@ -14,7 +14,7 @@ Measure = Callable[[PreTrainedModel], dict[str, float]]
 
 
 class _Points(TrainerCallback):
-    """Measures the model after some of the optimiser steps."""
+    """Measures the model after some of the optimizer steps."""
 
     def __init__(self, steps: Sequence[int], step_tokens: int, measure: Measure) -> None:
         self.steps, self.step_tokens, self.measure = set(steps), step_tokens, measure
@@ -35,7 +35,7 @@ def measured_curve(trainer: Trainer, steps: Sequence[int], measure: Measure) -> 
 
     Args:
         trainer: of one process, its rows all of `max_length` tokens (packing="wrapped").
-        steps: after how many optimiser steps; 0 is before the first.
+        steps: after how many optimizer steps; 0 is before the first.
         measure: model -> loss of each text, nats per token.
     """
     args: Any = trainer.args

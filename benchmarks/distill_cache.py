@@ -61,7 +61,7 @@ def held_out_rows(workload: Workload, tokens: int) -> list[list[int]]:
 
 
 def train(workload: Workload, rows: Dataset, steps: int, cache: Path | None, divergence: str) -> PreTrainedModel:
-    """The student after so many optimiser steps, from the cache or, without one, with the teacher."""
+    """The student after so many optimizer steps, from the cache or, without one, with the teacher."""
     source: dict[str, Any] = {} if cache is None else {"teacher_cache": str(cache)}
     trainer = DistillTrainer(
         workload.load_student(),
@@ -84,7 +84,7 @@ def train(workload: Workload, rows: Dataset, steps: int, cache: Path | None, div
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_inputs(parser)
-    parser.add_argument("--steps", type=int, default=100, help="optimiser steps of about 1k tokens")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps of about 1k tokens")
     parser.add_argument("--held-out-tokens", type=int, default=10_000)
     parser.add_argument("--kind", default="top_k", choices=("top_k", "sampled", "hidden"), help="of the cache")
     parser.add_argument("--divergence", default="forward_kl")

@@ -52,7 +52,7 @@ def make_model(vocabulary: int, seed: int) -> PreTrainedModel:
 
 
 def make_trainer(vocabulary: int, output: Path) -> DistillTrainer:
-    """A trainer that is only asked for its loss."""
+    """A trainer of which only the loss is used."""
     words = {"<pad>": 0, "</s>": 1}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="</s>")), pad_token="<pad>", eos_token="</s>"

@@ -26,7 +26,7 @@ from benchmarks.workload import add_inputs, environment, workload_from
 from cbd_trl.utils.files import Results, write_text
 
 ORDERS = ("forward", "backward")
-# What is divided by what, of which number, and what the project asks for.
+# What is divided by what, of which number, and what is wanted.
 RATIOS = (
     ("ours", "trl-gkd", "tokens_per_second", ">= 1.5"),
     ("ours", "trl-gkd", "above_bytes", "<= 0.5"),
@@ -119,8 +119,8 @@ def _ratios(measured: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_inputs(parser)
-    parser.add_argument("--steps", type=int, default=6, help="timed optimiser steps")
-    parser.add_argument("--warm-up", type=int, default=2, help="optimiser steps before them")
+    parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps")
+    parser.add_argument("--warm-up", type=int, default=2, help="optimizer steps before them")
     parser.add_argument("--only", type=lambda text: text.split(","), help="contestants, with commas between")
     parser.add_argument(
         "--cache", action="store_true", help="also ours-cached; the cache is written if it is not there"

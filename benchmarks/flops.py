@@ -38,7 +38,7 @@ def training_flops(parameters: float, tokens: float, teacher: float = 0) -> floa
     Args:
         parameters: N of what is trained.
         tokens: trained on.
-        teacher: N of a model that is asked about every token; 0 for none.
+        teacher: N of a model that reads every token; 0 for none.
     """
     return 6 * parameters * tokens + forward_flops(teacher, tokens)
 
@@ -73,7 +73,7 @@ class Way:
 
     Args:
         once: FLOPs whatever the number of sizes, such as the chain's.
-        teacher: N of a teacher asked about every training token; 0 for none.
+        teacher: N of a teacher that reads every training token; 0 for none.
         refit_tokens: calibration tokens of the refit with which each size starts; 0 for none.
     """
 

@@ -4,7 +4,7 @@
         --output runs/merit
 
 Each anchor of the chain is measured with the one above it, as a pair that differs in depth, in width or in both.
-`benchmarks/real_text_chain.py` builds a chain with a pair of the first two kinds, and, told `--one-step`, one with a
+`benchmarks/real_text_chain.py` builds a chain with a pair of the first two kinds, and, with `--one-step`, one with a
 pair of the third.
 
 eta = sum over targets of (loss_S - loss_t) / (loss_S - loss_L), divided by the sum of (N_t - N_S) / (N_L - N_S): 1 on
@@ -51,7 +51,7 @@ def _wide(width: int, ffn: int, depth: int = 16) -> dict[str, int]:
     return {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": ffn, **_HEADS}
 
 
-# Widths are multiples of the 9 heads, which transformers asks of a Llama.
+# Widths are multiples of the 9 heads, which transformers requires of a Llama.
 TARGETS: dict[str, list[dict[str, int]]] = {
     "depth": [_deep(28), _deep(24), _deep(20), _deep(18)],
     "width": [_wide(549, 1472), _wide(504, 1344), _wide(477, 1280), _wide(432, 1152)],

@@ -1,6 +1,6 @@
-"""Seconds, tokens and memory of optimiser steps, of a Trainer or of a plain loop.
+"""Seconds, tokens and memory of optimizer steps, of a Trainer or of a plain loop.
 
-Memory above models, gradients and optimiser state =
+Memory above models, gradients and optimizer state =
     the highest resident size of the process during the timed steps (sampled every 5 ms)
     - its resident size just before the first step, when libraries, data, both models and the trainer are there
     - 12 bytes for each trained parameter: its float32 gradient and the two moments of Adam.
@@ -29,7 +29,7 @@ def real_tokens(batch: Mapping[str, Any]) -> int:
 
 
 class Meter:
-    """Times optimiser steps, each from the end of the one before, so that loading the data counts.
+    """Times optimizer steps, each from the end of the one before, so that loading the data counts.
 
     Args:
         warm_up: first steps that are left out.
@@ -93,7 +93,7 @@ class _Steps(TrainerCallback):
 
 
 def train_metered(trainer: Trainer, meter: Meter) -> dict[str, Any]:
-    """Train, and measure every optimiser step.
+    """Train, and measure every optimizer step.
 
     Args:
         trainer: ready to train.

@@ -1,8 +1,8 @@
-"""The contestants of `distill_speed`: each trains the same student on the same rows for some optimiser steps.
+"""The contestants of `distill_speed`: each trains the same student on the same rows for some optimizer steps.
 
 ours            `DistillTrainer`: packing, forward KL + 0.5 cross-entropy.
 trl-gkd         TRL's experimental `GKDTrainer(lmbda=0, beta=0)`: forward KL alone. It cannot pack: padded rows, dense
-                logits. It is given the tokenised rows and TRL's own padding collator, so that it scores the same
+                logits. It is given the tokenized rows and TRL's own padding collator, so that it scores the same
                 tokens as ours: all of them but the first of each row.
 boomerang-loop  our re-implementation of the loop that arXiv 2510.05064 describes: CE + 0.1 KL + 2/L x the sum of the
                 layers' cosine distances; dense logits, every hidden state of both models, padded rows, plain PyTorch.
@@ -50,14 +50,14 @@ BOOMERANG_HIDDEN_WEIGHT = 2.0
 
 @dataclass(frozen=True)
 class Run:
-    """What a contestant is told.
+    """The settings of a contestant.
 
     Args:
         workload: models and rows.
-        warm_up: optimiser steps before timing begins.
-        timed: optimiser steps after that.
+        warm_up: optimizer steps before timing begins.
+        timed: optimizer steps after that.
         cache: folder of the teacher's cache, for the contestant that reads it.
-        micro_batches: forward passes of an optimiser step: 1 or 2.
+        micro_batches: forward passes of an optimizer step: 1 or 2.
     """
 
     workload: Workload
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """All optimiser steps."""
+        """All optimizer steps."""
         return self.warm_up + self.timed
 
     def settings(self, per_step: int) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _plain_loop(
 ) -> dict[str, Any]:
     """AdamW over micro-batches; `loss_of` gives the sum over the scored tokens."""
     student, teacher = run.workload.load_student(), run.workload.load_teacher()
-    optimiser = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     meter = Meter(run.warm_up)
     meter.begin()
     for micro_batches in steps:
@@ -147,8 +147,8 @@ def _plain_loop(
         for batch in micro_batches:
             (loss_of(student, teacher, batch) / scored).backward()
             meter.tokens += real_tokens(batch)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         meter.step_done()
     return meter.result(student)
 

@@ -37,7 +37,7 @@ ANCHORS = (
     {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
 )
 DEPTHS = (28, 26, 24, 20, 18)
-# Multiples of the 9 heads, which transformers asks of a Llama: those nearest to 528 and 480, and three more.
+# Multiples of the 9 heads, which transformers requires of a Llama: those nearest to 528 and 480, and three more.
 WIDTHS = ((549, 1472), (531, 1408), (504, 1344), (477, 1280), (432, 1152))
 # Of a chain of one step from the source to the narrower anchor: (layers, width, ffn).
 BOTH = ((27, 540, 1440), (24, 504, 1344), (21, 468, 1248), (18, 423, 1120))

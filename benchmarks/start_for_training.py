@@ -57,7 +57,7 @@ STEP_TOKENS = 4 * BLOCK_LENGTH
 
 
 def point_steps(tokens: int) -> list[int]:
-    """The optimiser steps after which a run of so many tokens is measured; the last one ends it."""
+    """The optimizer steps after which a run of so many tokens is measured; the last one ends it."""
     return [round(point / STEP_TOKENS) for point in (*(point for point in POINTS if point < tokens), tokens)]
 
 

@@ -24,7 +24,7 @@ LABELS = {
     DIRECT: "direct one-shot distillation (tokens of the teacher)",
     SCRATCH: "scratch",
 }
-# Okabe and Ito's colours; marker and dash tell the lines apart in print as well.
+# Okabe and Ito's colors; marker and dash tell the lines apart in print as well.
 _STYLES: dict[str, dict[str, Any]] = {
     "nested": {"color": "#0072B2", "marker": "o", "linestyle": "-", "linewidth": 2.6, "zorder": 5},
     "slice": {"color": "#009E73", "marker": "s", "linestyle": "--"},

@@ -86,7 +86,7 @@ def make_start(name: str, chain: Chain, seed: int) -> PreTrainedModel:
     Args:
         name: an operator, "subclone" or "scratch".
         chain: a built chain, its source sorted.
-        seed: of the random initialisation.
+        seed: of the random initialization.
     """
     if name in OPERATORS:
         return from_chain(chain, config=TARGET, operator=name)

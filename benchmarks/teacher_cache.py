@@ -12,7 +12,7 @@ TOP_K = 64
 
 
 def ensure_cache(workload: Workload, rows: Dataset, folder: Path, kind: str = "top_k") -> float:
-    """Write what the teacher says of these rows; those that the folder holds are not computed again.
+    """Write the teacher's outputs for these rows; those that the folder holds are not computed again.
 
     Args:
         workload: of the run.

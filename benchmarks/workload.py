@@ -79,7 +79,7 @@ class Workload:
         return tokenizer(texts[cut:] if held_out else texts[:cut], truncation=True, max_length=MAX_LENGTH)["input_ids"]
 
     def rows_for(self, steps: int) -> Dataset:
-        """The first rows of the training set that fill the packs of so many optimiser steps.
+        """The first rows of the training set that fill the packs of so many optimizer steps.
 
         Args:
             steps: of `PACKS_PER_STEP` packs each.
@@ -139,9 +139,9 @@ def trainer_settings(workload: Workload, steps: int, micro_batch: int, accumulat
 
     Args:
         workload: of the run.
-        steps: optimiser steps.
+        steps: optimizer steps.
         micro_batch: rows or packs of one forward pass.
-        accumulation: forward passes of an optimiser step.
+        accumulation: forward passes of an optimizer step.
     """
     return {
         "output_dir": str(workload.output / "trainer"),

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 from cbd_trl import DistillConfig, DistillTrainer, from_chain
 
-# As QLoRA (arXiv 2305.14314) stores a base: 4-bit NormalFloat, and its scales quantised once more.
+# As QLoRA (arXiv 2305.14314) stores a base: 4-bit NormalFloat, and its scales quantized once more.
 FOUR_BITS = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,

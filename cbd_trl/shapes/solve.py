@@ -183,12 +183,15 @@ class ParameterCount:
         self._layer = [parse_axes(text) for text in family.layer_tensors(config).values()]
 
     def outer(self, sizes: Mapping[str, int]) -> int:
+        """Count the parameters outside the layers."""
         return sum(math.prod(axis_length(axis, sizes) for axis in axes) for axes in self._outer)
 
     def layer(self, sizes: Mapping[str, int]) -> int:
+        """Count the parameters of one layer."""
         return sum(math.prod(axis_length(axis, sizes) for axis in axes) for axes in self._layer)
 
     def __call__(self, depth: int, sizes: Mapping[str, int]) -> int:
+        """Count the parameters of a model of that depth."""
         return self.outer(sizes) + depth * self.layer(sizes)
 
 
