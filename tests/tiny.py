@@ -25,6 +25,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    Starcoder2Config,
 )
 
 from cbd_trl.architectures.base import Family
@@ -156,6 +157,15 @@ ROWS: dict[str, Row] = {
         like="llama",
     ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
+    "starcoder2": Row(
+        Starcoder2Config,
+        {"sliding_window": 6},
+        {"use_bias": True},
+        ({"use_bias": False}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}),
+        gguf="STARCODER2",
+        writers=("mlp.c_fc", "self_attn.v_proj"),
+        like="gpt_neox",
+    ),
     "gpt2": Row(
         GPT2Config,
         {"n_inner": None, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
@@ -197,7 +207,7 @@ def _ties_width(family: Family) -> bool:
 # Tests of single operations run in every family.
 KINDS = tuple(family for family, row in ROWS.items() if row.like is None)
 SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
-# Those whose norms are LayerNorms, and those whose width is heads x head size (the same ones, so far).
+# Those whose norms are LayerNorms, and those whose width is heads x head size.
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")
 WIDTH_OF_HEADS = tuple(family for family in FAMILIES if _ties_width(family_of(family)))
 

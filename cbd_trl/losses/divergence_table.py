@@ -77,6 +77,7 @@ _HEAD_SHARE = Option(
     high_open=True,
 )
 _ALPHA = Option("alpha", 0.5, 0.0, 1.0, "Where it stands between reverse KL (0) and forward KL (1).")
+_ORDER = Option("order", 0.5, 0.0, 1.0, "The order of the Renyi divergence: 1 is forward KL.", low_open=True)
 
 DIVERGENCES: dict[str, DivergenceRow] = {
     "forward_kl": DivergenceRow(),
@@ -86,6 +87,7 @@ DIVERGENCES: dict[str, DivergenceRow] = {
     "skew_reverse_kl": DivergenceRow(_SKEW),
     "adaptive_kl": DivergenceRow(_HEAD_SHARE),
     "alpha_divergence": DivergenceRow(_ALPHA),
+    "renyi_divergence": DivergenceRow(_ORDER),
     "total_variation": DivergenceRow(temperature_power=1),
 }
 OPTIONS: dict[str, Option] = {row.option.name: row.option for row in DIVERGENCES.values() if row.option is not None}

@@ -198,6 +198,28 @@ def alpha_divergence(student_log_NE: Tensor, teacher_log_NE: Tensor, alpha: floa
     return per_token(partial(_alpha_kernel, alpha=alpha), student_log_NE, teacher_log_NE)
 
 
+def renyi_divergence(student_log_NE: Tensor, teacher_log_NE: Tensor, order: float = 0.5) -> Tensor:
+    """Renyi divergence of p from q, log(sum p^order q^(1 - order)) / (order - 1) (van Erven 2014, arXiv 1206.2459).
+
+    It grows with the order up to its limit at 1, the forward KL; at 1/2 it is twice the Bhattacharyya distance, the
+    same both ways. Unlike the alpha-divergence it has no bound, so that its gradient stays where p and q hardly meet.
+    No f-divergence, but merging events never raises it either. Deviation: orders above 1, infinite where only the
+    student rules an event out, are left out.
+
+    Args:
+        student_log_NE: log-probabilities, (N, E), -inf allowed.
+        teacher_log_NE: log-probabilities, (N, E), -inf allowed; where p and q hardly meet raised to at least
+            `TEACHER_LOG_FLOOR`, because without a common event the value would be infinite.
+        order: in (0, 1]; below 1e-6 it counts as 1e-6, within 1e-6 of 1 as 1.
+
+    Returns:
+        (N,) float32, nats per token.
+    """
+    if order > 1.0 - _LEAST_SHARE:
+        return forward_kl(student_log_NE, teacher_log_NE)
+    return per_token(partial(_renyi_kernel, order=max(order, _LEAST_SHARE)), student_log_NE, teacher_log_NE)
+
+
 def total_variation(student_log_NE: Tensor, teacher_log_NE: Tensor) -> Tensor:
     """1/2 sum |p - q| (Wen et al. 2023, f-DISTILL, arXiv 2307.15190, TVD).
 
@@ -381,6 +403,16 @@ def _alpha_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE:
     student_NE = torch.exp(student_log_NE, out=derivative_NE)
     student_NE.sub_(scaled_NE.exp_().mul_(larger_NE)).div_(alpha)
     return value_NE.sum(-1).div_(alpha * (1.0 - alpha))
+
+
+def _renyi_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor, order: float) -> Tensor:
+    # The log of an overlap near 1 would be all rounding: there it comes from what is missing to 1, which is exact.
+    missing_N = _alpha_kernel(student_log_NE, teacher_log_NE, derivative_NE, order).mul_(order * (1.0 - order))
+    mixed_NE = torch.clamp(teacher_log_NE, min=TEACHER_LOG_FLOOR, out=derivative_NE)
+    mixed_NE.mul_(order).add_(student_log_NE, alpha=1.0 - order)
+    log_overlap_N = mixed_NE.logsumexp(-1)
+    mixed_NE.sub_(log_overlap_N.unsqueeze(-1)).exp_().neg_()
+    return torch.where(missing_N < 0.5, torch.log1p(-missing_N), log_overlap_N).div_(order - 1.0)
 
 
 def _total_variation_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from cbd_trl.losses.divergences import (
     forward_kl,
     get_divergence,
     jsd,
+    renyi_divergence,
     reverse_kl,
     sampled_forward_kl,
     skew_kl,
@@ -26,7 +28,7 @@ from cbd_trl.losses.teacher_outputs import top_k_log_probs
 
 NAMES = list(DIVERGENCES)
 # A value of each option that is not its default.
-OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6, "alpha": 0.3}
+OPTIONS = {"beta": 0.3, "skew": 0.2, "head_share": 0.6, "alpha": 0.3, "order": 0.4}
 # Two tokens: probabilities 1/2 against 3/4.
 STUDENT = torch.tensor([[0.5, 0.5]]).log()
 TEACHER = torch.tensor([[0.75, 0.25]]).log()
@@ -67,6 +69,7 @@ TWINS: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": lambda s, t, skew: _naive_kl(s, (1 - skew) * t + skew * s),
     "adaptive_kl": _naive_adaptive_kl,
     "alpha_divergence": _naive_alpha,
+    "renyi_divergence": lambda s, t, order: (t**order * s ** (1 - order)).sum(-1).log() / (order - 1),
     "total_variation": lambda s, t: (s - t).abs().sum(-1) / 2,
 }
 # f-divergences never rise where events are merged.
@@ -92,7 +95,13 @@ def logs(*probabilities: float) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, OPTIONS, {"beta": 0.0, "skew": 0.0, "head_share": 1.0, "alpha": 0.0}, {"beta": 1.0, "alpha": 1.0}]
+    "options",
+    [
+        {},
+        OPTIONS,
+        {"beta": 0.0, "skew": 0.0, "head_share": 1.0, "alpha": 0.0},
+        {"beta": 1.0, "alpha": 1.0, "order": 1.0},
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_exactly_zero_when_equal_with_no_gradient(name: str, options: dict) -> None:
@@ -122,6 +131,7 @@ def test_hand_computed_values() -> None:
         # Head: the first token, off by as much as the second.
         adaptive_kl: 0.5 * _kl(0.75, 0.5) + 0.5 * _kl(0.5, 0.75),
         alpha_divergence: 4 * (1 - math.sqrt(0.375) - math.sqrt(0.125)),
+        renyi_divergence: -2 * math.log(math.sqrt(0.375) + math.sqrt(0.125)),
         total_variation: 0.25,
     }
     for function, value in expected.items():
@@ -321,6 +331,26 @@ def test_alpha_ends_are_reverse_and_forward_kl() -> None:
         torch.testing.assert_close(near, limit(student, teacher), rtol=1e-2, atol=0)
     disjoint = alpha_divergence(logs(1.0, 0.0), logs(0.0, 1.0), 0.2)
     assert disjoint.item() == pytest.approx(1 / 0.16)
+
+
+def test_renyi_grows_with_the_order_up_to_forward_kl() -> None:
+    student, teacher = log_probs(4, scale=1.0), log_probs(5, scale=1.0)
+    values = [renyi_divergence(student, teacher, order) for order in (1e-9, 0.1, 0.5, 0.9, 1.0)]
+    assert all((low < high).all() for low, high in pairwise(values))
+    assert values[0].max() < 1e-4
+    assert torch.equal(values[-1], forward_kl(student, teacher))
+    torch.testing.assert_close(renyi_divergence(student, teacher, 1 - 1e-4), values[-1], rtol=1e-3, atol=0)
+    torch.testing.assert_close(renyi_divergence(teacher, student), values[2])
+
+
+def test_renyi_has_a_slope_where_student_and_teacher_hardly_meet() -> None:
+    # Of the overlap the student's own event has e^-40 and the teacher's e^-30: the slope is that of a whole token.
+    student = torch.tensor([[0.0, -50.0]], requires_grad=True)
+    value = renyi_divergence(student.log_softmax(-1), torch.tensor([[-100.0, 0.0]]), 0.4)
+    assert value.item() == pytest.approx(30 / 0.6, rel=1e-4)
+    torch.testing.assert_close(torch.autograd.grad(value, student)[0], torch.tensor([[1.0, -1.0]]), rtol=0, atol=1e-4)
+    disjoint = renyi_divergence(logs(1.0, 0.0), logs(0.0, 1.0), 0.4)
+    assert disjoint.item() == pytest.approx(0.4 / 0.6 * 149 * math.log(2.0))
 
 
 def test_adaptive_kl_weighs_by_where_the_student_is_off() -> None:

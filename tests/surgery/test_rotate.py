@@ -74,7 +74,7 @@ def test_the_axes_are_orthogonal_and_hold_the_most_first(family):
     streams = [site.name for site in architecture.sites if site.axis == ("width",)]
     before, after = (sum(of.variances(site) for site in streams) for of in (statistics, rotated))
     assert after[:8].sum() > 1.2 * before.topk(8).values.sum()
-    if family in WIDTH_OF_HEADS:
+    if family in LAYER_NORM:
         torch.testing.assert_close(axes.sum(1), torch.ones(32, dtype=torch.float64))
     else:
         assert (after.diff() <= 1e-6 * after[0]).all()
