@@ -392,16 +392,27 @@ def _head_sum(values_NE: Tensor, teacher_log_NE: Tensor, head_share: float, kept
 
 
 def _alpha_kernel(student_log_NE: Tensor, teacher_log_NE: Tensor, derivative_NE: Tensor, alpha: float) -> Tensor:
-    # Event by event alpha p + (1 - alpha) q - p^alpha q^(1 - alpha): all of it follows from the larger of p and q and
-    # from the gap of their logs, exactly 0 where p = q, and nothing overflows.
-    gap_NE = teacher_log_NE - student_log_NE.clamp(min=_LOWEST)
-    share_NE = torch.where(gap_NE > 0, 1.0 - alpha, alpha)
-    gap_NE.abs_().neg_()
+    # Event by event alpha p + (1 - alpha) q - p^alpha q^(1 - alpha) = m (s expm1(g) - expm1(s g)): m is the larger of
+    # p and q, g <= 0 the gap of their logs, and s the share of the smaller one, alpha or 1 - alpha. Where s is near 1
+    # that is a difference of nearly equal numbers: with c = 1 - s it is -m (c expm1(g) + e^g expm1(-c g)).
+    log_ratio_NE = teacher_log_NE - student_log_NE.clamp(min=_LOWEST)
+    share = min(alpha, 1.0 - alpha)
+    has_share_NE = (log_ratio_NE > 0) == (alpha >= 0.5)
+    gap_NE = -log_ratio_NE.abs()
     larger_NE = torch.maximum(student_log_NE, teacher_log_NE).exp_()
-    scaled_NE = gap_NE * share_NE
-    value_NE = gap_NE.expm1_().mul_(share_NE).sub_(scaled_NE.expm1()).mul_(larger_NE)
+    # Past an exponent of 80 the factor e^g has made nothing of it.
+    part_NE = torch.where(has_share_NE, gap_NE * share, (gap_NE * -share).clamp_(max=80.0)).expm1_()
+    decay_NE = torch.where(has_share_NE, -1.0, -gap_NE.exp())
+    value_NE = part_NE.mul_(decay_NE)
+    value_NE.add_(gap_NE.expm1().mul_(torch.where(has_share_NE, share, -share))).mul_(larger_NE)
+    # The derivative (q - p^alpha q^(1 - alpha)) / alpha, likewise.
+    exponent_NE = log_ratio_NE.mul_(alpha)
     student_NE = torch.exp(student_log_NE, out=derivative_NE)
-    student_NE.sub_(scaled_NE.exp_().mul_(larger_NE)).div_(alpha)
+    near_NE = student_NE * exponent_NE.clamp(max=1.0).expm1_().neg_()
+    share_NE = torch.where(exponent_NE > 0, 1.0 - alpha, alpha)
+    far_NE = student_NE.sub_(gap_NE.mul_(share_NE).exp_().mul_(larger_NE))
+    torch.where(exponent_NE.abs() < 0.5, near_NE, far_NE, out=derivative_NE)
+    derivative_NE.div_(alpha)
     return value_NE.sum(-1).div_(alpha * (1.0 - alpha))
 
 

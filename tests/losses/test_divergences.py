@@ -438,3 +438,28 @@ def test_a_second_backward_pass_is_refused() -> None:
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"kept for one backward pass. Compute the divergence again"):
         value.backward()
+
+
+@pytest.mark.parametrize(
+    ("divergence", "option"),
+    # At an order of 0 the Renyi divergence itself is 0.
+    [(alpha_divergence, option) for option in (1e-5, 1e-3, 0.5, 0.999, 0.99999)]
+    + [(renyi_divergence, option) for option in (0.5, 0.999, 0.99999)],
+)
+def test_near_its_ends_an_option_costs_no_precision(divergence, option):
+    """There the formula is a difference of nearly equal numbers over a small one."""
+    generator = torch.Generator().manual_seed(0)
+    student_NV, teacher_NV = (torch.randn(64, 200, generator=generator) for _ in range(2))
+    student_NV = (teacher_NV + 1e-2 * student_NV).log_softmax(-1).requires_grad_()
+    teacher_NV = teacher_NV.log_softmax(-1)
+    exact_NV = student_NV.detach().double().requires_grad_()
+    log_overlap_N = ((1 - option) * exact_NV.log_softmax(-1) + option * teacher_NV.double().log_softmax(-1)).logsumexp(
+        -1
+    )
+    missing_N = -torch.expm1(log_overlap_N) if divergence is alpha_divergence else -log_overlap_N * option
+    exact_N = missing_N / (option * (1 - option))
+    found_N = divergence(student_NV.log_softmax(-1), teacher_NV, option)
+    assert ((found_N - exact_N) / exact_N).abs().max() < 1e-3
+    (found,) = torch.autograd.grad(found_N.sum(), student_NV)
+    (exact,) = torch.autograd.grad(exact_N.sum(), exact_NV)
+    assert (found - exact).norm() < 1e-4 * exact.norm()
