@@ -34,8 +34,7 @@ from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.targets.make import load_pair
-from cbd_trl.targets.operators import OPERATORS
-from cbd_trl.targets.pair import Plan
+from cbd_trl.targets.operators import OPERATORS, Plan
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text
 
@@ -108,7 +107,7 @@ def boomerang(chain: Chain, fields: Mapping[str, int], first: bool) -> PreTraine
         if 0 < missing >= more:
             swapped.add(i)
             missing -= more
-    weights, architecture = OPERATORS["patch"](pair, Plan(target, swapped=swapped))
+    weights, architecture = OPERATORS["patch"].make(pair, Plan(target, swapped=swapped))
     return build_model(architecture, weights, torch.float32)
 
 

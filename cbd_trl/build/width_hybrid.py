@@ -18,8 +18,7 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.shapes.solve import solve_target
 from cbd_trl.surgery.weights import to_state, to_weights
-from cbd_trl.targets.nested import cut_upper, mixer
-from cbd_trl.targets.pair import Pair, Plan, layer_stack
+from cbd_trl.targets.operators import Pair, Plan, cut_upper, layer_stack, mixer
 from cbd_trl.trainers.hybrid import Pass, drawn
 
 # Sizes of the hybrids: shares of the way from the lower to the upper anchor, in parameters.

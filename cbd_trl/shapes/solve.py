@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import axis_length, parse_axes
@@ -20,8 +20,9 @@ _MOST_WIDTHS = 64
 _STRAIN_OF_SIZE = 20.0
 # A width off the multiple must bring the shape this much nearer to the line to be preferred.
 _ODD_WIDTH_STRAIN = 0.05
-# Operators that replace whole blocks; the others can keep any number of layers.
-_BLOCK_OPERATORS = ("nested", "patch")
+# Which depths there are: those of whole blocks, those that evenly spaced layers of the upper anchor leave in its
+# pattern of layers, those to which the lower one can grow in its pattern, or every depth between.
+DepthRule = Literal["blocks", "cut", "grown", "any"]
 # An anchor further than this from the requested size is not returned (only at the small end of what can be cut).
 _ANCHOR_TOLERANCE = 0.25
 
@@ -79,7 +80,7 @@ def solve_target(
     num_parameters: float | None = None,
     config: Mapping[str, Any] | None = None,
     tolerance: float = 0.03,
-    operator: str = "nested",
+    depth_rule: DepthRule = "blocks",
     kept: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """Solve for the shape of a target between two anchors: the fields given exactly, the others near the line.
@@ -90,9 +91,9 @@ def solve_target(
         num_parameters: size wanted; None: the fields that `config` leaves out go where those it gives are on the line.
         config: config fields to fix.
         tolerance: largest |size - num_parameters| / num_parameters.
-        operator: `nested` and `patch` reach the depths that whole blocks give, the others every depth between. Where
-            engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere are made
-            only if `config` has them.
+        depth_rule: "blocks" for the depths that whole blocks give, "cut", "grown" or "any" for every depth between.
+            Where engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere
+            are made only if `config` has them, but for "any", which leaves the pattern to the caller.
         kept: for each lower layer the upper layer it was cut from; None: the last of its block.
 
     Returns:
@@ -113,7 +114,7 @@ def solve_target(
     _check_range(upper, lower, fields)
     if num_parameters is not None:
         _check_size_range(upper, lower, num_parameters, tolerance)
-    grid = _grid(upper, lower, block_map, kept, fields, operator)
+    grid = _grid(upper, lower, block_map, kept, fields, depth_rule)
     options = list(candidates(grid, num_parameters))
     if not options:
         raise ValueError(_impossible(grid, fields))
@@ -128,13 +129,13 @@ def solve_target(
 def list_sizes(
     upper: Architecture, lower: Architecture, block_map: Blocks, kept: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """List what `nested` can make between two anchors.
+    """List the shapes between two anchors, of the depths that whole blocks give.
 
     Returns:
         `num_parameters`: [smallest, largest]; `shape`: for every config field the values on offer, ascending.
     """
     _check_pair(upper, lower)
-    grid = _grid(upper, lower, block_map, kept, {}, "nested")
+    grid = _grid(upper, lower, block_map, kept, {}, "blocks")
     low, high = lower.sizes, upper.sizes
     values = {
         "layer": list(grid.depths),
@@ -226,25 +227,24 @@ def _grid(
     block_map: Blocks,
     kept: Sequence[int] | None,
     fields: Mapping[str, int],
-    operator: str,
+    depth_rule: DepthRule,
 ) -> Grid:
     check_blocks(block_map, lower.depth, upper.depth)
     fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
     # A depth that is requested by name may leave the pattern that engines have built in.
     fits = anywhere if "layer" in fixed else upper.fits
     depths: Iterable[int] = range(lower.depth, upper.depth + 1)
-    if operator in _BLOCK_OPERATORS:
+    if depth_rule == "blocks":
         depths = reachable_depths(upper.depth, block_map, kept, fits)
-    elif operator == "slice":
+    elif depth_rule == "cut":
         depths = [depth for depth in depths if _keeps_pattern(depth, upper.depth, fits)]
-    elif operator == "expand" and "layer" not in fixed:
+    elif depth_rule == "grown" and "layer" not in fixed:
         depths = [depth for depth in depths if _keeps_pattern(lower.depth, depth, lambda i, j: lower.fits(j, i))]
     if "layer" in fixed:
         if fixed["layer"] not in depths:
             raise ValueError(
-                f"{upper.family.depth_field}={fixed['layer']} cannot be made by operator={operator!r}, which replaces "
-                f"whole blocks. Depths it can make: {', '.join(str(depth) for depth in depths)}. Choose one of these, "
-                "or operator='slice' or 'expand'."
+                f"{upper.family.depth_field}={fixed['layer']} cannot be made of whole blocks, which give the depths "
+                f"{', '.join(str(depth) for depth in depths)}. Choose one of these, or operator='slice' or 'expand'."
             )
         depths = [fixed["layer"]]
     return Grid(upper, lower.sizes, lower.depth, list(depths), fixed)

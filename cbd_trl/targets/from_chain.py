@@ -35,13 +35,12 @@ def from_chain(
     Args:
         chain: a chain, its folder, or its Hub id.
         num_parameters: size wanted (a tied table counts once); the nearest reachable shape on the line between the
-            two neighbouring anchors is made.
+            two neighboring anchors is made.
         config: config fields to fix, for example `{"num_hidden_layers": 20}`; `num_parameters`, or else the line,
             decides the rest. Depths that leave the pattern of layers that llama.cpp has built in (SmolLM3, Gemma 2
             and 3; docs/guides/export.md) are made only when they are requested here.
-        operator: "nested" (upper blocks for depth, least-squares cut mixed with the lower anchor for width), "patch"
-            (blocks only), "slice" (upper anchor alone), "expand" (lower anchor alone, grown exactly) or "linear"
-            (arXiv 2605.07783).
+        operator: the rule that makes the weights: "nested" (upper blocks for depth, least-squares cut mixed with the
+            lower anchor for width), or another row of `cbd_trl.targets.operators.OPERATORS` to compare it with.
         alpha: weight of the lower anchor where the operator mixes, 0 to 1; None: from the size.
         calibration_dataset: text in any SFT format on which blocks and alpha are chosen by measured loss, never worse
             there than the better of `expand` and `slice`; not that of the anchors, on which the smaller one looks too

@@ -11,8 +11,7 @@ from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.calibrate import choose_plan
-from cbd_trl.targets.operators import OPERATORS, default_alpha
-from cbd_trl.targets.pair import Pair, Plan
+from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from cbd_trl.targets.request import ANCHOR, Request, Target, target_dtype
 from cbd_trl.utils.blocks import TokenBlocks
 
@@ -50,11 +49,12 @@ def make_model(
         operator, plan = request.operator, Plan(target.architecture, request.alpha)
         if tokens is not None:
             operator, plan = choose_plan(pair, plan, operator, tokens)
-            alpha = default_alpha(operator, pair, plan.target)
+            alpha = OPERATORS[operator].default_alpha(pair, plan.target)
             provenance |= {"operator": operator, "alpha": alpha if plan.alpha is None or alpha is None else plan.alpha}
             provenance["calibration_tokens"] = tokens.input_ids.numel()
-        weights, architecture = OPERATORS[operator](pair, plan)
-        if operator == "linear" or not pair.equal_widths:
+        row = OPERATORS[operator]
+        weights, architecture = row.make(pair, plan)
+        if row.default_alpha(pair, plan.target) is not None or not pair.equal_widths:
             weights = _finite(weights, operator)
         model = build_model(architecture, weights, found_dtype)
         model.generation_config = upper.load_generation_config()
@@ -67,7 +67,7 @@ def make_model(
 
 
 def load_pair(upper: Anchor, lower: Anchor) -> Pair:
-    """Open two neighbouring anchors, and the upper one's statistics where a width differs; no tensor is read yet."""
+    """Open two neighboring anchors, and the upper one's statistics where a width differs; no tensor is read yet."""
     upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
     assert lower.block_map is not None and lower.kept_layers is not None
     differs = upper_architecture.sizes != lower_architecture.sizes

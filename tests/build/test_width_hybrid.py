@@ -17,9 +17,7 @@ from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.targets.make import load_pair
-from cbd_trl.targets.nested import cut_upper, mixer
-from cbd_trl.targets.operators import nested
-from cbd_trl.targets.pair import Plan
+from cbd_trl.targets.operators import Plan, cut_upper, mixer, nested
 from cbd_trl.trainers.hybrid import Pass
 from tests.build.test_trained_apart import trained
 from tests.build.width_pairs import width_pair, width_trainer

@@ -18,8 +18,7 @@ from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.statistics_file import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.targets.operators import OPERATORS
-from cbd_trl.targets.pair import Pair
+from cbd_trl.targets.operators import OPERATORS, Pair
 from tests.surgery.helpers import described, full_model, moments
 from tests.tiny import WIDTH_OF_HEADS, own_names, randomize, tiny_model
 from tests.tokenizer import tiny_tokenizer

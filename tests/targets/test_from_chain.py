@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from cbd_trl import Chain, from_chain
-from cbd_trl.targets.nested import NESTED_ALPHA_POWER
+from cbd_trl.targets.operators import NESTED_ALPHA_POWER
 from tests.chain.helpers import DEEP, SHAPES, WIDE, chain_rows, same_weights
 from tests.surgery.helpers import logits
 

@@ -18,8 +18,7 @@ from cbd_trl.surgery import least_squares as cut
 from cbd_trl.surgery.statistics_file import StoredStatistics, save_statistics
 from cbd_trl.surgery.weights import to_weights, weights_of
 from cbd_trl.targets import operators
-from cbd_trl.targets.operators import OPERATORS
-from cbd_trl.targets.pair import Pair, Plan
+from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from tests.chain.helpers import between, random_pair, same_weights
 from tests.chain.test_model import resident
 from tests.surgery.helpers import build, every_case, moments
@@ -73,7 +72,7 @@ def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, t
     in_memory = whole(chain, dtype)
     plan = Plan(target_architecture(in_memory.upper_architecture, shape))
     for name in names:
-        made, architecture = OPERATORS[name](in_memory, plan)
+        made, architecture = OPERATORS[name].make(in_memory, plan)
         assert isinstance(made, dict)
         expected = build_model(architecture, made, dtype).state_dict()
         assert {tensor.dtype for tensor in expected.values()} == {dtype}
