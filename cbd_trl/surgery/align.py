@@ -18,19 +18,47 @@ from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
 
 
-def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) -> list[tuple[Site, Site]]:
-    """The sites of two models of one family that stand for each other, (upper, lower).
+@dataclass(frozen=True)
+class MeasuredModel:
+    """One of the two models: its weights, what they mean, and its moments on the common text."""
+
+    weights: Weights
+    architecture: Architecture
+    statistics: Statistics
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well one kind of coordinate was matched.
 
     Args:
-        upper, lower: what the models' tensors mean.
-        kept: for each lower layer the upper layer beside it.
+        matched: mean |correlation| of the matched pairs, 0 to 1.
+        random: the same to be expected of a random assignment (the mean over all pairs).
     """
-    above = {site.name: site for site in upper.sites}
-    pairs = []
-    for site in lower.sites:
-        layer, name = lower.split_name(site.name)
-        pairs.append((above[site.name if layer is None else upper.layer_name(kept[layer], name)], site))
-    return pairs
+
+    matched: float
+    random: float
+
+
+@dataclass(frozen=True)
+class Match:
+    """For each coordinate of the lower model one of the upper model's, none used twice.
+
+    Args:
+        width: (d,) int64, channels; one match for the whole model.
+        signs: (d,) of 1 and -1: whether the two channels are each other's mirror image.
+        ffn: (l, f) int64, neurons of the upper layer beside each lower one.
+        group: (l, g) int64, key/value groups.
+        query: (l, g, q) int64, query heads inside the matched group.
+        quality: "width", "ffn" and "heads".
+    """
+
+    width: torch.Tensor
+    signs: torch.Tensor
+    ffn: torch.Tensor
+    group: torch.Tensor
+    query: torch.Tensor
+    quality: dict[str, Quality]
 
 
 @torch.no_grad()
@@ -89,49 +117,6 @@ def collect_cross_moments(
     return {name: (total / tokens).cpu() for name, total in sums.items()}
 
 
-@dataclass(frozen=True)
-class MeasuredModel:
-    """One of the two models: its weights, what they mean, and its moments on the common text."""
-
-    weights: Weights
-    architecture: Architecture
-    statistics: Statistics
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How well one kind of coordinate was matched.
-
-    Args:
-        matched: mean |correlation| of the matched pairs, 0 to 1.
-        random: the same to be expected of a random assignment (the mean over all pairs).
-    """
-
-    matched: float
-    random: float
-
-
-@dataclass(frozen=True)
-class Match:
-    """For each coordinate of the lower model one of the upper model's, none used twice.
-
-    Args:
-        width: (d,) int64, channels; one match for the whole model.
-        signs: (d,) of 1 and -1: whether the two channels are each other's mirror image.
-        ffn: (l, f) int64, neurons of the upper layer beside each lower one.
-        group: (l, g) int64, key/value groups.
-        query: (l, g, q) int64, query heads inside the matched group.
-        quality: "width", "ffn" and "heads".
-    """
-
-    width: torch.Tensor
-    signs: torch.Tensor
-    ffn: torch.Tensor
-    group: torch.Tensor
-    query: torch.Tensor
-    quality: dict[str, Quality]
-
-
 def match_models(
     upper: MeasuredModel, lower: MeasuredModel, cross: Mapping[str, torch.Tensor], kept: Sequence[int]
 ) -> Match:
@@ -175,20 +160,6 @@ def match_models(
     return Match(width, signs, **{kind: torch.stack(each) for kind, each in found.items()}, quality=mean)
 
 
-def assignment(scores: torch.Tensor) -> torch.Tensor:
-    """For each column a row, no row twice, so that the sum of scores is largest.
-
-    Args:
-        scores: (R, C), C <= R.
-
-    Returns:
-        (C,) int64.
-    """
-    columns, rows = linear_sum_assignment(scores.T.numpy(), maximize=True)
-    assert len(columns) == scores.shape[1]
-    return torch.from_numpy(rows)
-
-
 def order_above(match: Match, lower: Order, upper: Architecture, scores: Importance, kept: Sequence[int]) -> Order:
     """New coordinates of the upper model with which the lower one lies on a prefix of them.
 
@@ -217,25 +188,43 @@ def order_above(match: Match, lower: Order, upper: Architecture, scores: Importa
     return Order(width, ffn, group, query, signs)
 
 
-def _then_rest(first: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """All positions of `scores`: those in `first`, then the others by score."""
-    rest = scores.argsort(descending=True, stable=True)
-    return torch.cat([first, rest[~torch.isin(rest, first)]])
+def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) -> list[tuple[Site, Site]]:
+    """The sites of two models of one family that stand for each other, (upper, lower).
+
+    Args:
+        upper, lower: what the models' tensors mean.
+        kept: for each lower layer the upper layer beside it.
+    """
+    above = {site.name: site for site in upper.sites}
+    pairs = []
+    for site in lower.sites:
+        layer, name = lower.split_name(site.name)
+        pairs.append((above[site.name if layer is None else upper.layer_name(kept[layer], name)], site))
+    return pairs
 
 
-def _correlation(cross: torch.Tensor, upper: Statistics, lower: Statistics, above: str, below: str) -> torch.Tensor:
-    """(D, d) float64; 0 for what never varies."""
-    covariance = cross.double() - torch.outer(upper.mean(above), lower.mean(below))
-    return _normed(covariance, _variance(upper, above), _variance(lower, below))
+def assignment(scores: torch.Tensor) -> torch.Tensor:
+    """For each column a row, no row twice, so that the sum of scores is largest.
+
+    Args:
+        scores: (R, C), C <= R.
+
+    Returns:
+        (C,) int64.
+    """
+    columns, rows = linear_sum_assignment(scores.T.numpy(), maximize=True)
+    assert len(columns) == scores.shape[1]
+    return torch.from_numpy(rows)
 
 
-def _variance(statistics: Statistics, site: str) -> torch.Tensor:
-    return statistics.variances(site) - statistics.mean(site) ** 2
-
-
-def _normed(covariance: torch.Tensor, *variances: torch.Tensor) -> torch.Tensor:
-    scale = torch.outer(*(variance.clamp(min=0).sqrt() for variance in variances))
-    return torch.where(scale > 0, covariance / scale, 0.0)
+def _match_groups(heads: torch.Tensor, upper: Architecture, lower: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups (g,) by the sum over their best match of query heads, and those matches (g, q)."""
+    above, below = ((one.sizes["group"], one.sizes["query"]) for one in (upper, lower))
+    pairs = heads.view(*above, *below).transpose(1, 2)
+    query = torch.stack([torch.stack([assignment(scores) for scores in row]) for row in pairs])
+    total = pairs.gather(2, query[:, :, None]).sum((2, 3))
+    group = assignment(total)
+    return group, query[group, torch.arange(len(group))]
 
 
 def _head_correlation(
@@ -273,14 +262,25 @@ def _blocks(matrix: torch.Tensor, dim: int) -> torch.Tensor:
     return matrix.view(matrix.shape[0] // dim, dim, matrix.shape[1] // dim, dim).transpose(1, 2)
 
 
-def _match_groups(heads: torch.Tensor, upper: Architecture, lower: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups (g,) by the sum over their best match of query heads, and those matches (g, q)."""
-    above, below = ((one.sizes["group"], one.sizes["query"]) for one in (upper, lower))
-    pairs = heads.view(*above, *below).transpose(1, 2)
-    query = torch.stack([torch.stack([assignment(scores) for scores in row]) for row in pairs])
-    total = pairs.gather(2, query[:, :, None]).sum((2, 3))
-    group = assignment(total)
-    return group, query[group, torch.arange(len(group))]
+def _correlation(cross: torch.Tensor, upper: Statistics, lower: Statistics, above: str, below: str) -> torch.Tensor:
+    """(D, d) float64; 0 for what never varies."""
+    covariance = cross.double() - torch.outer(upper.mean(above), lower.mean(below))
+    return _normed(covariance, _variance(upper, above), _variance(lower, below))
+
+
+def _normed(covariance: torch.Tensor, *variances: torch.Tensor) -> torch.Tensor:
+    scale = torch.outer(*(variance.clamp(min=0).sqrt() for variance in variances))
+    return torch.where(scale > 0, covariance / scale, 0.0)
+
+
+def _variance(statistics: Statistics, site: str) -> torch.Tensor:
+    return statistics.variances(site) - statistics.mean(site) ** 2
+
+
+def _then_rest(first: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """All positions of `scores`: those in `first`, then the others by score."""
+    rest = scores.argsort(descending=True, stable=True)
+    return torch.cat([first, rest[~torch.isin(rest, first)]])
 
 
 def _picked(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

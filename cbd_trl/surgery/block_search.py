@@ -30,7 +30,6 @@ _SAMPLE = 64
 _ERRORS = 2.0
 # Logits compared at a time: what fits a CPU's caches.
 _BLOCK_ELEMENTS = 2**19
-
 # First and last layer of a block -> what it costs to keep the one or the other of them.
 _Costs = dict[tuple[int, int], dict[int, float]]
 
@@ -95,25 +94,6 @@ def cheapest_blocks(
                 bar.update(len(unknown))
 
 
-@dataclass
-class _Candidate:
-    """One layer standing for a block.
-
-    Attributes:
-        block: its first and its last layer.
-        kept: the one of them that stays.
-        cost: KL(model || changed model), nats per token; at least, where it is not measured whole.
-        whole: whether it is measured on all positions.
-        hidden_ND: last hidden states of the model so changed, (N, D), once there is a bound.
-    """
-
-    block: tuple[int, int]
-    kept: int
-    cost: float = 0.0
-    whole: bool = False
-    hidden_ND: torch.Tensor | None = None
-
-
 def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, int]]:
     """First and last layer of every block of more than one that `cheapest_blocks` may measure: each of them twice.
 
@@ -164,6 +144,25 @@ def _shortest_path(costs: _Costs, total: int, depth: int, fits: Fits, begins: Fi
             if (last + 1, number + 1) not in ways or way[0] < ways[last + 1, number + 1][0]:
                 ways[last + 1, number + 1] = way
     return ways[total, depth][1] if (total, depth) in ways else []
+
+
+@dataclass
+class _Candidate:
+    """One layer standing for a block.
+
+    Attributes:
+        block: its first and its last layer.
+        kept: the one of them that stays.
+        cost: KL(model || changed model), nats per token; at least, where it is not measured whole.
+        whole: whether it is measured on all positions.
+        hidden_ND: last hidden states of the model so changed, (N, D), once there is a bound.
+    """
+
+    block: tuple[int, int]
+    kept: int
+    cost: float = 0.0
+    whole: bool = False
+    hidden_ND: torch.Tensor | None = None
 
 
 class _Measure:
@@ -259,19 +258,19 @@ class _Measure:
             handle.remove()
 
 
-def _product_dtype(head: Head) -> torch.dtype:
-    """bfloat16 where the CPU has instructions for it: 2.5 times as fast as float32, and a cost is off by 0.002."""
-    weight = head.weight_VD
-    fast = weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and weight.dtype == torch.float32 else weight.dtype
-
-
 def _divergence(reference_nV: torch.Tensor, head: Head, hidden_nD: torch.Tensor) -> torch.Tensor:
     """KL(reference || what the head makes of the hidden states), (n,), from log-probabilities (n, V)."""
     rows = reference_nV.shape[0] if reference_nV.is_cuda else max(1, _BLOCK_ELEMENTS // head.rows)
     pairs = zip(reference_nV.split(rows), head.logits(hidden_nD).split(rows), strict=True)
     found = [kl_div(logits.log_softmax(-1), log, log_target=True, reduction="none").sum(-1) for log, logits in pairs]
     return torch.cat(found)
+
+
+def _product_dtype(head: Head) -> torch.dtype:
+    """bfloat16 where the CPU has instructions for it: 2.5 times as fast as float32, and a cost is off by 0.002."""
+    weight = head.weight_VD
+    fast = weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and weight.dtype == torch.float32 else weight.dtype
 
 
 def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

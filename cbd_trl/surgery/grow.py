@@ -51,6 +51,49 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
     return LazyWeights(architecture.tensors, tensor), grown
 
 
+def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tuple[Weights, Architecture]:
+    """Insert evenly spaced layers that add nothing; logits stay equal.
+
+    Output projections and biases of a new layer are zero, or the gains of the norms that follow them; the rest of it
+    is a copy of the layer after it. Where engines tell layers apart by position (`Architecture.fits`), they are put
+    where the old layers keep their places in the pattern, if that can be.
+
+    Raises:
+        ValueError: `depth` is smaller than the model's.
+    """
+    if depth < architecture.depth:
+        raise ValueError(
+            f"Cannot grow {architecture.depth} layers to {depth}. Ask for {architecture.depth} or more, or keep fewer "
+            "with `select_layers`."
+        )
+    old = spaced_layers(depth, architecture.depth, lambda layer, position: architecture.fits(position, layer))
+    following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
+    repeated, deeper = select_layers(weights, architecture, following)
+    if all(architecture.fits(layer, position) for layer, position in enumerate(old)):
+        # What adds nothing may be a layer of any kind.
+        deeper = deeper if architecture.off_pattern else deeper.on_pattern()
+    last = _last_modules(architecture)
+    silent = {deeper.layer_name(layer, module) for layer in set(range(depth)) - set(old) for module in last}
+
+    def tensor(key: str) -> torch.Tensor:
+        return torch.zeros_like(repeated[key]) if key.rsplit(".", 1)[0] in silent else repeated[key]
+
+    return LazyWeights(repeated, tensor), deeper
+
+
+def zero_pad(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
+    """Every tensor padded with zeros to `target`'s widths: not exact; the Trans(theta_small) of arXiv 2605.07783."""
+
+    def tensor(key: str) -> torch.Tensor:
+        axes = architecture.tensors[key]
+        array = to_dims(weights[key], axes, architecture.sizes)
+        for dim in dict.fromkeys(dims_of(axes)):
+            array = _extend(array, axes, dim, target.sizes[dim], "zero")
+        return from_dims(array, axes)
+
+    return LazyWeights(architecture.tensors, tensor)
+
+
 class _Scales:
     """What growth multiplies tensors by: the scale of what they put out over the scale of what they read.
 
@@ -107,44 +150,6 @@ class _Scales:
         return (eps_ratio / share / copies).sqrt()
 
 
-def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tuple[Weights, Architecture]:
-    """Insert evenly spaced layers that add nothing; logits stay equal.
-
-    Output projections and biases of a new layer are zero, or the gains of the norms that follow them; the rest of it
-    is a copy of the layer after it. Where engines tell layers apart by position (`Architecture.fits`), they are put
-    where the old layers keep their places in the pattern, if that can be.
-
-    Raises:
-        ValueError: `depth` is smaller than the model's.
-    """
-    if depth < architecture.depth:
-        raise ValueError(
-            f"Cannot grow {architecture.depth} layers to {depth}. Ask for {architecture.depth} or more, or keep fewer "
-            "with `select_layers`."
-        )
-    old = spaced_layers(depth, architecture.depth, lambda layer, position: architecture.fits(position, layer))
-    following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
-    repeated, deeper = select_layers(weights, architecture, following)
-    if all(architecture.fits(layer, position) for layer, position in enumerate(old)):
-        # What adds nothing may be a layer of any kind.
-        deeper = deeper if architecture.off_pattern else deeper.on_pattern()
-    last = _last_modules(architecture)
-    silent = {deeper.layer_name(layer, module) for layer in set(range(depth)) - set(old) for module in last}
-
-    def tensor(key: str) -> torch.Tensor:
-        return torch.zeros_like(repeated[key]) if key.rsplit(".", 1)[0] in silent else repeated[key]
-
-    return LazyWeights(repeated, tensor), deeper
-
-
-def _last_modules(architecture: Architecture) -> set[str]:
-    """The modules of a layer whose output is added to the stream."""
-    norms = architecture.family.output_norms(architecture.config)
-    projections = [reader for site in architecture.family.sites if site.axis != ("width",) for reader in site.readers]
-    # Through a norm that has only zeros to divide, gradients would be enormous: the norm is silenced then.
-    return {norms.get(projection, projection) for projection in projections}
-
-
 def _reader_axes(architecture: Architecture) -> dict[str, tuple[str, ...]]:
     """{reading module: the axis it reads along}; a tied table counts as what writes the stream."""
     return {reader: site.axis for site in architecture.sites for reader in site.readers}
@@ -174,14 +179,9 @@ def _extend(array: torch.Tensor, axes: Axes, dim: str, size: int, fill: str) -> 
     return torch.cat([array, new], position)
 
 
-def zero_pad(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """Every tensor padded with zeros to `target`'s widths: not exact; the Trans(theta_small) of arXiv 2605.07783."""
-
-    def tensor(key: str) -> torch.Tensor:
-        axes = architecture.tensors[key]
-        array = to_dims(weights[key], axes, architecture.sizes)
-        for dim in dict.fromkeys(dims_of(axes)):
-            array = _extend(array, axes, dim, target.sizes[dim], "zero")
-        return from_dims(array, axes)
-
-    return LazyWeights(architecture.tensors, tensor)
+def _last_modules(architecture: Architecture) -> set[str]:
+    """The modules of a layer whose output is added to the stream."""
+    norms = architecture.family.output_norms(architecture.config)
+    projections = [reader for site in architecture.family.sites if site.axis != ("width",) for reader in site.readers]
+    # Through a norm that has only zeros to divide, gradients would be enormous: the norm is silenced then.
+    return {norms.get(projection, projection) for projection in projections}

@@ -12,6 +12,11 @@ from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import LazyWeights, Weights, from_input_matrix, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
 
+_WIDTH = ("width",)
+# A LayerNorm's bias is divided by its gain where a reader has no bias to take it: gains below this share of the median
+# would make it so large that half precision loses the rest.
+_LEAST_GAIN = 0.01
+
 
 @dataclass(frozen=True)
 class Order:
@@ -36,50 +41,6 @@ class Order:
         if layer is None:
             return {"width": self.width}
         return {"width": self.width, "ffn": self.ffn[layer], "group": self.group[layer]}
-
-
-def permute(weights: Weights, architecture: Architecture, order: Order) -> Weights:
-    """The same model in new coordinates; the logits stay equal.
-
-    Whole heads move, never coordinates inside one, because rotary embeddings give those their positions.
-
-    Raises:
-        ValueError: channels are to change sign in a model that has a LayerNorm, which subtracts their mean.
-    """
-    signs = order.signs if order.signs is not None and bool((order.signs < 0).any()) else None
-    if signs is not None and architecture.family.norm_type != "rms":
-        raise ValueError(
-            f"Channels of a {architecture.config.model_type} model cannot change sign: its LayerNorm subtracts the "
-            "mean over the channels, which that would change. Leave `signs` out."
-        )
-    permuted = {}
-    for key, axes in architecture.tensors.items():
-        layer = architecture.split_name(key)[0]
-        tensor = select(weights[key], axes, architecture.sizes, order.index(layer))
-        if order.query is not None and layer is not None and "query" in dims_of(axes):
-            tensor = _reorder_queries(tensor, axes, architecture.sizes, order.query[layer])
-        # A norm's gain is the same for a channel and its mirror image.
-        if signs is not None and not (axes == (("width",),) and key.endswith(".weight")):
-            tensor = _mirrored(tensor, axes, architecture.sizes, signs)
-        permuted[key] = tensor
-    return permuted
-
-
-def _reorder_queries(tensor: torch.Tensor, axes: Axes, sizes: Sizes, query: torch.Tensor) -> torch.Tensor:
-    dims = dims_of(axes)
-    positions = (dims.index("group"), dims.index("query"))
-    array = to_dims(tensor, axes, sizes).movedim(positions, (0, 1))
-    query = query.to(array.device)
-    array = array[torch.arange(len(query), device=array.device)[:, None], query]
-    return from_dims(array.movedim((0, 1), positions), axes)
-
-
-def _mirrored(tensor: torch.Tensor, axes: Axes, sizes: Sizes, signs: torch.Tensor) -> torch.Tensor:
-    if "width" not in dims_of(axes):
-        return tensor
-    array = to_dims(tensor, axes, sizes)
-    shape = [-1 if dim == "width" else 1 for dim in dims_of(axes)]
-    return from_dims(array * signs.to(array).view(shape), axes)
 
 
 @dataclass(frozen=True)
@@ -144,14 +105,49 @@ def sort_weights(
     return permute(weights, architecture, order), statistics.reindexed(index)
 
 
-def _site_order(axis: tuple[str, ...], sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:
-    return select(torch.arange(axis_length(axis, sizes)), (axis,), sizes, orders)
+def permute(weights: Weights, architecture: Architecture, order: Order) -> Weights:
+    """The same model in new coordinates; the logits stay equal.
+
+    Whole heads move, never coordinates inside one, because rotary embeddings give those their positions.
+
+    Raises:
+        ValueError: channels are to change sign in a model that has a LayerNorm, which subtracts their mean.
+    """
+    signs = order.signs if order.signs is not None and bool((order.signs < 0).any()) else None
+    if signs is not None and architecture.family.norm_type != "rms":
+        raise ValueError(
+            f"Channels of a {architecture.config.model_type} model cannot change sign: its LayerNorm subtracts the "
+            "mean over the channels, which that would change. Leave `signs` out."
+        )
+    permuted = {}
+    for key, axes in architecture.tensors.items():
+        layer = architecture.split_name(key)[0]
+        tensor = select(weights[key], axes, architecture.sizes, order.index(layer))
+        if order.query is not None and layer is not None and "query" in dims_of(axes):
+            tensor = _reorder_queries(tensor, axes, architecture.sizes, order.query[layer])
+        # A norm's gain is the same for a channel and its mirror image.
+        if signs is not None and not (axes == (("width",),) and key.endswith(".weight")):
+            tensor = _mirrored(tensor, axes, architecture.sizes, signs)
+        permuted[key] = tensor
+    return permuted
 
 
-_WIDTH = ("width",)
-# A LayerNorm's bias is divided by its gain where a reader has no bias to take it: gains below this share of the median
-# would make it so large that half precision loses the rest.
-_LEAST_GAIN = 0.01
+def to_principal_axes(
+    weights: Weights, architecture: Architecture, statistics: Statistics
+) -> tuple[Weights, Statistics]:
+    """The same model with its stream on its principal axes, of which every prefix holds the most that as many can.
+
+    Args:
+        weights: of a model that `can_rotate`.
+        architecture: of it.
+        statistics: its moments.
+
+    Returns:
+        The weights, in float64, and the statistics in the new coordinates.
+    """
+    axes = principal_axes(architecture, statistics)
+    streams = [site.name for site in architecture.sites if site.axis == _WIDTH]
+    return rotate(weights, architecture, axes), statistics.rotated(streams, axes)
 
 
 def can_rotate(weights: Weights, architecture: Architecture) -> bool:
@@ -222,19 +218,22 @@ def rotate(weights: Weights, architecture: Architecture, axes: torch.Tensor) -> 
     return balance_norms(LazyWeights(architecture.tensors, tensor), architecture, precise)
 
 
-def to_principal_axes(
-    weights: Weights, architecture: Architecture, statistics: Statistics
-) -> tuple[Weights, Statistics]:
-    """The same model with its stream on its principal axes, of which every prefix holds the most that as many can.
+def _site_order(axis: tuple[str, ...], sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:
+    return select(torch.arange(axis_length(axis, sizes)), (axis,), sizes, orders)
 
-    Args:
-        weights: of a model that `can_rotate`.
-        architecture: of it.
-        statistics: its moments.
 
-    Returns:
-        The weights, in float64, and the statistics in the new coordinates.
-    """
-    axes = principal_axes(architecture, statistics)
-    streams = [site.name for site in architecture.sites if site.axis == _WIDTH]
-    return rotate(weights, architecture, axes), statistics.rotated(streams, axes)
+def _reorder_queries(tensor: torch.Tensor, axes: Axes, sizes: Sizes, query: torch.Tensor) -> torch.Tensor:
+    dims = dims_of(axes)
+    positions = (dims.index("group"), dims.index("query"))
+    array = to_dims(tensor, axes, sizes).movedim(positions, (0, 1))
+    query = query.to(array.device)
+    array = array[torch.arange(len(query), device=array.device)[:, None], query]
+    return from_dims(array.movedim((0, 1), positions), axes)
+
+
+def _mirrored(tensor: torch.Tensor, axes: Axes, sizes: Sizes, signs: torch.Tensor) -> torch.Tensor:
+    if "width" not in dims_of(axes):
+        return tensor
+    array = to_dims(tensor, axes, sizes)
+    shape = [-1 if dim == "width" else 1 for dim in dims_of(axes)]
+    return from_dims(array * signs.to(array).view(shape), axes)

@@ -174,14 +174,6 @@ def collect_statistics(
     return Statistics(means, {name: _packed(second) for name, second in seconds.items()}, tokens, squares)
 
 
-def normalize_stream(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
-    """RMSNorm ("rms") or LayerNorm ("layer") without gain and bias, over the last axis, in float32."""
-    stream = stream.float()
-    if norm_type == "layer":
-        stream = stream - stream.mean(-1, keepdim=True)
-    return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
-
-
 @contextmanager
 def watched(
     model: nn.Module,
@@ -210,6 +202,14 @@ def watched(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def normalize_stream(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
+    """RMSNorm ("rms") or LayerNorm ("layer") without gain and bias, over the last axis, in float32."""
+    stream = stream.float()
+    if norm_type == "layer":
+        stream = stream - stream.mean(-1, keepdim=True)
+    return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
 
 
 def deviations(mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:

@@ -141,18 +141,6 @@ class StoredStatistics:
         return factor
 
 
-def _number(path: Path, metadata: Mapping[str, str], name: str) -> Any:
-    """One of the numbers in the metadata, none of which is negative."""
-    text = metadata.get(name, "null")
-    try:
-        value = parse_json(text.encode())
-    except ValueError:
-        value = None
-    if type(value) not in (int, float) or value < 0:
-        raise ValueError(f"{path} has {name} = {shown(text)} in its metadata, no number. Build the chain again.")
-    return value
-
-
 def pack(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A lower triangular (D, D) matrix in few bits.
 
@@ -192,6 +180,18 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, units: torch.Tensor, colum
 def packed_bytes(size: int) -> int:
     """Bytes of the codes of a (size, size) factor."""
     return sum(_packed_length((size - start) * min(_PANEL, size - start)) for start in range(0, size, _PANEL))
+
+
+def _number(path: Path, metadata: Mapping[str, str], name: str) -> Any:
+    """One of the numbers in the metadata, none of which is negative."""
+    text = metadata.get(name, "null")
+    try:
+        value = parse_json(text.encode())
+    except ValueError:
+        value = None
+    if type(value) not in (int, float) or value < 0:
+        raise ValueError(f"{path} has {name} = {shown(text)} in its metadata, no number. Build the chain again.")
+    return value
 
 
 def _packed_length(count: int) -> int:
