@@ -273,7 +273,7 @@ def _on_device(model: Any) -> PreTrainedModel:
 
 
 def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
-    """Read held-out text as a data set and check every row.
+    """Read held-out text as a dataset and check every row.
 
     Args:
         rows: of any SFT format.

@@ -1,4 +1,4 @@
-"""Matching the coordinates of two models that were trained apart, by what they do on the same text.
+"""Match the coordinates of two models that were trained apart, by their activations on the same text.
 
 Shapes: L layers of the upper model, with D channels, F neurons and G key/value groups of Q query heads in a layer; l,
 d, f, g and q of the lower one.
@@ -20,7 +20,7 @@ from cbd_trl.utils.progress import Progress
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One of the two models: its weights, what they mean, and its moments on the common text."""
+    """One of the two models: its weights, its architecture, and its moments on the common text."""
 
     weights: Weights
     architecture: Architecture
@@ -77,7 +77,7 @@ def collect_cross_moments(
 
     Args:
         upper, lower: causal LMs in eval mode, on any device.
-        upper_architecture, lower_architecture: what their tensors mean.
+        upper_architecture, lower_architecture: of the two models.
         kept: for each lower layer the upper layer beside it.
         batches: `input_ids` (B, T) without padding.
 
@@ -161,7 +161,7 @@ def match_models(
 
 
 def order_above(match: Match, lower: Order, upper: Architecture, scores: Importance, kept: Sequence[int]) -> Order:
-    """New coordinates of the upper model with which the lower one lies on a prefix of them.
+    """Reorder the upper model so that the lower one lies on a prefix of its coordinates.
 
     Matched coordinates come first, in the lower model's order; the others follow by importance, as do all neurons and
     groups of the layers that no lower layer stands beside.
@@ -169,7 +169,7 @@ def order_above(match: Match, lower: Order, upper: Architecture, scores: Importa
     Args:
         match: of the two models in their present coordinates.
         lower: the lower model's new coordinates.
-        upper: what the upper model's tensors mean.
+        upper: architecture of the upper model.
         scores: the upper model's importance in its present coordinates.
         kept: for each lower layer the upper layer beside it.
     """
@@ -189,10 +189,10 @@ def order_above(match: Match, lower: Order, upper: Architecture, scores: Importa
 
 
 def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) -> list[tuple[Site, Site]]:
-    """The sites of two models of one family that stand for each other, (upper, lower).
+    """Pair the sites of two models of one family that stand for each other, (upper, lower).
 
     Args:
-        upper, lower: what the models' tensors mean.
+        upper, lower: architectures of the two models.
         kept: for each lower layer the upper layer beside it.
     """
     above = {site.name: site for site in upper.sites}
@@ -204,7 +204,7 @@ def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) 
 
 
 def assignment(scores: torch.Tensor) -> torch.Tensor:
-    """For each column a row, no row twice, so that the sum of scores is largest.
+    """Assign a row to each column, no row twice, so that the sum of scores is largest.
 
     Args:
         scores: (R, C), C <= R.
@@ -218,7 +218,7 @@ def assignment(scores: torch.Tensor) -> torch.Tensor:
 
 
 def _match_groups(heads: torch.Tensor, upper: Architecture, lower: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups (g,) by the sum over their best match of query heads, and those matches (g, q)."""
+    """Match groups (g,) by the sum over their best match of query heads, and return those matches (g, q), too."""
     above, below = ((one.sizes["group"], one.sizes["query"]) for one in (upper, lower))
     pairs = heads.view(*above, *below).transpose(1, 2)
     query = torch.stack([torch.stack([assignment(scores) for scores in row]) for row in pairs])
@@ -236,7 +236,7 @@ def _head_correlation(
     width: torch.Tensor,
     signs: torch.Tensor,
 ) -> torch.Tensor:
-    """Correlation of what every pair of heads writes into the matched channels: (G Q, g q) float64."""
+    """Compute the correlation of what every pair of heads writes into the matched channels: (G Q, g q) float64."""
     written = _output_matrix(upper, above)[width] * signs[:, None], _output_matrix(lower, below)
     dim = upper.architecture.sizes["dim"]
     means = upper.statistics.mean(above.name), lower.statistics.mean(below.name)
@@ -244,26 +244,26 @@ def _head_correlation(
     weights = [matrix.view(len(width), -1, dim) for matrix in written]
     inner = torch.einsum("wad,wbe,abde->ab", *weights, covariance)
     variances = []
-    for side, site, mean, weight in zip((upper, lower), (above, below), means, weights, strict=True):
-        own = _blocks(side.statistics.second(site.name) - torch.outer(mean, mean), dim)
+    for model, site, mean, weight in zip((upper, lower), (above, below), means, weights, strict=True):
+        own = _blocks(model.statistics.second(site.name) - torch.outer(mean, mean), dim)
         each = torch.arange(len(own))
         variances.append(torch.einsum("wad,wae,ade->a", weight, weight, own[each, each]))
     return _normed(inner, *variances)
 
 
-def _output_matrix(side: MeasuredModel, site: Site) -> torch.Tensor:
-    """The weight of an output projection, (width, inputs) float64."""
-    key, _ = reader_keys(site.readers[0], side.weights, side.architecture)
-    return input_matrix(side.weights[key], side.architecture.tensors[key], site.axis).double()
+def _output_matrix(model: MeasuredModel, site: Site) -> torch.Tensor:
+    """Read the weight of an output projection, (width, inputs) float64."""
+    key, _ = reader_keys(site.readers[0], model.weights, model.architecture)
+    return input_matrix(model.weights[key], model.architecture.tensors[key], site.axis).double()
 
 
 def _blocks(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-    """(heads x dim, heads x dim) -> (heads, heads, dim, dim)."""
+    """Split a matrix by heads: (heads x dim, heads x dim) -> (heads, heads, dim, dim)."""
     return matrix.view(matrix.shape[0] // dim, dim, matrix.shape[1] // dim, dim).transpose(1, 2)
 
 
 def _correlation(cross: torch.Tensor, upper: Statistics, lower: Statistics, above: str, below: str) -> torch.Tensor:
-    """(D, d) float64; 0 for what never varies."""
+    """Compute the correlation of two models' coordinates at a site, (D, d) float64; 0 for what never varies."""
     covariance = cross.double() - torch.outer(upper.mean(above), lower.mean(below))
     return _normed(covariance, _variance(upper, above), _variance(lower, below))
 
@@ -278,7 +278,7 @@ def _variance(statistics: Statistics, site: str) -> torch.Tensor:
 
 
 def _then_rest(first: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """All positions of `scores`: those in `first`, then the others by score."""
+    """List all positions of `scores`: those in `first`, then the others by score."""
     rest = scores.argsort(descending=True, stable=True)
     return torch.cat([first, rest[~torch.isin(rest, first)]])
 

@@ -1,4 +1,4 @@
-"""Which layers a shallower model keeps, and which others each of them stands for: the cheapest blocks, by measure.
+"""Choose the layers that a shallower model keeps, and the blocks that they stand for, by measured cost.
 
 Of two neighbors the wrong one can cost many times as much: the layer that makes the attention sink has no stand-in,
 wherever an even spacing happens to put it.
@@ -55,7 +55,7 @@ def cheapest_blocks(
 
     Args:
         model: the model; the same after as before.
-        architecture: its.
+        architecture: of the model.
         depth: number of blocks, 1 to the model's own depth.
         batches: model inputs of text to refit on, without padding.
         held_out: model inputs of other text to measure on.
@@ -95,7 +95,7 @@ def cheapest_blocks(
 
 
 def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, int]]:
-    """First and last layer of every block of more than one that `cheapest_blocks` may measure: each of them twice.
+    """List the blocks of more than one layer that `cheapest_blocks` may measure, each of them twice.
 
     Args:
         architecture: of the model; its blocks are as long as it takes for a split that keeps the pattern of its layers
@@ -106,7 +106,7 @@ def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, i
 
 
 def _rule_and_blocks(architecture: Architecture, depth: int) -> tuple[tuple[Fits, Fits], list[tuple[int, int]]]:
-    """The first of the rules that leaves a split, and the blocks of more than one layer that it takes."""
+    """Find the first of the rules that leaves a split, and the blocks of more than one layer that it takes."""
     total = architecture.depth
     for rule in _rules(architecture):
         for longest in range(ceil((total - 1) / (depth - 1)), total):
@@ -118,7 +118,7 @@ def _rule_and_blocks(architecture: Architecture, depth: int) -> tuple[tuple[Fits
 
 
 def _rules(architecture: Architecture) -> list[tuple[Fits, Fits]]:
-    """Which layer may be kept at a position, and begin a block there; the first rule that leaves a split counts.
+    """List the rules for which layer may be kept at a position, and begin a block there, the strictest first.
 
     Where whole periods of a pattern stand for whole periods, targets between the two depths keep it, too.
     """
@@ -126,12 +126,12 @@ def _rules(architecture: Architecture) -> list[tuple[Fits, Fits]]:
 
 
 def _single(total: int) -> _Costs:
-    """Every layer as a block of its own."""
+    """Make every layer a block of its own."""
     return {(i, i): {i: 0.0} for i in range(total)}
 
 
 def _shortest_path(costs: _Costs, total: int, depth: int, fits: Fits, begins: Fits) -> list[Block]:
-    """The cheapest `depth` blocks that split `total` layers; empty where the rule leaves none."""
+    """Find the cheapest `depth` blocks that split `total` layers; empty where the rule leaves none."""
     ways: dict[tuple[int, int], tuple[float, list[Block]]] = {(0, 0): (0.0, [])}
     for (first, last), by_kept in sorted(costs.items()):
         for number in range(depth):
@@ -166,7 +166,7 @@ class _Candidate:
 
 
 class _Measure:
-    """What it costs to let one layer stand for a block.
+    """Measures the cost of letting one layer stand for a block.
 
     Never holds the logits of more than a chunk of positions.
 
@@ -225,16 +225,16 @@ class _Measure:
             candidate.cost, candidate.whole = torch.cat(found).mean().item(), True
 
     def _reference(self, positions: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the unchanged model, (n, V)."""
+        """Compute log-probabilities of the unchanged model, (n, V)."""
         return self._head.logits(self._reference_ND[positions]).log_softmax(-1)
 
     def _last_hidden(self) -> torch.Tensor:
-        """(N, D), in the dtype that the head multiplies in."""
+        """Compute the last hidden states, (N, D), in the dtype that the head multiplies in."""
         return last_hidden(self._model, **self._held_out).flatten(0, 1).to(self._head.weight_VD.dtype)
 
     @contextmanager
     def _in_place_of(self, last: int, kept: int) -> Iterator[None]:
-        """Within it all layers up to the block's last one, but for the one kept, pass the stream on as it is."""
+        """Skip all layers up to the block's last one but for the one kept."""
         skipped = [layer for i, layer in enumerate(self._layers) if i <= last and i != kept]
         for layer in skipped:
             layer.forward = _pass_on  # of this object; the class's own comes back when it is deleted
@@ -246,7 +246,7 @@ class _Measure:
 
     @contextmanager
     def _starting_at(self, index: int, stream: torch.Tensor) -> Iterator[None]:
-        """Within it this layer reads the given stream, (B, T, D)."""
+        """Let this layer read the given stream, (B, T, D)."""
 
         def instead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return (stream, *args[1:]), kwargs
@@ -259,7 +259,7 @@ class _Measure:
 
 
 def _divergence(reference_nV: torch.Tensor, head: Head, hidden_nD: torch.Tensor) -> torch.Tensor:
-    """KL(reference || what the head makes of the hidden states), (n,), from log-probabilities (n, V)."""
+    """Compute KL(reference || what the head makes of the hidden states), (n,), from log-probabilities (n, V)."""
     rows = reference_nV.shape[0] if reference_nV.is_cuda else max(1, _BLOCK_ELEMENTS // head.rows)
     pairs = zip(reference_nV.split(rows), head.logits(hidden_nD).split(rows), strict=True)
     found = [kl_div(logits.log_softmax(-1), log, log_target=True, reduction="none").sum(-1) for log, logits in pairs]
@@ -267,7 +267,8 @@ def _divergence(reference_nV: torch.Tensor, head: Head, hidden_nD: torch.Tensor)
 
 
 def _product_dtype(head: Head) -> torch.dtype:
-    """bfloat16 where the CPU has instructions for it: 2.5 times as fast as float32, and a cost is off by 0.002."""
+    """Choose the dtype of products with the head."""
+    # bfloat16 where the CPU has instructions for it: 2.5 times as fast as float32, and a cost is off by 0.002.
     weight = head.weight_VD
     fast = weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast and weight.dtype == torch.float32 else weight.dtype
@@ -279,7 +280,7 @@ def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 
 @contextmanager
 def _unchanged(layer: nn.Module) -> Iterator[None]:
-    """After it the layer's parameters are what they were."""
+    """Restore the layer's parameters at the end."""
     before = [(parameter, parameter.detach().clone()) for parameter in layer.parameters()]
     try:
         yield

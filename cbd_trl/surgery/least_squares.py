@@ -1,6 +1,6 @@
-"""Cutting a model to a narrower one.
+"""Cut a model to a narrower one.
 
-The plain cut keeps prefixes; the least-squares cut keeps prefixes that also speak for what is dropped.
+The plain cut keeps prefixes; the least-squares cut also refits what reads them to stand in for what is dropped.
 """
 
 import functools
@@ -32,7 +32,7 @@ SCALED_TIED_HEAD_SHARE = 0.0
 
 
 def plain_cut(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """The first coordinates of every axis.
+    """Keep the first coordinates of every axis.
 
     Raises:
         ValueError: `target` is wider or has another depth.
@@ -50,12 +50,12 @@ def least_squares_cut(
     tied_head_share: float | None = None,
     fold: bool = False,
 ) -> Weights:
-    """The plain cut with every reading layer refitted to the stream it used to read.
+    """Cut to the first coordinates, with every reading layer refitted to the stream it used to read.
 
     With f the features that the cut model still has and y what is missing from the full stream, y ~ Y f + c in least
     squares over the calibration text (see `regress`). A reader W becomes W_kept + W Y, its bias, where all readers of
     the stream have one, b + W c. Norm gains are multiplied by the ratio of the kept coordinates' root mean square to
-    the full one; a LayerNorm's features are centred over the kept coordinates, so y also holds the kept coordinates'
+    the full one; a LayerNorm's features are centered over the kept coordinates, so y also holds the kept coordinates'
     mean. Dropped heads and neurons go the same way through the output and down projections. Norms over an output
     (after attention and FFN, over all heads' queries or keys) have their gains multiplied by the same factor.
 
@@ -110,8 +110,8 @@ def least_squares_cut(
 
 
 def gain_ratio(statistics: SiteStatistics, norm: Site | OutputNorm, norm_type: str, kept: torch.Tensor) -> float:
-    """Root mean square (LayerNorm: standard deviation) of what a norm makes of the kept coordinates over that of all:
-    what the gain of a norm of the kept ones alone is multiplied by.
+    """Compute what the gain of a norm is multiplied by when only the kept coordinates stay: the root mean square of
+    what it makes of these (LayerNorm: their standard deviation) over that of all.
 
     Args:
         norm: a site with a norm, or a norm over an output.
@@ -143,7 +143,7 @@ class Fit:
     constant: torch.Tensor | None
 
     def refitted(self, matrix: torch.Tensor, share: float, gain: torch.Tensor | None = None) -> torch.Tensor:
-        """A reader's matrix as one of what stays.
+        """Refit a reader's matrix to the coordinates that stay.
 
         Args:
             matrix: (outputs, D).
@@ -168,7 +168,7 @@ class Fit:
         return made
 
     def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """The reader's bias, (outputs,)."""
+        """Refit the reader's bias, (outputs,)."""
         if self.constant is None:
             return bias
         return bias + (matrix[:, _span(self.rows)].double() @ self.constant.double()).to(bias.dtype)
@@ -180,17 +180,17 @@ def regress(
     kept: torch.Tensor,
     gain: torch.Tensor | None,
     shift: torch.Tensor | None,
-    centred: bool,
+    centered: bool,
     intercept: bool,
 ) -> Fit:
-    """Least squares of what a cut stream misses on what it has.
+    """Regress what a cut stream misses on what it has, in least squares.
 
     The stored stream is x, the full one that is read u = gain x + shift. The features are f = u[kept], or, where the
-    cut norm centres over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has the
+    cut norm centers over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has the
     rows gain mu at `kept`.
 
     With K the kept and R the dropped entries and cov(x) + ridge = L L^T, L lower triangular, x_R is regressed on x_K
-    by Y = L_RK L_KK^-1: the stored factor solves for every prefix. The rest are corrections of rank one: centring
+    by Y = L_RK L_KK^-1: the stored factor solves for every prefix. The rest are corrections of rank one: centering
     takes away the constant direction, Y <- Y - (Y 1) w^T with w = cov^-1 1 / (1^T cov^-1 1), and fitting without an
     intercept adds the means to the moments (Sherman-Morrison).
 
@@ -199,7 +199,7 @@ def regress(
         site: whose.
         kept: (P,) int64, ascending.
         gain, shift: (D,) of the norm, None for 1 and 0.
-        centred: whether the norm subtracts the mean of the kept entries.
+        centered: whether the norm subtracts the mean of the kept entries.
         intercept: whether a constant is fitted too.
     """
     factor = statistics.factor(site, kept)
@@ -211,10 +211,10 @@ def regress(
     matrix = torch.linalg.solve_triangular(triangle, factor[_span(rest)], upper=False, left=False)
     missing, features = gain * mean + shift, (gain * mean + shift)[kept]
     rows, weighting = rest, None
-    if centred:
+    if centered:
         weighting = _solve(triangle, torch.ones_like(features))
         weighting = weighting / weighting.sum()
-        rows, matrix = torch.arange(len(mean)), _centred(matrix, kept, rest, weighting)
+        rows, matrix = torch.arange(len(mean)), _centered(matrix, kept, rest, weighting)
         missing[kept] = gain[kept] * mean[kept].mean()
         features = features - missing[kept]
     # A feature of gain 0 carries no information.
@@ -227,7 +227,7 @@ def regress(
     scaled = inverse * features
     direction = _solve(triangle, scaled)
     if weighting is not None:
-        # Along the constant direction the centred features do not vary: there only the ridge holds.
+        # Along the constant direction the centered features do not vary: there only the ridge holds.
         floor = statistics.ridge * triangle.square().sum(1).mean()
         direction = direction - weighting * direction.sum() + scaled.mean() / floor
     direction = inverse * direction
@@ -242,7 +242,7 @@ def _fits(
     kept: Mapping[tuple[str, ...], torch.Tensor],
     folded: Collection[Site],
 ) -> Callable[[Site], Fit]:
-    """The fit at each site, of norms in the gauge of `outputs`."""
+    """Build the function that fits each site, with the norm gains of `outputs`."""
 
     # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
     @functools.lru_cache(maxsize=len(architecture.family.sites))
@@ -250,15 +250,15 @@ def _fits(
         gain, shift = None, None
         if site.norm and site not in folded:
             gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
-        centred = site.norm and architecture.family.norm_type == "layer"
+        centered = site.norm and architecture.family.norm_type == "layer"
         intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
-        return regress(statistics, site.name, kept[site.axis], gain, shift, centred, intercept)
+        return regress(statistics, site.name, kept[site.axis], gain, shift, centered, intercept)
 
     return fit
 
 
 def _cut_outputs(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """The plain cut of all that is written; what readers read along, norms included, stays whole."""
+    """Cut all that is written; the axes that readers read along, norms included, stay whole."""
     norms, readers, sizes = site_norms(architecture), readers_of(architecture), architecture.sizes
 
     def tensor(key: str) -> torch.Tensor:
@@ -279,7 +279,7 @@ def _cut_norm(
     norm: Site | OutputNorm,
     kept: Mapping[tuple[str, ...], torch.Tensor],
 ) -> torch.Tensor:
-    """A norm's gain or bias; one over an output is cut with what it is over, one that is read through is whole yet."""
+    """Cut a norm's gain or bias, of which one over an output is cut already and one at a site is whole."""
     index = kept[norm.axis]
     if isinstance(norm, OutputNorm):
         return working(own) * gain_ratio(statistics, norm, "rms", index)
@@ -297,15 +297,15 @@ def _check_narrower(architecture: Architecture, target: Architecture) -> None:
 
 
 def _others(kept: torch.Tensor, size: int) -> torch.Tensor:
-    """The positions that are not kept, ascending."""
+    """List the positions that are not kept, ascending."""
     dropped = torch.ones(size, dtype=torch.bool)
     dropped[kept] = False
     return dropped.nonzero().flatten()
 
 
-def _centred(matrix: torch.Tensor, kept: torch.Tensor, rest: torch.Tensor, weighting: torch.Tensor) -> torch.Tensor:
-    """The fit of the dropped entries (R, P) without the constant direction, with rows for what centring took from the
-    kept ones: (D, P)."""
+def _centered(matrix: torch.Tensor, kept: torch.Tensor, rest: torch.Tensor, weighting: torch.Tensor) -> torch.Tensor:
+    """Take the constant direction out of the fit of the dropped entries (R, P), and add rows for what centering took
+    from the kept ones: (D, P)."""
     made = matrix.new_empty(len(kept) + len(rest), len(kept))
     made[rest] = matrix - torch.outer(matrix.sum(1), weighting)
     made[kept] = 1 / len(kept) - weighting
@@ -313,12 +313,12 @@ def _centred(matrix: torch.Tensor, kept: torch.Tensor, rest: torch.Tensor, weigh
 
 
 def _solve(triangle: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """(L L^T)^-1 v, without the copy of L that `cholesky_solve` makes."""
+    """Compute (L L^T)^-1 v, without the copy of L that `cholesky_solve` makes."""
     half = torch.linalg.solve_triangular(triangle, vector[:, None], upper=False)
     return torch.linalg.solve_triangular(triangle.mT, half, upper=True)[:, 0]
 
 
 def _span(index: torch.Tensor) -> slice | torch.Tensor:
-    """Ascending positions as a slice where they are neighbors: a view then, not a copy."""
+    """Turn ascending positions into a slice where they are neighbors, which gives views instead of copies."""
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index

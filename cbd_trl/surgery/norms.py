@@ -1,5 +1,4 @@
-"""Putting a model's norms into one gauge: gains (and biases) moved into the layers that read them, or shared with
-them. Exact."""
+"""Move the gains (and biases) of norms into the layers that read them, or share them with these. Exact."""
 
 import functools
 
@@ -21,7 +20,7 @@ _ROWS = 1024
 
 
 def folds(site: Site, architecture: Architecture) -> bool:
-    """Whether a site's norm can be folded: not a final one with a tied head, nor one whose bias has nowhere to go."""
+    """Check whether a site's norm can be folded: no final one with a tied head, none whose bias has nowhere to go."""
     if not site.norm or (site is architecture.sites[-1] and architecture.tied):
         return False
     biased = f"{site.name}.bias" in architecture.tensors

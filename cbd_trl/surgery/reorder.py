@@ -1,4 +1,4 @@
-"""Renumbering a model's coordinates: exact, a permutation (and mirror) that nothing outside sees."""
+"""Change a model's coordinates exactly: permute, sort by importance, mirror, or rotate them; the logits stay equal."""
 
 import math
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Order:
     signs: torch.Tensor | None = None
 
     def index(self, layer: int | None) -> dict[str, torch.Tensor]:
-        """Positions by atomic dimension, for the tensors of one layer or (None) those outside the layers."""
+        """List positions by atomic dimension, for the tensors of one layer or (None) those outside the layers."""
         if layer is None:
             return {"width": self.width}
         return {"width": self.width, "ffn": self.ffn[layer], "group": self.group[layer]}
@@ -59,7 +59,7 @@ class Importance:
 
 
 def importance(weights: Weights, architecture: Architecture, statistics: Statistics) -> Importance:
-    """Root mean square activation times the size of what reads it.
+    """Score coordinates: root mean square activation times the size of what reads it.
 
     Channels are summed over all streams that layers read, each divided by its root mean square over all channels
     where no norm does it; neurons and heads are weighted by the norm of their output column. After Minitron, arXiv
@@ -83,7 +83,7 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
 
 
 def importance_order(scores: Importance) -> Order:
-    """The coordinates in descending importance."""
+    """Order the coordinates by descending importance."""
     return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
 
 
@@ -106,7 +106,7 @@ def sort_weights(
 
 
 def permute(weights: Weights, architecture: Architecture, order: Order) -> Weights:
-    """The same model in new coordinates; the logits stay equal.
+    """Permute a model to new coordinates; the logits stay equal.
 
     Whole heads move, never coordinates inside one, because rotary embeddings give those their positions.
 
@@ -135,7 +135,7 @@ def permute(weights: Weights, architecture: Architecture, order: Order) -> Weigh
 def to_principal_axes(
     weights: Weights, architecture: Architecture, statistics: Statistics
 ) -> tuple[Weights, Statistics]:
-    """The same model with its stream on its principal axes, of which every prefix holds the most that as many can.
+    """Rotate the stream to its principal axes, of which every prefix holds the most that as many can.
 
     Args:
         weights: of a model that `can_rotate`.
@@ -151,7 +151,7 @@ def to_principal_axes(
 
 
 def can_rotate(weights: Weights, architecture: Architecture) -> bool:
-    """Whether the stream can be turned: no channel has a gain of its own that no reader takes.
+    """Check whether the stream can be rotated: no channel has a gain of its own that no reader takes.
 
     Not with a tied head, whose table is read by rows and by columns with the final norm's gain between the two; nor
     with norms over what is written to the stream (Gemma 2 and 3, OLMo 2).
@@ -164,12 +164,12 @@ def can_rotate(weights: Weights, architecture: Architecture) -> bool:
 
 
 def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.Tensor:
-    """The orthogonal axes of the stream that hold most of it, over all that reads it.
+    """Find the orthogonal axes of the stream that hold most of it, over all that reads it.
 
     They are the eigenvectors of the streams' second moments E[x x^T], summed, as in SliceGPT (arXiv 2401.15024,
     section 3.2), which has axes of its own for each layer, and matrices in the residual connections for that: these
     are one set for all, and the model stays a stock one. A LayerNorm's mean must stay the mean, so there each axis is
-    turned towards the channels' mean by 1/sqrt(D), and all of them sum to it.
+    rotated towards the channels' mean by 1/sqrt(D), and all of them sum to it.
 
     Returns:
         Q, (D, D) float64, Q^T Q = 1: a column an axis, the one that holds most first.
@@ -177,8 +177,8 @@ def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.
     second = sum(statistics.second(site.name) for site in architecture.sites if site.axis == _WIDTH)
     assert isinstance(second, torch.Tensor)
     size = len(second)
-    centred = architecture.family.norm_type == "layer"
-    if centred:
+    centered = architecture.family.norm_type == "layer"
+    if centered:
         # The mean, which no layer reads, becomes the last axis, for sure.
         mean = second.new_full((size,), 1 / math.sqrt(size))
         second = second - (1 + second.trace()) * torch.outer(mean, mean)
@@ -186,7 +186,7 @@ def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.
     # A sign is arbitrary: the same on every machine.
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     axes = axes * largest.sign()
-    if not centred:
+    if not centered:
         return axes
     mirror = -mean
     mirror[-1] += 1.0
@@ -194,7 +194,7 @@ def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.
 
 
 def rotate(weights: Weights, architecture: Architecture, axes: torch.Tensor) -> Weights:
-    """The same model with the stream x turned to Q^T x; the logits stay equal.
+    """Rotate the stream x to Q^T x; the logits stay equal.
 
     Gains are shared with their readers anew (see `balance_norms`) and have the size that they had.
 

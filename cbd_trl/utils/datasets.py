@@ -1,7 +1,7 @@
-"""Data sets as `trl.SFTTrainer` reads them: checked, and turned into tokens by its own preparation.
+"""Read datasets as `trl.SFTTrainer` does: check their rows, and turn them into tokens by its own preparation.
 
-Every place that reads rows comes here, so that what is calibrated on, cached, generated from and measured is what is
-trained.
+Every place that reads rows comes here, so that calibration, caches, generation and measurement see the tokens of
+training.
 """
 
 import copy
@@ -42,7 +42,7 @@ _FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "pa
 
 
 def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
-    """A dataset from a local file or from the Hub.
+    """Load a dataset from a local file or from the Hub.
 
     Args:
         name: a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz behind), or what `datasets.load_dataset`
@@ -78,7 +78,7 @@ def load_rows(name: str, config: str | None = None, split: str = "train", stream
 def sft_dataset(
     dataset: Any, name: str, args: SFTConfig | None = None, prompts: bool = False, formatted: bool = False
 ) -> Any:
-    """Check that SFTTrainer can read a data set, and give it as SFTTrainer takes it.
+    """Check that SFTTrainer can read a dataset, and return it in a form that SFTTrainer takes.
 
     A list of rows becomes a `Dataset`; a `prompt` beside `messages` is left out, as other columns that would be taken
     for the text; rows whose chat is empty are skipped, and counted in a warning. Of a stream the first row is looked
@@ -102,7 +102,7 @@ def sft_dataset(
     dataset = _one_dataset(dataset, name)
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"The data set given as {name} is empty: it has no rows. Give one with rows.")
+        raise ValueError(f"The dataset given as {name} is empty: it has no rows. Give one with rows.")
     # Rows that a collator or a transform of the user's reads are theirs.
     if formatted or is_prepared(args) or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         return dataset
@@ -121,17 +121,17 @@ def sft_dataset(
         kept = dataset.filter(_has_text, with_indices=True, fn_kwargs=options)
     first = next(iter(kept), None)
     if first is None:
-        raise ValueError(f"The data set given as {name} holds nothing but empty chats. Give one with text.")
+        raise ValueError(f"The dataset given as {name} holds nothing but empty chats. Give one with text.")
     # The values of a column of a `Dataset` are of one type.
     _check_row(first, columns, chats, name)
     return kept
 
 
 def sft_datasets(datasets: Any, name: str, args: SFTConfig | None = None, formatted: bool = False) -> Any:
-    """Apply `sft_dataset` to each data set to evaluate on.
+    """Apply `sft_dataset` to each dataset to evaluate on.
 
     Args:
-        datasets: one, a dict of them, or what is none: None, or the name of one that is known.
+        datasets: one, a dict of them, None, or the name of a dataset that the trainer knows.
         name: of the argument, for messages.
         args: of the training.
         formatted: see `sft_dataset`.
@@ -144,11 +144,11 @@ def sft_datasets(datasets: Any, name: str, args: SFTConfig | None = None, format
 
 
 def text_columns(row: Mapping[str, Any], name: str, field: str = "text", prompts: bool = False) -> tuple[str, ...]:
-    """Find the columns that SFTTrainer makes the tokens of a row from.
+    """Find the columns from which SFTTrainer makes the tokens of a row.
 
     Args:
-        row: the first of a data set.
-        name: of the data set, for messages.
+        row: the first of a dataset.
+        name: of the dataset, for messages.
         field: the column of plain text.
         prompts: whether a `prompt` is enough.
 
@@ -183,8 +183,8 @@ def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
     """List all columns of a row that SFTTrainer reads, in their order.
 
     Args:
-        row: the first of a data set.
-        name: of the data set, for messages.
+        row: the first of a dataset.
+        name: of the dataset, for messages.
 
     Raises:
         ValueError: it has none of the SFT formats.
@@ -198,15 +198,15 @@ def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
 
 
 def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None) -> Any:
-    """A data set with `input_ids`, made of any SFT format by TRL's own preparation, neither truncated nor packed.
+    """Tokenize a dataset of any SFT format by TRL's own preparation, neither truncated nor packed.
 
     Args:
         dataset: see `sft_dataset`.
-        tokenizer: of the data; None for a data set that has `input_ids`.
+        tokenizer: of the data; None for a dataset that has `input_ids`.
         args: of the training; None for text that nothing is trained on.
 
     Returns:
-        a data set of the same kind: rows of a stream are prepared when they are read.
+        a dataset of the same kind with `input_ids`: rows of a stream are prepared when they are read.
 
     Raises:
         ValueError: it cannot be read, or needs a tokenizer.
@@ -217,18 +217,18 @@ def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args:
         return dataset.select_columns([name for name in ("input_ids", "seq_lengths") if name in first])
     if tokenizer is None:
         raise ValueError(
-            f"The data set has the columns {sorted(first)} and has to be tokenized, but there is no tokenizer. Pass "
+            f"The dataset has the columns {sorted(first)} and has to be tokenized, but there is no tokenizer. Pass "
             "`processing_class`."
         )
     options: Any = _defaults() if args is None else copy.copy(args)
     # What is cut off, and what is left of a row, is decided by `cut_rows`.
     options.max_length = None
-    with template_reads(dataset, tokenizer, options, "the data set"):
+    with template_reads(dataset, tokenizer, options, "the dataset"):
         return prepare(dataset, tokenizer, options).select_columns(["input_ids"])
 
 
 def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
-    """TRL's own preparation of rows, without a trainer: neither packed nor shuffled.
+    """Run TRL's own preparation of rows without a trainer: neither packed nor shuffled.
 
     Args:
         dataset: from `sft_dataset`. A stream is prepared as it is read, without progress bars or files.
@@ -236,7 +236,7 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
         args: of the training.
 
     Returns:
-        a data set of the same kind, with `input_ids` and `labels`, cut to `args.max_length`.
+        a dataset of the same kind, with `input_ids` and `labels`, cut to `args.max_length`.
     """
     tokenizer, args = training_tokenizer(tokenizer, args), copy.copy(args)
     args.shuffle_dataset = False
@@ -262,7 +262,7 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
 def token_rows(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None
 ) -> Iterator[list[int]]:
-    """Token ids of each row, as training makes and truncates them; no more rows are prepared than are taken.
+    """Tokenize row by row, truncated as in training; no more rows are prepared than are taken.
 
     Args:
         dataset: see `sft_dataset`.
@@ -279,7 +279,7 @@ def token_rows(
     stream = as_stream(_one_dataset(dataset, "dataset"))
     rows = cut_rows(prepared_rows(stream, tokenizer, args), args)
     while True:
-        with template_reads(stream, tokenizer, args, "the data set"):
+        with template_reads(stream, tokenizer, args, "the dataset"):
             row = next(rows, None)
         if row is None:
             return
@@ -287,14 +287,14 @@ def token_rows(
 
 
 def cut_rows(prepared: Iterable[Mapping[str, Any]], args: SFTConfig | None) -> Iterator[np.ndarray]:
-    """Token ids of each prepared row, truncated as in training.
+    """Truncate each prepared row as in training.
 
     Args:
         prepared: from `prepared_rows`.
         args: of the training.
 
     Yields:
-        (n,) int32. Rows whose scored tokens are all cut off are among them, which TRL drops if they are not packed.
+        token ids, (n,) int32. Rows whose scored tokens are all cut off are among them, which TRL drops if they are not packed.
     """
     window = _window(args)
     for example in prepared:
@@ -303,7 +303,7 @@ def cut_rows(prepared: Iterable[Mapping[str, Any]], args: SFTConfig | None) -> I
 
 
 def example_rows(example: Mapping[str, Any]) -> list[np.ndarray]:
-    """The rows of an example: itself, or those packed into it.
+    """Split an example into the rows packed into it; one that is not packed is a row.
 
     Args:
         example: `input_ids`, and `seq_lengths` if several rows lie in it end to end.
@@ -371,7 +371,7 @@ def template_reads(
         dataset: from `sft_dataset`, which is prepared meanwhile.
         tokenizer: of the data.
         args: of the training; None for none.
-        name: of the data set, for messages.
+        name: of the dataset, for messages.
 
     Raises:
         ValueError: there is such a row.
@@ -395,7 +395,7 @@ def template_reads(
 
 
 def is_of_template(error: BaseException) -> bool:
-    """Whether an error was raised by a chat template, or inside one.
+    """Check whether an error was raised by a chat template, or inside one.
 
     Args:
         error: as it was caught.
@@ -405,7 +405,7 @@ def is_of_template(error: BaseException) -> bool:
 
 
 def is_prepared(args: SFTConfig | None) -> bool:
-    """Whether rows are taken as they are (`skip_prepare_dataset`).
+    """Check whether rows are taken as they are (`skip_prepare_dataset`).
 
     Args:
         args: of the training, if any.
@@ -415,7 +415,7 @@ def is_prepared(args: SFTConfig | None) -> bool:
 
 
 def as_stream(dataset: Any) -> Any:
-    """Read a data set row by row, with whatever format the user gave it."""
+    """Read a dataset row by row, with whatever format the user gave it."""
     if not isinstance(dataset, Dataset):
         return dataset
     dataset = _by_row(dataset)
@@ -425,7 +425,7 @@ def as_stream(dataset: Any) -> Any:
 
 @contextmanager
 def _explained_rows(name: str) -> Iterator[None]:
-    """Explain a file that `datasets` cannot read in one sentence, where it gives a traceback without the file."""
+    """Name the file and the mistake in one sentence, where `datasets` gives a traceback without the file."""
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import ArrowInvalid
 
@@ -449,20 +449,20 @@ def _explained_rows(name: str) -> Iterator[None]:
 
 
 def _one_dataset(dataset: Any, name: str) -> Any:
-    """A data set, made of rows where it is none."""
+    """Return a dataset, made from a list of rows where one is given."""
     if isinstance(dataset, Dataset | IterableDataset):
         return dataset
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         splits = ", ".join(map(repr, dataset))
         raise ValueError(
-            f"{name} is a {type(dataset).__name__} with the splits {splits}: one of them is needed. Name it, as in "
+            f"{name} is a {type(dataset).__name__} with the splits {splits}, and must be one of them. Select it, as in "
             f"{name}=dataset[{next(iter(dataset), 'train')!r}], or load it with split=..."
         )
     rows: Any = list(dataset) if isinstance(dataset, Iterable) and not isinstance(dataset, str | Mapping) else None
     if rows is None or not all(isinstance(row, Mapping) for row in rows):
         raise TypeError(
-            f"{name} is a {type(dataset).__name__}: a datasets.Dataset, an IterableDataset or a list of rows (dicts) "
-            "is needed. Make one with datasets.Dataset.from_list(rows) or datasets.load_dataset(...)."
+            f"{name} is a {type(dataset).__name__}, and must be a datasets.Dataset, an IterableDataset or a list of "
+            "rows (dicts). Make one with datasets.Dataset.from_list(rows) or datasets.load_dataset(...)."
         )
     # `Dataset.from_list` has the columns of the first row alone.
     columns = dict.fromkeys(column for row in rows for column in row)
@@ -473,7 +473,7 @@ def _one_dataset(dataset: Any, name: str) -> Any:
 
 
 def _by_row(dataset: Any) -> Any:
-    """A data set whose rows are dicts, where it is set to be read as tables of pandas, Polars or Arrow."""
+    """Make rows dicts again, where the dataset is set to be read as tables of pandas, Polars or Arrow."""
     if not isinstance(dataset, Dataset) or dataset.format["type"] not in ("pandas", "polars", "arrow"):
         return dataset
     return dataset.with_format(None, columns=dataset.format["columns"])
@@ -510,7 +510,7 @@ def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Data
 
 
 def _row_without_role(values: Any) -> int | None:
-    """The first row of a column of lists that has a message without a role."""
+    """Find the first row of a column of lists that has a message without a role."""
     flat = pc.list_flatten(values)
     fields = [field.name for field in flat.type] if pa.types.is_struct(flat.type) else []
     role = next((name for name in ("role", "from") if name in fields), None)
@@ -520,7 +520,7 @@ def _row_without_role(values: Any) -> int | None:
 
 
 def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats: bool, name: str) -> bool:
-    """Tell whether a row of a stream has text; an empty chat has none."""
+    """Check whether a row of a stream has text; an empty chat has none."""
     for column in columns:
         if column not in row:
             raise ValueError(
@@ -539,7 +539,7 @@ def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats
 
 
 def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name: str) -> None:
-    """Check what TRL would take for something else, or fail at.
+    """Check a row for what TRL would take for something else, or fail at.
 
     Args:
         row: none of its columns is empty.
@@ -562,7 +562,9 @@ def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name
         try:
             json.loads(tools)
         except ValueError as error:
-            raise ValueError(f"The column 'tools' of {name} holds {_short(tools)}, no JSON: {error}.") from error
+            raise ValueError(
+                f"The column 'tools' of {name} holds {_short(tools)}, and must hold JSON: {error}."
+            ) from error
     if not isinstance(options, Mapping):
         raise ValueError(
             f"The column 'chat_template_kwargs' of {name} holds {_short(options)}, and must hold dicts. Read the text "

@@ -1,4 +1,4 @@
-"""Loading a causal language model: safetensors only, no code of its repository, and no weight that is not there."""
+"""Load a causal language model: safetensors only, without code of its repository, and no weight left random."""
 
 import copy
 import json
@@ -106,7 +106,7 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
 def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> None:
     """Check a checkpoint as `load_causal_lm` would, by the headers of the files: in a second, before any long work.
 
-    What only loading can tell is left to it: quantized checkpoints, adapters, and models with code of their own.
+    What only loading can find out is left to it: quantized checkpoints, adapters, and models with code of their own.
 
     Args:
         place: path or Hub id.
@@ -132,7 +132,7 @@ def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **
 
 
 def check_no_adapter(place: str | Path, role: str, **where: Any) -> None:
-    """Check that a place is not the folder of a PEFT adapter, which is no model of its own.
+    """Check that a place is not the folder of a PEFT adapter.
 
     Args:
         place: path or Hub id.
@@ -237,7 +237,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def is_multimodal(model: Any) -> bool:
-    """Tell whether the language model is a part of this one, beside a tower for images or sounds.
+    """Check whether the language model is a part of this one, beside a tower for images or sounds.
 
     Args:
         model: a causal LM.
@@ -246,7 +246,7 @@ def is_multimodal(model: Any) -> bool:
 
 
 def is_spread(model: Any) -> bool:
-    """Tell whether a `device_map` put the parts of a model on several devices, or off them.
+    """Check whether a `device_map` put the parts of a model on several devices, or off them.
 
     Args:
         model: of transformers.
@@ -314,7 +314,7 @@ def _config(place: str | Path, options: Mapping[str, Any]) -> PretrainedConfig:
 
 
 def _auto_class(place: str | Path, options: Mapping[str, Any]) -> Any:
-    """`AutoModelForCausalLM`; for a multimodal model that it does not know, the class that does."""
+    """Choose `AutoModelForCausalLM` or, for a multimodal model that it does not know, the class that does."""
     if options.get("gguf_file") is not None:
         return AutoModelForCausalLM
     config = options.get("config") or _config(place, options)
@@ -333,14 +333,14 @@ def _where(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(place: str | Path, options: Mapping[str, Any]) -> str | None:
-    """The config file of the PEFT adapter at a place, None where there is none."""
+    """Find the config file of the PEFT adapter at a place, None where there is none."""
     with suppress(OSError):  # nothing of that name: loading raises
         return find_adapter_config_file(str(place), **_where(options))
     return None
 
 
 def _with_adapter(place: str | Path, adapter: str, role: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The base of an adapter, with the adapter on top, both of them whole."""
+    """Load the base of an adapter, with the adapter on top, both of them whole."""
     name, where = readable_name(str(place)), _where(options)
     if cached_file(str(place), _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **where) is None:
         raise ValueError(
@@ -356,7 +356,7 @@ def _with_adapter(place: str | Path, adapter: str, role: str, options: Mapping[s
 
 
 def _look_again(place: str | Path, options: Mapping[str, Any], name: str) -> None:
-    """Name what makes transformers fail before it reports it.
+    """Find what makes transformers fail before it reports the keys.
 
     That is a part of a quantized checkpoint that is missing, or a tied head of another size than the table.
     """
@@ -444,14 +444,14 @@ def _has_adapter_layers(model: Any) -> bool:
 
 
 def _unreadable(place: str | Path, options: Mapping[str, Any], error: Exception) -> str | None:
-    """Explain what is wrong with its files; None where there is no such place, or it cannot be reached."""
+    """Explain what is wrong with the files of a place; None where there is no such place, or it cannot be reached."""
     again = "Fetch or save it again."
     if isinstance(error, SafetensorError):
         return f"has a weight file that is damaged or cut off ({error}). {again}"
     if isinstance(error, json.JSONDecodeError):
-        return f"has an index of its weight files that is no JSON ({error}). {again}"
+        return f"has an index of its weight files that is not valid JSON ({error}). {again}"
     if "is not a valid JSON file" in str(error):
-        return f"has a config.json that is no JSON. {again}"
+        return f"has a config.json that is not valid JSON. {again}"
     folder = Path(place) / (options.get("subfolder") or "")
     if isinstance(error, FileNotFoundError):
         lost = os.path.basename(str(error.filename or str(error).rsplit(" ", 1)[-1]))

@@ -54,7 +54,7 @@ def test_per_layer_lists_travel_with_the_kept_layers():
 
 
 def test_unknown_field_lists_the_shape_fields():
-    with pytest.raises(ValueError, match=r"'n_layer' is not a shape field of llama.*num_hidden_layers"):
+    with pytest.raises(ValueError, match=r"'n_layer'.*llama.*num_hidden_layers"):
         target_architecture(describe(tiny_model("llama").config), {"n_layer": 2})
 
 
@@ -62,21 +62,19 @@ def test_unknown_field_lists_the_shape_fields():
 def test_larger_than_the_upper_anchor_is_refused(field):
     upper = describe(tiny_model("qwen3").config)
     most = upper.shape[field]
-    with pytest.raises(ValueError, match=rf"{field}={most + 8} is larger than the {most} .* at most {most}\b"):
+    with pytest.raises(ValueError, match=rf"{field}={most + 8} .* {most}\b"):
         target_architecture(upper, {field: most + 8})
 
 
 def test_more_query_heads_per_group_are_refused():
     upper = describe(tiny_model("llama").config)
-    with pytest.raises(ValueError, match="means 4 query heads per key/value head, more than the 2"):
+    with pytest.raises(ValueError, match="4 query heads per key/value head.* 2 "):
         target_architecture(upper, {"num_attention_heads": 4, "num_key_value_heads": 1})
 
 
 def test_llama_width_off_the_heads_names_the_nearest():
     upper = describe(tiny_model("llama").config)
-    with pytest.raises(
-        ValueError, match=r"llama config of width 30 with 4 heads.*Nearest widths for 4 heads: 28 and 32"
-    ):
+    with pytest.raises(ValueError, match=r"width 30 with 4 heads.* 28 and 32"):
         target_architecture(upper, {"hidden_size": 30})
 
 

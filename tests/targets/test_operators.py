@@ -224,7 +224,7 @@ def test_alpha_follows_the_size(what):
 @WIDTH_KINDS
 def test_patch_refuses_unequal_widths(what):
     pair = random_pair("llama", True, what)
-    with pytest.raises(ValueError, match=r"operator='patch' swaps whole blocks.*equal widths.*Use operator='nested'"):
+    with pytest.raises(ValueError, match=r"operator='patch'.*operator='nested'"):
         patch(pair, Plan(between(pair)))
 
 
@@ -238,7 +238,7 @@ def test_patch_refuses_a_narrower_target_of_equal_anchors():
 @pytest.mark.parametrize("operator", [nested, slice_upper])
 def test_width_needs_the_statistics(operator):
     pair = dataclasses.replace(random_pair("llama", True, "width"), statistics=None)
-    with pytest.raises(ValueError, match=r"needs the upper anchor's statistics, which this chain does not hold"):
+    with pytest.raises(ValueError, match="statistics"):
         operator(pair, Plan(between(pair)))
 
 

@@ -190,7 +190,7 @@ def test_an_anchor_that_is_not_used_may_be_damaged(chain_folder, tmp_path):
     smallest = Chain.from_pretrained(folder).anchors[2]
     (smallest.path / "model.safetensors").write_bytes(b"")
     assert from_chain(folder, config=DEEP).config.num_hidden_layers == 5
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was changed"):
+    with pytest.raises(ValueError, match=r"model.safetensors"):
         from_chain(folder, config=WIDE)
-    with pytest.raises(ValueError, match=r"model.safetensors is damaged or was changed"):
+    with pytest.raises(ValueError, match=r"model.safetensors"):
         Chain.from_pretrained(folder)
