@@ -294,7 +294,7 @@ def cut_rows(prepared: Iterable[Mapping[str, Any]], args: SFTConfig | None) -> I
         args: of the training.
 
     Yields:
-        token ids, (n,) int32. Rows whose scored tokens are all cut off are among them, which TRL drops if they are not packed.
+        token ids, (n,) int32. Rows whose scored tokens are all cut off are among them, which TRL drops unless packed.
     """
     window = _window(args)
     for example in prepared:
@@ -455,8 +455,8 @@ def _one_dataset(dataset: Any, name: str) -> Any:
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         splits = ", ".join(map(repr, dataset))
         raise ValueError(
-            f"{name} is a {type(dataset).__name__} with the splits {splits}, and must be one of them. Select it, as in "
-            f"{name}=dataset[{next(iter(dataset), 'train')!r}], or load it with split=..."
+            f"{name} is a {type(dataset).__name__} with the splits {splits}, and must be one of them. Select "
+            f"it, as in {name}=dataset[{next(iter(dataset), 'train')!r}], or load it with split=..."
         )
     rows: Any = list(dataset) if isinstance(dataset, Iterable) and not isinstance(dataset, str | Mapping) else None
     if rows is None or not all(isinstance(row, Mapping) for row in rows):

@@ -68,7 +68,7 @@ def test_larger_than_the_upper_anchor_is_refused(field):
 
 def test_more_query_heads_per_group_are_refused():
     upper = describe(tiny_model("llama").config)
-    with pytest.raises(ValueError, match="4 query heads per key/value head.* 2 "):
+    with pytest.raises(ValueError, match=r"4 query heads per key/value head.* 2 "):
         target_architecture(upper, {"num_attention_heads": 4, "num_key_value_heads": 1})
 
 
