@@ -11,7 +11,7 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
 from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS, Pair
 
@@ -118,7 +118,7 @@ def find_target(chain: Chain, request: Request) -> Target:
             return Target((anchor,), anchor.architecture(), ANCHOR)
     # Operators plan a shape without reading weights.
     pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs)
-    architecture = operator.architecture(pair, target_architecture(above, fields))
+    architecture = operator.architecture(pair, cut_architecture(above, fields))
     alpha = operator.default_alpha(pair, architecture)
     if alpha is not None and request.alpha is not None:
         alpha = request.alpha

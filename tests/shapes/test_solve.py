@@ -7,7 +7,7 @@ import pytest
 from transformers import LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from cbd_trl.architectures import describe
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import list_sizes, solve_anchor, solve_target
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from tests.tiny import FAMILIES, ROWS, WIDTH_OF_HEADS, own_names
@@ -55,7 +55,7 @@ def anchors(family, what):
         groups = 2 * upper.sizes["group"] // 3
         heads = {"num_attention_heads": groups * upper.sizes["query"], "num_key_value_heads": groups}
         width = {"hidden_size": 128, "intermediate_size": 344, **heads}
-    lower = target_architecture(upper, own_names(upper.config.model_type, **depth, **width))
+    lower = cut_architecture(upper, own_names(upper.config.model_type, **depth, **width))
     return upper, lower, SAME_DEPTH if what == "width" else BLOCKS
 
 
@@ -70,7 +70,7 @@ def test_every_size_between_is_met_within_range_and_loadable(family, what, tmp_p
     upper, lower, blocks = anchors(family, what)
     for wanted in sizes_between(upper, lower):
         fields = solve_target(upper, lower, blocks, wanted)
-        target = target_architecture(upper, fields)
+        target = cut_architecture(upper, fields)
         assert abs(target.num_parameters - wanted) <= 0.03 * wanted
         assert all(lower.shape[name] <= value <= upper.shape[name] for name, value in fields.items())
         target.config.validate()
@@ -96,7 +96,7 @@ def test_depth_width_and_heads_never_shrink_as_the_size_grows(family, what, dept
     found = [
         solve_target(upper, lower, blocks, wanted, depth_rule=depth_rule) for wanted in sizes_between(upper, lower, 80)
     ]
-    sizes = [target_architecture(upper, fields).num_parameters for fields in found]
+    sizes = [cut_architecture(upper, fields).num_parameters for fields in found]
     assert sizes == sorted(sizes) and len(set(sizes)) > 40
     for field, dim in upper.family.shape_fields.items():
         values = [fields[field] for fields in found]
@@ -132,8 +132,8 @@ def test_real_llama_follows_the_line_in_a_fifth_of_a_second():
         num_key_value_heads=3, tie_word_embeddings=True,
     )  # fmt: skip
     upper = describe(config)
-    middle = target_architecture(upper, {"num_hidden_layers": 16})
-    lower = target_architecture(middle, {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6})
+    middle = cut_architecture(upper, {"num_hidden_layers": 16})
+    lower = cut_architecture(middle, {"hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6})
     assert (upper.num_parameters, middle.num_parameters, lower.num_parameters) == (134515008, 84953664, 44052864)
     same = [[layer] for layer in range(16)]
     # 432 = 6 x lcm(8, 9) is taken as it is; near 65M no such width lies near the line, and 477 = 53 x 9 does.
@@ -152,7 +152,7 @@ def test_config_fixes_a_field_and_the_size_decides_the_rest():
     assert fields["num_hidden_layers"] == 11
     free = solve_target(upper, lower, blocks, wanted)
     assert fields["hidden_size"] <= free["hidden_size"]
-    assert abs(target_architecture(upper, fields).num_parameters - wanted) <= 0.03 * wanted
+    assert abs(cut_architecture(upper, fields).num_parameters - wanted) <= 0.03 * wanted
 
 
 def test_config_alone_puts_the_rest_on_the_line():
@@ -178,7 +178,7 @@ def test_heads_can_be_fixed():
 
 def test_anchors_that_differ_in_heads_or_queries_alone():
     upper = describe(Qwen3Config(**{**SIZES, "num_attention_heads": 12}, head_dim=32))
-    lower = target_architecture(upper, {"num_attention_heads": 6, "num_key_value_heads": 3})
+    lower = cut_architecture(upper, {"num_attention_heads": 6, "num_key_value_heads": 3})
     fields = solve_target(upper, lower, SAME_DEPTH, (upper.num_parameters + lower.num_parameters) / 2, tolerance=0.1)
     assert (fields["num_attention_heads"], fields["num_key_value_heads"]) == (9, 3)
 
@@ -186,7 +186,7 @@ def test_anchors_that_differ_in_heads_or_queries_alone():
 @pytest.mark.parametrize("depth_rule", ["cut", "grown", "any"])
 def test_without_blocks_every_depth_can_be_reached(depth_rule):
     upper = describe(CONFIGS["llama"])
-    lower, blocks = target_architecture(upper, {"num_hidden_layers": 4}), blocks_of([2, 5, 8, 11])
+    lower, blocks = cut_architecture(upper, {"num_hidden_layers": 4}), blocks_of([2, 5, 8, 11])
     fields = solve_target(upper, lower, blocks, config={"num_hidden_layers": 7}, depth_rule=depth_rule)
     assert fields["num_hidden_layers"] == 7
     with pytest.raises(ValueError, match=r"num_hidden_layers=7 .*4, 6, 8, 10, 12.*'slice'"):
@@ -195,8 +195,8 @@ def test_without_blocks_every_depth_can_be_reached(depth_rule):
 
 def test_beyond_tolerance_names_the_two_nearest():
     upper = describe(CONFIGS["llama"])
-    lower, blocks = target_architecture(upper, {"num_hidden_layers": 4}), blocks_of([2, 5, 8, 11])
-    sizes = [target_architecture(upper, {"num_hidden_layers": depth}).num_parameters for depth in (6, 7, 8)]
+    lower, blocks = cut_architecture(upper, {"num_hidden_layers": 4}), blocks_of([2, 5, 8, 11])
+    sizes = [cut_architecture(upper, {"num_hidden_layers": depth}).num_parameters for depth in (6, 7, 8)]
     nearest = (
         f"Nearest: {sizes[0]:,} .*'num_hidden_layers': 6.* and {sizes[2]:,} .*'num_hidden_layers': 8.*raise tolerance"
     )
@@ -236,7 +236,7 @@ def test_what_cannot_be_asked_for(arguments, message):
 
 def test_heads_that_no_anchor_pair_can_make():
     upper = describe(Qwen3Config(**{**SIZES, "num_attention_heads": 8, "num_key_value_heads": 4}, head_dim=32))
-    lower = target_architecture(upper, {"hidden_size": 128, "num_attention_heads": 4})
+    lower = cut_architecture(upper, {"hidden_size": 128, "num_attention_heads": 4})
     with pytest.raises(ValueError, match=r"groups of 2.*128, 136, 144"):
         solve_target(upper, lower, SAME_DEPTH, config={"num_attention_heads": 4, "num_key_value_heads": 4})
 
@@ -254,7 +254,7 @@ def test_anchor_of_a_ratio(family, ratio):
     upper = describe(CONFIGS[family])
     fields = solve_anchor(upper, ratio)
     assert fields == solve_anchor(upper, ratio * upper.num_parameters)
-    target = target_architecture(upper, fields)
+    target = cut_architecture(upper, fields)
     target.config.validate()
     depth, per_layer = target.depth, (upper.num_parameters - anchors(family, "depth")[1].num_parameters) / 5
     assert 6 <= depth < 12

@@ -12,7 +12,7 @@ from cbd_trl.architectures import describe
 from cbd_trl.chain.folders import write_anchor
 from cbd_trl.chain.manifest import STATISTICS_FILE
 from cbd_trl.chain.model import StoredWeights, build_model
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery import blocks, grow, norms, weights
 from cbd_trl.surgery import least_squares as cut
 from cbd_trl.surgery.statistics_file import StoredStatistics, save_statistics
@@ -70,7 +70,7 @@ def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, t
     for module in _LAZY:
         monkeypatch.setattr(module, "LazyWeights", lambda keys, tensor: {key: tensor(key) for key in keys})
     in_memory = whole(chain, dtype)
-    plan = Plan(target_architecture(in_memory.upper_architecture, shape))
+    plan = Plan(cut_architecture(in_memory.upper_architecture, shape))
     for name in names:
         made, architecture = OPERATORS[name].make(in_memory, plan)
         assert isinstance(made, dict)
