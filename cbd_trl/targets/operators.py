@@ -99,7 +99,8 @@ class Operator:
         make: (pair, plan) -> the target's weights and their architecture.
         label: its name in legends and tables.
         summary: one line that explains it in a report.
-        sources: "upper", "lower" or both: the anchors it reads. At the shape of one of these it makes that anchor.
+        sources: "upper", "lower" or both: the anchors it reads. At the shape of one of these `from_chain` returns that
+            anchor as it is.
         depths: which depths it can make (`cbd_trl.shapes.solve.DepthRule`).
         alpha: (pair, target) -> the weight of the lower anchor that it takes by default, None where nothing is mixed;
             None for an operator that never mixes.

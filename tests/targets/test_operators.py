@@ -212,13 +212,29 @@ def test_alpha_follows_the_size(what):
     assert 0.1 < fraction < 0.9
     assert OPERATORS["linear"].default_alpha(pair, target) == pytest.approx(fraction)
     assert OPERATORS["nested"].default_alpha(pair, target) == pytest.approx(fraction**0.75)
-    for name, alpha in (("linear", fraction), ("nested", fraction**0.75)):
-        weights, _ = OPERATORS[name].make(pair, Plan(target))
-        assert same_weights(weights, OPERATORS[name].make(pair, Plan(target, alpha=alpha))[0])
-        assert not same_weights(weights, OPERATORS[name].make(pair, Plan(target, alpha=alpha / 2))[0])
     assert [name for name, row in OPERATORS.items() if row.default_alpha(pair, target)] == ["nested", "linear"]
     depth = random_pair("llama", True, "depth")
     assert OPERATORS["nested"].default_alpha(depth, between(depth)) is None
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_row_describes_what_its_function_makes(name):
+    for what in ("depth", "width", "both") if name != "patch" else ("depth",):
+        pair, row = random_pair("gemma3_text", True, what), OPERATORS[name]
+        target = between(pair)
+        planned = row.architecture(dataclasses.replace(pair, upper={}, lower={}, statistics=None), target)
+        weights, architecture = row.make(pair, Plan(target))
+        assert planned.shape == architecture.shape == target.shape
+        assert planned.config.layer_types == architecture.config.layer_types
+        # It reads its sources and nothing else.
+        for anchor in ("upper", "lower"):
+            other = {key: tensor + 1 for key, tensor in getattr(pair, anchor).items()}
+            changed_pair = dataclasses.replace(pair, **{anchor: other})
+            assert same_weights(weights, row.make(changed_pair, Plan(target))[0]) == (anchor not in row.sources)
+        # It mixes by the alpha that the row gives, if it mixes.
+        if (alpha := row.default_alpha(pair, target)) is not None:
+            assert same_weights(weights, row.make(pair, Plan(target, alpha=alpha))[0])
+            assert not same_weights(weights, row.make(pair, Plan(target, alpha=alpha / 2))[0])
 
 
 @WIDTH_KINDS
