@@ -57,7 +57,7 @@ def test_every_operator_is_built_in_the_shape_of_the_first(chain):
     assert first["num_parameters"] == tiny_model("llama", num_hidden_layers=3).num_parameters()
     assert first["loss"]["nested"] == pytest.approx(loss_of(tiny_model("llama", num_hidden_layers=3, seed=6)))
     assert first["seconds"] == first["seconds_by_operator"]["nested"] >= 0
-    assert steps[0] == ("large", 0, 8) and steps[2][0] == "0.05M, nested"
+    assert steps[0] == ("large", 0, 8) and steps[2][0] == "50k, nested"
     json.dumps(report)
 
 
