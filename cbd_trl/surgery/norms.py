@@ -34,7 +34,7 @@ def fold_norms(weights: Weights, architecture: Architecture, every: bool = False
     it has a bias and a reader has none to take it.
 
     Args:
-        weights: of any gauge.
+        weights: of a model.
         architecture: of them.
         every: all gains become 1: a bias that no reader takes is divided by its gain. Not with a tied head.
     """
@@ -76,7 +76,7 @@ def balance_norms(weights: Weights, architecture: Architecture, like: Weights | 
     The last norm, which the head reads through, stays as it is.
 
     Args:
-        weights: of any gauge.
+        weights: of a model.
         like: m is the median of these weights' |gain|, which have the same layers, of any width; None: of its own.
     """
     norms = {name: site for name, site in site_norms(architecture).items() if site is not architecture.sites[-1]}

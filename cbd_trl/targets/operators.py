@@ -280,7 +280,7 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
     alpha = pair.fraction(plan.target) ** NESTED_ALPHA_POWER if plan.alpha is None else plan.alpha
     stack, below = layer_stack(pair, plan), pair.lower_architecture
     target = pair.upper_architecture.resized(**plan.target.sizes).with_layers([layer for _, layer in stack])
-    scale, inputs = _target_gauge(pair, target), _input_dims(target)
+    scale, inputs = _lower_scale(pair, target), _input_dims(target)
     outputs = {reader for site in target.sites if "dim" in site.axis for reader in site.readers}
 
     def mix(cut: Weights, lower: Weights) -> Weights:
@@ -343,7 +343,7 @@ def _balanced(weights: Weights, architecture: Architecture, pair: Pair, layers: 
     return balance_norms(weights, architecture, like)
 
 
-def _target_gauge(pair: Pair, target: Architecture) -> Callable[[str], float]:
+def _lower_scale(pair: Pair, target: Architecture) -> Callable[[str], float]:
     """Build the function that scales each tensor of the lower anchor, norms folded, on the shared prefix of a target.
 
     The target's norms divide a stream or an output by the root mean square of more coordinates than the lower anchor's
