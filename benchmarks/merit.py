@@ -33,7 +33,7 @@ from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
 from cbd_trl.shapes.cut import cut_architecture
-from cbd_trl.targets.make import load_pair
+from cbd_trl.targets.from_chain import load_pair
 from cbd_trl.targets.operators import OPERATORS, Plan
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text

@@ -15,8 +15,7 @@ from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.hidden import mean_hidden_distance
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.targets.from_chain import from_chain
-from cbd_trl.targets.make import load_pair
+from cbd_trl.targets.from_chain import from_chain, load_pair
 from cbd_trl.targets.operators import Plan, cut_upper, mixer, nested
 from cbd_trl.trainers.hybrid import Pass
 from tests.build.test_trained_apart import trained

@@ -6,7 +6,7 @@ import torch
 from cbd_trl import from_chain
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.targets.calibrate import CALIBRATION_TOKENS, choose_plan, mean_loss
-from cbd_trl.targets.make import load_pair
+from cbd_trl.targets.from_chain import load_pair
 from cbd_trl.targets.operators import Plan
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from tests.chain.helpers import DEEP, SHAPES, WIDE, between, chain_rows, random_pair

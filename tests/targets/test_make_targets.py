@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbd_trl import Chain, from_chain, make_targets
 from cbd_trl.chain import folders
 from cbd_trl.targets import many as module
-from cbd_trl.targets.make import load_pair
+from cbd_trl.targets.from_chain import load_pair
 from tests.chain.helpers import chain_rows, same_weights
 
 
