@@ -43,7 +43,7 @@ from transformers.utils import logging
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import axis_length, prefix_index
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 
 WIDTH = {"hidden_size": 477, "intermediate_size": 1280, "num_attention_heads": 9, "num_key_value_heads": 3}
 LARGE = {"hidden_size": 1344, "intermediate_size": 7840}
@@ -174,7 +174,7 @@ def against_solves(case: Case) -> dict[str, Any]:
     """Part 3."""
     run = in_child(case.request)
     upper = Chain.from_pretrained(case.chain, verify=False).pair_for(config=case.fields)[0].architecture()
-    bound = plain_solves(upper, target_architecture(upper, case.fields))
+    bound = plain_solves(upper, cut_architecture(upper, case.fields))
     return {
         "name": f"{case.name}, {case.operator}, against its solves",
         "parameters": run["parameters"],

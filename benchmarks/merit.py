@@ -32,10 +32,9 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
-from cbd_trl.shapes.smaller import target_architecture
-from cbd_trl.targets.make import load_pair
-from cbd_trl.targets.operators import OPERATORS
-from cbd_trl.targets.pair import Plan
+from cbd_trl.shapes.cut import cut_architecture
+from cbd_trl.targets.from_chain import load_pair
+from cbd_trl.targets.operators import OPERATORS, Plan
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text
 
@@ -101,14 +100,14 @@ def pairs_of(chain: Chain) -> dict[str, Chain]:
 def boomerang(chain: Chain, fields: Mapping[str, int], first: bool) -> PreTrainedModel:
     """Blocks of the larger anchor in place of the smaller one's layers, in order from one end (arXiv 2510.05064)."""
     pair = load_pair(*chain.anchors)
-    target = target_architecture(pair.upper_architecture, fields)
+    target = cut_architecture(pair.upper_architecture, fields)
     missing, swapped = target.depth - pair.lower_architecture.depth, set()
     for i in range(len(pair.blocks)) if first else reversed(range(len(pair.blocks))):
         more = len(pair.blocks[i]) - 1
         if 0 < missing >= more:
             swapped.add(i)
             missing -= more
-    weights, architecture = OPERATORS["patch"](pair, Plan(target, swapped=swapped))
+    weights, architecture = OPERATORS["patch"].make(pair, Plan(target, swapped=swapped))
     return build_model(architecture, weights, torch.float32)
 
 

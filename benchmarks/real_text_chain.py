@@ -28,7 +28,7 @@ from cbd_trl.chain.measurements import measurements_table
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.plots import plot_sweep
-from cbd_trl.report.sweep import OPERATORS, RANDOM, fingerprint, random_model
+from cbd_trl.report.sweep import RANDOM, REPORTED, fingerprint, random_model
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text
 
@@ -148,10 +148,10 @@ def measure(
             entry = {"name": anchor.name, "shape": anchor.shape, "num_parameters": found["num_parameters"]}
             report["anchors"].append({**entry, "loss": found["loss"][text]})
     for fields in fields_of:
-        for operator in (*OPERATORS, RANDOM):
+        for operator in (*REPORTED, RANDOM):
             found = once([fields, operator], partial(make_target, chain, fields, operator))
             for report in reports.values():
-                if operator == OPERATORS[0]:
+                if operator == REPORTED[0]:
                     entry = {"num_parameters": found["num_parameters"], "shape": fields, "seconds": found["seconds"]}
                     report["targets"].append({**entry, "loss": {}})
             for text, report in reports.items():

@@ -9,7 +9,7 @@ from typing import Any
 from cbd_trl.architectures import Architecture
 from cbd_trl.build.arguments import check_chain_arguments
 from cbd_trl.build.width_hybrid import targets_between
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_anchor
 from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
@@ -97,7 +97,7 @@ def plan_step(
     options = dict(anchor) if isinstance(anchor, Mapping) else {}
     own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
     fields = options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
-    target = target_architecture(upper, fields)
+    target = cut_architecture(upper, fields)
     if target.num_parameters >= upper.num_parameters:
         raise ValueError(
             f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "

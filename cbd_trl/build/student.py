@@ -21,7 +21,7 @@ from cbd_trl.surgery.blocks import Block, block_costs, select_layers
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms
 from cbd_trl.surgery.refit import refit_layers
-from cbd_trl.targets.pair import Pair
+from cbd_trl.targets.operators import Pair
 from cbd_trl.utils.files import write_text
 
 # Tokens to compare blocks on; refitting the chosen ones uses all calibration tokens.

@@ -15,11 +15,10 @@ from torch.func import functional_call
 from cbd_trl.architectures import Architecture, decoder_layers
 from cbd_trl.architectures.backbone import open_forward
 from cbd_trl.chain.model import build_model
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
 from cbd_trl.surgery.weights import to_state, to_weights
-from cbd_trl.targets.nested import cut_upper, mixer
-from cbd_trl.targets.pair import Pair, Plan, layer_stack
+from cbd_trl.targets.operators import Pair, Plan, cut_upper, layer_stack, mixer
 from cbd_trl.trainers.hybrid import Pass, drawn
 
 # Sizes of the hybrids: shares of the way from the lower to the upper anchor, in parameters.
@@ -48,7 +47,7 @@ def targets_between(
             fields = solve_target(upper, lower, block_map, wanted, tolerance=_TOLERANCE * span / wanted)
         except ValueError:  # no shape there
             continue
-        targets.append(target_architecture(upper, fields))
+        targets.append(cut_architecture(upper, fields))
     return targets
 
 

@@ -17,7 +17,7 @@ from cbd_trl.cards.origin import Origin, hub_ids, read_origins
 from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.manifest import weight_files
 from cbd_trl.chain.measurements import MEASURED, measurements_table, table_units
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
 from cbd_trl.utils.formatting import markdown_table
 
@@ -203,7 +203,7 @@ def _example_size(anchors: Sequence[Anchor]) -> int:
         solve_target(upper, lower, blocks, middle, kept=kept)
         return middle
     fields = solve_target(upper, lower, blocks, middle, tolerance=1.0, kept=kept)
-    return target_architecture(upper, fields).num_parameters
+    return cut_architecture(upper, fields).num_parameters
 
 
 def _anchors_table(anchors: Sequence[Anchor]) -> str:

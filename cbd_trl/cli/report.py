@@ -53,8 +53,8 @@ class ReportArguments:
     operators: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rules that make the weights, the first of which decides the shapes: nested, patch, slice, "
-            "expand, linear, and random for untrained models. Not set: all but patch."
+            "help": "Rules that make the weights, the first of which decides the shapes: those of `cbd-trl init "
+            "--operator`, and random for untrained models. Not set: nested, the controls, and random."
         },
     )
     tasks: list[str] | None = field(

@@ -27,7 +27,7 @@ class Prompt:
 
     @property
     def is_text(self) -> bool:
-        """Return whether it is plain text rather than a conversation."""
+        """Check whether it is plain text rather than a conversation."""
         return isinstance(self.columns["prompt"], str)
 
 

@@ -35,7 +35,7 @@ from cbd_trl.recipe.estimate import (
     source_cost,
 )
 from cbd_trl.recipe.schema import Recipe
-from cbd_trl.report.sweep import OPERATORS, RANDOM
+from cbd_trl.report.sweep import RANDOM, REPORTED
 from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -300,8 +300,8 @@ def _check_data(check: Check) -> None:
 
 
 def _check_operators(check: Check) -> None:
-    operators = check.recipe.evaluation.operators if check.recipe.evaluation else (OPERATORS[0],)
-    known = (*OPERATORS, RANDOM)
+    operators = check.recipe.evaluation.operators if check.recipe.evaluation else (REPORTED[0],)
+    known = (*REPORTED, RANDOM)
     for number, name in enumerate(operators):
         if name not in known:
             check.problems.append(
@@ -309,7 +309,7 @@ def _check_operators(check: Check) -> None:
                 f"are: {', '.join(known)}."
             )
     if set(operators) == {RANDOM}:
-        check.problems.append(f"evaluation.operators: {RANDOM} needs an operator beside it, such as {OPERATORS[0]}.")
+        check.problems.append(f"evaluation.operators: {RANDOM} needs an operator beside it, such as {REPORTED[0]}.")
 
 
 def _check_lengths(check: Check, source: Architecture) -> None:

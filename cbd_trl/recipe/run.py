@@ -21,7 +21,7 @@ from cbd_trl.recipe.data import load_data
 from cbd_trl.recipe.schema import Recipe, RecipeError
 from cbd_trl.report.measure import add_bits_per_byte
 from cbd_trl.report.page import save_measurements
-from cbd_trl.report.sweep import OPERATORS, RANDOM, SweepTarget, fingerprint, sweep
+from cbd_trl.report.sweep import RANDOM, REPORTED, SweepTarget, fingerprint, sweep
 from cbd_trl.targets.many import describe_targets
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
@@ -37,7 +37,7 @@ def evaluate_chain(
     blocks: TokenBlocks,
     sizes: Sequence[Mapping[str, Any] | float],
     device: Any,
-    operators: Sequence[str] = OPERATORS[:1],
+    operators: Sequence[str] = REPORTED[:1],
     seed: int = 0,
 ) -> dict[str, list[dict[str, Any]]]:
     """Measure each anchor, and targets of each size; what an earlier run measured is kept.

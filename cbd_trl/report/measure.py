@@ -15,16 +15,16 @@ from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.chain import Chain
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.reduction import scored_targets
-from cbd_trl.report.sweep import OPERATORS, RANDOM, SweepTarget, fingerprint, sweep
+from cbd_trl.report.sweep import RANDOM, REPORTED, SweepTarget, fingerprint, sweep
 from cbd_trl.report.tasks import task_probes
-from cbd_trl.targets import operators
+from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS
 from cbd_trl.targets.request import ANCHOR, Request, find_target
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from cbd_trl.utils.datasets import load_rows, sft_dataset
 from cbd_trl.utils.files import Results
 from cbd_trl.utils.formatting import did_you_mean, format_count
 
-CONTROLS = (*OPERATORS, RANDOM)
+CONTROLS = (*REPORTED, RANDOM)
 # Sizes between two neighboring anchors, where none are requested.
 _SIZES_OF_A_PAIR = 3
 _BLOCK_LENGTH = 256
@@ -65,7 +65,7 @@ class ReportOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = (*operators.OPERATORS, RANDOM)
+        known = (*OPERATORS, RANDOM)
         for name in self.operators:
             if name not in known:
                 raise ValueError(
@@ -74,7 +74,7 @@ class ReportOptions:
         if not self.operators or self.operators[0] == RANDOM:
             raise ValueError(
                 f"operators={list(self.operators)}: the first one decides the shape of a size, which random models "
-                "only copy. Begin with nested."
+                f"only copy. Begin with {DEFAULT_OPERATOR}."
             )
         for name, least in (("blocks", 1), ("block_length", 2), ("batch_size", 1), ("limit", 1)):
             value = getattr(self, name)
@@ -273,7 +273,7 @@ def _on_device(model: Any) -> PreTrainedModel:
 
 
 def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:
-    """Read held-out text as a data set and check every row.
+    """Read held-out text as a dataset and check every row.
 
     Args:
         rows: of any SFT format.

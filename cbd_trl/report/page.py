@@ -28,21 +28,13 @@ from cbd_trl.report.plots import (
     task_chart,
 )
 from cbd_trl.report.sweep import RANDOM
+from cbd_trl.targets.operators import OPERATORS
 from cbd_trl.utils.files import write_text
 from cbd_trl.utils.formatting import format_count
 
 logger = logging.get_logger(__name__)
 
 _LIBRARIES = ("torch", "transformers", "trl")
-_OPERATORS = {
-    "nested": "The default: blocks of the upper anchor for depth; its least-squares cut, mixed with the lower anchor, "
-    "for width.",
-    "patch": "Blocks of the upper anchor, nothing mixed.",
-    "slice": "Control: the upper anchor alone, cut.",
-    "expand": "Control: the lower anchor alone, grown without changing its function.",
-    "linear": "Control: the formula of the paper (arXiv 2605.07783), an average of both anchors.",
-    RANDOM: "Control: the same shape with fresh weights.",
-}
 # The page may style itself and nothing else: no browser fetches or runs anything for it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -210,7 +202,9 @@ def _table(header: Sequence[str], rows: Sequence[Any]) -> str:
 
 def _how(report: Mapping[str, Any]) -> str:
     used = dict.fromkeys(name for chain in report["chains"] for target in chain["targets"] for name in target["loss"])
-    facts = {name: _OPERATORS[name] for name in used}
+    summaries = {name: operator.summary for name, operator in OPERATORS.items()}
+    summaries[RANDOM] = "Control: the same shape with fresh weights."
+    facts = {name: summaries[name] for name in used}
     facts["held-out loss"] = (
         "Mean cross-entropy of the next token, in nats, over the same blocks for every model. A block begins as the "
         "tokenizer begins a text; that token, or else the first one of the block, is only read."

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,30 +20,26 @@ from matplotlib.text import Annotation
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.report.findings import UNITS, curve, format_loss
 from cbd_trl.report.sweep import RANDOM
+from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS
 from cbd_trl.utils.formatting import format_count
 
 # The colors of Okabe and Ito, which people with any kind of color vision can tell apart; marker and dash do so in
-# print as well.
-_STYLES: dict[str, dict[str, Any]] = {
-    "nested": {"color": "#0072b2", "marker": "o", "linestyle": "-", "linewidth": 3.0, "markersize": 7, "zorder": 5},
-    "patch": {"color": "#e69f00", "marker": "P", "linestyle": (0, (1, 1)), "linewidth": 1.6, "markersize": 6},
-    "slice": {"color": "#009e73", "marker": "s", "linestyle": "--", "linewidth": 1.6, "markersize": 5},
-    "expand": {"color": "#cc79a7", "marker": "^", "linestyle": "-.", "linewidth": 1.6, "markersize": 6},
-    "linear": {"color": "#d55e00", "marker": "v", "linestyle": ":", "linewidth": 1.9, "markersize": 6},
-    RANDOM: {"color": "#666666", "marker": "x", "linestyle": "none", "markersize": 6},
-}
-_OTHER = {"color": "#56b4e9", "marker": "D", "linestyle": "-", "linewidth": 1.4, "markersize": 5}
-_LABELS = {
-    "nested": "nested (default)",
-    "slice": "slice: upper anchor alone",
-    "expand": "expand: lower anchor alone",
-    "linear": "linear: the paper's formula",
-    RANDOM: "random: untrained",
-}
+# print as well. Operators take them in the order of `OPERATORS`.
+_PALETTE: list[dict[str, Any]] = [
+    {"color": "#0072b2", "marker": "o", "linestyle": "-", "linewidth": 3.0, "markersize": 7, "zorder": 5},
+    {"color": "#e69f00", "marker": "P", "linestyle": (0, (1, 1)), "linewidth": 1.6, "markersize": 6},
+    {"color": "#d55e00", "marker": "v", "linestyle": ":", "linewidth": 1.9, "markersize": 6},
+    {"color": "#009e73", "marker": "s", "linestyle": "--", "linewidth": 1.6, "markersize": 5},
+    {"color": "#cc79a7", "marker": "^", "linestyle": "-.", "linewidth": 1.6, "markersize": 6},
+    {"color": "#56b4e9", "marker": "D", "linestyle": "-", "linewidth": 1.4, "markersize": 5},
+]
+_RANDOM_STYLE = {"color": "#666666", "marker": "x", "linestyle": "none", "markersize": 6}
+_STYLES = {**dict(zip(OPERATORS, cycle(_PALETTE), strict=False)), RANDOM: _RANDOM_STYLE}
+_LABELS = {**{name: operator.label for name, operator in OPERATORS.items()}, RANDOM: "random: untrained"}
 _INK, _SOFT, _GRID = "#16191d", "#5a6572", "#e9edf1"
 # In the page, colors follow its light or dark style through these variables of page.css.
-_VARIABLES = {str(style["color"]): f"var(--{name})" for name, style in _STYLES.items()}
-_VARIABLES |= {_INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--grid)"}
+_VARIABLES = {style["color"]: f"var(--series-{number})" for number, style in enumerate(_PALETTE, 1)}
+_VARIABLES |= {_RANDOM_STYLE["color"]: "var(--random)", _INK: "var(--ink)", _SOFT: "var(--soft)", _GRID: "var(--grid)"}
 _RC: Any = {
     # Without a date and with fixed ids, the same input gives the same bytes; text stays text.
     "svg.hashsalt": "cbd_trl",
@@ -58,7 +54,7 @@ _RC: Any = {
     "xtick.color": _SOFT,
     "ytick.color": _SOFT,
 }
-# The axis reaches up to this many times the span that the anchors and nested need.
+# The axis reaches up to this many times the span that the anchors and the default operator need.
 _HEADROOM = 1.2
 # Width and height of the page's charts in its pixels, and columns of their legends: over the whole page, in one of two
 # columns, on a phone.
@@ -80,8 +76,8 @@ def plot_sweep(
 ) -> list[Path]:
     """Draw a sweep: the anchors joined by straight lines, and one line per operator between each pair of anchors.
 
-    Losses far above those of the anchors and of nested stand as numbers in a strip above the axis, so that they do not
-    squash the range where the operators differ.
+    Losses far above those of the anchors and of the default operator stand as numbers in a strip above the axis, so
+    that they do not squash the range where the operators differ.
 
     Args:
         report: what `sweep` returned.
@@ -202,7 +198,7 @@ def comparison_chart(reports: Sequence[Report], key: str) -> str:
     def draw(axes: Axes) -> Hovers:
         hovers: Hovers = {}
         for number, (report, points) in enumerate(zip(reports, curves, strict=True)):
-            style = dict(_STYLES["linear" if number else "nested"], linewidth=2.4, marker="none")
+            style = dict(_PALETTE[2 if number else 0], linewidth=2.4, marker="none")
             style["linestyle"] = "--" if number else "-"
             axes.plot([x for x, _, _ in points], [y for _, y, _ in points], **style)
             for index, (x, y, anchor) in enumerate(points):
@@ -222,8 +218,8 @@ def comparison_chart(reports: Sequence[Report], key: str) -> str:
 def loss_axis(reports: Sequence[Report]) -> tuple[float, float]:
     """Return the ends of one loss axis for several chains, nats per token.
 
-    The axis reaches as far up as the anchors and nested need, and a little further; below the lowest anchor there is
-    room for its label.
+    The axis reaches as far up as the anchors and the default operator need, and a little further; below the lowest
+    anchor there is room for its label.
 
     Args:
         reports: of `sweep`, in the same tokens, each with an anchor.
@@ -346,8 +342,8 @@ def _draw_values(
             line = [(target["num_parameters"], value(target[key][name])) for target in between]
             if not line:
                 continue
-            if name == "nested":
-                # At an anchor's own shape nested is that anchor, so its line runs from one to the other.
+            if name == DEFAULT_OPERATOR:
+                # At an anchor's own shape it is that anchor, so its line runs from one to the other.
                 start, end = ((anchor["num_parameters"], value(anchor[key])) for anchor in (lower, upper))
                 line = [start, *line, end]
             axes.plot(*zip(*line, strict=True), **{**style, "marker": "none"})
@@ -503,7 +499,8 @@ def _inline(svg: str, title: str, prefix: str, hovers: Hovers) -> str:
 
 
 def _style(name: str) -> dict[str, Any]:
-    return _STYLES.get(name, _OTHER)
+    # A stored report may hold an operator that is gone.
+    return _STYLES.get(name, _PALETTE[-1])
 
 
 def _operators(report: Report) -> list[str]:
@@ -528,7 +525,7 @@ def _loss_range(report: Report) -> tuple[float, float]:
         for name in _operators(report)
     }
     shown = [anchor["loss"] for anchor in report["anchors"]]
-    shown += [loss for loss in losses.get("nested", []) if math.isfinite(loss)]
+    shown += [loss for loss in losses.get(DEFAULT_OPERATOR, []) if math.isfinite(loss)]
     lowest, highest = min(shown), max(shown)
     allowed = lowest + (1 + _HEADROOM) * max(highest - lowest, 0.2)
     everything = [loss for values in losses.values() for loss in values if loss <= allowed]

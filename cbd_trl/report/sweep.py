@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.targets.from_chain import from_chain
+from cbd_trl.targets.operators import OPERATORS
 from cbd_trl.utils.files import Results
 from cbd_trl.utils.formatting import format_count
 
-OPERATORS = ("nested", "linear", "slice", "expand")
+# Operators that a report measures unless others are requested, the default of `from_chain` first.
+REPORTED = tuple(name for name, operator in OPERATORS.items() if operator.reported)
 RANDOM = "random"
 
 Evaluate = Callable[[PreTrainedModel], float]
@@ -132,7 +134,7 @@ def random_model(like: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def sweep(
     chain: Any,
     targets: Sequence[SweepTarget],
-    operators: Sequence[str] = OPERATORS,
+    operators: Sequence[str] = REPORTED,
     evaluate: Evaluate | None = None,
     *,
     results: Results | Path | str | None = None,

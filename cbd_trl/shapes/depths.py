@@ -1,4 +1,4 @@
-"""Depths between two anchors: which there are, and which blocks of the upper anchor give one.
+"""Find the depths between two anchors, and the blocks of the upper anchor that give one.
 
 Where an engine takes a layer's kind from its position (`Architecture.fits`), the depths and blocks on offer are those
 that leave every layer where it belongs.
@@ -79,7 +79,7 @@ def blocks_for_depth(
 
 
 class _Stacks:
-    """All ways to go through the blocks, keeping the lower layer of each or taking its upper layers.
+    """The ways through the blocks, keeping the lower layer of each or taking its upper layers.
 
     Args:
         blocks, kept, fits: as in `reachable_depths`.
@@ -95,18 +95,18 @@ class _Stacks:
             self.depths.append({start + more for start in before for more in self._lengths(i, start)})
 
     def may_swap(self, i: int, start: int) -> bool:
-        """Whether the upper layers of block i may stand at positions from `start` on."""
+        """Check whether the upper layers of block i may stand at positions from `start` on."""
         return all(self._fits(layer, start + n) for n, layer in enumerate(self._blocks[i]))
 
     def _lengths(self, i: int, start: int) -> Iterator[int]:
-        """How many layers block i can give from position `start` on: that of the lower anchor first."""
+        """Yield how many layers block i can give from position `start` on: that of the lower anchor first."""
         if self._fits(self._kept[i], start):
             yield 1
         if len(self._blocks[i]) > 1 and self.may_swap(i, start):
             yield len(self._blocks[i])
 
     def costliest(self, depth: int, costs: Sequence[float]) -> set[int]:
-        """Of all sets of blocks that give the depth the one with the greatest sum of costs."""
+        """Find the set of blocks with the greatest sum of costs, of those that give the depth."""
         best: dict[int, tuple[float, set[int]]] = {0: (0.0, set())}
         for i in range(len(self._blocks)):
             found: dict[int, tuple[float, set[int]]] = {}

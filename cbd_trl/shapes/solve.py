@@ -1,16 +1,16 @@
-"""From a number of parameters to the config fields of a shape. Nothing here touches a weight."""
+"""Solve for the config fields of a shape with a number of parameters. Nothing here reads a weight."""
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import axis_length, parse_axes
+from cbd_trl.shapes.cut import cut_architecture, needs_width_multiple_of_heads, width_follows_heads
 from cbd_trl.shapes.depths import Blocks, reachable_depths
-from cbd_trl.shapes.smaller import needs_width_multiple_of_heads, target_architecture, width_follows_heads
 from cbd_trl.surgery.blocks import Fits, anywhere, check_blocks, fitting_layers, spaced_layers
 
 # Widths and FFN widths that kernels like; 64 candidates each are enough to hit any size with the FFN as the fine dial.
@@ -20,8 +20,9 @@ _MOST_WIDTHS = 64
 _STRAIN_OF_SIZE = 20.0
 # A width off the multiple must bring the shape this much nearer to the line to be preferred.
 _ODD_WIDTH_STRAIN = 0.05
-# Operators that replace whole blocks; the others can keep any number of layers.
-_BLOCK_OPERATORS = ("nested", "patch")
+# Which depths there are: those of whole blocks, those that evenly spaced layers of the upper anchor leave in its
+# pattern of layers, those to which the lower one can grow in its pattern, or every depth between.
+DepthRule = Literal["blocks", "cut", "grown", "any"]
 # An anchor further than this from the requested size is not returned (only at the small end of what can be cut).
 _ANCHOR_TOLERANCE = 0.25
 
@@ -66,7 +67,7 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
         smallest = min((option.num_parameters for option in options), default=total)
         raise ValueError(
             f"No anchor of about {wanted:,.0f} parameters can be cut from one of {total:,} ({upper.shape}): the "
-            f"smallest has {smallest:,}{f', the nearest {best.num_parameters:,}' if best else ''}. Ask for one of "
+            f"smallest has {smallest:,}{f', the nearest {best.num_parameters:,}' if best else ''}. Choose one of "
             "these, or give the anchor's config fields."
         )
     return _fields(upper, best)
@@ -79,7 +80,7 @@ def solve_target(
     num_parameters: float | None = None,
     config: Mapping[str, Any] | None = None,
     tolerance: float = 0.03,
-    operator: str = "nested",
+    depth_rule: DepthRule = "blocks",
     kept: Sequence[int] | None = None,
 ) -> dict[str, int]:
     """Solve for the shape of a target between two anchors: the fields given exactly, the others near the line.
@@ -90,9 +91,9 @@ def solve_target(
         num_parameters: size wanted; None: the fields that `config` leaves out go where those it gives are on the line.
         config: config fields to fix.
         tolerance: largest |size - num_parameters| / num_parameters.
-        operator: `nested` and `patch` reach the depths that whole blocks give, the others every depth between. Where
-            engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere are made
-            only if `config` has them.
+        depth_rule: "blocks" for the depths that whole blocks give, "cut", "grown" or "any" for every depth between.
+            Where engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere
+            are made only if `config` has them, but for "any", which leaves the pattern to the caller.
         kept: for each lower layer the upper layer it was cut from; None: the last of its block.
 
     Returns:
@@ -113,7 +114,7 @@ def solve_target(
     _check_range(upper, lower, fields)
     if num_parameters is not None:
         _check_size_range(upper, lower, num_parameters, tolerance)
-    grid = _grid(upper, lower, block_map, kept, fields, operator)
+    grid = _grid(upper, lower, block_map, kept, fields, depth_rule)
     options = list(candidates(grid, num_parameters))
     if not options:
         raise ValueError(_impossible(grid, fields))
@@ -128,13 +129,13 @@ def solve_target(
 def list_sizes(
     upper: Architecture, lower: Architecture, block_map: Blocks, kept: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """List what `nested` can make between two anchors.
+    """List the shapes between two anchors, of the depths that whole blocks give.
 
     Returns:
         `num_parameters`: [smallest, largest]; `shape`: for every config field the values on offer, ascending.
     """
     _check_pair(upper, lower)
-    grid = _grid(upper, lower, block_map, kept, {}, "nested")
+    grid = _grid(upper, lower, block_map, kept, {}, "blocks")
     low, high = lower.sizes, upper.sizes
     values = {
         "layer": list(grid.depths),
@@ -214,12 +215,12 @@ class Grid:
     fixed: Mapping[str, int]
 
     def fraction(self, dim: str, value: float) -> float | None:
-        """How far along from the small to the large corner, None where they agree."""
+        """Compute how far along a value is from the small to the large corner; None where they agree."""
         low, high = (self.low_depth, self.upper.depth) if dim == "layer" else (self.low[dim], self.upper.sizes[dim])
         return None if high == low else (value - low) / (high - low)
 
     def multiple(self, dim: str) -> int:
-        """Step of this dimension's values: 8 where both corners are multiples of it, else what they share with 8."""
+        """Compute the step of this dimension's values: the greatest divisor that both corners share with 8."""
         return math.gcd(_MULTIPLE, self.low[dim], self.upper.sizes[dim])
 
 
@@ -229,32 +230,31 @@ def _grid(
     block_map: Blocks,
     kept: Sequence[int] | None,
     fields: Mapping[str, int],
-    operator: str,
+    depth_rule: DepthRule,
 ) -> Grid:
     check_blocks(block_map, lower.depth, upper.depth)
     fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
     # A depth that is requested by name may leave the pattern that engines have built in.
     fits = anywhere if "layer" in fixed else upper.fits
     depths: Iterable[int] = range(lower.depth, upper.depth + 1)
-    if operator in _BLOCK_OPERATORS:
+    if depth_rule == "blocks":
         depths = reachable_depths(upper.depth, block_map, kept, fits)
-    elif operator == "slice":
+    elif depth_rule == "cut":
         depths = [depth for depth in depths if _keeps_pattern(depth, upper.depth, fits)]
-    elif operator == "expand" and "layer" not in fixed:
+    elif depth_rule == "grown" and "layer" not in fixed:
         depths = [depth for depth in depths if _keeps_pattern(lower.depth, depth, lambda i, j: lower.fits(j, i))]
     if "layer" in fixed:
         if fixed["layer"] not in depths:
             raise ValueError(
-                f"{upper.family.depth_field}={fixed['layer']} cannot be made by operator={operator!r}, which replaces "
-                f"whole blocks. Depths it can make: {', '.join(str(depth) for depth in depths)}. Choose one of these, "
-                "or operator='slice' or 'expand'."
+                f"{upper.family.depth_field}={fixed['layer']} cannot be made of whole blocks, which give the depths "
+                f"{', '.join(str(depth) for depth in depths)}. Choose one of these, or operator='slice' or 'expand'."
             )
         depths = [fixed["layer"]]
     return Grid(upper, lower.sizes, lower.depth, list(depths), fixed)
 
 
 def _keeps_pattern(kept: int, total: int, fits: Fits) -> bool:
-    """Whether so many of the layers can be chosen that each comes to stand where it belongs."""
+    """Check whether so many layers can be chosen that each comes to stand where it belongs."""
     return fitting_layers(spaced_layers(total, kept), total, fits) is not None
 
 
@@ -272,7 +272,7 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
                 wanted = _ffn_on_line(grid, depth, sizes)
             else:
                 wanted = ((num_parameters - outer) / depth - layer) / neuron
-            # Judged before rounding to an FFN width on offer, or neighboring stairs would take turns.
+            # Measured before rounding to an FFN width on offer, or neighboring stairs would take turns.
             dial = _ffn_in_range(grid, wanted)
             strain = _strain(grid, depth, {**sizes, "ffn": dial})
             if num_parameters is not None:
@@ -285,7 +285,7 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
 
 
 def _stairs(grid: Grid, widths: Sequence[int]) -> set[tuple[int, int]]:
-    """The staircase: pairs of depth and width of which one is the nearest on offer to the other's fraction of the
+    """List the stairs: pairs of depth and width of which one is the nearest on offer to the other's fraction of the
     way, and a corner wherever both would change at once. Without a fine dial every pair is on it."""
     if len(grid.depths) == 1 or len(widths) <= 1 or "ffn" in grid.fixed or grid.fraction("ffn", 0) is None:
         return {(depth, width) for depth in grid.depths for width in widths}
@@ -300,7 +300,7 @@ def _stairs(grid: Grid, widths: Sequence[int]) -> set[tuple[int, int]]:
 
 
 def widths(grid: Grid) -> list[int]:
-    """Widths on offer, ascending."""
+    """List the widths on offer, ascending."""
     low, high = grid.low["width"], grid.upper.sizes["width"]
     if "width" in grid.fixed:
         return [grid.fixed["width"]]
@@ -321,7 +321,7 @@ def widths(grid: Grid) -> list[int]:
 
 
 def _widths_and_heads(grid: Grid) -> Iterator[dict[str, int]]:
-    """Sizes for every width with every choice of heads that goes with it; the FFN as in the upper corner."""
+    """Yield the sizes for every width with every choice of heads that goes with it; the FFN as in the upper corner."""
     divides = needs_width_multiple_of_heads(grid.upper)
     for width in widths(grid):
         for heads in heads_for_width(grid, width):
@@ -362,7 +362,7 @@ def heads_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
 
 
 def _ffn_on_line(grid: Grid, depth: int, sizes: Mapping[str, int]) -> float:
-    """The FFN width at the mean fraction of depth and width, or of the heads where nothing else varies."""
+    """Compute the FFN width at the mean fraction of depth and width, or of the heads where nothing else varies."""
     known = [grid.fraction("layer", depth), grid.fraction("width", sizes["width"])]
     if known == [None, None]:
         known = [grid.fraction("group", sizes["group"])]
@@ -372,14 +372,14 @@ def _ffn_on_line(grid: Grid, depth: int, sizes: Mapping[str, int]) -> float:
 
 
 def _ffn_in_range(grid: Grid, wanted: float) -> float:
-    """The FFN width nearest to the wanted one, before rounding."""
+    """Clip the FFN width to the range on offer, before rounding."""
     if "ffn" in grid.fixed:
         return grid.fixed["ffn"]
     return min(max(wanted, grid.low["ffn"]), grid.upper.sizes["ffn"])
 
 
 def _ffn_near(grid: Grid, wanted: float) -> Iterable[int]:
-    """The FFN widths just below and above the wanted one that are on offer."""
+    """List the FFN widths on offer just below and above the wanted one."""
     if "ffn" in grid.fixed:
         return [grid.fixed["ffn"]]
     step, low, high = grid.multiple("ffn"), grid.low["ffn"], grid.upper.sizes["ffn"]
@@ -408,13 +408,13 @@ def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
 
 
 def _is_positive(value: object) -> bool:
-    """Whether a value is a positive number; True is not."""
+    """Check whether a value is a positive number; True is not."""
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
 def _nearest(options: Sequence[Candidate], wanted: float, tolerance: float) -> Candidate:
-    """Within the tolerance the one of least strain, on the staircase along the line if any is; else the nearest
-    size."""
+    """Choose the shape of least strain within the tolerance, on the staircase along the line if any is; else that of
+    the nearest size."""
 
     def error(option: Candidate) -> float:
         return abs(option.num_parameters - wanted) / wanted
@@ -472,7 +472,7 @@ def _impossible(grid: Grid, fields: Mapping[str, int]) -> str:
     values = {**on_line, "heads": on_line["group"] * on_line["query"]} if on_line else {}
     heads = {field: values[dim] for field, dim in upper.family.shape_fields.items() if dim in values}
     try:
-        target_architecture(upper, {**heads, **fields})
+        cut_architecture(upper, {**heads, **fields})
     except ValueError as error:
         return str(error)
     return (
@@ -498,6 +498,6 @@ def _too_far(
         )
     return (
         f"No reachable size{given} is within tolerance={tolerance:g} of num_parameters={wanted:,.0f}. Nearest: "
-        f"{' and '.join(sides)}. Ask for one of these{',' if fields else ' or'} raise "
+        f"{' and '.join(sides)}. Choose one of these{',' if fields else ' or'} raise "
         f"tolerance{', or leave fields of config free' if fields else ''}.{others}"
     )

@@ -1,4 +1,4 @@
-"""Matching the coordinates of two models that were trained apart, by what they do on the same text.
+"""Match the coordinates of two models that were trained apart, by their activations on the same text.
 
 Shapes: L layers of the upper model, with D channels, F neurons and G key/value groups of Q query heads in a layer; l,
 d, f, g and q of the lower one.
@@ -18,80 +18,9 @@ from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
 
 
-def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) -> list[tuple[Site, Site]]:
-    """The sites of two models of one family that stand for each other, (upper, lower).
-
-    Args:
-        upper, lower: what the models' tensors mean.
-        kept: for each lower layer the upper layer beside it.
-    """
-    above = {site.name: site for site in upper.sites}
-    pairs = []
-    for site in lower.sites:
-        layer, name = lower.split_name(site.name)
-        pairs.append((above[site.name if layer is None else upper.layer_name(kept[layer], name)], site))
-    return pairs
-
-
-@torch.no_grad()
-def collect_cross_moments(
-    upper: nn.Module,
-    upper_architecture: Architecture,
-    lower: nn.Module,
-    lower_architecture: Architecture,
-    kept: Sequence[int],
-    batches: Iterable[Mapping[str, torch.Tensor]],
-) -> dict[str, torch.Tensor]:
-    """Run the same text through two models and average the products of what they read at paired sites.
-
-    One pass; in memory are the moments (float32, upper x lower width for every site) and the upper streams of one
-    batch.
-
-    Args:
-        upper, lower: causal LMs in eval mode, on any device.
-        upper_architecture, lower_architecture: what their tensors mean.
-        kept: for each lower layer the upper layer beside it.
-        batches: `input_ids` (B, T) without padding.
-
-    Returns:
-        {lower site: E[x y^T], (D, d)}, x and y the upper and the lower model's stream there: normalized before gain
-        and bias at a norm, the raw input elsewhere.
-
-    Raises:
-        ValueError: there are no batches.
-    """
-    pairs = paired_sites(upper_architecture, lower_architecture, kept)
-    partner = {below.name: above.name for above, below in pairs}
-    seen: dict[str, torch.Tensor] = {}
-    sums: dict[str, torch.Tensor] = {}
-    tokens = 0
-
-    def keep(name: str, stream: torch.Tensor) -> None:
-        seen[name] = stream.float()
-
-    def multiply(name: str, stream: torch.Tensor) -> None:
-        rows = stream.float()
-        product = seen[partner[name]].to(rows.device).T @ rows
-        sums[name] = sums[name].add_(product) if name in sums else product
-
-    above_sites = {above.name: above for above, _ in pairs}.values()
-    with (
-        watched(upper, upper_architecture, above_sites, keep),
-        watched(lower, lower_architecture, lower_architecture.sites, multiply),
-    ):
-        for batch in batches:
-            for model in (upper, lower):
-                device = next(model.parameters()).device
-                model(input_ids=batch["input_ids"].to(device), use_cache=False, logits_to_keep=1)
-            tokens += batch["input_ids"].numel()
-    if tokens == 0:
-        raise ValueError("There is no text to match the two models on. Give a dataset with text in it.")
-    return {name: (total / tokens).cpu() for name, total in sums.items()}
-
-
 @dataclass(frozen=True)
 class MeasuredModel:
-    """One of the two models: its weights, what they mean, and its moments on the common text."""
+    """One of the two models: its weights, its architecture, and its moments on the common text."""
 
     weights: Weights
     architecture: Architecture
@@ -130,6 +59,62 @@ class Match:
     group: torch.Tensor
     query: torch.Tensor
     quality: dict[str, Quality]
+
+
+@torch.no_grad()
+def collect_cross_moments(
+    upper: nn.Module,
+    upper_architecture: Architecture,
+    lower: nn.Module,
+    lower_architecture: Architecture,
+    kept: Sequence[int],
+    batches: Iterable[Mapping[str, torch.Tensor]],
+) -> dict[str, torch.Tensor]:
+    """Run the same text through two models and average the products of what they read at paired sites.
+
+    One pass; in memory are the moments (float32, upper x lower width for every site) and the upper streams of one
+    batch.
+
+    Args:
+        upper, lower: causal LMs in eval mode, on any device.
+        upper_architecture, lower_architecture: of the two models.
+        kept: for each lower layer the upper layer beside it.
+        batches: `input_ids` (B, T) without padding.
+
+    Returns:
+        {lower site: E[x y^T], (D, d)}, x and y the upper and the lower model's stream there: normalized before gain
+        and bias at a norm, the raw input elsewhere.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    pairs = paired_sites(upper_architecture, lower_architecture, kept)
+    partner = {below.name: above.name for above, below in pairs}
+    seen: dict[str, torch.Tensor] = {}
+    sums: dict[str, torch.Tensor] = {}
+    tokens = 0
+
+    def keep(name: str, stream: torch.Tensor) -> None:
+        seen[name] = stream.float()
+
+    def multiply(name: str, stream: torch.Tensor) -> None:
+        rows = stream.float()
+        product = seen[partner[name]].to(rows.device).T @ rows
+        sums[name] = sums[name].add_(product) if name in sums else product
+
+    above_sites = {above.name: above for above, _ in pairs}.values()
+    with (
+        watched(upper, upper_architecture, above_sites, keep),
+        watched(lower, lower_architecture, lower_architecture.sites, multiply),
+    ):
+        for batch in batches:
+            for model in (upper, lower):
+                device = next(model.parameters()).device
+                model(input_ids=batch["input_ids"].to(device), use_cache=False, logits_to_keep=1)
+            tokens += batch["input_ids"].numel()
+    if tokens == 0:
+        raise ValueError("There is no text to match the two models on. Give a dataset with text in it.")
+    return {name: (total / tokens).cpu() for name, total in sums.items()}
 
 
 def match_models(
@@ -175,22 +160,8 @@ def match_models(
     return Match(width, signs, **{kind: torch.stack(each) for kind, each in found.items()}, quality=mean)
 
 
-def assignment(scores: torch.Tensor) -> torch.Tensor:
-    """For each column a row, no row twice, so that the sum of scores is largest.
-
-    Args:
-        scores: (R, C), C <= R.
-
-    Returns:
-        (C,) int64.
-    """
-    columns, rows = linear_sum_assignment(scores.T.numpy(), maximize=True)
-    assert len(columns) == scores.shape[1]
-    return torch.from_numpy(rows)
-
-
 def order_above(match: Match, lower: Order, upper: Architecture, scores: Importance, kept: Sequence[int]) -> Order:
-    """New coordinates of the upper model with which the lower one lies on a prefix of them.
+    """Reorder the upper model so that the lower one lies on a prefix of its coordinates.
 
     Matched coordinates come first, in the lower model's order; the others follow by importance, as do all neurons and
     groups of the layers that no lower layer stands beside.
@@ -198,7 +169,7 @@ def order_above(match: Match, lower: Order, upper: Architecture, scores: Importa
     Args:
         match: of the two models in their present coordinates.
         lower: the lower model's new coordinates.
-        upper: what the upper model's tensors mean.
+        upper: architecture of the upper model.
         scores: the upper model's importance in its present coordinates.
         kept: for each lower layer the upper layer beside it.
     """
@@ -217,25 +188,43 @@ def order_above(match: Match, lower: Order, upper: Architecture, scores: Importa
     return Order(width, ffn, group, query, signs)
 
 
-def _then_rest(first: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """All positions of `scores`: those in `first`, then the others by score."""
-    rest = scores.argsort(descending=True, stable=True)
-    return torch.cat([first, rest[~torch.isin(rest, first)]])
+def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) -> list[tuple[Site, Site]]:
+    """Pair the sites of two models of one family that stand for each other, (upper, lower).
+
+    Args:
+        upper, lower: architectures of the two models.
+        kept: for each lower layer the upper layer beside it.
+    """
+    above = {site.name: site for site in upper.sites}
+    pairs = []
+    for site in lower.sites:
+        layer, name = lower.split_name(site.name)
+        pairs.append((above[site.name if layer is None else upper.layer_name(kept[layer], name)], site))
+    return pairs
 
 
-def _correlation(cross: torch.Tensor, upper: Statistics, lower: Statistics, above: str, below: str) -> torch.Tensor:
-    """(D, d) float64; 0 for what never varies."""
-    covariance = cross.double() - torch.outer(upper.mean(above), lower.mean(below))
-    return _normed(covariance, _variance(upper, above), _variance(lower, below))
+def assignment(scores: torch.Tensor) -> torch.Tensor:
+    """Assign a row to each column, no row twice, so that the sum of scores is largest.
+
+    Args:
+        scores: (R, C), C <= R.
+
+    Returns:
+        (C,) int64.
+    """
+    columns, rows = linear_sum_assignment(scores.T.numpy(), maximize=True)
+    assert len(columns) == scores.shape[1]
+    return torch.from_numpy(rows)
 
 
-def _variance(statistics: Statistics, site: str) -> torch.Tensor:
-    return statistics.variances(site) - statistics.mean(site) ** 2
-
-
-def _normed(covariance: torch.Tensor, *variances: torch.Tensor) -> torch.Tensor:
-    scale = torch.outer(*(variance.clamp(min=0).sqrt() for variance in variances))
-    return torch.where(scale > 0, covariance / scale, 0.0)
+def _match_groups(heads: torch.Tensor, upper: Architecture, lower: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
+    """Match groups (g,) by the sum over their best match of query heads, and return those matches (g, q), too."""
+    above, below = ((one.sizes["group"], one.sizes["query"]) for one in (upper, lower))
+    pairs = heads.view(*above, *below).transpose(1, 2)
+    query = torch.stack([torch.stack([assignment(scores) for scores in row]) for row in pairs])
+    total = pairs.gather(2, query[:, :, None]).sum((2, 3))
+    group = assignment(total)
+    return group, query[group, torch.arange(len(group))]
 
 
 def _head_correlation(
@@ -247,7 +236,7 @@ def _head_correlation(
     width: torch.Tensor,
     signs: torch.Tensor,
 ) -> torch.Tensor:
-    """Correlation of what every pair of heads writes into the matched channels: (G Q, g q) float64."""
+    """Compute the correlation of what every pair of heads writes into the matched channels: (G Q, g q) float64."""
     written = _output_matrix(upper, above)[width] * signs[:, None], _output_matrix(lower, below)
     dim = upper.architecture.sizes["dim"]
     means = upper.statistics.mean(above.name), lower.statistics.mean(below.name)
@@ -255,32 +244,43 @@ def _head_correlation(
     weights = [matrix.view(len(width), -1, dim) for matrix in written]
     inner = torch.einsum("wad,wbe,abde->ab", *weights, covariance)
     variances = []
-    for side, site, mean, weight in zip((upper, lower), (above, below), means, weights, strict=True):
-        own = _blocks(side.statistics.second(site.name) - torch.outer(mean, mean), dim)
+    for model, site, mean, weight in zip((upper, lower), (above, below), means, weights, strict=True):
+        own = _blocks(model.statistics.second(site.name) - torch.outer(mean, mean), dim)
         each = torch.arange(len(own))
         variances.append(torch.einsum("wad,wae,ade->a", weight, weight, own[each, each]))
     return _normed(inner, *variances)
 
 
-def _output_matrix(side: MeasuredModel, site: Site) -> torch.Tensor:
-    """The weight of an output projection, (width, inputs) float64."""
-    key, _ = reader_keys(site.readers[0], side.weights, side.architecture)
-    return input_matrix(side.weights[key], side.architecture.tensors[key], site.axis).double()
+def _output_matrix(model: MeasuredModel, site: Site) -> torch.Tensor:
+    """Read the weight of an output projection, (width, inputs) float64."""
+    key, _ = reader_keys(site.readers[0], model.weights, model.architecture)
+    return input_matrix(model.weights[key], model.architecture.tensors[key], site.axis).double()
 
 
 def _blocks(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-    """(heads x dim, heads x dim) -> (heads, heads, dim, dim)."""
+    """Split a matrix by heads: (heads x dim, heads x dim) -> (heads, heads, dim, dim)."""
     return matrix.view(matrix.shape[0] // dim, dim, matrix.shape[1] // dim, dim).transpose(1, 2)
 
 
-def _match_groups(heads: torch.Tensor, upper: Architecture, lower: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
-    """Groups (g,) by the sum over their best match of query heads, and those matches (g, q)."""
-    above, below = ((one.sizes["group"], one.sizes["query"]) for one in (upper, lower))
-    pairs = heads.view(*above, *below).transpose(1, 2)
-    query = torch.stack([torch.stack([assignment(scores) for scores in row]) for row in pairs])
-    total = pairs.gather(2, query[:, :, None]).sum((2, 3))
-    group = assignment(total)
-    return group, query[group, torch.arange(len(group))]
+def _correlation(cross: torch.Tensor, upper: Statistics, lower: Statistics, above: str, below: str) -> torch.Tensor:
+    """Compute the correlation of two models' coordinates at a site, (D, d) float64; 0 for what never varies."""
+    covariance = cross.double() - torch.outer(upper.mean(above), lower.mean(below))
+    return _normed(covariance, _variance(upper, above), _variance(lower, below))
+
+
+def _normed(covariance: torch.Tensor, *variances: torch.Tensor) -> torch.Tensor:
+    scale = torch.outer(*(variance.clamp(min=0).sqrt() for variance in variances))
+    return torch.where(scale > 0, covariance / scale, 0.0)
+
+
+def _variance(statistics: Statistics, site: str) -> torch.Tensor:
+    return statistics.variances(site) - statistics.mean(site) ** 2
+
+
+def _then_rest(first: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """List all positions of `scores`: those in `first`, then the others by score."""
+    rest = scores.argsort(descending=True, stable=True)
+    return torch.cat([first, rest[~torch.isin(rest, first)]])
 
 
 def _picked(scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which layers a shallower model keeps, and which others each of them stands for: the cheapest blocks, by measure.
+"""Choose the layers that a shallower model keeps, and the blocks that they stand for, by measured cost.
 
 Of two neighbors the wrong one can cost many times as much: the layer that makes the attention sink has no stand-in,
 wherever an even spacing happens to put it.
@@ -30,7 +30,6 @@ _SAMPLE = 64
 _ERRORS = 2.0
 # Logits compared at a time: what fits a CPU's caches.
 _BLOCK_ELEMENTS = 2**19
-
 # First and last layer of a block -> what it costs to keep the one or the other of them.
 _Costs = dict[tuple[int, int], dict[int, float]]
 
@@ -56,7 +55,7 @@ def cheapest_blocks(
 
     Args:
         model: the model; the same after as before.
-        architecture: its.
+        architecture: of the model.
         depth: number of blocks, 1 to the model's own depth.
         batches: model inputs of text to refit on, without padding.
         held_out: model inputs of other text to measure on.
@@ -95,6 +94,58 @@ def cheapest_blocks(
                 bar.update(len(unknown))
 
 
+def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, int]]:
+    """List the blocks of more than one layer that `cheapest_blocks` may measure, each of them twice.
+
+    Args:
+        architecture: of the model; its blocks are as long as it takes for a split that keeps the pattern of its layers
+            (`Architecture.fits`), if there is one.
+        depth: number of blocks.
+    """
+    return [] if depth in (1, architecture.depth) else _rule_and_blocks(architecture, depth)[1]
+
+
+def _rule_and_blocks(architecture: Architecture, depth: int) -> tuple[tuple[Fits, Fits], list[tuple[int, int]]]:
+    """Find the first of the rules that leaves a split, and the blocks of more than one layer that it takes."""
+    total = architecture.depth
+    for rule in _rules(architecture):
+        for longest in range(ceil((total - 1) / (depth - 1)), total):
+            blocks = [(first, first + more) for more in range(1, longest) for first in range(total - 1 - more)]
+            costs: _Costs = {**_single(total), **{block: dict.fromkeys(block, 0.0) for block in blocks}}
+            if _shortest_path(costs, total, depth, *rule):
+                return rule, blocks
+    raise AssertionError("without a rule the shortest blocks split the layers")
+
+
+def _rules(architecture: Architecture) -> list[tuple[Fits, Fits]]:
+    """List the rules for which layer may be kept at a position, and begin a block there, the strictest first.
+
+    Where whole periods of a pattern stand for whole periods, targets between the two depths keep it, too.
+    """
+    return [(architecture.fits, architecture.starts_period), (architecture.fits, anywhere), (anywhere, anywhere)]
+
+
+def _single(total: int) -> _Costs:
+    """Make every layer a block of its own."""
+    return {(i, i): {i: 0.0} for i in range(total)}
+
+
+def _shortest_path(costs: _Costs, total: int, depth: int, fits: Fits, begins: Fits) -> list[Block]:
+    """Find the cheapest `depth` blocks that split `total` layers; empty where the rule leaves none."""
+    ways: dict[tuple[int, int], tuple[float, list[Block]]] = {(0, 0): (0.0, [])}
+    for (first, last), by_kept in sorted(costs.items()):
+        for number in range(depth):
+            allowed = [(cost, kept) for kept, cost in by_kept.items() if fits(kept, number)]
+            if (first, number) not in ways or not allowed or not begins(first, number):
+                continue
+            cost, kept = min(allowed)
+            sum_before, before = ways[first, number]
+            way = (sum_before + cost, [*before, Block(tuple(range(first, last + 1)), kept, cost)])
+            if (last + 1, number + 1) not in ways or way[0] < ways[last + 1, number + 1][0]:
+                ways[last + 1, number + 1] = way
+    return ways[total, depth][1] if (total, depth) in ways else []
+
+
 @dataclass
 class _Candidate:
     """One layer standing for a block.
@@ -114,60 +165,8 @@ class _Candidate:
     hidden_ND: torch.Tensor | None = None
 
 
-def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, int]]:
-    """First and last layer of every block of more than one that `cheapest_blocks` may measure: each of them twice.
-
-    Args:
-        architecture: of the model; its blocks are as long as it takes for a split that keeps the pattern of its layers
-            (`Architecture.fits`), if there is one.
-        depth: number of blocks.
-    """
-    return [] if depth in (1, architecture.depth) else _rule_and_blocks(architecture, depth)[1]
-
-
-def _rule_and_blocks(architecture: Architecture, depth: int) -> tuple[tuple[Fits, Fits], list[tuple[int, int]]]:
-    """The first of the rules that leaves a split, and the blocks of more than one layer that it takes."""
-    total = architecture.depth
-    for rule in _rules(architecture):
-        for longest in range(ceil((total - 1) / (depth - 1)), total):
-            blocks = [(first, first + more) for more in range(1, longest) for first in range(total - 1 - more)]
-            costs: _Costs = {**_single(total), **{block: dict.fromkeys(block, 0.0) for block in blocks}}
-            if _shortest_path(costs, total, depth, *rule):
-                return rule, blocks
-    raise AssertionError("without a rule the shortest blocks split the layers")
-
-
-def _rules(architecture: Architecture) -> list[tuple[Fits, Fits]]:
-    """Which layer may be kept at a position, and begin a block there; the first rule that leaves a split counts.
-
-    Where whole periods of a pattern stand for whole periods, targets between the two depths keep it, too.
-    """
-    return [(architecture.fits, architecture.starts_period), (architecture.fits, anywhere), (anywhere, anywhere)]
-
-
-def _single(total: int) -> _Costs:
-    """Every layer as a block of its own."""
-    return {(i, i): {i: 0.0} for i in range(total)}
-
-
-def _shortest_path(costs: _Costs, total: int, depth: int, fits: Fits, begins: Fits) -> list[Block]:
-    """The cheapest `depth` blocks that split `total` layers; empty where the rule leaves none."""
-    ways: dict[tuple[int, int], tuple[float, list[Block]]] = {(0, 0): (0.0, [])}
-    for (first, last), by_kept in sorted(costs.items()):
-        for number in range(depth):
-            allowed = [(cost, kept) for kept, cost in by_kept.items() if fits(kept, number)]
-            if (first, number) not in ways or not allowed or not begins(first, number):
-                continue
-            cost, kept = min(allowed)
-            sum_before, before = ways[first, number]
-            way = (sum_before + cost, [*before, Block(tuple(range(first, last + 1)), kept, cost)])
-            if (last + 1, number + 1) not in ways or way[0] < ways[last + 1, number + 1][0]:
-                ways[last + 1, number + 1] = way
-    return ways[total, depth][1] if (total, depth) in ways else []
-
-
 class _Measure:
-    """What it costs to let one layer stand for a block.
+    """Measures the cost of letting one layer stand for a block.
 
     Never holds the logits of more than a chunk of positions.
 
@@ -226,16 +225,16 @@ class _Measure:
             candidate.cost, candidate.whole = torch.cat(found).mean().item(), True
 
     def _reference(self, positions: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the unchanged model, (n, V)."""
+        """Compute log-probabilities of the unchanged model, (n, V)."""
         return self._head.logits(self._reference_ND[positions]).log_softmax(-1)
 
     def _last_hidden(self) -> torch.Tensor:
-        """(N, D), in the dtype that the head multiplies in."""
+        """Compute the last hidden states, (N, D), in the dtype that the head multiplies in."""
         return last_hidden(self._model, **self._held_out).flatten(0, 1).to(self._head.weight_VD.dtype)
 
     @contextmanager
     def _in_place_of(self, last: int, kept: int) -> Iterator[None]:
-        """Within it all layers up to the block's last one, but for the one kept, pass the stream on as it is."""
+        """Skip all layers up to the block's last one but for the one kept."""
         skipped = [layer for i, layer in enumerate(self._layers) if i <= last and i != kept]
         for layer in skipped:
             layer.forward = _pass_on  # of this object; the class's own comes back when it is deleted
@@ -247,7 +246,7 @@ class _Measure:
 
     @contextmanager
     def _starting_at(self, index: int, stream: torch.Tensor) -> Iterator[None]:
-        """Within it this layer reads the given stream, (B, T, D)."""
+        """Let this layer read the given stream, (B, T, D)."""
 
         def instead(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return (stream, *args[1:]), kwargs
@@ -259,19 +258,20 @@ class _Measure:
             handle.remove()
 
 
-def _product_dtype(head: Head) -> torch.dtype:
-    """bfloat16 where the CPU has instructions for it: 2.5 times as fast as float32, and a cost is off by 0.002."""
-    weight = head.weight_VD
-    fast = weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if fast and weight.dtype == torch.float32 else weight.dtype
-
-
 def _divergence(reference_nV: torch.Tensor, head: Head, hidden_nD: torch.Tensor) -> torch.Tensor:
-    """KL(reference || what the head makes of the hidden states), (n,), from log-probabilities (n, V)."""
+    """Compute KL(reference || what the head makes of the hidden states), (n,), from log-probabilities (n, V)."""
     rows = reference_nV.shape[0] if reference_nV.is_cuda else max(1, _BLOCK_ELEMENTS // head.rows)
     pairs = zip(reference_nV.split(rows), head.logits(hidden_nD).split(rows), strict=True)
     found = [kl_div(logits.log_softmax(-1), log, log_target=True, reduction="none").sum(-1) for log, logits in pairs]
     return torch.cat(found)
+
+
+def _product_dtype(head: Head) -> torch.dtype:
+    """Choose the dtype of products with the head."""
+    # bfloat16 where the CPU has instructions for it: 2.5 times as fast as float32, and a cost is off by 0.002.
+    weight = head.weight_VD
+    fast = weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast and weight.dtype == torch.float32 else weight.dtype
 
 
 def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -280,7 +280,7 @@ def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 
 @contextmanager
 def _unchanged(layer: nn.Module) -> Iterator[None]:
-    """After it the layer's parameters are what they were."""
+    """Restore the layer's parameters at the end."""
     before = [(parameter, parameter.detach().clone()) for parameter in layer.parameters()]
     try:
         yield

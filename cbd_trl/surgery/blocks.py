@@ -1,4 +1,4 @@
-"""Depth: which layers are kept, which block each stands for, and putting layers of two models into one stack."""
+"""Choose layers evenly and the block that each stands for, and put layers of two models into one stack."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Block:
 
 
 def block_costs(blocks: Sequence[Block]) -> list[float] | None:
-    """The cost of each, None where not all were measured."""
+    """List the cost of each block; None where not all were measured."""
     costs = [block.cost for block in blocks if block.cost is not None]
     return costs if len(costs) == len(blocks) else None
 
@@ -41,7 +41,7 @@ def anywhere(layer: int, position: int) -> bool:
 
 
 def spaced_layers(total: int, kept: int, fits: Fits = anywhere) -> list[int]:
-    """`kept` of `total` layers, evenly spaced; the first one and the last two stay.
+    """Choose `kept` of `total` layers, evenly spaced; the first one and the last two stay.
 
     Of two kept, these are the first and the last; of one, it is the last. Layers that may not stand where the even
     spacing has them give way to the nearest choice of layers that all may (`fitting_layers`), if there is one.
@@ -50,7 +50,7 @@ def spaced_layers(total: int, kept: int, fits: Fits = anywhere) -> list[int]:
         ValueError: `kept` is not between 1 and `total`.
     """
     if not 1 <= kept <= total:
-        raise ValueError(f"Cannot keep {kept} of {total} layers. Ask for 1 to {total}.")
+        raise ValueError(f"Cannot keep {kept} of {total} layers. Give 1 to {total}.")
     # The last layers of a decoder do not stand in for each other, so the even spacing ends one layer early.
     even = [round(i * (total - 2) / max(kept - 2, 1)) for i in range(kept - 1)] + [total - 1]
     if all(fits(layer, position) for position, layer in enumerate(even)):
@@ -59,7 +59,7 @@ def spaced_layers(total: int, kept: int, fits: Fits = anywhere) -> list[int]:
 
 
 def fitting_layers(wanted: Sequence[int], total: int, fits: Fits) -> list[int] | None:
-    """The layers nearest to those wanted, by squared distance, that may all stand where they come to stand.
+    """Find the layers nearest to those wanted, by squared distance, that may all stand where they come to stand.
 
     Args:
         wanted: layers in ascending order; the last one stays the last.
@@ -83,18 +83,18 @@ def fitting_layers(wanted: Sequence[int], total: int, fits: Fits) -> list[int] |
 
 
 def blocks_of(kept_layers: Sequence[int]) -> list[list[int]]:
-    """Block i: the layers after the previous kept layer up to and including the i-th kept one."""
+    """Split the layers into blocks: each has those after the previous kept layer, up to and including its kept one."""
     starts = [0, *[layer + 1 for layer in kept_layers[:-1]]]
     return [list(range(start, layer + 1)) for start, layer in zip(starts, kept_layers, strict=True)]
 
 
 def spaced_blocks(total: int, kept: int, fits: Fits = anywhere) -> list[Block]:
-    """`blocks_of` `spaced_layers`, each keeping its last layer, nothing measured."""
+    """Make the blocks of `spaced_layers`, each keeping its last layer, nothing measured."""
     return [Block(tuple(block), block[-1]) for block in blocks_of(spaced_layers(total, kept, fits))]
 
 
 def check_blocks(blocks: Sequence[Sequence[int]], lower_depth: int, upper_depth: int) -> None:
-    """Every upper layer in exactly one block, in order, one block a lower layer.
+    """Check that every upper layer is in exactly one block, in order, with one block a lower layer.
 
     Raises:
         ValueError: otherwise.
@@ -109,7 +109,7 @@ def check_blocks(blocks: Sequence[Sequence[int]], lower_depth: int, upper_depth:
 
 
 def select_layers(weights: Weights, architecture: Architecture, layers: Sequence[int]) -> tuple[Weights, Architecture]:
-    """The model made of these layers (repetition allowed), in this order, everything outside the layers as it is."""
+    """Make a model of these layers (repetition allowed), in this order, with everything outside them as it is."""
     selected = architecture.with_layers(layers)
 
     def tensor(key: str) -> torch.Tensor:
@@ -128,7 +128,7 @@ def swap_blocks(
     swapped: Collection[int],
     kept: Sequence[int] | None = None,
 ) -> tuple[Weights, Architecture]:
-    """The lower model with the blocks in `swapped` replaced by their layers of the upper model.
+    """Replace the blocks in `swapped` of the lower model by their layers of the upper model.
 
     Boomerang distillation, arXiv 2510.05064.
 

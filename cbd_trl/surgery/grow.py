@@ -1,4 +1,4 @@
-"""Exact growth: a wider or deeper model that computes the same logits."""
+"""Grow a model exactly: a wider or deeper one that computes the same logits."""
 
 import math
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
     eps_ratio = 1.0 if fixed_eps else architecture.sizes["width"] / target.sizes["width"]
     scales = _Scales(architecture, target, eps_ratio)
     readers = _reader_axes(architecture)
-    centred = architecture.family.norm_type == "layer"
+    centered = architecture.family.norm_type == "layer"
 
     def tensor(key: str) -> torch.Tensor:
         axes, module = architecture.tensors[key], key.rsplit(".", 1)[0]
         array = to_dims(weights[key], axes, architecture.sizes)
         for dim in dict.fromkeys(dims_of(axes)):
             if module in architecture.norms:
-                fill = "zero" if centred else "repeat"
+                fill = "zero" if centered else "repeat"
             else:
-                fill = _fill(dim, axes, readers.get(module), centred)
+                fill = _fill(dim, axes, readers.get(module), centered)
             array = _extend(array, axes, dim, target.sizes[dim], fill)
         scale = scales.of(key, axes)
         # Most tensors stay what they are, bit for bit and without a pass over them.
@@ -49,62 +49,6 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
 
     grown = target if fixed_eps else target.with_eps(architecture.eps * eps_ratio)
     return LazyWeights(architecture.tensors, tensor), grown
-
-
-class _Scales:
-    """What growth multiplies tensors by: the scale of what they put out over the scale of what they read.
-
-    Of a norm's coordinates let a share p be old ones, and m copies stand for each of those, every copy 1 / sqrt(m) of
-    it. Times sqrt(e / p), their mean square is e times what it was, as the epsilon is; the norm divides by sqrt(e), so
-    each coordinate of what it gives is 1 / sqrt(p m) times what it was.
-
-    Args:
-        architecture, target: before and after.
-        eps_ratio: e. As p, for the stream's norms, it leaves the stream as it is.
-    """
-
-    def __init__(self, architecture: Architecture, target: Architecture, eps_ratio: float) -> None:
-        self._old, self._new, self._eps_ratio = architecture, target, eps_ratio
-        self._readers = _reader_axes(architecture)
-        self._before_norm = {norm.projection: norm.axis for norm in architecture.output_norms}
-        self._stream_norms = {site.name for site in architecture.sites if site.norm}
-
-    def of(self, key: str, axes: Axes) -> torch.Tensor:
-        """For one tensor, float64, broadcast over its atomic dimensions."""
-        module, kind = key.rsplit(".", 1)
-        written = self._written(module, axes)
-        return written / self._read(module, axes) if kind == "weight" else written
-
-    def _written(self, module: str, axes: Axes) -> torch.Tensor:
-        """Scale of what a module puts out."""
-        if module in self._before_norm:
-            return self._normed(axes, self._before_norm[module], self._eps_ratio)
-        stream = self._normed(axes, ("width",), self._eps_ratio)
-        if module in self._stream_norms:
-            # A tied head reads with the table, which writes the stream.
-            tied = module == self._old.family.final_site.name and self._old.tied
-            return 1 / stream if tied else torch.ones_like(stream)
-        writes_stream = "width" in dims_of(axes) and "width" not in self._readers.get(module, ())
-        return stream if writes_stream else torch.ones_like(stream)
-
-    def _read(self, module: str, axes: Axes) -> torch.Tensor:
-        """Scale of what a module reads; a norm's gain reads what is normalized."""
-        if module in self._old.norms:
-            return self._normed(axes, axes[0], 1.0)
-        return torch.ones((), dtype=torch.float64)
-
-    def _normed(self, axes: Axes, norm_axis: Sequence[str], eps_ratio: float) -> torch.Tensor:
-        """sqrt(e / (p m)) for the coordinates of a tensor: what goes into a norm over this axis, and with e = 1 what
-        comes out of it."""
-        copies = torch.ones((), dtype=torch.float64)
-        for dim in dims_of(axes):
-            copies = copies[..., None]
-            # The residual stream's new channels are no copies.
-            if dim in norm_axis and dim != "width":
-                old = torch.arange(self._new.sizes[dim]) % self._old.sizes[dim]
-                copies = copies * old.bincount()[old]
-        share = math.prod(self._old.sizes[dim] / self._new.sizes[dim] for dim in norm_axis)
-        return (eps_ratio / share / copies).sqrt()
 
 
 def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tuple[Weights, Architecture]:
@@ -119,7 +63,7 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     """
     if depth < architecture.depth:
         raise ValueError(
-            f"Cannot grow {architecture.depth} layers to {depth}. Ask for {architecture.depth} or more, or keep fewer "
+            f"Cannot grow {architecture.depth} layers to {depth}. Give {architecture.depth} or more, or keep fewer "
             "with `select_layers`."
         )
     old = spaced_layers(depth, architecture.depth, lambda layer, position: architecture.fits(position, layer))
@@ -137,25 +81,86 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     return LazyWeights(repeated, tensor), deeper
 
 
-def _last_modules(architecture: Architecture) -> set[str]:
-    """The modules of a layer whose output is added to the stream."""
-    norms = architecture.family.output_norms(architecture.config)
-    projections = [reader for site in architecture.family.sites if site.axis != ("width",) for reader in site.readers]
-    # Through a norm that has only zeros to divide, gradients would be enormous: the norm is silenced then.
-    return {norms.get(projection, projection) for projection in projections}
+def zero_pad(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
+    """Pad every tensor with zeros to `target`'s widths: not exact; the Trans(theta_small) of arXiv 2605.07783."""
+
+    def tensor(key: str) -> torch.Tensor:
+        axes = architecture.tensors[key]
+        array = to_dims(weights[key], axes, architecture.sizes)
+        for dim in dict.fromkeys(dims_of(axes)):
+            array = _extend(array, axes, dim, target.sizes[dim], "zero")
+        return from_dims(array, axes)
+
+    return LazyWeights(architecture.tensors, tensor)
+
+
+class _Scales:
+    """The factors of growth: the scale of what a tensor puts out over the scale of what it reads.
+
+    Of a norm's coordinates let a share p be old ones, and m copies stand for each of those, every copy 1 / sqrt(m) of
+    it. Times sqrt(e / p), their mean square is e times what it was, as the epsilon is; the norm divides by sqrt(e), so
+    each coordinate of what it gives is 1 / sqrt(p m) times what it was.
+
+    Args:
+        architecture, target: before and after.
+        eps_ratio: e. As p, for the stream's norms, it leaves the stream as it is.
+    """
+
+    def __init__(self, architecture: Architecture, target: Architecture, eps_ratio: float) -> None:
+        self._old, self._new, self._eps_ratio = architecture, target, eps_ratio
+        self._readers = _reader_axes(architecture)
+        self._before_norm = {norm.projection: norm.axis for norm in architecture.output_norms}
+        self._stream_norms = {site.name for site in architecture.sites if site.norm}
+
+    def of(self, key: str, axes: Axes) -> torch.Tensor:
+        """Compute the factor of one tensor, float64, broadcast over its atomic dimensions."""
+        module, kind = key.rsplit(".", 1)
+        written = self._written(module, axes)
+        return written / self._read(module, axes) if kind == "weight" else written
+
+    def _written(self, module: str, axes: Axes) -> torch.Tensor:
+        """Compute the scale of what a module puts out."""
+        if module in self._before_norm:
+            return self._normed(axes, self._before_norm[module], self._eps_ratio)
+        stream = self._normed(axes, ("width",), self._eps_ratio)
+        if module in self._stream_norms:
+            # A tied head reads with the table, which writes the stream.
+            tied = module == self._old.family.final_site.name and self._old.tied
+            return 1 / stream if tied else torch.ones_like(stream)
+        writes_stream = "width" in dims_of(axes) and "width" not in self._readers.get(module, ())
+        return stream if writes_stream else torch.ones_like(stream)
+
+    def _read(self, module: str, axes: Axes) -> torch.Tensor:
+        """Compute the scale of what a module reads; a norm's gain reads what is normalized."""
+        if module in self._old.norms:
+            return self._normed(axes, axes[0], 1.0)
+        return torch.ones((), dtype=torch.float64)
+
+    def _normed(self, axes: Axes, norm_axis: Sequence[str], eps_ratio: float) -> torch.Tensor:
+        """Compute sqrt(e / (p m)) for the coordinates of a tensor: of what goes into a norm over this axis, and with
+        e = 1 of what comes out of it."""
+        copies = torch.ones((), dtype=torch.float64)
+        for dim in dims_of(axes):
+            copies = copies[..., None]
+            # The residual stream's new channels are no copies.
+            if dim in norm_axis and dim != "width":
+                old = torch.arange(self._new.sizes[dim]) % self._old.sizes[dim]
+                copies = copies * old.bincount()[old]
+        share = math.prod(self._old.sizes[dim] / self._new.sizes[dim] for dim in norm_axis)
+        return (eps_ratio / share / copies).sqrt()
 
 
 def _reader_axes(architecture: Architecture) -> dict[str, tuple[str, ...]]:
-    """{reading module: the axis it reads along}; a tied table counts as what writes the stream."""
+    """Map {reading module: the axis it reads along}; a tied table counts as what writes the stream."""
     return {reader: site.axis for site in architecture.sites for reader in site.readers}
 
 
-def _fill(dim: str, axes: Axes, read_axis: Sequence[str] | None, centred: bool) -> str:
+def _fill(dim: str, axes: Axes, read_axis: Sequence[str] | None, centered: bool) -> str:
     reads = read_axis is not None and dim in read_axis
     if dim == "width":
         if reads:
             return "repeat"
-        return "mean" if centred else "zero"
+        return "mean" if centered else "zero"
     return "zero" if reads else "repeat"
 
 
@@ -174,14 +179,9 @@ def _extend(array: torch.Tensor, axes: Axes, dim: str, size: int, fill: str) -> 
     return torch.cat([array, new], position)
 
 
-def zero_pad(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """Every tensor padded with zeros to `target`'s widths: not exact; the Trans(theta_small) of arXiv 2605.07783."""
-
-    def tensor(key: str) -> torch.Tensor:
-        axes = architecture.tensors[key]
-        array = to_dims(weights[key], axes, architecture.sizes)
-        for dim in dict.fromkeys(dims_of(axes)):
-            array = _extend(array, axes, dim, target.sizes[dim], "zero")
-        return from_dims(array, axes)
-
-    return LazyWeights(architecture.tensors, tensor)
+def _last_modules(architecture: Architecture) -> set[str]:
+    """List the modules of a layer whose output is added to the stream."""
+    norms = architecture.family.output_norms(architecture.config)
+    projections = [reader for site in architecture.family.sites if site.axis != ("width",) for reader in site.readers]
+    # Through a norm that has only zeros to divide, gradients would be enormous: the norm is silenced then.
+    return {norms.get(projection, projection) for projection in projections}

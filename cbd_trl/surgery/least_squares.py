@@ -1,6 +1,6 @@
-"""Cutting a model to a narrower one.
+"""Cut a model to a narrower one.
 
-The plain cut keeps prefixes; the least-squares cut keeps prefixes that also speak for what is dropped.
+The plain cut keeps prefixes; the least-squares cut also refits what reads them to stand in for what is dropped.
 """
 
 import functools
@@ -25,145 +25,6 @@ from cbd_trl.surgery.weights import (
 
 # Rows that are in hand at a time: few enough to stay in the cache, and in memory that the next ones find again.
 _ROWS = 1024
-
-
-@dataclass(frozen=True)
-class Fit:
-    """y ~ matrix f + constant, for the entries `rows` of the full stream (the others of y are zero).
-
-    Args:
-        kept: entries of the full stream that are features, (P,) int64.
-        rows: (R,) int64.
-        matrix: (R, P).
-        constant: (R,); None without an intercept.
-    """
-
-    kept: torch.Tensor
-    rows: torch.Tensor
-    matrix: torch.Tensor
-    constant: torch.Tensor | None
-
-    def refitted(self, matrix: torch.Tensor, share: float, gain: torch.Tensor | None = None) -> torch.Tensor:
-        """A reader's matrix as one of what stays.
-
-        Args:
-            matrix: (outputs, D).
-            share: how far to go towards the fit, 0 to 1.
-            gain: (D,) to multiply the columns by first; None: they are as they are to be.
-
-        Returns:
-            (outputs, P) in the working dtype.
-        """
-        columns, rows = _span(self.kept), _span(self.rows)
-        fit = self.matrix.to(working(matrix[:0]).dtype)
-        if gain is not None:
-            gain = gain.to(fit)
-            fit = fit * gain[rows, None]
-        made = fit.new_empty(len(matrix), len(self.kept))
-        # In pieces: the parts in the working dtype never exist as a whole.
-        for out, piece in zip(made.split(_ROWS), matrix.split(_ROWS), strict=True):
-            own, other = working(piece[:, columns]), working(piece[:, rows])
-            if gain is not None:
-                own = torch.mul(own, gain[columns], out=out)
-            torch.addmm(own, other, fit, alpha=share, out=out)
-        return made
-
-    def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """The reader's bias, (outputs,)."""
-        if self.constant is None:
-            return bias
-        return bias + (matrix[:, _span(self.rows)].double() @ self.constant.double()).to(bias.dtype)
-
-
-def _span(index: torch.Tensor) -> slice | torch.Tensor:
-    """Ascending positions as a slice where they are neighbors: a view then, not a copy."""
-    first, last = int(index[0]), int(index[-1])
-    return slice(first, last + 1) if last - first + 1 == len(index) else index
-
-
-def regress(
-    statistics: SiteStatistics,
-    site: str,
-    kept: torch.Tensor,
-    gain: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    centred: bool,
-    intercept: bool,
-) -> Fit:
-    """Least squares of what a cut stream misses on what it has.
-
-    The stored stream is x, the full one that is read u = gain x + shift. The features are f = u[kept], or, where the
-    cut norm centres over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has the
-    rows gain mu at `kept`.
-
-    With K the kept and R the dropped entries and cov(x) + ridge = L L^T, L lower triangular, x_R is regressed on x_K
-    by Y = L_RK L_KK^-1: the stored factor solves for every prefix. The rest are corrections of rank one: centring
-    takes away the constant direction, Y <- Y - (Y 1) w^T with w = cov^-1 1 / (1^T cov^-1 1), and fitting without an
-    intercept adds the means to the moments (Sherman-Morrison).
-
-    Args:
-        statistics: moments of x.
-        site: whose.
-        kept: (P,) int64, ascending.
-        gain, shift: (D,) of the norm, None for 1 and 0.
-        centred: whether the norm subtracts the mean of the kept entries.
-        intercept: whether a constant is fitted too.
-    """
-    factor = statistics.factor(site, kept)
-    mean, has_gain = statistics.mean(site).to(factor.dtype), gain is not None
-    gain = torch.ones_like(mean) if gain is None else gain.to(factor.dtype)
-    shift = torch.zeros_like(mean) if shift is None else shift.to(factor.dtype)
-    rest = _others(kept, len(mean))
-    triangle = factor[_span(kept)]
-    matrix = torch.linalg.solve_triangular(triangle, factor[_span(rest)], upper=False, left=False)
-    missing, features = gain * mean + shift, (gain * mean + shift)[kept]
-    rows, weighting = rest, None
-    if centred:
-        weighting = _solve(triangle, torch.ones_like(features))
-        weighting = weighting / weighting.sum()
-        rows, matrix = torch.arange(len(mean)), _centred(matrix, kept, rest, weighting)
-        missing[kept] = gain[kept] * mean[kept].mean()
-        features = features - missing[kept]
-    # A feature of gain 0 carries no information.
-    inverse = torch.where(gain[kept].abs() > 1e-6 * gain.abs().max(), 1 / gain[kept], 0)
-    if has_gain:
-        matrix.mul_(gain[rows, None]).mul_(inverse)
-    missing = missing[rows]
-    if intercept:
-        return Fit(kept, rows, matrix, missing - matrix @ features)
-    scaled = inverse * features
-    direction = _solve(triangle, scaled)
-    if weighting is not None:
-        # Along the constant direction the centred features do not vary: there only the ridge holds.
-        floor = statistics.ridge * triangle.square().sum(1).mean()
-        direction = direction - weighting * direction.sum() + scaled.mean() / floor
-    direction = inverse * direction
-    gap = missing - matrix @ features
-    return Fit(kept, rows, matrix.addr_(gap, direction / (1 + features @ direction)), None)
-
-
-def _others(kept: torch.Tensor, size: int) -> torch.Tensor:
-    """The positions that are not kept, ascending."""
-    dropped = torch.ones(size, dtype=torch.bool)
-    dropped[kept] = False
-    return dropped.nonzero().flatten()
-
-
-def _centred(matrix: torch.Tensor, kept: torch.Tensor, rest: torch.Tensor, weighting: torch.Tensor) -> torch.Tensor:
-    """The fit of the dropped entries (R, P) without the constant direction, with rows for what centring took from the
-    kept ones: (D, P)."""
-    made = matrix.new_empty(len(kept) + len(rest), len(kept))
-    made[rest] = matrix - torch.outer(matrix.sum(1), weighting)
-    made[kept] = 1 / len(kept) - weighting
-    return made
-
-
-def _solve(triangle: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """(L L^T)^-1 v, without the copy of L that `cholesky_solve` makes."""
-    half = torch.linalg.solve_triangular(triangle, vector[:, None], upper=False)
-    return torch.linalg.solve_triangular(triangle.mT, half, upper=True)[:, 0]
-
-
 TIED_HEAD_SHARE = 0.5
 # Scaled embeddings make up most of the stream, so moving the table costs more than it gains: at 0, 1/4 and 1/2 tiny
 # trained Gemma 2 and 3 models lost 0.03, 0.05 and 0.14 nats, Llama and OLMo 2 0.08, 0.06 and 0.08 (36 of 48 channels).
@@ -171,7 +32,7 @@ SCALED_TIED_HEAD_SHARE = 0.0
 
 
 def plain_cut(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """The first coordinates of every axis.
+    """Keep the first coordinates of every axis.
 
     Raises:
         ValueError: `target` is wider or has another depth.
@@ -189,12 +50,12 @@ def least_squares_cut(
     tied_head_share: float | None = None,
     fold: bool = False,
 ) -> Weights:
-    """The plain cut with every reading layer refitted to the stream it used to read.
+    """Cut to the first coordinates, with every reading layer refitted to the stream it used to read.
 
     With f the features that the cut model still has and y what is missing from the full stream, y ~ Y f + c in least
     squares over the calibration text (see `regress`). A reader W becomes W_kept + W Y, its bias, where all readers of
     the stream have one, b + W c. Norm gains are multiplied by the ratio of the kept coordinates' root mean square to
-    the full one; a LayerNorm's features are centred over the kept coordinates, so y also holds the kept coordinates'
+    the full one; a LayerNorm's features are centered over the kept coordinates, so y also holds the kept coordinates'
     mean. Dropped heads and neurons go the same way through the output and down projections. Norms over an output
     (after attention and FFN, over all heads' queries or keys) have their gains multiplied by the same factor.
 
@@ -248,6 +109,132 @@ def least_squares_cut(
     return LazyWeights(target.tensors, tensor)
 
 
+def gain_ratio(statistics: SiteStatistics, norm: Site | OutputNorm, norm_type: str, kept: torch.Tensor) -> float:
+    """Compute what the gain of a norm is multiplied by when only the kept coordinates stay: the root mean square of
+    what it makes of these (LayerNorm: their standard deviation) over that of all.
+
+    Args:
+        norm: a site with a norm, or a norm over an output.
+        norm_type: "rms" or "layer".
+        kept: positions that stay, (n,) int64; the first ones for a LayerNorm.
+    """
+    variances = statistics.variances(norm.name)
+    full, part = variances.mean(), variances[kept].mean()
+    if norm_type == "layer":
+        # The kept ones have a mean of their own, which the cut model's LayerNorm removes.
+        part = part - statistics.prefix_squares(norm.name)[len(kept) - 1] / len(kept) ** 2
+    return float((part / full).sqrt())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y ~ matrix f + constant, for the entries `rows` of the full stream (the others of y are zero).
+
+    Args:
+        kept: entries of the full stream that are features, (P,) int64.
+        rows: (R,) int64.
+        matrix: (R, P).
+        constant: (R,); None without an intercept.
+    """
+
+    kept: torch.Tensor
+    rows: torch.Tensor
+    matrix: torch.Tensor
+    constant: torch.Tensor | None
+
+    def refitted(self, matrix: torch.Tensor, share: float, gain: torch.Tensor | None = None) -> torch.Tensor:
+        """Refit a reader's matrix to the coordinates that stay.
+
+        Args:
+            matrix: (outputs, D).
+            share: how far to go towards the fit, 0 to 1.
+            gain: (D,) to multiply the columns by first; None: they are as they are to be.
+
+        Returns:
+            (outputs, P) in the working dtype.
+        """
+        columns, rows = _span(self.kept), _span(self.rows)
+        fit = self.matrix.to(working(matrix[:0]).dtype)
+        if gain is not None:
+            gain = gain.to(fit)
+            fit = fit * gain[rows, None]
+        made = fit.new_empty(len(matrix), len(self.kept))
+        # In pieces: the parts in the working dtype never exist as a whole.
+        for out, piece in zip(made.split(_ROWS), matrix.split(_ROWS), strict=True):
+            own, other = working(piece[:, columns]), working(piece[:, rows])
+            if gain is not None:
+                own = torch.mul(own, gain[columns], out=out)
+            torch.addmm(own, other, fit, alpha=share, out=out)
+        return made
+
+    def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Refit the reader's bias, (outputs,)."""
+        if self.constant is None:
+            return bias
+        return bias + (matrix[:, _span(self.rows)].double() @ self.constant.double()).to(bias.dtype)
+
+
+def regress(
+    statistics: SiteStatistics,
+    site: str,
+    kept: torch.Tensor,
+    gain: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    centered: bool,
+    intercept: bool,
+) -> Fit:
+    """Regress what a cut stream misses on what it has, in least squares.
+
+    The stored stream is x, the full one that is read u = gain x + shift. The features are f = u[kept], or, where the
+    cut norm centers over the kept entries, f = gain (x - mu) + shift with mu the mean of x[kept]; then y also has the
+    rows gain mu at `kept`.
+
+    With K the kept and R the dropped entries and cov(x) + ridge = L L^T, L lower triangular, x_R is regressed on x_K
+    by Y = L_RK L_KK^-1: the stored factor solves for every prefix. The rest are corrections of rank one: centering
+    takes away the constant direction, Y <- Y - (Y 1) w^T with w = cov^-1 1 / (1^T cov^-1 1), and fitting without an
+    intercept adds the means to the moments (Sherman-Morrison).
+
+    Args:
+        statistics: moments of x.
+        site: whose.
+        kept: (P,) int64, ascending.
+        gain, shift: (D,) of the norm, None for 1 and 0.
+        centered: whether the norm subtracts the mean of the kept entries.
+        intercept: whether a constant is fitted too.
+    """
+    factor = statistics.factor(site, kept)
+    mean, has_gain = statistics.mean(site).to(factor.dtype), gain is not None
+    gain = torch.ones_like(mean) if gain is None else gain.to(factor.dtype)
+    shift = torch.zeros_like(mean) if shift is None else shift.to(factor.dtype)
+    rest = _others(kept, len(mean))
+    triangle = factor[_span(kept)]
+    matrix = torch.linalg.solve_triangular(triangle, factor[_span(rest)], upper=False, left=False)
+    missing, features = gain * mean + shift, (gain * mean + shift)[kept]
+    rows, weighting = rest, None
+    if centered:
+        weighting = _solve(triangle, torch.ones_like(features))
+        weighting = weighting / weighting.sum()
+        rows, matrix = torch.arange(len(mean)), _centered(matrix, kept, rest, weighting)
+        missing[kept] = gain[kept] * mean[kept].mean()
+        features = features - missing[kept]
+    # A feature of gain 0 carries no information.
+    inverse = torch.where(gain[kept].abs() > 1e-6 * gain.abs().max(), 1 / gain[kept], 0)
+    if has_gain:
+        matrix.mul_(gain[rows, None]).mul_(inverse)
+    missing = missing[rows]
+    if intercept:
+        return Fit(kept, rows, matrix, missing - matrix @ features)
+    scaled = inverse * features
+    direction = _solve(triangle, scaled)
+    if weighting is not None:
+        # Along the constant direction the centered features do not vary: there only the ridge holds.
+        floor = statistics.ridge * triangle.square().sum(1).mean()
+        direction = direction - weighting * direction.sum() + scaled.mean() / floor
+    direction = inverse * direction
+    gap = missing - matrix @ features
+    return Fit(kept, rows, matrix.addr_(gap, direction / (1 + features @ direction)), None)
+
+
 def _fits(
     outputs: Weights,
     architecture: Architecture,
@@ -255,7 +242,7 @@ def _fits(
     kept: Mapping[tuple[str, ...], torch.Tensor],
     folded: Collection[Site],
 ) -> Callable[[Site], Fit]:
-    """The fit at each site, of norms in the gauge of `outputs`."""
+    """Build the function that fits each site, with the norm gains of `outputs`."""
 
     # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
     @functools.lru_cache(maxsize=len(architecture.family.sites))
@@ -263,11 +250,25 @@ def _fits(
         gain, shift = None, None
         if site.norm and site not in folded:
             gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
-        centred = site.norm and architecture.family.norm_type == "layer"
+        centered = site.norm and architecture.family.norm_type == "layer"
         intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
-        return regress(statistics, site.name, kept[site.axis], gain, shift, centred, intercept)
+        return regress(statistics, site.name, kept[site.axis], gain, shift, centered, intercept)
 
     return fit
+
+
+def _cut_outputs(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
+    """Cut all that is written; the axes that readers read along, norms included, stay whole."""
+    norms, readers, sizes = site_norms(architecture), readers_of(architecture), architecture.sizes
+
+    def tensor(key: str) -> torch.Tensor:
+        module, kind = key.rsplit(".", 1)
+        whole = readers[module].axis if module in readers and kind == "weight" else ()
+        if module in norms:
+            whole = norms[module].axis
+        return prefix(weights[key], architecture.tensors[key], sizes, target.sizes, whole)
+
+    return LazyWeights(architecture.tensors, tensor)
 
 
 def _cut_norm(
@@ -278,7 +279,7 @@ def _cut_norm(
     norm: Site | OutputNorm,
     kept: Mapping[tuple[str, ...], torch.Tensor],
 ) -> torch.Tensor:
-    """A norm's gain or bias; one over an output is cut with what it is over, one that is read through is whole yet."""
+    """Cut a norm's gain or bias, of which one over an output is cut already and one at a site is whole."""
     index = kept[norm.axis]
     if isinstance(norm, OutputNorm):
         return working(own) * gain_ratio(statistics, norm, "rms", index)
@@ -295,32 +296,29 @@ def _check_narrower(architecture: Architecture, target: Architecture) -> None:
         )
 
 
-def _cut_outputs(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """The plain cut of all that is written; what readers read along, norms included, stays whole."""
-    norms, readers, sizes = site_norms(architecture), readers_of(architecture), architecture.sizes
-
-    def tensor(key: str) -> torch.Tensor:
-        module, kind = key.rsplit(".", 1)
-        whole = readers[module].axis if module in readers and kind == "weight" else ()
-        if module in norms:
-            whole = norms[module].axis
-        return prefix(weights[key], architecture.tensors[key], sizes, target.sizes, whole)
-
-    return LazyWeights(architecture.tensors, tensor)
+def _others(kept: torch.Tensor, size: int) -> torch.Tensor:
+    """List the positions that are not kept, ascending."""
+    dropped = torch.ones(size, dtype=torch.bool)
+    dropped[kept] = False
+    return dropped.nonzero().flatten()
 
 
-def gain_ratio(statistics: SiteStatistics, norm: Site | OutputNorm, norm_type: str, kept: torch.Tensor) -> float:
-    """Root mean square (LayerNorm: standard deviation) of what a norm makes of the kept coordinates over that of all:
-    what the gain of a norm of the kept ones alone is multiplied by.
+def _centered(matrix: torch.Tensor, kept: torch.Tensor, rest: torch.Tensor, weighting: torch.Tensor) -> torch.Tensor:
+    """Take the constant direction out of the fit of the dropped entries (R, P), and add rows for what centering took
+    from the kept ones: (D, P)."""
+    made = matrix.new_empty(len(kept) + len(rest), len(kept))
+    made[rest] = matrix - torch.outer(matrix.sum(1), weighting)
+    made[kept] = 1 / len(kept) - weighting
+    return made
 
-    Args:
-        norm: a site with a norm, or a norm over an output.
-        norm_type: "rms" or "layer".
-        kept: positions that stay, (n,) int64; the first ones for a LayerNorm.
-    """
-    variances = statistics.variances(norm.name)
-    full, part = variances.mean(), variances[kept].mean()
-    if norm_type == "layer":
-        # The kept ones have a mean of their own, which the cut model's LayerNorm removes.
-        part = part - statistics.prefix_squares(norm.name)[len(kept) - 1] / len(kept) ** 2
-    return float((part / full).sqrt())
+
+def _solve(triangle: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Compute (L L^T)^-1 v, without the copy of L that `cholesky_solve` makes."""
+    half = torch.linalg.solve_triangular(triangle, vector[:, None], upper=False)
+    return torch.linalg.solve_triangular(triangle.mT, half, upper=True)[:, 0]
+
+
+def _span(index: torch.Tensor) -> slice | torch.Tensor:
+    """Turn ascending positions into a slice where they are neighbors, which gives views instead of copies."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index

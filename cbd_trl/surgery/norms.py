@@ -1,5 +1,4 @@
-"""Putting a model's norms into one gauge: gains (and biases) moved into the layers that read them, or shared with
-them. Exact."""
+"""Move the gains (and biases) of norms into the layers that read them, or share them with these. Exact."""
 
 import functools
 
@@ -21,7 +20,7 @@ _ROWS = 1024
 
 
 def folds(site: Site, architecture: Architecture) -> bool:
-    """Whether a site's norm can be folded: not a final one with a tied head, nor one whose bias has nowhere to go."""
+    """Check whether a site's norm can be folded: no final one with a tied head, none whose bias has nowhere to go."""
     if not site.norm or (site is architecture.sites[-1] and architecture.tied):
         return False
     biased = f"{site.name}.bias" in architecture.tensors
@@ -35,7 +34,7 @@ def fold_norms(weights: Weights, architecture: Architecture, every: bool = False
     it has a bias and a reader has none to take it.
 
     Args:
-        weights: of any gauge.
+        weights: of a model.
         architecture: of them.
         every: all gains become 1: a bias that no reader takes is divided by its gain. Not with a tied head.
     """
@@ -77,7 +76,7 @@ def balance_norms(weights: Weights, architecture: Architecture, like: Weights | 
     The last norm, which the head reads through, stays as it is.
 
     Args:
-        weights: of any gauge.
+        weights: of a model.
         like: m is the median of these weights' |gain|, which have the same layers, of any width; None: of its own.
     """
     norms = {name: site for name, site in site_norms(architecture).items() if site is not architecture.sites[-1]}

@@ -1,4 +1,4 @@
-"""Refitting a cut model to the stream of the whole one: a start for distillation far ahead of the cut itself."""
+"""Refit a cut model to the residual stream of the whole one: a far better start for distillation than the cut."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,63 +14,6 @@ from cbd_trl.utils.progress import Progress
 
 # What a layer is called with besides the stream: masks, positions.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-def tensor_of(output: Any) -> torch.Tensor:
-    """What a layer gives out, whether alone or first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextmanager
-def recorded_calls(module: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Within it, what the module is called with and what it gives are collected, call by call."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-def layer_inputs(
-    model: nn.Module, layers: nn.ModuleList, batch: Mapping[str, torch.Tensor]
-) -> tuple[list[torch.Tensor], list[Call]]:
-    """The stream into each layer, (B, T, D), and everything else that it is called with."""
-    found: list[Any] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-
-    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-    try:
-        model(**batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [args[0] for args, _ in found], [(args[1:], kwargs) for args, kwargs in found]
-
-
-def block_ends(
-    model: nn.Module, layers: nn.ModuleList, ends: Sequence[int], batch: Mapping[str, torch.Tensor]
-) -> list[torch.Tensor]:
-    """The stream after each of these layers, (B, T, D)."""
-    found: dict[int, torch.Tensor] = {}
-
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found[index] = tensor_of(output)
-
-        return hook
-
-    handles = [layers[index].register_forward_hook(keep(index)) for index in ends]
-    try:
-        model(**batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [found[index] for index in ends]
-
-
 # Best of 1e-2, 0.1, 0.4 and 1.5 on 6k tokens of SmolLM2-135M (30 -> 16 layers, and 576 -> 384 channels).
 RIDGE = 0.1
 
@@ -127,7 +70,7 @@ def refit_layer(
     goals: Sequence[torch.Tensor],
     ridge: float = RIDGE,
 ) -> list[torch.Tensor]:
-    """`refit_layers` for one layer, changed in place.
+    """Refit one layer in place, as `refit_layers` does.
 
     Args:
         ffn: its FFN output projection.
@@ -177,7 +120,7 @@ class OutputProjection:
         self.norm: Any = None if norm is None else layer.get_submodule(norm)
 
     def added(self, projected: torch.Tensor) -> torch.Tensor:
-        """What the FFN adds to the stream, (N, D), from what the projection gives."""
+        """Compute what the FFN adds to the stream, (N, D), from the output of the projection."""
         return projected if self.norm is None else self.norm(projected)
 
     def fit(
@@ -217,9 +160,65 @@ class OutputProjection:
         self.norm.weight.copy_(as_stored(self._norm_key, gain, self._architecture))
 
 
+def layer_inputs(
+    model: nn.Module, layers: nn.ModuleList, batch: Mapping[str, torch.Tensor]
+) -> tuple[list[torch.Tensor], list[Call]]:
+    """Collect the stream into each layer, (B, T, D), and everything else that it is called with."""
+    found: list[Any] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    try:
+        model(**batch, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [args[0] for args, _ in found], [(args[1:], kwargs) for args, kwargs in found]
+
+
+def block_ends(
+    model: nn.Module, layers: nn.ModuleList, ends: Sequence[int], batch: Mapping[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Collect the stream after each of these layers, (B, T, D)."""
+    found: dict[int, torch.Tensor] = {}
+
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found[index] = tensor_of(output)
+
+        return hook
+
+    handles = [layers[index].register_forward_hook(keep(index)) for index in ends]
+    try:
+        model(**batch, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[index] for index in ends]
+
+
+@contextmanager
+def recorded_calls(module: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Record the first input and the output of a module, call by call."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def tensor_of(output: Any) -> torch.Tensor:
+    """Take the hidden states out of a layer's output: a tensor, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def _token_weights(target: torch.Tensor) -> torch.Tensor:
-    """What reads the stream sees it normalized, so large tokens must not be all that is fitted. But 1 / |t|^2 loses
-    the size of the few enormous ones (attention sinks), which upper blocks build on: 1 / |t|, (N, 1)."""
+    """Weight each token by 1 / |t|, (N, 1)."""
+    # What reads the stream sees it normalized, so large tokens must not be all that is fitted. But 1 / |t|^2 loses the
+    # size of the few enormous ones (attention sinks), which upper blocks build on.
     return target.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
 
 
@@ -232,7 +231,7 @@ def _add_moments(sums: dict[str, torch.Tensor], rows: torch.Tensor, gap: torch.T
 
 
 def _solve(sums: Mapping[str, torch.Tensor], ridge: float, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Change of the (outputs, inputs) matrix and of the bias (0 without an intercept), float32."""
+    """Solve for the change of the (outputs, inputs) matrix and of the bias (0 without an intercept), float32."""
     count = sums["n"].double()
     second, cross = sums["hh"].double() / count, sums["gh"].double() / count
     mean, gap = sums["h"].double() / count, sums["g"].double() / count

@@ -1,4 +1,4 @@
-"""Renumbering a model's coordinates: exact, a permutation (and mirror) that nothing outside sees."""
+"""Change a model's coordinates exactly: permute, sort by importance, mirror, or rotate them; the logits stay equal."""
 
 import math
 from dataclasses import dataclass
@@ -11,6 +11,11 @@ from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import LazyWeights, Weights, from_input_matrix, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
+
+_WIDTH = ("width",)
+# A LayerNorm's bias is divided by its gain where a reader has no bias to take it: gains below this share of the median
+# would make it so large that half precision loses the rest.
+_LEAST_GAIN = 0.01
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,76 @@ class Order:
     signs: torch.Tensor | None = None
 
     def index(self, layer: int | None) -> dict[str, torch.Tensor]:
-        """Positions by atomic dimension, for the tensors of one layer or (None) those outside the layers."""
+        """List positions by atomic dimension, for the tensors of one layer or (None) those outside the layers."""
         if layer is None:
             return {"width": self.width}
         return {"width": self.width, "ffn": self.ffn[layer], "group": self.group[layer]}
 
 
+@dataclass(frozen=True)
+class Importance:
+    """How much each coordinate matters (any unit, larger is more important).
+
+    Args:
+        width: (D,) residual channels.
+        ffn: (L, F) FFN neurons of each layer.
+        group: (L, G) key/value groups of each layer.
+    """
+
+    width: torch.Tensor
+    ffn: torch.Tensor
+    group: torch.Tensor
+
+
+def importance(weights: Weights, architecture: Architecture, statistics: Statistics) -> Importance:
+    """Score coordinates: root mean square activation times the size of what reads it.
+
+    Channels are summed over all streams that layers read, each divided by its root mean square over all channels
+    where no norm does it; neurons and heads are weighted by the norm of their output column. After Minitron, arXiv
+    2407.14679, section 2.2, which uses mean |x|.
+    """
+    width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
+    inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": []}
+    for site in Progress("Ranking the coordinates", architecture.sites):
+        rms = statistics.variances(site.name).clamp(min=0).sqrt()
+        if site.axis == ("width",):
+            gain = weights[f"{site.name}.weight"].double().abs().cpu() if site.norm else 1 / rms.square().mean().sqrt()
+            # The table that is read with is as many times larger as the gain is smaller.
+            tied_final = architecture.tied and site is architecture.sites[-1]
+            width += rms * gain * (architecture.embedding_scale if tied_final else 1.0)
+            continue
+        key, _ = reader_keys(site.readers[0], weights, architecture)
+        score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0).cpu()
+        outermost = site.axis[0]
+        inner[outermost].append(score.reshape(architecture.sizes[outermost], -1).sum(-1))
+    return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]))
+
+
+def importance_order(scores: Importance) -> Order:
+    """Order the coordinates by descending importance."""
+    return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
+
+
+def sort_weights(
+    weights: Weights, architecture: Architecture, statistics: Statistics, scores: Importance
+) -> tuple[Weights, Statistics]:
+    """Permute channels, neurons and key/value groups into descending importance; the logits stay equal.
+
+    Returns:
+        The permuted weights and the statistics in the new order.
+    """
+    order = importance_order(scores)
+    axes = {site.name: site.axis for site in architecture.sites}
+    axes |= {norm.name: norm.axis for norm in architecture.output_norms}
+    index = {
+        name: _site_order(axis, architecture.sizes, order.index(architecture.split_name(name)[0]))
+        for name, axis in axes.items()
+    }
+    return permute(weights, architecture, order), statistics.reindexed(index)
+
+
 def permute(weights: Weights, architecture: Architecture, order: Order) -> Weights:
-    """The same model in new coordinates; the logits stay equal.
+    """Permute a model to new coordinates; the logits stay equal.
 
     Whole heads move, never coordinates inside one, because rotary embeddings give those their positions.
 
@@ -65,97 +132,26 @@ def permute(weights: Weights, architecture: Architecture, order: Order) -> Weigh
     return permuted
 
 
-def _reorder_queries(tensor: torch.Tensor, axes: Axes, sizes: Sizes, query: torch.Tensor) -> torch.Tensor:
-    dims = dims_of(axes)
-    positions = (dims.index("group"), dims.index("query"))
-    array = to_dims(tensor, axes, sizes).movedim(positions, (0, 1))
-    query = query.to(array.device)
-    array = array[torch.arange(len(query), device=array.device)[:, None], query]
-    return from_dims(array.movedim((0, 1), positions), axes)
-
-
-def _mirrored(tensor: torch.Tensor, axes: Axes, sizes: Sizes, signs: torch.Tensor) -> torch.Tensor:
-    if "width" not in dims_of(axes):
-        return tensor
-    array = to_dims(tensor, axes, sizes)
-    shape = [-1 if dim == "width" else 1 for dim in dims_of(axes)]
-    return from_dims(array * signs.to(array).view(shape), axes)
-
-
-@dataclass(frozen=True)
-class Importance:
-    """How much each coordinate matters (any unit, larger is more important).
+def to_principal_axes(
+    weights: Weights, architecture: Architecture, statistics: Statistics
+) -> tuple[Weights, Statistics]:
+    """Rotate the stream to its principal axes, of which every prefix holds the most that as many can.
 
     Args:
-        width: (D,) residual channels.
-        ffn: (L, F) FFN neurons of each layer.
-        group: (L, G) key/value groups of each layer.
-    """
-
-    width: torch.Tensor
-    ffn: torch.Tensor
-    group: torch.Tensor
-
-
-def importance(weights: Weights, architecture: Architecture, statistics: Statistics) -> Importance:
-    """Root mean square activation times the size of what reads it.
-
-    Channels are summed over all streams that layers read, each divided by its root mean square over all channels
-    where no norm does it; neurons and heads are weighted by the norm of their output column. After Minitron, arXiv
-    2407.14679, section 2.2, which uses mean |x|.
-    """
-    width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
-    inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": []}
-    for site in Progress("Ranking the coordinates", architecture.sites):
-        rms = statistics.variances(site.name).clamp(min=0).sqrt()
-        if site.axis == ("width",):
-            gain = weights[f"{site.name}.weight"].double().abs().cpu() if site.norm else 1 / rms.square().mean().sqrt()
-            # The table that is read with is as many times larger as the gain is smaller.
-            tied_final = architecture.tied and site is architecture.sites[-1]
-            width += rms * gain * (architecture.embedding_scale if tied_final else 1.0)
-            continue
-        key, _ = reader_keys(site.readers[0], weights, architecture)
-        score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0).cpu()
-        outermost = site.axis[0]
-        inner[outermost].append(score.reshape(architecture.sizes[outermost], -1).sum(-1))
-    return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]))
-
-
-def importance_order(scores: Importance) -> Order:
-    """The coordinates in descending importance."""
-    return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
-
-
-def sort_weights(
-    weights: Weights, architecture: Architecture, statistics: Statistics, scores: Importance
-) -> tuple[Weights, Statistics]:
-    """Permute channels, neurons and key/value groups into descending importance; the logits stay equal.
+        weights: of a model that `can_rotate`.
+        architecture: of it.
+        statistics: its moments.
 
     Returns:
-        The permuted weights and the statistics in the new order.
+        The weights, in float64, and the statistics in the new coordinates.
     """
-    order = importance_order(scores)
-    axes = {site.name: site.axis for site in architecture.sites}
-    axes |= {norm.name: norm.axis for norm in architecture.output_norms}
-    index = {
-        name: _site_order(axis, architecture.sizes, order.index(architecture.split_name(name)[0]))
-        for name, axis in axes.items()
-    }
-    return permute(weights, architecture, order), statistics.reindexed(index)
-
-
-def _site_order(axis: tuple[str, ...], sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:
-    return select(torch.arange(axis_length(axis, sizes)), (axis,), sizes, orders)
-
-
-_WIDTH = ("width",)
-# A LayerNorm's bias is divided by its gain where a reader has no bias to take it: gains below this share of the median
-# would make it so large that half precision loses the rest.
-_LEAST_GAIN = 0.01
+    axes = principal_axes(architecture, statistics)
+    streams = [site.name for site in architecture.sites if site.axis == _WIDTH]
+    return rotate(weights, architecture, axes), statistics.rotated(streams, axes)
 
 
 def can_rotate(weights: Weights, architecture: Architecture) -> bool:
-    """Whether the stream can be turned: no channel has a gain of its own that no reader takes.
+    """Check whether the stream can be rotated: no channel has a gain of its own that no reader takes.
 
     Not with a tied head, whose table is read by rows and by columns with the final norm's gain between the two; nor
     with norms over what is written to the stream (Gemma 2 and 3, OLMo 2).
@@ -168,12 +164,12 @@ def can_rotate(weights: Weights, architecture: Architecture) -> bool:
 
 
 def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.Tensor:
-    """The orthogonal axes of the stream that hold most of it, over all that reads it.
+    """Find the orthogonal axes of the stream that hold most of it, over all that reads it.
 
     They are the eigenvectors of the streams' second moments E[x x^T], summed, as in SliceGPT (arXiv 2401.15024,
     section 3.2), which has axes of its own for each layer, and matrices in the residual connections for that: these
     are one set for all, and the model stays a stock one. A LayerNorm's mean must stay the mean, so there each axis is
-    turned towards the channels' mean by 1/sqrt(D), and all of them sum to it.
+    rotated towards the channels' mean by 1/sqrt(D), and all of them sum to it.
 
     Returns:
         Q, (D, D) float64, Q^T Q = 1: a column an axis, the one that holds most first.
@@ -181,8 +177,8 @@ def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.
     second = sum(statistics.second(site.name) for site in architecture.sites if site.axis == _WIDTH)
     assert isinstance(second, torch.Tensor)
     size = len(second)
-    centred = architecture.family.norm_type == "layer"
-    if centred:
+    centered = architecture.family.norm_type == "layer"
+    if centered:
         # The mean, which no layer reads, becomes the last axis, for sure.
         mean = second.new_full((size,), 1 / math.sqrt(size))
         second = second - (1 + second.trace()) * torch.outer(mean, mean)
@@ -190,7 +186,7 @@ def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.
     # A sign is arbitrary: the same on every machine.
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     axes = axes * largest.sign()
-    if not centred:
+    if not centered:
         return axes
     mirror = -mean
     mirror[-1] += 1.0
@@ -198,7 +194,7 @@ def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.
 
 
 def rotate(weights: Weights, architecture: Architecture, axes: torch.Tensor) -> Weights:
-    """The same model with the stream x turned to Q^T x; the logits stay equal.
+    """Rotate the stream x to Q^T x; the logits stay equal.
 
     Gains are shared with their readers anew (see `balance_norms`) and have the size that they had.
 
@@ -222,19 +218,22 @@ def rotate(weights: Weights, architecture: Architecture, axes: torch.Tensor) -> 
     return balance_norms(LazyWeights(architecture.tensors, tensor), architecture, precise)
 
 
-def to_principal_axes(
-    weights: Weights, architecture: Architecture, statistics: Statistics
-) -> tuple[Weights, Statistics]:
-    """The same model with its stream on its principal axes, of which every prefix holds the most that as many can.
+def _site_order(axis: tuple[str, ...], sizes: Sizes, orders: dict[str, torch.Tensor]) -> torch.Tensor:
+    return select(torch.arange(axis_length(axis, sizes)), (axis,), sizes, orders)
 
-    Args:
-        weights: of a model that `can_rotate`.
-        architecture: of it.
-        statistics: its moments.
 
-    Returns:
-        The weights, in float64, and the statistics in the new coordinates.
-    """
-    axes = principal_axes(architecture, statistics)
-    streams = [site.name for site in architecture.sites if site.axis == _WIDTH]
-    return rotate(weights, architecture, axes), statistics.rotated(streams, axes)
+def _reorder_queries(tensor: torch.Tensor, axes: Axes, sizes: Sizes, query: torch.Tensor) -> torch.Tensor:
+    dims = dims_of(axes)
+    positions = (dims.index("group"), dims.index("query"))
+    array = to_dims(tensor, axes, sizes).movedim(positions, (0, 1))
+    query = query.to(array.device)
+    array = array[torch.arange(len(query), device=array.device)[:, None], query]
+    return from_dims(array.movedim((0, 1), positions), axes)
+
+
+def _mirrored(tensor: torch.Tensor, axes: Axes, sizes: Sizes, signs: torch.Tensor) -> torch.Tensor:
+    if "width" not in dims_of(axes):
+        return tensor
+    array = to_dims(tensor, axes, sizes)
+    shape = [-1 if dim == "width" else 1 for dim in dims_of(axes)]
+    return from_dims(array * signs.to(array).view(shape), axes)

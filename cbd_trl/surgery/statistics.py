@@ -1,4 +1,4 @@
-"""Moments of every stream that linear layers read, and of every norm over an output, from calibration text."""
+"""Collect the moments of every stream that linear layers read, and of every norm over an output."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ _KINDS = ("mean", "second", "square")
 
 
 class SiteStatistics(Protocol):
-    """What a cut reads of a model's moments, in memory or on disk.
+    """The moments of a model that a cut reads, in memory (`Statistics`) or on disk (`StoredStatistics`).
 
     Args:
         ridge: of `factor`, times each coordinate's own variance.
@@ -30,19 +30,19 @@ class SiteStatistics(Protocol):
         """The ridge that the factors hold, times each coordinate's own variance."""
 
     def mean(self, site: str) -> torch.Tensor:
-        """E[x], (D,)."""
+        """Return E[x], (D,)."""
 
     def variances(self, site: str) -> torch.Tensor:
-        """E[x_i^2], (D,), at a site or an output norm."""
+        """Return E[x_i^2], (D,), at a site or an output norm."""
 
     def prefix_squares(self, site: str) -> torch.Tensor:
-        """E[(x_1 + ... + x_i)^2] for every i, (D,)."""
+        """Return E[(x_1 + ... + x_i)^2] for every i, (D,)."""
 
     def second(self, site: str) -> torch.Tensor:
-        """E[x x^T], (D, D)."""
+        """Return E[x x^T], (D, D)."""
 
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
-        """L, (D, P), with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular; `kept` ascends."""
+        """Return L, (D, P): (cov(x) + ridge)[:, kept] = L L[kept]^T, L[kept] lower triangular, `kept` ascending."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Statistics:
     ridge: float = RIDGE
 
     def mean(self, site: str) -> torch.Tensor:
-        """E[x], (D,) float64."""
+        """Return E[x], (D,) float64."""
         return self.means[site].double()
 
     def second(self, site: str) -> torch.Tensor:
-        """E[x x^T], (D, D) float64."""
+        """Return E[x x^T], (D, D) float64."""
         size = len(self.means[site])
         upper = torch.zeros(size, size, dtype=torch.float64)
         rows, columns = torch.triu_indices(size, size)
@@ -77,7 +77,7 @@ class Statistics:
         return upper + upper.triu(1).T
 
     def variances(self, site: str) -> torch.Tensor:
-        """E[x_i^2], (D,) float64, at a site or an output norm."""
+        """Return E[x_i^2], (D,) float64, at a site or an output norm."""
         if site in self.squares:
             return self.squares[site].double()
         # The diagonal of `second`, without unpacking it.
@@ -86,16 +86,16 @@ class Statistics:
         return self.seconds[site][rows * size - rows * (rows - 1) // 2].double()
 
     def prefix_squares(self, site: str) -> torch.Tensor:
-        """E[(x_1 + ... + x_i)^2] for every i, (D,) float64."""
+        """Compute E[(x_1 + ... + x_i)^2] for every i, (D,) float64."""
         second = self.second(site)
         return (2 * second.triu().sum(0) - second.diagonal()).cumsum(0)
 
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
-        """L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
+        """Compute L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
         return factorize(self.mean(site), self.second(site), kept, self.ridge)
 
     def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
-        """The statistics of a model whose stream at `site` is x[index[site]] (sites without an entry are dropped)."""
+        """Reorder to those of a model whose stream at `site` is x[index[site]]; sites without an entry are dropped."""
         means, seconds, squares = {}, {}, {}
         for site in Progress("Sorting the statistics", index):
             order = index[site]
@@ -107,14 +107,14 @@ class Statistics:
         return Statistics(means, seconds, self.tokens, squares, self.ridge)
 
     def rotated(self, sites: Collection[str], axes: torch.Tensor) -> "Statistics":
-        """The statistics of a model whose stream at these sites is Q^T x, the others' being as they are.
+        """Rotate to those of a model whose stream at these sites is Q^T x, the others being as they are.
 
         Args:
             sites: of one stream.
             axes: Q, (D, D) float64, orthogonal.
         """
         means, seconds = dict(self.means), dict(self.seconds)
-        for site in Progress("Turning the statistics", sites):
+        for site in Progress("Rotating the statistics", sites):
             means[site] = (axes.T @ self.mean(site)).float()
             seconds[site] = _packed(axes.T @ self.second(site) @ axes)
         return dataclasses.replace(self, means=means, seconds=seconds)
@@ -174,14 +174,6 @@ def collect_statistics(
     return Statistics(means, {name: _packed(second) for name, second in seconds.items()}, tokens, squares)
 
 
-def normalize_stream(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
-    """RMSNorm ("rms") or LayerNorm ("layer") without gain and bias, over the last axis, in float32."""
-    stream = stream.float()
-    if norm_type == "layer":
-        stream = stream - stream.mean(-1, keepdim=True)
-    return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
-
-
 @contextmanager
 def watched(
     model: nn.Module,
@@ -189,7 +181,7 @@ def watched(
     places: Iterable[Site | OutputNorm],
     visit: Callable[[str, torch.Tensor], None],
 ) -> Iterator[None]:
-    """Inside, every forward pass of a model calls `visit(name, x)` with what each of these sites and norms gets.
+    """Call `visit(name, x)` in every forward pass of a model with the input of each of these sites and norms.
 
     x is (B T, D), a row a token: normalized before gain and bias, in float32, at a norm; the raw input elsewhere.
     """
@@ -212,15 +204,23 @@ def watched(
             handle.remove()
 
 
+def normalize_stream(stream: torch.Tensor, norm_type: str, eps: float) -> torch.Tensor:
+    """Apply RMSNorm ("rms") or LayerNorm ("layer") without gain and bias, over the last axis, in float32."""
+    stream = stream.float()
+    if norm_type == "layer":
+        stream = stream - stream.mean(-1, keepdim=True)
+    return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
+
+
 def deviations(mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Standard deviations, kept away from zero where a coordinate is constant: (D,) float64 from E[x] and E[x^2]."""
+    """Compute standard deviations, (D,) float64, from E[x] and E[x^2], above zero where a coordinate is constant."""
     mean, squares = mean.double(), squares.double()
     # Single precision sums leave nothing below this of a constant coordinate's variance.
     return (squares - mean.square()).clamp(min=1e-6 * squares + 1e-12 * squares.mean()).sqrt()
 
 
 def factorize(mean: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, ridge: float) -> torch.Tensor:
-    """The columns of L that belong to the coordinates `kept`, which come first: (D, P), rows in their own order.
+    """Compute the columns of L of the coordinates `kept`, which come first: (D, P), rows in their own order.
 
     Args:
         mean, second: E[x], (D,), and E[x x^T], (D, D).

@@ -1,4 +1,4 @@
-"""Statistics on disk: a factor of the second moments in few bits, read site by site."""
+"""Keep statistics on disk: a factor of the second moments in few bits, read site by site."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ class StoredStatistics:
         path: the file.
 
     Raises:
-        ValueError: it is no safetensors file or holds no statistics of this version.
+        ValueError: it is not a safetensors file, or its statistics are of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ class StoredStatistics:
         self._vectors = functools.lru_cache(maxsize=_MAPPED)(lambda site: self._tensor(site, "vectors"))
 
     def check(self, sizes: Mapping[str, int], norms: Mapping[str, int]) -> None:
-        """Refuse statistics of another model, before a number of them is used.
+        """Check that the statistics are of this model, before a number of them is used.
 
         Args:
             sizes: {site: D} that the model has.
@@ -81,17 +81,17 @@ class StoredStatistics:
         }
         wanted |= {self._name(site, "vectors"): ("F32", (len(_VECTORS), size)) for site, size in sizes.items()}
         wanted |= {self._name(norm, "squares"): ("F32", (size,)) for norm, size in norms.items()}
-        for name, model in wanted.items():
+        for name, expected in wanted.items():
             found = self._tensors.dtype(name), self._tensors.shape(name)
-            if found != model:
+            if found != expected:
                 raise ValueError(
-                    f"{self.path} holds {name} as {found[0]} of shape {found[1]}, but the model's is {model[0]} of "
-                    f"shape {model[1]}: it was not written for this model. Build the chain again."
+                    f"{self.path} holds {name} as {found[0]} of shape {found[1]}, but the model's is {expected[0]} of "
+                    f"shape {expected[1]}: it was not written for this model. Build the chain again."
                 )
 
     @property
     def sites(self) -> set[str]:
-        """The sites there are."""
+        """The sites that it has moments of."""
         return {name.removesuffix(".codes") for name in self._tensors if name.endswith(".codes")}
 
     def _tensor(self, site: str, kind: str) -> torch.Tensor:
@@ -107,20 +107,20 @@ class StoredStatistics:
         return self._vectors(site)[_VECTORS.index(name)]
 
     def mean(self, site: str) -> torch.Tensor:
-        """E[x], (D,) float32."""
+        """Read E[x], (D,) float32."""
         return self._vector(site, "mean")
 
     def variances(self, site: str) -> torch.Tensor:
-        """E[x_i^2], (D,) float32, at a site or an output norm."""
+        """Read E[x_i^2], (D,) float32, at a site or an output norm."""
         squares = f"{site}.squares"
         return self._tensors[squares] if squares in self._tensors else self._vector(site, "variances")
 
     def prefix_squares(self, site: str) -> torch.Tensor:
-        """E[(x_1 + ... + x_i)^2] for every i, (D,) float32."""
+        """Read E[(x_1 + ... + x_i)^2] for every i, (D,) float32."""
         return self._vector(site, "prefix_squares")
 
     def second(self, site: str) -> torch.Tensor:
-        """E[x x^T], (D, D) float32, as exact as the stored factor."""
+        """Compute E[x x^T], (D, D) float32, as exact as the stored factor."""
         mean = self.mean(site)
         factor = self.factor(site, torch.arange(len(mean)))
         second = factor @ factor.T + torch.outer(mean, mean)
@@ -128,7 +128,7 @@ class StoredStatistics:
         return second
 
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
-        """L, (D, P) float32, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular.
+        """Read L, (D, P) float32, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular.
 
         Where `kept` is a prefix that is a part of what is stored; else the moments are factorized anew.
         """
@@ -141,20 +141,8 @@ class StoredStatistics:
         return factor
 
 
-def _number(path: Path, metadata: Mapping[str, str], name: str) -> Any:
-    """One of the numbers in the metadata, none of which is negative."""
-    text = metadata.get(name, "null")
-    try:
-        value = parse_json(text.encode())
-    except ValueError:
-        value = None
-    if type(value) not in (int, float) or value < 0:
-        raise ValueError(f"{path} has {name} = {shown(text)} in its metadata, no number. Build the chain again.")
-    return value
-
-
 def pack(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A lower triangular (D, D) matrix in few bits.
+    """Pack a lower triangular (D, D) matrix into few bits.
 
     Returns:
         uint8 codes of what is below the diagonal, panel by panel of 32 columns, and the columns' scales, (D,) float32.
@@ -170,7 +158,7 @@ def pack(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def unpack(codes: torch.Tensor, scales: torch.Tensor, units: torch.Tensor, columns: int) -> torch.Tensor:
-    """The leading columns of what `pack` was given, without the diagonal, row i times units[i]: (D, columns) float32.
+    """Unpack the leading columns, without the diagonal, row i times units[i]: (D, columns) float32.
 
     Panel by panel, each of which stays in the cache from its codes to its place.
     """
@@ -190,8 +178,23 @@ def unpack(codes: torch.Tensor, scales: torch.Tensor, units: torch.Tensor, colum
 
 
 def packed_bytes(size: int) -> int:
-    """Bytes of the codes of a (size, size) factor."""
+    """Count the bytes of the codes of a (size, size) factor."""
     return sum(_packed_length((size - start) * min(_PANEL, size - start)) for start in range(0, size, _PANEL))
+
+
+def _number(path: Path, metadata: Mapping[str, str], name: str) -> Any:
+    """Read a number from the metadata, none of which is negative."""
+    text = metadata.get(name, "null")
+    try:
+        value = parse_json(text.encode())
+    except ValueError:
+        value = None
+    if type(value) not in (int, float) or value < 0:
+        raise ValueError(
+            f"{path} has {name} = {shown(text)} in its metadata, and must have a number of at least 0. Build the "
+            "chain again."
+        )
+    return value
 
 
 def _packed_length(count: int) -> int:
@@ -199,14 +202,14 @@ def _packed_length(count: int) -> int:
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Four codes in three bytes: the two free bits of each of the first three hold the fourth."""
+    """Pack four codes into three bytes: the two free bits of each of the first three hold the fourth."""
     codes = codes.flatten()
     codes = torch.nn.functional.pad(codes, (0, -len(codes) % 4)).view(4, -1)
     return torch.stack([codes[i] | (codes[3] >> 2 * i & 3) << BITS for i in range(3)]).flatten()
 
 
 def _unpack(packed: torch.Tensor, count: int) -> torch.Tensor:
-    """Inverse of `_pack`, as entries in units of their column's scale, float32."""
+    """Invert `_pack`, as entries in units of their column's scale, float32."""
     parts = packed.view(3, -1)
     high = parts >> BITS
     codes = torch.cat([packed, high[0] | high[1] << 2 | high[2] << 4])[:count]

@@ -1,11 +1,11 @@
-"""Reading and writing single tensors of a state dict through an architecture's description.
+"""Read and write single tensors of a state dict through an architecture's description.
 
 `Weights` hold what a model computes with, under the keys of `Architecture.tensors`: every projection by itself (Phi-3
 stores several in one tensor), gains themselves (Gemma stores them less 1), and input embeddings as they enter the
 residual stream (Gemma multiplies them by the square root of the width, which a cut or growth changes). With a tied
 head the final norm's gain takes the inverse of that factor. So the surgery knows one kind of projection, of norm and
 of table, and `to_weights` and `to_state` alone know how a family stores them. They are any mapping: of tensors in
-memory, or of tensors that are read and made on each access (see `lazy`).
+memory, or of tensors that are read and made on each access (`LazyWeights`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -51,12 +51,12 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def working(tensor: torch.Tensor) -> torch.Tensor:
-    """In the dtype that is calculated in: half precisions in float32, the others as they are."""
+    """Convert to the dtype that is calculated in: half precisions to float32, the others stay as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """The model's parameters as weights (views, not copies, where they are stored as they are used).
+    """View the model's parameters as weights (views, not copies, where they are stored as they are used).
 
     Raises:
         ValueError: the model lacks a tensor of its family or has one that the description does not know.
@@ -97,7 +97,7 @@ def to_state(weights: Weights, architecture: Architecture) -> Weights:
 
 
 def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch.Tensor:
-    """One stored tensor, or a slice of it, as the model computes with it.
+    """Convert a stored tensor, or a slice of it, to what the model computes with.
 
     Returns:
         A view of it where nothing is to be done; else a gain in float64, a table in float32 or better.
@@ -111,13 +111,13 @@ def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch
 
 
 def as_stored(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch.Tensor:
-    """Inverse of `as_used`."""
+    """Invert `as_used`."""
     offset, scale = _convention(key, architecture)
     return tensor if (offset, scale) == (0.0, 1.0) else tensor / scale - offset
 
 
 def _convention(key: str, architecture: Architecture) -> tuple[float, float]:
-    """(offset, scale): the model computes with scale x (offset + what is stored)."""
+    """Return (offset, scale): the model computes with scale x (offset + what is stored)."""
     family, module = architecture.family, key.rsplit(".", 1)[0]
     if module == family.embedding:
         return 0.0, architecture.embedding_scale
@@ -128,35 +128,35 @@ def _convention(key: str, architecture: Architecture) -> tuple[float, float]:
 
 
 def input_matrix(weight: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> torch.Tensor:
-    """A reading layer's weight as an (outputs, inputs) matrix, whichever way it is stored."""
+    """View a reading layer's weight as an (outputs, inputs) matrix, whichever way it is stored."""
     return weight.movedim(axes.index(axis), -1).reshape(-1, weight.shape[axes.index(axis)])
 
 
 def from_input_matrix(matrix: torch.Tensor, like: torch.Tensor, axes: Axes, axis: tuple[str, ...]) -> torch.Tensor:
-    """Inverse of `input_matrix`, in the matrix's dtype; the inputs may have changed in number."""
+    """Invert `input_matrix`, in the matrix's dtype; the inputs may have changed in number."""
     position = axes.index(axis)
     outputs = [length for i, length in enumerate(like.shape) if i != position]
     return matrix.reshape(*outputs, matrix.shape[-1]).movedim(-1, position).contiguous()
 
 
 def readers_of(architecture: Architecture) -> dict[str, Site]:
-    """{module whose weight reads a site: the site}; a tied head reads with the embedding table."""
+    """Map {module whose weight reads a site: the site}; a tied head reads with the embedding table."""
     return {_module_of(reader, architecture): site for site in architecture.sites for reader in site.readers}
 
 
 def site_norms(architecture: Architecture) -> dict[str, Site]:
-    """{norm module that layers read through: its site}."""
+    """Map {norm module that layers read through: its site}."""
     return {site.name: site for site in architecture.sites if site.norm}
 
 
 def reader_keys(reader: str, weights: Collection[str], architecture: Architecture) -> tuple[str, str | None]:
-    """Keys of a reader's weight and of its bias, if it has one among these."""
+    """Return the keys of a reader's weight and of its bias, if it has one among these."""
     module = _module_of(reader, architecture)
     bias = f"{module}.bias"
     return f"{module}.weight", bias if bias in weights else None
 
 
 def _module_of(reader: str, architecture: Architecture) -> str:
-    """The module whose weight a reader multiplies with: a tied head's is the embedding table."""
+    """Name the module whose weight a reader multiplies with: a tied head's is the embedding table."""
     tied_head = reader == architecture.family.head and architecture.tied
     return architecture.family.embedding if tied_head else reader

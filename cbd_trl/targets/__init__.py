@@ -1,1 +1,4 @@
-"""Models made from a chain: the target requested, the operators that interpolate its weights, and saving it."""
+"""Make a model from a chain: `request` finds the target, `operators` make its weights, `saving` writes it.
+
+`from_chain` makes one target and `many` several; `calibrate` chooses how to interpolate by measured loss.
+"""

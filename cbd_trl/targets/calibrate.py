@@ -9,8 +9,7 @@ from datasets import Dataset
 from cbd_trl.chain.model import build_model
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.shapes.depths import blocks_for_depth
-from cbd_trl.targets.operators import MIXING_OPERATORS, OPERATORS
-from cbd_trl.targets.pair import Pair, Plan
+from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from cbd_trl.targets.request import ANCHOR, Target
 from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
@@ -30,7 +29,7 @@ def calibration_tokens(target: Target, dataset: Dataset) -> TokenBlocks | None:
 
 def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> float:
     """Measure the loss of the target that `operator` makes, on calibration text: mean nats per predicted token."""
-    weights, architecture = OPERATORS[operator](pair, plan)
+    weights, architecture = OPERATORS[operator].make(pair, plan)
     model = build_model(architecture, weights, torch.float32)
     return held_out_loss(model, tokens)
 
@@ -38,8 +37,8 @@ def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> flo
 def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> tuple[str, Plan]:
     """Choose the best of the operator's own candidates, `expand` and `slice`, by loss on calibration text.
 
-    For `nested` and `patch` the candidates vary which blocks are swapped, for mixing operators how much is mixed;
-    both ends included.
+    The candidates vary which blocks are swapped where it swaps blocks, and how much is mixed where it mixes; both ends
+    included.
     """
     candidates = [(operator, candidate) for candidate in _candidates(pair, plan, operator)]
     candidates += [(end, dataclasses.replace(plan, alpha=None, swapped=None)) for end in ("expand", "slice")]
@@ -48,9 +47,8 @@ def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> t
 
 
 def _candidates(pair: Pair, plan: Plan, operator: str) -> Iterator[Plan]:
-    mixes = operator in MIXING_OPERATORS and not (operator == "nested" and pair.equal_widths)
     alphas: tuple[float | None, ...] = (None,)
-    if mixes:
+    if OPERATORS[operator].default_alpha(pair, plan.target) is not None:
         alphas = (None, *_ALPHAS) if plan.alpha is None else (plan.alpha,)
     for swapped in _swaps(pair, plan, operator):
         for alpha in alphas:
@@ -59,7 +57,7 @@ def _candidates(pair: Pair, plan: Plan, operator: str) -> Iterator[Plan]:
 
 def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | None]:
     """List sets of blocks to swap: the default, the last, the first, and every other one if that gives the depth."""
-    if operator not in ("nested", "patch"):
+    if OPERATORS[operator].depths != "blocks":
         yield None
         return
     usual = frozenset(blocks_for_depth(pair.blocks, plan.target.depth, pair.costs))

@@ -17,8 +17,8 @@ from cbd_trl.architectures.axes import dims_of, tensor_shape
 from cbd_trl.chain.chain import Chain
 from cbd_trl.surgery.weights import reader_keys
 from cbd_trl.targets.calibrate import calibration_tokens
-from cbd_trl.targets.make import load_pair, make_model
-from cbd_trl.targets.pair import Pair
+from cbd_trl.targets.from_chain import load_pair, make_model
+from cbd_trl.targets.operators import Pair
 from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, target_dtype
 from cbd_trl.targets.saving import check_replaceable, save_model
 from cbd_trl.utils.blocks import TokenBlocks

@@ -1,48 +1,126 @@
-"""Operators: the rules that make a target's weights from two anchors. Pure functions, one table.
+"""Operators: the rules that make a target's weights from two neighboring anchors. Pure functions, one table.
 
-The weights they return compute each tensor when it is read, from the few of the anchors' tensors that it needs.
+The weights they return compute each tensor when it is read, from the few of the anchors' tensors that it needs. A new
+operator is a function and a row of `OPERATORS`; `from_chain`, calibration, the command line, model cards and reports
+follow from the row.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from cbd_trl.architectures import Architecture
-from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
+from cbd_trl.architectures import Architecture, OutputNorm, Site
+from cbd_trl.architectures.axes import Axes, Sizes, dims_of, from_dims, prefix_index, to_dims
+from cbd_trl.shapes.depths import blocks_for_depth
+from cbd_trl.shapes.solve import DepthRule
+from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
-from cbd_trl.surgery.least_squares import least_squares_cut, plain_cut
-from cbd_trl.surgery.norms import balance_norms
-from cbd_trl.surgery.weights import LazyWeights, Weights
-from cbd_trl.targets.nested import cut_upper, mixer, nested_alpha
-from cbd_trl.targets.pair import Pair, Plan, layer_stack, swapped_blocks
+from cbd_trl.surgery.least_squares import gain_ratio, least_squares_cut, plain_cut
+from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
+from cbd_trl.surgery.statistics import SiteStatistics
+from cbd_trl.surgery.weights import LazyWeights, Weights, readers_of, site_norms
 
-Operator = Callable[[Pair, Plan], tuple[Weights, Architecture]]
-
-
-def default_alpha(operator: str, pair: Pair, target: Architecture) -> float | None:
-    """Compute the weight that `operator` gives the lower anchor at this target, None where it mixes nothing."""
-    if operator == "linear":
-        return pair.fraction(target)
-    if operator == "nested" and not pair.equal_widths:
-        return nested_alpha(pair, target)
-    return None
+# Of 0.25, 0.5, 0.75 and 1 the best alpha was 0.5, 0.75 and 1 at 0.32, 0.61 and 0.81 of the way down (SmolLM2-135M).
+NESTED_ALPHA_POWER = 0.75
+# What reads the heads (attention's output projection) is better left to the upper anchor: with alpha to the power of
+# 1, 1.6, 2.3 and 4 there alone 3.368, 3.352, 3.346 and 3.342 nats (504 and 432 channels, mean of two texts). Queries
+# and keys, the table and the norms do not matter; feed-forwards are best as they are.
+NESTED_OUTPUT_POWER = 3.0
 
 
-def planned_architecture(operator: str, pair: Pair, target: Architecture) -> Architecture:
-    """Compute the architecture that an operator makes of a shape, with the per-layer entries of the layers it takes.
+@dataclass(frozen=True)
+class Pair:
+    """Two neighboring anchors.
 
     Args:
-        operator: its name.
-        pair: the anchors; no weight is read.
-        target: depth and widths.
+        upper, lower: weights, the lower cut from the upper in shared coordinates.
+        upper_architecture, lower_architecture: of the weights.
+        statistics: the upper anchor's moments; None only where no width differs.
+        blocks: for each lower layer the upper layers it stands for.
+        kept: the one of them that it was cut from.
+        costs: what it costs, in nats per token, that it stands for them; None = unknown.
     """
-    if operator in ("nested", "patch"):
-        layers = [layer for _, layer in layer_stack(pair, Plan(target))]
-        return pair.upper_architecture.resized(**target.sizes).with_layers(layers)
-    if operator == "expand":
-        return grow_depth({}, pair.lower_architecture.resized(**target.sizes), target.depth)[1]
-    # Their tensors are made only when they are read.
-    return linear(pair, Plan(target))[1] if operator == "linear" else target
+
+    upper: Weights
+    upper_architecture: Architecture
+    lower: Weights
+    lower_architecture: Architecture
+    statistics: SiteStatistics | None
+    blocks: Sequence[Sequence[int]]
+    kept: Sequence[int]
+    costs: Sequence[float] | None = None
+
+    @property
+    def equal_widths(self) -> bool:
+        """Whether the anchors differ in depth alone."""
+        return self.upper_architecture.sizes == self.lower_architecture.sizes
+
+    def moments(self) -> SiteStatistics:
+        """Return the upper anchor's statistics.
+
+        Raises:
+            ValueError: the pair has none.
+        """
+        if self.statistics is None:
+            raise ValueError(
+                "Changing a width needs the upper anchor's statistics, which this chain does not hold. Build the "
+                "chain again."
+            )
+        return self.statistics
+
+    def fraction(self, target: Architecture) -> float:
+        """Compute (N_large - N) / (N_large - N_small) in parameters: 0 at the upper anchor, 1 at the lower one."""
+        large, small = self.upper_architecture.num_parameters, self.lower_architecture.num_parameters
+        return (large - target.num_parameters) / (large - small)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an operator is to make.
+
+    Args:
+        target: depth and widths.
+        alpha: weight of the lower anchor in the mix, 0 to 1; None = the operator's own rule.
+        swapped: lower layers replaced by their upper blocks; None = as `blocks_for_depth` chooses.
+    """
+
+    target: Architecture
+    alpha: float | None = None
+    swapped: Collection[int] | None = None
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator, and what others need to know of it.
+
+    Args:
+        make: (pair, plan) -> the target's weights and their architecture.
+        label: its name in legends and tables.
+        summary: one line that explains it in a report.
+        sources: "upper", "lower" or both: the anchors it reads. At the shape of one of these `from_chain` returns that
+            anchor as it is.
+        depths: which depths it can make (`cbd_trl.shapes.solve.DepthRule`).
+        alpha: (pair, target) -> the weight of the lower anchor that it takes by default, None where nothing is mixed;
+            None for an operator that never mixes.
+        architecture: (pair, target) -> the architecture it makes of a shape, with the per-layer entries of the layers
+            it takes; the pair has no weights. It raises ValueError for a target that it cannot make.
+        reported: whether a report measures it by default.
+    """
+
+    make: Callable[[Pair, Plan], tuple[Weights, Architecture]]
+    label: str
+    summary: str
+    sources: tuple[str, ...] = ("upper", "lower")
+    depths: DepthRule = "any"
+    alpha: Callable[[Pair, Architecture], float | None] | None = None
+    architecture: Callable[[Pair, Architecture], Architecture] = lambda pair, target: target
+    reported: bool = True
+
+    def default_alpha(self, pair: Pair, target: Architecture) -> float | None:
+        """Compute the weight of the lower anchor at this target, None where nothing is mixed."""
+        return None if self.alpha is None else self.alpha(pair, target)
 
 
 def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -52,13 +130,18 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
         return patch(pair, plan)
     cut, architecture = cut_upper(pair, plan)
     mixed = mixer(pair, plan)(cut, pair.lower)
-    return _balanced(mixed, architecture, pair, [layer for _, layer in layer_stack(pair, plan)]), architecture
+    return _balanced(mixed, architecture, pair, _upper_layers(pair, plan)), architecture
+
+
+def nested_alpha(pair: Pair, target: Architecture) -> float | None:
+    """Compute the weight of the lower anchor in a target: None where only depth differs, and blocks are swapped."""
+    return None if pair.equal_widths else pair.fraction(target) ** NESTED_ALPHA_POWER
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """Put whole blocks of the upper anchor in place of lower layers (boomerang distillation, arXiv 2510.05064); equal
     widths only."""
-    check_patch(pair, plan.target)
+    _check_patch(pair, plan.target)
     return swap_blocks(
         pair.lower,
         pair.lower_architecture,
@@ -68,37 +151,6 @@ def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
         swapped_blocks(pair, plan),
         pair.kept,
     )
-
-
-def check_patch(pair: Pair, target: Architecture) -> None:
-    """Check that no width differs: `patch` makes none.
-
-    Raises:
-        ValueError: a width differs.
-    """
-    if not pair.equal_widths or target.sizes != pair.upper_architecture.sizes:
-        raise ValueError(
-            "operator='patch' swaps whole blocks between anchors of equal widths, and these differ "
-            f"({pair.upper_architecture.shape} and {pair.lower_architecture.shape}; target {target.shape}). "
-            "Use operator='nested', which also interpolates widths."
-        )
-
-
-def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """Cut the upper anchor alone: evenly spaced layers, least-squares cut in width."""
-    widths = pair.upper_architecture.resized(**plan.target.sizes)
-    layers = spaced_layers(widths.depth, plan.target.depth, widths.fits)
-    if widths.sizes == pair.upper_architecture.sizes:
-        return select_layers(pair.upper, widths, layers)
-    cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths)
-    weights, architecture = select_layers(cut, widths, layers)
-    return _balanced(weights, architecture, pair, layers), architecture
-
-
-def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
-    """Grow the lower anchor alone, exactly: the same logits at the target's size."""
-    target = pair.lower_architecture.resized(**plan.target.sizes)
-    return grow_depth(*grow_width(pair.lower, pair.lower_architecture, target), plan.target.depth)
 
 
 def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
@@ -124,17 +176,249 @@ def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     return LazyWeights(large, lambda key: torch.lerp(large[key].float(), small[key].float(), alpha)), target
 
 
-OPERATORS: dict[str, Operator] = {
-    "nested": nested,
-    "patch": patch,
-    "slice": slice_upper,
-    "expand": expand,
-    "linear": linear,
+def slice_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """Cut the upper anchor alone: evenly spaced layers, least-squares cut in width."""
+    widths = pair.upper_architecture.resized(**plan.target.sizes)
+    layers = spaced_layers(widths.depth, plan.target.depth, widths.fits)
+    if widths.sizes == pair.upper_architecture.sizes:
+        return select_layers(pair.upper, widths, layers)
+    cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths)
+    weights, architecture = select_layers(cut, widths, layers)
+    return _balanced(weights, architecture, pair, layers), architecture
+
+
+def expand(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """Grow the lower anchor alone, exactly: the same logits at the target's size."""
+    target = pair.lower_architecture.resized(**plan.target.sizes)
+    return grow_depth(*grow_width(pair.lower, pair.lower_architecture, target), plan.target.depth)
+
+
+def _block_architecture(pair: Pair, target: Architecture) -> Architecture:
+    """Give a target the per-layer entries of the upper layers that whole blocks put there."""
+    return pair.upper_architecture.resized(**target.sizes).with_layers(_upper_layers(pair, Plan(target)))
+
+
+def _patch_architecture(pair: Pair, target: Architecture) -> Architecture:
+    _check_patch(pair, target)
+    return _block_architecture(pair, target)
+
+
+def _grown_architecture(pair: Pair, target: Architecture) -> Architecture:
+    return grow_depth({}, pair.lower_architecture.resized(**target.sizes), target.depth)[1]
+
+
+def _linear_architecture(pair: Pair, target: Architecture) -> Architecture:
+    # Its tensors are made only when they are read.
+    return linear(pair, Plan(target))[1]
+
+
+# The first is the default of `from_chain`; reports draw them in this order.
+OPERATORS = {
+    "nested": Operator(
+        nested,
+        "nested (default)",
+        "The default: blocks of the upper anchor for depth; its least-squares cut, mixed with the lower anchor, for "
+        "width.",
+        depths="blocks",
+        alpha=nested_alpha,
+        architecture=_block_architecture,
+    ),
+    "patch": Operator(
+        patch,
+        "patch",
+        "Blocks of the upper anchor, nothing mixed.",
+        depths="blocks",
+        architecture=_patch_architecture,
+        reported=False,
+    ),
+    "linear": Operator(
+        linear,
+        "linear: the paper's formula",
+        "Control: the formula of the paper (arXiv 2605.07783), an average of both anchors.",
+        alpha=Pair.fraction,
+        architecture=_linear_architecture,
+    ),
+    "slice": Operator(
+        slice_upper,
+        "slice: upper anchor alone",
+        "Control: the upper anchor alone, cut.",
+        sources=("upper",),
+        depths="cut",
+    ),
+    "expand": Operator(
+        expand,
+        "expand: lower anchor alone",
+        "Control: the lower anchor alone, grown without changing its function.",
+        sources=("lower",),
+        depths="grown",
+        architecture=_grown_architecture,
+    ),
 }
-MIXING_OPERATORS = ("nested", "linear")
+DEFAULT_OPERATOR = next(iter(OPERATORS))
+
+
+def cut_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+    """Cut the upper anchor for `nested`: the least-squares cut of those of its layers that the target is made of,
+    norm gains folded into the readers."""
+    widths = pair.upper_architecture.resized(**plan.target.sizes)
+    cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths, fold=True)
+    return select_layers(cut, widths, _upper_layers(pair, plan))
+
+
+def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
+    """Build the function that mixes the cut of the upper anchor with the lower one, for any weights of the two.
+
+    Every output that the lower anchor has is alpha * lower + (1 - alpha) * cut, with what the cut reads from new
+    coordinates in its part; new outputs are the cut's at full strength. A swapped block is the cut of its upper
+    layers; an unswapped layer is mixed with the cut of the upper layer it came from. For what reads the heads alpha is
+    taken to the power of `NESTED_OUTPUT_POWER`.
+
+    Returns:
+        (weights of `cut_upper`, weights of the lower anchor) -> the target's weights, float32 where they are mixed.
+        Gradients flow to both.
+    """
+    alpha = pair.fraction(plan.target) ** NESTED_ALPHA_POWER if plan.alpha is None else plan.alpha
+    stack, below = layer_stack(pair, plan), pair.lower_architecture
+    target = pair.upper_architecture.resized(**plan.target.sizes).with_layers([layer for _, layer in stack])
+    scale, inputs = _lower_scale(pair, target), _input_dims(target)
+    outputs = {reader for site in target.sites if "dim" in site.axis for reader in site.readers}
+
+    def mix(cut: Weights, lower: Weights) -> Weights:
+        folded = fold_norms(lower, below)
+
+        def tensor(key: str) -> torch.Tensor:
+            layer, name = target.split_name(key)
+            source = layer if layer is None else stack[layer][0]
+            if layer is not None and source is None:
+                return cut[key]
+            own = key if source is None else below.layer_name(source, name)
+            base, small, sizes = cut[key].float(), folded[own].float(), (target.sizes, below.sizes)
+            share = alpha**NESTED_OUTPUT_POWER if key.rsplit(".", 1)[0] in outputs else alpha
+            shares = (1 - share, share * scale(own))
+            return _mix(base, small, target.tensors[key], sizes, inputs.get(key, ()), shares)
+
+        return LazyWeights(target.tensors, tensor)
+
+    return mix
+
+
+def swapped_blocks(pair: Pair, plan: Plan) -> Collection[int]:
+    """Choose the lower layers that are replaced by their upper blocks."""
+    if plan.swapped is not None:
+        return plan.swapped
+    return blocks_for_depth(pair.blocks, plan.target.depth, pair.costs, pair.kept, pair.upper_architecture.fits)
+
+
+def layer_stack(pair: Pair, plan: Plan) -> list[tuple[int | None, int]]:
+    """List for each layer of a target the lower layer mixed into it, None in a swapped block, and the upper one."""
+    check_blocks(pair.blocks, pair.lower_architecture.depth, pair.upper_architecture.depth)
+    swapped, stack = swapped_blocks(pair, plan), list[tuple[int | None, int]]()
+    for i, block in enumerate(pair.blocks):
+        stack += [(None, layer) for layer in block] if i in swapped else [(i, pair.kept[i])]
+    return stack
+
+
+def _upper_layers(pair: Pair, plan: Plan) -> list[int]:
+    """List for each layer of a target the upper layer that it is made of."""
+    return [layer for _, layer in layer_stack(pair, plan)]
+
+
+def _check_patch(pair: Pair, target: Architecture) -> None:
+    """Check that no width differs: `patch` makes none.
+
+    Raises:
+        ValueError: a width differs.
+    """
+    if not pair.equal_widths or target.sizes != pair.upper_architecture.sizes:
+        raise ValueError(
+            "operator='patch' swaps whole blocks between anchors of equal widths, and these differ "
+            f"({pair.upper_architecture.shape} and {pair.lower_architecture.shape}; target {target.shape}). "
+            "Use operator='nested', which also interpolates widths."
+        )
 
 
 def _balanced(weights: Weights, architecture: Architecture, pair: Pair, layers: Sequence[int]) -> Weights:
     """Rescale to the norm gains of the upper anchor, from whose layers it is made, without changing the function."""
     like, _ = select_layers(pair.upper, pair.upper_architecture, layers)
     return balance_norms(weights, architecture, like)
+
+
+def _lower_scale(pair: Pair, target: Architecture) -> Callable[[str], float]:
+    """Build the function that scales each tensor of the lower anchor, norms folded, on the shared prefix of a target.
+
+    The target's norms divide a stream or an output by the root mean square of more coordinates than the lower anchor's
+    do; measured on the upper anchor, the two differ by the ratio of the prefixes' root mean squares, which is taken
+    out here.
+    """
+    architecture, upper, statistics = pair.lower_architecture, pair.upper_architecture, pair.moments()
+    norms, readers = site_norms(architecture), readers_of(architecture)
+    output_norms = {norm.name: norm for norm in architecture.cut_output_norms}
+
+    @functools.cache
+    def prefixes(axis: tuple[str, ...]) -> list[torch.Tensor]:
+        return [prefix_index(axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
+
+    @functools.cache
+    def ratios(norm: Site | OutputNorm, norm_type: str) -> list[float]:
+        """Compute what the gains of the lower anchor and of the target lose to their root mean squares."""
+        layer, name = architecture.split_name(norm.name)
+        above = replace(norm, name=norm.name if layer is None else upper.layer_name(pair.kept[layer], name))
+        return [gain_ratio(statistics, above, norm_type, prefix) for prefix in prefixes(norm.axis)]
+
+    @functools.cache
+    def scale(key: str) -> float:
+        module, kind = key.rsplit(".", 1)
+        if kind == "bias":
+            return 1.0
+        if module in output_norms:
+            ratio, target_ratio = ratios(output_norms[module], "rms")
+            return target_ratio / ratio
+        if module in norms:
+            ratio, target_ratio = ratios(norms[module], architecture.family.norm_type)
+            return target_ratio if folds(norms[module], architecture) else target_ratio / ratio
+        if module in readers and folds(readers[module], architecture):
+            return 1.0 / ratios(readers[module], architecture.family.norm_type)[0]
+        return 1.0
+
+    return scale
+
+
+def _mix(
+    base: torch.Tensor,
+    lower: torch.Tensor,
+    axes: Axes,
+    sizes: tuple[Sizes, Sizes],
+    inputs: tuple[str, ...],
+    shares: tuple[float, float],
+) -> torch.Tensor:
+    """Mix one tensor of the target: the outputs that the lower anchor has are mixed, the others are the cut's.
+
+    Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts by its share on mixed
+    outputs.
+
+    Args:
+        base, lower: the cut's and the lower anchor's tensor.
+        axes: of both.
+        sizes: of the target and of the lower anchor.
+        inputs: the dimensions along which the tensor reads.
+        shares: what each of the two is multiplied by where they are mixed.
+    """
+    array, small = to_dims(base, axes, sizes[0]), to_dims(lower, axes, sizes[1])
+    dims, (wide, narrow) = dims_of(axes), sizes
+    # Broadcast: of length 1 where all that a dimension has is mixed.
+    partial = [wide[dim] if dim not in inputs and narrow[dim] < wide[dim] else 1 for dim in dims]
+    share = array.new_ones(partial)
+    share[tuple(slice(0, narrow[dim]) for dim in dims)] = shares[0]
+    mixed = array * share
+    mixed[tuple(slice(0, narrow[dim]) for dim in dims)].add_(small, alpha=shares[1])
+    return from_dims(mixed, axes)
+
+
+def _input_dims(architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """Map {key: the dimensions along which a tensor reads}, where it does; a tied head reads through the final norm's
+    gain and bias."""
+    reads = {f"{reader}.weight": site.axis for site in architecture.sites for reader in site.readers}
+    if architecture.tied:
+        final = architecture.family.final_site.name
+        reads |= {f"{final}.weight": ("width",), f"{final}.bias": ("width",)}
+    return reads

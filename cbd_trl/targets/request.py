@@ -11,16 +11,9 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
-from cbd_trl.targets.operators import (
-    MIXING_OPERATORS,
-    OPERATORS,
-    check_patch,
-    default_alpha,
-    planned_architecture,
-)
-from cbd_trl.targets.pair import Pair
+from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS, Pair
 
 # The operator of a target that is an anchor as it is.
 ANCHOR = "anchor"
@@ -36,17 +29,18 @@ class Request:
 
     num_parameters: float | None = None
     config: Mapping[str, int] | None = None
-    operator: str = "nested"
+    operator: str = DEFAULT_OPERATOR
     alpha: float | None = None
     tolerance: float = 0.03
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
             raise ValueError(f"Unknown operator {self.operator!r}. Operators: {', '.join(OPERATORS)}.")
-        if self.alpha is not None and self.operator not in MIXING_OPERATORS:
+        if self.alpha is not None and OPERATORS[self.operator].alpha is None:
+            mixing = [name for name, row in OPERATORS.items() if row.alpha is not None]
             raise ValueError(
                 f"alpha={self.alpha} has no meaning for operator={self.operator!r}, which mixes nothing. Leave it "
-                f"out, or use {' or '.join(repr(name) for name in MIXING_OPERATORS)}."
+                f"out, or use {' or '.join(repr(name) for name in mixing)}."
             )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie between 0 (the upper anchor alone) and 1 (the lower one).")
@@ -115,34 +109,30 @@ def find_target(chain: Chain, request: Request) -> Target:
         if _names(request, anchor):
             return Target((anchor,), anchor.architecture(), ANCHOR)
     upper, lower = chain.pair_for(request.num_parameters, request.config, request.tolerance)
-    blocks = lower.block_map or []
+    blocks, operator = lower.block_map or [], OPERATORS[request.operator]
     above, below = upper.architecture(), lower.architecture()
-    wanted = (request.num_parameters, request.config, request.tolerance, request.operator)
+    wanted = (request.num_parameters, request.config, request.tolerance, operator.depths)
     fields = solve_target(above, below, blocks, *wanted, lower.kept_layers)
     for anchor in own:
         if anchor.shape == fields:
             return Target((anchor,), anchor.architecture(), ANCHOR)
-    architecture = target_architecture(above, fields)
     # Operators plan a shape without reading weights.
     pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs)
-    if request.operator == "patch":
-        check_patch(pair, architecture)
-    architecture = planned_architecture(request.operator, pair, architecture)
-    alpha = default_alpha(request.operator, pair, architecture)
+    architecture = operator.architecture(pair, cut_architecture(above, fields))
+    alpha = operator.default_alpha(pair, architecture)
     if alpha is not None and request.alpha is not None:
         alpha = request.alpha
     return Target((upper, lower), architecture, request.operator, alpha)
 
 
 def _keeps(chain: Chain, anchor: Anchor, operator: str) -> bool:
-    """Return whether the operator leaves an anchor as it is in one of the pairs that it is part of."""
-    if operator == "slice":
-        return anchor is not chain.anchors[-1]
-    return operator != "expand" or anchor is not chain.anchors[0]
+    """Check whether the operator leaves an anchor as it is in one of the pairs that it is part of."""
+    ends: dict[tuple[str, ...], Anchor] = {("upper",): chain.anchors[-1], ("lower",): chain.anchors[0]}
+    return anchor is not ends.get(OPERATORS[operator].sources)
 
 
 def _names(request: Request, anchor: Anchor) -> bool:
-    """Return whether the request is for exactly this anchor's size or shape."""
+    """Check whether the request is for exactly this anchor's size or shape."""
     fields = request.config or {}
     if any(anchor.shape.get(field) != value for field, value in fields.items()):
         return False

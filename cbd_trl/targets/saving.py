@@ -1,19 +1,23 @@
-"""Saves the model of a target in one piece, or names one that is not saved."""
+"""Save the model of a target in one piece with its card, or name one that is not saved."""
 
 import functools
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from cbd_trl.cards.card import save_card
-from cbd_trl.chain.cards import copy_picture
+from cbd_trl.architectures.registry import describe_shape
+from cbd_trl.cards.card import PICTURE, code, plain, render_card, save_card, usage_lines
+from cbd_trl.cards.metadata import card_metadata, license_sentence
+from cbd_trl.chain.cards import AnyChain, chain_name, chain_origins, copy_picture, hub_id, weight_hashes
 from cbd_trl.chain.chain import Chain
-from cbd_trl.targets.card import target_card
-from cbd_trl.utils.formatting import anchor_name
+from cbd_trl.targets.operators import OPERATORS
+from cbd_trl.utils.formatting import anchor_name, format_count
 
 
 def check_replaceable(directory: Path) -> None:
@@ -84,9 +88,44 @@ def name_unsaved(model: PreTrainedModel, chain: Chain) -> None:
     )
 
 
+def target_card(chain: AnyChain, made: Mapping[str, Any], name: str) -> str:
+    """Render the card of a target.
+
+    Args:
+        chain: that it was made from.
+        made: how, from `model.config.cbd_trl`.
+        name: of the folder it is saved in.
+
+    Returns:
+        the text of its README.md.
+    """
+    origins, before = chain_origins(chain), hub_id(chain)
+    # An anchor as it is has no row.
+    mixed = made["operator"] in OPERATORS and len(OPERATORS[made["operator"]].sources) > 1
+    data = card_metadata(
+        origins,
+        relation="merge" if mixed else "finetune",
+        name=plain(name),
+        tags=["from_chain"],
+        before=[] if before is None else [before],
+    )
+    size = format_count(made["num_parameters"])
+    return render_card(
+        data,
+        title=f"{plain(name)}: {size} from {chain_name(chain)}",
+        summary=f"A stock transformers model of {made['num_parameters']:,} parameters that "
+        "[cbd_trl](https://arxiv.org/abs/2605.07783) made from the weights of a chain, without a teacher and without "
+        "training.",
+        facts=dict(_facts(chain, made)),
+        use=usage_lines(name),
+        license=license_sentence(origins),
+        picture=(chain.path / PICTURE).is_file(),
+    )
+
+
 @functools.cache
 def _unsaved_folder() -> tempfile.TemporaryDirectory:
-    """Removed when the process ends."""
+    """Make the folder of the names of unsaved models, which is removed when the process ends."""
     return tempfile.TemporaryDirectory(prefix="cbd_trl-")
 
 
@@ -97,3 +136,23 @@ def _link(file: Path, place: Path) -> None:
     except OSError:
         # A system that does not let everyone make links.
         shutil.copyfile(file, place)
+
+
+def _facts(chain: AnyChain, made: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "chain", code(chain_name(chain)) + (f" at commit {code(chain.revision)}" if chain.revision else "")
+    yield "operator", code(made["operator"])
+    if made["alpha"] is not None:
+        yield "weight of the lower anchor", f"{made['alpha']:.4g}"
+    if "swapped_blocks" in made:
+        yield "blocks of the upper anchor", code(made["swapped_blocks"])
+    if "calibration_tokens" in made:
+        yield "chosen by its loss on", f"{made['calibration_tokens']:,} tokens"
+    yield "shape", plain(describe_shape(made["shape"]))
+    for anchor in chain.anchors:
+        if anchor.name in made["anchors"]:
+            digests = ", ".join(map(code, weight_hashes(anchor).values()))
+            seen = f"{anchor.num_parameters:,} parameters, {anchor.tokens_seen:,} tokens seen"
+            yield f"anchor {anchor.name}", f"{seen}, sha256 {digests}"
+    if "engine_limit" in made:
+        yield "outside of transformers", plain(made["engine_limit"])
+    yield "tokens seen here", "0"

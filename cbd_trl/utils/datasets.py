@@ -1,7 +1,7 @@
-"""Data sets as `trl.SFTTrainer` reads them: checked, and turned into tokens by its own preparation.
+"""Read datasets as `trl.SFTTrainer` does: check their rows, and turn them into tokens by its own preparation.
 
-Every place that reads rows comes here, so that what is calibrated on, cached, generated from and measured is what is
-trained.
+Every place that reads rows comes here, so that calibration, caches, generation and measurement see the tokens of
+training.
 """
 
 import copy
@@ -38,12 +38,47 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 # What it reads beside the tokens of a row that has them.
 _BESIDE_TOKENS = ("labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids")
 _SCANNED_ROWS = 10_000
+_FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
+    """Load a dataset from a local file or from the Hub.
+
+    Args:
+        name: a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz behind), or what `datasets.load_dataset`
+            takes. A text file gives one row per line that is not blank.
+        config: configuration of a dataset on the Hub.
+        split: of a dataset on the Hub, or a slice of one, such as `train[:90%]`. A file has one split, which is all of
+            it, and slices of that: `train[90%:]`.
+        streaming: read while training.
+
+    Raises:
+        ValueError: for a local file of another kind, one that is not there, or one whose content cannot be read.
+    """
+    from datasets import load_dataset
+
+    path = Path(name)
+    if not path.exists() and path.suffix.lower() in (*_FILE_KINDS, ".gz"):
+        raise ValueError(f"There is no file {name}. Give a file that exists, or the Hub id of a dataset.")
+    if not path.is_file():
+        with _explained_rows(name):
+            return load_dataset(name, name=config, split=split, streaming=streaming)
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    kind = _FILE_KINDS.get(suffix.lower())
+    if kind is None:
+        raise ValueError(
+            f"{name} is not a dataset file that can be read: its name must end in {', '.join(_FILE_KINDS)}."
+        )
+    own = split if split.startswith("train[") else "train"
+    with _explained_rows(name):
+        rows = load_dataset(kind, data_files=str(path), split=own, streaming=streaming)
+    return rows.filter(lambda row: bool(row["text"].strip())) if kind == "text" else rows
 
 
 def sft_dataset(
     dataset: Any, name: str, args: SFTConfig | None = None, prompts: bool = False, formatted: bool = False
 ) -> Any:
-    """Check that SFTTrainer can read a data set, and give it as SFTTrainer takes it.
+    """Check that SFTTrainer can read a dataset, and return it in a form that SFTTrainer takes.
 
     A list of rows becomes a `Dataset`; a `prompt` beside `messages` is left out, as other columns that would be taken
     for the text; rows whose chat is empty are skipped, and counted in a warning. Of a stream the first row is looked
@@ -67,7 +102,7 @@ def sft_dataset(
     dataset = _one_dataset(dataset, name)
     first = next(iter(dataset), None)
     if first is None:
-        raise ValueError(f"The data set given as {name} is empty: it has no rows. Give one with rows.")
+        raise ValueError(f"The dataset given as {name} is empty: it has no rows. Give one with rows.")
     # Rows that a collator or a transform of the user's reads are theirs.
     if formatted or is_prepared(args) or (isinstance(dataset, Dataset) and dataset.format["type"] == "custom"):
         return dataset
@@ -86,17 +121,17 @@ def sft_dataset(
         kept = dataset.filter(_has_text, with_indices=True, fn_kwargs=options)
     first = next(iter(kept), None)
     if first is None:
-        raise ValueError(f"The data set given as {name} holds nothing but empty chats. Give one with text.")
+        raise ValueError(f"The dataset given as {name} holds nothing but empty chats. Give one with text.")
     # The values of a column of a `Dataset` are of one type.
     _check_row(first, columns, chats, name)
     return kept
 
 
 def sft_datasets(datasets: Any, name: str, args: SFTConfig | None = None, formatted: bool = False) -> Any:
-    """Apply `sft_dataset` to each data set to evaluate on.
+    """Apply `sft_dataset` to each dataset to evaluate on.
 
     Args:
-        datasets: one, a dict of them, or what is none: None, or the name of one that is known.
+        datasets: one, a dict of them, None, or the name of a dataset that the trainer knows.
         name: of the argument, for messages.
         args: of the training.
         formatted: see `sft_dataset`.
@@ -109,11 +144,11 @@ def sft_datasets(datasets: Any, name: str, args: SFTConfig | None = None, format
 
 
 def text_columns(row: Mapping[str, Any], name: str, field: str = "text", prompts: bool = False) -> tuple[str, ...]:
-    """Find the columns that SFTTrainer makes the tokens of a row from.
+    """Find the columns from which SFTTrainer makes the tokens of a row.
 
     Args:
-        row: the first of a data set.
-        name: of the data set, for messages.
+        row: the first of a dataset.
+        name: of the dataset, for messages.
         field: the column of plain text.
         prompts: whether a `prompt` is enough.
 
@@ -148,8 +183,8 @@ def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
     """List all columns of a row that SFTTrainer reads, in their order.
 
     Args:
-        row: the first of a data set.
-        name: of the data set, for messages.
+        row: the first of a dataset.
+        name: of the dataset, for messages.
 
     Raises:
         ValueError: it has none of the SFT formats.
@@ -160,6 +195,126 @@ def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
     elif not isinstance(row[columns[0]], str):
         columns += TEMPLATE_COLUMNS
     return [column for column in row if column in columns]
+
+
+def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None) -> Any:
+    """Tokenize a dataset of any SFT format by TRL's own preparation, neither truncated nor packed.
+
+    Args:
+        dataset: see `sft_dataset`.
+        tokenizer: of the data; None for a dataset that has `input_ids`.
+        args: of the training; None for text that nothing is trained on.
+
+    Returns:
+        a dataset of the same kind with `input_ids`: rows of a stream are prepared when they are read.
+
+    Raises:
+        ValueError: it cannot be read, or needs a tokenizer.
+    """
+    dataset = sft_dataset(dataset, "dataset", args)
+    first = next(iter(dataset))
+    if "input_ids" in first:
+        return dataset.select_columns([name for name in ("input_ids", "seq_lengths") if name in first])
+    if tokenizer is None:
+        raise ValueError(
+            f"The dataset has the columns {sorted(first)} and has to be tokenized, but there is no tokenizer. Pass "
+            "`processing_class`."
+        )
+    options: Any = _defaults() if args is None else copy.copy(args)
+    # What is cut off, and what is left of a row, is decided by `cut_rows`.
+    options.max_length = None
+    with template_reads(dataset, tokenizer, options, "the dataset"):
+        return prepare(dataset, tokenizer, options).select_columns(["input_ids"])
+
+
+def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
+    """Run TRL's own preparation of rows without a trainer: neither packed nor shuffled.
+
+    Args:
+        dataset: from `sft_dataset`. A stream is prepared as it is read, without progress bars or files.
+        tokenizer: of the data; it is not changed.
+        args: of the training.
+
+    Returns:
+        a dataset of the same kind, with `input_ids` and `labels`, cut to `args.max_length`.
+    """
+    tokenizer, args = training_tokenizer(tokenizer, args), copy.copy(args)
+    args.shuffle_dataset = False
+    first, template = next(iter(dataset)), tokenizer.chat_template
+    if args.assistant_only_loss and "input_ids" not in first and not is_conversational(first):
+        raise ValueError(
+            "assistant_only_loss=True needs chats as `messages`, or as `prompt` and `completion`, and the rows have "
+            f"the columns {sorted(first)}. Set it to False, or convert them (for ShareGPT with "
+            "trl.maybe_convert_to_chatml)."
+        )
+    masked = args.assistant_only_loss and template is not None and not has_generation_markers(template)
+    completions = "prompt" in first and "completion" in first
+    trainer: Any = SimpleNamespace(
+        # Without an end token there is none to add.
+        _tokenizer=SimpleNamespace(eos_token=tokenizer.eos_token or ""),
+        chat_template=get_training_chat_template(tokenizer) if masked else None,
+        completion_only_loss=completions if args.completion_only_loss is None else args.completion_only_loss,
+    )
+    with_trl: Any = SFTTrainer._prepare_dataset
+    return with_trl(trainer, dataset, tokenizer, args, False, None, "the")
+
+
+def token_rows(
+    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None
+) -> Iterator[list[int]]:
+    """Tokenize row by row, truncated as in training; no more rows are prepared than are taken.
+
+    Args:
+        dataset: see `sft_dataset`.
+        tokenizer: of the data.
+        args: of the training; None for text that nothing is trained on, of which nothing is cut off.
+
+    Yields:
+        n ids; of packed rows each by itself.
+
+    Raises:
+        ValueError: see `prepared_rows`.
+    """
+    # A stream: rows are looked at and prepared one by one, without progress bars or files.
+    stream = as_stream(_one_dataset(dataset, "dataset"))
+    rows = cut_rows(prepared_rows(stream, tokenizer, args), args)
+    while True:
+        with template_reads(stream, tokenizer, args, "the dataset"):
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row.tolist()
+
+
+def cut_rows(prepared: Iterable[Mapping[str, Any]], args: SFTConfig | None) -> Iterator[np.ndarray]:
+    """Truncate each prepared row as in training.
+
+    Args:
+        prepared: from `prepared_rows`.
+        args: of the training.
+
+    Yields:
+        token ids, (n,) int32. Rows whose scored tokens are all cut off are among them, which TRL drops unless packed.
+    """
+    window = _window(args)
+    for example in prepared:
+        for row in example_rows(example):
+            yield row[window]
+
+
+def example_rows(example: Mapping[str, Any]) -> list[np.ndarray]:
+    """Split an example into the rows packed into it; one that is not packed is a row.
+
+    Args:
+        example: `input_ids`, and `seq_lengths` if several rows lie in it end to end.
+
+    Returns:
+        token ids of each row, (n,) int32.
+    """
+    token_ids = np.asarray(example["input_ids"], np.int32)
+    if "seq_lengths" not in example:
+        return [token_ids]
+    return np.split(token_ids, np.cumsum(np.asarray(example["seq_lengths"], np.int64))[:-1])
 
 
 def training_tokenizer(tokenizer: PreTrainedTokenizerBase, args: SFTConfig | None) -> PreTrainedTokenizerBase:
@@ -206,95 +361,6 @@ def read_template(path: str) -> str | None:
     return None
 
 
-def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None) -> Any:
-    """A data set with `input_ids`, made of any SFT format by TRL's own preparation, neither truncated nor packed.
-
-    Args:
-        dataset: see `sft_dataset`.
-        tokenizer: of the data; None for a data set that has `input_ids`.
-        args: of the training; None for text that nothing is trained on.
-
-    Returns:
-        a data set of the same kind: rows of a stream are prepared when they are read.
-
-    Raises:
-        ValueError: it cannot be read, or needs a tokenizer.
-    """
-    dataset = sft_dataset(dataset, "dataset", args)
-    first = next(iter(dataset))
-    if "input_ids" in first:
-        return dataset.select_columns([name for name in ("input_ids", "seq_lengths") if name in first])
-    if tokenizer is None:
-        raise ValueError(
-            f"The data set has the columns {sorted(first)} and has to be tokenized, but there is no tokenizer. Pass "
-            "`processing_class`."
-        )
-    options: Any = _defaults() if args is None else copy.copy(args)
-    # What is cut off, and what is left of a row, is decided by `cut_rows`.
-    options.max_length = None
-    with template_reads(dataset, tokenizer, options, "the data set"):
-        return prepare(dataset, tokenizer, options).select_columns(["input_ids"])
-
-
-def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
-    """TRL's own preparation of rows, without a trainer: neither packed nor shuffled.
-
-    Args:
-        dataset: from `sft_dataset`. A stream is prepared as it is read, without progress bars or files.
-        tokenizer: of the data; it is not changed.
-        args: of the training.
-
-    Returns:
-        a data set of the same kind, with `input_ids` and `labels`, cut to `args.max_length`.
-    """
-    tokenizer, args = training_tokenizer(tokenizer, args), copy.copy(args)
-    args.shuffle_dataset = False
-    first, template = next(iter(dataset)), tokenizer.chat_template
-    if args.assistant_only_loss and "input_ids" not in first and not is_conversational(first):
-        raise ValueError(
-            "assistant_only_loss=True needs chats as `messages`, or as `prompt` and `completion`, and the rows have "
-            f"the columns {sorted(first)}. Set it to False, or convert them (for ShareGPT with "
-            "trl.maybe_convert_to_chatml)."
-        )
-    masked = args.assistant_only_loss and template is not None and not has_generation_markers(template)
-    completions = "prompt" in first and "completion" in first
-    trainer: Any = SimpleNamespace(
-        # Without an end token there is none to add.
-        _tokenizer=SimpleNamespace(eos_token=tokenizer.eos_token or ""),
-        chat_template=get_training_chat_template(tokenizer) if masked else None,
-        completion_only_loss=completions if args.completion_only_loss is None else args.completion_only_loss,
-    )
-    with_trl: Any = SFTTrainer._prepare_dataset
-    return with_trl(trainer, dataset, tokenizer, args, False, None, "the")
-
-
-def token_rows(
-    dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None = None
-) -> Iterator[list[int]]:
-    """Token ids of each row, as training makes and truncates them; no more rows are prepared than are taken.
-
-    Args:
-        dataset: see `sft_dataset`.
-        tokenizer: of the data.
-        args: of the training; None for text that nothing is trained on, of which nothing is cut off.
-
-    Yields:
-        n ids; of packed rows each by itself.
-
-    Raises:
-        ValueError: see `prepared_rows`.
-    """
-    # A stream: rows are looked at and prepared one by one, without progress bars or files.
-    stream = as_stream(_one_dataset(dataset, "dataset"))
-    rows = cut_rows(prepared_rows(stream, tokenizer, args), args)
-    while True:
-        with template_reads(stream, tokenizer, args, "the data set"):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield row.tolist()
-
-
 @contextmanager
 def template_reads(
     dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args: SFTConfig | None, name: str
@@ -305,7 +371,7 @@ def template_reads(
         dataset: from `sft_dataset`, which is prepared meanwhile.
         tokenizer: of the data.
         args: of the training; None for none.
-        name: of the data set, for messages.
+        name: of the dataset, for messages.
 
     Raises:
         ValueError: there is such a row.
@@ -329,7 +395,7 @@ def template_reads(
 
 
 def is_of_template(error: BaseException) -> bool:
-    """Whether an error was raised by a chat template, or inside one.
+    """Check whether an error was raised by a chat template, or inside one.
 
     Args:
         error: as it was caught.
@@ -338,47 +404,8 @@ def is_of_template(error: BaseException) -> bool:
     return isinstance(error, TemplateError) or (bool(frames) and frames[-1].filename == "<template>")
 
 
-def cut_rows(prepared: Iterable[Mapping[str, Any]], args: SFTConfig | None) -> Iterator[np.ndarray]:
-    """Token ids of each prepared row, truncated as in training.
-
-    Args:
-        prepared: from `prepared_rows`.
-        args: of the training.
-
-    Yields:
-        (n,) int32. Rows whose scored tokens are all cut off are among them, which TRL drops if they are not packed.
-    """
-    window = _window(args)
-    for example in prepared:
-        for row in example_rows(example):
-            yield row[window]
-
-
-def example_rows(example: Mapping[str, Any]) -> list[np.ndarray]:
-    """The rows of an example: itself, or those packed into it.
-
-    Args:
-        example: `input_ids`, and `seq_lengths` if several rows lie in it end to end.
-
-    Returns:
-        token ids of each row, (n,) int32.
-    """
-    token_ids = np.asarray(example["input_ids"], np.int32)
-    if "seq_lengths" not in example:
-        return [token_ids]
-    return np.split(token_ids, np.cumsum(np.asarray(example["seq_lengths"], np.int64))[:-1])
-
-
-def _window(args: SFTConfig | None) -> slice:
-    if args is None or args.max_length is None or is_prepared(args):
-        return slice(None)
-    # Packing cuts the end off whatever the mode.
-    keep_end = args.truncation_mode == "keep_end" and not args.packing
-    return slice(-args.max_length, None) if keep_end else slice(args.max_length)
-
-
 def is_prepared(args: SFTConfig | None) -> bool:
-    """Whether rows are taken as they are (`skip_prepare_dataset`).
+    """Check whether rows are taken as they are (`skip_prepare_dataset`).
 
     Args:
         args: of the training, if any.
@@ -387,23 +414,8 @@ def is_prepared(args: SFTConfig | None) -> bool:
     return bool(options.get("skip_prepare_dataset"))
 
 
-def _defaults() -> SimpleNamespace:
-    fields = dataclasses.fields(SFTConfig)
-    return SimpleNamespace(
-        **{field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
-    )
-
-
-def _model_of_no_size(vocabulary: int) -> LlamaForCausalLM:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocabulary, hidden_size=2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1
-        )
-    )
-
-
 def as_stream(dataset: Any) -> Any:
-    """Read a data set row by row, with whatever format the user gave it."""
+    """Read a dataset row by row, with whatever format the user gave it."""
     if not isinstance(dataset, Dataset):
         return dataset
     dataset = _by_row(dataset)
@@ -411,28 +423,46 @@ def as_stream(dataset: Any) -> Any:
     return IterableDataset.from_generator(lambda: iter(dataset)) if formatted else dataset.to_iterable_dataset()
 
 
-def _by_row(dataset: Any) -> Any:
-    """A data set whose rows are dicts, where it is set to be read as tables of pandas, Polars or Arrow."""
-    if not isinstance(dataset, Dataset) or dataset.format["type"] not in ("pandas", "polars", "arrow"):
-        return dataset
-    return dataset.with_format(None, columns=dataset.format["columns"])
+@contextmanager
+def _explained_rows(name: str) -> Iterator[None]:
+    """Name the file and the mistake in one sentence, where `datasets` gives a traceback without the file."""
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+
+    try:
+        yield
+    except (DatasetGenerationError, ArrowInvalid, BadGzipFile, UnicodeDecodeError, StopIteration) as error:
+        # The cause is wrapped, except where an error of rows that differ is given in full.
+        cause = error.__cause__ or error
+        if isinstance(cause, StopIteration):
+            raise ValueError(f"{name} is empty: there are no rows to read. Give a file with rows.") from error
+        if Path(name).is_dir():
+            wanted = "every file in it to have the same kind and columns; or give one file"
+        elif isinstance(cause, UnicodeDecodeError):
+            wanted = "text in UTF-8: convert it, as in `iconv -f latin1 -t utf-8`"
+        else:
+            wanted = "what its name promises: in .jsonl one JSON object on each line, all with the same columns"
+        raise ValueError(
+            f"The rows of {name} cannot be read: {' '.join(str(cause).split())} ({type(cause).__name__}). "
+            f"Wanted {wanted}."
+        ) from error
 
 
 def _one_dataset(dataset: Any, name: str) -> Any:
-    """A data set, made of rows where it is none."""
+    """Return a dataset, made from a list of rows where one is given."""
     if isinstance(dataset, Dataset | IterableDataset):
         return dataset
     if isinstance(dataset, DatasetDict | IterableDatasetDict):
         splits = ", ".join(map(repr, dataset))
         raise ValueError(
-            f"{name} is a {type(dataset).__name__} with the splits {splits}: one of them is needed. Name it, as in "
-            f"{name}=dataset[{next(iter(dataset), 'train')!r}], or load it with split=..."
+            f"{name} is a {type(dataset).__name__} with the splits {splits}, and must be one of them. Select "
+            f"it, as in {name}=dataset[{next(iter(dataset), 'train')!r}], or load it with split=..."
         )
     rows: Any = list(dataset) if isinstance(dataset, Iterable) and not isinstance(dataset, str | Mapping) else None
     if rows is None or not all(isinstance(row, Mapping) for row in rows):
         raise TypeError(
-            f"{name} is a {type(dataset).__name__}: a datasets.Dataset, an IterableDataset or a list of rows (dicts) "
-            "is needed. Make one with datasets.Dataset.from_list(rows) or datasets.load_dataset(...)."
+            f"{name} is a {type(dataset).__name__}, and must be a datasets.Dataset, an IterableDataset or a list of "
+            "rows (dicts). Make one with datasets.Dataset.from_list(rows) or datasets.load_dataset(...)."
         )
     # `Dataset.from_list` has the columns of the first row alone.
     columns = dict.fromkeys(column for row in rows for column in row)
@@ -442,8 +472,55 @@ def _one_dataset(dataset: Any, name: str) -> Any:
         raise ValueError(f"The rows given as {name} have values of several types in a column: {error}.") from error
 
 
+def _by_row(dataset: Any) -> Any:
+    """Make rows dicts again, where the dataset is set to be read as tables of pandas, Polars or Arrow."""
+    if not isinstance(dataset, Dataset) or dataset.format["type"] not in ("pandas", "polars", "arrow"):
+        return dataset
+    return dataset.with_format(None, columns=dataset.format["columns"])
+
+
+def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Dataset:
+    """Select the rows with text, column by column: no row is made for it."""
+    scanned = [column for column in (*columns, "chat_template_kwargs") if column in dataset.column_names]
+    number, empty = 0, []
+    for batch in dataset.select_columns(scanned).with_format("arrow").iter(_SCANNED_ROWS):
+        bare = np.zeros(len(batch), bool)
+        for column in scanned:
+            values = batch[column]
+            if values.null_count:
+                raise ValueError(_missing(number + pc.index(pc.is_null(values), True).as_py(), column, name))
+            if column in _TEXTS and (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
+                bare |= pc.equal(pc.list_value_length(values), 0).to_numpy()
+                if (row := _row_without_role(values)) is not None:
+                    raise ValueError(
+                        f"Row {number + row} (from 0) of {name} has None for a message, or for who wrote it, in the "
+                        f"column {column!r}. Leave it out, or fill it in."
+                    )
+        empty.append(bare)
+        number += len(batch)
+    empty_N = np.concatenate(empty)
+    if not empty_N.any():
+        return dataset
+    if _is_main_process():
+        first = int(empty_N.argmax())
+        logger.warning_once(
+            f"{int(empty_N.sum())} of {len(empty_N)} rows of {name} are empty chats, such as row {first}: skipped."
+        )
+    return dataset.select(np.flatnonzero(~empty_N))
+
+
+def _row_without_role(values: Any) -> int | None:
+    """Find the first row of a column of lists that has a message without a role."""
+    flat = pc.list_flatten(values)
+    fields = [field.name for field in flat.type] if pa.types.is_struct(flat.type) else []
+    role = next((name for name in ("role", "from") if name in fields), None)
+    if role is None or not (roles := pc.struct_field(flat, role)).null_count:
+        return None
+    return pc.list_parent_indices(values.combine_chunks())[pc.index(pc.is_null(roles), True).as_py()].as_py()
+
+
 def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats: bool, name: str) -> bool:
-    """Tell whether a row of a stream has text; an empty chat has none."""
+    """Check whether a row of a stream has text; an empty chat has none."""
     for column in columns:
         if column not in row:
             raise ValueError(
@@ -462,7 +539,7 @@ def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats
 
 
 def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name: str) -> None:
-    """Check what TRL would take for something else, or fail at.
+    """Check a row for what TRL would take for something else, or fail at.
 
     Args:
         row: none of its columns is empty.
@@ -485,7 +562,9 @@ def _check_row(row: Mapping[str, Any], columns: Sequence[str], chats: bool, name
         try:
             json.loads(tools)
         except ValueError as error:
-            raise ValueError(f"The column 'tools' of {name} holds {_short(tools)}, no JSON: {error}.") from error
+            raise ValueError(
+                f"The column 'tools' of {name} holds {_short(tools)}, and must hold JSON: {error}."
+            ) from error
     if not isinstance(options, Mapping):
         raise ValueError(
             f"The column 'chat_template_kwargs' of {name} holds {_short(options)}, and must hold dicts. Read the text "
@@ -543,112 +622,33 @@ def _missing(number: int, column: str, name: str) -> str:
     )
 
 
-def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Dataset:
-    """Select the rows with text, column by column: no row is made for it."""
-    scanned = [column for column in (*columns, "chat_template_kwargs") if column in dataset.column_names]
-    number, empty = 0, []
-    for batch in dataset.select_columns(scanned).with_format("arrow").iter(_SCANNED_ROWS):
-        bare = np.zeros(len(batch), bool)
-        for column in scanned:
-            values = batch[column]
-            if values.null_count:
-                raise ValueError(_missing(number + pc.index(pc.is_null(values), True).as_py(), column, name))
-            if column in _TEXTS and (pa.types.is_list(values.type) or pa.types.is_large_list(values.type)):
-                bare |= pc.equal(pc.list_value_length(values), 0).to_numpy()
-                if (row := _row_without_role(values)) is not None:
-                    raise ValueError(
-                        f"Row {number + row} (from 0) of {name} has None for a message, or for who wrote it, in the "
-                        f"column {column!r}. Leave it out, or fill it in."
-                    )
-        empty.append(bare)
-        number += len(batch)
-    empty_N = np.concatenate(empty)
-    if not empty_N.any():
-        return dataset
-    if _is_main_process():
-        first = int(empty_N.argmax())
-        logger.warning_once(
-            f"{int(empty_N.sum())} of {len(empty_N)} rows of {name} are empty chats, such as row {first}: skipped."
-        )
-    return dataset.select(np.flatnonzero(~empty_N))
-
-
-def _row_without_role(values: Any) -> int | None:
-    """The first row of a column of lists that has a message without a role."""
-    flat = pc.list_flatten(values)
-    fields = [field.name for field in flat.type] if pa.types.is_struct(flat.type) else []
-    role = next((name for name in ("role", "from") if name in fields), None)
-    if role is None or not (roles := pc.struct_field(flat, role)).null_count:
-        return None
-    return pc.list_parent_indices(values.combine_chunks())[pc.index(pc.is_null(roles), True).as_py()].as_py()
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) < 80 else f'{text[:80]}...'} ({type(value).__name__})"
 
 
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{text if len(text) < 80 else f'{text[:80]}...'} ({type(value).__name__})"
+def _window(args: SFTConfig | None) -> slice:
+    if args is None or args.max_length is None or is_prepared(args):
+        return slice(None)
+    # Packing cuts the end off whatever the mode.
+    keep_end = args.truncation_mode == "keep_end" and not args.packing
+    return slice(-args.max_length, None) if keep_end else slice(args.max_length)
 
 
-_FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+def _defaults() -> SimpleNamespace:
+    fields = dataclasses.fields(SFTConfig)
+    return SimpleNamespace(
+        **{field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
+    )
 
 
-def load_rows(name: str, config: str | None = None, split: str = "train", streaming: bool = False) -> Any:
-    """A dataset from a local file or from the Hub.
-
-    Args:
-        name: a .jsonl, .json, .csv, .parquet or .txt file (each also with .gz behind), or what `datasets.load_dataset`
-            takes. A text file gives one row per line that is not blank.
-        config: configuration of a dataset on the Hub.
-        split: of a dataset on the Hub, or a slice of one, such as `train[:90%]`. A file has one split, which is all of
-            it, and slices of that: `train[90%:]`.
-        streaming: read while training.
-
-    Raises:
-        ValueError: for a local file of another kind, one that is not there, or one whose content cannot be read.
-    """
-    from datasets import load_dataset
-
-    path = Path(name)
-    if not path.exists() and path.suffix.lower() in (*_FILE_KINDS, ".gz"):
-        raise ValueError(f"There is no file {name}. Give a file that exists, or the Hub id of a dataset.")
-    if not path.is_file():
-        with _explained_rows(name):
-            return load_dataset(name, name=config, split=split, streaming=streaming)
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    kind = _FILE_KINDS.get(suffix.lower())
-    if kind is None:
-        raise ValueError(
-            f"{name} is not a dataset file that can be read: its name must end in {', '.join(_FILE_KINDS)}."
+def _model_of_no_size(vocabulary: int) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=2, intermediate_size=2, num_hidden_layers=1, num_attention_heads=1
         )
-    own = split if split.startswith("train[") else "train"
-    with _explained_rows(name):
-        rows = load_dataset(kind, data_files=str(path), split=own, streaming=streaming)
-    return rows.filter(lambda row: bool(row["text"].strip())) if kind == "text" else rows
-
-
-@contextmanager
-def _explained_rows(name: str) -> Iterator[None]:
-    """Explain a file that `datasets` cannot read in one sentence, where it gives a traceback without the file."""
-    from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
-
-    try:
-        yield
-    except (DatasetGenerationError, ArrowInvalid, BadGzipFile, UnicodeDecodeError, StopIteration) as error:
-        # The cause is wrapped, except where an error of rows that differ is given in full.
-        cause = error.__cause__ or error
-        if isinstance(cause, StopIteration):
-            raise ValueError(f"{name} is empty: there are no rows to read. Give a file with rows.") from error
-        if Path(name).is_dir():
-            wanted = "every file in it to have the same kind and columns; or give one file"
-        elif isinstance(cause, UnicodeDecodeError):
-            wanted = "text in UTF-8: convert it, as in `iconv -f latin1 -t utf-8`"
-        else:
-            wanted = "what its name promises: in .jsonl one JSON object on each line, all with the same columns"
-        raise ValueError(
-            f"The rows of {name} cannot be read: {' '.join(str(cause).split())} ({type(cause).__name__}). "
-            f"Wanted {wanted}."
-        ) from error
+    )

@@ -1,4 +1,4 @@
-"""Loading a causal language model: safetensors only, no code of its repository, and no weight that is not there."""
+"""Load a causal language model: safetensors only, without code of its repository, and no weight left random."""
 
 import copy
 import json
@@ -45,6 +45,14 @@ _WRAPPERS = {
 }
 _NAMED = 5
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_CONVERT = (
+    "A pickle can run code, so it is not read. If you trust it, convert it once: "
+    "`AutoModelForCausalLM.from_pretrained(place, use_safetensors=False).save_pretrained(folder)`, and give that."
+)
+_CONVERT_GGUF = (
+    "Convert it once: `AutoModelForCausalLM.from_pretrained(place, gguf_file=..., dtype=torch.float32)`, and save it "
+    "without its marks of quantization."
+)
 
 
 def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> PreTrainedModel:
@@ -98,7 +106,7 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
 def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> None:
     """Check a checkpoint as `load_causal_lm` would, by the headers of the files: in a second, before any long work.
 
-    What only loading can tell is left to it: quantized checkpoints, adapters, and models with code of their own.
+    What only loading can find out is left to it: quantized checkpoints, adapters, and models with code of their own.
 
     Args:
         place: path or Hub id.
@@ -121,6 +129,21 @@ def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **
     of_files = {key: options[key] for key in ("variant", "key_mapping") if key in options}
     with quiet():
         load_causal_lm(place, role=role, device_map="meta", **where, **of_files)
+
+
+def check_no_adapter(place: str | Path, role: str, **where: Any) -> None:
+    """Check that a place is not the folder of a PEFT adapter.
+
+    Args:
+        place: path or Hub id.
+        role: what an error calls it.
+        where: `revision` and `token` of a Hub id.
+
+    Raises:
+        ValueError: there is an adapter.
+    """
+    if _adapter(place, where) is not None:
+        raise ValueError(_merge(f"The {role} {readable_name(str(place))!r} is a PEFT adapter"))
 
 
 def check_plain(model: Any, role: str) -> None:
@@ -168,67 +191,6 @@ def check_writes(model: Any, role: str) -> None:
         )
 
 
-@contextmanager
-def quiet(messages: bool = False) -> Iterator[None]:
-    """Hide the progress bars of transformers, and its messages below errors.
-
-    For what is in memory already or is loaded again later; hundreds of weights load in a blink, and one bar is enough.
-
-    Args:
-        messages: whether they are shown.
-    """
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    if not messages:
-        logging.set_verbosity(max(verbosity, logging.ERROR))
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
-    """Move a model to a device for a time, and back to its own after it.
-
-    One that is spread over devices stays where it is.
-
-    Args:
-        model: the caller's.
-        device: where it is to be.
-    """
-    moved: Any = model
-    if is_spread(moved):
-        yield moved
-        return
-    own = moved.device
-    moved.to(device)
-    try:
-        yield moved
-    finally:
-        moved.to(own)
-
-
-def is_spread(model: Any) -> bool:
-    """Tell whether a `device_map` put the parts of a model on several devices, or off them.
-
-    Args:
-        model: of transformers.
-    """
-    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
-
-
-def is_multimodal(model: Any) -> bool:
-    """Tell whether the language model is a part of this one, beside a tower for images or sounds.
-
-    Args:
-        model: a causal LM.
-    """
-    return model.config.get_text_config() is not model.config
-
-
 def text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Take the config of the language model out of a multimodal one, if transformers has a causal LM for it.
 
@@ -274,16 +236,127 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
     return text
 
 
-def _has_adapter_layers(model: Any) -> bool:
-    return isinstance(model, nn.Module) and any(hasattr(module, "base_layer") for module in model.modules())
+def is_multimodal(model: Any) -> bool:
+    """Check whether the language model is a part of this one, beside a tower for images or sounds.
+
+    Args:
+        model: a causal LM.
+    """
+    return model.config.get_text_config() is not model.config
+
+
+def is_spread(model: Any) -> bool:
+    """Check whether a `device_map` put the parts of a model on several devices, or off them.
+
+    Args:
+        model: of transformers.
+    """
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
+@contextmanager
+def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
+    """Move a model to a device for a time, and back to its own after it.
+
+    One that is spread over devices stays where it is.
+
+    Args:
+        model: the caller's.
+        device: where it is to be.
+    """
+    moved: Any = model
+    if is_spread(moved):
+        yield moved
+        return
+    own = moved.device
+    moved.to(device)
+    try:
+        yield moved
+    finally:
+        moved.to(own)
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode for a time, and back in the mode that it was in, whatever happened."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def quiet(messages: bool = False) -> Iterator[None]:
+    """Hide the progress bars of transformers, and its messages below errors.
+
+    For what is in memory already or is loaded again later; hundreds of weights load in a blink, and one bar is enough.
+
+    Args:
+        messages: whether they are shown.
+    """
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    if not messages:
+        logging.set_verbosity(max(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _config(place: str | Path, options: Mapping[str, Any]) -> PretrainedConfig:
+    code = bool(options.get("trust_remote_code"))
+    return AutoConfig.from_pretrained(place, trust_remote_code=code, **_where(options))
+
+
+def _auto_class(place: str | Path, options: Mapping[str, Any]) -> Any:
+    """Choose `AutoModelForCausalLM` or, for a multimodal model that it does not know, the class that does."""
+    if options.get("gguf_file") is not None:
+        return AutoModelForCausalLM
+    config = options.get("config") or _config(place, options)
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _loaded(place: str | Path, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return _auto_class(place, options).from_pretrained(place, **options)
 
 
+def _where(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: options[key] for key in _WHERE if options.get(key) is not None}
+
+
+def _adapter(place: str | Path, options: Mapping[str, Any]) -> str | None:
+    """Find the config file of the PEFT adapter at a place, None where there is none."""
+    with suppress(OSError):  # nothing of that name: loading raises
+        return find_adapter_config_file(str(place), **_where(options))
+    return None
+
+
+def _with_adapter(place: str | Path, adapter: str, role: str, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Load the base of an adapter, with the adapter on top, both of them whole."""
+    name, where = readable_name(str(place)), _where(options)
+    if cached_file(str(place), _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **where) is None:
+        raise ValueError(
+            f"The {role} {name!r} is a PEFT adapter without {_ADAPTER_WEIGHTS}. A pickle can run code, so it is not "
+            "read. If you trust it, load and save it once with peft."
+        )
+    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
+    model: Any = load_causal_lm(base, role=f"{role}'s base", **of_base)
+    info = model.load_adapter(str(place), adapter_kwargs=where, dtype=model.dtype, ignore_mismatched_sizes=True)
+    _check_keys(model, info.to_dict(), f"The adapter of the {role} {name!r}")
+    return model
+
+
 def _look_again(place: str | Path, options: Mapping[str, Any], name: str) -> None:
-    """Name what makes transformers fail before it reports it.
+    """Find what makes transformers fail before it reports the keys.
 
     That is a part of a quantized checkpoint that is missing, or a tied head of another size than the table.
     """
@@ -303,28 +376,6 @@ def _look_again(place: str | Path, options: Mapping[str, Any], name: str) -> Non
         missing = {key for key in info["missing_keys"] if key.rpartition(".")[0] not in stored}
         info |= {"missing_keys": missing, "unexpected_keys": set(), "mismatched_keys": set()}
     _check_keys(model, info, name)
-
-
-def _head_keys(model: Any) -> set[str]:
-    head = model.get_output_embeddings()
-    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    return {key for key, parameter in model.named_parameters() if id(parameter) in of_head}
-
-
-def _config(place: str | Path, options: Mapping[str, Any]) -> PretrainedConfig:
-    code = bool(options.get("trust_remote_code"))
-    return AutoConfig.from_pretrained(place, trust_remote_code=code, **_where(options))
-
-
-def _auto_class(place: str | Path, options: Mapping[str, Any]) -> Any:
-    """`AutoModelForCausalLM`; for a multimodal model that it does not know, the class that does."""
-    if options.get("gguf_file") is not None:
-        return AutoModelForCausalLM
-    config = options.get("config") or _config(place, options)
-    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if multimodal and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 def _check_keys(model: Any, info: Mapping[str, Any], name: str) -> None:
@@ -382,20 +433,25 @@ def _way_out(model: Any, missing: set[str], unknown: set[str], shapes: Collectio
     )
 
 
-def _listed(names: Collection[str]) -> str:
-    some = sorted(names)[:_NAMED]
-    return ", ".join(some) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
+def _head_keys(model: Any) -> set[str]:
+    head = model.get_output_embeddings()
+    of_head = {id(parameter) for parameter in head.parameters()} if head is not None else set()
+    return {key for key, parameter in model.named_parameters() if id(parameter) in of_head}
+
+
+def _has_adapter_layers(model: Any) -> bool:
+    return isinstance(model, nn.Module) and any(hasattr(module, "base_layer") for module in model.modules())
 
 
 def _unreadable(place: str | Path, options: Mapping[str, Any], error: Exception) -> str | None:
-    """Explain what is wrong with its files; None where there is no such place, or it cannot be reached."""
+    """Explain what is wrong with the files of a place; None where there is no such place, or it cannot be reached."""
     again = "Fetch or save it again."
     if isinstance(error, SafetensorError):
         return f"has a weight file that is damaged or cut off ({error}). {again}"
     if isinstance(error, json.JSONDecodeError):
-        return f"has an index of its weight files that is no JSON ({error}). {again}"
+        return f"has an index of its weight files that is not valid JSON ({error}). {again}"
     if "is not a valid JSON file" in str(error):
-        return f"has a config.json that is no JSON. {again}"
+        return f"has a config.json that is not valid JSON. {again}"
     folder = Path(place) / (options.get("subfolder") or "")
     if isinstance(error, FileNotFoundError):
         lost = os.path.basename(str(error.filename or str(error).rsplit(" ", 1)[-1]))
@@ -412,16 +468,6 @@ def _unreadable(place: str | Path, options: Mapping[str, Any], error: Exception)
     return None
 
 
-_CONVERT = (
-    "A pickle can run code, so it is not read. If you trust it, convert it once: "
-    "`AutoModelForCausalLM.from_pretrained(place, use_safetensors=False).save_pretrained(folder)`, and give that."
-)
-_CONVERT_GGUF = (
-    "Convert it once: `AutoModelForCausalLM.from_pretrained(place, gguf_file=..., dtype=torch.float32)`, and save it "
-    "without its marks of quantization."
-)
-
-
 def _merge(found: str) -> str:
     return (
         f"{found}, not a plain model. Merge it first: `PeftModel.from_pretrained(base, adapter).merge_and_unload()`, "
@@ -429,54 +475,6 @@ def _merge(found: str) -> str:
     )
 
 
-def check_no_adapter(place: str | Path, role: str, **where: Any) -> None:
-    """Check that a place is not the folder of a PEFT adapter, which is no model of its own.
-
-    Args:
-        place: path or Hub id.
-        role: what an error calls it.
-        where: `revision` and `token` of a Hub id.
-
-    Raises:
-        ValueError: there is an adapter.
-    """
-    if _adapter(place, where) is not None:
-        raise ValueError(_merge(f"The {role} {readable_name(str(place))!r} is a PEFT adapter"))
-
-
-def _adapter(place: str | Path, options: Mapping[str, Any]) -> str | None:
-    """The config file of the PEFT adapter at a place, None where there is none."""
-    with suppress(OSError):  # nothing of that name: loading raises
-        return find_adapter_config_file(str(place), **_where(options))
-    return None
-
-
-def _where(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: options[key] for key in _WHERE if options.get(key) is not None}
-
-
-def _with_adapter(place: str | Path, adapter: str, role: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    """The base of an adapter, with the adapter on top, both of them whole."""
-    name, where = readable_name(str(place)), _where(options)
-    if cached_file(str(place), _ADAPTER_WEIGHTS, _raise_exceptions_for_missing_entries=False, **where) is None:
-        raise ValueError(
-            f"The {role} {name!r} is a PEFT adapter without {_ADAPTER_WEIGHTS}. A pickle can run code, so it is not "
-            "read. If you trust it, load and save it once with peft."
-        )
-    base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    of_base = {key: value for key, value in options.items() if key not in ("revision", "subfolder")}
-    model: Any = load_causal_lm(base, role=f"{role}'s base", **of_base)
-    info = model.load_adapter(str(place), adapter_kwargs=where, dtype=model.dtype, ignore_mismatched_sizes=True)
-    _check_keys(model, info.to_dict(), f"The adapter of the {role} {name!r}")
-    return model
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode for a time, and back in the mode that it was in, whatever happened."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def _listed(names: Collection[str]) -> str:
+    some = sorted(names)[:_NAMED]
+    return ", ".join(some) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

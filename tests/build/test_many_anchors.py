@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.folders import write_anchor
 from cbd_trl.chain.manifest import STATISTICS_FILE
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics_file import save_statistics
 from cbd_trl.targets.operators import OPERATORS
@@ -43,7 +43,7 @@ def chain(request, tmp_path_factory):
     for number, fields in enumerate([{}, *others]):
         if parent is not None:
             above = described(model)[1]
-            architecture = target_architecture(above, fields)
+            architecture = cut_architecture(above, fields)
             blocks = blocks_of(spaced_layers(above.depth, architecture.depth))
             model = type(model)(architecture.config).eval()
             randomize(model, seed=number)

@@ -13,13 +13,10 @@ from cbd_trl.architectures import describe
 from cbd_trl.build.width_hybrid import FRACTIONS, WidthHybrid, targets_between
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.hidden import mean_hidden_distance
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.targets.from_chain import from_chain
-from cbd_trl.targets.make import load_pair
-from cbd_trl.targets.nested import cut_upper, mixer
-from cbd_trl.targets.operators import nested
-from cbd_trl.targets.pair import Plan
+from cbd_trl.targets.from_chain import from_chain, load_pair
+from cbd_trl.targets.operators import Plan, cut_upper, mixer, nested
 from cbd_trl.trainers.hybrid import Pass
 from tests.build.test_trained_apart import trained
 from tests.build.width_pairs import width_pair, width_trainer
@@ -57,13 +54,13 @@ def every_target(hybrid, student):
 
 def expected_weights(pair, shape, lower):
     """What `nested` makes at this shape of the upper anchor and these weights of the lower one."""
-    target = target_architecture(pair.upper_architecture, shape)
+    target = cut_architecture(pair.upper_architecture, shape)
     return nested(dataclasses.replace(pair, lower=lower), Plan(target))
 
 
 def mix(pair, shape, lower):
     """The same before its norms are balanced: linear in each of the lower anchor's tensors but for folded gains."""
-    plan = Plan(target_architecture(pair.upper_architecture, shape))
+    plan = Plan(cut_architecture(pair.upper_architecture, shape))
     cut, made = cut_upper(pair, plan)
     return mixer(pair, plan)(cut, lower), made
 
@@ -253,7 +250,7 @@ def test_targets_lie_at_a_quarter_a_half_and_three_quarters_of_the_way():
 
 def test_nothing_between_is_refused():
     upper = describe(chain_source().config)
-    lower = target_architecture(upper, {"intermediate_size": 47})
+    lower = cut_architecture(upper, {"intermediate_size": 47})
     blocks = [[i] for i in range(6)]
     assert targets_between(upper, lower, blocks) == []
     _, _, pair = width_pair()

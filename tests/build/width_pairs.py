@@ -5,7 +5,7 @@ from typing import Any
 
 from cbd_trl import DistillTrainer
 from cbd_trl.build.width_hybrid import WidthHybrid
-from cbd_trl.targets.pair import Pair
+from cbd_trl.targets.operators import Pair
 from tests.chain.helpers import random_pair
 from tests.surgery.helpers import build
 from tests.training import make_trainer

@@ -13,13 +13,12 @@ from transformers import PreTrainedModel
 from cbd_trl import Chain, DistillConfig, build_chain
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.anchor import Anchor
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.statistics_file import StoredStatistics
 from cbd_trl.surgery.weights import weights_of
-from cbd_trl.targets.operators import OPERATORS
-from cbd_trl.targets.pair import Pair
+from cbd_trl.targets.operators import OPERATORS, Pair
 from tests.surgery.helpers import described, full_model, moments
 from tests.tiny import WIDTH_OF_HEADS, own_names, randomize, tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -64,7 +63,7 @@ def random_pair(family: str, tied: bool, what: str, **options: Any) -> Pair:
     fields |= widths_of(family, _NARROW) if what != "depth" else {}
     blocks = [[layer] for layer in range(UPPER_DEPTH)] if what == "width" else BLOCKS
     kept = [block[-1] for block in blocks]
-    sizes = target_architecture(upper_architecture, fields).sizes
+    sizes = cut_architecture(upper_architecture, fields).sizes
     lower_architecture = upper_architecture.with_layers(kept).resized(**sizes)
     lower = type(upper)(lower_architecture.config).double()
     randomize(lower, seed=2)
@@ -79,7 +78,7 @@ def between(pair: Pair, depth: int | None = None) -> Architecture:
     fields = widths_of(family, _BETWEEN) if not pair.equal_widths else {}
     if pair.upper_architecture.depth != pair.lower_architecture.depth:
         fields = {**fields, **depth_of(family, 5 if depth is None else depth)}
-    return target_architecture(pair.upper_architecture, fields)
+    return cut_architecture(pair.upper_architecture, fields)
 
 
 def chain_rows(rows: int = 24, seed: int = 0) -> Dataset:

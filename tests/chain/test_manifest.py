@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.chain import STATISTICS_FILE, Chain, write_anchor
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from tests.tiny import FAMILIES, WIDTH_OF_HEADS, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -39,7 +39,7 @@ def models(family="llama", **overrides):
     middle = tiny_model(family, seed=1, **{**overrides, depth: 3})
     heads = 3 if family in WIDTH_OF_HEADS else 2
     width = own_names(family, hidden_size=24, num_attention_heads=heads, num_key_value_heads=1)
-    config = target_architecture(describe(middle.config), width).config
+    config = cut_architecture(describe(middle.config), width).config
     torch.manual_seed(2)
     return [large, middle, type(large)(config).eval()]
 

@@ -112,7 +112,7 @@ def test_prompt_and_completion_are_one_text(tmp_path, kind):
     ("rows", "options", "message"),
     [
         (iter([]), {}, "The prompts are a list_iterator, a stream: .* needs rows by number"),
-        ([], {}, "The data set given as dataset is empty"),
+        ([], {}, "dataset given as dataset is empty"),
         ([{"question": "w1"}], {}, r"columns \['question'\], and no prompt: it needs `prompt`"),
         ([{"text": "w1"}], {}, "prompt_tokens=None for a dataset of texts"),
         ([{"text": "w1"}], {"prompt_tokens": -1}, "prompt_tokens=-1 for a dataset of texts"),

@@ -11,7 +11,7 @@ import torch
 from cbd_trl import Chain, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.statistics_file import save_statistics
 from tests.tiny import tiny_model
@@ -26,7 +26,7 @@ def write_chain(folder: Path) -> Path:
     """A chain of two anchors of random weights, the lower one half as wide."""
     large = tiny_model("llama")
     architecture = describe(large.config)
-    small = type(large)(target_architecture(architecture, NARROW).config).eval()
+    small = type(large)(cut_architecture(architecture, NARROW).config).eval()
     blocks = [[layer] for layer in range(architecture.depth)]
     records: list[dict[str, Any]] = [{"name": LARGE}, {"name": SMALL, "parent": LARGE, "blocks": blocks}]
     text = torch.arange(3, 51).view(4, 12)

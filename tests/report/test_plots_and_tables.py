@@ -21,7 +21,7 @@ from cbd_trl.report import plots
 from cbd_trl.report.plots import comparison_chart, loss_axis, loss_chart, plot_sweep, task_axis, task_chart
 from cbd_trl.report.tables import sweep_table
 from cbd_trl.utils.formatting import format_count
-from tests.report.helpers import OPERATORS, made_up
+from tests.report.helpers import made_up
 
 
 def shape(depth, width=576):
@@ -132,7 +132,8 @@ def test_a_chart_of_the_page_follows_its_colors_and_can_be_read_aloud():
             assert any("parameters" in text.text for text in drawing.iter("text"))
         # No color is fixed but that of arrows and of what is not in the page's palette.
         assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", chart)) <= {
-            *(f"var(--{name})" for name in ("ink", "soft", "grid", "patch", *OPERATORS)), "none", "#666666", "#000000",
+            *(f"var(--{name})" for name in ("ink", "soft", "grid", "random")), "none", "#666666", "#000000",
+            *(f"var(--series-{number})" for number in range(1, 7)),
         }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ def test_reachable_depths(kept, depths):
 
 
 def test_block_map_that_does_not_split_the_layers_is_refused():
-    with pytest.raises(ValueError, match="must split the upper model's 12 layers"):
+    with pytest.raises(ValueError, match=r"\b12 layers"):
         reachable_depths(12, [[0, 1], [3]])
 
 
@@ -41,9 +41,7 @@ def test_where_the_last_blocks_do_not_add_up_the_latest_that_do():
     assert blocks_for_depth(blocks, 8) == {2, 4}
     assert blocks_for_depth(blocks, 7) == {4}
     assert blocks_for_depth(blocks, 10) == {2, 3, 4}
-    with pytest.raises(
-        ValueError, match=r"No set of whole blocks gives 12 layers. Depths that blocks can give: 5, 6, 7"
-    ):
+    with pytest.raises(ValueError, match=r"\b12 layers.* 5, 6, 7"):
         blocks_for_depth(blocks, 12)
 
 

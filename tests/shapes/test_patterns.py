@@ -5,8 +5,8 @@ import torch
 
 from cbd_trl import Chain, build_chain, from_chain
 from cbd_trl.architectures import describe, supported_model_types
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.depths import blocks_for_depth, reachable_depths
-from cbd_trl.shapes.smaller import target_architecture
 from cbd_trl.shapes.solve import list_sizes, solve_anchor, solve_target
 from cbd_trl.surgery.blocks import blocks_of, fitting_layers, spaced_layers
 from cbd_trl.targets.many import describe_targets
@@ -52,7 +52,7 @@ def test_the_depths_on_offer_keep_the_pattern(family, depth):
     assert on_pattern(upper.config) and not upper.off_pattern
     offered = {solve_anchor(upper, ratio / 20)[upper.family.depth_field] for ratio in range(8, 20)}
     for lower_depth in offered - {depth}:
-        lower = target_architecture(upper, {upper.family.depth_field: lower_depth})
+        lower = cut_architecture(upper, {upper.family.depth_field: lower_depth})
         assert on_pattern(lower.config)
         kept = spaced_layers(depth, lower_depth, upper.fits)
         blocks = blocks_of(kept)
@@ -69,7 +69,7 @@ def test_the_depths_on_offer_keep_the_pattern(family, depth):
 @pytest.mark.parametrize("family", RULES)
 def test_a_depth_that_breaks_the_pattern_is_named(family):
     upper = describe(stock_model(family, 12).config)
-    broken = target_architecture(upper, {"num_hidden_layers": 5})
+    broken = cut_architecture(upper, {"num_hidden_layers": 5})
     field, rule = RULES[family]
     wrong = [layer for layer in range(5) if getattr(broken.config, field)[layer] != rule(layer)]
     assert broken.off_pattern == wrong and wrong
@@ -81,7 +81,7 @@ def test_a_depth_that_breaks_the_pattern_is_named(family):
 
 def test_a_size_between_those_on_offer_says_how_others_are_had():
     upper = describe(stock_model("gemma3_text", 12).config)
-    lower, blocks = target_architecture(upper, {"num_hidden_layers": 6}), blocks_of(spaced_layers(12, 6))
+    lower, blocks = cut_architecture(upper, {"num_hidden_layers": 6}), blocks_of(spaced_layers(12, 6))
     middle = (upper.num_parameters + lower.num_parameters) / 2
     with pytest.raises(ValueError, match=r"llama.cpp.* others are made where config names one \({'num_hidden_layers'"):
         solve_target(upper, lower, blocks, middle)
@@ -93,7 +93,7 @@ def test_a_source_off_the_pattern_has_all_depths_on_offer():
     """Nothing is kept by leaving depths out, and the limit is the source's own."""
     upper = describe(tiny_model("smollm3", num_hidden_layers=12).config)
     assert upper.off_pattern and "smollm3" in upper.engine_limit()
-    lower = target_architecture(upper, {"num_hidden_layers": 6})
+    lower = cut_architecture(upper, {"num_hidden_layers": 6})
     assert list_sizes(upper, lower, blocks_of(spaced_layers(12, 6)))["shape"]["num_hidden_layers"] == list(
         range(6, 13)
     )

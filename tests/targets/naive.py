@@ -8,7 +8,7 @@ from cbd_trl.architectures.axes import tensor_shape
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import fold_norms
 from cbd_trl.surgery.weights import Weights
-from cbd_trl.targets.pair import Pair
+from cbd_trl.targets.operators import Pair
 from tests.surgery.helpers import tokens
 
 # Which upper layer stands at each place of a target, and which lower layer is mixed in (None: a swapped block).

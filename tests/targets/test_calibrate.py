@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cbd_trl import from_chain
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.targets.calibrate import CALIBRATION_TOKENS, choose_plan, mean_loss
-from cbd_trl.targets.make import load_pair
-from cbd_trl.targets.pair import Plan
+from cbd_trl.targets.from_chain import load_pair
+from cbd_trl.targets.operators import Plan
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from tests.chain.helpers import DEEP, SHAPES, WIDE, between, chain_rows, random_pair
 from tests.surgery.helpers import tokens
@@ -29,7 +29,7 @@ def test_calibrated_is_never_worse_than_the_ends(chain, operator, shape, alpha):
     with torch.no_grad():
         loss = float(model(tokens.input_ids, labels=tokens.labels).loss)
     upper, lower = chain.anchors[:2] if shape is DEEP else chain.anchors[1:]
-    pair, target = load_pair(upper, lower), target_architecture(upper.architecture(), model.config.cbd_trl["shape"])
+    pair, target = load_pair(upper, lower), cut_architecture(upper.architecture(), model.config.cbd_trl["shape"])
     ends = [mean_loss(pair, Plan(target), end, tokens) for end in ("expand", "slice")]
     assert loss <= min(ends) + 1e-5
     plain = mean_loss(pair, Plan(target, alpha), operator, tokens)

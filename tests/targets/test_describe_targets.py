@@ -113,10 +113,10 @@ def test_from_the_hub_configs_are_enough(chain, chain_folder, tmp_path, monkeypa
     ("arguments", "message"),
     [
         ({"sizes": [1e9]}, "No two neighbouring anchors .* lie around num_parameters=1,000,000,000"),
-        ({"sizes": [-1]}, "num_parameters=-1 must be a positive number"),
+        ({"sizes": [-1]}, "num_parameters=-1 "),
         ({}, "No size or shape was requested"),
-        ({"config": DEEP, "operator": "merge"}, "Unknown operator 'merge'"),
-        ({"config": WIDE, "operator": "patch"}, "operator='patch' swaps whole blocks between anchors of equal"),
+        ({"config": DEEP, "operator": "merge"}, "'merge'"),
+        ({"config": WIDE, "operator": "patch"}, "operator='patch'.*'nested'"),
         ({"config": WIDE, "dtype": "int8"}, "dtype='int8' must be a floating-point type"),
     ],
 )

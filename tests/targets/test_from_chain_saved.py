@@ -123,7 +123,7 @@ def test_a_failed_save_leaves_the_old_model(chain, tmp_path, monkeypatch):
 
 def test_nothing_but_its_own_models_is_overwritten(chain, tmp_path):
     def refused(folder):
-        with pytest.raises(ValueError, match=r"holds something other than a model that from_chain saved. Choose an"):
+        with pytest.raises(ValueError, match="save_directory="):
             from_chain(chain, config=WIDE, save_directory=folder)
 
     (tmp_path / "notes.txt").write_text("mine")

@@ -9,18 +9,18 @@ from cbd_trl.architectures import describe
 from cbd_trl.surgery.blocks import select_layers, swap_blocks
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms, fold_norms
-from cbd_trl.targets.nested import NESTED_ALPHA_POWER, cut_upper, mixer
 from cbd_trl.targets.operators import (
-    MIXING_OPERATORS,
     OPERATORS,
-    default_alpha,
+    Pair,
+    Plan,
+    cut_upper,
     expand,
     linear,
+    mixer,
     nested,
     patch,
     slice_upper,
 )
-from cbd_trl.targets.pair import Pair, Plan
 from tests.chain.helpers import BLOCKS, between, depth_of, random_pair, same_weights
 from tests.surgery.helpers import TOLERANCE, build, changed, difference, every_case, every_family, full_model
 from tests.targets.naive import linear_twin, nested_twin
@@ -210,22 +210,37 @@ def test_alpha_follows_the_size(what):
     large, small = pair.upper_architecture.num_parameters, pair.lower_architecture.num_parameters
     fraction = (large - target.num_parameters) / (large - small)
     assert 0.1 < fraction < 0.9
-    assert default_alpha("linear", pair, target) == pytest.approx(fraction)
-    assert default_alpha("nested", pair, target) == pytest.approx(fraction**0.75)
-    assert NESTED_ALPHA_POWER == 0.75
-    for name, alpha in (("linear", fraction), ("nested", fraction**0.75)):
-        weights, _ = OPERATORS[name](pair, Plan(target))
-        assert same_weights(weights, OPERATORS[name](pair, Plan(target, alpha=alpha))[0])
-        assert not same_weights(weights, OPERATORS[name](pair, Plan(target, alpha=alpha / 2))[0])
-    assert [default_alpha(name, pair, target) for name in OPERATORS if name not in MIXING_OPERATORS] == [None] * 3
+    assert OPERATORS["linear"].default_alpha(pair, target) == pytest.approx(fraction)
+    assert OPERATORS["nested"].default_alpha(pair, target) == pytest.approx(fraction**0.75)
+    assert [name for name, row in OPERATORS.items() if row.default_alpha(pair, target)] == ["nested", "linear"]
     depth = random_pair("llama", True, "depth")
-    assert default_alpha("nested", depth, between(depth)) is None
+    assert OPERATORS["nested"].default_alpha(depth, between(depth)) is None
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_row_describes_what_its_function_makes(name):
+    for what in ("depth", "width", "both") if name != "patch" else ("depth",):
+        pair, row = random_pair("gemma3_text", True, what), OPERATORS[name]
+        target = between(pair)
+        planned = row.architecture(dataclasses.replace(pair, upper={}, lower={}, statistics=None), target)
+        weights, architecture = row.make(pair, Plan(target))
+        assert planned.shape == architecture.shape == target.shape
+        assert planned.config.layer_types == architecture.config.layer_types
+        # It reads its sources and nothing else.
+        for anchor in ("upper", "lower"):
+            other = {key: tensor + 1 for key, tensor in getattr(pair, anchor).items()}
+            changed_pair = dataclasses.replace(pair, **{anchor: other})
+            assert same_weights(weights, row.make(changed_pair, Plan(target))[0]) == (anchor not in row.sources)
+        # It mixes by the alpha that the row gives, if it mixes.
+        if (alpha := row.default_alpha(pair, target)) is not None:
+            assert same_weights(weights, row.make(pair, Plan(target, alpha=alpha))[0])
+            assert not same_weights(weights, row.make(pair, Plan(target, alpha=alpha / 2))[0])
 
 
 @WIDTH_KINDS
 def test_patch_refuses_unequal_widths(what):
     pair = random_pair("llama", True, what)
-    with pytest.raises(ValueError, match=r"operator='patch' swaps whole blocks.*equal widths.*Use operator='nested'"):
+    with pytest.raises(ValueError, match=r"operator='patch'.*operator='nested'"):
         patch(pair, Plan(between(pair)))
 
 
@@ -239,7 +254,7 @@ def test_patch_refuses_a_narrower_target_of_equal_anchors():
 @pytest.mark.parametrize("operator", [nested, slice_upper])
 def test_width_needs_the_statistics(operator):
     pair = dataclasses.replace(random_pair("llama", True, "width"), statistics=None)
-    with pytest.raises(ValueError, match=r"needs the upper anchor's statistics, which this chain does not hold"):
+    with pytest.raises(ValueError, match="statistics"):
         operator(pair, Plan(between(pair)))
 
 
@@ -250,6 +265,6 @@ def test_nothing_is_changed_in_place(name, what):
     pair = random_pair("gpt2", True, what)
     before = [{key: tensor.clone() for key, tensor in weights.items()} for weights in (pair.upper, pair.lower)]
     shapes = pair.upper_architecture.shape, pair.lower_architecture.shape
-    OPERATORS[name](pair, Plan(between(pair)))
+    OPERATORS[name].make(pair, Plan(between(pair)))
     assert same_weights(before[0], pair.upper) and same_weights(before[1], pair.lower)
     assert shapes == (pair.upper_architecture.shape, pair.lower_architecture.shape)

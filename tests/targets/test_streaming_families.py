@@ -12,14 +12,13 @@ from cbd_trl.architectures import describe
 from cbd_trl.chain.folders import write_anchor
 from cbd_trl.chain.manifest import STATISTICS_FILE
 from cbd_trl.chain.model import StoredWeights, build_model
-from cbd_trl.shapes.smaller import target_architecture
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery import blocks, grow, norms, weights
 from cbd_trl.surgery import least_squares as cut
 from cbd_trl.surgery.statistics_file import StoredStatistics, save_statistics
 from cbd_trl.surgery.weights import to_weights, weights_of
 from cbd_trl.targets import operators
-from cbd_trl.targets.operators import OPERATORS
-from cbd_trl.targets.pair import Pair, Plan
+from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from tests.chain.helpers import between, random_pair, same_weights
 from tests.chain.test_model import resident
 from tests.surgery.helpers import build, every_case, moments
@@ -71,9 +70,9 @@ def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, t
     for module in _LAZY:
         monkeypatch.setattr(module, "LazyWeights", lambda keys, tensor: {key: tensor(key) for key in keys})
     in_memory = whole(chain, dtype)
-    plan = Plan(target_architecture(in_memory.upper_architecture, shape))
+    plan = Plan(cut_architecture(in_memory.upper_architecture, shape))
     for name in names:
-        made, architecture = OPERATORS[name](in_memory, plan)
+        made, architecture = OPERATORS[name].make(in_memory, plan)
         assert isinstance(made, dict)
         expected = build_model(architecture, made, dtype).state_dict()
         assert {tensor.dtype for tensor in expected.values()} == {dtype}

@@ -291,12 +291,12 @@ def test_the_assistant_alone_needs_messages() -> None:
 
 
 def test_a_tokenizer_is_needed_and_its_end_known() -> None:
-    with pytest.raises(ValueError, match="Pass `processing_class`"):
+    with pytest.raises(ValueError, match="processing_class"):
         prepared_rows(Dataset.from_dict(TEXT), None)
-    with pytest.raises(ValueError, match="eos_token='<end>' is not in the vocabulary"):
+    with pytest.raises(ValueError, match="eos_token='<end>'"):
         _read(Dataset.from_dict(TEXT), _tokenizer(False), eos_token="<end>")
     for path in ("no/tokenizer", __file__):
-        with pytest.raises(ValueError, match=r"chat_template_path=.* is not a \.jinja file, nor a folder"):
+        with pytest.raises(ValueError, match=r"chat_template_path=.*\.jinja"):
             _read(Dataset.from_dict(TEXT), _tokenizer(False), chat_template_path=path)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from cbd_trl.architectures import describe
-from cbd_trl.shapes.smaller import needs_width_multiple_of_heads, target_architecture, width_follows_heads
+from cbd_trl.shapes.cut import cut_architecture, needs_width_multiple_of_heads, width_follows_heads
 from cbd_trl.shapes.solve import ParameterCount
 from tests.tiny import FAMILIES, LONGROPE, ROWS, WIDTH_OF_HEADS, own_names, tiny_model
 
@@ -24,7 +24,7 @@ def smaller(family):
 @pytest.mark.parametrize(("family", "options"), OPTIONS)
 def test_parameter_count_is_that_of_the_built_model(family, options):
     upper = describe(tiny_model(family, **options).config)
-    target = target_architecture(upper, smaller(family))
+    target = cut_architecture(upper, smaller(family))
     built = type(tiny_model(family, **options))(target.config)
     count = sum(parameter.numel() for parameter in built.parameters())
     assert target.num_parameters == ParameterCount(upper)(target.depth, target.sizes) == count
@@ -33,7 +33,7 @@ def test_parameter_count_is_that_of_the_built_model(family, options):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_survives_disk(family, tmp_path):
-    target = target_architecture(describe(tiny_model(family).config), smaller(family))
+    target = cut_architecture(describe(tiny_model(family).config), smaller(family))
     target.config.save_pretrained(tmp_path)
     loaded = type(target.config).from_pretrained(tmp_path)
     assert describe(loaded).shape == target.shape
@@ -42,54 +42,52 @@ def test_config_survives_disk(family, tmp_path):
 
 def test_what_is_left_out_stays():
     upper = describe(tiny_model("llama").config)
-    target = target_architecture(upper, {"num_hidden_layers": 2})
+    target = cut_architecture(upper, {"num_hidden_layers": 2})
     assert target.shape == {**upper.shape, "num_hidden_layers": 2}
 
 
 def test_per_layer_lists_travel_with_the_kept_layers():
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     model = tiny_model("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=4)
-    target = target_architecture(describe(model.config), {"num_hidden_layers": 3})
+    target = cut_architecture(describe(model.config), {"num_hidden_layers": 3})
     assert target.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
 
 
 def test_unknown_field_lists_the_shape_fields():
-    with pytest.raises(ValueError, match=r"'n_layer' is not a shape field of llama.*num_hidden_layers"):
-        target_architecture(describe(tiny_model("llama").config), {"n_layer": 2})
+    with pytest.raises(ValueError, match=r"'n_layer'.*llama.*num_hidden_layers"):
+        cut_architecture(describe(tiny_model("llama").config), {"n_layer": 2})
 
 
 @pytest.mark.parametrize("field", ["num_hidden_layers", "hidden_size", "intermediate_size"])
 def test_larger_than_the_upper_anchor_is_refused(field):
     upper = describe(tiny_model("qwen3").config)
     most = upper.shape[field]
-    with pytest.raises(ValueError, match=rf"{field}={most + 8} is larger than the {most} .* at most {most}\b"):
-        target_architecture(upper, {field: most + 8})
+    with pytest.raises(ValueError, match=rf"{field}={most + 8} .* {most}\b"):
+        cut_architecture(upper, {field: most + 8})
 
 
 def test_more_query_heads_per_group_are_refused():
     upper = describe(tiny_model("llama").config)
-    with pytest.raises(ValueError, match="means 4 query heads per key/value head, more than the 2"):
-        target_architecture(upper, {"num_attention_heads": 4, "num_key_value_heads": 1})
+    with pytest.raises(ValueError, match=r"4 query heads per key/value head.* 2 "):
+        cut_architecture(upper, {"num_attention_heads": 4, "num_key_value_heads": 1})
 
 
 def test_llama_width_off_the_heads_names_the_nearest():
     upper = describe(tiny_model("llama").config)
-    with pytest.raises(
-        ValueError, match=r"llama config of width 30 with 4 heads.*Nearest widths for 4 heads: 28 and 32"
-    ):
-        target_architecture(upper, {"hidden_size": 30})
+    with pytest.raises(ValueError, match=r"width 30 with 4 heads.* 28 and 32"):
+        cut_architecture(upper, {"hidden_size": 30})
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if not ROWS[family].whole_heads])
 def test_other_families_take_that_width(family):
-    assert target_architecture(describe(tiny_model(family).config), {"hidden_size": 30}).sizes["width"] == 30
+    assert cut_architecture(describe(tiny_model(family).config), {"hidden_size": 30}).sizes["width"] == 30
 
 
 def test_phi3_with_longrope_takes_whole_heads_and_can_be_saved(tmp_path):
     upper = describe(tiny_model("phi3", rope_parameters=LONGROPE).config)
     with pytest.raises(ValueError, match=r"Phi-3 with longrope ties its width to its heads \(head size 8\)"):
-        target_architecture(upper, {"hidden_size": 24, "num_attention_heads": 4})
-    target = target_architecture(upper, {"hidden_size": 16})
+        cut_architecture(upper, {"hidden_size": 24, "num_attention_heads": 4})
+    target = cut_architecture(upper, {"hidden_size": 16})
     target.config.save_pretrained(tmp_path)
     loaded = describe(type(target.config).from_pretrained(tmp_path))
     assert loaded.shape == target.shape

@@ -1,4 +1,4 @@
-"""From config fields to the architecture cut from a larger one, or an error that lists the shapes there are."""
+"""Cut an architecture to the shape of some config fields, or explain which shapes it can be cut to."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,36 +7,8 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.surgery.blocks import spaced_layers
 
 
-def width_follows_heads(architecture: Architecture) -> bool:
-    """Whether the family fixes width = heads x head size (GPT-2), so that width and heads are one choice."""
-    sizes = architecture.sizes
-    resolved = architecture.family.resolve(sizes, {"heads": 2 * sizes["group"] * sizes["query"]})
-    return resolved["width"] != sizes["width"]
-
-
-def needs_width_multiple_of_heads(architecture: Architecture) -> bool:
-    """Whether transformers takes only widths that are multiples of the number of heads (as of Llama)."""
-    if width_follows_heads(architecture):
-        return True
-    heads = 2 * architecture.sizes["query"]
-    probe = architecture.resized(group=2, width=heads * architecture.sizes["dim"] + 1)
-    return heads > 1 and _config_complaint(probe) is not None
-
-
-def _config_complaint(architecture: Architecture) -> str | None:
-    """Get transformers' own error for this shape, None if there is none."""
-    # The subclass check alone: validate() would also complain about fields that have nothing to do with the shape.
-    validate = getattr(architecture.config, "validate_architecture", None)
-    try:
-        if validate is not None:
-            validate()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def target_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architecture:
-    """Build the architecture with these config fields, cut from `upper`; fields left out stay as they are there.
+def cut_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architecture:
+    """Cut an architecture to these config fields; those left out stay as they are in `upper`.
 
     Args:
         upper: the architecture to cut from; its config's per-layer lists travel with the evenly spaced layers that
@@ -50,10 +22,26 @@ def target_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Archi
     depth, sizes = upper.resolve_sizes(fields)
     _check_not_larger(upper, depth, sizes, fields)
     target = upper.with_layers(spaced_layers(upper.depth, depth, upper.fits)).resized(**sizes)
-    complaint = _config_complaint(target)
-    if complaint is not None:
-        raise ValueError(_refused_width(target, complaint))
+    error = _config_error(target)
+    if error is not None:
+        raise ValueError(_width_error(target, error))
     return target
+
+
+def width_follows_heads(architecture: Architecture) -> bool:
+    """Check whether the family fixes width = heads x head size (GPT-2), so that width and heads are one choice."""
+    sizes = architecture.sizes
+    resolved = architecture.family.resolve(sizes, {"heads": 2 * sizes["group"] * sizes["query"]})
+    return resolved["width"] != sizes["width"]
+
+
+def needs_width_multiple_of_heads(architecture: Architecture) -> bool:
+    """Check whether transformers takes only widths that are multiples of the number of heads (as of Llama)."""
+    if width_follows_heads(architecture):
+        return True
+    heads = 2 * architecture.sizes["query"]
+    probe = architecture.resized(group=2, width=heads * architecture.sizes["dim"] + 1)
+    return heads > 1 and _config_error(probe) is not None
 
 
 def _check_not_larger(upper: Architecture, depth: int, sizes: Mapping[str, int], fields: Mapping[str, Any]) -> None:
@@ -74,13 +62,25 @@ def _check_not_larger(upper: Architecture, depth: int, sizes: Mapping[str, int],
             )
 
 
-def _refused_width(target: Architecture, complaint: str) -> str:
+def _config_error(architecture: Architecture) -> str | None:
+    """Get transformers' own error for this shape, None if there is none."""
+    # The subclass check alone: validate() would also fail for fields that have nothing to do with the shape.
+    validate = getattr(architecture.config, "validate_architecture", None)
+    try:
+        if validate is not None:
+            validate()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _width_error(target: Architecture, error: str) -> str:
     """Word the error for a width that the config class does not take, with the nearest widths it takes."""
     width, heads = target.sizes["width"], target.sizes["group"] * target.sizes["query"]
     nearest = [value for value in (width // heads * heads, -(-width // heads) * heads) if value > 0]
     return (
         f"transformers refuses to save or load a {target.config.model_type} config of width {width} with {heads} "
-        f"heads: {complaint} "
+        f"heads: {error} "
         f"Nearest widths for {heads} heads: {' and '.join(str(value) for value in nearest)}; or choose another number "
         "of heads."
     )
