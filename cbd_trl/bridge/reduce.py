@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.bridge.special_tokens import renumber
 from cbd_trl.bridge.token_bytes import Spelling, Vocabulary
 from cbd_trl.bridge.transplant import transplant_vocabulary
-from cbd_trl.bridge.vocabulary import VocabularyMatch, covered_share, match_vocabularies, named_ids
+from cbd_trl.bridge.vocabulary import VocabularyMatch, config_token_ids, covered_share, match_vocabularies
 from cbd_trl.utils.progress import Progress
 
 # Without held-out texts every tenth one is kept from training.
@@ -94,7 +94,7 @@ def reduce_vocabulary(
             f"Bytes per token are measured on held-out texts, got none. Pass `held_out`, or {HELD_OUT_EVERY} texts or "
             "more, of which every tenth is kept for it."
         )
-    smaller = train_smaller_tokenizer(tokenizer, texts, size, keep=named_ids(model))
+    smaller = train_smaller_tokenizer(tokenizer, texts, size, keep=config_token_ids(model))
     made = transplant_vocabulary(model, tokenizer, smaller, **options)
     match = match_vocabularies(tokenizer, smaller)
     return Reduction(
@@ -193,7 +193,7 @@ def _kept_tokens(
             or (added["special"] and not _PLACEHOLDER.fullmatch(added["content"]))
         )
     ]
-    pattern = _cuts(asked)
+    pattern = _added_token_pattern(asked)
     found = {text for whole in texts for text in pattern.findall(whole)}
     # Some swallow the white space beside them.
     found |= {text.strip() for text in found}
@@ -202,7 +202,7 @@ def _kept_tokens(
     return [added for added in kept if added["special"]], [added for added in kept if not added["special"]]
 
 
-def _cuts(added_tokens: Iterable[dict[str, Any]]) -> re.Pattern[str]:
+def _added_token_pattern(added_tokens: Iterable[dict[str, Any]]) -> re.Pattern[str]:
     """Finds added tokens in texts, the longest first, as the `tokenizers` library does."""
     ways = []
     for added in sorted(added_tokens, key=lambda added: -len(added["content"])):
@@ -234,7 +234,7 @@ def _learn(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if spelling.byte_level else [],
         show_progress=False,
     )
-    cuts = _cuts([*special, *ordinary])
+    cuts = _added_token_pattern([*special, *ordinary])
     shown = Progress("Learning a smaller vocabulary", texts, unit="texts")
     learner.train_from_iterator((part for text in shown for part in cuts.split(text)), trainer)
     return json.loads(learner.to_str())["model"]

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from cbd_trl.bridge.token_bytes import description_of
+from cbd_trl.bridge.token_bytes import component_json
 from cbd_trl.bridge.vocabulary import counterpart
 from cbd_trl.utils.blocks import marks_around
 
@@ -59,7 +59,7 @@ def carry_over_special_tokens(
     return made
 
 
-def warn_of_other_marks(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
+def warn_of_other_special_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> None:
     """Say so where a new tokenizer adds other special tokens to a text than those a model was trained with.
 
     Args:
@@ -113,7 +113,7 @@ def _add(made: Any, old: Any, index: int) -> None:
 
 def _set_rule(made: Any, before: list[str], behind: list[str]) -> None:
     backend = made.backend_tokenizer
-    parts = _parts(description_of(backend.post_processor))
+    parts = _parts(component_json(backend.post_processor))
     # Of these the one on offsets is kept.
     offsets = [
         {"type": "ByteLevel", "use_regex": True, **{name: part[name] for name in ("add_prefix_space", "trim_offsets")}}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import is_tied
 from cbd_trl.architectures.backbone import take_off_patches
-from cbd_trl.bridge.special_tokens import warn_of_other_marks
+from cbd_trl.bridge.special_tokens import warn_of_other_special_tokens
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.bridge.vocabulary import VocabularyMatch, match_vocabularies, move_token_ids
 from cbd_trl.surgery.weights import working
@@ -82,12 +82,12 @@ def _pursue(target_ND: Tensor, atom_AD: Tensor, direction_AD: Tensor, count: int
 
 
 # What "weighted" takes: how much less a piece counts than the next one, and the share of the mean of all rows.
-_EARLIER = 0.75
-_NEUTRAL = 0.2
+_POSITION_DECAY = 0.75
+_MEAN_SHARE = 0.2
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RowCombination:
     """Rows that are sums of old rows. N rows are made, of P parts together.
 
     Args:
@@ -110,12 +110,12 @@ class Recipe:
         return sums + self.neutral * mean_D
 
 
-def mean_recipe(match: VocabularyMatch) -> Recipe:
+def mean_rows(match: VocabularyMatch) -> RowCombination:
     """Each built row is the mean of its pieces' rows."""
     return _averages(match, [[1.0] * len(pieces) for pieces in match.built.values()], neutral=0.0)
 
 
-def weighted_recipe(match: VocabularyMatch, lengths: Sequence[int]) -> Recipe:
+def weighted_rows(match: VocabularyMatch, lengths: Sequence[int]) -> RowCombination:
     """Each built row is a weighted mean of its pieces' rows, moved a part of the way to the mean of all old rows.
 
     A piece counts by its bytes, and more the later it is: the model goes on reading from the last one. And a token of
@@ -130,20 +130,20 @@ def weighted_recipe(match: VocabularyMatch, lengths: Sequence[int]) -> Recipe:
         lengths: bytes of each old token, by id.
     """
     weights = [
-        [lengths[piece] * _EARLIER ** (len(pieces) - place) for place, piece in enumerate(pieces, start=1)]
+        [lengths[piece] * _POSITION_DECAY ** (len(pieces) - place) for place, piece in enumerate(pieces, start=1)]
         for pieces in match.built.values()
     ]
-    return _averages(match, weights, neutral=_NEUTRAL)
+    return _averages(match, weights, neutral=_MEAN_SHARE)
 
 
-def _averages(match: VocabularyMatch, weights: list[list[float]], neutral: float) -> Recipe:
+def _averages(match: VocabularyMatch, weights: list[list[float]], neutral: float) -> RowCombination:
     lengths = torch.tensor([len(pieces) for pieces in match.built.values()], dtype=torch.int64)
     part = torch.tensor([piece for pieces in match.built.values() for piece in pieces], dtype=torch.int64)
     share = [(1 - neutral) * weight / sum(row) for row in weights for weight in row]
-    return Recipe(part, lengths.cumsum(0) - lengths, torch.tensor(share, dtype=torch.float64), neutral)
+    return RowCombination(part, lengths.cumsum(0) - lengths, torch.tensor(share, dtype=torch.float64), neutral)
 
 
-def pursuit_recipe(match: VocabularyMatch, donor_WE: Tensor, atoms: int) -> Recipe:
+def pursuit_rows(match: VocabularyMatch, donor_WE: Tensor, atoms: int) -> RowCombination:
     """Each built row is the sum of taken-over rows that the donor's row is (arXiv 2506.06607).
 
     A token's row in the donor's table is written with the donor's rows of tokens that both vocabularies have; the
@@ -160,7 +160,7 @@ def pursuit_recipe(match: VocabularyMatch, donor_WE: Tensor, atoms: int) -> Reci
     built = torch.tensor(list(match.built), dtype=torch.int64, device=donor.device)
     chosen, coefficient = matching_pursuit(donor[built], donor[new], atoms)
     start = torch.arange(len(built)) * chosen.shape[1]
-    return Recipe(old[chosen].flatten(), start, coefficient.flatten())
+    return RowCombination(old[chosen].flatten(), start, coefficient.flatten())
 
 
 METHODS = ("mean", "weighted", "omp")
@@ -185,7 +185,7 @@ def transplant_vocabulary(
 
     - "mean": the mean of the rows of the old tokens with the same bytes, their pieces ("Fast Vocabulary Transfer",
       Gee et al., 2022).
-    - "weighted": their weighted mean, moved towards the mean of all rows (see `weighted_recipe`).
+    - "weighted": their weighted mean, moved towards the mean of all rows (see `weighted_rows`).
     - "omp": orthogonal matching pursuit (arXiv 2506.06607): written with tokens of both vocabularies as a donor, a
       model that has the new vocabulary, would write it. Rows longer than any taken over are shortened to that, which
       the paper does not do.
@@ -210,25 +210,25 @@ def transplant_vocabulary(
 
     Raises:
         ValueError: an unknown method, a tokenizer that is not the model's or does not tell its bytes, nothing in
-            common, a donor that is missing or not asked for, a table that is quantised or offloaded.
+            common, a donor that is missing or not asked for, a table that is quantized or offloaded.
     """
     _check_arguments(method, donor_model, atoms, pad_to_multiple_of)
     old_ids = _check_table(model, old_tokenizer, "model", "old_tokenizer")
     match = match_vocabularies(old_tokenizer, new_tokenizer)
-    warn_of_other_marks(old_tokenizer, new_tokenizer)
+    warn_of_other_special_tokens(old_tokenizer, new_tokenizer)
     if donor_model is not None:
         _check_table(donor_model, new_tokenizer, "donor_model", "new_tokenizer")
     made: Any = copy.deepcopy(model)
     take_off_patches(made)
     embedding, head = made.get_input_embeddings(), made.get_output_embeddings()
     tied = is_tied(model)
-    inputs, outputs = _recipes(match, method, old_tokenizer, donor_model, atoms, tied)
+    inputs, outputs = _row_combinations(match, method, old_tokenizer, donor_model, atoms, tied)
     rows = -(-match.size // pad_to_multiple_of) * pad_to_multiple_of
     with torch.no_grad():
-        embedding.weight = _replaced(embedding.weight, match, inputs, old_ids, rows)
-        head.weight = embedding.weight if tied else _replaced(head.weight, match, outputs, old_ids, rows)
+        embedding.weight = _new_table(embedding.weight, match, inputs, old_ids, rows)
+        head.weight = embedding.weight if tied else _new_table(head.weight, match, outputs, old_ids, rows)
         if getattr(head, "bias", None) is not None:
-            head.bias = _replaced(head.bias, match, outputs, old_ids, rows)
+            head.bias = _new_table(head.bias, match, outputs, old_ids, rows)
     move_token_ids(made, new_tokenizer, match)
     made.config.tie_word_embeddings = tied
     _resize(made, embedding, head, rows)
@@ -236,24 +236,24 @@ def transplant_vocabulary(
     return made
 
 
-def _recipes(
+def _row_combinations(
     match: VocabularyMatch, method: str, old_tokenizer: Any, donor: Any, atoms: int, tied: bool
-) -> tuple[Recipe, Recipe]:
+) -> tuple[RowCombination, RowCombination]:
     """For the input table and for the head."""
     if method == "omp":
-        inputs = pursuit_recipe(match, donor.get_input_embeddings().weight.detach(), atoms)
+        inputs = pursuit_rows(match, donor.get_input_embeddings().weight.detach(), atoms)
         if tied:
             return inputs, inputs
-        return inputs, pursuit_recipe(match, donor.get_output_embeddings().weight.detach(), atoms)
+        return inputs, pursuit_rows(match, donor.get_output_embeddings().weight.detach(), atoms)
     if method == "mean":
-        recipe = mean_recipe(match)
+        recipe = mean_rows(match)
     else:
-        recipe = weighted_recipe(match, [len(data or b"") for data in token_bytes(old_tokenizer)])
+        recipe = weighted_rows(match, [len(data or b"") for data in token_bytes(old_tokenizer)])
     return recipe, recipe
 
 
-def _replaced(
-    old: nn.Parameter, match: VocabularyMatch, recipe: Recipe, old_ids: list[int], rows: int
+def _new_table(
+    old: nn.Parameter, match: VocabularyMatch, recipe: RowCombination, old_ids: list[int], rows: int
 ) -> nn.Parameter:
     """A table (V, D) or bias (V,) for the new vocabulary."""
     table = working(old.detach())
@@ -262,14 +262,14 @@ def _replaced(
     if match.built:
         built = recipe.apply(table.view(len(table), -1), mean).view(-1, *table.shape[1:])
         if table.dim() == 2:
-            built = _shortened(built, table[list(match.copied.values())])
+            built = _clip_norms(built, table[list(match.copied.values())])
         made[list(match.built)] = built.to(old.dtype)
     # Taken from the table as it is, so that nothing is rounded.
     made[list(match.source)] = old.detach()[list(match.source.values())]
     return nn.Parameter(made, requires_grad=old.requires_grad)
 
 
-def _shortened(built_ND: Tensor, taken_MD: Tensor) -> Tensor:
+def _clip_norms(built_ND: Tensor, taken_MD: Tensor) -> Tensor:
     longest = taken_MD.norm(dim=1).max()
     return built_ND * (longest / built_ND.norm(dim=1, keepdim=True)).clamp(max=1.0)
 
@@ -309,7 +309,7 @@ def _check_table(model: Any, tokenizer: PreTrainedTokenizerBase, name: str, toke
         )
     weight: Any = model.get_input_embeddings().weight
     if weight.is_meta or not weight.is_floating_point():
-        kind = "offloaded" if weight.is_meta else f"quantised ({weight.dtype})"
+        kind = "offloaded" if weight.is_meta else f"quantized ({weight.dtype})"
         raise ValueError(f"The embeddings of {name} are {kind}: load it whole, in float32 or bfloat16.")
     ids = sorted(tokenizer.get_vocab().values())
     if ids[-1] >= len(weight):

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.bridge.token_bytes import Vocabulary, pieces_of, token_bytes
+from cbd_trl.bridge.token_bytes import Vocabulary, token_bytes, tokenize_bytes
 
 # Which of the old roles a new one may stand for. A text begins after the end of another where there is no begin mark.
 _ROLES = {
@@ -20,7 +20,7 @@ _ROLES = {
     "mask_token_id": ("mask_token_id",),
 }
 # The others are never what a model should say: they take no row that stands for more.
-_SPOKEN = ("eos_token_id", "bos_token_id")
+_GENERATED_ROLES = ("eos_token_id", "bos_token_id")
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def match_vocabularies(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
     Raises:
         ValueError: a tokenizer that does not tell its bytes (see `token_bytes`), or nothing in common.
     """
-    return match_read(Vocabulary.of(old), Vocabulary.of(new))
+    return match_loaded(Vocabulary.of(old), Vocabulary.of(new))
 
 
-def match_read(old: Vocabulary, new: Vocabulary) -> VocabularyMatch:
+def match_loaded(old: Vocabulary, new: Vocabulary) -> VocabularyMatch:
     """`match_vocabularies` of two that are read already.
 
     Args:
@@ -99,7 +99,7 @@ def match_read(old: Vocabulary, new: Vocabulary) -> VocabularyMatch:
             f"The two tokenizers ({len(old.bytes)} and {len(new.bytes)} tokens) have no token of the same bytes: "
             "there is nothing to carry over. Check that both are the ones that are meant; else train a new embedding."
         )
-    built = {index: found for index, found in zip(rest, pieces_of(old, rest.values()), strict=True) if found}
+    built = {index: found for index, found in zip(rest, tokenize_bytes(old, rest.values()), strict=True) if found}
     placed = {**copied, **by_role, **built}
     others = tuple(index for index in range(len(new.bytes)) if index not in placed)
     return VocabularyMatch(len(new.bytes), copied, by_role, built, others)
@@ -181,11 +181,11 @@ def _match_roles(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> 
         if index is None or index in matched:
             continue
         candidates = [found for name in counterparts if (found := getattr(old, name)) is not None]
-        if role not in _SPOKEN:
+        if role not in _GENERATED_ROLES:
             candidates = [found for found in candidates if found not in matched.values()]
         if candidates:
             matched[index] = candidates[0]
-        elif role not in _SPOKEN:
+        elif role not in _GENERATED_ROLES:
             lost.add(index)
     return matched, lost
 
@@ -202,7 +202,7 @@ _DROPPED = (
 )
 
 
-def named_ids(model: Any) -> set[int]:
+def config_token_ids(model: Any) -> set[int]:
     """The ids that a model's configs name: begin, end (there may be several) and padding.
 
     Args:

@@ -56,7 +56,7 @@ def _any_character(draw: random.Random) -> str:
     return chr(point) if not 0xD800 <= point < 0xE000 else "\ufffd"
 
 
-def normalising(kind: str, normalizer: normalizers.Normalizer, size: int = 400) -> PreTrainedTokenizerFast:
+def normalizing(kind: str, normalizer: normalizers.Normalizer, size: int = 400) -> PreTrainedTokenizerFast:
     """A tokenizer of that kind behind a normaliser."""
     tokenizer = make_tokenizer(kind, size)
     own = tokenizer.backend_tokenizer.normalizer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossModelAttention
-from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.inputs import AlignedStates
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import BridgeObjective, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
@@ -58,11 +58,13 @@ class Pair:
             made.groups.append((rows.index(row), mine, yours))
         return made
 
-    def sides(self, hidden_BTd: Tensor, head: Head) -> tuple[Side, Side]:
-        student = Side.student(
+    def sides(self, hidden_BTd: Tensor, head: Head) -> tuple[AlignedStates, AlignedStates]:
+        student = AlignedStates.of_student(
             hidden_BTd, head, self.ids_BT, self.labels_BT, self.group_BT, self.text_BT, self.tables[0]
         )
-        return student, Side.teacher(self.hidden_RUD, self.heads[1], self.ids_RU, self.group_RU, self.tables[1])
+        return student, AlignedStates.of_teacher(
+            self.hidden_RUD, self.heads[1], self.ids_RU, self.group_RU, self.tables[1]
+        )
 
 
 def make_pair(rows: int = 4, seed: int = 0) -> Pair:

@@ -5,8 +5,8 @@ import torch
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from cbd_trl.bridge.alignment import NOWHERE, Placed, align
-from tests.bridge.alignment_helpers import groups_of, naive_groups, normalising, random_texts, read, spelled, with_bos
+from cbd_trl.bridge.alignment import NOWHERE, TokenOffsets, align
+from tests.bridge.alignment_helpers import groups_of, naive_groups, normalizing, random_texts, read, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 
 TEXTS = [text for seed in range(4) for text in random_texts(seed, 15)]
@@ -19,10 +19,10 @@ def _tokenizers() -> dict[str, PreTrainedTokenizerFast]:
         "byte_fallback": make_tokenizer("byte_fallback", 500),
         "bos": with_bos(make_tokenizer("byte_fallback", 450, seed=1)),
         "unigram": make_tokenizer("unigram", 400),
-        "nfc": normalising("byte_level", normalizers.NFC()),
-        "nfkc": normalising("byte_fallback", normalizers.NFKC(), 450),
-        "nfkc unigram": normalising("unigram", normalizers.NFKC()),
-        "lower": normalising("byte_level", normalizers.Lowercase()),
+        "nfc": normalizing("byte_level", normalizers.NFC()),
+        "nfkc": normalizing("byte_fallback", normalizers.NFKC(), 450),
+        "nfkc unigram": normalizing("unigram", normalizers.NFKC()),
+        "lower": normalizing("byte_level", normalizers.Lowercase()),
     }
 
 
@@ -81,7 +81,7 @@ def test_groups_are_in_order_the_same_bytes_and_as_fine_as_can_be(student: str, 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_with_the_same_tokenizer_every_token_is_a_group(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    # Of two spaces at the start one is taken for added (`Reader.added_spaces`).
+    # Of two spaces at the start one is taken for added (`ByteAwareTokenizer.added_spaces`).
     texts = [text for text in TEXTS if not text[:2].isspace()]
     assert len(texts) > 50
     rows = read(tokenizer, tokenizer, texts)
@@ -93,9 +93,9 @@ def test_with_the_same_tokenizer_every_token_is_a_group(name: str) -> None:
     assert rows.unaligned == sum(row[1:].count(tokenizer.unk_token_id) for row in ids)
 
 
-def _placed(ends: list[int], usable: list[int] | None = None, marks: list[int] | None = None) -> Placed:
+def _placed(ends: list[int], usable: list[int] | None = None, marks: list[int] | None = None) -> TokenOffsets:
     flags = [[1] * len(ends) if usable is None else usable, [0] * len(ends) if marks is None else marks]
-    return Placed(torch.tensor([ends]), *(torch.tensor([flag]).bool() for flag in flags))
+    return TokenOffsets(torch.tensor([ends]), *(torch.tensor([flag]).bool() for flag in flags))
 
 
 def test_groups_by_hand() -> None:

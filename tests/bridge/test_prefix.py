@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.inputs import AlignedStates
 from cbd_trl.bridge.objectives.prefix import NO_NODE, ROOT, PrefixObjective, PrefixTable
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
@@ -137,11 +137,11 @@ def test_within_one_vocabulary_it_is_the_divergence() -> None:
     pair.ids_RU %= V
     _, _, terms = run(PrefixObjective(PrefixTable.from_spellings(spelled, V)), pair, TermWeights(1.0, 0.0, 0.0))
     student, teacher = pair.sides(pair.hidden_BTd, pair.heads[0])
-    begins_N = student.begins_N
-    logs = [head.logits(side.hidden_ND[side.begins_N]).log_softmax(-1)
+    group_start_N = student.group_start_N
+    logs = [head.logits(side.hidden_ND[side.group_start_N]).log_softmax(-1)
             for head, side in ((pair.heads[0], student), (head, teacher))]  # fmt: skip
-    torch.testing.assert_close(terms["kd"][begins_N], KL(*logs))
-    assert begins_N.any() and terms["kd"][~begins_N].abs().max() == 0
+    torch.testing.assert_close(terms["kd"][group_start_N], KL(*logs))
+    assert group_start_N.any() and terms["kd"][~group_start_N].abs().max() == 0
 
 
 def test_is_zero_where_the_student_says_what_the_teacher_does() -> None:
@@ -149,20 +149,22 @@ def test_is_zero_where_the_student_says_what_the_teacher_does() -> None:
     spelled = {0: (0,), 1: (0, 1), 2: (2,), 3: (0, 3)}
     table = PrefixTable.from_spellings(spelled, 4)
     p_W = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]])
-    first_rV = table.first_tokens(p_W, 4)
+    first_rV = table.first_token_probabilities(p_W, 4)
     torch.testing.assert_close(first_rV, torch.tensor([[0.7, 0.0, 0.3, 0.0], [0.0, 0.0, 1.0, 0.0]]))
     node_r = table.child(torch.tensor([ROOT, ROOT]), torch.tensor([0, 1]))
     assert node_r[0] != NO_NODE and node_r[1] == NO_NODE
-    going_rV, whole_r = table.continued(p_W, torch.tensor([0]), node_r[:1], torch.tensor([1]), 4)
-    torch.testing.assert_close(going_rV, torch.tensor([[0.0, 0.1, 0.0, 0.2]]))
+    longer_rV, whole_r = table.continuations(p_W, torch.tensor([0]), node_r[:1], torch.tensor([1]), 4)
+    torch.testing.assert_close(longer_rV, torch.tensor([[0.0, 0.1, 0.0, 0.2]]))
     torch.testing.assert_close(whole_r, torch.tensor([0.4]))
 
-    def one_row(weight_VD: Tensor, ids: list[int], states: Tensor) -> Side:
+    def one_row(weight_VD: Tensor, ids: list[int], states: Tensor) -> AlignedStates:
         ids_BT = torch.tensor([[9, *ids]]) % 4
         labels_BT = ids_BT.clone()
         labels_BT[0, 0] = -100
         groups_BT = torch.tensor([[-1, *range(len(ids))]])
-        return Side.student(states, Head(weight_VD), ids_BT, labels_BT, groups_BT, torch.zeros_like(ids_BT))
+        return AlignedStates.of_student(
+            states, Head(weight_VD), ids_BT, labels_BT, groups_BT, torch.zeros_like(ids_BT)
+        )
 
     # The teacher says " run" and then token 2; the student is right to say 0.4 / 0.7 of it, and the endings.
     eye, log_RUW = torch.eye(4), (p_W + 1e-30).log()[None]

@@ -239,7 +239,7 @@ def test_a_model_without_plain_tables_is_refused() -> None:
     with pytest.raises(ValueError, match=r"embeddings of model are offloaded: load it whole"):
         transplant_vocabulary(tiny_model("llama").to("meta"), _full(), _full())
     model = tiny_model("llama")
-    quantised = torch.zeros(64, 32, dtype=torch.int8)
-    model.get_input_embeddings().weight = torch.nn.Parameter(quantised, requires_grad=False)
-    with pytest.raises(ValueError, match=r"are quantised \(torch.int8\)"):
+    quantized = torch.zeros(64, 32, dtype=torch.int8)
+    model.get_input_embeddings().weight = torch.nn.Parameter(quantized, requires_grad=False)
+    with pytest.raises(ValueError, match=r"are quantized \(torch.int8\)"):
         transplant_vocabulary(model, _full(), _full())

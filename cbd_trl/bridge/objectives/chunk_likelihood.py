@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cbd_trl.bridge.objectives.groups import GroupObjective, Said
+from cbd_trl.bridge.objectives.groups import GroupObjective, GroupPrediction
 from cbd_trl.losses.divergences import Divergence, get_divergence
 
 # What float32 leaves of a log-probability that is nearly 0, in nats.
-_LEAST = 1e-6
+_SMALLEST = 1e-6
 # Nothing a model says is less likely, save what it rules out.
-_MOST = 1e6
+_LARGEST = 1e6
 
 
 def chunk_likelihood(
@@ -54,9 +54,9 @@ def chunk_likelihood(
 
 
 def _two_events(log_G: Tensor, temperature: float) -> Tensor:
-    log_G = log_G.float().clamp(min=-_MOST)
+    log_G = log_G.float().clamp(min=-_LARGEST)
     # A clamp would take the gradient from a student that is too sure.
-    log_G = (log_G - (log_G.detach() + _LEAST).clamp(min=0.0)) / temperature
+    log_G = (log_G - (log_G.detach() + _SMALLEST).clamp(min=0.0)) / temperature
     return torch.stack([log_G, torch.log(-torch.expm1(log_G))], -1)
 
 
@@ -75,10 +75,10 @@ class ChunkLikelihood(GroupObjective):
     temperature: float = 100.0
 
     @property
-    def wide(self) -> bool:
+    def needs_logits(self) -> bool:
         """See `GroupObjective`."""
         return False
 
-    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, said: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
-        return chunk_likelihood(said.sums(token_log_n), said.log_g, self.divergence, self.temperature)
+        return chunk_likelihood(said.sums(token_log_prob_n), said.log_prob_g, self.divergence, self.temperature)

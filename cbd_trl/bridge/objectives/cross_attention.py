@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.bridge.objectives.inputs import Side, chunked_cross_entropy, common_chunk, on_first
+from cbd_trl.bridge.objectives.inputs import AlignedStates, at_group_starts, chunked_cross_entropy, common_chunk
 from cbd_trl.losses.divergences import Divergence, get_divergence
 from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
@@ -56,7 +56,7 @@ class CrossModelAttention(nn.Module):
         self.to_student = linear(teacher_width, student_width)
         self.to_teacher = linear(student_width, teacher_width)
 
-    def forward(self, student: Side, teacher: Side) -> tuple[Tensor, Tensor]:
+    def forward(self, student: AlignedStates, teacher: AlignedStates) -> tuple[Tensor, Tensor]:
         """Carry the states over.
 
         Args:
@@ -85,7 +85,7 @@ class CrossModelAttention(nn.Module):
         back = [s.T.softmax(-1) @ own for s, own in zip(scores, own_ND.split(of_student), strict=True)]
         return torch.cat(there), torch.cat(back)
 
-    def _check(self, side: Side, width: int, name: str) -> None:
+    def _check(self, side: AlignedStates, width: int, name: str) -> None:
         found = [None if side.embedding_VD is None else side.embedding_VD.shape[1], side.hidden_ND.shape[1]]
         if found != [width, width]:
             raise ValueError(
@@ -95,7 +95,7 @@ class CrossModelAttention(nn.Module):
             )
 
 
-def _embedded(side: Side) -> tuple[Tensor, Tensor]:
+def _embedded(side: AlignedStates) -> tuple[Tensor, Tensor]:
     """Embeddings of what is read and of what follows, constants."""
     table_VD: Any = side.embedding_VD
     table_VD = table_VD.detach()
@@ -134,7 +134,7 @@ class CrossAttention:
     temperature: float = 2.0
 
     def __call__(
-        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
+        self, student: AlignedStates, teacher: AlignedStates, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch; see `GroupObjective`.
 
@@ -159,13 +159,13 @@ class CrossAttention:
             )  # fmt: skip
         total, terms = fused_terms(
             student.hidden_ND, student.head, student.targets_N,
-            _RightSignal(HiddenOutputs(there_Nd.detach(), student_head), student.targets_N),
+            _OutputsWhereRight(HiddenOutputs(there_Nd.detach(), student_head), student.targets_N),
             DistillObjective(self.divergence, self.temperature), weights, chunk,
         )  # fmt: skip
         if weights.kd > 0:
             total = total + weights.kd * (learning_N.sum() + back_total)
         back_N, teacher_ce_N = (
-            on_first(student.group_N, teacher.group_sums(back_terms[name])) for name in ("kd", "teacher_ce")
+            at_group_starts(student.group_N, teacher.group_sums(back_terms[name])) for name in ("kd", "teacher_ce")
         )
         return total, {**terms, "kd": terms["kd"] + learning_N.detach() + back_N, "teacher_ce": teacher_ce_N}
 
@@ -180,23 +180,23 @@ def _constant(head: Head) -> Head:
 
 
 @dataclass(frozen=True)
-class _RightSignal:
+class _OutputsWhereRight:
     """What a signal says, where the token it finds most likely is the one that follows."""
 
     signal: HiddenOutputs
     targets_N: Tensor
 
-    def at(self, part: slice) -> "_RightStatement":
-        return _RightStatement(self.signal.logits(part), self.targets_N[part])
+    def at(self, part: slice) -> "_PredictionWhereRight":
+        return _PredictionWhereRight(self.signal.logits(part), self.targets_N[part])
 
 
 @dataclass(frozen=True)
-class _RightStatement:
+class _PredictionWhereRight:
     logits_NV: Tensor
     targets_N: Tensor
 
-    def rows(self, rows: slice) -> "_RightStatement":
-        return _RightStatement(self.logits_NV[rows], self.targets_N[rows])
+    def rows(self, rows: slice) -> "_PredictionWhereRight":
+        return _PredictionWhereRight(self.logits_NV[rows], self.targets_N[rows])
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
         right_N = self.logits_NV.argmax(-1) == self.targets_N

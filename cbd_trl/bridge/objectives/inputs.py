@@ -23,7 +23,7 @@ from cbd_trl.utils.blocks import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class Side:
+class AlignedStates:
     """One model on a micro-batch, at N positions in the order of the batch.
 
     Attributes:
@@ -33,7 +33,7 @@ class Side:
         targets_N: the token that follows, int64.
         group_N: the group of that token, int64; `NOWHERE` for none. Never decreasing save for those.
         text_N: the text that it is from, int64.
-        place_N: where it is in the flattened batch, int64.
+        position_N: where it is in the flattened batch, int64.
         embedding_VD: input embeddings, for those objectives that read them.
     """
 
@@ -43,11 +43,11 @@ class Side:
     targets_N: Tensor
     group_N: Tensor
     text_N: Tensor
-    place_N: Tensor
+    position_N: Tensor
     embedding_VD: Tensor | None = None
 
     @classmethod
-    def student(
+    def of_student(
         cls,
         hidden_BTD: Tensor,
         head: Head,
@@ -56,7 +56,7 @@ class Side:
         group_BT: Tensor,
         text_BT: Tensor,
         embedding_VD: Tensor | None = None,
-    ) -> "Side":
+    ) -> "AlignedStates":
         """The student: every scored position, whether its token is in a group or not.
 
         Args:
@@ -69,16 +69,16 @@ class Side:
             embedding_VD: input embeddings, for "dskd-cma".
         """
         scored_BT = scored_mask(labels_BT)
-        place_BT = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT)
+        position_BT = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT)
         return cls(
             select_scored(hidden_BTD, labels_BT), head, ids_BT[:, :-1][scored_BT], scored_targets(labels_BT),
-            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], place_BT[:, 1:][scored_BT], embedding_VD,
+            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], position_BT[:, 1:][scored_BT], embedding_VD,
         )  # fmt: skip
 
     @classmethod
-    def teacher(
+    def of_teacher(
         cls, hidden_RUD: Tensor, head: Head, ids_RU: Tensor, group_RU: Tensor, embedding_VD: Tensor | None = None
-    ) -> "Side":
+    ) -> "AlignedStates":
         """The teacher: the positions before tokens of groups. A row is a text.
 
         Args:
@@ -90,12 +90,12 @@ class Side:
         """
         labels_RU = ids_RU.masked_fill(group_RU == NOWHERE, IGNORE_INDEX)
         text_RU = torch.arange(len(ids_RU), device=ids_RU.device)[:, None].expand_as(ids_RU)
-        return cls.student(hidden_RUD, head, ids_RU, labels_RU, group_RU, text_RU, embedding_VD)
+        return cls.of_student(hidden_RUD, head, ids_RU, labels_RU, group_RU, text_RU, embedding_VD)
 
     @property
-    def begins_N(self) -> Tensor:
+    def group_start_N(self) -> Tensor:
         """Which tokens are the first of a group, (N,) bool."""
-        return begins(self.group_N)
+        return group_starts(self.group_N)
 
     def group_log_probs(self, chunk: int | None = None) -> Tensor:
         """Log-probabilities of the groups, each the sum of those of its tokens, without gradient.
@@ -115,7 +115,7 @@ class Side:
         groups = int(self.group_N.max()) + 1 if len(self.group_N) else 0
         return values_N.new_zeros(groups).index_add(0, self.group_N[inside_N], values_N[inside_N])
 
-    def cuts(self) -> list[int]:
+    def chunk_starts(self) -> list[int]:
         """The positions at which a part may begin without cutting a group in two, the first of them 0."""
         group_N = self.group_N
         before_N = torch.cat([group_N.new_full((1,), NOWHERE), group_N])[:-1].cummax(0).values
@@ -125,7 +125,7 @@ class Side:
         return (before_N < after_N).nonzero().flatten().tolist()
 
 
-def begins(group_N: Tensor) -> Tensor:
+def group_starts(group_N: Tensor) -> Tensor:
     """Which tokens are the first of a group, (N,) bool; a whole number of groups, in order, `NOWHERE` between them."""
     inside_N = group_N != NOWHERE
     grouped_M = group_N[inside_N]
@@ -134,7 +134,7 @@ def begins(group_N: Tensor) -> Tensor:
     return inside_N.masked_scatter(inside_N, first_M)
 
 
-def on_first(group_N: Tensor, values_G: Tensor) -> Tensor:
+def at_group_starts(group_N: Tensor, values_G: Tensor) -> Tensor:
     """A value for each position: that of the group on its first token, 0 on all others.
 
     Args:
@@ -144,8 +144,8 @@ def on_first(group_N: Tensor, values_G: Tensor) -> Tensor:
     Returns:
         (N,).
     """
-    begins_N = begins(group_N)
-    return values_G.new_zeros(len(group_N)).masked_scatter(begins_N, values_G[group_N[begins_N]])
+    group_start_N = group_starts(group_N)
+    return values_G.new_zeros(len(group_N)).masked_scatter(group_start_N, values_G[group_N[group_start_N]])
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk: int | None = None) -> Tensor:
@@ -172,9 +172,9 @@ def chunked_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor, chun
         )
 
 
-def walk(
-    student: Side,
-    teacher: Side,
+def chunked_loss(
+    student: AlignedStates,
+    teacher: AlignedStates,
     ask: Callable[[int], AnyTeacherOutputs],
     objective: LogitObjective,
     weights: TermWeights,
@@ -201,7 +201,7 @@ def walk(
     )
 
 
-def common_chunk(student: Side, teacher: Side, chunk: int | None = None) -> int:
+def common_chunk(student: AlignedStates, teacher: AlignedStates, chunk: int | None = None) -> int:
     """Positions whose logits are held at a time: those asked for, or as many as suit the larger vocabulary."""
     return chunk or default_chunk(max(student.head.rows, teacher.head.rows), student.hidden_ND.device)
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.alignment import NOWHERE
-from cbd_trl.bridge.objectives.inputs import Side, compared_terms, on_first, walk
+from cbd_trl.bridge.objectives.inputs import AlignedStates, at_group_starts, chunked_loss, compared_terms
 from cbd_trl.bridge.token_bytes import Vocabulary
-from cbd_trl.bridge.vocabulary import match_read
+from cbd_trl.bridge.vocabulary import match_loaded
 from cbd_trl.losses.divergences import Divergence, get_divergence, tempered_log_probs
 from cbd_trl.losses.objective import TermWeights
 
@@ -55,7 +55,7 @@ class PrefixTable:
             ValueError: as `match_vocabularies`.
         """
         old, new = Vocabulary.of(student), Vocabulary.of(teacher)
-        match, ours, theirs = match_read(old, new), old.bytes, new.bytes
+        match, ours, theirs = match_loaded(old, new), old.bytes, new.bytes
         spellings: dict[int, Sequence[int]] = {index: (own,) for index, own in match.source.items()}
         for index, pieces in match.built.items():
             if b"".join(ours[piece] or b"" for piece in pieces) == theirs[index]:
@@ -124,13 +124,13 @@ class PrefixTable:
         known_r = tokens_r < len(self.first_W)
         return torch.where(known_r, self.first_W[tokens_r.clamp(max=len(self.first_W) - 1)], NO_NODE)
 
-    def first_tokens(self, probabilities_rW: Tensor, rows: int) -> Tensor:
+    def first_token_probabilities(self, probabilities_rW: Tensor, rows: int) -> Tensor:
         """The teacher's probabilities summed by the first of the student's tokens, (r, rows)."""
         sums_rV = probabilities_rW.new_zeros(len(probabilities_rW), rows)
         spelled_rM = probabilities_rW.index_select(1, self.ids_M)
         return sums_rV.index_add_(1, self.spelled_ML[:, 0], spelled_rM)
 
-    def continued(
+    def continuations(
         self, probabilities_gW: Tensor, row_r: Tensor, nodes_r: Tensor, depth_r: Tensor, rows: int
     ) -> tuple[Tensor, Tensor]:
         """What the teacher says of the token behind a beginning.
@@ -165,7 +165,7 @@ def _ranges(start_r: Tensor, end_r: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class PrefixSaid:
+class PrefixPrediction:
     """What the teacher says at a part of the student's positions.
 
     Attributes:
@@ -176,13 +176,13 @@ class PrefixSaid:
     target_nV: Tensor
     teacher_ce_n: Tensor
 
-    def rows(self, rows: slice) -> "PrefixSaid":
+    def rows(self, rows: slice) -> "PrefixPrediction":
         """What is said at some of the positions."""
-        return PrefixSaid(self.target_nV[rows], self.teacher_ce_n[rows])
+        return PrefixPrediction(self.target_nV[rows], self.teacher_ce_n[rows])
 
 
 @dataclass(frozen=True)
-class _UnderWay:
+class _OpenTokens:
     """For each position a token of the teacher that may not be at its end there: of which group it is the first, what
     the student has said of it (`NO_NODE`: none is), and in how many tokens; (N,) each."""
 
@@ -192,32 +192,37 @@ class _UnderWay:
 
 
 @dataclass(frozen=True)
-class PrefixSignal:
+class PrefixOutputs:
     """What the teacher says at the student's positions (in the place of `TeacherOutputs`).
 
     Attributes:
         table: the teacher's tokens by the student's.
         temperature: of the teacher's distributions.
         student, teacher: of the micro-batch.
-        log_G: log-probabilities of the groups.
+        log_prob_G: log-probabilities of the groups.
         single_G: which groups are one token of the teacher, bool.
-        told_N: which positions are in a group that is one token of either side, bool.
-        under_way: see there.
+        comparable_N: which positions are in a group that is one token of either side, bool.
+        open_tokens: see there.
     """
 
     table: PrefixTable
     temperature: float
-    student: Side
-    teacher: Side
-    log_G: Tensor
+    student: AlignedStates
+    teacher: AlignedStates
+    log_prob_G: Tensor
     single_G: Tensor
-    told_N: Tensor
-    under_way: _UnderWay
+    comparable_N: Tensor
+    open_tokens: _OpenTokens
 
     @classmethod
     def of(
-        cls, student: Side, teacher: Side, table: PrefixTable, temperature: float, chunk: int | None = None
-    ) -> "PrefixSignal":
+        cls,
+        student: AlignedStates,
+        teacher: AlignedStates,
+        table: PrefixTable,
+        temperature: float,
+        chunk: int | None = None,
+    ) -> "PrefixOutputs":
         """Ask the teacher.
 
         Args:
@@ -228,46 +233,53 @@ class PrefixSignal:
             chunk: positions whose logits are held at a time.
         """
         table = table.to(student.hidden_ND.device)
-        log_G, group_N = teacher.group_log_probs(chunk), student.group_N
-        one_G, single_G = (_counts(side, len(log_G)) == 1 for side in (student, teacher))
-        told_N = group_N != NOWHERE
-        told_N = told_N.masked_scatter(told_N, (single_G | one_G)[group_N[told_N]])
-        under_way = _under_way(student, single_G, table)
-        return cls(table, temperature, student, teacher, log_G, single_G, told_N, under_way)
+        log_prob_G, group_N = teacher.group_log_probs(chunk), student.group_N
+        one_G, single_G = (_counts(side, len(log_prob_G)) == 1 for side in (student, teacher))
+        comparable_N = group_N != NOWHERE
+        comparable_N = comparable_N.masked_scatter(comparable_N, (single_G | one_G)[group_N[comparable_N]])
+        open_tokens = _open_tokens(student, single_G, table)
+        return cls(table, temperature, student, teacher, log_prob_G, single_G, comparable_N, open_tokens)
 
     @torch.no_grad()
-    def at(self, part: slice) -> PrefixSaid:
+    def at(self, part: slice) -> PrefixPrediction:
         """The statement on a part of the student's positions."""
-        group_n, told_n, under_way = self.student.group_N[part], self.told_N[part], self.under_way
-        target_nV = self.log_G.new_zeros(len(group_n), self.student.head.rows)
-        teacher_ce_n = on_first(self.student.group_N, -self.log_G)[part]
-        if not told_n.any():
-            return PrefixSaid(target_nV, teacher_ce_n)
+        group_n, comparable_n, open_tokens = self.student.group_N[part], self.comparable_N[part], self.open_tokens
+        target_nV = self.log_prob_G.new_zeros(len(group_n), self.student.head.rows)
+        teacher_ce_n = at_group_starts(self.student.group_N, -self.log_prob_G)[part]
+        if not comparable_n.any():
+            return PrefixPrediction(target_nV, teacher_ce_n)
         # A token of the teacher may be under way since the group in front of the part.
-        least, most = max(int(group_n[told_n].min()) - 1, 0), int(group_n.max()) + 1
-        logits_gW = self.teacher.head.logits(self.teacher.hidden_ND[self.teacher.begins_N][least:most])
+        least, most = max(int(group_n[comparable_n].min()) - 1, 0), int(group_n.max()) + 1
+        logits_gW = self.teacher.head.logits(self.teacher.hidden_ND[self.teacher.group_start_N][least:most])
         p_gW = tempered_log_probs(logits_gW, self.temperature).exp()
-        begins_n, whole_n, total_n = (told_n & self.student.begins_N[part]), *target_nV.new_ones(2, len(group_n))
-        asked_n = told_n & (under_way.node_N[part] != NO_NODE)
-        going_rV, whole_r = self.table.continued(
-            p_gW, under_way.group_N[part][asked_n] - least, under_way.node_N[part][asked_n],
-            under_way.depth_N[part][asked_n], self.student.head.rows,
+        group_start_n, whole_n, total_n = (
+            (comparable_n & self.student.group_start_N[part]),
+            *target_nV.new_ones(2, len(group_n)),
+        )
+        open_n = comparable_n & (open_tokens.node_N[part] != NO_NODE)
+        longer_rV, whole_r = self.table.continuations(
+            p_gW, open_tokens.group_N[part][open_n] - least, open_tokens.node_N[part][open_n],
+            open_tokens.depth_N[part][open_n], self.student.head.rows,
         )  # fmt: skip
-        whole_n[asked_n], total_n[asked_n] = whole_r, going_rV.sum(-1) + whole_r
-        target_nV[begins_n] = self._beginnings(part, begins_n, logits_gW, p_gW, least) * whole_n[begins_n, None]
-        target_nV[asked_n] += going_rV
-        return PrefixSaid(target_nV / total_n.clamp(min=torch.finfo(torch.float32).tiny)[:, None], teacher_ce_n)
+        whole_n[open_n], total_n[open_n] = whole_r, longer_rV.sum(-1) + whole_r
+        target_nV[group_start_n] = (
+            self._at_token_starts(part, group_start_n, logits_gW, p_gW, least) * whole_n[group_start_n, None]
+        )
+        target_nV[open_n] += longer_rV
+        return PrefixPrediction(target_nV / total_n.clamp(min=torch.finfo(torch.float32).tiny)[:, None], teacher_ce_n)
 
-    def _beginnings(self, part: slice, begins_n: Tensor, logits_gW: Tensor, p_gW: Tensor, least: int) -> Tensor:
+    def _at_token_starts(
+        self, part: slice, group_start_n: Tensor, logits_gW: Tensor, p_gW: Tensor, least: int
+    ) -> Tensor:
         """Of positions at which a token of the teacher begins, (b, V)."""
-        groups_b, tokens_b = self.student.group_N[part][begins_n], self.student.targets_N[part][begins_n]
-        sums_bV = self.table.first_tokens(p_gW[groups_b - least], self.student.head.rows)
+        groups_b, tokens_b = self.student.group_N[part][group_start_n], self.student.targets_N[part][group_start_n]
+        sums_bV = self.table.first_token_probabilities(p_gW[groups_b - least], self.student.head.rows)
         joined_b = ~self.single_G[groups_b]
         groups_j, rows_j = groups_b[joined_b], joined_b.nonzero().flatten()
-        first_j = self.teacher.targets_N[self.teacher.begins_N][groups_j]
+        first_j = self.teacher.targets_N[self.teacher.group_start_N][groups_j]
         log_first_j = logits_gW[groups_j - least].float().log_softmax(-1).gather(1, first_j[:, None])[:, 0]
         # The share of the first token's probability that goes on to the whole group is the student's token.
-        moved_j = (self.log_G[groups_j] - log_first_j).exp().clamp(max=1.0) * p_gW[groups_j - least, first_j]
+        moved_j = (self.log_prob_G[groups_j] - log_first_j).exp().clamp(max=1.0) * p_gW[groups_j - least, first_j]
         own_j = self.table.first_of(first_j)
         spelled_j = own_j != NO_NODE
         sums_bV[rows_j[spelled_j], own_j[spelled_j]] -= moved_j[spelled_j]
@@ -275,35 +287,35 @@ class PrefixSignal:
         return sums_bV.clamp(min=0.0)
 
 
-def _counts(side: Side, groups: int) -> Tensor:
+def _counts(side: AlignedStates, groups: int) -> Tensor:
     return torch.bincount(side.group_N[side.group_N != NOWHERE], minlength=groups)
 
 
-def _before(values_N: Tensor, first: int) -> Tensor:
+def _shift(values_N: Tensor, first: int) -> Tensor:
     return torch.cat([values_N.new_full((1,), first), values_N])[:-1]
 
 
-def _under_way(student: Side, single_G: Tensor, table: PrefixTable) -> _UnderWay:
+def _open_tokens(student: AlignedStates, single_G: Tensor, table: PrefixTable) -> _OpenTokens:
     """Within a group its own first token; where a group begins the one token of the group in front, if the text goes
     on: the teacher could have gone on with a longer one."""
-    group_N, begins_N = student.group_N, student.begins_N
+    group_N, group_start_N = student.group_N, student.group_start_N
     places_N = torch.arange(len(group_N), device=group_N.device)
     inside_N = group_N != NOWHERE
-    depth_N = torch.where(inside_N, places_N - torch.where(begins_N, places_N, 0).cummax(0).values, 0)
+    depth_N = torch.where(inside_N, places_N - torch.where(group_start_N, places_N, 0).cummax(0).values, 0)
     node_N = torch.where(inside_N, ROOT, NO_NODE)
     for depth in range(1, int(depth_N.max()) + 1 if len(depth_N) else 1):
         at_r = (depth_N == depth).nonzero().flatten()
         node_N[at_r] = table.child(node_N[at_r - 1], student.targets_N[at_r - 1])
-    before_N = _before(group_N, NOWHERE)
-    follows_N = begins_N & (before_N != NOWHERE)
-    follows_N &= _before(student.place_N, NOWHERE) == student.place_N - 1
-    follows_N &= _before(student.text_N, NOWHERE) == student.text_N
+    before_N = _shift(group_N, NOWHERE)
+    follows_N = group_start_N & (before_N != NOWHERE)
+    follows_N &= _shift(student.position_N, NOWHERE) == student.position_N - 1
+    follows_N &= _shift(student.text_N, NOWHERE) == student.text_N
     follows_N = follows_N.masked_scatter(follows_N, single_G[before_N[follows_N]])
-    behind_N = _before(table.child(node_N, student.targets_N), NO_NODE)
-    return _UnderWay(
-        torch.where(begins_N, before_N, group_N),
-        torch.where(follows_N, behind_N, torch.where(begins_N, NO_NODE, node_N)),
-        torch.where(begins_N, _before(depth_N, 0) + 1, depth_N),
+    behind_N = _shift(table.child(node_N, student.targets_N), NO_NODE)
+    return _OpenTokens(
+        torch.where(group_start_N, before_N, group_N),
+        torch.where(follows_N, behind_N, torch.where(group_start_N, NO_NODE, node_N)),
+        torch.where(group_start_N, _shift(depth_N, 0) + 1, depth_N),
     )
 
 
@@ -337,14 +349,14 @@ class PrefixObjective:
     temperature: float = 1.0
 
     def terms(
-        self, student_NV: Tensor, teacher: PrefixSaid, targets_N: Tensor, weights: TermWeights
+        self, student_NV: Tensor, teacher: PrefixPrediction, targets_N: Tensor, weights: TermWeights
     ) -> dict[str, Tensor]:
         """See `cbd_trl.losses.objective.LogitObjective`."""
         return compared_terms(
             student_NV, targets_N, teacher.teacher_ce_n, weights, lambda _: self._compare(student_NV, teacher)
         )
 
-    def _compare(self, student_NV: Tensor, teacher: PrefixSaid) -> Tensor:
+    def _compare(self, student_NV: Tensor, teacher: PrefixPrediction) -> Tensor:
         student_log_NV = tempered_log_probs(student_NV, self.temperature)
         known_N = teacher.target_nV.sum(-1, keepdim=True)
         log_NV = torch.where(known_N > 0, teacher.target_nV.log() - known_N.log(), student_log_NV.detach())
@@ -352,7 +364,7 @@ class PrefixObjective:
         return kd_N * self.temperature**self.divergence.temperature_power
 
     def __call__(
-        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
+        self, student: AlignedStates, teacher: AlignedStates, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, as `GroupObjective` has it, but "kd" has a value at each position.
 
@@ -363,7 +375,7 @@ class PrefixObjective:
             chunk: positions at a time; None to choose by the larger vocabulary.
         """
 
-        def ask(chunk: int) -> PrefixSignal:
-            return PrefixSignal.of(student, teacher, self.table, self.temperature, chunk)
+        def ask(chunk: int) -> PrefixOutputs:
+            return PrefixOutputs.of(student, teacher, self.table, self.temperature, chunk)
 
-        return walk(student, teacher, ask, self, weights, chunk)
+        return chunked_loss(student, teacher, ask, self, weights, chunk)

@@ -10,7 +10,7 @@ from torch import Tensor
 from cbd_trl.bridge.objectives.chunk_likelihood import ChunkLikelihood
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention
 from cbd_trl.bridge.objectives.groups import GroupObjective, Mixture
-from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.inputs import AlignedStates
 from cbd_trl.bridge.objectives.prefix import PrefixObjective
 from cbd_trl.bridge.objectives.shared_tokens import SharedHybrid
 from cbd_trl.bridge.objectives.sorted_distance import SortedDistance
@@ -22,7 +22,7 @@ class BridgeObjective(Protocol):
     """Compares a student with a teacher of another vocabulary on a micro-batch."""
 
     def __call__(
-        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
+        self, student: AlignedStates, teacher: AlignedStates, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of "kd" and "ce" over positions, with gradient, and each term, (N,), without.
 
@@ -120,7 +120,7 @@ def parse_objective(objective: str | Mapping[str, Any]) -> dict[str, float]:
 
 
 def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective:
-    """Several objectives of `OBJECTIVES` added up, at the price of one walk over the student's logits.
+    """Several objectives of `OBJECTIVES` added up, at the price of one pass over the student's logits.
 
     Args:
         weights: of each objective by name, above 0.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.bridge.objectives.groups import GroupObjective, Said
+from cbd_trl.bridge.objectives.groups import GroupObjective, GroupPrediction
 from cbd_trl.bridge.objectives.sorted_distance import sorted_distance
 from cbd_trl.bridge.token_bytes import Vocabulary
-from cbd_trl.bridge.vocabulary import match_read
+from cbd_trl.bridge.vocabulary import match_loaded
 from cbd_trl.losses.divergences import Divergence, get_divergence, tempered_log_probs
 
 
@@ -46,7 +46,7 @@ class SharedTokens:
             ValueError: as there.
         """
         ours, theirs = Vocabulary.of(student), Vocabulary.of(teacher)
-        to_teacher, to_student = match_read(theirs, ours).source, match_read(ours, theirs).source
+        to_teacher, to_student = match_loaded(theirs, ours).source, match_loaded(ours, theirs).source
         pairs = sorted((own, other) for own, other in to_teacher.items() if to_student.get(other) == own)
         ids_2S = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
         return cls(ids_2S[0], ids_2S[1])
@@ -84,10 +84,10 @@ class SharedHybrid(GroupObjective):
     temperature: float = 1.0
     top_k: int | None = None
 
-    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, said: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
         assert said.logits_gW is not None
-        student_log_gV = tempered_log_probs(student_nV[said.begins_n], self.temperature)
+        student_log_gV = tempered_log_probs(student_nV[said.group_start_n], self.temperature)
         shared_gS, others_g = _split(student_log_gV, self.tokens.student_S)
         with torch.no_grad():
             teacher_shared_gS, teacher_others_g = _split(

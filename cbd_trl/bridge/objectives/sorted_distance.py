@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbd_trl.bridge.objectives.groups import GroupObjective, Said
+from cbd_trl.bridge.objectives.groups import GroupObjective, GroupPrediction
 from cbd_trl.losses.divergences import tempered_log_probs
 
 
@@ -71,10 +71,10 @@ class SortedDistance(GroupObjective):
     top_k: int | None = None
     temperature: float = 1.0
 
-    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, said: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
         assert said.logits_gW is not None
-        student_gV = tempered_log_probs(student_nV[said.begins_n], self.temperature).exp()
+        student_gV = tempered_log_probs(student_nV[said.group_start_n], self.temperature).exp()
         with torch.no_grad():
             teacher_gW = tempered_log_probs(said.logits_gW, self.temperature).exp()
         return sorted_distance(student_gV, teacher_gW, self.top_k) * self.temperature
