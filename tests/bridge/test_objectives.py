@@ -176,24 +176,24 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts() -> None:
 
 
 def test_mixtures_without_meaning_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'uld' has weight 0\.0 in a mixture.*Leave it out"):
+    with pytest.raises(ValueError, match=r"'uld'.*\b0\.0\b"):
         get_mixture({"alm": 1.0, "uld": 0.0})
-    with pytest.raises(ValueError, match="A mixture of no objectives: name one"):
+    with pytest.raises(ValueError, match="alm, uld"):
         get_mixture({})
-    with pytest.raises(ValueError, match=r"'dskd-cma' cannot be mixed.*Use it alone"):
+    with pytest.raises(ValueError, match=r"'dskd-cma'.*get_objective"):
         get_mixture({"dskd-cma": 1.0}, attention=CrossModelAttention(2, 3))
-    with pytest.raises(ValueError, match=r"Unknown objective 'ulb'.*Did you mean 'uld'"):
+    with pytest.raises(ValueError, match=r"'ulb'.*'uld'"):
         get_mixture({"alm": 1.0, "ulb": 1.0})
 
 
 def test_what_has_no_meaning_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Unknown objective 'almm': there are alm, uld, .*Did you mean 'alm'\?"):
+    with pytest.raises(ValueError, match=r"'almm'.*alm, uld, .*'alm'"):
         get_objective("almm")
-    with pytest.raises(ValueError, match=r"'shared' was given no `tokens`.*SharedTokens\.of"):
+    with pytest.raises(ValueError, match=r"'shared'.*`tokens`.*SharedTokens\.of"):
         get_objective("shared")
-    with pytest.raises(ValueError, match=r"'dskd-cma' was given no `attention`.*CrossModelAttention"):
+    with pytest.raises(ValueError, match=r"'dskd-cma'.*`attention`.*CrossModelAttention"):
         get_objective("dskd-cma", tokens=SHARED)
-    with pytest.raises(ValueError, match=r"temperature=0\.0: .*above 0"):
+    with pytest.raises(ValueError, match=r"temperature=0\.0\b"):
         get_objective("uld", temperature=0.0)
-    with pytest.raises(ValueError, match=r"top_k=0: .*at least 1"):
+    with pytest.raises(ValueError, match=r"top_k=0\b"):
         get_objective("uld", top_k=0)

@@ -1,4 +1,4 @@
-"""What all objectives on groups have in common: what the teacher says of whole groups, and the chunked loss over them.
+"""The base of objectives that compare groups of tokens, the teacher's outputs for groups, and mixtures.
 
 Shapes: N positions of the student, of which n are a part; G groups, of which g begin in a part; D teacher width,
 V and W vocabulary rows of student and teacher.
@@ -17,7 +17,7 @@ from cbd_trl.losses.objective import TermWeights
 
 @dataclass(frozen=True)
 class GroupPrediction:
-    """What the teacher says of the groups of a part of the student's positions.
+    """The teacher's prediction for the groups of a part of the student's positions.
 
     Attributes:
         group_n: the group of each position.
@@ -31,11 +31,11 @@ class GroupPrediction:
 
     @property
     def group_start_n(self) -> Tensor:
-        """Which positions are the first of a group, bool."""
+        """Flags of the positions that are the first of a group, (n,) bool."""
         return group_starts(self.group_n)
 
     def rows(self, rows: slice) -> "GroupPrediction":
-        """What is said of some of the positions, whole groups."""
+        """Select some of the positions, whole groups."""
         group_start_n = self.group_start_n
         kept_g = torch.zeros_like(group_start_n)
         kept_g[rows] = group_start_n[rows]
@@ -45,25 +45,25 @@ class GroupPrediction:
         )
 
     def sums(self, values_n: Tensor) -> Tensor:
-        """Sums over the tokens of each group, (g,)."""
+        """Sum over the tokens of each group, (n,) to (g,)."""
         inside_n = self.group_n != NOWHERE
         index_m = self.group_start_n[inside_n].cumsum(0) - 1
         return values_n.new_zeros(len(self.log_prob_g)).index_add(0, index_m, values_n[inside_n])
 
     def at_group_starts(self, values_g: Tensor) -> Tensor:
-        """A value for each position: that of the group on its first token, 0 on all others, (n,)."""
+        """Put the value of each group on its first token, and 0 on all other positions, (g,) to (n,)."""
         group_start_n = self.group_start_n
         return values_g.new_zeros(len(group_start_n)).masked_scatter(group_start_n, values_g)
 
 
 @dataclass(frozen=True)
 class GroupOutputs:
-    """What the teacher says of the groups of a micro-batch (in the place of a `TeacherOutputs`).
+    """The teacher's outputs for the groups of a micro-batch, see `cbd_trl.losses.teacher_outputs.AnyTeacherOutputs`.
 
     Attributes:
         group_N: the group of each of the student's positions.
-        log_prob_G: log-probabilities of the groups.
-        first_GD: the teacher's states that predict their first tokens; None where no logits are read.
+        log_prob_G: log-probabilities of the groups, nats.
+        first_GD: the teacher's states that predict their first tokens; None where no logits are needed.
         head: of the teacher.
     """
 
@@ -76,19 +76,19 @@ class GroupOutputs:
     def of(
         cls, student: AlignedStates, teacher: AlignedStates, needs_logits: bool, chunk: int | None = None
     ) -> "GroupOutputs":
-        """Ask the teacher.
+        """Compute the outputs of the teacher.
 
         Args:
             student: of the micro-batch.
             teacher: likewise.
-            needs_logits: whether the objective reads logits.
+            needs_logits: whether the objective reads the teacher's logits.
             chunk: positions whose logits are held at a time.
         """
         first_GD = teacher.hidden_ND[teacher.group_start_N].detach() if needs_logits else None
         return cls(student.group_N, teacher.group_log_probs(chunk), first_GD, teacher.head)
 
     def at(self, part: slice) -> GroupPrediction:
-        """The statement on a part of the student's positions."""
+        """Compute the prediction for a part of the student's positions."""
         group_n = self.group_N[part]
         numbers_g = group_n[group_starts(group_n)]
         logits_gW = None
@@ -99,10 +99,10 @@ class GroupOutputs:
 
 
 class GroupObjective:
-    """An objective that compares groups; one of them is a subclass with `compare`.
+    """An objective that compares groups of tokens: a subclass defines `compare`.
 
-    Each value belongs to a group and is written on its first token of the student's, so that sums over positions are
-    sums over groups whatever the batch.
+    The value of a group is put on the first of the student's tokens in it, so that sums over positions are sums over
+    groups, however the batch is cut.
     """
 
     @property
@@ -110,13 +110,13 @@ class GroupObjective:
         """Whether it reads the teacher's logits on the first tokens of groups."""
         return True
 
-    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, said: GroupPrediction) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, teacher: GroupPrediction) -> Tensor:
         """Compare a part of the positions, whole groups.
 
         Args:
             student_nV: the student's logits, (n, V) float32.
-            token_log_prob_n: log-probabilities of its tokens, (n,).
-            said: what the teacher says.
+            token_log_prob_n: log-probabilities of its tokens, (n,), nats.
+            teacher: its prediction for these groups.
 
         Returns:
             (g,) float32, at least 0.
@@ -138,7 +138,7 @@ class GroupObjective:
     def __call__(
         self, student: AlignedStates, teacher: AlignedStates, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, of which only a chunk of both models' logits is held at a time.
+        """Compute the loss of a micro-batch while holding one chunk of both models' logits at a time.
 
         Args:
             student: its scored positions.
@@ -148,14 +148,13 @@ class GroupObjective:
 
         Returns:
             the weighted sum of the terms (scalar float32, differentiable once), and each of them, (N,) without
-            gradient: "kd", a value for each group on its first token, to be averaged over as many as begin; "ce", over
-            N; "teacher_ce", the teacher's of whole groups, on the first token.
+            gradient: "kd" and "teacher_ce" have one value for each group, on its first token; "ce" has one everywhere.
         """
 
-        def ask(chunk: int) -> GroupOutputs:
+        def outputs(chunk: int) -> GroupOutputs:
             return GroupOutputs.of(student, teacher, self.needs_logits, chunk)
 
-        return chunked_loss(student, teacher, ask, self, weights, chunk, student.chunk_starts())
+        return chunked_loss(student, teacher, outputs, self, weights, chunk, student.chunk_starts())
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,9 @@ class Mixture(GroupObjective):
         """See `GroupObjective`."""
         return any(objective.needs_logits for _, objective in self.parts)
 
-    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, said: GroupPrediction) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, teacher: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
-        values = [weight * objective.compare(student_nV, token_log_prob_n, said) for weight, objective in self.parts]
+        values = [
+            weight * objective.compare(student_nV, token_log_prob_n, teacher) for weight, objective in self.parts
+        ]
         return torch.stack(values).sum(0)
