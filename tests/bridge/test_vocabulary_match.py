@@ -106,7 +106,7 @@ def test_the_share_of_covered_bytes() -> None:
     match = match_vocabularies(old, new)
     assert covered_share(match, new, ["abc", "c"]) == 0.5
     assert covered_share(match_vocabularies(old, old), old, [*corpus(texts=1), "abc"]) == 1.0
-    with pytest.raises(ValueError, match="is that of a text, got no text"):
+    with pytest.raises(ValueError, match="texts"):
         covered_share(match, new, [""])
 
 
@@ -153,5 +153,5 @@ def test_added_tokens_are_read_a_few_times_and_not_once_for_each_token(monkeypat
 
 
 def test_nothing_in_common_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(3 and 2 tokens\) have no token of the same bytes.*Check that both"):
+    with pytest.raises(ValueError, match=r"\b3 and 2\b"):
         match_vocabularies(letters("a", "b", eos_token="<e>"), letters("c", eos_token="<e>"))
