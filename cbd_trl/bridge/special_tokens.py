@@ -75,8 +75,8 @@ def warn_of_other_special_tokens(old: PreTrainedTokenizerBase, new: PreTrainedTo
     ours, theirs = (_names(tokenizer, marks_around(tokenizer)) for tokenizer in (old, new))
     logger.warning(
         f"Around a text the model's tokenizer adds {ours}, the new one {theirs}: a model predicts worse if texts do "
-        "not begin as in its training, and far worse without a BOS that was always there. Make the new tokenizer add the "
-        "same before the transplant, and train with it and save it: new_tokenizer = "
+        "not begin as in its training, and far worse without a BOS that was always there. Make the new tokenizer add "
+        "the same before the transplant, and train with it and save it: new_tokenizer = "
         "cbd_trl.bridge.carry_over_special_tokens(old_tokenizer, new_tokenizer)."
     )
 

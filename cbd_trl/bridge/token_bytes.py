@@ -151,9 +151,9 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
         ValueError: as for `token_bytes`.
     """
     backend = _backend(tokenizer)
-    for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if letters := getattr(backend.model, mark, None):
-            raise _inexact(tokenizer, f"its tokens carry marks ({mark} {letters!r})")
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if letters := getattr(backend.model, affix, None):
+            raise _inexact(tokenizer, f"its tokens have an affix ({affix} {letters!r})")
     _check_keeps_text(tokenizer)
     decoder = component_json(backend.decoder)
     if decoder is None:
@@ -420,7 +420,7 @@ def byte_indices(starts_N: Tensor, lengths_N: Tensor) -> Tensor:
 
 
 def any_flagged(flags_X: Tensor, lengths_N: Tensor) -> Tensor:
-    """Tell for each token whether one of its bytes is flagged.
+    """Flag the tokens of which a byte is flagged.
 
     Args:
         flags_X: of the tokens' bytes end to end, bool.

@@ -1,4 +1,4 @@
-"""Which states belong to which tokens, on real tokenisations, and where a micro-batch may be cut."""
+"""Which states belong to which tokens, on real tokenizations, and where a micro-batch may be cut."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.bridge.objective_helpers import STUDENT, V, randn
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 
 
-def side(groups: list[int]) -> AlignedStates:
+def states(groups: list[int]) -> AlignedStates:
     n = len(groups)
     zeros = torch.zeros(n, dtype=torch.int64)
     return AlignedStates(
@@ -20,16 +20,16 @@ def side(groups: list[int]) -> AlignedStates:
 
 
 def test_a_part_begins_where_no_group_is_open() -> None:
-    assert side([0, 0, 1, -1, -1, 2, -1, 2, -1]).chunk_starts() == [0, 2, 3, 4, 5, 8]
-    assert side([-1, -1]).chunk_starts() == [0, 1]
-    assert side([0, 0]).chunk_starts() == [0]
+    assert states([0, 0, 1, -1, -1, 2, -1, 2, -1]).chunk_starts() == [0, 2, 3, 4, 5, 8]
+    assert states([-1, -1]).chunk_starts() == [0, 1]
+    assert states([0, 0]).chunk_starts() == [0]
     assert group_starts(torch.tensor([-1, 0, 0, -1, 1, -1, 1, 2])).tolist() == [0, 1, 0, 0, 1, 0, 0, 1]
-    empty = side([0])
+    empty = states([0])
     empty = AlignedStates(empty.hidden_ND[:0], empty.head, *[empty.group_N[:0]] * 5)
     assert empty.chunk_starts() == [] and empty.group_log_probs().shape == (0,)
 
 
-def test_the_state_of_a_token_is_the_one_before_it_and_behind_the_same_bytes() -> None:
+def test_the_state_of_a_token_is_the_one_before_it_and_after_the_same_bytes() -> None:
     one, other = make_tokenizer("byte_level", 300), make_tokenizer("byte_fallback", 500)
     texts = corpus(texts=4)
     ids = [one(text)["input_ids"] for text in texts]
@@ -44,7 +44,7 @@ def test_the_state_of_a_token_is_the_one_before_it_and_behind_the_same_bytes() -
     student_rows = StudentRows.of(ids_BT, labels_BT, mask_BT, positions_BT)
     bridge = Bridge(one, other)
     read = bridge.read(student_rows)
-    # Each state says where it is.
+    # The value of each state is its index.
     places_BT1 = torch.arange(ids_BT.numel()).view(*ids_BT.shape, 1).float()
     places_RU1 = torch.arange(read.ids_RU.numel()).view(*read.ids_RU.shape, 1).float()
     head = Head(torch.zeros(1, 1))

@@ -1,4 +1,4 @@
-"""Transplants proved by what the models say: on ids, on permuted ids, and row by row."""
+"""Transplants proved by the models' logits: on ids, on permuted ids, and row by row."""
 
 import copy
 
