@@ -256,27 +256,22 @@ class PrefixOutputs:
         first, end = max(int(group_n[comparable_n].min()) - 1, 0), int(group_n.max()) + 1
         logits_gW = self.teacher.head.logits(self.teacher.hidden_ND[self.teacher.group_start_N][first:end])
         p_gW = tempered_log_probs(logits_gW, self.temperature).exp()
-        group_start_n, whole_n, total_n = (
-            (comparable_n & self.student.group_start_N[part]),
-            *target_nV.new_ones(2, len(group_n)),
-        )
+        # Where no token is open, one has ended for sure.
+        whole_n, total_n = target_nV.new_ones(2, len(group_n))
         open_n = comparable_n & (open_tokens.node_N[part] != NO_NODE)
-        longer_rV, whole_r = self.table.continuations(
-            p_gW, open_tokens.group_N[part][open_n] - first, open_tokens.node_N[part][open_n],
-            open_tokens.depth_N[part][open_n], self.student.head.rows,
-        )  # fmt: skip
-        whole_n[open_n], total_n[open_n] = whole_r, longer_rV.sum(-1) + whole_r
-        target_nV[group_start_n] = (
-            self._at_token_starts(part, group_start_n, logits_gW, p_gW, first) * whole_n[group_start_n, None]
+        group_r, node_r, depth_r = (
+            values_N[part][open_n] for values_N in (open_tokens.group_N, open_tokens.node_N, open_tokens.depth_N)
         )
+        longer_rV, whole_r = self.table.continuations(p_gW, group_r - first, node_r, depth_r, self.student.head.rows)
+        whole_n[open_n], total_n[open_n] = whole_r, longer_rV.sum(-1) + whole_r
+        start_n = comparable_n & self.student.group_start_N[part]
+        target_nV[start_n] = self._at_token_starts(part, start_n, logits_gW, p_gW, first) * whole_n[start_n, None]
         target_nV[open_n] += longer_rV
         return PrefixPrediction(target_nV / total_n.clamp(min=torch.finfo(torch.float32).tiny)[:, None], teacher_ce_n)
 
-    def _at_token_starts(
-        self, part: slice, group_start_n: Tensor, logits_gW: Tensor, p_gW: Tensor, first: int
-    ) -> Tensor:
+    def _at_token_starts(self, part: slice, start_n: Tensor, logits_gW: Tensor, p_gW: Tensor, first: int) -> Tensor:
         """Convert the distributions where a token of the teacher begins, (b, V); `first` is the group of row 0."""
-        groups_b, tokens_b = self.student.group_N[part][group_start_n], self.student.targets_N[part][group_start_n]
+        groups_b, tokens_b = self.student.group_N[part][start_n], self.student.targets_N[part][start_n]
         sums_bV = self.table.first_token_probabilities(p_gW[groups_b - first], self.student.head.rows)
         joined_b = ~self.single_G[groups_b]
         groups_j, rows_j = groups_b[joined_b], joined_b.nonzero().flatten()
