@@ -1,4 +1,8 @@
-"""Across vocabularies: what tokens of two tokenizers have in common, and a model given another vocabulary."""
+"""Two vocabularies: aligning their tokens for distillation, and giving a model another vocabulary.
+
+`bridge` and `chats` tokenize the student's batch for a teacher with another tokenizer and align both, and `objectives`
+compare the two models on it. `transplant` and `reduce` change the vocabulary of a model.
+"""
 
 from cbd_trl.bridge.reduce import Reduction, reduce_vocabulary
 from cbd_trl.bridge.special_tokens import carry_over_special_tokens

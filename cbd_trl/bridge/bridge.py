@@ -1,7 +1,10 @@
-"""From the student's rows to what the teacher reads, and back: which tokens of both are the same text.
+"""The student's batch in the teacher's tokens, aligned with the student's.
 
-Shapes: B x T the student's batch, N its tokens end to end without padding, R x U the teacher's batch, a row for each
-text, X bytes of all texts.
+`StudentRows` are the texts of a collated batch. `Bridge.read` spells them out, tokenizes them with the teacher's
+tokenizer and returns `TeacherRows`: the teacher's batch and the groups of tokens with the same bytes.
+
+Shapes: B x T the student's batch, N its tokens end to end without padding, R x U the teacher's batch (a row for each
+text), X bytes of all texts.
 """
 
 import re
@@ -14,16 +17,16 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.bridge.alignment import (
     NOWHERE,
     Alignment,
-    Pieces,
-    Placed,
-    Spans,
+    ByteSpans,
+    Segments,
     Texts,
+    TokenOffsets,
     align,
+    byte_spans,
     first_of_text,
-    place,
     sums_before,
 )
-from cbd_trl.bridge.token_bytes import ByteTable, Encoded, Reader, any_byte, places_of_bytes
+from cbd_trl.bridge.token_bytes import ByteAwareTokenizer, ByteTable, EncodedTexts, any_flagged, byte_indices
 from cbd_trl.utils.blocks import IGNORE_INDEX
 
 _LONE_BYTE = re.compile("[\udc80-\udcff]")
@@ -31,13 +34,13 @@ _LONE_BYTE = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class StudentRows:
-    """The student's batch, by texts.
+    """The student's batch as texts.
 
     Attributes:
         ids_BT: token ids, int64.
-        text_BT: the number of the text that each token is from, never decreasing, int64; `NOWHERE` for padding.
-        scored_BT: which tokens count in the loss, bool. The first of a text never does: nothing predicts it.
-        texts: how many texts there are, R; some may be empty.
+        text_BT: the index of the text that each token is from, never decreasing, int64; `NOWHERE` for padding.
+        scored_BT: tokens that count in the loss, bool. The first of a text never does: nothing predicts it.
+        texts: number of texts, R; some may be empty.
     """
 
     ids_BT: Tensor
@@ -77,36 +80,36 @@ class StudentRows:
         scored_BT[kept_BT] &= ~first_of_text(text_BT[kept_BT])
         return cls(ids_BT, text_BT, scored_BT & kept_BT, texts)
 
-    def only(self, texts_R: Tensor) -> "StudentRows":
-        """The same batch with nothing but some of its texts, of which the others are empty.
+    def select(self, texts_R: Tensor) -> "StudentRows":
+        """Keep some of the texts; the others become empty.
 
         Args:
-            texts_R: which are kept, bool.
+            texts_R: the texts to keep, bool.
         """
         kept_BT = (self.text_BT != NOWHERE) & texts_R[self.text_BT]
         return StudentRows(
             self.ids_BT, torch.where(kept_BT, self.text_BT, NOWHERE), self.scored_BT & kept_BT, self.texts
         )
 
-    def back(self, placed: Placed) -> Placed:
-        """From tokens end to end to the batch, of which only scored tokens are usable."""
+    def to_batch(self, offsets: TokenOffsets) -> TokenOffsets:
+        """Bring the offsets of tokens end to end, (N,), to the batch, (B, T), where only scored tokens are usable."""
         kept_BT = self.text_BT != NOWHERE
         ends_BT = torch.full_like(self.ids_BT, NOWHERE)
-        usable_BT, marks_BT = torch.zeros_like(kept_BT), torch.zeros_like(kept_BT)
-        ends_BT[kept_BT], usable_BT[kept_BT], marks_BT[kept_BT] = placed.ends, placed.usable, placed.marks
-        return Placed(ends_BT, usable_BT & self.scored_BT, marks_BT)
+        usable_BT, special_BT = torch.zeros_like(kept_BT), torch.zeros_like(kept_BT)
+        ends_BT[kept_BT], usable_BT[kept_BT], special_BT[kept_BT] = offsets.ends, offsets.usable, offsets.special
+        return TokenOffsets(ends_BT, usable_BT & self.scored_BT, special_BT)
 
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What the teacher reads, and what of it is the same as in the student's batch.
+    """The teacher's batch, and the groups of its tokens and the student's with the same bytes.
 
     Attributes:
-        ids_RU: token ids, padded on the right.
+        ids_RU: token ids, padded on the right, int64.
         mask_RU: 0 for padding, int64.
         alignment: the groups.
-        scored: how many of the student's tokens count in the loss.
-        unaligned: how many of them are in no group.
+        scored: number of the student's tokens that count in the loss.
+        unaligned: number of those in no group.
     """
 
     ids_RU: Tensor
@@ -117,136 +120,143 @@ class TeacherRows:
 
 
 class Bridge:
-    """Lets a teacher read the student's rows in its own tokens.
+    """Tokenizes the student's batch for the teacher, and aligns both.
 
-    The student's tokens are spelled out, its special tokens written as the teacher writes them (eos as eos, others by
-    the same text; left out where there is no such; unknown tokens as U+FFFD), the text is tokenised as a whole by the
-    teacher's tokenizer, and put behind what that one puts before every text, such as BOS. A group is usable only if
-    its bytes are the same on both sides: what a normaliser changed, half a character at the end of a row, and special
-    tokens that only one side takes for special are masked, and the alignment goes on behind them.
+    The student's tokens are spelled out, with special tokens as the teacher writes them: EOS as its EOS, others by the
+    same text, those it lacks left out, unknown tokens as U+FFFD. The teacher's tokenizer reads each text as a whole,
+    after what it puts before every text, such as BOS. A group is used only if its bytes are the same in both: what a
+    normalizer changed, half a character at the end of a row, and tokens that are special in one tokenizer alone are
+    masked, and the alignment goes on after them.
 
     Args:
         student: the tokenizer of the rows.
         teacher: the teacher's.
-        max_length: the teacher's rows are cut to it, in tokens; None for no limit.
+        max_length: tokens to which the teacher's rows are truncated; None for no limit.
 
     Raises:
-        ValueError: if the tokens of one of them do not tell their bytes exactly.
+        ValueError: if the tokens of one of them cannot be turned into exact bytes, see `token_bytes`.
     """
 
     def __init__(
         self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, max_length: int | None = None
     ) -> None:
-        self.student, self.teacher, self.max_length = Reader(student), Reader(teacher), max_length
-        written = self._written_by_teacher()
-        self._spoken = ByteTable.of(self.student.texts, written)
+        self.student, self.teacher = ByteAwareTokenizer(student), ByteAwareTokenizer(teacher)
+        self.max_length = max_length
+        special = self._special_bytes_for_teacher()
+        self._teacher_table = ByteTable.of(self.student.bytes, special)
         # A chat template may write the BOS that the teacher's tokenizer adds.
-        first = [self.teacher.written.get(token) for token in self.teacher.prefix[:1]]
-        self._openers = torch.tensor([index for index, content in written.items() if content in first])
+        first = [self.teacher.special_bytes.get(token) for token in self.teacher.prefix[:1]]
+        self._leading_ids = torch.tensor([index for index, content in special.items() if content in first])
 
     def read(self, rows: StudentRows) -> TeacherRows:
-        """Let the teacher read the student's text as it is; `cbd_trl.bridge.chats` is for two chat templates.
+        """Tokenize the student's text as it is and align it; `cbd_trl.bridge.chats` is for two chat templates.
 
         Args:
             rows: the student's batch.
 
         Raises:
-            ValueError: if they have ids that the student's tokenizer does not.
+            ValueError: if the rows have ids that the student's tokenizer does not.
         """
-        texts, line, pieces, placed = self._spell(rows)
-        encoded = self.teacher.encode(texts)
-        spans = place(self.teacher, encoded, line)
-        return self.join(rows, placed, encoded, spans, pieces, self.teacher.prefix)
+        strings, texts, segments, student = self._spell_for_teacher(rows)
+        encoded = self.teacher.encode(strings)
+        spans = byte_spans(self.teacher, encoded, texts)
+        return self.collate(rows, student, encoded, spans, segments, self.teacher.prefix)
 
-    def join(
-        self, rows: StudentRows, student: Placed, encoded: Encoded, spans: Spans, pieces: Pieces, prefix: list[int]
+    def collate(
+        self,
+        rows: StudentRows,
+        student: TokenOffsets,
+        encoded: EncodedTexts,
+        spans: ByteSpans,
+        segments: Segments,
+        prefix: list[int],
     ) -> TeacherRows:
         """Collate the teacher's rows and align them with the student's.
 
         Args:
             rows: the student's batch.
-            student: its tokens on the line, (B, T).
+            student: where its tokens end, (B, T).
             encoded: the teacher's tokens, a text for each of the student's.
-            spans: where they stand.
-            pieces: of the teacher's texts.
+            spans: the bytes that they stand for.
+            segments: of the teacher's texts.
             prefix: ids that the teacher reads before each text.
         """
-        placed = spans.on_line(pieces, self.teacher.table.marks_V[encoded.ids_N])
+        offsets = spans.shared_offsets(segments, self.teacher.table.special_V[encoded.ids_N])
         first_N = first_of_text(encoded.text_N)
         column_N = sums_before(torch.ones_like(encoded.ids_N), first_N) + len(prefix)
-        usable_N = placed.usable & (column_N > 0)
+        usable_N = offsets.usable & (column_N > 0)
         kept_N = torch.ones_like(first_N) if self.max_length is None else column_N < self.max_length
-        # A row without any token would be one without anything to attend to.
+        # A row without any token would have nothing to attend to.
         width = max(len(prefix), 1, int(column_N[kept_N].max()) + 1 if kept_N.any() else 0)
         where = encoded.text_N[kept_N], column_N[kept_N]
         shape = rows.texts, width
         pad = self.teacher.tokenizer.pad_token_id
         ids_RU = torch.full(shape, 0 if pad is None else pad)
         mask_RU, ends_RU = torch.zeros_like(ids_RU), torch.full_like(ids_RU, NOWHERE)
-        usable_RU, marks_RU = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
+        usable_RU, special_RU = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
         ids_RU[:, : len(prefix)] = torch.tensor(prefix, dtype=torch.int64)
         mask_RU[:, : max(len(prefix), 1)] = 1
-        ids_RU[where], mask_RU[where], ends_RU[where] = encoded.ids_N[kept_N], 1, placed.ends[kept_N]
-        usable_RU[where], marks_RU[where] = usable_N[kept_N], placed.marks[kept_N]
-        alignment = align(student, Placed(ends_RU, usable_RU, marks_RU), pieces.borders_P)
+        ids_RU[where], mask_RU[where], ends_RU[where] = encoded.ids_N[kept_N], 1, offsets.ends[kept_N]
+        usable_RU[where], special_RU[where] = usable_N[kept_N], offsets.special[kept_N]
+        alignment = align(student, TokenOffsets(ends_RU, usable_RU, special_RU), segments.boundaries_P)
         unaligned_BT = rows.scored_BT & (alignment.student_BT == NOWHERE)
         return TeacherRows(ids_RU, mask_RU, alignment, int(rows.scored_BT.sum()), int(unaligned_BT.sum()))
 
-    def _spell(self, rows: StudentRows) -> tuple[list[str], Texts, Pieces, Placed]:
-        """The student's texts as the teacher writes them, the line of them, their pieces, and its tokens on it."""
+    def _spell_for_teacher(self, rows: StudentRows) -> tuple[list[str], Texts, Segments, TokenOffsets]:
+        """Spell out the student's texts for the teacher: strings, bytes, segments, and where its tokens end."""
         kept_BT = rows.text_BT != NOWHERE
         ids_N, text_N = rows.ids_BT[kept_BT], rows.text_BT[kept_BT]
         self.student.table.check(ids_N)
         leading_N = self._leading(ids_N, text_N)
-        # The token behind BOS is the first of the text itself: both BOS and it begin a run of their own here.
+        # The token after BOS is the first of the text itself: BOS and that token each begin a run here.
         begins_N = first_of_text(text_N * 2 + ~leading_N) & ~leading_N
         skip_N = self.student.added_spaces(ids_N, begins_N)
-        skip_N = torch.where(leading_N, self._spoken.lengths_V[ids_N], skip_N)
-        lengths_N = self._spoken.lengths_V[ids_N] - skip_N
-        raw_X = self._spoken.spell(ids_N, skip_N)
+        skip_N = torch.where(leading_N, self._teacher_table.lengths_V[ids_N], skip_N)
+        lengths_N = self._teacher_table.lengths_V[ids_N] - skip_N
+        raw_X = self._teacher_table.spell(ids_N, skip_N)
         sizes_R = torch.zeros(rows.texts, dtype=torch.int64).index_add(0, text_N, lengths_N)
-        texts = [_decode(piece.numpy().tobytes()) for piece in raw_X.split(sizes_R.tolist())]
-        line = Texts.of(texts)
+        strings = [_decode(text_x.numpy().tobytes()) for text_x in raw_X.split(sizes_R.tolist())]
+        texts = Texts.of(strings)
         within_N = sums_before(lengths_N, first_of_text(text_N))
-        starts_N = line.starts_R[text_N] + within_N
-        damaged_X = raw_X != line.bytes_X[places_of_bytes(starts_N, lengths_N)]
-        marks_N = self._spoken.marks_V[ids_N]
-        silent_N = leading_N | (marks_N & (self._spoken.lengths_V[ids_N] == 0))
-        # What the teacher does not see separates texts that are neighbours to it.
-        pieces = _cut(line, starts_N[silent_N & (within_N > 0)])
-        spans = Spans(starts_N, starts_N + lengths_N, ~any_byte(damaged_X, lengths_N))
-        placed = spans.on_line(pieces, marks_N)
-        placed.ends[silent_N] = NOWHERE
-        return texts, line, pieces, rows.back(placed)
+        starts_N = texts.starts_R[text_N] + within_N
+        damaged_X = raw_X != texts.bytes_X[byte_indices(starts_N, lengths_N)]
+        special_N = self._teacher_table.special_V[ids_N]
+        skipped_N = leading_N | (special_N & (self._teacher_table.lengths_V[ids_N] == 0))
+        # A token that the teacher does not read ends a segment: what is around it is not one text for the student.
+        segments = _split_at(texts, starts_N[skipped_N & (within_N > 0)])
+        spans = ByteSpans(starts_N, starts_N + lengths_N, ~any_flagged(damaged_X, lengths_N))
+        offsets = spans.shared_offsets(segments, special_N)
+        offsets.ends[skipped_N] = NOWHERE
+        return strings, texts, segments, rows.to_batch(offsets)
 
     def _leading(self, ids_N: Tensor, text_N: Tensor) -> Tensor:
-        """Which tokens are what a tokenizer puts before any text: the teacher puts its own there."""
+        """Flag the tokens that a tokenizer puts before every text, (N,) bool: the teacher has its own there."""
         column_N = sums_before(torch.ones_like(ids_N), first_of_text(text_N))
-        leading_N = (column_N == 0) & torch.isin(ids_N, self._openers)
+        leading_N = (column_N == 0) & torch.isin(ids_N, self._leading_ids)
         for column, token in enumerate(self.student.prefix):
             leading_N |= (column_N == column) & (ids_N == token)
         return leading_N
 
-    def _written_by_teacher(self) -> dict[int, bytes]:
-        """How the teacher writes the student's special tokens."""
-        theirs = set(self.teacher.written.values())
-        written = {index: content for index, content in self.student.written.items() if content in theirs}
+    def _special_bytes_for_teacher(self) -> dict[int, bytes]:
+        """Map the student's special tokens to how the teacher writes them."""
+        theirs = set(self.teacher.special_bytes.values())
+        found = {index: content for index, content in self.student.special_bytes.items() if content in theirs}
         eos, their_eos = self.student.tokenizer.eos_token_id, self.teacher.tokenizer.eos_token_id
-        if eos is not None and their_eos in self.teacher.written:
-            written[eos] = self.teacher.written[their_eos]
+        if eos is not None and their_eos in self.teacher.special_bytes:
+            found[eos] = self.teacher.special_bytes[their_eos]
         if self.student.unknown is not None:
-            written[self.student.unknown] = "\N{REPLACEMENT CHARACTER}".encode()
-        return written
+            found[self.student.unknown] = "\N{REPLACEMENT CHARACTER}".encode()
+        return found
 
 
-def _cut(line: Texts, places: Tensor) -> Pieces:
-    """The pieces of texts that are cut at some places."""
-    ends_P = torch.cat([line.ends_R, places]).unique()
-    starts_P = line.starts_R[torch.searchsorted(line.ends_R, ends_P)]
+def _split_at(texts: Texts, offsets: Tensor) -> Segments:
+    """Split texts into segments at some bytes."""
+    ends_P = torch.cat([texts.ends_R, offsets]).unique()
+    starts_P = texts.starts_R[torch.searchsorted(texts.ends_R, ends_P)]
     starts_P[1:] = torch.maximum(starts_P[1:], ends_P[:-1])
-    return Pieces(starts_P, ends_P, ends_P)
+    return Segments(starts_P, ends_P, ends_P)
 
 
 def _decode(raw: bytes) -> str:
-    # A byte for a byte, so that everything behind it stays in place: what the teacher reads there is not used.
+    # One byte replaces one byte, so that all offsets after it stay: what the teacher reads there is not used.
     return _LONE_BYTE.sub("?", raw.decode(errors="surrogateescape"))

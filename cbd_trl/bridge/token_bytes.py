@@ -1,4 +1,10 @@
-"""The exact bytes that each token of a vocabulary stands for, as the tokenizer's own tokenizer.json says."""
+"""The exact bytes that each token of a tokenizer stands for, read from its tokenizer.json.
+
+`token_bytes` lists them, `Vocabulary` keeps them with what else is read once, `tokenize_bytes` goes from bytes to
+tokens. `ByteTable` holds the bytes as tensors, and `ByteAwareTokenizer` tokenizes texts with such a table at hand.
+
+Shapes: V vocabulary rows, N tokens end to end, X bytes of all of them.
+"""
 
 import json
 import re
@@ -14,14 +20,14 @@ from transformers import PreTrainedTokenizerBase
 from cbd_trl.utils.blocks import prefix_ids
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
-# What Python decodes a byte to that is no UTF-8.
-_NO_UTF8 = re.compile("([\udc80-\udcff])")
+# What Python decodes a byte to that is not UTF-8.
+_NOT_UTF8 = re.compile("([\udc80-\udcff])")
 # Any pre-tokenizer that drops text drops a space, a line break, a digit or a punctuation mark.
 _PROBE = "a b  c,\n1 2. d"
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes with: printable Latin-1 as it is, the rest from 256 on."""
+    """Map the characters of byte-level BPE to bytes: printable Latin-1 stands for itself, the others from 256 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -33,12 +39,12 @@ _LETTER_OF_BYTE = {byte: letter for letter, byte in _BYTE_OF_LETTER.items()}
 
 @dataclass(frozen=True)
 class Spelling:
-    """How the tokens of a vocabulary are written.
+    """How the tokens of a vocabulary are written in tokenizer.json.
 
     Args:
-        byte_level: in the alphabet of byte-level BPE, a letter for a byte.
-        space: what stands for a space, such as "▁"; None where a space is a space.
-        byte_tokens: whether `<0x0A>` is the byte 10.
+        byte_level: in the alphabet of byte-level BPE, one character for each byte.
+        space: what stands for a space, such as "▁"; None where a space is written as such.
+        byte_tokens: whether `<0x0A>` stands for the byte 10.
     """
 
     byte_level: bool = False
@@ -46,39 +52,39 @@ class Spelling:
     byte_tokens: bool = False
 
     def is_byte_token(self, token: str) -> bool:
-        """Whether it is one of those like `<0x0A>`."""
+        """Tell whether a token is written like `<0x0A>`."""
         return self.byte_tokens and _BYTE_TOKEN.fullmatch(token) is not None
 
-    def read(self, token: str) -> bytes:
-        """The bytes of a token of the model (not of an added one)."""
+    def to_bytes(self, token: str) -> bytes:
+        """Convert a token of the model (not an added one) to its bytes."""
         if self.byte_level and all(letter in _BYTE_OF_LETTER for letter in token):
             return bytes(_BYTE_OF_LETTER[letter] for letter in token)
         if self.is_byte_token(token):
             return bytes.fromhex(token[3:5])
         return (token.replace(self.space, " ") if self.space else token).encode()
 
-    def write(self, data: bytes) -> list[str]:
-        """The same bytes as the model reads them: words to be split into tokens, and byte tokens.
+    def from_bytes(self, data: bytes) -> list[str]:
+        """Convert bytes to what the model reads: words to be split into tokens, and byte tokens.
 
-        Bytes that are no UTF-8 become byte tokens, whether the vocabulary has them or not, save at the byte level.
+        Bytes that are not UTF-8 become byte tokens, in the vocabulary or not, except in byte-level BPE.
         """
         if self.byte_level:
             return ["".join(_LETTER_OF_BYTE[byte] for byte in data)]
         text = data.decode(errors="surrogateescape")
         text = text.replace(" ", self.space) if self.space else text
-        parts = _NO_UTF8.split(text)
-        return [f"<0x{ord(part) & 0xFF:02X}>" if _NO_UTF8.match(part) else part for part in parts if part]
+        parts = _NOT_UTF8.split(text)
+        return [f"<0x{ord(part) & 0xFF:02X}>" if _NOT_UTF8.match(part) else part for part in parts if part]
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a tokenizer's tokens are, read once: where there are 262,144 of them each reading takes a second.
+    """The tokens of a tokenizer, read once: reading 262,144 of them takes a second.
 
     Args:
-        tokenizer: it was read from.
+        tokenizer: the one they are from.
         spelling: how its tokens are written.
-        ids: {token: id} of all, added ones included.
-        added: ids of the added ones.
+        ids: {token: id} of all tokens, added ones included.
+        added: ids of the added tokens.
         bytes: of every id, see `token_bytes`.
     """
 
@@ -90,7 +96,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
-        """Read a tokenizer.
+        """Read the tokens of a tokenizer.
 
         Raises:
             ValueError: as `token_bytes`.
@@ -101,13 +107,13 @@ class Vocabulary:
         added_tokens = backend.get_added_tokens_decoder()
         table: list[bytes | None] = [None] * (max([*ids.values(), *added_tokens], default=-1) + 1)
         for token, index in ids.items():
-            table[index] = spelling.read(token)
+            table[index] = spelling.to_bytes(token)
         for index, added in added_tokens.items():
             if added.special or added.lstrip or added.rstrip:
                 table[index] = None
             elif added.content not in ids:
-                # Byte-level BPE finds it in the text before there are any letters for bytes.
-                table[index] = added.content.encode() if spelling.byte_level else spelling.read(added.content)
+                # Byte-level BPE finds added tokens in the text before it maps bytes to characters.
+                table[index] = added.content.encode() if spelling.byte_level else spelling.to_bytes(added.content)
         unknown = _unknown(backend)
         for index in [*tokenizer.all_special_ids, *([] if unknown is None else [unknown])]:
             table[index] = None
@@ -116,9 +122,9 @@ class Vocabulary:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
-    """The bytes of every id of a tokenizer, in the order of the ids.
+    """List the bytes of every id of a tokenizer, in the order of the ids.
 
-    Joined, the bytes of a tokenised text are the text as the tokenizer's normaliser leaves it, save that some
+    Joined, the bytes of a tokenized text are the text as the tokenizer's normalizer leaves it, except that some
     tokenizers put a space before it.
 
     Args:
@@ -126,17 +132,17 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes | None]:
             of the SentencePiece kind, with byte tokens or without.
 
     Returns:
-        as many entries as the highest id plus one. None for what stands for no text of its own: special tokens, the
-        unknown token, ids that nothing has, and added tokens that swallow the white space beside them.
+        as many entries as the highest id plus one. None for ids without text of their own: special tokens, the unknown
+        token, unused ids, and added tokens that strip the white space beside them.
 
     Raises:
-        ValueError: the tokenizer has no tokenizer.json, or its tokens do not tell their bytes exactly.
+        ValueError: the tokenizer has no tokenizer.json, or its tokens cannot be turned into exact bytes.
     """
     return Vocabulary.of(tokenizer).bytes
 
 
 def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
-    """How a tokenizer writes its tokens, read from the decoder of its tokenizer.json.
+    """Find how a tokenizer writes its tokens, from the decoder of its tokenizer.json.
 
     Args:
         tokenizer: as for `token_bytes`.
@@ -145,22 +151,22 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
         ValueError: as for `token_bytes`.
     """
     backend = _backend(tokenizer)
-    for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if letters := getattr(backend.model, mark, None):
-            raise _inexact(tokenizer, f"its tokens carry marks ({mark} {letters!r})")
+    for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if letters := getattr(backend.model, affix, None):
+            raise _inexact(tokenizer, f"its tokens have an affix ({affix} {letters!r})")
     _check_keeps_text(tokenizer)
-    decoder = description_of(backend.decoder)
+    decoder = component_json(backend.decoder)
     if decoder is None:
-        raise _inexact(tokenizer, "it has no decoder, which says what its tokens are in a text")
+        raise _inexact(tokenizer, "it has no decoder, which maps its tokens to text")
     fields: dict[str, Any] = {}
     joined = False
     for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
         kind = step["type"]
-        # What strips after the tokens are joined does so at the two ends of a text.
+        # A strip after the tokens are joined works at the two ends of a text alone.
         if kind == "Strip" and joined:
             continue
-        if joined or not _understood(step):
-            raise _inexact(tokenizer, f"its decoder has a step that is not understood there ({json.dumps(step)})")
+        if joined or not _is_understood(step):
+            raise _inexact(tokenizer, f"its decoder has a step that is not supported there ({json.dumps(step)})")
         if kind == "ByteLevel":
             fields["byte_level"] = True
         elif kind == "ByteFallback":
@@ -173,29 +179,273 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling:
     return Spelling(**fields)
 
 
-def _understood(step: dict[str, Any]) -> bool:
+def component_json(part: Any) -> dict[str, Any] | None:
+    """Read the entry of tokenizer.json for a part of a tokenizer, such as its decoder; None where it has none.
+
+    Writing the whole file (`to_str`) takes seconds for a large vocabulary.
+
+    Args:
+        part: an object of the `tokenizers` library.
+    """
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def tokenize_bytes(vocabulary: Vocabulary, chunks: Iterable[bytes]) -> list[tuple[int, ...]]:
+    """Tokenize chunks of bytes, each as if inside a text.
+
+    The tokenizer's model alone is used: no normalizer, no prefix, no split into words. So the tokens have the bytes of
+    the chunk, and a chunk that is one of the model's tokens mostly becomes that token.
+
+    Args:
+        vocabulary: of the tokenizer.
+        chunks: bytes, UTF-8 or not.
+
+    Returns:
+        ids for each chunk. Bytes that no token has are left out.
+    """
+    spelling, table, ids = vocabulary.spelling, vocabulary.bytes, vocabulary.ids
+    model = vocabulary.tokenizer.backend_tokenizer.model
+
+    def tokens_of(word: str) -> list[int]:
+        if spelling.is_byte_token(word):
+            return [ids[word]] if word in ids else []
+        return [token.id for token in model.tokenize(word)]
+
+    found = ([index for word in spelling.from_bytes(chunk) for index in tokens_of(word)] for chunk in chunks)
+    return [tuple(index for index in pieces if table[index] is not None) for pieces in found]
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """The bytes of every id, as tensors.
+
+    Attributes:
+        pool_X: the bytes of all ids end to end, uint8.
+        starts_V: the first byte of each id in `pool_X`, int64.
+        lengths_V: number of bytes of each id, int64.
+        special_V: ids without text of their own, such as special tokens, bool. Their bytes are how they are written
+            in a text that a tokenizer reads; none where they cannot be.
+    """
+
+    pool_X: Tensor
+    starts_V: Tensor
+    lengths_V: Tensor
+    special_V: Tensor
+
+    @classmethod
+    def of(cls, texts: Sequence[bytes | None], special: Mapping[int, bytes]) -> "ByteTable":
+        """Make a table.
+
+        Args:
+            texts: the bytes of each id, None for special tokens (see `token_bytes`).
+            special: {id: how a special token is written}; those left out have no bytes.
+        """
+        pieces = [special.get(index, b"") if text is None else text for index, text in enumerate(texts)]
+        lengths_V = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
+        joined = bytearray(b"".join(pieces))
+        pool_X = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
+        special_V = torch.tensor([text is None for text in texts], dtype=torch.bool)
+        return cls(pool_X, lengths_V.cumsum(0) - lengths_V, lengths_V, special_V)
+
+    def check(self, ids_N: Tensor) -> None:
+        """Check that the student's tokenizer has all ids of a batch.
+
+        Args:
+            ids_N: token ids, int64.
+
+        Raises:
+            ValueError: if an id is negative or has no entry.
+        """
+        known = self.lengths_V.numel()
+        wrong_N = ids_N[(ids_N < 0) | (ids_N >= known)]
+        if wrong_N.numel():
+            raise ValueError(
+                f"The rows have token id {wrong_N[0].item()}, but the student's tokenizer has only 0 to {known - 1}: "
+                "another tokenizer made them, so their text is unknown. Pass the tokenizer that made them as "
+                "`processing_class`."
+            )
+
+    def spell(self, ids_N: Tensor, skip_N: Tensor) -> Tensor:
+        """Join the bytes of tokens.
+
+        Args:
+            ids_N: token ids.
+            skip_N: bytes to leave out at the beginning of each, at most as many as it has, int64.
+
+        Returns:
+            (X,) uint8.
+        """
+        return self.pool_X[byte_indices(self.starts_V[ids_N] + skip_N, self.lengths_V[ids_N] - skip_N)]
+
+    def begins_with_space(self, ids_N: Tensor) -> Tensor:
+        """Flag the tokens that are text whose first byte is a space.
+
+        Args:
+            ids_N: token ids.
+
+        Returns:
+            (N,) bool.
+        """
+        text_N = (self.lengths_V[ids_N] > 0) & ~self.special_V[ids_N]
+        first_N = self.starts_V[ids_N].clamp(max=max(self.pool_X.numel() - 1, 0))
+        return text_N & (self.pool_X[first_N] == ord(" ")) if self.pool_X.numel() else text_N
+
+
+@dataclass(frozen=True)
+class EncodedTexts:
+    """Tokenized texts, end to end.
+
+    Attributes:
+        ids_N: token ids, int64.
+        text_N: the index of the text that each is from, int64.
+        encodings: of each text, by the `tokenizers` library.
+    """
+
+    ids_N: Tensor
+    text_N: Tensor
+    encodings: Sequence[Any]
+
+    def character_offsets(self, texts: Sequence[int]) -> Tensor:
+        """Collect the offsets (start, end) that the tokenizer gives for all tokens of some texts.
+
+        Args:
+            texts: their indices.
+
+        Returns:
+            (N, 2) int64, in characters of each text.
+        """
+        spans = [span for text in texts for span in self.encodings[text].offsets]
+        return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+
+
+class ByteAwareTokenizer:
+    """A tokenizer together with the bytes of its tokens.
+
+    Args:
+        tokenizer: as for `token_bytes`.
+
+    Attributes:
+        bytes: the bytes of every id, None for special tokens (see `token_bytes`).
+        unknown: id of the unknown token, if there is one without another role.
+        special_bytes: {id: bytes} of the other special tokens as they are written in a text.
+        table: both, as tensors.
+        prefix: ids that the tokenizer puts before a text by itself, such as BOS.
+        space_at_start: whether it puts a space before a text.
+        space_after_special_token: whether it puts a space before what follows a special token.
+
+    Raises:
+        ValueError: as `token_bytes`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer: Any = tokenizer
+        self.bytes = token_bytes(tokenizer)
+        added = self.tokenizer.added_tokens_decoder
+        roles = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        self.unknown = None if self.tokenizer.unk_token_id in roles else self.tokenizer.unk_token_id
+        self.special_bytes = {
+            index: token.content.encode()
+            for index, token in added.items()
+            if self.bytes[index] is None and index != self.unknown
+        }
+        self.table = ByteTable.of(self.bytes, self.special_bytes)
+        self._special_texts = {content.decode() for content in self.special_bytes.values()}
+        # Gemma has 6,000 special tokens of 20 lengths.
+        self._special_lengths = sorted({len(text) for text in self._special_texts}, reverse=True)
+        self.prefix = prefix_ids(tokenizer)
+        # A special token that strips the white space beside it would hide the added space.
+        plain = [index for index in self.special_bytes if not (added[index].lstrip or added[index].rstrip)]
+        after_special = self._ids(added[plain[0]].content + "a")[1:] if plain else []
+        self.space_at_start = self._begin_with_space(self._ids("a"))
+        self.space_after_special_token = self._begin_with_space(after_special)
+
+    def encode(self, texts: list[str]) -> EncodedTexts:
+        """Tokenize texts without special tokens around them and without truncation.
+
+        Args:
+            texts: any; special tokens that are written out in them are read as such.
+        """
+        # verbose: no warning of rows that are longer than the model's context; they are cut afterwards.
+        rows = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
+        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], dtype=torch.int64)
+        ids_N = torch.tensor([token for ids in rows["input_ids"] for token in ids], dtype=torch.int64)
+        return EncodedTexts(ids_N, torch.arange(len(texts)).repeat_interleave(lengths), rows.encodings)
+
+    def leading_special_token(self, text: str) -> str:
+        """Find the longest special token that a text begins with, "" for none.
+
+        Args:
+            text: any.
+        """
+        return next((text[:size] for size in self._special_lengths if text[:size] in self._special_texts), "")
+
+    def added_spaces(self, ids_N: Tensor, first_N: Tensor) -> Tensor:
+        """Flag the tokens that begin with a space that is not in the text.
+
+        Where a tokenizer adds a space only if there is none, its tokens do not show it; a space then counts as added.
+
+        Args:
+            ids_N: token ids.
+            first_N: the first tokens of their texts, bool.
+
+        Returns:
+            (N,) int64, 1 or 0.
+        """
+        special_N = self.table.special_V[ids_N] & (self.table.lengths_V[ids_N] > 0)
+        added_N = first_N & self.space_at_start
+        if self.space_after_special_token:
+            added_N |= special_N.roll(1) & ~first_N
+        return (added_N & self.table.begins_with_space(ids_N)).long()
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _begin_with_space(self, ids: list[int]) -> bool:
+        return bool(ids) and bool(self.table.begins_with_space(torch.tensor(ids[:1])))
+
+
+def byte_indices(starts_N: Tensor, lengths_N: Tensor) -> Tensor:
+    """Index every byte of some runs of bytes, run by run.
+
+    Args:
+        starts_N: first index of each run, int64.
+        lengths_N: bytes of each run, int64.
+
+    Returns:
+        (X,) int64.
+    """
+    shifts_N = starts_N - (lengths_N.cumsum(0) - lengths_N)
+    shifts_X = shifts_N.repeat_interleave(lengths_N)
+    return shifts_X + torch.arange(shifts_X.numel())
+
+
+def any_flagged(flags_X: Tensor, lengths_N: Tensor) -> Tensor:
+    """Flag the tokens of which a byte is flagged.
+
+    Args:
+        flags_X: of the tokens' bytes end to end, bool.
+        lengths_N: bytes of each token, int64.
+
+    Returns:
+        (N,) bool; False for a token without bytes.
+    """
+    before_X = torch.cat([torch.zeros(1, dtype=torch.int64), flags_X.cumsum(0)])
+    ends_N = lengths_N.cumsum(0)
+    return before_X[ends_N] > before_X[ends_N - lengths_N]
+
+
+def _is_understood(step: dict[str, Any]) -> bool:
     if step["type"] == "Replace":
         return "String" in step["pattern"] and step["content"] == " "
     return step["type"] in ("ByteLevel", "ByteFallback", "Metaspace", "Fuse")
 
 
-def description_of(part: Any) -> dict[str, Any] | None:
-    """What tokenizer.json says of a part of a tokenizer, such as its decoder; None where there is no such part.
-
-    The file as a whole (`to_str`) takes seconds where a vocabulary is large.
-
-    Args:
-        part: of the `tokenizers` library.
-    """
-    return None if part is None else json.loads(part.__getstate__())
-
-
 def _unknown(backend: Any) -> int | None:
-    """The id of what stands for unknown text."""
+    """Find the id of the unknown token."""
     unknown = getattr(backend.model, "unk_token", None)
     if unknown is not None:
         return backend.model.token_to_id(unknown)
-    # Unigram tells in the file alone.
+    # Unigram has it in the file alone.
     return json.loads(backend.model.__getstate__())["unk_id"] if isinstance(backend.model, models.Unigram) else None
 
 
@@ -203,18 +453,19 @@ def _backend(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(
-            f"{_name(tokenizer)} is not a fast tokenizer: it has no tokenizer.json, which says what bytes its tokens "
-            "stand for. Load it with AutoTokenizer.from_pretrained(...) from a folder that has one, or convert it."
+            f"{_name(tokenizer)} is not a fast tokenizer: it has no tokenizer.json, from which the bytes of its "
+            "tokens are read. Load one with AutoTokenizer.from_pretrained(...) from a folder with one, or convert it."
         )
     return backend
 
 
 def _check_keeps_text(tokenizer: Any) -> None:
+    """Check that the pre-tokenizer drops no part of a text."""
     pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
     if pre_tokenizer is None:
         return
-    covered = {place for _, (start, end) in pre_tokenizer.pre_tokenize_str(_PROBE) for place in range(start, end)}
-    lost = sorted({letter for place, letter in enumerate(_PROBE) if place not in covered})
+    covered = {i for _, (start, end) in pre_tokenizer.pre_tokenize_str(_PROBE) for i in range(start, end)}
+    lost = sorted({letter for i, letter in enumerate(_PROBE) if i not in covered})
     if lost:
         raise _inexact(tokenizer, f"its pre-tokenizer drops parts of the text, such as {lost[0]!r}")
 
@@ -229,248 +480,3 @@ def _inexact(tokenizer: Any, reason: str) -> ValueError:
 def _name(tokenizer: Any) -> str:
     name = getattr(tokenizer, "name_or_path", "")
     return f"{type(tokenizer).__name__} {name!r}" if name else f"this {type(tokenizer).__name__}"
-
-
-@dataclass(frozen=True)
-class ByteTable:
-    """What every id stands for.
-
-    Attributes:
-        pool_X: the bytes of all ids end to end, uint8.
-        starts_V: where those of an id begin, int64.
-        lengths_V: how many they are, int64.
-        marks_V: ids that are no text, such as special tokens, bool. Their bytes are how they are written in a text
-            that a tokenizer reads; none where they cannot be.
-    """
-
-    pool_X: Tensor
-    starts_V: Tensor
-    lengths_V: Tensor
-    marks_V: Tensor
-
-    @classmethod
-    def of(cls, texts: Sequence[bytes | None], marks: Mapping[int, bytes]) -> "ByteTable":
-        """Make a table.
-
-        Args:
-            texts: the bytes of each id, None for marks (see `token_bytes`).
-            marks: how a mark is written; those that are not named have no bytes.
-        """
-        pieces = [marks.get(index, b"") if text is None else text for index, text in enumerate(texts)]
-        lengths_V = torch.tensor([len(piece) for piece in pieces], dtype=torch.int64)
-        joined = bytearray(b"".join(pieces))
-        pool_X = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-        marks_V = torch.tensor([text is None for text in texts], dtype=torch.bool)
-        return cls(pool_X, lengths_V.cumsum(0) - lengths_V, lengths_V, marks_V)
-
-    def check(self, ids_N: Tensor) -> None:
-        """Refuse rows with ids that the student's tokenizer does not have.
-
-        Args:
-            ids_N: token ids.
-
-        Raises:
-            ValueError: if an id is negative or has no entry.
-        """
-        known = self.lengths_V.numel()
-        wrong_N = ids_N[(ids_N < 0) | (ids_N >= known)]
-        if wrong_N.numel():
-            raise ValueError(
-                f"The rows have token id {wrong_N[0].item()}, but the student's tokenizer knows only 0 to "
-                f"{known - 1}: they were made by another tokenizer, so what text they are is not known. Pass the "
-                "tokenizer that made them as `processing_class`."
-            )
-
-    def spell(self, ids_N: Tensor, skip_N: Tensor) -> Tensor:
-        """The text of tokens.
-
-        Args:
-            ids_N: token ids.
-            skip_N: how many bytes to leave out at the beginning of each, at most as many as it has, int64.
-
-        Returns:
-            (X,) uint8, their bytes end to end.
-        """
-        return self.pool_X[places_of_bytes(self.starts_V[ids_N] + skip_N, self.lengths_V[ids_N] - skip_N)]
-
-    def begins_with_space(self, ids_N: Tensor) -> Tensor:
-        """Which tokens are text whose first byte is a space.
-
-        Args:
-            ids_N: token ids.
-
-        Returns:
-            (N,) bool.
-        """
-        text_N = (self.lengths_V[ids_N] > 0) & ~self.marks_V[ids_N]
-        first_N = self.starts_V[ids_N].clamp(max=max(self.pool_X.numel() - 1, 0))
-        return text_N & (self.pool_X[first_N] == ord(" ")) if self.pool_X.numel() else text_N
-
-
-def places_of_bytes(starts_N: Tensor, lengths_N: Tensor) -> Tensor:
-    """Where each byte of some runs of bytes is.
-
-    Args:
-        starts_N: where the runs begin, int64.
-        lengths_N: how long they are, int64.
-
-    Returns:
-        (X,) int64, run by run.
-    """
-    shifts_N = starts_N - (lengths_N.cumsum(0) - lengths_N)
-    places_X = shifts_N.repeat_interleave(lengths_N)
-    return places_X + torch.arange(places_X.numel())
-
-
-def any_byte(flags_X: Tensor, lengths_N: Tensor) -> Tensor:
-    """For each token, is one of its bytes flagged?
-
-    Args:
-        flags_X: bool, of all bytes, those of the tokens end to end.
-        lengths_N: bytes of each token, int64.
-
-    Returns:
-        (N,) bool; False for a token of no bytes.
-    """
-    before_X = torch.cat([torch.zeros(1, dtype=torch.int64), flags_X.cumsum(0)])
-    ends_N = lengths_N.cumsum(0)
-    return before_X[ends_N] > before_X[ends_N - lengths_N]
-
-
-def pieces_of(vocabulary: Vocabulary, chunks: Iterable[bytes]) -> list[tuple[int, ...]]:
-    """The tokens of each chunk of bytes, read as the inside of a text.
-
-    The tokenizer's model reads them alone: no normaliser, nothing put before a text, no cut between words. So the
-    bytes of the pieces are those of the chunk, and a chunk that is one of the model's tokens is mostly that one.
-
-    Args:
-        vocabulary: of the tokenizer.
-        chunks: the bytes.
-
-    Returns:
-        ids for each chunk. Bytes that the vocabulary cannot write are left out.
-    """
-    spelling, table, ids = vocabulary.spelling, vocabulary.bytes, vocabulary.ids
-    model = vocabulary.tokenizer.backend_tokenizer.model
-
-    def read(word: str) -> list[int]:
-        if spelling.is_byte_token(word):
-            return [ids[word]] if word in ids else []
-        return [token.id for token in model.tokenize(word)]
-
-    found = ([index for word in spelling.write(chunk) for index in read(word)] for chunk in chunks)
-    return [tuple(index for index in pieces if table[index] is not None) for pieces in found]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Tokenised texts, end to end.
-
-    Attributes:
-        ids_N: token ids, int64.
-        text_N: the number of the text that each is from, int64.
-        encodings: of each text, by the `tokenizers` library.
-    """
-
-    ids_N: Tensor
-    text_N: Tensor
-    encodings: Sequence[Any]
-
-    def spans_of(self, texts: Sequence[int]) -> Tensor:
-        """The spans (start, end) of all tokens of some texts, as the tokenizer tells them.
-
-        Args:
-            texts: their numbers.
-
-        Returns:
-            (N, 2) int64, in characters of each text.
-        """
-        spans = [span for text in texts for span in self.encodings[text].offsets]
-        return torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
-
-
-class Reader:
-    """Reads texts, and knows what each token stands for.
-
-    Args:
-        tokenizer: one that `token_bytes` takes.
-
-    Attributes:
-        texts: the bytes of every id, None for marks.
-        unknown: the id that stands for text that is not known, if there is one and it has no other role.
-        written: how the other marks are written in a text that is read: the content of special tokens.
-        table: both, as tensors.
-        prefix: ids that the tokenizer puts before a text by itself, such as BOS.
-        space_at_start: whether it puts a space before a text.
-        space_after_mark: and before what follows a mark.
-
-    Raises:
-        ValueError: as `token_bytes`.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer: Any = tokenizer
-        self.texts = token_bytes(tokenizer)
-        added = self.tokenizer.added_tokens_decoder
-        roles = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-        self.unknown = None if self.tokenizer.unk_token_id in roles else self.tokenizer.unk_token_id
-        self.written = {
-            index: token.content.encode()
-            for index, token in added.items()
-            if self.texts[index] is None and index != self.unknown
-        }
-        self.table = ByteTable.of(self.texts, self.written)
-        self._marks = {content.decode() for content in self.written.values()}
-        # Gemma has 6,000 marks of 20 lengths.
-        self._mark_lengths = sorted({len(mark) for mark in self._marks}, reverse=True)
-        self.prefix = prefix_ids(tokenizer)
-        # A mark that swallows the white space beside it would hide what we look for.
-        plain = [index for index in self.written if not (added[index].lstrip or added[index].rstrip)]
-        after_mark = self._ids(added[plain[0]].content + "a")[1:] if plain else []
-        self.space_at_start = self._begin_with_space(self._ids("a"))
-        self.space_after_mark = self._begin_with_space(after_mark)
-
-    def encode(self, texts: list[str]) -> Encoded:
-        """Tokenise texts as they are: nothing is added but what the tokenizer adds to any text, no token is cut off.
-
-        Args:
-            texts: any; special tokens that are written out in them are read as such.
-        """
-        # verbose: no warning of rows that are longer than the model's context; they are cut afterwards.
-        rows = self.tokenizer(texts, add_special_tokens=False, truncation=False, padding=False, verbose=False)
-        lengths = torch.tensor([len(ids) for ids in rows["input_ids"]], dtype=torch.int64)
-        ids_N = torch.tensor([token for ids in rows["input_ids"] for token in ids], dtype=torch.int64)
-        return Encoded(ids_N, torch.arange(len(texts)).repeat_interleave(lengths), rows.encodings)
-
-    def leading_mark(self, text: str) -> str:
-        """The longest mark that a text begins with, "" for none.
-
-        Args:
-            text: any.
-        """
-        return next((text[:size] for size in self._mark_lengths if text[:size] in self._marks), "")
-
-    def added_spaces(self, ids_N: Tensor, first_N: Tensor) -> Tensor:
-        """Which tokens begin with a space that is not in the text.
-
-        Where a tokenizer adds a space only if there is none, this cannot be told from its tokens; then one is taken
-        for added.
-
-        Args:
-            ids_N: token ids.
-            first_N: which are the first of their text, bool.
-
-        Returns:
-            (N,) int64, 1 or 0.
-        """
-        cuts_N = self.table.marks_V[ids_N] & (self.table.lengths_V[ids_N] > 0)
-        added_N = first_N & self.space_at_start
-        if self.space_after_mark:
-            added_N |= cuts_N.roll(1) & ~first_N
-        return (added_N & self.table.begins_with_space(ids_N)).long()
-
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _begin_with_space(self, ids: list[int]) -> bool:
-        return bool(ids) and bool(self.table.begins_with_space(torch.tensor(ids[:1])))

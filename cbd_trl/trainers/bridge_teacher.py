@@ -18,7 +18,7 @@ from cbd_trl.architectures import decoder_layers
 from cbd_trl.architectures.backbone import Head, output_head, product_dtype
 from cbd_trl.bridge.alignment import NOWHERE, Alignment
 from cbd_trl.bridge.bridge import Bridge
-from cbd_trl.bridge.objectives.inputs import Side, on_first
+from cbd_trl.bridge.objectives.inputs import AlignedStates, at_group_starts
 from cbd_trl.losses.reduction import scored_mask
 from cbd_trl.teachers.local import Batch, LocalTeacher, load_teacher
 from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
@@ -42,7 +42,7 @@ class BridgeOutputs:
         text_BT: the text each of them is from.
     """
 
-    teacher: Side
+    teacher: AlignedStates
     alignment: Alignment
     ids_BT: Tensor
     text_BT: Tensor
@@ -74,7 +74,7 @@ class BridgeTeacher(LocalTeacher):
             student: unused.
         """
         read = {name.removeprefix("teacher_"): tensor for name, tensor in batch.teacher.items()}
-        inside = _ReadSide(self.model, read["ids"], read["group"], self._embedded)
+        inside = _AlignedStatesOf(self.model, read["ids"], read["group"], self._embedded)
         teacher = self._placed(input_ids=read["ids"], attention_mask=read["mask"], use_cache=False, inside=inside)
         groups = max(int(read["group"].max()), NOWHERE) + 1
         alignment = Alignment(read["students_group"], read["group"], groups)
@@ -82,17 +82,19 @@ class BridgeTeacher(LocalTeacher):
 
 
 @dataclass(frozen=True)
-class _ReadSide:
+class _AlignedStatesOf:
     model: Any
     ids_RU: Tensor
     group_RU: Tensor
     embedded: bool
 
-    def __call__(self, hidden_RUD: Tensor) -> Side:
+    def __call__(self, hidden_RUD: Tensor) -> AlignedStates:
         with output_head(self.model, keep=True) as head:
             dtype = product_dtype(head, hidden_RUD.device)
             embedding_VD = self.model.get_input_embeddings().weight if self.embedded else None
-            return Side.teacher(hidden_RUD.to(dtype), head.to(dtype), self.ids_RU, self.group_RU, embedding_VD)
+            return AlignedStates.of_teacher(
+                hidden_RUD.to(dtype), head.to(dtype), self.ids_RU, self.group_RU, embedding_VD
+            )
 
 
 class AbsentTeacher:
@@ -123,7 +125,7 @@ class BridgeStepLoss(StepLoss):
         group_BT = predicted.alignment.student_BT
         embedded = predicted.teacher.embedding_VD is not None
         embedding_Vd = self.student.get_input_embeddings().weight if embedded else None
-        student = Side.student(
+        student = AlignedStates.of_student(
             hidden_BTd, head, predicted.ids_BT, labels_BT, group_BT, predicted.text_BT, embedding_Vd
         )
         total, terms = self.objective(student, predicted.teacher, self.weights, self.chunk)
@@ -140,7 +142,7 @@ class BridgeStepLoss(StepLoss):
         )
         if hidden_G is None:
             return None
-        return on_first(alignment.student_BT[:, 1:][scored_mask(labels_BT)], hidden_G)
+        return at_group_starts(alignment.student_BT[:, 1:][scored_mask(labels_BT)], hidden_G)
 
 
 # How much worse than guessing a teacher may be, in nats: one that was trained on these tokens never is.

@@ -1,4 +1,4 @@
-"""What the tests of the alignment share: tokenizers that normalize, random text, and a naive twin."""
+"""Helpers of the alignment tests: tokenizers that normalize, random texts, padded rows, and a naive twin."""
 
 import random
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ Groups = list[tuple[list[int], list[int]]]
 
 
 def random_texts(seed: int, texts: int) -> list[str]:
-    """Words of the training corpus among letters of many scripts, with marks to compose and letters to normalize, and
-    among any code points that UTF-8 can say, assigned or not."""
+    """Make texts of corpus words, letters of many scripts (with accents to compose and letters to normalize), and any
+    code points of UTF-8, assigned or not."""
     draw = random.Random(seed)
     words = corpus(texts=8)
     made = []
@@ -50,14 +50,14 @@ def random_texts(seed: int, texts: int) -> list[str]:
 
 
 def _any_character(draw: random.Random) -> str:
-    """Of one to four bytes, each as likely; no half of a surrogate pair, which is no text."""
+    """Draw a character of one to four bytes, each as likely, never half of a surrogate pair."""
     low, high = draw.choice([(0, 0x80), (0x80, 0x800), (0x800, 0x10000), (0x10000, 0x110000)])
     point = draw.randrange(low, high)
     return chr(point) if not 0xD800 <= point < 0xE000 else "\ufffd"
 
 
-def normalising(kind: str, normalizer: normalizers.Normalizer, size: int = 400) -> PreTrainedTokenizerFast:
-    """A tokenizer of that kind behind a normaliser."""
+def normalizing(kind: str, normalizer: normalizers.Normalizer, size: int = 400) -> PreTrainedTokenizerFast:
+    """Make a tokenizer of that kind with a normalizer before its own."""
     tokenizer = make_tokenizer(kind, size)
     own = tokenizer.backend_tokenizer.normalizer
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizer, own]) if own else normalizer
@@ -65,7 +65,7 @@ def normalising(kind: str, normalizer: normalizers.Normalizer, size: int = 400) 
 
 
 def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokenizer, which puts BOS before every text."""
+    """Make a tokenizer put BOS before every text; it is changed and returned."""
     bos = tokenizer.bos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
@@ -74,7 +74,7 @@ def with_bos(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
 
 
 def padded(rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None = None) -> StudentRows:
-    """Rows padded on the right, every token scored unless labels say otherwise."""
+    """Pad rows on the right; every token is scored unless `labels` has -100 for it."""
     length = max(map(len, rows))
 
     def batch(values: Sequence[Sequence[int]], filling: int) -> torch.Tensor:
@@ -86,19 +86,19 @@ def padded(rows: Sequence[Sequence[int]], labels: Sequence[Sequence[int]] | None
 
 
 def read(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, texts: list[str]) -> TeacherRows:
-    """The teacher's reading of texts in the student's tokens, behind what the student's tokenizer puts before them."""
+    """Read texts across the bridge, tokenized by the student with what its tokenizer puts before them."""
     return Bridge(student, teacher).read(padded(student(texts)["input_ids"]))
 
 
 def groups_of(rows: TeacherRows, row: int) -> Groups:
-    """The groups of a row: which tokens of the student, which of the teacher."""
-    sides = [rows.alignment.student_BT[row].tolist(), rows.alignment.teacher_RU[row].tolist()]
-    numbers = sorted({number for side in sides for number in side} - {-1})
-    return [tuple([i for i, n in enumerate(side) if n == number] for side in sides) for number in numbers]  # type: ignore[misc]
+    """List the groups of a row, each as indices of the student's tokens and of the teacher's."""
+    both = [rows.alignment.student_BT[row].tolist(), rows.alignment.teacher_RU[row].tolist()]
+    numbers = sorted({number for group in both for number in group} - {-1})
+    return [tuple([i for i, n in enumerate(group) if n == number] for group in both) for number in numbers]  # type: ignore[misc]
 
 
 def spelled(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[bytes]:
-    """The bytes of each token, without the spaces that the tokenizer puts before a text and after special tokens."""
+    """Spell each token, without the spaces that the tokenizer puts before a text and after special tokens."""
     table = token_bytes(tokenizer)
     adds = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0].startswith("▁")
     pieces: list[bytes] = []
@@ -111,23 +111,23 @@ def spelled(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> list[byte
 
 
 def naive_groups(ours: Sequence[bytes], theirs: Sequence[bytes]) -> Groups:
-    """Groups of two tokenisations of the same bytes, found byte by byte."""
+    """Group the tokens of two tokenizations of the same bytes, byte by byte."""
     text = b"".join(ours)
     assert text == b"".join(theirs)
     groups: Groups = []
     one: list[int] = []
     other: list[int] = []
     i = j = our_end = their_end = 0
-    for place in range(len(text) + 1):
-        while i < len(ours) and our_end + len(ours[i]) <= place:
+    for offset in range(len(text) + 1):
+        while i < len(ours) and our_end + len(ours[i]) <= offset:
             our_end += len(ours[i])
             one.append(i)
             i += 1
-        while j < len(theirs) and their_end + len(theirs[j]) <= place:
+        while j < len(theirs) and their_end + len(theirs[j]) <= offset:
             their_end += len(theirs[j])
             other.append(j)
             j += 1
-        if our_end == their_end == place and one and other:
+        if our_end == their_end == offset and one and other:
             groups.append((one, other))
             one, other = [], []
     assert not one and not other

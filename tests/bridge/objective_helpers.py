@@ -1,4 +1,4 @@
-"""What the tests of the objectives share: a small batch of two models, and naive twins that loop over its groups."""
+"""Helpers of the objectives' tests: a small batch of two models, and naive twins that loop over its groups."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossModelAttention
-from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.inputs import AlignedStates
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import BridgeObjective, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
@@ -22,12 +22,13 @@ SHARED = SharedTokens(torch.tensor([0, 3, 4, 9]), torch.tensor([2, 1, 16, 5]))
 
 
 def randn(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    """Draw normal values from a generator of its own."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 @dataclass
 class Pair:
-    """Rows of texts: `groups` holds for each group the row and the places of its tokens on both sides."""
+    """A batch of both models; `groups` has for each group its row and the indices of its tokens in both models."""
 
     ids_BT: Tensor
     labels_BT: Tensor
@@ -45,7 +46,7 @@ class Pair:
     tables: tuple[Tensor, Tensor] = (randn(V, STUDENT, seed=4), randn(W, TEACHER, seed=5))
 
     def rows(self, rows: list[int]) -> "Pair":
-        """Some of the rows, in that order, their groups numbered anew."""
+        """Select rows, in that order, and renumber their groups."""
         kept = [group for row in rows for group in self.groups if group[0] == row]
         made = Pair(
             self.ids_BT[rows], self.labels_BT[rows], torch.full_like(self.group_BT[rows], -1),
@@ -58,15 +59,17 @@ class Pair:
             made.groups.append((rows.index(row), mine, yours))
         return made
 
-    def sides(self, hidden_BTd: Tensor, head: Head) -> tuple[Side, Side]:
-        student = Side.student(
+    def states(self, hidden_BTd: Tensor, head: Head) -> tuple[AlignedStates, AlignedStates]:
+        student = AlignedStates.of_student(
             hidden_BTd, head, self.ids_BT, self.labels_BT, self.group_BT, self.text_BT, self.tables[0]
         )
-        return student, Side.teacher(self.hidden_RUD, self.heads[1], self.ids_RU, self.group_RU, self.tables[1])
+        return student, AlignedStates.of_teacher(
+            self.hidden_RUD, self.heads[1], self.ids_RU, self.group_RU, self.tables[1]
+        )
 
 
 def make_pair(rows: int = 4, seed: int = 0) -> Pair:
-    """Rows of groups of one to three tokens of each side, with tokens of no group and unscored ones between them."""
+    """Make rows of groups of one to three tokens of each model, between tokens in no group and unscored ones."""
     draw = random.Random(seed)
     spans, groups = [], []
     for row in range(rows):
@@ -99,6 +102,7 @@ def make_pair(rows: int = 4, seed: int = 0) -> Pair:
 
 
 def make_objective(name: str, divergence: str | None = None, temperature: float | None = None) -> BridgeObjective:
+    """Make an objective of the registry with the options that fit a `Pair`."""
     options = {
         "divergence": get_divergence(divergence) if divergence else None,
         "temperature": temperature,
@@ -112,9 +116,9 @@ def make_objective(name: str, divergence: str | None = None, temperature: float 
 def run(
     objective: BridgeObjective, pair: Pair, weights: TermWeights, chunk: int | None = None
 ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-    """The total, its gradients with respect to the student's states and head, and the terms."""
+    """Compute the total, its gradients with respect to the student's states and head, and the terms."""
     hidden, weight = pair.hidden_BTd.clone().requires_grad_(), pair.heads[0].weight_VD.clone().requires_grad_()
-    total, terms = objective(*pair.sides(hidden, Head(weight)), weights, chunk)
+    total, terms = objective(*pair.states(hidden, Head(weight)), weights, chunk)
     return total, list(torch.autograd.grad(total, [hidden, weight])), terms
 
 
@@ -122,9 +126,16 @@ Compare = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def naive(pair: Pair, compare: Compare, weights: TermWeights) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """All logits at once in float64, a loop over groups; the total, its gradients, and the values of the groups.
+    """Compute all logits at once in float64 and loop over groups.
 
-    `compare` is given log-probabilities of the group for student and teacher, and their logits on its first token.
+    Args:
+        pair: the batch.
+        compare: computes the value of a group from its log-probabilities for student and teacher, and their logits
+            at its first token.
+        weights: of the terms.
+
+    Returns:
+        the total, its gradients as from `run`, and the values of the groups.
     """
     hidden = pair.hidden_BTd.double().requires_grad_()
     weight = pair.heads[0].weight_VD.double().requires_grad_()
@@ -133,13 +144,13 @@ def naive(pair: Pair, compare: Compare, weights: TermWeights) -> tuple[Tensor, l
     teacher = (pair.hidden_RUD.double() @ head.weight_VD.double().T + head.bias_V.double()) * head.scale
     teacher = head.softcap * torch.tanh(teacher / head.softcap)
 
-    def said(logits: Tensor, ids: Tensor, row: int, places: list[int]) -> Tensor:
+    def log_prob(logits: Tensor, ids: Tensor, row: int, places: list[int]) -> Tensor:
         return sum(logits[row, place - 1].log_softmax(-1)[ids[row, place]] for place in places)
 
     values = [
         compare(
-            said(student, pair.ids_BT, row, mine),
-            said(teacher, pair.ids_RU, row, yours),
+            log_prob(student, pair.ids_BT, row, mine),
+            log_prob(teacher, pair.ids_RU, row, yours),
             student[row, mine[0] - 1],
             teacher[row, yours[0] - 1],
         )
@@ -147,11 +158,13 @@ def naive(pair: Pair, compare: Compare, weights: TermWeights) -> tuple[Tensor, l
     ]
     total = weights.kd * sum(values)
     for row, place in (pair.labels_BT != -100).nonzero().tolist():
-        total = total - weights.ce * said(student, pair.ids_BT, row, [place])
+        total = total - weights.ce * log_prob(student, pair.ids_BT, row, [place])
     return total, list(torch.autograd.grad(total, [hidden, weight])), values
 
 
 def naive_alm(temperature: float) -> Compare:
+    """Chunk likelihood by KL(teacher | student)."""
+
     def compare(ours: Tensor, theirs: Tensor, *_: Tensor) -> Tensor:
         q, p = (ours / temperature).exp(), (theirs / temperature).exp()
         return temperature * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
@@ -160,6 +173,7 @@ def naive_alm(temperature: float) -> Compare:
 
 
 def naive_distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """Sum the differences of sorted probabilities rank by rank."""
     ours, theirs = sorted(ours, reverse=True), sorted(theirs, reverse=True)
     total = torch.zeros((), dtype=torch.float64)
     for rank in range(max(len(ours), len(theirs))):
@@ -169,6 +183,8 @@ def naive_distance(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
 
 
 def naive_uld(temperature: float) -> Compare:
+    """ULD on the first token of a group."""
+
     def compare(_: Tensor, __: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
         q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
         return temperature * naive_distance(list(q), list(p))
@@ -177,7 +193,7 @@ def naive_uld(temperature: float) -> Compare:
 
 
 def naive_shared(temperature: float, tokens: SharedTokens = SHARED) -> Compare:
-    """With the divergence KL(teacher | student)."""
+    """The hybrid of shared tokens by KL(teacher | student)."""
 
     def compare(_: Tensor, __: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
         q, p = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
@@ -194,7 +210,7 @@ def naive_shared(temperature: float, tokens: SharedTokens = SHARED) -> Compare:
 def naive_dskd(
     pair: Pair, attention: CrossModelAttention, weights: TermWeights, temperature: float
 ) -> tuple[Tensor, list[Tensor]]:
-    """DSKD-CMA position by position in float64: the total, gradients as of `naive`, then those of the maps."""
+    """Compute DSKD-CMA position by position in float64: the total, gradients as of `naive`, then those of the maps."""
     hidden = pair.hidden_BTd.double().requires_grad_()
     weight = pair.heads[0].weight_VD.double().requires_grad_()
     maps = [layer.weight.detach().double().requires_grad_() for layer in

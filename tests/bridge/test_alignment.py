@@ -5,8 +5,8 @@ import torch
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from cbd_trl.bridge.alignment import NOWHERE, Placed, align
-from tests.bridge.alignment_helpers import groups_of, naive_groups, normalising, random_texts, read, spelled, with_bos
+from cbd_trl.bridge.alignment import NOWHERE, TokenOffsets, align
+from tests.bridge.alignment_helpers import groups_of, naive_groups, normalizing, random_texts, read, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 
 TEXTS = [text for seed in range(4) for text in random_texts(seed, 15)]
@@ -19,10 +19,10 @@ def _tokenizers() -> dict[str, PreTrainedTokenizerFast]:
         "byte_fallback": make_tokenizer("byte_fallback", 500),
         "bos": with_bos(make_tokenizer("byte_fallback", 450, seed=1)),
         "unigram": make_tokenizer("unigram", 400),
-        "nfc": normalising("byte_level", normalizers.NFC()),
-        "nfkc": normalising("byte_fallback", normalizers.NFKC(), 450),
-        "nfkc unigram": normalising("unigram", normalizers.NFKC()),
-        "lower": normalising("byte_level", normalizers.Lowercase()),
+        "nfc": normalizing("byte_level", normalizers.NFC()),
+        "nfkc": normalizing("byte_fallback", normalizers.NFKC(), 450),
+        "nfkc unigram": normalizing("unigram", normalizers.NFKC()),
+        "lower": normalizing("byte_level", normalizers.Lowercase()),
     }
 
 
@@ -62,13 +62,13 @@ def test_groups_are_in_order_the_same_bytes_and_as_fine_as_can_be(student: str, 
         ours = spelled(one, one(text)["input_ids"])
         theirs = spelled(other, rows.ids_RU[row].tolist())
         groups = groups_of(rows, row)
-        for side in (0, 1):
-            order = [token for pair in groups for token in pair[side]]
+        for model in (0, 1):
+            order = [token for pair in groups for token in pair[model]]
             assert order == sorted(order)
         for mine, yours in groups:
             assert mine == list(range(mine[0], mine[-1] + 1)) and yours == list(range(yours[0], yours[-1] + 1))
             left, right = [ours[i] for i in mine], [theirs[j] for j in yours]
-            # A space that the teacher puts after a mark is not in the text.
+            # A space that the teacher puts after a special token is not in the text.
             assert b"".join(left) == b"".join(right)
             ends = [{sum(map(len, side[:n])) for n in range(1, len(side))} for side in (left, right)]
             assert not ends[0] & ends[1]
@@ -81,7 +81,7 @@ def test_groups_are_in_order_the_same_bytes_and_as_fine_as_can_be(student: str, 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_with_the_same_tokenizer_every_token_is_a_group(name: str) -> None:
     tokenizer = TOKENIZERS[name]
-    # Of two spaces at the start one is taken for added (`Reader.added_spaces`).
+    # Of two spaces at the start one is taken for added (`ByteAwareTokenizer.added_spaces`).
     texts = [text for text in TEXTS if not text[:2].isspace()]
     assert len(texts) > 50
     rows = read(tokenizer, tokenizer, texts)
@@ -93,13 +93,13 @@ def test_with_the_same_tokenizer_every_token_is_a_group(name: str) -> None:
     assert rows.unaligned == sum(row[1:].count(tokenizer.unk_token_id) for row in ids)
 
 
-def _placed(ends: list[int], usable: list[int] | None = None, marks: list[int] | None = None) -> Placed:
-    flags = [[1] * len(ends) if usable is None else usable, [0] * len(ends) if marks is None else marks]
-    return Placed(torch.tensor([ends]), *(torch.tensor([flag]).bool() for flag in flags))
+def _offsets(ends: list[int], usable: list[int] | None = None, special: list[int] | None = None) -> TokenOffsets:
+    flags = [[1] * len(ends) if usable is None else usable, [0] * len(ends) if special is None else special]
+    return TokenOffsets(torch.tensor([ends]), *(torch.tensor([flag]).bool() for flag in flags))
 
 
 def test_groups_by_hand() -> None:
-    found = align(_placed([2, 3, 5, 9]), _placed([1, 3, 4, 5, 6, 9]), torch.tensor([9]))
+    found = align(_offsets([2, 3, 5, 9]), _offsets([1, 3, 4, 5, 6, 9]), torch.tensor([9]))
     assert found.student_BT.tolist() == [[0, 0, 1, 2]]
     assert found.teacher_RU.tolist() == [[0, 0, 1, 1, 2, 2]]
     assert [side.tolist() for side in found.sizes()] == [[2, 1, 1], [2, 2, 2]]
@@ -108,35 +108,35 @@ def test_groups_by_hand() -> None:
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_token_that_cannot_be_used_spoils_its_group_only(side: int) -> None:
-    good, bad = _placed([1, 3, 4, 6]), _placed([1, 2, 3, 6], [1, 1, 0, 1])
+    good, bad = _offsets([1, 3, 4, 6]), _offsets([1, 2, 3, 6], [1, 1, 0, 1])
     pair = (bad, good) if side == 0 else (good, bad)
     found = align(*pair, torch.tensor([6]))
     groups = (found.student_BT, found.teacher_RU)
     assert groups[side].tolist() == [[0, -1, -1, 1]] and groups[1 - side].tolist() == [[0, -1, 1, 1]]
 
 
-def test_a_mark_is_only_aligned_with_a_mark() -> None:
-    found = align(_placed([2, 4, 6], marks=[1, 0, 1]), _placed([2, 4, 6], marks=[1, 1, 0]), torch.tensor([6]))
+def test_a_special_token_is_aligned_with_a_special_token_alone() -> None:
+    found = align(_offsets([2, 4, 6], special=[1, 0, 1]), _offsets([2, 4, 6], special=[1, 1, 0]), torch.tensor([6]))
     assert found.student_BT.tolist() == found.teacher_RU.tolist() == [[0, -1, -1]]
 
 
 def test_what_is_left_over_in_one_piece_does_not_reach_into_the_next() -> None:
     # The teacher's first text was cut after 2 of its 5 bytes.
-    found = align(_placed([2, 4, 5, 8, 9]), _placed([2, 8, 9]), torch.tensor([5, 9]))
+    found = align(_offsets([2, 4, 5, 8, 9]), _offsets([2, 8, 9]), torch.tensor([5, 9]))
     assert found.student_BT.tolist() == [[0, -1, -1, 1, 2]]
     assert found.teacher_RU.tolist() == [[0, 1, 2]]
 
 
 def test_tokens_outside_of_pieces_are_in_no_group() -> None:
-    found = align(_placed([-1, 2, -1, 4]), _placed([2, -1, 4, -1]), torch.tensor([4]))
+    found = align(_offsets([-1, 2, -1, 4]), _offsets([2, -1, 4, -1]), torch.tensor([4]))
     assert found.student_BT.tolist() == [[-1, 0, -1, 1]]
     assert found.teacher_RU.tolist() == [[0, -1, 1, -1]]
 
 
 @pytest.mark.parametrize("empty", [0, 1])
 def test_a_side_without_tokens_has_no_groups(empty: int) -> None:
-    sides = [_placed([1, 2]), _placed([1, 2])]
-    sides[empty] = _placed([-1, -1])
+    sides = [_offsets([1, 2]), _offsets([1, 2])]
+    sides[empty] = _offsets([-1, -1])
     found = align(sides[0], sides[1], torch.tensor([2]))
     assert found.groups == 0
     assert (found.student_BT == NOWHERE).all() and (found.teacher_RU == NOWHERE).all()

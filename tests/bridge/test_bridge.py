@@ -1,4 +1,4 @@
-"""Special tokens, broken rows, packing and normalisers: what is aligned, what is masked and counted."""
+"""Special tokens, broken rows, packing and normalizers: what is aligned, what is masked and counted."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.bridge import Bridge, StudentRows
-from cbd_trl.bridge.token_bytes import Reader
-from tests.bridge.alignment_helpers import groups_of, normalising, padded, random_texts, read, spelled, with_bos
+from cbd_trl.bridge.token_bytes import ByteAwareTokenizer
+from tests.bridge.alignment_helpers import groups_of, normalizing, padded, random_texts, read, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import corpus, fast, make_tokenizer
 
 TEXT = corpus(texts=1)[0]
@@ -30,7 +30,7 @@ def _other_roles() -> PreTrainedTokenizerFast:
     return _with_roles(tokenizer, eos_token="<end>", bos_token="<begin>")
 
 
-def test_eos_is_eos_and_other_marks_are_those_of_the_same_text() -> None:
+def test_eos_is_eos_and_other_special_tokens_are_those_of_the_same_text() -> None:
     student, teacher = make_tokenizer(), _other_roles()
     ids = student("<user>ba</s>lo<assistant>")["input_ids"]
     rows = Bridge(student, teacher).read(padded([ids]))
@@ -63,7 +63,7 @@ def test_a_bos_that_a_template_wrote_is_not_doubled() -> None:
     assert Bridge(plain, bos).read(padded([ids])).ids_RU[0].tolist() == ids
 
 
-def test_a_mark_that_the_teacher_lacks_is_left_out_and_no_group_reaches_over_it() -> None:
+def test_a_special_token_that_the_teacher_lacks_is_left_out_and_no_group_reaches_over_it() -> None:
     student, teacher = make_tokenizer(), make_tokenizer("byte_level", 700)
     student.add_special_tokens({"additional_special_tokens": ["<cut>"]})
     word = max((t for t in teacher.get_vocab() if t.isascii() and t.isalpha()), key=len)
@@ -82,7 +82,7 @@ def test_a_mark_that_the_teacher_lacks_is_left_out_and_no_group_reaches_over_it(
 def test_what_only_one_side_takes_for_special_is_masked(marked: str) -> None:
     plain, special = make_tokenizer(), make_tokenizer()
     special.add_special_tokens({"additional_special_tokens": ["<cut>"]})
-    # The teacher reads marks of the same text as text if it has none: the student has to write it so.
+    # The teacher reads special tokens as text if it lacks them: the student has to write it so.
     pair = (plain, special) if marked == "teacher" else (special, plain)
     ids = plain("ba <cut> lo")["input_ids"] if marked == "teacher" else special("ba <cut> lo")["input_ids"]
     rows = Bridge(*pair).read(padded([ids]))
@@ -102,12 +102,12 @@ def test_a_space_that_a_tokenizer_adds_is_not_text() -> None:
             assert rows.ids_RU[0].tolist() == expected
             last = groups_of(rows, 0)[-1]
             assert last == ([len(student(text)["input_ids"])], [len(expected) - 1])
-    assert Reader(fallback).space_at_start and not Reader(level).space_at_start
+    assert ByteAwareTokenizer(fallback).space_at_start and not ByteAwareTokenizer(level).space_at_start
 
 
-def test_a_space_after_a_mark_is_the_tokenizers_own() -> None:
+def test_a_space_after_a_special_token_is_the_tokenizers_own() -> None:
     tokenizer = make_tokenizer("unigram")
-    assert Reader(tokenizer).space_after_mark
+    assert ByteAwareTokenizer(tokenizer).space_after_special_token
     rows = read(tokenizer, make_tokenizer(), ["ba lo</s>to ri"])
     tokens = make_tokenizer().decode(rows.ids_RU[0])
     assert tokens == "ba lo</s>to ri"
@@ -203,10 +203,10 @@ def test_packed_rows_are_read_as_texts_of_their_own() -> None:
     ],
 )
 @pytest.mark.parametrize("kind", ["byte_level", "unigram"])
-def test_behind_what_a_normaliser_changed_the_alignment_goes_on(
+def test_after_what_a_normalizer_changed_the_alignment_goes_on(
     kind: str, normalizer: normalizers.Normalizer, text: str, aligned: str
 ) -> None:
-    student, teacher = make_tokenizer("byte_level", 300), normalising(kind, normalizer)
+    student, teacher = make_tokenizer("byte_level", 300), normalizing(kind, normalizer)
     ids = student(text)["input_ids"]
     rows = Bridge(student, teacher).read(padded([[student.pad_token_id, *ids]]))
     found = b"".join(spelled(student, ids)[i - 1] for mine, _ in groups_of(rows, 0) for i in mine)
@@ -217,9 +217,9 @@ def test_behind_what_a_normaliser_changed_the_alignment_goes_on(
     assert rows.unaligned > 0
 
 
-def test_words_that_a_normaliser_leaves_alone_are_all_aligned() -> None:
+def test_words_that_a_normalizer_leaves_alone_are_all_aligned() -> None:
     student, plain = make_tokenizer("byte_level", 300), make_tokenizer("byte_level", 700)
-    teacher = normalising("byte_level", normalizers.Lowercase(), 700)
+    teacher = normalizing("byte_level", normalizers.Lowercase(), 700)
     words = corpus(texts=2)[1].split()
     shouted = [word.upper() if i % 3 == 0 else word for i, word in enumerate(words)]
     text = " ".join(shouted)
@@ -236,7 +236,7 @@ def test_words_that_a_normaliser_leaves_alone_are_all_aligned() -> None:
 
 
 def test_spans_without_white_space_are_understood() -> None:
-    student, teacher = make_tokenizer("byte_level", 300), normalising("byte_level", normalizers.Lowercase(), 700)
+    student, teacher = make_tokenizer("byte_level", 300), normalizing("byte_level", normalizers.Lowercase(), 700)
     teacher.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     text = "BA lo to  ri va"
     spans = teacher(text, return_offsets_mapping=True)["offset_mapping"]
@@ -255,15 +255,15 @@ def test_rows_of_a_batch_begin_texts_whatever_their_positions() -> None:
     assert not rows.scored_BT[:, 0].any() and rows.scored_BT[:, 1:].all()
 
 
-def test_a_student_that_normalises_shows_the_teacher_what_it_read() -> None:
-    student = normalising("byte_level", normalizers.Lowercase())
+def test_a_student_that_normalizes_shows_the_teacher_what_it_read() -> None:
+    student = normalizing("byte_level", normalizers.Lowercase())
     teacher = make_tokenizer("byte_level", 700)
     rows = read(student, teacher, ["BA Lo"])
     assert teacher.decode(rows.ids_RU[0]) == "ba lo"
     assert rows.unaligned == 0
 
 
-def test_a_mark_that_swallows_white_space_is_masked_and_nothing_else() -> None:
+def test_a_special_token_that_swallows_white_space_is_masked_and_nothing_else() -> None:
     student, teacher = make_tokenizer(), make_tokenizer()
     teacher.add_tokens([AddedToken("<wide>", rstrip=True, lstrip=True)])
     rows = Bridge(student, teacher).read(padded([student("ba <wide> lo to")["input_ids"]]))

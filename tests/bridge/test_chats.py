@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.bridge import Bridge, TeacherRows
 from cbd_trl.bridge.chats import Chat, read_chats, render
-from cbd_trl.bridge.token_bytes import Reader
+from cbd_trl.bridge.token_bytes import ByteAwareTokenizer
 from tests.bridge.alignment_helpers import groups_of, naive_groups, padded, spelled, with_bos
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 
@@ -178,7 +178,7 @@ def test_a_chat_that_the_teachers_template_refuses_is_read_in_the_students(caplo
 
 
 def test_a_short_content_is_not_found_in_the_template() -> None:
-    rendered = render(Reader(_teacher()), Chat(CHATS[0]))
+    rendered = render(ByteAwareTokenizer(_teacher()), Chat(CHATS[0]))
     start, end = rendered.spans[0]  # type: ignore[misc]
     assert rendered.text[start - 6 : end] == "says: user"
     start, end = rendered.spans[1]  # type: ignore[misc]

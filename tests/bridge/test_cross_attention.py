@@ -1,4 +1,4 @@
-"""What of DSKD-CMA is trained, and by what."""
+"""Which parts of DSKD-CMA are trained, and by which term."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_of_the_teacher_and_of_tables_nothing_is_trained() -> None:
     tables = [table.clone().requires_grad_() for table in pair.tables]
     teacher_hidden = pair.hidden_RUD.clone().requires_grad_()
     pair.heads, pair.tables, pair.hidden_RUD = tuple(heads), tuple(tables), teacher_hidden
-    total, _ = objective(*pair.sides(pair.hidden_BTd.clone().requires_grad_(), heads[0]), TermWeights(kd=1.0, ce=0.0))
+    total, _ = objective(*pair.states(pair.hidden_BTd.clone().requires_grad_(), heads[0]), TermWeights(kd=1.0, ce=0.0))
     total.backward()
     assert heads[0].weight_VD.grad is not None
     assert all(tensor.grad is None for tensor in (heads[1].weight_VD, *tables, teacher_hidden))
@@ -41,7 +41,7 @@ def test_without_weight_the_maps_are_not_trained_and_the_terms_are_known_all_the
     objective = make_objective("dskd-cma")
     assert isinstance(objective, CrossAttention)
     head = Head(PAIR.heads[0].weight_VD.clone().requires_grad_())
-    total, terms = objective(*PAIR.sides(PAIR.hidden_BTd, head), TermWeights(kd=0.0, ce=1.0))
+    total, terms = objective(*PAIR.states(PAIR.hidden_BTd, head), TermWeights(kd=0.0, ce=1.0))
     total.backward()
     assert all(p.grad is None for p in objective.attention.parameters())
     _, _, weighted = run(objective, PAIR, TermWeights(kd=1.0, ce=1.0))
@@ -54,15 +54,15 @@ def test_the_maps_learn_and_the_divergence_changes_the_loss() -> None:
     assert isinstance(objective, CrossAttention)
     attention = objective.attention
     optimizer = torch.optim.Adam(attention.parameters(), lr=0.05)
-    sides = PAIR.sides(PAIR.hidden_BTd, PAIR.heads[0])
+    states = PAIR.states(PAIR.hidden_BTd, PAIR.heads[0])
     right = []
     for _ in range(60):
-        total, _ = objective(*sides, TermWeights(kd=1.0, ce=0.0))
+        total, _ = objective(*states, TermWeights(kd=1.0, ce=0.0))
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
-        seen_NV = PAIR.heads[0].logits(attention(*sides)[0].detach())
-        right.append(int((seen_NV.argmax(-1) == sides[0].targets_N).sum()))
+        seen_NV = PAIR.heads[0].logits(attention(*states)[0].detach())
+        right.append(int((seen_NV.argmax(-1) == states[0].targets_N).sum()))
     # The maps learn what follows from the teacher's states, and where they know it the student is compared.
     assert right[-1] > right[0] + 5
     found = {
@@ -75,9 +75,9 @@ def test_the_maps_learn_and_the_divergence_changes_the_loss() -> None:
 def test_sides_of_other_widths_are_refused() -> None:
     pair = make_pair()
     attention = CrossModelAttention(STUDENT, TEACHER + 1)
-    sides = pair.sides(pair.hidden_BTd, pair.heads[0])
-    with pytest.raises(ValueError, match=r"teacher's embeddings and hidden states are 6 and 6 wide.*made for 7 and 7"):
-        attention(*sides)
+    states = pair.states(pair.hidden_BTd, pair.heads[0])
+    with pytest.raises(ValueError, match=r"teacher.*\b6 and 6\b.*\b7 and 7\b"):
+        attention(*states)
     pair.tables = (pair.tables[0], randn(W, 3, seed=0))
-    with pytest.raises(ValueError, match=r"are 3 and 6 wide.*use another objective"):
-        CrossModelAttention(STUDENT, TEACHER)(*pair.sides(pair.hidden_BTd, pair.heads[0]))
+    with pytest.raises(ValueError, match=r"teacher.*\b3 and 6\b"):
+        CrossModelAttention(STUDENT, TEACHER)(*pair.states(pair.hidden_BTd, pair.heads[0]))

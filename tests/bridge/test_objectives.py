@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention, CrossModelAttention
-from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.inputs import AlignedStates
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import OBJECTIVES, get_mixture, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
@@ -71,7 +71,7 @@ def test_chunked_cross_attention_is_the_naive_twin_in_value_and_gradient(chunk: 
     attention = objective.attention
     expected, gradients = naive_dskd(PAIR, attention, BOTH, 1.5)
     hidden, weight = PAIR.hidden_BTd.clone().requires_grad_(), PAIR.heads[0].weight_VD.clone().requires_grad_()
-    total, _ = objective(*PAIR.sides(hidden, Head(weight)), BOTH, chunk)
+    total, _ = objective(*PAIR.states(hidden, Head(weight)), BOTH, chunk)
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
     maps = [layer.weight for layer in (attention.query, attention.to_student, attention.to_teacher)]
     assert_same(list(torch.autograd.grad(total, [hidden, weight, *maps])), gradients)
@@ -87,14 +87,14 @@ def test_the_teachers_cross_entropy_is_that_of_all_tokens_of_the_groups(name: st
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_are_the_same_whatever_the_batch_and_the_order_of_its_rows(name: str) -> None:
     objective = make_objective(name)
-    total, (states, head), _ = run(objective, PAIR, BOTH)
-    turned, (turned_states, turned_head), _ = run(objective, PAIR.rows([2, 0, 3, 1]), BOTH)
+    total, (hidden_grad, head), _ = run(objective, PAIR, BOTH)
+    turned, (turned_hidden, turned_head), _ = run(objective, PAIR.rows([2, 0, 3, 1]), BOTH)
     assert turned.item() == pytest.approx(total.item(), rel=1e-5)
-    assert_same([turned_states, turned_head], [states[[2, 0, 3, 1]].double(), head.double()])
+    assert_same([turned_hidden, turned_head], [hidden_grad[[2, 0, 3, 1]].double(), head.double()])
     parts = [run(objective, PAIR.rows(rows), BOTH) for rows in ([0], [1, 2, 3])]
     assert sum(part[0] for part in parts).item() == pytest.approx(total.item(), rel=1e-5)
     split = [torch.cat([part[1][0] for part in parts]), sum(part[1][1] for part in parts)]
-    assert_same(split, [states.double(), head.double()])
+    assert_same(split, [hidden_grad.double(), head.double()])
 
 
 def without_groups(pair: Pair, labels: Tensor) -> Pair:
@@ -132,14 +132,17 @@ def test_zero_where_teacher_and_student_are_the_same(name: str) -> None:
     objective = get_objective(name, tokens=tokens, table=table)
     leaf = hidden.clone().requires_grad_()
     text = torch.arange(2)[:, None].expand(2, 9)
-    sides = Side.student(leaf, head, ids, ids, group, text), Side.teacher(hidden, head, ids, group)
-    total, terms = objective(*sides, TermWeights(kd=1.0, ce=0.0))
+    states = (
+        AlignedStates.of_student(leaf, head, ids, ids, group, text),
+        AlignedStates.of_teacher(hidden, head, ids, group),
+    )
+    total, terms = objective(*states, TermWeights(kd=1.0, ce=0.0))
     total.backward()
     assert total.item() == pytest.approx(0.0, abs=1e-4) and len(terms["kd"]) == 16
     assert leaf.grad is not None and leaf.grad.abs().max() < 2e-3
     torch.testing.assert_close(terms["teacher_ce"], terms["ce"], rtol=1e-4, atol=1e-5)
-    other = Side.teacher(randn(2, 9, STUDENT, seed=2, scale=2.0), head, ids, group)
-    assert objective(sides[0], other, TermWeights(kd=1.0, ce=0.0))[0] > 1.0
+    other = AlignedStates.of_teacher(randn(2, 9, STUDENT, seed=2, scale=2.0), head, ids, group)
+    assert objective(states[0], other, TermWeights(kd=1.0, ce=0.0))[0] > 1.0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,24 +176,24 @@ def test_a_mixture_is_the_weighted_sum_of_its_parts() -> None:
 
 
 def test_mixtures_without_meaning_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'uld' has weight 0\.0 in a mixture.*Leave it out"):
+    with pytest.raises(ValueError, match=r"'uld'.*\b0\.0\b"):
         get_mixture({"alm": 1.0, "uld": 0.0})
-    with pytest.raises(ValueError, match="A mixture of no objectives: name one"):
+    with pytest.raises(ValueError, match="alm, uld"):
         get_mixture({})
-    with pytest.raises(ValueError, match=r"'dskd-cma' cannot be mixed.*Use it alone"):
+    with pytest.raises(ValueError, match=r"'dskd-cma'.*get_objective"):
         get_mixture({"dskd-cma": 1.0}, attention=CrossModelAttention(2, 3))
-    with pytest.raises(ValueError, match=r"Unknown objective 'ulb'.*Did you mean 'uld'"):
+    with pytest.raises(ValueError, match=r"'ulb'.*'uld'"):
         get_mixture({"alm": 1.0, "ulb": 1.0})
 
 
 def test_what_has_no_meaning_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"Unknown objective 'almm': there are alm, uld, .*Did you mean 'alm'\?"):
+    with pytest.raises(ValueError, match=r"'almm'.*alm, uld, .*'alm'"):
         get_objective("almm")
-    with pytest.raises(ValueError, match=r"'shared' was given no `tokens`.*SharedTokens\.of"):
+    with pytest.raises(ValueError, match=r"'shared'.*`tokens`.*SharedTokens\.of"):
         get_objective("shared")
-    with pytest.raises(ValueError, match=r"'dskd-cma' was given no `attention`.*CrossModelAttention"):
+    with pytest.raises(ValueError, match=r"'dskd-cma'.*`attention`.*CrossModelAttention"):
         get_objective("dskd-cma", tokens=SHARED)
-    with pytest.raises(ValueError, match=r"temperature=0\.0: .*above 0"):
+    with pytest.raises(ValueError, match=r"temperature=0\.0\b"):
         get_objective("uld", temperature=0.0)
-    with pytest.raises(ValueError, match=r"top_k=0: .*at least 1"):
+    with pytest.raises(ValueError, match=r"top_k=0\b"):
         get_objective("uld", top_k=0)

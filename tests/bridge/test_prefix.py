@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.inputs import AlignedStates
 from cbd_trl.bridge.objectives.prefix import NO_NODE, ROOT, PrefixObjective, PrefixTable
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
@@ -47,16 +47,16 @@ def naive_target(
     logits = head.softcap * torch.tanh(logits / head.softcap)
     row, mine, yours = pair.groups[number]
 
-    def begun(group: int, said: tuple[int, ...]) -> tuple[Tensor, float]:
-        """Continuations of a beginning, and the beginning as a whole token."""
+    def begun(group: int, written: tuple[int, ...]) -> tuple[Tensor, float]:
+        """Sum the continuations of a beginning, and the beginning as a whole token."""
         where, _, tokens = pair.groups[group]
         p = (logits[where, tokens[0] - 1] / temperature).softmax(-1)
         going, whole = torch.zeros(V, dtype=torch.float64), 0.0
         for token, own in spelled.items():
-            if own == said:
+            if own == written:
                 whole += p[token]
-            elif own[: len(said)] == said:
-                going[own[len(said)]] += p[token]
+            elif own[: len(written)] == written:
+                going[own[len(written)]] += p[token]
         return going, whole
 
     ids = pair.ids_BT[row].tolist()
@@ -136,35 +136,37 @@ def test_within_one_vocabulary_it_is_the_divergence() -> None:
     pair.heads = (pair.heads[0], head)
     pair.ids_RU %= V
     _, _, terms = run(PrefixObjective(PrefixTable.from_spellings(spelled, V)), pair, TermWeights(1.0, 0.0, 0.0))
-    student, teacher = pair.sides(pair.hidden_BTd, pair.heads[0])
-    begins_N = student.begins_N
-    logs = [head.logits(side.hidden_ND[side.begins_N]).log_softmax(-1)
+    student, teacher = pair.states(pair.hidden_BTd, pair.heads[0])
+    group_start_N = student.group_start_N
+    logs = [head.logits(side.hidden_ND[side.group_start_N]).log_softmax(-1)
             for head, side in ((pair.heads[0], student), (head, teacher))]  # fmt: skip
-    torch.testing.assert_close(terms["kd"][begins_N], KL(*logs))
-    assert begins_N.any() and terms["kd"][~begins_N].abs().max() == 0
+    torch.testing.assert_close(terms["kd"][group_start_N], KL(*logs))
+    assert group_start_N.any() and terms["kd"][~group_start_N].abs().max() == 0
 
 
-def test_is_zero_where_the_student_says_what_the_teacher_does() -> None:
+def test_is_zero_where_the_student_predicts_what_the_teacher_does() -> None:
     """One group of " run", one of the whole next word: the sum over spellings, and what else could have come."""
     spelled = {0: (0,), 1: (0, 1), 2: (2,), 3: (0, 3)}
     table = PrefixTable.from_spellings(spelled, 4)
     p_W = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.0, 0.0, 1.0, 0.0]])
-    first_rV = table.first_tokens(p_W, 4)
+    first_rV = table.first_token_probabilities(p_W, 4)
     torch.testing.assert_close(first_rV, torch.tensor([[0.7, 0.0, 0.3, 0.0], [0.0, 0.0, 1.0, 0.0]]))
     node_r = table.child(torch.tensor([ROOT, ROOT]), torch.tensor([0, 1]))
     assert node_r[0] != NO_NODE and node_r[1] == NO_NODE
-    going_rV, whole_r = table.continued(p_W, torch.tensor([0]), node_r[:1], torch.tensor([1]), 4)
-    torch.testing.assert_close(going_rV, torch.tensor([[0.0, 0.1, 0.0, 0.2]]))
+    longer_rV, whole_r = table.continuations(p_W, torch.tensor([0]), node_r[:1], torch.tensor([1]), 4)
+    torch.testing.assert_close(longer_rV, torch.tensor([[0.0, 0.1, 0.0, 0.2]]))
     torch.testing.assert_close(whole_r, torch.tensor([0.4]))
 
-    def one_row(weight_VD: Tensor, ids: list[int], states: Tensor) -> Side:
+    def one_row(weight_VD: Tensor, ids: list[int], states: Tensor) -> AlignedStates:
         ids_BT = torch.tensor([[9, *ids]]) % 4
         labels_BT = ids_BT.clone()
         labels_BT[0, 0] = -100
         groups_BT = torch.tensor([[-1, *range(len(ids))]])
-        return Side.student(states, Head(weight_VD), ids_BT, labels_BT, groups_BT, torch.zeros_like(ids_BT))
+        return AlignedStates.of_student(
+            states, Head(weight_VD), ids_BT, labels_BT, groups_BT, torch.zeros_like(ids_BT)
+        )
 
-    # The teacher says " run" and then token 2; the student is right to say 0.4 / 0.7 of it, and the endings.
+    # The teacher predicts " run" and then token 2; the student should give 0.4 / 0.7 to that, the rest to the endings.
     eye, log_RUW = torch.eye(4), (p_W + 1e-30).log()[None]
     teacher = one_row(eye, [0, 2], torch.cat([log_RUW, log_RUW[:, :1]], 1))
     right = torch.tensor([[[0.7, 1e-30, 0.3, 1e-30], [1e-30, 1 / 7, 4 / 7, 2 / 7], [0.25] * 4]]).log()
@@ -194,23 +196,23 @@ def test_the_table_is_moved_as_a_whole_and_not_at_every_chunk(monkeypatch: pytes
     assert table.to(torch.device("cpu")) is table
 
     parts = {part.untyped_storage().data_ptr() for part in vars(table).values() if isinstance(part, Tensor)}
-    stock, moved, asked = Tensor.to, [], []
+    stock, moved, devices = Tensor.to, [], []
 
     def move(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
         if tensor.untyped_storage().data_ptr() in parts:
             moved.append(tensor)
         return stock(tensor, *arguments, **options)
 
-    def ask(self: PrefixTable, device: torch.device) -> PrefixTable:
-        asked.append(device)
+    def record(self: PrefixTable, device: torch.device) -> PrefixTable:
+        devices.append(device)
         return self
 
     monkeypatch.setattr(Tensor, "to", move)
     run(PrefixObjective(table), few_tokens(1), TermWeights(0.7, 0.4), chunk=3)
     assert not moved
-    monkeypatch.setattr(PrefixTable, "to", ask)
+    monkeypatch.setattr(PrefixTable, "to", record)
     run(PrefixObjective(table), few_tokens(1), TermWeights(0.7, 0.4), chunk=3)
-    assert len(asked) == 1
+    assert len(devices) == 1
 
 
 @pytest.mark.parametrize("student", ["byte_level", "byte_fallback", "unigram"])
@@ -232,9 +234,9 @@ def test_spellings_have_the_bytes_of_the_token(student: str, teacher: str) -> No
         node = torch.tensor([ROOT])
         for depth, token in enumerate(row, start=1):
             node = table.child(node, torch.tensor([token]))
-            alike = [own for own in spelled.values() if own[:depth] == row[:depth]]
-            assert int(table.end_X[node] - table.start_X[node]) == len(alike)
-            assert int(table.longer_X[node] - table.start_X[node]) == sum(len(own) == depth for own in alike)
+            beginning = [own for own in spelled.values() if own[:depth] == row[:depth]]
+            assert int(table.end_X[node] - table.start_X[node]) == len(beginning)
+            assert int(table.longer_X[node] - table.start_X[node]) == sum(len(own) == depth for own in beginning)
 
 
 def test_no_spelling_is_refused() -> None:

@@ -149,7 +149,7 @@ def test_of_many_added_tokens_those_that_are_used_are_kept_and_the_size_is_reach
 
 
 def _check_kept_rows(model: Any, reduced: Reduction) -> None:
-    """Of ids that both have the two models say the same."""
+    """Both models predict the same for the ids that both have."""
     new = torch.tensor(list(reduced.match.source))
     old = torch.tensor(list(reduced.match.source.values()))
     draw = torch.randint(len(new), (2, 12), generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbd_trl.bridge.objectives.groups import Said
+from cbd_trl.bridge.objectives.groups import GroupPrediction
 from cbd_trl.bridge.objectives.shared_tokens import SharedHybrid, SharedTokens
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
@@ -19,7 +19,9 @@ KL = get_divergence("forward_kl")
 def hybrid(objective: SharedHybrid, student: Tensor, teacher: Tensor) -> Tensor:
     """A group for each row of logits."""
     groups = torch.arange(len(student))
-    return objective.compare(student, torch.zeros(len(student)), Said(groups, torch.zeros(len(student)), teacher))
+    return objective.compare(
+        student, torch.zeros(len(student)), GroupPrediction(groups, torch.zeros(len(student)), teacher)
+    )
 
 
 @pytest.mark.parametrize("student", ["byte_level", "byte_fallback", "unigram"])

@@ -1,4 +1,4 @@
-"""What a tokenizer adds to a text by itself, carried over to another: proved by ids and by what a model says."""
+"""What a tokenizer adds to a text by itself, carried over to another: proved by ids and by a model's logits."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _RULES = {"none": "$A", "bos": "<s> $A", "both": "<s> $A </s>", "two": "<s> <use
 
 
 def _adding(tokenizer: PreTrainedTokenizerFast, rule: str, beside: str = "") -> PreTrainedTokenizerFast:
-    """A tokenizer that adds marks by one of `_RULES`, its post-processor alone, beside others, or another kind."""
+    """Make a tokenizer add special tokens by one of `_RULES`, by one post-processor or beside others."""
     ids = tokenizer.get_vocab()
     marks = [(token, ids[token]) for token in ("<s>", "</s>", "<user>") if token in _RULES[rule]]
     template = processors.TemplateProcessing(single=_RULES[rule], pair=f"{_RULES[rule]} $B:1", special_tokens=marks)
@@ -84,7 +84,7 @@ def _spelling(rule: str, *tokens: str, **roles: str) -> PreTrainedTokenizerFast:
     ],
     ids=["own", "one for both", "no begin", "neither"],
 )
-def test_a_model_says_the_same_of_a_text_where_its_begin_is_carried_over(
+def test_a_model_predicts_the_same_for_a_text_where_its_begin_is_carried_over(
     roles: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
     old = _spelling("bos", "a", "b", "c", bos_token="<s>", eos_token="</s>")

@@ -1,4 +1,4 @@
-"""Transplants proved by what the models say: on ids, on permuted ids, and row by row."""
+"""Transplants proved by the models' logits: on ids, on permuted ids, and row by row."""
 
 import copy
 
@@ -205,41 +205,39 @@ def test_a_trained_tokenizer_of_another_kind_takes_the_place(kinds: tuple[str, s
 
 def test_wrong_arguments_are_refused() -> None:
     old, new, model = _full(), _tokenizer(["a", "ab"]), tiny_model("llama")
-    with pytest.raises(
-        ValueError, match=r"Unknown method 'weigthed': there are mean, weighted, omp. Did you mean 'wei"
-    ):
+    with pytest.raises(ValueError, match=r"'weigthed'.*mean, weighted, omp.*'weighted'"):
         transplant_vocabulary(model, old, new, "weigthed")
-    with pytest.raises(ValueError, match=r"'omp' needs a `donor_model`.*use 'mean' or 'weighted'"):
+    with pytest.raises(ValueError, match=r"'omp'.*`donor_model`"):
         transplant_vocabulary(model, old, new, "omp")
     for method in METHODS[:2]:
-        with pytest.raises(ValueError, match=rf"'{method}' takes no `donor_model`"):
+        with pytest.raises(ValueError, match=rf"'{method}'.*`donor_model`"):
             transplant_vocabulary(model, old, new, method, donor_model=model)
-    with pytest.raises(ValueError, match="must be at least 1, got 0 and 1"):
+    with pytest.raises(ValueError, match=r"atoms.*\b0 and 1\b"):
         transplant_vocabulary(model, old, new, "omp", donor_model=model, atoms=0)
-    with pytest.raises(ValueError, match="must be at least 1, got 64 and 0"):
+    with pytest.raises(ValueError, match=r"pad_to_multiple_of.*\b64 and 0\b"):
         transplant_vocabulary(model, old, new, pad_to_multiple_of=0)
 
 
 def test_a_tokenizer_that_is_not_the_models_is_refused() -> None:
     model = tiny_model("llama")
-    with pytest.raises(ValueError, match=r"old_tokenizer has ids up to 350, model only 64 rows.*not the tokenizer of"):
+    with pytest.raises(ValueError, match=r"old_tokenizer.*\b350\b.*\b64\b"):
         transplant_vocabulary(model, make_tokenizer(size=351), _full())
-    with pytest.raises(ValueError, match=r"new_tokenizer has ids up to 54, donor_model only 20 rows"):
+    with pytest.raises(ValueError, match=r"new_tokenizer.*\b54\b.*donor_model.*\b20\b"):
         donor = tiny_model("llama", vocab_size=20)
         transplant_vocabulary(model, _tokenizer(["a"]), _full(), "omp", donor_model=donor)
-    with pytest.raises(ValueError, match="have no token of the same bytes"):
+    with pytest.raises(ValueError, match=r"\b4 and 4\b"):
         transplant_vocabulary(model, _tokenizer(["a"]), _tokenizer(["b"]))
-    with pytest.raises(ValueError, match="cannot be turned into the exact bytes"):
+    with pytest.raises(ValueError, match="pre-tokenizer"):
         transplant_vocabulary(model, tiny_tokenizer(), _full())
 
 
 def test_a_model_without_plain_tables_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"model is a Linear, not a transformers model.*merge_and_unload"):
+    with pytest.raises(TypeError, match=r"model.*Linear.*merge_and_unload"):
         transplant_vocabulary(torch.nn.Linear(2, 2), _full(), _full())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"embeddings of model are offloaded: load it whole"):
+    with pytest.raises(ValueError, match=r"model.*offloaded"):
         transplant_vocabulary(tiny_model("llama").to("meta"), _full(), _full())
     model = tiny_model("llama")
-    quantised = torch.zeros(64, 32, dtype=torch.int8)
-    model.get_input_embeddings().weight = torch.nn.Parameter(quantised, requires_grad=False)
-    with pytest.raises(ValueError, match=r"are quantised \(torch.int8\)"):
+    quantized = torch.zeros(64, 32, dtype=torch.int8)
+    model.get_input_embeddings().weight = torch.nn.Parameter(quantized, requires_grad=False)
+    with pytest.raises(ValueError, match=r"model.*torch\.int8"):
         transplant_vocabulary(model, _full(), _full())

@@ -10,7 +10,7 @@ from cbd_trl.bridge import reduce_vocabulary, transplant_vocabulary
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
-from cbd_trl.bridge.token_bytes import Vocabulary, pieces_of, token_bytes
+from cbd_trl.bridge.token_bytes import Vocabulary, token_bytes, tokenize_bytes
 from cbd_trl.bridge.vocabulary import covered_share, match_vocabularies
 from cbd_trl.report.measure import scored_bytes
 from cbd_trl.utils.blocks import TokenBlocks
@@ -26,7 +26,7 @@ def test_pieces_have_the_bytes_of_the_chunk(kind: str) -> None:
     chunks = [word.encode() for word in ["baké", " lomün", "数学 ba\n" if kind != "unigram" else "数学 ba"]]
     if kind != "unigram":
         chunks += ["数".encode()[:2], b"a" + "é".encode()[1:] + b" b", bytes(range(256))]
-    for chunk, pieces in zip(chunks, pieces_of(Vocabulary.of(tokenizer), chunks), strict=True):
+    for chunk, pieces in zip(chunks, tokenize_bytes(Vocabulary.of(tokenizer), chunks), strict=True):
         assert b"".join(table[index] for index in pieces) == chunk  # type: ignore[misc]
 
 
@@ -34,11 +34,11 @@ def test_pieces_have_the_bytes_of_the_chunk(kind: str) -> None:
 def test_a_token_of_the_tokenizer_itself_is_one_piece(kind: str) -> None:
     tokenizer = make_tokenizer(kind)
     texts = [data for data in token_bytes(tokenizer) if data and len(data) > 3]
-    assert texts and [len(pieces) for pieces in pieces_of(Vocabulary.of(tokenizer), texts)] == [1] * len(texts)
+    assert texts and [len(pieces) for pieces in tokenize_bytes(Vocabulary.of(tokenizer), texts)] == [1] * len(texts)
 
 
 def test_what_no_token_can_write_has_no_pieces() -> None:
-    assert pieces_of(Vocabulary.of(letters("a", "b")), [b"ab", b"ac", b"cc", b"\xff", b""]) == [
+    assert tokenize_bytes(Vocabulary.of(letters("a", "b")), [b"ab", b"ac", b"cc", b"\xff", b""]) == [
         (0, 1),
         (0,),
         (),
@@ -106,7 +106,7 @@ def test_the_share_of_covered_bytes() -> None:
     match = match_vocabularies(old, new)
     assert covered_share(match, new, ["abc", "c"]) == 0.5
     assert covered_share(match_vocabularies(old, old), old, [*corpus(texts=1), "abc"]) == 1.0
-    with pytest.raises(ValueError, match="is that of a text, got no text"):
+    with pytest.raises(ValueError, match="texts"):
         covered_share(match, new, [""])
 
 
@@ -153,5 +153,5 @@ def test_added_tokens_are_read_a_few_times_and_not_once_for_each_token(monkeypat
 
 
 def test_nothing_in_common_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(3 and 2 tokens\) have no token of the same bytes.*Check that both"):
+    with pytest.raises(ValueError, match=r"\b3 and 2\b"):
         match_vocabularies(letters("a", "b", eos_token="<e>"), letters("c", eos_token="<e>"))

@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that keeps its bytes, trained in a moment."""
+"""Small tokenizers of every kind with exact bytes, trained in a moment."""
 
 import functools
 import json
@@ -19,14 +19,14 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def corpus(seed: int = 0, texts: int = 60) -> list[str]:
-    """Texts of made-up words in several scripts; a few words are frequent, so that there is something to merge."""
+    """Make texts of invented words in several scripts; some are frequent, so that there is something to merge."""
     draw = random.Random(seed)
     words = ["".join(draw.choices(_SYLLABLES, k=draw.randint(1, 4))) for _ in range(150)]
     return [" ".join(draw.choices(words, weights=range(1, 151), k=30)) + ".\n" for _ in range(texts)]
 
 
 def make_tokenizer(kind: str = "byte_level", size: int = 400, seed: int = 0) -> PreTrainedTokenizerFast:
-    """Trained on `corpus(seed)`, with pad, bos, eos, unk and two chat marks as its first ids.
+    """Train a tokenizer on `corpus(seed)`; its first ids are pad, bos, eos, unk and two special tokens of chats.
 
     Args:
         kind: one of `KINDS`.
@@ -37,7 +37,7 @@ def make_tokenizer(kind: str = "byte_level", size: int = 400, seed: int = 0) -> 
 
 
 def fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
-    """A tokenizer as transformers wants it, with the roles of `SPECIAL`."""
+    """Wrap a tokenizer for transformers, with the roles of `SPECIAL`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
@@ -49,7 +49,7 @@ def fast(backend: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def letters(*tokens: str, **roles: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of these tokens in this order, those with a role special, merged from the left."""
+    """Make a tokenizer of these tokens in this order, merged from the left; those with a role are special."""
     vocabulary = {token: index for index, token in enumerate([*tokens, *dict.fromkeys(roles.values())])}
     merges = [(token[:-1], token[-1]) for token in tokens if {token[:-1], token[-1]} <= set(tokens)]
     backend = Tokenizer(models.BPE(vocabulary, merges))

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditional
 from cbd_trl import BridgeDistillTrainer
 from cbd_trl.bridge.bridge import Bridge
 from cbd_trl.trainers.bridge_teacher import TeacherWatch
-from tests.bridge.alignment_helpers import normalising, padded
+from tests.bridge.alignment_helpers import normalizing, padded
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (
     make_bridge,
@@ -212,7 +212,7 @@ def test_text_that_does_not_survive_a_tokenizer_is_masked_and_counted(side: str)
         # A tokenizer without bytes: what it has no letters for is unknown to it.
         own = how["processing_class"] = make_tokenizer("unigram", 300)
     else:
-        theirs = how["teacher_processing_class"] = normalising("byte_level", Lowercase(), 420)
+        theirs = how["teacher_processing_class"] = normalizing("byte_level", Lowercase(), 420)
     ids = own("ba lo WXQ ri sta</s>")["input_ids"]
     logs, _ = one_step(make_bridge(train_dataset=Dataset.from_dict({"input_ids": [ids]}), **how))
     read = Bridge(own, theirs).read(padded([ids]))

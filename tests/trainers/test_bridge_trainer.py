@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cbd_trl.bridge.bridge import Bridge, StudentRows
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT
-from tests.bridge.alignment_helpers import normalising
+from tests.bridge.alignment_helpers import normalizing
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.trainers.bridge_runs import (
     make_bridge,
@@ -219,7 +219,7 @@ def test_a_teacher_that_reads_less_than_a_row_is_given_what_it_can() -> None:
 
 
 def test_data_without_a_common_token_is_refused_before_training() -> None:
-    lower = normalising("byte_level", Lowercase(), 420)
+    lower = normalizing("byte_level", Lowercase(), 420)
     loud = [students_tokenizer()(text)["input_ids"] for text in ("BALO", "STAVARI")]
     scored = sum(len(ids) - 1 for ids in loud)
     how = {"teacher_processing_class": lower}

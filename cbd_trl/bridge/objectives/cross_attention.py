@@ -1,4 +1,4 @@
-"""DSKD-CMA: each model's states brought to the other's tokens and head by attention (Zhang et al., arXiv 2406.17328).
+"""DSKD-CMA: each model's states mapped to the other's tokens and head by attention (Zhang et al., arXiv 2406.17328).
 
 Shapes: N positions of the student, M of the teacher, d and D their widths.
 """
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.bridge.objectives.inputs import Side, chunked_cross_entropy, common_chunk, on_first
+from cbd_trl.bridge.objectives.inputs import AlignedStates, at_group_starts, chunked_cross_entropy, common_chunk
 from cbd_trl.losses.divergences import Divergence, get_divergence
 from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
@@ -21,16 +21,16 @@ from cbd_trl.losses.teacher_outputs import HiddenOutputs, LogitPrediction
 
 
 class CrossModelAttention(nn.Module):
-    """The projections of DSKD-CMA, no part of the student: query (2d to 2D), t2s (D to d) and s2t (d to D).
+    """The projections of DSKD-CMA, which are not part of the student: query (2d to 2D), t2s (D to d) and s2t (d to D).
 
     With h the last hidden states, e(x) and e(y) the embeddings of the token that is read and of the one that follows,
-    and u what brings a vector to a common size:
+    and u the scaling of a vector to a root mean square of 1:
 
         Q = W_q u[e_S(x); e_S(y)], (N, 2D); K = u[e_T(x); e_T(y)], (M, 2D); Z = Q K^T / sqrt(2D), (N, M)
-        there = softmax(Z) W_t2s (u h_T + u e_T(y)), (N, d); back = softmax(Z^T) W_s2t h_S, (M, D)
+        h_T2S = softmax(Z) W_t2s (u h_T + u e_T(y)), (N, d); h_S2T = softmax(Z^T) W_s2t h_S, (M, D)
 
-    Each position of the student attends to those of the teacher in the same text, and for the way back each of the
-    teacher's to those of the student. The equations are those of the authors' code (songmzhang/DSKD).
+    Each position of the student attends to those of the teacher in the same text, and in the other direction each
+    of the teacher's to those of the student. The equations are those of the authors' code (songmzhang/DSKD).
 
     Deviations: u divides each vector by its own root mean square; in that code it divides what is the teacher's by the
     standard deviation of the batch, so that a loss depends on what else is in the micro-batch, and leaves the
@@ -56,8 +56,8 @@ class CrossModelAttention(nn.Module):
         self.to_student = linear(teacher_width, student_width)
         self.to_teacher = linear(student_width, teacher_width)
 
-    def forward(self, student: Side, teacher: Side) -> tuple[Tensor, Tensor]:
-        """Carry the states over.
+    def forward(self, student: AlignedStates, teacher: AlignedStates) -> tuple[Tensor, Tensor]:
+        """Map the states of each model to the other.
 
         Args:
             student: with embeddings as wide as its states.
@@ -68,7 +68,7 @@ class CrossModelAttention(nn.Module):
             student's as the teacher's (M, D), likewise. Gradients go to the maps and, in the second, to the student.
 
         Raises:
-            ValueError: for a side without embeddings or with others than were announced.
+            ValueError: if a model has no embeddings, or widths other than the projections.
         """
         self._check(student, self.to_teacher.in_features, "student")
         self._check(teacher, self.to_student.in_features, "teacher")
@@ -76,17 +76,17 @@ class CrossModelAttention(nn.Module):
         input_MD, target_MD = _embedded(teacher)
         key_ME = _unit(torch.cat([input_MD, target_MD], -1)) / math.sqrt(2 * input_MD.shape[1])
         own_ND = self.to_teacher(student.hidden_ND.float())
-        said_Md = self.to_student(_unit(teacher.hidden_ND.detach().float()) + _unit(target_MD))
-        texts = 1 + max((int(side.text_N.max()) for side in (student, teacher) if len(side.text_N)), default=0)
-        of_student, of_teacher = (torch.bincount(side.text_N, minlength=texts).tolist() for side in (student, teacher))
-        # Each text alone. Where one side has no position in it the other gets a sum of nothing.
+        value_Md = self.to_student(_unit(teacher.hidden_ND.detach().float()) + _unit(target_MD))
+        texts = 1 + max((int(each.text_N.max()) for each in (student, teacher) if len(each.text_N)), default=0)
+        of_student, of_teacher = (torch.bincount(each.text_N, minlength=texts).tolist() for each in (student, teacher))
+        # Each text alone. Where one model has no position in it, the other gets a sum of nothing.
         scores = [q @ k.T for q, k in zip(query_NE.split(of_student), key_ME.split(of_teacher), strict=True)]
-        there = [s.softmax(-1) @ said for s, said in zip(scores, said_Md.split(of_teacher), strict=True)]
-        back = [s.T.softmax(-1) @ own for s, own in zip(scores, own_ND.split(of_student), strict=True)]
-        return torch.cat(there), torch.cat(back)
+        to_student = [s.softmax(-1) @ value for s, value in zip(scores, value_Md.split(of_teacher), strict=True)]
+        to_teacher = [s.T.softmax(-1) @ own for s, own in zip(scores, own_ND.split(of_student), strict=True)]
+        return torch.cat(to_student), torch.cat(to_teacher)
 
-    def _check(self, side: Side, width: int, name: str) -> None:
-        found = [None if side.embedding_VD is None else side.embedding_VD.shape[1], side.hidden_ND.shape[1]]
+    def _check(self, states: AlignedStates, width: int, name: str) -> None:
+        found = [None if states.embedding_VD is None else states.embedding_VD.shape[1], states.hidden_ND.shape[1]]
         if found != [width, width]:
             raise ValueError(
                 f"The {name}'s embeddings and hidden states are {found[0]} and {found[1]} wide, the attention was "
@@ -95,14 +95,15 @@ class CrossModelAttention(nn.Module):
             )
 
 
-def _embedded(side: Side) -> tuple[Tensor, Tensor]:
-    """Embeddings of what is read and of what follows, constants."""
-    table_VD: Any = side.embedding_VD
+def _embedded(states: AlignedStates) -> tuple[Tensor, Tensor]:
+    """Look up the embeddings of the tokens that are read and of those that follow, (N, D) each, as constants."""
+    table_VD: Any = states.embedding_VD
     table_VD = table_VD.detach()
-    return table_VD[side.inputs_N].float(), table_VD[side.targets_N].float()
+    return table_VD[states.inputs_N].float(), table_VD[states.targets_N].float()
 
 
 def _unit(states_ND: Tensor) -> Tensor:
+    """Scale each vector to a root mean square of 1."""
     return states_ND * states_ND.square().mean(-1, keepdim=True).clamp(min=1e-12).rsqrt()
 
 
@@ -110,8 +111,8 @@ def _unit(states_ND: Tensor) -> Tensor:
 class CrossAttention:
     """The objective of DSKD-CMA, in both models' spaces, as in the authors' code (songmzhang/DSKD).
 
-    With s and t the logits of student and teacher, `there` and `back` as `CrossModelAttention` has them, p_T(z) =
-    softmax(z / T), t2s = there H_S^T, s2t = back H_T^T, and the heads H constants in these two:
+    With s and t the logits of student and teacher, h_T2S and h_S2T from `CrossModelAttention`, t2s = h_T2S H_S^T,
+    s2t = h_S2T H_T^T (the heads H constants in these two), and p_T(z) = softmax(z / T):
 
         kd = sum_N [argmax t2s = y] KL(p_T(t2s) | p_T(s)) + sum_N -log p_1(t2s)[y] + sum_M KL(p_T(t) | p_T(s2t))
 
@@ -119,12 +120,12 @@ class CrossAttention:
     authors' whole loss is (1 - k) ce + k kd with k = 0.5, over the tokens of a step; their maps have a learning rate
     of 1e-3. Here the two weights are `weights`.
 
-    Deviations: both divergences are multiplied by T squared (or what the divergence asks for); positions of the
+    Deviations: both divergences are multiplied by T squared (or the power that the divergence has); positions of the
     teacher are those of aligned tokens, theirs are all it is scored on; heads keep their bias, scale and softcap,
     theirs are the weight alone; t2s has no temperature of its own besides T.
 
     Attributes:
-        attention: trained along, and never saved with the student.
+        attention: trained with the student, and never saved with it.
         divergence: of the first term; that of the authors' scripts is KL(teacher | student).
         temperature: of the first and third, that of the authors' scripts.
     """
@@ -134,9 +135,9 @@ class CrossAttention:
     temperature: float = 2.0
 
     def __call__(
-        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
+        self, student: AlignedStates, teacher: AlignedStates, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch; see `GroupObjective`.
+        """Compute the loss of a micro-batch, see `GroupObjective`.
 
         Args:
             student: its scored positions, with embeddings.
@@ -151,52 +152,54 @@ class CrossAttention:
         chunk = common_chunk(student, teacher, chunk)
         student_head, teacher_head = _constant(student.head), _constant(teacher.head)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weights.kd > 0):
-            there_Nd, back_MD = self.attention(student, teacher)
-            learning_N = chunked_cross_entropy(there_Nd, student_head, student.targets_N, chunk)
-            back_total, back_terms = fused_terms(
-                back_MD, teacher_head, teacher.targets_N, HiddenOutputs(teacher.hidden_ND.detach(), teacher_head),
-                DistillObjective(_BACK, self.temperature), TermWeights(kd=1.0, ce=0.0), chunk,
+            as_student_Nd, as_teacher_MD = self.attention(student, teacher)
+            learning_N = chunked_cross_entropy(as_student_Nd, student_head, student.targets_N, chunk)
+            teacher_total, teacher_terms = fused_terms(
+                as_teacher_MD, teacher_head, teacher.targets_N,
+                HiddenOutputs(teacher.hidden_ND.detach(), teacher_head),
+                DistillObjective(_TEACHER_SPACE, self.temperature), TermWeights(kd=1.0, ce=0.0), chunk,
             )  # fmt: skip
         total, terms = fused_terms(
             student.hidden_ND, student.head, student.targets_N,
-            _RightSignal(HiddenOutputs(there_Nd.detach(), student_head), student.targets_N),
+            _OutputsWhereRight(HiddenOutputs(as_student_Nd.detach(), student_head), student.targets_N),
             DistillObjective(self.divergence, self.temperature), weights, chunk,
         )  # fmt: skip
         if weights.kd > 0:
-            total = total + weights.kd * (learning_N.sum() + back_total)
-        back_N, teacher_ce_N = (
-            on_first(student.group_N, teacher.group_sums(back_terms[name])) for name in ("kd", "teacher_ce")
+            total = total + weights.kd * (learning_N.sum() + teacher_total)
+        teacher_kd_N, teacher_ce_N = (
+            at_group_starts(student.group_N, teacher.group_sums(teacher_terms[name])) for name in ("kd", "teacher_ce")
         )
-        return total, {**terms, "kd": terms["kd"] + learning_N.detach() + back_N, "teacher_ce": teacher_ce_N}
+        return total, {**terms, "kd": terms["kd"] + learning_N.detach() + teacher_kd_N, "teacher_ce": teacher_ce_N}
 
 
-# The only one that the paper has there.
-_BACK = get_divergence("forward_kl")
+# The only divergence that the paper has in the teacher's space.
+_TEACHER_SPACE = get_divergence("forward_kl")
 
 
 def _constant(head: Head) -> Head:
+    """Detach a head, so that it gets no gradient."""
     bias_V = None if head.bias_V is None else head.bias_V.detach()
     return Head(head.weight_VD.detach(), bias_V, head.scale, head.softcap)
 
 
 @dataclass(frozen=True)
-class _RightSignal:
-    """What a signal says, where the token it finds most likely is the one that follows."""
+class _OutputsWhereRight:
+    """Teacher outputs that count only where their most likely token is the one that follows."""
 
-    signal: HiddenOutputs
+    outputs: HiddenOutputs
     targets_N: Tensor
 
-    def at(self, part: slice) -> "_RightStatement":
-        return _RightStatement(self.signal.logits(part), self.targets_N[part])
+    def at(self, part: slice) -> "_PredictionWhereRight":
+        return _PredictionWhereRight(self.outputs.logits(part), self.targets_N[part])
 
 
 @dataclass(frozen=True)
-class _RightStatement:
+class _PredictionWhereRight:
     logits_NV: Tensor
     targets_N: Tensor
 
-    def rows(self, rows: slice) -> "_RightStatement":
-        return _RightStatement(self.logits_NV[rows], self.targets_N[rows])
+    def rows(self, rows: slice) -> "_PredictionWhereRight":
+        return _PredictionWhereRight(self.logits_NV[rows], self.targets_N[rows])
 
     def compare(self, student_log_NV: Tensor, divergence: Divergence, temperature: float, top_k: int | None) -> Tensor:
         right_N = self.logits_NV.argmax(-1) == self.targets_N

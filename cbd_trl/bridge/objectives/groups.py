@@ -1,4 +1,4 @@
-"""What all objectives on groups have in common: what the teacher says of whole groups, and the walk over them.
+"""The base of objectives that compare groups of tokens, the teacher's outputs for groups, and mixtures.
 
 Shapes: N positions of the student, of which n are a part; G groups, of which g begin in a part; D teacher width,
 V and W vocabulary rows of student and teacher.
@@ -11,128 +11,134 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.alignment import NOWHERE
-from cbd_trl.bridge.objectives.inputs import Side, begins, compared_terms, walk
+from cbd_trl.bridge.objectives.inputs import AlignedStates, chunked_loss, compared_terms, group_starts
 from cbd_trl.losses.objective import TermWeights
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the teacher says of the groups of a part of the student's positions.
+class GroupPrediction:
+    """The teacher's prediction for the groups of a part of the student's positions.
 
     Attributes:
         group_n: the group of each position.
-        log_g: log-probabilities of the groups in nats, each the sum of those of the teacher's tokens.
+        log_prob_g: log-probabilities of the groups in nats, each the sum of those of the teacher's tokens.
         logits_gW: the teacher's on the first token of each group, float32; None where the objective reads none.
     """
 
     group_n: Tensor
-    log_g: Tensor
+    log_prob_g: Tensor
     logits_gW: Tensor | None
 
     @property
-    def begins_n(self) -> Tensor:
-        """Which positions are the first of a group, bool."""
-        return begins(self.group_n)
+    def group_start_n(self) -> Tensor:
+        """Flags of the positions that are the first of a group, (n,) bool."""
+        return group_starts(self.group_n)
 
-    def rows(self, rows: slice) -> "Said":
-        """What is said of some of the positions, whole groups."""
-        begins_n = self.begins_n
-        kept_g = torch.zeros_like(begins_n)
-        kept_g[rows] = begins_n[rows]
-        kept_g = kept_g[begins_n]
-        return Said(self.group_n[rows], self.log_g[kept_g], None if self.logits_gW is None else self.logits_gW[kept_g])
+    def rows(self, rows: slice) -> "GroupPrediction":
+        """Select some of the positions, whole groups."""
+        group_start_n = self.group_start_n
+        kept_g = torch.zeros_like(group_start_n)
+        kept_g[rows] = group_start_n[rows]
+        kept_g = kept_g[group_start_n]
+        return GroupPrediction(
+            self.group_n[rows], self.log_prob_g[kept_g], None if self.logits_gW is None else self.logits_gW[kept_g]
+        )
 
     def sums(self, values_n: Tensor) -> Tensor:
-        """Sums over the tokens of each group, (g,)."""
+        """Sum over the tokens of each group, (n,) to (g,)."""
         inside_n = self.group_n != NOWHERE
-        index_m = self.begins_n[inside_n].cumsum(0) - 1
-        return values_n.new_zeros(len(self.log_g)).index_add(0, index_m, values_n[inside_n])
+        index_m = self.group_start_n[inside_n].cumsum(0) - 1
+        return values_n.new_zeros(len(self.log_prob_g)).index_add(0, index_m, values_n[inside_n])
 
-    def on_first(self, values_g: Tensor) -> Tensor:
-        """A value for each position: that of the group on its first token, 0 on all others, (n,)."""
-        begins_n = self.begins_n
-        return values_g.new_zeros(len(begins_n)).masked_scatter(begins_n, values_g)
+    def at_group_starts(self, values_g: Tensor) -> Tensor:
+        """Put the value of each group on its first token, and 0 on all other positions, (g,) to (n,)."""
+        group_start_n = self.group_start_n
+        return values_g.new_zeros(len(group_start_n)).masked_scatter(group_start_n, values_g)
 
 
 @dataclass(frozen=True)
-class GroupSignal:
-    """What the teacher says of the groups of a micro-batch (in the place of a `TeacherOutputs`).
+class GroupOutputs:
+    """The teacher's outputs for the groups of a micro-batch, see `cbd_trl.losses.teacher_outputs.AnyTeacherOutputs`.
 
     Attributes:
         group_N: the group of each of the student's positions.
-        log_G: log-probabilities of the groups.
-        first_GD: the teacher's states that predict their first tokens; None where no logits are read.
+        log_prob_G: log-probabilities of the groups, nats.
+        first_GD: the teacher's states that predict their first tokens; None where no logits are needed.
         head: of the teacher.
     """
 
     group_N: Tensor
-    log_G: Tensor
+    log_prob_G: Tensor
     first_GD: Tensor | None
     head: Head
 
     @classmethod
-    def of(cls, student: Side, teacher: Side, wide: bool, chunk: int | None = None) -> "GroupSignal":
-        """Ask the teacher.
+    def of(
+        cls, student: AlignedStates, teacher: AlignedStates, needs_logits: bool, chunk: int | None = None
+    ) -> "GroupOutputs":
+        """Compute the outputs of the teacher.
 
         Args:
             student: of the micro-batch.
             teacher: likewise.
-            wide: whether the objective reads logits.
+            needs_logits: whether the objective reads the teacher's logits.
             chunk: positions whose logits are held at a time.
         """
-        first_GD = teacher.hidden_ND[teacher.begins_N].detach() if wide else None
+        first_GD = teacher.hidden_ND[teacher.group_start_N].detach() if needs_logits else None
         return cls(student.group_N, teacher.group_log_probs(chunk), first_GD, teacher.head)
 
-    def at(self, part: slice) -> Said:
-        """The statement on a part of the student's positions."""
+    def at(self, part: slice) -> GroupPrediction:
+        """Compute the prediction for a part of the student's positions."""
         group_n = self.group_N[part]
-        numbers_g = group_n[begins(group_n)]
+        numbers_g = group_n[group_starts(group_n)]
         logits_gW = None
         if self.first_GD is not None:
             with torch.no_grad():
                 logits_gW = self.head.logits(self.first_GD[numbers_g])
-        return Said(group_n, self.log_G[numbers_g], logits_gW)
+        return GroupPrediction(group_n, self.log_prob_G[numbers_g], logits_gW)
 
 
 class GroupObjective:
-    """An objective that compares groups; one of them is a subclass with `compare`.
+    """An objective that compares groups of tokens: a subclass defines `compare`.
 
-    Each value belongs to a group and is written on its first token of the student's, so that sums over positions are
-    sums over groups whatever the batch.
+    The value of a group is put on the first of the student's tokens in it, so that sums over positions are sums over
+    groups, however the batch is cut.
     """
 
     @property
-    def wide(self) -> bool:
+    def needs_logits(self) -> bool:
         """Whether it reads the teacher's logits on the first tokens of groups."""
         return True
 
-    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, teacher: GroupPrediction) -> Tensor:
         """Compare a part of the positions, whole groups.
 
         Args:
             student_nV: the student's logits, (n, V) float32.
-            token_log_n: log-probabilities of its tokens, (n,).
-            said: what the teacher says.
+            token_log_prob_n: log-probabilities of its tokens, (n,), nats.
+            teacher: its prediction for these groups.
 
         Returns:
             (g,) float32, at least 0.
         """
         raise NotImplementedError
 
-    def terms(self, student_NV: Tensor, teacher: Said, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
+    def terms(
+        self, student_NV: Tensor, teacher: GroupPrediction, targets_N: Tensor, weights: TermWeights
+    ) -> dict[str, Tensor]:
         """See `cbd_trl.losses.objective.LogitObjective`; "teacher_ce" is of whole groups, on their first token."""
         return compared_terms(
             student_NV,
             targets_N,
-            teacher.on_first(-teacher.log_g),
+            teacher.at_group_starts(-teacher.log_prob_g),
             weights,
-            lambda token_log_N: teacher.on_first(self.compare(student_NV, token_log_N, teacher)),
+            lambda token_log_prob_N: teacher.at_group_starts(self.compare(student_NV, token_log_prob_N, teacher)),
         )
 
     def __call__(
-        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
+        self, student: AlignedStates, teacher: AlignedStates, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, of which only a chunk of both models' logits is held at a time.
+        """Compute the loss of a micro-batch while holding one chunk of both models' logits at a time.
 
         Args:
             student: its scored positions.
@@ -142,19 +148,18 @@ class GroupObjective:
 
         Returns:
             the weighted sum of the terms (scalar float32, differentiable once), and each of them, (N,) without
-            gradient: "kd", a value for each group on its first token, to be averaged over as many as begin; "ce", over
-            N; "teacher_ce", the teacher's of whole groups, on the first token.
+            gradient: "kd" and "teacher_ce" have one value for each group, on its first token; "ce" has one everywhere.
         """
 
-        def ask(chunk: int) -> GroupSignal:
-            return GroupSignal.of(student, teacher, self.wide, chunk)
+        def outputs(chunk: int) -> GroupOutputs:
+            return GroupOutputs.of(student, teacher, self.needs_logits, chunk)
 
-        return walk(student, teacher, ask, self, weights, chunk, student.cuts())
+        return chunked_loss(student, teacher, outputs, self, weights, chunk, student.chunk_starts())
 
 
 @dataclass(frozen=True)
 class Mixture(GroupObjective):
-    """A weighted sum of objectives, in one walk.
+    """A weighted sum of objectives, in one pass.
 
     Attributes:
         parts: a weight and an objective each.
@@ -163,11 +168,13 @@ class Mixture(GroupObjective):
     parts: tuple[tuple[float, GroupObjective], ...]
 
     @property
-    def wide(self) -> bool:
+    def needs_logits(self) -> bool:
         """See `GroupObjective`."""
-        return any(objective.wide for _, objective in self.parts)
+        return any(objective.needs_logits for _, objective in self.parts)
 
-    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, teacher: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
-        values = [weight * objective.compare(student_nV, token_log_n, said) for weight, objective in self.parts]
+        values = [
+            weight * objective.compare(student_nV, token_log_prob_n, teacher) for weight, objective in self.parts
+        ]
         return torch.stack(values).sum(0)

@@ -1,9 +1,10 @@
-"""What objectives across vocabularies are given: of both models, the states that predict tokens, and their groups.
+"""Inputs of objectives across vocabularies, and the chunked loss that all of them use.
 
-Position t predicts token t + 1, so the state that belongs to a token is the one before it. That state of the first
-token of a group has read the same bytes on both sides: there two next-token distributions can be compared.
+`AlignedStates` holds, for one model, the states that predict tokens and the groups of those tokens. Position t
+predicts token t + 1, so the state of a token is the one before it. At the first token of a group both models have read
+the same bytes: there their next-token distributions can be compared.
 
-Shapes: N positions, D width, V vocabulary rows, B x T a batch, G groups.
+Shapes: N positions of a micro-batch, of which n are one chunk; D width, V vocabulary rows, B x T a batch, G groups.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,18 +24,18 @@ from cbd_trl.utils.blocks import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
-class Side:
-    """One model on a micro-batch, at N positions in the order of the batch.
+class AlignedStates:
+    """The states of one model at N positions of a micro-batch, in its order, and the tokens that they predict.
 
     Attributes:
         hidden_ND: last hidden states, (N, D).
         head: of the model.
-        inputs_N: the token that is read at the position, int64.
+        inputs_N: the token read at the position, int64.
         targets_N: the token that follows, int64.
-        group_N: the group of that token, int64; `NOWHERE` for none. Never decreasing save for those.
-        text_N: the text that it is from, int64.
-        place_N: where it is in the flattened batch, int64.
-        embedding_VD: input embeddings, for those objectives that read them.
+        group_N: the group of that token, int64; `NOWHERE` for none, else never decreasing.
+        text_N: the index of its text, int64.
+        position_N: its index in the flattened batch, int64.
+        embedding_VD: input embeddings, (V, D), for the objectives that read them.
     """
 
     hidden_ND: Tensor
@@ -43,11 +44,11 @@ class Side:
     targets_N: Tensor
     group_N: Tensor
     text_N: Tensor
-    place_N: Tensor
+    position_N: Tensor
     embedding_VD: Tensor | None = None
 
     @classmethod
-    def student(
+    def of_student(
         cls,
         hidden_BTD: Tensor,
         head: Head,
@@ -56,30 +57,30 @@ class Side:
         group_BT: Tensor,
         text_BT: Tensor,
         embedding_VD: Tensor | None = None,
-    ) -> "Side":
-        """The student: every scored position, whether its token is in a group or not.
+    ) -> "AlignedStates":
+        """Select the student's states at every scored position, in a group or not.
 
         Args:
             hidden_BTD: last hidden states, (B, T, D).
             head: of the model.
-            ids_BT: token ids.
+            ids_BT: token ids, int64.
             labels_BT: the same, -100 where the token is not scored, not shifted.
             group_BT: `Alignment.student_BT`.
             text_BT: `StudentRows.text_BT`.
             embedding_VD: input embeddings, for "dskd-cma".
         """
         scored_BT = scored_mask(labels_BT)
-        place_BT = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT)
+        position_BT = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT)
         return cls(
             select_scored(hidden_BTD, labels_BT), head, ids_BT[:, :-1][scored_BT], scored_targets(labels_BT),
-            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], place_BT[:, 1:][scored_BT], embedding_VD,
+            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], position_BT[:, 1:][scored_BT], embedding_VD,
         )  # fmt: skip
 
     @classmethod
-    def teacher(
+    def of_teacher(
         cls, hidden_RUD: Tensor, head: Head, ids_RU: Tensor, group_RU: Tensor, embedding_VD: Tensor | None = None
-    ) -> "Side":
-        """The teacher: the positions before tokens of groups. A row is a text.
+    ) -> "AlignedStates":
+        """Select the teacher's states before tokens of groups; each row is one text.
 
         Args:
             hidden_RUD: last hidden states, (R, U, D).
@@ -90,43 +91,47 @@ class Side:
         """
         labels_RU = ids_RU.masked_fill(group_RU == NOWHERE, IGNORE_INDEX)
         text_RU = torch.arange(len(ids_RU), device=ids_RU.device)[:, None].expand_as(ids_RU)
-        return cls.student(hidden_RUD, head, ids_RU, labels_RU, group_RU, text_RU, embedding_VD)
+        return cls.of_student(hidden_RUD, head, ids_RU, labels_RU, group_RU, text_RU, embedding_VD)
 
     @property
-    def begins_N(self) -> Tensor:
-        """Which tokens are the first of a group, (N,) bool."""
-        return begins(self.group_N)
+    def group_start_N(self) -> Tensor:
+        """Flags of the tokens that are the first of a group, (N,) bool."""
+        return group_starts(self.group_N)
 
     def group_log_probs(self, chunk: int | None = None) -> Tensor:
-        """Log-probabilities of the groups, each the sum of those of its tokens, without gradient.
+        """Compute the log-probability of each group, the sum over its tokens, without gradient.
 
         Args:
             chunk: positions whose logits are held at a time.
 
         Returns:
-            (G,) float32, nats, G being the last group's number plus one.
+            (G,) float32, nats; G is the last group's number plus one.
         """
         with torch.no_grad():
             return self.group_sums(-chunked_cross_entropy(self.hidden_ND, self.head, self.targets_N, chunk))
 
     def group_sums(self, values_N: Tensor) -> Tensor:
-        """Sums over the tokens of each group, (G,) by its number."""
+        """Sum over the tokens of each group, (N,) to (G,) by the group's number."""
         inside_N = self.group_N != NOWHERE
         groups = int(self.group_N.max()) + 1 if len(self.group_N) else 0
         return values_N.new_zeros(groups).index_add(0, self.group_N[inside_N], values_N[inside_N])
 
-    def cuts(self) -> list[int]:
-        """The positions at which a part may begin without cutting a group in two, the first of them 0."""
+    def chunk_starts(self) -> list[int]:
+        """List the positions at which a chunk may begin without cutting a group in two, the first of them 0."""
         group_N = self.group_N
         before_N = torch.cat([group_N.new_full((1,), NOWHERE), group_N])[:-1].cummax(0).values
-        # Behind the last group there is none to cut.
+        # After the last group there is none to cut.
         after_N = group_N.masked_fill(group_N == NOWHERE, torch.iinfo(group_N.dtype).max)
         after_N = after_N.flip(0).cummin(0).values.flip(0)
         return (before_N < after_N).nonzero().flatten().tolist()
 
 
-def begins(group_N: Tensor) -> Tensor:
-    """Which tokens are the first of a group, (N,) bool; a whole number of groups, in order, `NOWHERE` between them."""
+def group_starts(group_N: Tensor) -> Tensor:
+    """Flag the tokens that are the first of a group, (N,) bool.
+
+    Args:
+        group_N: whole groups in order, `NOWHERE` for tokens in none.
+    """
     inside_N = group_N != NOWHERE
     grouped_M = group_N[inside_N]
     first_M = torch.ones_like(grouped_M, dtype=torch.bool)
@@ -134,22 +139,22 @@ def begins(group_N: Tensor) -> Tensor:
     return inside_N.masked_scatter(inside_N, first_M)
 
 
-def on_first(group_N: Tensor, values_G: Tensor) -> Tensor:
-    """A value for each position: that of the group on its first token, 0 on all others.
+def at_group_starts(group_N: Tensor, values_G: Tensor) -> Tensor:
+    """Put the value of each group on its first token, and 0 on all other positions.
 
     Args:
         group_N: the group of each position.
-        values_G: by the number of the group.
+        values_G: by the number of the group, float32.
 
     Returns:
         (N,).
     """
-    begins_N = begins(group_N)
-    return values_G.new_zeros(len(group_N)).masked_scatter(begins_N, values_G[group_N[begins_N]])
+    group_start_N = group_starts(group_N)
+    return values_G.new_zeros(len(group_N)).masked_scatter(group_start_N, values_G[group_N[group_start_N]])
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk: int | None = None) -> Tensor:
-    """Per-token cross-entropy of which only a chunk of logits is held; the backward pass computes them anew.
+    """Compute the per-token cross-entropy chunk by chunk; the backward pass computes each chunk's logits again.
 
     Args:
         hidden_ND: last hidden states, (N, D); the product is taken in their dtype.
@@ -172,37 +177,37 @@ def chunked_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor, chun
         )
 
 
-def walk(
-    student: Side,
-    teacher: Side,
-    ask: Callable[[int], AnyTeacherOutputs],
+def chunked_loss(
+    student: AlignedStates,
+    teacher: AlignedStates,
+    outputs: Callable[[int], AnyTeacherOutputs],
     objective: LogitObjective,
     weights: TermWeights,
     chunk: int | None = None,
     starts: Sequence[int] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compare the two on a micro-batch, of which only a chunk of both models' logits is held at a time.
+    """Compute the loss of a micro-batch while holding one chunk of both models' logits at a time.
 
     Args:
         student: its scored positions.
         teacher: of the same texts.
-        ask: what the teacher says, asked so many positions at a time.
-        objective: the terms.
+        outputs: makes the teacher's outputs, holding logits of so many positions at a time.
+        objective: computes the terms from the student's logits and a part of these outputs.
         weights: of the terms at this step.
         chunk: positions at a time; None to choose by the larger vocabulary.
         starts: where a chunk may begin, see `fused_terms`.
 
     Returns:
-        as `fused_terms`.
+        as `fused_terms`: the weighted sum, and each term per token.
     """
     chunk = common_chunk(student, teacher, chunk)
     return fused_terms(
-        student.hidden_ND, student.head, student.targets_N, ask(chunk), objective, weights, chunk, starts
+        student.hidden_ND, student.head, student.targets_N, outputs(chunk), objective, weights, chunk, starts
     )
 
 
-def common_chunk(student: Side, teacher: Side, chunk: int | None = None) -> int:
-    """Positions whose logits are held at a time: those asked for, or as many as suit the larger vocabulary."""
+def common_chunk(student: AlignedStates, teacher: AlignedStates, chunk: int | None = None) -> int:
+    """Choose how many positions' logits are held at a time: `chunk`, or as many as suit the larger vocabulary."""
     return chunk or default_chunk(max(student.head.rows, teacher.head.rows), student.hidden_ND.device)
 
 
@@ -213,16 +218,16 @@ def compared_terms(
     weights: TermWeights,
     compare: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """The terms of a part, see `cbd_trl.losses.objective.LogitObjective`.
+    """Compute the terms of one chunk, see `cbd_trl.losses.objective.LogitObjective`.
 
     A term of weight 0 is computed without gradient, because it is logged all the same.
 
     Args:
         student_nV: the student's logits, (n, V) float32.
         targets_n: token ids.
-        teacher_ce_n: what the tokens cost the teacher, nats.
+        teacher_ce_n: the teacher's cross-entropy, nats.
         weights: of this step.
-        compare: "kd" at each position from the student's log-probabilities of its tokens, (n,) both.
+        compare: computes "kd" at each position from the student's log-probabilities of its tokens, (n,) both.
 
     Returns:
         {"kd", "ce", "teacher_ce"}: (n,) float32 each.

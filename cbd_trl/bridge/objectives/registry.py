@@ -10,7 +10,7 @@ from torch import Tensor
 from cbd_trl.bridge.objectives.chunk_likelihood import ChunkLikelihood
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention
 from cbd_trl.bridge.objectives.groups import GroupObjective, Mixture
-from cbd_trl.bridge.objectives.inputs import Side
+from cbd_trl.bridge.objectives.inputs import AlignedStates
 from cbd_trl.bridge.objectives.prefix import PrefixObjective
 from cbd_trl.bridge.objectives.shared_tokens import SharedHybrid
 from cbd_trl.bridge.objectives.sorted_distance import SortedDistance
@@ -22,9 +22,9 @@ class BridgeObjective(Protocol):
     """Compares a student with a teacher of another vocabulary on a micro-batch."""
 
     def __call__(
-        self, student: Side, teacher: Side, weights: TermWeights, chunk: int | None = None
+        self, student: AlignedStates, teacher: AlignedStates, weights: TermWeights, chunk: int | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of "kd" and "ce" over positions, with gradient, and each term, (N,), without.
+        """Compute the weighted sum of "kd" and "ce" over positions, with gradient, and each term, (N,), without.
 
         Sums over positions add up over micro-batches. Divide by the scored tokens of the step, as everywhere; for a
         mean over groups multiply `weights.kd` by scored tokens over groups of the step.
@@ -33,14 +33,20 @@ class BridgeObjective(Protocol):
 
 @dataclass(frozen=True)
 class ObjectiveRow:
-    """One objective: how it is made, and which options it has; those `needed` have no default."""
+    """One objective.
+
+    Attributes:
+        make: called with its options.
+        options: the names of the options that it has.
+        needed: those of them without a default.
+    """
 
     make: Callable[..., BridgeObjective]
     options: tuple[str, ...]
     needed: tuple[str, ...] = ()
 
 
-# Not a row: plain cross-entropy on text that the teacher wrote. There is nothing to compare, and no teacher to run.
+# Not a row: plain cross-entropy on text that the teacher wrote, without running the teacher.
 SEQKD = "seqkd"
 OBJECTIVES: dict[str, ObjectiveRow] = {
     "alm": ObjectiveRow(ChunkLikelihood, ("divergence", "temperature")),
@@ -49,7 +55,7 @@ OBJECTIVES: dict[str, ObjectiveRow] = {
     "dskd-cma": ObjectiveRow(CrossAttention, ("attention", "divergence", "temperature"), ("attention",)),
     "prefix": ObjectiveRow(PrefixObjective, ("table", "divergence", "temperature"), ("table",)),
 }
-_WHERE_FROM = {
+_HOW_TO_MAKE = {
     "table": "PrefixTable.of(student, teacher)",
     "tokens": "SharedTokens.of(student, teacher)",
     "attention": "CrossModelAttention(d, D)",
@@ -57,19 +63,19 @@ _WHERE_FROM = {
 
 
 def get_objective(name: str, **options: Any) -> BridgeObjective:
-    """An objective of `OBJECTIVES` with its options bound.
+    """Make an objective of `OBJECTIVES` with its options bound.
 
     Args:
         name: a key of the table.
-        options: divergence, temperature, top_k, tokens, attention; those that the objective does not have are left
-            unused, and None stands for its own default.
+        options: divergence, temperature, top_k, table, tokens, attention; those that the objective does not have are
+            ignored, and None stands for its own default.
 
     Returns:
         a function of (student, teacher, weights, chunk).
 
     Raises:
-        ValueError: for an unknown name; the message lists those that exist. For an option that is missing or has no
-            meaning.
+        ValueError: for an unknown name (the message lists those that exist), or an option that is missing or out of
+            range.
     """
     _check_name(name, OBJECTIVES)
     row = OBJECTIVES[name]
@@ -77,22 +83,22 @@ def get_objective(name: str, **options: Any) -> BridgeObjective:
     for key in row.needed:
         if key not in own:
             raise ValueError(
-                f"The objective {name!r} was given no `{key}`, which depends on the two models. Pass "
-                f"{key}={_WHERE_FROM[key]}."
+                f"The objective {name!r} needs `{key}`, which depends on the two models, and got none. Pass "
+                f"{key}={_HOW_TO_MAKE[key]}."
             )
     _check(own.get("temperature", 1.0), own.get("top_k", 1))
     return row.make(**own)
 
 
 def parse_objective(objective: str | Mapping[str, Any]) -> dict[str, float]:
-    """The weight of each objective that a name or a mixture stands for.
+    """Parse the name of an objective, or a mixture, to the weight of each objective.
 
     Args:
         objective: "alm", or several with their weights: "alm=1,uld=0.5", or {"alm": 1, "uld": 0.5}; of `OBJECTIVES`,
             or "seqkd".
 
     Raises:
-        ValueError: for an unknown name, one named twice, or a weight that is no finite number above 0.
+        ValueError: for an unknown name, one named twice, or a weight that is not a finite number above 0.
     """
     if isinstance(objective, str):
         named = [part.partition("=")[::2] for part in objective.split(",")]
@@ -110,17 +116,17 @@ def parse_objective(objective: str | Mapping[str, Any]) -> dict[str, float]:
             weights[name] = float(weight)
         except (TypeError, ValueError):
             raise ValueError(
-                f"objective={objective!r} weighs {name!r} by {weight!r}, which is no number. Write a name, or names "
-                "with weights such as 'alm=1,uld=0.5'."
+                f"objective={objective!r} weighs {name!r} by {weight!r}, which is not a number. Write a name, or "
+                "names with weights such as 'alm=1,uld=0.5'."
             ) from None
         _check_weight(name, weights[name])
     if not weights:
-        raise ValueError(f"A mixture of no objectives: name one at least, of {', '.join(OBJECTIVES)}.")
+        raise ValueError(f"The mixture is empty: name at least one of {', '.join(OBJECTIVES)}.")
     return weights
 
 
 def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective:
-    """Several objectives of `OBJECTIVES` added up, at the price of one walk over the student's logits.
+    """Make a weighted sum of objectives of `OBJECTIVES`, computed in one pass over the student's logits.
 
     Args:
         weights: of each objective by name, above 0.
@@ -130,8 +136,8 @@ def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective
         a function of (student, teacher, weights, chunk).
 
     Raises:
-        ValueError: as `get_objective` does; for no objective, a weight that has no meaning, or one of several that
-            compares other things than groups.
+        ValueError: as `get_objective`; for no objective, a weight that is not finite and above 0, or an objective that
+            does not compare groups.
     """
     made = {name: get_objective(name, **options) for name in weights}
     parts = []
@@ -140,12 +146,11 @@ def get_mixture(weights: Mapping[str, float], **options: Any) -> BridgeObjective
         objective = made[name]
         if not isinstance(objective, GroupObjective):
             raise ValueError(
-                f"{name!r} cannot be mixed: it compares other things than groups of tokens. Use it alone, by "
-                "`get_objective`."
+                f"{name!r} cannot be mixed: it does not compare groups of tokens. Use it alone, by `get_objective`."
             )
         parts.append((float(weight), objective))
     if not parts:
-        raise ValueError(f"A mixture of no objectives: name one at least, of {', '.join(OBJECTIVES)}.")
+        raise ValueError(f"The mixture is empty: name at least one of {', '.join(OBJECTIVES)}.")
     return Mixture(tuple(parts))
 
 
@@ -156,7 +161,9 @@ def _check_name(name: str, known: Collection[str]) -> None:
 
 def _check_weight(name: str, weight: float) -> None:
     if not (math.isfinite(weight) and weight > 0):
-        raise ValueError(f"{name!r} has weight {weight} in a mixture: it must be finite and above 0. Leave it out.")
+        raise ValueError(
+            f"{name!r} has weight {weight} in a mixture, which must be finite and above 0. Leave it out for 0."
+        )
 
 
 def _check(temperature: float, top_k: int) -> None:

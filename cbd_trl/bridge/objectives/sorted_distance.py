@@ -1,4 +1,4 @@
-"""ULD: distributions compared by their shape alone (Boizard et al. 2024, arXiv 2402.12030).
+"""ULD: distributions compared by their sorted probabilities (Boizard et al. 2024, arXiv 2402.12030).
 
 Shapes: G groups, n positions, V and W vocabulary rows of student and teacher, K the most likely.
 """
@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cbd_trl.bridge.objectives.groups import GroupObjective, Said
+from cbd_trl.bridge.objectives.groups import GroupObjective, GroupPrediction
 from cbd_trl.losses.divergences import tempered_log_probs
 
 
 def sorted_distance(student_GV: Tensor, teacher_GW: Tensor, top_k: int | None = None) -> Tensor:
-    """Sum over ranks of the difference between the probabilities of that rank, the shorter list filled with zeros.
+    """Sum the absolute differences of sorted probabilities, rank by rank, the shorter list filled with zeros.
 
-        sum_i |sort(p_S)_i - sort(p_T)_i|, i from 1 to max(V, W), both in falling order
+        sum_i |sort(p_S)_i - sort(p_T)_i|, i from 1 to max(V, W), both in descending order
 
-    What the paper's Wasserstein distance comes to, in which moving a share from any token to any other costs the same.
+    This is the paper's Wasserstein distance, in which moving mass from any token to any other costs the same.
     Deviation: `top_k` is ours.
 
     Args:
@@ -31,11 +31,11 @@ def sorted_distance(student_GV: Tensor, teacher_GW: Tensor, top_k: int | None = 
     """
     most = max(student_GV.shape[1], teacher_GW.shape[1])
     kept = most if top_k is None else min(top_k, most)
-    tops = [_ranked(side, kept) for side in (student_GV, teacher_GW.detach())]
+    tops = [_ranked(each, kept) for each in (student_GV, teacher_GW.detach())]
     distance_G = (tops[0] - tops[1]).abs().sum(-1)
     if kept == most:
         return distance_G
-    rest = [side.sum(-1) - top.sum(-1) for side, top in zip((student_GV, teacher_GW.detach()), tops, strict=True)]
+    rest = [each.sum(-1) - top.sum(-1) for each, top in zip((student_GV, teacher_GW.detach()), tops, strict=True)]
     return distance_G + (rest[0] - rest[1]).abs()
 
 
@@ -46,7 +46,7 @@ def _ranked(probabilities_GV: Tensor, kept: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SortedDistance(GroupObjective):
-    """ULD on the first token of each group.
+    """ULD at the first token of each group.
 
     The paper's loss, for answers of m and n tokens, and ours, for G groups of which the g-th begins at position a(g)
     of the student and b(g) of the teacher:
@@ -65,16 +65,16 @@ class SortedDistance(GroupObjective):
 
     Attributes:
         top_k: see `sorted_distance`.
-        temperature: T, of both sides, above 0. The default is the authors'.
+        temperature: T, of both models, above 0. The default is the authors'.
     """
 
     top_k: int | None = None
     temperature: float = 1.0
 
-    def compare(self, student_nV: Tensor, token_log_n: Tensor, said: Said) -> Tensor:
+    def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, teacher: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
-        assert said.logits_gW is not None
-        student_gV = tempered_log_probs(student_nV[said.begins_n], self.temperature).exp()
+        assert teacher.logits_gW is not None
+        student_gV = tempered_log_probs(student_nV[teacher.group_start_n], self.temperature).exp()
         with torch.no_grad():
-            teacher_gW = tempered_log_probs(said.logits_gW, self.temperature).exp()
+            teacher_gW = tempered_log_probs(teacher.logits_gW, self.temperature).exp()
         return sorted_distance(student_gV, teacher_gW, self.top_k) * self.temperature
