@@ -1,4 +1,4 @@
-"""Chain-based distillation: distil a language model into a chain of anchors, then make models of any size from it.
+"""Chain-based distillation: distill a language model into a chain of anchors, then make models of any size from it.
 
 The public names load on first use, because torch and transformers take seconds to import and `cbd-trl --help` needs
 neither.

@@ -261,5 +261,5 @@ def randomize(model: Any, seed: int = 0) -> None:
     gain = 1.0 - (family_of(model_type).gain_offset if model_type in supported_model_types() else 0.0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = gain if parameter.dim() == 1 and name.endswith("weight") else 0.0
-            parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
+            center = gain if parameter.dim() == 1 and name.endswith("weight") else 0.0
+            parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))

@@ -308,7 +308,7 @@ def check_head(model: Any) -> None:
         raise ValueError(
             f"The logits of {type(model).__name__} are not its output embedding times its last hidden state, with the "
             "logit scale and soft-capping of its config, which is how the loss computes them without holding all of "
-            "them in memory. Distil a model with a plain head."
+            "them in memory. Distill a model with a plain head."
         )
 
 

@@ -69,7 +69,7 @@ class Family:
         shape_fields: {config field a user may set to choose a shape: dimension}; "layer" and "heads" (= group x query)
             besides the atomic ones.
         resolve: (sizes, {dimension: value given}) -> all sizes, filling in what the family ties together.
-        norm_type: "rms" (gain) or "layer" (centred, gain and bias).
+        norm_type: "rms" (gain) or "layer" (centerd, gain and bias).
         eps_field: config field of the norms' epsilon; None where the config has none and it is torch's default.
         check: raises ValueError on options that the surgery does not support.
         output_norms: config -> {projection: RMSNorm over its output} inside one layer (q/k norms, and norms between a
@@ -441,7 +441,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             return module
     raise ValueError(
         f"No stack of {depth} decoder layers was found in {type(base).__name__}, which the hidden-state term and "
-        "block swapping need. Set `hidden_weight=0` and `swap_probability=0` to distil from the outputs alone."
+        "block swapping need. Set `hidden_weight=0` and `swap_probability=0` to distill from the outputs alone."
     )
 
 

@@ -30,7 +30,7 @@ def _check(config: Any) -> None:
     if config.use_bidirectional_attention:
         raise ValueError(
             f"{config.model_type} with use_bidirectional_attention=True attends to later tokens, so it is an encoder "
-            "and no language model to distil next-token predictions from. Supported: use_bidirectional_attention="
+            "and no language model to distill next-token predictions from. Supported: use_bidirectional_attention="
             "False."
         )
 

@@ -53,7 +53,7 @@ def build_chain(
     revision: str | None = None,
     token: str | None = None,
 ) -> Chain:
-    """Distil a chain of anchors, each from its next-larger neighbour (arXiv 2605.07783), nested in shared coordinates.
+    """Distill a chain of anchors, each from its next-larger neighbor (arXiv 2605.07783), nested in shared coordinates.
 
     Run again with the same arguments, it goes on where it was interrupted: finished anchors are kept, and an
     unfinished one resumes from its last checkpoint.

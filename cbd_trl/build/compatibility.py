@@ -132,14 +132,14 @@ def paired_layers(names: tuple[str, str], upper: Architecture, lower: Architectu
             what = _WORDS.get(dim, dim)
             raise ValueError(
                 f"{names[1]} has more {what} ({sizes[dim]}) than {names[0]} above it ({size}), and a lower anchor "
-                "lies within the upper one in every dimension. Leave one of the two out, or distil the lower one with "
-                "build_chain."
+                "lies within the upper one in every dimension. Leave one of the two out, or distill the lower one "
+                "with build_chain."
             )
         if dim not in (*_FREE, "layer") and sizes[dim] != size:
             what, why = _WORDS.get(dim, dim), _REASONS.get(dim, "")
             raise ValueError(
                 f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}. {why}Leave one of the "
-                "two out, or distil the lower one with build_chain."
+                "two out, or distill the lower one with build_chain."
             )
     above, below = _layer_types(upper), _layer_types(lower)
     even = spaced_layers(upper.depth, lower.depth)
@@ -175,7 +175,7 @@ def _no_pairing(names: tuple[str, str], above: Sequence[Mapping[str, Any]], belo
     ways = f", such as one of {depths} layers with the pattern of {names[0]}" if depths else ""
     return (
         f"Layer {position} of {names[1]} has {_described(below[position])}, but {reason}. Between two anchors every "
-        f"lower layer stands for upper layers of its type. Give another anchor{ways}; or distil one from {names[0]} "
+        f"lower layer stands for upper layers of its type. Give another anchor{ways}; or distill one from {names[0]} "
         "with build_chain."
     )
 
@@ -224,7 +224,7 @@ def check_same_function(
         raise ValueError(
             f"{names[0]} and {names[1]} are not compatible: under the first one's config, with its own sizes, the "
             f"second has other {'logits' if same_tensors else 'tensors'}. The configs differ in "
-            f"{_differences(other.config, lower.config)}, and a target has one. Leave one of the two out, or distil "
+            f"{_differences(other.config, lower.config)}, and a target has one. Leave one of the two out, or distill "
             "the lower one with build_chain."
         )
 

@@ -90,7 +90,7 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
     if len(set(kinds)) > 1:
         raise ValueError(
             f"The anchors are of the model types {', '.join(kinds)}. A target is one stock model, so all anchors are "
-            "of one type. Distil across families with build_chain instead."
+            "of one type. Distill across families with build_chain instead."
         )
     for label, source in zip(labels, sources, strict=True):
         _check_tokenizer(label, source, tokenizer)

@@ -61,7 +61,7 @@ class WidthHybrid:
 
     Args:
         pair: the anchor above and the student; the student's weights are not read here.
-        probability: share of the optimiser steps that have a hybrid.
+        probability: share of the optimizer steps that have a hybrid.
         seed: of the draws.
 
     Raises:

@@ -69,7 +69,7 @@ def license_sentence(origins: Sequence[Origin]) -> str:
     sources = ", ".join(dict.fromkeys(code(origin.label) for origin in origins))
     if not origins:
         return (
-            "None is stated: the source of this model is not known. Look its licence up before you share this model."
+            "None is stated: the source of this model is not known. Look its license up before you share this model."
         )
     if fields := _license_fields(origins):
         extra = "".join(f", {code(fields[key])}" for key in ("license_name", "license_link") if key in fields)

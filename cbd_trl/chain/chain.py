@@ -187,7 +187,7 @@ class Chain:
         size = [f"num_parameters={num_parameters:,.0f}"] if num_parameters is not None else []
         requested = ", ".join(size + [f"{name}={value}" for name, value in (config or {}).items()])
         raise ValueError(
-            f"No two neighbouring anchors of the chain in {self.path} lie around {requested}. What lies between them: "
+            f"No two neighboring anchors of the chain in {self.path} lie around {requested}. What lies between them: "
             f"{offers}."
         )
 

@@ -26,7 +26,7 @@ def build(flags: list[str]) -> None:
     parser = _Parser(
         prog="cbd-trl build",
         usage="cbd-trl build RECIPE [--dry-run] [--set KEY=VALUE ...]",
-        description="Distil a chain of anchors from a source model, as a recipe describes it. Run again, the command "
+        description="Distill a chain of anchors from a source model, as a recipe describes it. Run again, the command "
         "goes on where it was interrupted.",
         epilog=f"A recipe is a YAML file such as {_SKETCH}; docs/guides/recipes.md lists its keys, and the training "
         "arguments in `args` are those that cbd-trl distill --help-all lists. On several devices: accelerate launch "

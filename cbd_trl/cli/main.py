@@ -11,8 +11,8 @@ from cbd_trl.cli.parsing import UsageError
 from cbd_trl.utils.formatting import did_you_mean
 
 COMMANDS = {
-    "demo": "distil a real 135M model into a chain, make six other sizes from it, measure and draw them",
-    "build": "distil a chain of anchors from a source model",
+    "demo": "distill a real 135M model into a chain, make six other sizes from it, measure and draw them",
+    "build": "distill a chain of anchors from a source model",
     "init": "make models of any size from a chain",
     "push": "upload a chain to the Hub",
     "report": "measure a chain and the sizes between its anchors: a page, a picture, a JSON file",
@@ -85,7 +85,7 @@ def _help() -> str:
     lines = [
         USAGE,
         "",
-        "Chain-based distillation: distil a language model once, make models of any size in seconds.",
+        "Chain-based distillation: distill a language model once, make models of any size in seconds.",
         "",
     ]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]

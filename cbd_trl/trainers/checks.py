@@ -132,7 +132,7 @@ def check_run(trainer: Any) -> None:
     """Check what only shows once the student and the accelerator are there.
 
     Args:
-        trainer: a `DistillTrainer` after the initialisation of `trl.SFTTrainer`.
+        trainer: a `DistillTrainer` after the initialization of `trl.SFTTrainer`.
 
     Raises:
         ValueError: for auxiliary losses, virtual tokens or kinds of parallelism that this loss does not have.
@@ -140,7 +140,7 @@ def check_run(trainer: Any) -> None:
     if trainer.aux_loss_enabled:
         raise ValueError(
             "The student is a mixture of experts with a load-balancing loss, which is not part of the distillation "
-            "loss. Set router_aux_loss_coef=0.0 in the DistillConfig to distil without it."
+            "loss. Set router_aux_loss_coef=0.0 in the DistillConfig to distill without it."
         )
     peft_config = getattr(trainer.model, "active_peft_config", None)
     if getattr(peft_config, "is_prompt_learning", False):
@@ -189,7 +189,7 @@ def check_hybrid(trainer: Any, hybrid: Any) -> None:
     """Check that a hybrid made by the caller would be trained.
 
     Args:
-        trainer: a `DistillTrainer` after the initialisation of `trl.SFTTrainer`.
+        trainer: a `DistillTrainer` after the initialization of `trl.SFTTrainer`.
         hybrid: the trainer's argument.
 
     Raises:

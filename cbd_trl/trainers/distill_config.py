@@ -199,7 +199,7 @@ def _check_weights(config: Any) -> None:
     if not any(schedule.highest for schedule in schedules.values()):
         raise ValueError(
             f"kd_weight, ce_weight and hidden_weight are {[schedule.start for schedule in schedules.values()]}: "
-            "nothing is left to minimise. Set at least one of them above 0."
+            "nothing is left to minimize. Set at least one of them above 0."
         )
     scheduled = [f"{term}_schedule" for term, schedule in schedules.items() if schedule.shape != "constant"]
     best = config.metric_for_best_model

@@ -148,7 +148,7 @@ class DistillOptions(_DivergenceOptions):
     swap_probability: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the optimiser steps that train a hybrid beside the student, on the same tokens: the "
+            "help": "Share of the optimizer steps that train a hybrid beside the student, on the same tokens: the "
             "student with a random number of its blocks replaced by the teacher's frozen ones. Needs two models of "
             "one chain that differ in depth alone; `build_chain` has others for widths. Not set: 0, or what "
             "`build_chain` sets."

@@ -186,7 +186,7 @@ def check_writes(model: Any, role: str) -> None:
             "has no head over the vocabulary" if head is None else "writes an answer to a text, not its next token"
         )
         raise ValueError(
-            f"The {role} is a {type(model).__name__}, which {reason}: there are no logits to distil. Give a "
+            f"The {role} is a {type(model).__name__}, which {reason}: there are no logits to distill. Give a "
             "causal language model, such as `AutoModelForCausalLM` loads."
         )
 

@@ -145,7 +145,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         return
     raise ValueError(
         f"Student and teacher have different tokenizers: {reason}. DistillTrainer compares the two models token by "
-        "token, so it needs the same tokenizer on both sides. Use BridgeDistillTrainer to distil across tokenizers, "
+        "token, so it needs the same tokenizer on both sides. Use BridgeDistillTrainer to distill across tokenizers, "
         "or pass `teacher_processing_class` if the wrong tokenizer was found for the teacher."
     )
 

@@ -21,7 +21,7 @@ NEIGHBOURS = [
     ({"num_key_value_heads": 4}, r"more key/value heads \(4\) than anchors\[0\] above it \(2\).*Leave one"),
     ({"num_key_value_heads": 1}, r"more query heads per key/value head \(4\) than anchors\[0\] above it \(2\)"),
     ({"head_dim": 4}, r"anchors\[0\] and anchors\[1\] differ in their head size: 8 and 4. What a coordinate of a head "
-     r"means depends on the size of the head \(rotary frequencies.*Leave one of the two out, or distil"),
+     r"means depends on the size of the head \(rotary frequencies.*Leave one of the two out, or distill"),
     ({"rope_theta": 1e3}, r"not of one kind: under the first one's config, with its own sizes, the second has other "
      r"logits. The configs differ in .*rope.*1000"),
     ({"hidden_act": "gelu"}, r"other logits. The configs differ in .*'hidden_act': \('silu', 'gelu'\)"),
@@ -55,7 +55,7 @@ def test_a_norm_epsilon_of_its_own_is_no_obstacle(tmp_path):
         (
             "SSSF",
             "FF",
-            r"Layer 0 of lower .* left for it, in order\. .* Give another anchor; or distil one from upper",
+            r"Layer 0 of lower .* left for it, in order\. .* Give another anchor; or distill one from upper",
         ),
     ],
 )

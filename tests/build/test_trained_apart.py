@@ -30,14 +30,14 @@ def trained(family, shape, seed):
     config = tiny_model(family, tie_word_embeddings=True, vocab_size=VOCABULARY, **depth, **shape).config
     torch.manual_seed(seed)
     model = type(tiny_model(family))(config).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(STEPS):
         batch = markov_text(16, 24, seed=10_000 * seed + step)
         logits = model(batch).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return model.eval()
 
 

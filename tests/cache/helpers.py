@@ -19,7 +19,7 @@ def make_args(folder: Any, **overrides: Any) -> SFTConfig:
 
 
 def token_dataset(count: int = 12, seed: int = 0, vocabulary: int = 60, longest: int = 14) -> Dataset:
-    """Tokenised rows of 3 to `longest` tokens."""
+    """Tokenized rows of 3 to `longest` tokens."""
     generator = np.random.default_rng(seed)
     rows = [generator.integers(6, vocabulary, generator.integers(3, longest + 1)).tolist() for _ in range(count)]
     return Dataset.from_dict({"input_ids": rows})

@@ -1,4 +1,4 @@
-"""A chain built from a source on a Hub, with a card that states a licence, and of text that is on the Hub."""
+"""A chain built from a source on a Hub, with a card that states a license, and of text that is on the Hub."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -31,7 +31,7 @@ HOSTILE = [
 ]
 
 
-HEADINGS = {"Anchors", "Measured", "Losses at the end of the training", "Parameters", "How to use it", "Licence"}
+HEADINGS = {"Anchors", "Measured", "Losses at the end of the training", "Parameters", "How to use it", "License"}
 
 
 def assert_harmless(text: str) -> None:
@@ -42,7 +42,7 @@ def assert_harmless(text: str) -> None:
     prose = re.sub(r"<code.*?</code>", "", html, flags=re.DOTALL)
     assert not re.search(r"(https?://|www\.)evil", prose, re.IGNORECASE)
     headings = re.findall(r"<h\d>(.*?)</h\d>", html)
-    assert {"How to use it", "Licence"} <= set(headings[1:]) <= HEADINGS
+    assert {"How to use it", "License"} <= set(headings[1:]) <= HEADINGS
     for table in re.findall(r"<table>.*?</table>", html, re.DOTALL):
         columns = [row.count("<td") + row.count("<th") for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)]
         assert len(columns) > 1 and len(set(columns)) == 1

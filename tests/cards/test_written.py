@@ -72,7 +72,7 @@ def test_the_card_of_a_target(chain, tmp_path, monkeypatch, operator):
 
 
 def test_the_card_of_a_trained_model(chain, tmp_path, monkeypatch):
-    """A student from a folder: the models on the Hub that its card names, their licence, and never the folder."""
+    """A student from a folder: the models on the Hub that its card names, their license, and never the folder."""
     student = from_chain(chain, config=DEEP, save_directory=tmp_path / "deep")
     trainer = make_trainer(student=student, output_dir=str(tmp_path / "trained"), eval_dataset=None)
     trainer.train()

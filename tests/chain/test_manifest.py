@@ -143,7 +143,7 @@ def test_pair_for(original):
     assert chain.pair_for(config={"hidden_size": 24}) == (middle, small)
     for request in ({"num_parameters": large.num_parameters * 2}, {"config": {"num_hidden_layers": 2}}):
         with pytest.raises(
-            ValueError, match=r"No two neighbouring anchors .* lie around .*What lies between them: large to middle"
+            ValueError, match=r"No two neighboring anchors .* lie around .*What lies between them: large to middle"
         ):
             chain.pair_for(**request)
     with pytest.raises(ValueError, match=r"num_parameters=.*, num_hidden_layers=4\. What"):

@@ -44,7 +44,7 @@ def error_of(folder: Path, **how: int) -> str:
 
 
 def test_what_is_finished_outlives_a_full_disk(tmp_path: Path) -> None:
-    """The source takes 196 kB, and its anchor 132 kB; the anchor's optimiser has twice as much to write."""
+    """The source takes 196 kB, and its anchor 132 kB; the anchor's optimizer has twice as much to write."""
     folder = tmp_path / "chain"
     message = r"^chain/\.work/33K/checkpoint-2 could not be written \(.*\)\. No checkpoint had been written yet\."
     told = error_of(folder, bytes_per_file=210_000)

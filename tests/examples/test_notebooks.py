@@ -22,7 +22,7 @@ def _printed(notebook) -> str:
 
 
 def test_both_are_there():
-    assert [path.stem for path in NOTEBOOKS] == ["any_size_from_a_chain", "distil_your_own_anchor"]
+    assert [path.stem for path in NOTEBOOKS] == ["any_size_from_a_chain", "distill_your_own_anchor"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

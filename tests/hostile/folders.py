@@ -70,7 +70,7 @@ FOLDERS = [
         "names another file",
     ),
     Case("no-such-model", fields("config.json", model_type="../evil"), "cannot be read as a model config"),
-    Case("quantised", fields("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
+    Case("quantized", fields("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "quantized"),
     Case("layers-claimed", fields("config.json", num_hidden_layers=10**9), "more than any model has"),
     Case("labels-claimed", fields("config.json", num_labels=10**9), "more than any model has"),
     Case("width-claimed", fields("config.json", hidden_size=2**62), "has the shape|cannot be read"),

@@ -19,7 +19,7 @@ _FLAGS += ["--disable-background-networking", "--disable-component-update", "--h
 _FLAGS += ["--enable-logging=stderr"]
 pytestmark = pytest.mark.skipif(_BROWSER is None, reason="there is no chromium or google-chrome on the PATH")
 
-# Colours of the page's light style: nested, linear, slice, expand, anchors.
+# Colors of the page's light style: nested, linear, slice, expand, anchors.
 _COLOURS = [(0x00, 0x72, 0xB2), (0xC4, 0x51, 0x0A), (0x00, 0x81, 0x5F), (0xB2, 0x56, 0x8F), (0x16, 0x19, 0x1D)]
 # Tells where everything is that is shown, in the document's title's place: the page itself may run no script.
 _PROBE = """<script>
@@ -65,9 +65,9 @@ def test_charts_are_drawn_and_the_console_is_silent(measured, tmp_path):
     _, complaints = browse(tmp_path, measured / "report.html", *flags)
     assert complaints == []
     with Image.open(picture) as image:
-        colours = Counter(image.convert("RGB").crop((60, 100, 1040, 760)).get_flattened_data())
-    for colour in _COLOURS:
-        assert colours[colour] > 40, f"{colour} is hardly to be seen"
+        colors = Counter(image.convert("RGB").crop((60, 100, 1040, 760)).get_flattened_data())
+    for color in _COLOURS:
+        assert colors[color] > 40, f"{color} is hardly to be seen"
 
 
 def test_the_console_would_be_heard_and_nothing_is_loaded(measured, tmp_path):

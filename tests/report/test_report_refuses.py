@@ -26,7 +26,7 @@ def nothing_measured(monkeypatch):
         (["--blocks", "9000"], r"texts fill \d+ blocks of 24 tokens, 9000 blocks.*fewer or shorter"),
         (["--sizes", "9B"], r"size 9B lies outside.*\d+(\.\d+)?k.*Leave it out"),
         (["--sizes", "many"], r"many"),
-        (["--include_path", "nowhere", "--tasks", "colours"], r"no folder nowhere"),
+        (["--include_path", "nowhere", "--tasks", "colors"], r"no folder nowhere"),
         (["--data", "gone.jsonl"], r"There is no file gone\.jsonl"),
         (["--compare", "no-such-chain"], r"no-such-chain"),
         (["--data", "{rows}"], r"columns \['words'\], and none of the SFT formats.*'text'"),

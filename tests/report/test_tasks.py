@@ -24,7 +24,7 @@ DOCS = [
 ]
 
 
-def task_file(folder, name="colours", docs=DOCS, **fields):
+def task_file(folder, name="colors", docs=DOCS, **fields):
     """Write a multiple-choice task and its data."""
     data = folder / f"{name}.jsonl"
     data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
@@ -62,7 +62,7 @@ def scores(anchor, docs):
     """Share of right answers: by log-likelihood, and by it for each letter of the answer."""
     tokenizer = AutoTokenizer.from_pretrained(anchor.path)
     model = AutoModelForCausalLM.from_pretrained(anchor.path, dtype=torch.float32)
-    right, normalised = 0, 0
+    right, normalized = 0, 0
     for doc in docs:
         start = len(tokenizer(doc["question"])["input_ids"])
         likelihoods = []
@@ -74,31 +74,31 @@ def scores(anchor, docs):
         letters = [len(choice) for choice in doc["choices"]]
         per_letter = [value / length for value, length in zip(likelihoods, letters, strict=True)]
         right += max(range(3), key=likelihoods.__getitem__) == doc["answer"]
-        normalised += max(range(3), key=per_letter.__getitem__) == doc["answer"]
-    return right / len(docs), normalised / len(docs)
+        normalized += max(range(3), key=per_letter.__getitem__) == doc["answer"]
+    return right / len(docs), normalized / len(docs)
 
 
 def test_scores_are_those_computed_here_in_the_json_and_on_the_page(word_chain, words, folder, tmp_path):
     task_file(folder)
-    flags = ["--tasks", "colours", "--include_path", folder, "--operators", "nested,random", *QUICK]
+    flags = ["--tasks", "colors", "--include_path", folder, "--operators", "nested,random", *QUICK]
     code, _, err = run(word_chain, "--data", words, "--output", tmp_path / "out", *flags)
     assert code == 0, err
     report = report_of(tmp_path / "out")
-    assert report["tasks"] == ["colours"] and report["versions"]["lm-eval"]
+    assert report["tasks"] == ["colors"] and report["versions"]["lm-eval"]
     [chain] = report["chains"]
     for entry, anchor in zip(chain["anchors"], Chain.from_pretrained(word_chain).anchors, strict=True):
-        right, normalised = scores(anchor, DOCS)
-        score = entry["probes"]["colours"]
-        assert (score["metric"], score["value"]) == ("acc_norm", pytest.approx(normalised))
-        assert score["all"] == {"acc,none": pytest.approx(right), "acc_norm,none": pytest.approx(normalised)}
+        right, normalized = scores(anchor, DOCS)
+        score = entry["probes"]["colors"]
+        assert (score["metric"], score["value"]) == ("acc_norm", pytest.approx(normalized))
+        assert score["all"] == {"acc,none": pytest.approx(right), "acc_norm,none": pytest.approx(normalized)}
         assert score["examples"] == 20 and score["higher_is_better"] is True
         # The standard error of a mean of zeros and ones.
-        assert score["stderr"] == pytest.approx((normalised * (1 - normalised) / 19) ** 0.5)
+        assert score["stderr"] == pytest.approx((normalized * (1 - normalized) / 19) ** 0.5)
     assert all(target["probes"].keys() == {"nested", "random"} for target in chain["targets"])
     page = (tmp_path / "out" / "report.html").read_text()
     value, stderr = (
-        chain["anchors"][0]["probes"]["colours"]["value"],
-        chain["anchors"][0]["probes"]["colours"]["stderr"],
+        chain["anchors"][0]["probes"]["colors"]["value"],
+        chain["anchors"][0]["probes"]["colors"]["stderr"],
     )
     assert f"{value:.3f} ± {stderr:.3f}" in page and "Higher is better: acc_norm on 20 examples" in page
 
@@ -116,14 +116,14 @@ def test_a_task_more_or_other_examples_cost_only_themselves(word_chain, words, f
     monkeypatch.setattr(tasks, "_measure", counted)
     flags = [word_chain, "--data", words, "--output", tmp_path / "out", "--include_path", folder, *QUICK]
     flags += ["--operators", "nested", "--sizes", Chain.from_pretrained(word_chain).anchors[0].num_parameters]
-    assert run(*flags, "--tasks", "colours", "--limit", "5")[0] == 0
+    assert run(*flags, "--tasks", "colors", "--limit", "5")[0] == 0
     models, asked[:] = len(asked), []
     assert models >= 3
-    assert run(*flags, "--tasks", "colours,shapes", "--limit", "5")[0] == 0
+    assert run(*flags, "--tasks", "colors,shapes", "--limit", "5")[0] == 0
     assert asked == ["shapes"] * models
     [chain] = report_of(tmp_path / "out")["chains"]
     probes = chain["anchors"][0]["probes"]
-    assert {name: score["examples"] for name, score in probes.items()} == {"colours": 5, "shapes": 5}
+    assert {name: score["examples"] for name, score in probes.items()} == {"colors": 5, "shapes": 5}
     asked.clear()
     task_file(folder, "shapes", [{**doc, "answer": 0} for doc in DOCS[:6]])
     assert run(*flags, "--tasks", "shapes", "--limit", "5")[0] == 0
@@ -135,7 +135,7 @@ def test_a_group_with_a_score_of_its_own_counts_as_one(word_chain, words, folder
     task_file(folder, "shapes", DOCS[:10])
     group = {
         "group": "both",
-        "task": ["colours", "shapes"],
+        "task": ["colors", "shapes"],
         "aggregate_metric_list": [{"metric": "acc", "aggregation": "mean", "weight_by_size": True}],
     }
     (folder / "both.yaml").write_text(yaml.safe_dump(group))
@@ -152,11 +152,11 @@ def test_a_group_with_a_score_of_its_own_counts_as_one(word_chain, words, folder
 @pytest.mark.parametrize(
     ("fields", "flags", "message"),
     [
-        ({}, ["--tasks", "colors"], r"no task 'colors'.*Did you mean 'colours'.*--include_path"),
-        ({}, ["--tasks", "colours", "--include_path", "nowhere"], r"no folder nowhere of task files"),
-        ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, [], r"colours could not be loaded.*gone\.jsonl"),
-        ({"doc_to_text": "{{ nonsense"}, [], r"colours could not be loaded"),
-        ({"test_split": "missing"}, [], r"colours could not be loaded"),
+        ({}, ["--tasks", "colors"], r"no task 'colors'.*Did you mean 'colors'.*--include_path"),
+        ({}, ["--tasks", "colors", "--include_path", "nowhere"], r"no folder nowhere of task files"),
+        ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, [], r"colors could not be loaded.*gone\.jsonl"),
+        ({"doc_to_text": "{{ nonsense"}, [], r"colors could not be loaded"),
+        ({"test_split": "missing"}, [], r"colors could not be loaded"),
     ],
 )
 def test_what_cannot_be_had_is_said_before_any_model_is_measured(
@@ -164,7 +164,7 @@ def test_what_cannot_be_had_is_said_before_any_model_is_measured(
 ):
     monkeypatch.setattr("cbd_trl.report.measure.sweep", lambda *args, **options: pytest.fail("measured"))
     task_file(folder, **fields)
-    flags = ["--tasks", "colours", "--include_path", folder, *flags]
+    flags = ["--tasks", "colors", "--include_path", folder, *flags]
     code, _, err = run(word_chain, "--data", words, "--output", tmp_path / "out", *QUICK, *flags)
     assert code == 1
     with pytest.raises(ValueError, match=message):

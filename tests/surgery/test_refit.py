@@ -98,10 +98,10 @@ def test_the_first_layer_is_the_weighted_least_squares_solution():
     scale = 1 / target.flatten(0, 1).pow(2).mean(-1, keepdim=True).sqrt().sqrt()
     # Only layer 1 differs from its block (layer 0 is kept whole), so the fit of layer 0 changes nothing.
     weight = scale[:, 0] ** 2 / (scale**2).sum()
-    centred = hidden - weight @ hidden
-    ridge = 0.1 * (weight @ centred.pow(2)).mean()
+    centerd = hidden - weight @ hidden
+    ridge = 0.1 * (weight @ centerd.pow(2)).mean()
     eye = ridge.sqrt() * torch.eye(hidden.shape[1]).double()
-    rows = torch.cat([centred * weight.sqrt()[:, None], eye])
+    rows = torch.cat([centerd * weight.sqrt()[:, None], eye])
     nothing = torch.zeros(hidden.shape[1], gap.shape[1]).double()
     goals = torch.cat([(gap - weight @ gap) * weight.sqrt()[:, None], nothing])
     change = torch.linalg.lstsq(rows, goals).solution.T

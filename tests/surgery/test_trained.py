@@ -25,17 +25,17 @@ def trained(family: str, tied: bool):
     shape = own_names(family, hidden_size=48, intermediate_size=96, num_hidden_layers=2, **heads)
     shape |= {} if family in WIDTH_OF_HEADS else {"head_dim": 8}
     model = tiny_model(family, tie_word_embeddings=tied, vocab_size=VOCABULARY, **shape)
-    # Trained from the family's own initialisation: the point here is a real model, not one where nothing can hide.
+    # Trained from the family's own initialization: the point here is a real model, not one where nothing can hide.
     torch.manual_seed(1)
     model = type(model)(model.config).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(STEPS):
         batch = markov_text(16, 24, seed=step)
         logits = model(batch).logits
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     # Uniform guessing costs 4.09.
     assert loss < 2.9
     model.eval()

@@ -1,4 +1,4 @@
-"""LoRA and QLoRA students, and quantised teachers."""
+"""LoRA and QLoRA students, and quantized teachers."""
 
 import json
 import math
@@ -139,8 +139,8 @@ def test_a_teacher_of_four_bits_says_what_its_rounded_weights_say(as_json: bool,
         student = tiny_model("llama", seed=1, num_hidden_layers=2, **_WIDE)
         return one_step(make_trainer(student=student, teacher=teacher, hidden_weight=1.0, **how))
 
-    quantised = {"quantization_config": _NF4 if as_json else BitsAndBytesConfig(**_NF4)}
-    logs, grads = run(path, teacher_model_init_kwargs=json.dumps(quantised) if as_json else quantised)
+    quantized = {"quantization_config": _NF4 if as_json else BitsAndBytesConfig(**_NF4)}
+    logs, grads = run(path, teacher_model_init_kwargs=json.dumps(quantized) if as_json else quantized)
     rounded = AutoModelForCausalLM.from_pretrained(path, quantization_config=BitsAndBytesConfig(**_NF4)).dequantize()
     expected, exact = run(rounded)
     # Some CPUs run it in bfloat16.

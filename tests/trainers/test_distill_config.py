@@ -111,7 +111,7 @@ def test_a_bad_value_is_refused(field: str, value: object, message: str) -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kd_weight": 0.0, "ce_weight": 0.0}, "nothing is left to minimise"),
+        ({"kd_weight": 0.0, "ce_weight": 0.0}, "nothing is left to minimize"),
         ({"kd_weight_end": 1.0}, "kd_weight_end=1.0 with kd_schedule='constant'.* would be ignored"),
         ({"ce_weight_end": 0.0}, "ce_weight_end=0.0 with ce_schedule='constant'"),
         ({"hidden_weight": 1.0, "hidden_weight_end": 0.5}, "hidden_weight_end=0.5 with hidden_schedule='constant'"),
@@ -167,7 +167,7 @@ def test_reentrant_checkpointing_of_hybrids_is_refused() -> None:
 
 
 def _run(**changes: Any) -> Any:
-    # What a trainer has after its initialisation, on machines that these tests do not have.
+    # What a trainer has after its initialization, on machines that these tests do not have.
     parallelism = SimpleNamespace(cp_enabled=False, sp_enabled=False)
     for name in ("cp_enabled", "sp_enabled"):
         setattr(parallelism, name, changes.pop(name, False))

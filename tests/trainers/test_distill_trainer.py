@@ -113,7 +113,7 @@ def test_a_teacher_by_path_is_loaded_and_its_tokenizer_compared(tmp_path: Path) 
     )
     assert_same_gradient(one_step(by_path)[1], one_step(make_trainer())[1])
     tiny_tokenizer(WORDS[::-1]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Use BridgeDistillTrainer to distil across tokenizers"):
+    with pytest.raises(ValueError, match="Use BridgeDistillTrainer to distill across tokenizers"):
         make_trainer(teacher=str(tmp_path))
 
 

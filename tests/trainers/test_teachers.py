@@ -272,7 +272,7 @@ def test_a_model_whose_logits_are_not_its_head_is_refused(role: str) -> None:
     odd = _Shifted(tiny_model("llama").config)
     odd.load_state_dict(tiny_model("llama", seed=5).state_dict())
     with pytest.raises(
-        ValueError, match=r"logits of _Shifted are not its output embedding.* Distil a model with a pl"
+        ValueError, match=r"logits of _Shifted are not its output embedding.* Distill a model with a pl"
     ):
         make_trainer(**{role: odd})
 

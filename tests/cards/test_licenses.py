@@ -1,4 +1,4 @@
-"""Licences are carried over, and never made up: what is missing, unknown or in conflict is said."""
+"""Licenses are carried over, and never made up: what is missing, unknown or in conflict is said."""
 
 import pytest
 from huggingface_hub import snapshot_download
@@ -23,7 +23,7 @@ def stated(*origins):
     ("origins", "fields", "said"),
     [
         ([A], {"license": "apache-2.0", "license_link": LINKS[0]}, "carried over from `org/a`."),
-        # Each links to a copy of its own; it is one licence all the same.
+        # Each links to a copy of its own; it is one license all the same.
         ([A, B], {"license": "apache-2.0"}, "`apache-2.0`: carried over from `org/a`, `org/b`."),
         ([Origin("x", **OWN, license_link=LINKS[0])], {**OWN, "license_link": LINKS[0]}, f"`own-1.0`, `{LINKS[0]}`"),
         ([], {}, "None is stated: the source of this model is not known."),
@@ -38,7 +38,7 @@ def stated(*origins):
         ([A, Origin("x")], {}, "`nothing` (`x`). None is stated above, because they are not the same."),
         # Two models by one name.
         ([Origin("x", license="mit"), Origin("x", license="gpl")], {}, "`mit` (`x`), `gpl` (`x`). None is stated"),
-        # Everybody may call a licence "own".
+        # Everybody may call a license "own".
         ([Origin(name, **OWN, license_link=link) for name, link in zip("xy", LINKS, strict=True)], {}, "not the same"),
     ],
 )  # fmt: skip
