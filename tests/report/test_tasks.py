@@ -152,7 +152,7 @@ def test_a_group_with_a_score_of_its_own_counts_as_one(word_chain, words, folder
 @pytest.mark.parametrize(
     ("fields", "flags", "message"),
     [
-        ({}, ["--tasks", "colors"], r"no task 'colors'.*Did you mean 'colors'.*--include_path"),
+        ({}, ["--tasks", "colrs"], r"no task 'colrs'.*Did you mean 'colors'.*--include_path"),
         ({}, ["--tasks", "colors", "--include_path", "nowhere"], r"no folder nowhere of task files"),
         ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, [], r"colors could not be loaded.*gone\.jsonl"),
         ({"doc_to_text": "{{ nonsense"}, [], r"colors could not be loaded"),
