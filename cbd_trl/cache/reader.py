@@ -342,10 +342,10 @@ class CachedTeacher:
 
     def predict(self, batch: Batch, student: nn.Module) -> TeacherOutputs:
         """See `LocalTeacher.predict`."""
-        said = {name: select_scored(values, batch.labels_BT) for name, values in batch.teacher.items()}
+        predictions = {name: select_scored(values, batch.labels_BT) for name, values in batch.teacher.items()}
         if self._head is not None:
-            return HiddenOutputs(said["teacher_hidden"].to(self._head.weight_VD.dtype), self._head)
-        entries = said["teacher_indices"], said["teacher_log_probs"]
+            return HiddenOutputs(predictions["teacher_hidden"].to(self._head.weight_VD.dtype), self._head)
+        entries = predictions["teacher_indices"], predictions["teacher_log_probs"]
         if self.cache.manifest.settings.kind == "sampled":
-            return SampledOutputs(*entries, said["teacher_target"])
-        return TopKOutputs(*entries, said["teacher_tail"], said["teacher_target"])
+            return SampledOutputs(*entries, predictions["teacher_target"])
+        return TopKOutputs(*entries, predictions["teacher_tail"], predictions["teacher_target"])
