@@ -294,7 +294,8 @@ def _completed(folder: Path, record: Mapping[str, Any], temporary: Path) -> Anch
         "files": files,
     }
     return Anchor.of(
-        validated(AnchorRecord, found, folder / MANIFEST, "Change the record that write_anchor was given."), temporary
+        validated(AnchorRecord, found, folder / MANIFEST, "Change the record given to write_anchor.", defaults=True),
+        temporary,
     )
 
 

@@ -160,8 +160,11 @@ class AnchorRecord(Untrusted):
         costs = [block.cost is None for block in self.blocks or []]
         if any(costs) and not all(costs):
             raise ValueError("blocks must have a cost each, or none")
-        if not isinstance(self.training.get("bridge", {}), dict):
-            raise ValueError(f"training.bridge must be an object, got {shown(self.training['bridge'])}")
+        for name in ("bridge", "arguments"):
+            if not isinstance(record := self.training.get(name, {}), dict):
+                raise ValueError(f"training.{name} must be an object, got {shown(record)}")
+        if not isinstance(values := self.training.get("arguments", {}).get("values", {}), dict):
+            raise ValueError(f"training.arguments.values must be an object, got {shown(values)}")
         return self
 
     @property
@@ -183,8 +186,8 @@ class AnchorRecord(Untrusted):
     @property
     def arguments(self) -> dict[str, Any]:
         """The training arguments that decide the anchor, by name; empty where it was not trained here."""
-        values = (self.training.get("arguments") or {}).get("values")
-        return values if isinstance(values, dict) else {}
+        values: dict[str, Any] = self.training.get("arguments", {}).get("values", {})
+        return values
 
 
 class Manifest(Untrusted):

@@ -98,6 +98,8 @@ _RANGES: dict[str, Any] = {
     # A token, and one to predict from it.
     "max_length": Field(ge=2),
     "num_train_epochs": _POSITIVE,
+    "warmup_steps": _NOT_NEGATIVE,
+    "logging_steps": _POSITIVE,
     "weight_decay": _NOT_NEGATIVE,
     "max_grad_norm": _NOT_NEGATIVE,
     "neftune_noise_alpha": _NOT_NEGATIVE,

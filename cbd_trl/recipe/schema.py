@@ -316,7 +316,7 @@ def parse_recipe(raw: Mapping[str, Any], name: str) -> Recipe:
     """
     raw = copy.deepcopy(dict(raw))
     problems = [f"{key}: is missing." for key in _REQUIRED if raw.get(key) is None]
-    raw = {key: value for key, value in raw.items() if value is not None}
+    raw = {key: value for key, value in raw.items() if value is not None or key not in RecipeKeys.model_fields}
     keys, taken_out = None, False
     while keys is None:
         try:

@@ -117,18 +117,16 @@ class TokenCounter(TrainerCallback, ExportableState):
         """Note that `Trainer.train` is called: what was seen before belongs to the model, whatever is begun anew."""
         self._before = int(self.tokens)
 
-    def add(self, outputs: Mapping[str, Tensor], loss: Tensor, tokens: Tensor) -> None:
+    def add(self, outputs: Mapping[str, Tensor], tokens: Tensor) -> None:
         """Add a micro-batch.
 
         Args:
             outputs: what `StepLoss` returned for it.
-            loss: its share of the loss of the optimizer step, scalar.
             tokens: how many it has in all processes, scalar.
         """
         sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
         scored = outputs["ce"]
         self.terms.add(sums, torch.tensor(float(scored.numel()), device=scored.device))
-        self.loss = self.loss + loss.detach()
         self.tokens = self.tokens + tokens
 
     def state(self) -> dict[str, Any]:

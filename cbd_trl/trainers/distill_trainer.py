@@ -284,6 +284,17 @@ class DistillTrainer(SFTTrainer):
             count = self._sum(count) // self.get_tp_size()
         return batches, count
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on one micro-batch; its loss, which a subclass may compute in another way, is watched by `LossGuard`.
+
+        Args:
+            args: as in the Trainer.
+            kwargs: as there.
+        """
+        loss = super().training_step(*args, **kwargs)
+        self._counter.loss = self._counter.loss + loss.detach()
+        return loss
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -308,7 +319,7 @@ class DistillTrainer(SFTTrainer):
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
         loss = normalize(outputs["total"], outputs["ce"].numel(), num_items_in_batch, processes)
         if self.model.training:
-            self._counter.add(outputs, loss, self._sum(batch.count_tokens()) // self.get_tp_size())
+            self._counter.add(outputs, self._sum(batch.count_tokens()) // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
     def _compute_outputs(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:

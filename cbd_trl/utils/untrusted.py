@@ -126,7 +126,7 @@ Schema = TypeVar("Schema", bound=Untrusted)
 _MOST_MISTAKES = 3
 
 
-def validated(schema: type[Schema], found: Any, file: Path, way_out: str) -> Schema:
+def validated(schema: type[Schema], found: Any, file: Path, way_out: str, defaults: bool = False) -> Schema:
     """Validate what a JSON file holds.
 
     Args:
@@ -134,15 +134,34 @@ def validated(schema: type[Schema], found: Any, file: Path, way_out: str) -> Sch
         found: as `read_json` gives it.
         file: for the message.
         way_out: the end of the error.
+        defaults: whether fields that have one may be left out, as by code that makes a record.
 
     Raises:
         ValueError: naming the file, the first fields that are wrong, and their values.
     """
     try:
-        return schema.model_validate(found)
+        read = schema.model_validate(found)
     except ValidationError as error:
         mistakes = [_mistake(mistake) for mistake in error.errors(include_url=False)[:_MOST_MISTAKES]]
         raise ValueError(f"{file}, {'; '.join(mistakes)}. {way_out}") from None
+    if not defaults and (missing := list(_missing_fields(read, ""))):
+        mistakes = [f"{field}: the field is missing" for field in missing[:_MOST_MISTAKES]]
+        raise ValueError(f"{file}, {'; '.join(mistakes)}. {way_out}")
+    return read
+
+
+def _missing_fields(value: Any, place: str) -> Iterator[str]:
+    """Fields that a file leaves out: defaults are for code that makes an object, not for one that was read."""
+    if isinstance(value, Untrusted):
+        for name in type(value).model_fields:
+            field = f"{place}.{name}".lstrip(".")
+            if name not in value.model_fields_set:
+                yield field
+            else:
+                yield from _missing_fields(getattr(value, name), field)
+    elif isinstance(value, list | tuple):
+        for number, entry in enumerate(value):
+            yield from _missing_fields(entry, f"{place}[{number}]")
 
 
 def _mistake(error: Mapping[str, Any]) -> str:

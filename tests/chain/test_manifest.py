@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from cbd_trl.architectures import describe
 from cbd_trl.chain.chain import STATISTICS_FILE, Chain, write_anchor
+from cbd_trl.chain.manifest import AnchorRecord
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from tests.tiny import FAMILIES, WIDTH_OF_HEADS, own_names, tiny_model
@@ -306,6 +307,20 @@ def test_edited_anchor(folder, values, message):
     with pytest.raises(ValueError, match=message) as error:
         Chain.from_pretrained(folder)
     assert "chain.json" in str(error.value)
+
+
+@pytest.mark.parametrize("field", sorted(AnchorRecord.model_fields))
+def test_no_field_may_be_left_out(folder, field):
+    edit(folder, lambda body: body["anchors"][1].pop(field))
+    with pytest.raises(ValueError, match=rf"anchors\[1\]\.{field}: the field is missing"):
+        Chain.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("record", [True, 1, "x", [[1]], {"values": 1}])
+def test_the_arguments_of_a_training_are_an_object(folder, record):
+    edit(folder, lambda body: body["anchors"][1]["training"].update(arguments=record))
+    with pytest.raises(ValueError, match=r"training\.arguments.* must be an object, got"):
+        Chain.from_pretrained(folder)
 
 
 def test_any_other_edit_breaks_the_checksum(folder):

@@ -449,3 +449,9 @@ def test_parse_shape():
     for value, reason in (("20", "must be an object"), ("{num_hidden_layers: 16}", "not JSON.*double quotes")):
         with pytest.raises(ValueError, match=f"--shape: .*{reason}"):
             parse_shape(value)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["push", "--bogus"], 2), (["init", "nowhere", "--dry-run"], 1)])
+def test_a_launched_module_ends_with_the_code_of_the_command(arguments, code):
+    done = subprocess.run([sys.executable, "-m", "cbd_trl.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr

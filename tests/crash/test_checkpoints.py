@@ -113,6 +113,29 @@ def test_a_loss_that_is_not_finite_ends_the_run(bridged: bool, accumulation: int
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
 
 
+class _OwnLoss(DistillTrainer):
+    """A loss of the user's own."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return model(input_ids=inputs["input_ids"]).logits.sum() * math.nan
+
+
+class _SpoiledLoss(DistillTrainer):
+    """The trainer's loss, made into something else."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) * math.nan
+
+
+@pytest.mark.parametrize("kind", [_OwnLoss, _SpoiledLoss])
+def test_the_loss_of_a_subclass_is_watched_too(kind: type[DistillTrainer], tmp_path: Path) -> None:
+    run = trainer(tmp_path, 2, save_strategy="no")
+    run.__class__ = kind
+    with pytest.raises(ValueError, match=r"loss of step 1 is nan"):
+        run.train()
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
 def test_a_teacher_that_is_not_finite_is_named(tmp_path: Path) -> None:
     teacher: Any = tiny_model("llama", seed=2)
     run = trainer(tmp_path, teacher=teacher)

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from cbd_trl.cache import TeacherCache, write_cache
+from cbd_trl.cache.format import Manifest, Settings
 from tests.cache.helpers import make_args, token_dataset
 from tests.hostile.damages import DEEP
 from tests.hostile.headers import HEADERS
@@ -97,6 +98,15 @@ def test_a_hostile_manifest_is_refused(folder, change, message):
     change(body)
     (folder / "cache.json").write_text(json.dumps(body))
     refused(folder, message)
+
+
+@pytest.mark.parametrize("field", [*Manifest.model_fields, *(f"settings.{name}" for name in Settings.model_fields)])
+def test_no_field_may_be_left_out(folder, field):
+    body = json.loads((folder / "cache.json").read_text())
+    *outer, name = field.split(".")
+    (body[outer[0]] if outer else body).pop(name)
+    (folder / "cache.json").write_text(json.dumps(body))
+    refused(folder, rf"{field}: the field is missing|kind|{field}")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", DEEP, b'{"format_version": 1, "format_version": 1}', b"[NaN]"])

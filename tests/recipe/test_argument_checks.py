@@ -27,6 +27,9 @@ BAD = [
     ("max_steps", 0),
     ("num_train_epochs", NAN),
     ("weight_decay", -0.1),
+    ("warmup_steps", NAN),
+    ("logging_steps", -1.0),
+    ("logging_steps", NAN),
     ("max_grad_norm", NAN),
     ("neftune_noise_alpha", -1.0),
     ("adam_beta1", 1.0),
@@ -51,8 +54,6 @@ BAD = [
 ]
 # Values that a config refuses: nothing checks them once more.
 REFUSED_BY_THE_CONFIG = [
-    ("warmup_steps", -1),
-    ("logging_steps", 0),
     ("optim", "adamw_torhc"),
     ("model_init_kwargs", "{dtype"),
     ("deepspeed", "nope.json"),
