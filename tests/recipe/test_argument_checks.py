@@ -191,3 +191,8 @@ def test_an_output_dir_that_is_a_file(inputs: Path, tmp_path: Path, inside: str)
     [problem] = check_recipe(parse_recipe(raw, "some")).problems
     assert re.match(rf"output_dir: {file} is a file, so the chain cannot be written to {file}{inside}\. Name", problem)
     assert file.read_text() == "words"
+
+
+def test_an_unknown_key_without_a_value_is_a_problem_too() -> None:
+    problems = parse_recipe({**raw_recipe(Path("folder")), "evalution": None}, "some").problems
+    assert len(problems) == 1 and "evalution" in problems[0] and "evaluation" in problems[0]
