@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from importlib.resources import files
 from pathlib import Path
@@ -102,3 +103,10 @@ def test_import_loads_neither_torch_nor_transformers():
 
 def test_types_are_shipped():
     assert files("cbd_trl").joinpath("py.typed").is_file()
+
+
+def test_no_folder_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
+    """pytest passes over folders of some names in silence, by default those called "build"."""
+    skipped = pytestconfig.getini("norecursedirs")
+    folders = {part for file in (ROOT / "tests").rglob("test_*.py") for part in file.relative_to(ROOT).parts[:-1]}
+    assert [name for name in folders if any(fnmatch(name, pattern) for pattern in skipped)] == []

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures import describe
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
-from cbd_trl.build.plan import Step, plan_chain
+from cbd_trl.build.plan import Step, check_anchors, plan_chain
 from cbd_trl.build.resume import finished_anchors
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
@@ -82,6 +82,7 @@ def build_chain(
     Raises:
         ValueError: before any long work, for a source, anchor or output folder that cannot be used.
     """
+    check_anchors(anchors)
     output_dir = Path(output_dir)
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
     dataset = sft_dataset(dataset, "dataset", args)

@@ -50,20 +50,33 @@ class Step:
     dataset: Any
 
 
+def check_anchors(anchors: Any) -> None:
+    """Check that there is a list of anchors.
+
+    Raises:
+        TypeError: it is a single anchor.
+        ValueError: it is empty.
+    """
+    if isinstance(anchors, int | float | str | Mapping):
+        raise TypeError(
+            f"anchors is {anchors!r}, but must be a list with an entry for each lower anchor: anchors=[{anchors!r}]."
+        )
+    if not anchors:
+        raise ValueError(
+            "No anchors were requested. Give at least one, for example anchors=[{'num_hidden_layers': 16}] or "
+            "anchors=[0.6]."
+        )
+
+
 def plan_chain(
     source: Architecture, anchors: Sequence[Mapping[str, Any] | float], args: DistillConfig, dataset: Any
 ) -> list[Step]:
     """Resolve every requested anchor, from the source down.
 
     Raises:
-        ValueError: no anchors, one that cannot be cut from the one above it, or arguments that name a teacher or
+        ValueError: an anchor that cannot be cut from the one above it, or arguments that name a teacher or
             contradict the chain's defaults.
     """
-    if not anchors:
-        raise ValueError(
-            "No anchors were requested. Give at least one, for example anchors=[{'num_hidden_layers': 16}] or "
-            "anchors=[0.6]."
-        )
     steps: list[Step] = []
     upper, names = source, [anchor_name(source.num_parameters)]
     for position, anchor in enumerate(anchors):

@@ -83,6 +83,8 @@ def make_targets(
     Raises:
         ValueError: no sizes, one of them twice, or arguments that are invalid for any chain.
     """
+    if isinstance(sizes, int | float | str):
+        raise TypeError(f"sizes is {sizes!r}, but must be a list of numbers of parameters: sizes=[{sizes!r}].")
     requests = {size: Request(size, config, operator, alpha, tolerance) for size in sizes}
     if not requests or len(requests) < len(sizes):
         raise ValueError(f"sizes must name different numbers of parameters, at least one, got {list(sizes)}.")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -44,18 +45,18 @@ class TokenMeter:
         row = row.to(torch.float32 if row.device.type == "mps" else torch.float64)
         self._sums = row if self._sums is None else self._sums + row
 
-    def means(self, reduce: Reduce = lambda sums: sums) -> dict[str, float]:
+    def means(self, sum_over_processes: Reduce = lambda sums: sums) -> dict[str, float]:
         """Compute the mean per token of every term since the last call, and start anew.
 
         Args:
-            reduce: sums a tensor over the processes.
+            sum_over_processes: of a tensor.
 
         Returns:
             term -> mean; empty if nothing was added or no token was scored.
         """
         if self._sums is None:
             return {}
-        *sums, tokens = reduce(self._sums).tolist()
+        *sums, tokens = sum_over_processes(self._sums).tolist()
         self._sums = None
         return {name: value / tokens for name, value in zip(self._names, sums, strict=True)} if tokens else {}
 
@@ -97,7 +98,9 @@ class EvaluationMeter:
 
 
 class TokenCounter(TrainerCallback, ExportableState):
-    """What training has seen: its tokens, kept in checkpoints and continued on resuming, and the terms since a log.
+    """Counts what training has seen, and ends a run whose loss is not finite.
+
+    Its tokens are kept in checkpoints and continued on resuming; its terms are those since a log.
 
     With `auto_find_batch_size` the Trainer begins anew where a batch did not fit: nothing of an attempt is left.
 
@@ -143,25 +146,13 @@ class TokenCounter(TrainerCallback, ExportableState):
         if saved := callbacks.get(type(self).__name__):
             self.tokens = saved["attributes"]["tokens"]
 
-
-class LossGuard(TrainerCallback):
-    """Ends a run whose loss is not finite, before the step changes a weight.
-
-    One number an optimizer step is read from the device for it; the Trainer reads one a micro-batch, to leave such
-    losses out of its logs (`logging_nan_inf_filter`).
-
-    Args:
-        counter: finds the counter of the run, which the Trainer may replace by a restored one.
-        reduce: sums a tensor over the processes.
-    """
-
-    def __init__(self, counter: Callable[[], TokenCounter], reduce: Reduce) -> None:
-        self._counter, self._reduce = counter, reduce
-
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check the loss of the step.
+        """End a run whose loss is not finite, before the step changes a weight.
+
+        One number an optimizer step is read from the device for it; the Trainer reads one a micro-batch, to leave such
+        losses out of its logs (`logging_nan_inf_filter`).
 
         Args:
             args, state, control, kwargs: as in the Trainer's callbacks.
@@ -169,17 +160,21 @@ class LossGuard(TrainerCallback):
         Raises:
             ValueError: it is not finite, in whichever process.
         """
-        counter = self._counter()
-        total, counter.loss = counter.loss, 0.0
-        if not isinstance(total, Tensor) or math.isfinite(loss := self._reduce(total).item()):
+        total, self.loss = self.loss, 0.0
+        if not isinstance(total, Tensor) or math.isfinite(loss := _sum_over_processes(total).item()):
             return
-        wrong = [name for name, value in counter.terms.means(self._reduce).items() if not math.isfinite(value)]
+        means = self.terms.means(_sum_over_processes)
+        wrong = [name for name, value in means.items() if not math.isfinite(value)]
         teacher = " The teacher's own loss (teacher_ce) is not finite either: look at its weights and dtype first."
         raise ValueError(
             f"The loss of step {state.global_step + 1} is {loss} (not finite: {', '.join(wrong) or 'the sum'}). "
             f"Training stopped there, since every later step would be lost.{teacher if 'teacher_ce' in wrong else ''} "
             f"{after_divergence(args)}"
         )
+
+
+def _sum_over_processes(tensor: Tensor) -> Any:
+    return reduce(tensor, "sum")
 
 
 # Steps that the rates are taken over: enough for hybrids, which are beside some steps only, to even out.

@@ -26,7 +26,7 @@ from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.losses.objective import TermWeights
 from cbd_trl.losses.reduction import count_scored, normalize
 from cbd_trl.teachers.local import Batch, causal_lm_of
-from cbd_trl.trainers.callbacks import EvaluationMeter, LossGuard, TokenCounter
+from cbd_trl.trainers.callbacks import EvaluationMeter, TokenCounter
 from cbd_trl.trainers.checkpointing import (
     check_optimizer,
     check_weights_finite,
@@ -144,7 +144,6 @@ class DistillTrainer(SFTTrainer):
         # The Trainer must count the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.add_callback(TokenCounter())
-        self.add_callback(LossGuard(lambda: self._counter, self._sum))
         self._evaluation = EvaluationMeter()
         check_run(self)
         check_hybrid(self, hybrid)
@@ -165,8 +164,7 @@ class DistillTrainer(SFTTrainer):
         if self.padding_free:
             self.data_collator = RowLengthsCollator(**vars(self.data_collator))
             self._check_rows_apart()
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        datasets = {"train": self.train_dataset, **evaluated}
+        datasets = self._datasets()
         for name, dataset in datasets.items():
             self._check_rows(dataset, name)
         self.data_collator = self._make_collator(setup, [*datasets.values()])
@@ -202,6 +200,10 @@ class DistillTrainer(SFTTrainer):
         return StepLoss
 
     # Rows
+
+    def _datasets(self) -> dict[str, Any]:
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        return {"train": self.train_dataset, **evaluated}
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -285,7 +287,7 @@ class DistillTrainer(SFTTrainer):
         return batches, count
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one micro-batch; its loss, which a subclass may compute in another way, is watched by `LossGuard`.
+        """Train on one micro-batch; `TokenCounter` watches its loss, which a subclass may compute in another way.
 
         Args:
             args: as in the Trainer.

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from cbd_trl import Chain, build_chain, from_chain
 from cbd_trl.architectures import describe
+from cbd_trl.chain.manifest import SCHEMA_VERSION
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.blocks import select_layers
 from cbd_trl.surgery.least_squares import least_squares_cut
@@ -76,7 +77,12 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path):
 
 def test_what_chain_json_tells(chain, chain_folder):
     body = json.loads((chain_folder / "chain.json").read_text())
-    assert body["schema_version"] == 4 and body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
+    assert body["schema_version"] == SCHEMA_VERSION and body["versions"].keys() == {
+        "cbd-trl",
+        "torch",
+        "transformers",
+        "trl",
+    }
     source, deep, wide = body["anchors"]
     assert [entry["parent"] for entry in body["anchors"]] == [None, source["name"], deep["name"]]
     assert [entry["name"] for entry in body["anchors"]] == ["49K", "33K", "8.8K"]

@@ -112,7 +112,7 @@ def test_checkpoints_of_other_settings_are_kept_and_not_gone_on_from(tmp_path, i
         build(folder, **begun)
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     steps = interrupted(None)
-    changed = r"changed: \['learning_rate'\] \(there: 0.02; now: 0.01\)\. Ask for those"
+    changed = r"changed: \['learning_rate'\] \(there: 0.02; now: 0.01\)\. Request those"
     asked = rf"unfinished training of the anchor 33K \(checkpoint-2\), .*{changed}"
     with pytest.raises(ValueError, match=asked):
         build(folder)

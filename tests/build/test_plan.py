@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from cbd_trl import build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build import plan
 from cbd_trl.build import resume as finished
@@ -86,3 +87,10 @@ def test_defaults_are_checked_beside_what_was_asked_for(source, monkeypatch):
     monkeypatch.setattr(plan, "SWAP_PROBABILITY", 1.5)
     with pytest.raises(ValueError, match=r"swap_probability=1\.5: it is the share of steps"):
         planned(source)
+
+
+@pytest.mark.parametrize("anchors", [170e3, 0.6, {"num_hidden_layers": 4}, "85M"])
+def test_a_single_anchor_is_to_stand_in_a_list(anchors, tmp_path):
+    with pytest.raises(TypeError, match=r"anchors is .* must be a list") as error:
+        build_chain("nowhere", anchors, dataset=None, output_dir=tmp_path)
+    assert f"anchors=[{anchors!r}]" in str(error.value)

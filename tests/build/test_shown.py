@@ -13,7 +13,7 @@ PHASES = {
     "Collecting statistics",
     "Ranking the coordinates",
     "Sorting the statistics",
-    "Turning the statistics",
+    "Rotating the statistics",
     "Computing the weights",
     "Factorizing the statistics",
     "Hashing files",

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,10 @@ def test_the_loss_of_a_subclass_is_watched_too(kind: type[DistillTrainer], tmp_p
     with pytest.raises(ValueError, match=r"loss of step 1 is nan"):
         run.train()
     assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
+def test_the_callbacks_can_be_pickled(tmp_path: Path) -> None:
+    assert pickle.dumps(trainer(tmp_path).callback_handler.callbacks)
 
 
 def test_a_teacher_that_is_not_finite_is_named(tmp_path: Path) -> None:

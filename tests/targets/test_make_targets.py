@@ -151,6 +151,12 @@ def test_calibration_text_is_read_once_and_told(chain, tmp_path):
     assert made[0].provenance["request"]["calibration"] == made[1].provenance["request"]["calibration"] is not None
 
 
+@pytest.mark.parametrize("sizes", [5e4, "50K"])
+def test_a_single_size_is_to_stand_in_a_list(chain, tmp_path, sizes):
+    with pytest.raises(TypeError, match=r"sizes is .* must be a list"):
+        make_targets(chain, sizes, tmp_path / "models")
+
+
 @pytest.mark.parametrize(
     ("sizes", "options", "message"),
     [
