@@ -77,12 +77,8 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path):
 
 def test_what_chain_json_tells(chain, chain_folder):
     body = json.loads((chain_folder / "chain.json").read_text())
-    assert body["schema_version"] == SCHEMA_VERSION and body["versions"].keys() == {
-        "cbd-trl",
-        "torch",
-        "transformers",
-        "trl",
-    }
+    assert body["schema_version"] == SCHEMA_VERSION
+    assert body["versions"].keys() == {"cbd-trl", "torch", "transformers", "trl"}
     source, deep, wide = body["anchors"]
     assert [entry["parent"] for entry in body["anchors"]] == [None, source["name"], deep["name"]]
     assert [entry["name"] for entry in body["anchors"]] == ["49K", "33K", "8.8K"]
