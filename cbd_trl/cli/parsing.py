@@ -269,8 +269,8 @@ def evaluation_rows(script: "ScriptArguments", args: Any) -> Any:
     assert script.dataset_name is not None
     if Path(script.dataset_name).is_file():
         raise ValueError(
-            f"--eval_strategy {args.eval_strategy}: {script.dataset_name} is a file, without a split to evaluate on. "
-            "Use a dataset with splits, or --eval_strategy no."
+            f"--eval_strategy {args.eval_strategy.value}: {script.dataset_name} is a file, without a split to "
+            "evaluate on. Use a dataset with splits, or --eval_strategy no."
         )
     return load_rows(script.dataset_name, script.dataset_config, script.dataset_test_split, script.dataset_streaming)
 

@@ -318,7 +318,7 @@ def held_out_blocks(tokenizer: Any, texts: Any, length: int, count: int) -> Toke
     if found != (count, length):
         raise ValueError(
             f"The held-out texts fill {found[0]} blocks of {found[1]} tokens, {count} blocks of {length} are needed: "
-            "the same number for every model. Give more texts, or ask for fewer or shorter blocks."
+            "the same number for every model. Give more texts, or fewer or shorter blocks (blocks, block_length)."
         )
     return blocks
 

@@ -47,7 +47,7 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
     if not _is_positive(size) or size >= total or size == 1:
         raise ValueError(
             f"An anchor's size must be a number of parameters below the {total:,} of the anchor above, or a ratio "
-            f"between 0 and 1, got {size!r}."
+            f"between 0 and 1, got {size!r}. List anchors from large to small."
         )
     wanted = size if size > 1 else size * total
     half = -(-upper.depth // 2)

@@ -85,6 +85,7 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
         if not adapters:
             raise ValueError(_merge(f"{name} is a PEFT adapter"))
         return _with_adapter(place, adapter, role, options)
+    _check_is_model_folder(place, name)
     # Sizes that differ are named below, with everything else.
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if options.get("gguf_file") is None:
@@ -101,6 +102,18 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
         raise
     _check_keys(model, info, name)
     return model
+
+
+def _check_is_model_folder(place: str | Path, name: str) -> None:
+    """Name the model folders inside a folder that is none itself, such as a chain or the output of a training."""
+    folder = Path(place)
+    if (folder / "config.json").exists():
+        return
+    if inside := sorted(file.parent.name for file in folder.glob("*/config.json")):
+        raise ValueError(
+            f"{name} is not a model folder: it has no config.json, but these folders in it do: {', '.join(inside)}. "
+            f"Give one of them, such as {folder / inside[0]}."
+        )
 
 
 def check_checkpoint(place: str | Path, *, role: str, adapters: bool = False, **options: Any) -> None:

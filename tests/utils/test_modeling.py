@@ -206,6 +206,13 @@ def test_what_is_no_model_of_transformers_is_refused() -> None:
         check_plain(3, "source")
 
 
+def test_a_folder_of_models_names_those_in_it(tmp_path) -> None:
+    for name in ("source", "anchor-1"):
+        tiny_model("llama").save_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match=r"config\.json.*anchor-1, source.*anchor-1"):
+        load_causal_lm(tmp_path, role="teacher")
+
+
 def test_weights_are_loaded_nowhere_else() -> None:
     """Every other call of `from_pretrained` of a model class would be a door without a lock."""
     package = Path(cbd_trl.__file__).parent
