@@ -170,13 +170,16 @@ def then_and_now(names: Sequence[str], there: Mapping[str, Any], now: Mapping[st
     """The values of what changed, for the end of an error's list of names: " (there: 1, 0.1; now: 2, 0.2)".
 
     Args:
-        names: of what changed; those that neither record has as such are left out.
+        names: of what changed; those that neither record has as such, or that look the same shortened, are left out.
         there: what was recorded earlier.
         now: the same, as it is now.
     """
-    known = [name for name in names if name in there or name in now]
-    was, wanted = (", ".join(_shortened(record.get(name)) for name in known) for record in (there, now))
-    return f" (there: {was}; now: {wanted})" if known else ""
+    found = [
+        (_shortened(there.get(name)), _shortened(now.get(name))) for name in names if name in there or name in now
+    ]
+    differing = [pair for pair in found if pair[0] != pair[1]]
+    was, wanted = (", ".join(texts) for texts in zip(*differing, strict=True)) if differing else ("", "")
+    return f" (there: {was}; now: {wanted})" if differing else ""
 
 
 def _shortened(value: Any) -> str:

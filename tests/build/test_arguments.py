@@ -16,6 +16,7 @@ from cbd_trl.build.arguments import (
     TEACHER_ARGUMENTS,
     changed_arguments,
     check_chain_arguments,
+    then_and_now,
     training_record,
 )
 from tests.tokenizer import tiny_tokenizer
@@ -152,3 +153,9 @@ def test_what_would_go_wrong_in_a_build_is_refused(config: type, fields: dict[st
 def test_enums_are_recorded_by_value() -> None:
     record = training_record(make_config(lr_scheduler_type="cosine"))["values"]
     assert record["lr_scheduler_type"] == "cosine" and not any(isinstance(entry, Enum) for entry in record.values())
+
+
+def test_changed_values_are_shown_where_they_look_different() -> None:
+    there, now = {"steps": 2, "data": "x" * 99 + "a"}, {"steps": 3, "data": "x" * 99 + "b"}
+    assert then_and_now(["data", "steps"], there, now) == " (there: 2; now: 3)"
+    assert then_and_now(["data", "unknown"], there, now) == ""

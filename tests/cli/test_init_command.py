@@ -43,7 +43,9 @@ def test_a_failing_size_is_named_and_the_others_are_made(chain_folder, sizes, tm
     code, shown, err = run(capsys, chain_folder, "--sizes", sizes[0], "9B", *flags)
     assert code == 1 and "operator nested" in shown
     line = err.strip().splitlines()[-1]
-    assert line.startswith("cbd-trl init: error: 1 of 2 sizes cannot be made. 9B: No two neighboring anchors")
+    assert line.startswith(
+        "cbd-trl init: error: 1 of 2 sizes cannot be made. 9B: num_parameters=9,000,000,000 lies outside"
+    )
     assert len(list((tmp_path / "models").iterdir())) == 1
 
 
@@ -86,9 +88,9 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(chain_folder, chain, sizes,
 def test_a_dry_run_names_the_sizes_that_fail(chain_folder, sizes, capsys):
     code, shown, err = run(capsys, chain_folder, "--sizes", "9B", sizes[0], "--tolerance", "0.1", "--dry-run")
     assert code == 1 and shown.count("float32") == 1
-    assert "1 of 2 sizes cannot be made. 9B: No two neighboring anchors" in err
+    assert "1 of 2 sizes cannot be made. 9B: num_parameters=9,000,000,000 lies outside" in err
     code, _, err = run(capsys, chain_folder, "--num-parameters", "9B", "--dry-run")
-    assert code == 1 and err.startswith("cbd-trl init: error: No two neighboring anchors")
+    assert code == 1 and err.startswith("cbd-trl init: error: num_parameters=9,000,000,000 lies outside")
 
 
 @pytest.mark.parametrize(

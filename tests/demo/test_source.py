@@ -5,6 +5,7 @@ import zipfile
 
 import pytest
 
+from cbd_trl.cards.origin import origin_of
 from cbd_trl.demo import source
 from cbd_trl.demo.source import prepare_source
 
@@ -60,4 +61,6 @@ def test_the_model_of_the_hub_is_saved_as_a_folder(tmp_path, monkeypatch):
     folder = prepare_source(tmp_path / "source")
     AutoModelForCausalLM.from_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
+    origin = origin_of(folder)
+    assert origin.base_models == (source.HUB_ID,) and origin.license == "apache-2.0"
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
