@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.trainers import packing as row_attention
-from cbd_trl.trainers.packing import NAME, attention_by_row
+from cbd_trl.trainers.packing import NAME, attention_within_rows
 from tests.tiny import FAMILIES, SDPA_FAMILIES, tiny_model
 from tests.training import assert_same_gradient, make_trainer, one_step, text_rows
 
@@ -18,6 +18,7 @@ def packed_inputs(lengths: tuple[int, ...]) -> dict[str, Any]:
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
+        "row_bounds": tuple(ends.tolist()),
         "use_cache": False,
     }
 
@@ -47,7 +48,7 @@ def test_rows_by_themselves_are_the_packed_rows(family: str, lengths: tuple[int,
         attended.clear()
     else:
         expected = model(**inputs).logits
-    with attention_by_row([model]):
+    with attention_within_rows([model]):
         assert model.config._attn_implementation == NAME
         found = model(**inputs).logits
     assert model.config._attn_implementation == "sdpa"
@@ -62,7 +63,7 @@ def test_a_padded_batch_is_attended_as_ever(family: str) -> None:
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # on the left, as in generation
     expected = model(input_ids=ids, attention_mask=mask).logits
-    with attention_by_row([model]):
+    with attention_within_rows([model]):
         found = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], rtol=0, atol=1e-5)
 
