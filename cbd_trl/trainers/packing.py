@@ -26,9 +26,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from cbd_trl.utils.modeling import in_eval_mode
 
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 except ImportError:  # an older torch
-    varlen_attn: Any = None  # type: ignore[no-redef]
+    varlen_attn: Any = None
+else:
+    varlen_attn = varlen.varlen_attn
 
 logger = logging.get_logger(__name__)
 
@@ -80,8 +82,8 @@ def attend_within_rows(
         return varlen_attn(*states, cu_seq_lens_q, cu_seq_lens_q, longest, longest, **options)[None], None
     outputs = []
     for start, end in pairwise(row_bounds):
-        states = (state[:, :, start:end] for state in (query, key, value))
-        outputs.append(sdpa_attention_forward(module, *states, _block(attention_mask, start, end), **kwargs)[0])
+        row, mask = (slice(None), slice(None), slice(start, end)), _block(attention_mask, start, end)
+        outputs.append(sdpa_attention_forward(module, query[row], key[row], value[row], mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
@@ -159,12 +161,15 @@ def row_mask(
         a `RowMask` for one row without padding, without a cache and under a causal rule; else as `sdpa_mask`.
     """
     options = {"local_size": local_size, "allow_is_bidirectional_skip": allow_is_bidirectional_skip, **kwargs}
-    make = functools.partial(sdpa_mask, batch_size, attention_mask=attention_mask, use_vmap=use_vmap, **options)
+    make = functools.partial(
+        sdpa_mask, batch_size=batch_size, attention_mask=attention_mask, use_vmap=use_vmap, **options
+    )
     starts = isinstance(q_offset, int) and q_offset == kv_offset == 0
     whole = starts and batch_size == 1 and attention_mask is None and q_length == kv_length
     if whole and not use_vmap and not allow_is_bidirectional_skip:
         return RowMask(make, q_length, local_size, allow_is_causal_skip)
-    return make(q_length, kv_length, q_offset, kv_offset, allow_is_causal_skip=allow_is_causal_skip)
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    return make(q_length=q_length, kv_length=kv_length, **offsets, allow_is_causal_skip=allow_is_causal_skip)
 
 
 AttentionInterface.register(NAME, attend_within_rows)
