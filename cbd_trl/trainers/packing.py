@@ -206,7 +206,8 @@ def _is_plain(query: Tensor, value: Tensor, options: dict[str, Any]) -> bool:
 def _product_dtype(query: Tensor) -> torch.dtype:
     """What SDPA multiplies in: autocast, which does not know varlen_attn, casts for it."""
     kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast else query.dtype
 
 
 @functools.cache
