@@ -54,7 +54,12 @@ from cbd_trl.trainers.model_setup import (
     resolve_arguments,
     set_up_teacher,
 )
-from cbd_trl.trainers.packing import RowLengthsCollator, attention_by_row, check_rows_apart
+from cbd_trl.trainers.packing import (
+    PackingCollator,
+    attention_within_rows,
+    check_rows_apart,
+    warn_of_dense_masks,
+)
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.utils.datasets import sft_datasets, template_reads
 from cbd_trl.utils.files import flush
@@ -162,7 +167,8 @@ class DistillTrainer(SFTTrainer):
         self._teacher.place(self.accelerator, self.args.teacher_offload)
 
         if self.padding_free:
-            self.data_collator = RowLengthsCollator(**vars(self.data_collator))
+            self.data_collator = PackingCollator(**vars(self.data_collator), with_bounds=not self.args.torch_compile)
+            warn_of_dense_masks([self._student, *self._teacher.models], self.args.torch_compile)
             self._check_rows_apart()
         datasets = self._datasets()
         for name, dataset in datasets.items():
@@ -226,15 +232,14 @@ class DistillTrainer(SFTTrainer):
     def _check_rows_apart(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # sharded models run within a training step alone
-        with self._attention():
+        with self._attention(), self.accelerator.autocast():
             for model in (self._student, *self._teacher.models):
                 check_rows_apart(model)
 
     def _attention(self) -> AbstractContextManager:
-        # Elsewhere FlashAttention is there for packed rows, and a compiled graph would break at every row.
-        if not self.padding_free or self.accelerator.device.type != "cpu" or self.args.torch_compile:
+        if not self.padding_free or self.args.torch_compile:  # a graph would be compiled for each pack's rows
             return nullcontext()
-        return attention_by_row([self._student, *self._teacher.models])
+        return attention_within_rows([self._student, *self._teacher.models])
 
     # Training
 

@@ -76,6 +76,16 @@ def test_distill_trainer(how: dict[str, Any]) -> None:
     train(make_trainer(**{**STEPS, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": text_rows(), **how}))
 
 
+def test_attention_within_packed_rows_waits_for_nothing() -> None:
+    """Nor does it send anything: bounds of rows are known on the host, and windows need no look at a mask."""
+    rows = {"packing": True, "max_length": 40, "train_dataset": text_rows((12, 9, 5, 14, 20, 30))}
+    trainer = make_trainer("gemma3_text", **{**STEPS, **rows}, gradient_checkpointing=True, swap_probability=1.0)
+    USAGE.clear()
+    trainer.train()
+    places = {place for counter in (USAGE.waits, USAGE.uploads) for _, place in counter}
+    assert places and not any("packing.py" in place for place in places)
+
+
 @pytest.mark.parametrize("objective", ["alm=1,uld=0.5", "shared", "dskd-cma", "prefix"])
 def test_bridge_trainer(objective: str) -> None:
     train(make_bridge(**STEPS, objective=objective, logging_steps=1))

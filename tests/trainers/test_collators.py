@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from cbd_trl.cache import MissingRowError, TeacherCache, write_cache
 from cbd_trl.trainers.data import CachedTeacherCollator
-from cbd_trl.trainers.packing import RowLengthsCollator
+from cbd_trl.trainers.packing import PackingCollator
 from tests.cache.helpers import direct_log_probs, make_args, token_dataset
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -61,7 +61,7 @@ def assert_aligned(batch):
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_padded_and_padding_free_rows(tmp_path, padding_free, multiple):
     rows = token_dataset(6)
-    kind = RowLengthsCollator if padding_free else DataCollatorForLanguageModeling
+    kind = PackingCollator if padding_free else DataCollatorForLanguageModeling
     inner = kind(pad_token_id=0, padding_free=padding_free, pad_to_multiple_of=multiple)
     collator = CachedTeacherCollator(inner, cached(tmp_path, rows))
     batch = collator([{**row, "labels": row["input_ids"]} for row in rows])
