@@ -88,6 +88,7 @@ def build_chain(
     dataset = sft_dataset(dataset, "dataset", args)
     eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
     origin = Source(source, revision, token)
+    attention = _attention_of(source if bridge is None else bridge.model)
     special = _special_tokens(args, anchors, bridge)
     if bridge is None:
         source_anchor = plan_source_anchor(origin, processing_class, args, dataset, special)
@@ -114,7 +115,7 @@ def build_chain(
             )
         # The source is on disk now: free the memory of a model that was passed in.
         del source, origin, bridge, source_anchor
-        _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens)
+        _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens, attention)
         return finished_chain(output_dir)
 
 
@@ -123,6 +124,11 @@ def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeS
     # Arguments of a wrong type are rejected where the anchor is planned.
     trainings = [args, *own, getattr(bridge, "args", None)]
     return SpecialTokens.of(vars(training) for training in trainings if isinstance(training, DistillConfig))
+
+
+def _attention_of(start: Any) -> str | None:
+    """How a model in memory attends that the largest anchor is made from; None for one that is loaded."""
+    return start.config._attn_implementation if isinstance(start, PreTrainedModel) else None
 
 
 def _make_anchors(
@@ -134,6 +140,7 @@ def _make_anchors(
     done: Mapping[int, Anchor],
     eval_dataset: Dataset | None,
     calibration_tokens: int,
+    attention: str | None,
 ) -> None:
     """Distill the lower anchors that an earlier run did not finish."""
     state = PartialState()
@@ -148,7 +155,7 @@ def _make_anchors(
         label = f"{step.name} {place}"
         with _progress_of(step.args):
             upper = _distil_anchor(
-                output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, label
+                output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, attention, label
             )
 
 
@@ -206,6 +213,7 @@ def _distil_anchor(
     special: SpecialTokens,
     eval_dataset: Dataset | None,
     calibration_tokens: int,
+    attention: str | None,
     label: str,
 ) -> Anchor:
     record = training_record(step.args)
@@ -226,6 +234,10 @@ def _distil_anchor(
     checkpoint = last_checkpoint(work)
     if checkpoint is None:
         refit_student(student.to(args.device), teacher, blocks, tokens)
+    # From here on: a kernel may not take what is run before, outside of the training's autocast.
+    if attention := (args.model_init_kwargs or {}).get("attn_implementation", attention):  # type: ignore[union-attr]
+        teacher.set_attn_implementation(attention)
+        student.set_attn_implementation(attention)
     trainer = DistillTrainer(
         model=student,
         teacher_model=teacher,

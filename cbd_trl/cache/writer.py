@@ -34,7 +34,7 @@ from cbd_trl.losses.teacher_outputs import draw, teacher_top_k
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
 from cbd_trl.utils.files import TEMPORARY, write_bytes
 from cbd_trl.utils.formatting import format_bytes, readable_name
-from cbd_trl.utils.modeling import check_checkpoint, check_writes, in_eval_mode, load_causal_lm
+from cbd_trl.utils.modeling import check_checkpoint, check_writes, in_eval_mode, load_causal_lm, portable_attention
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import tensor_bytes
 from cbd_trl.utils.tokenizers import find_tokenizer, teacher_fingerprint, text_tokenizer, tokenizer_hash
@@ -374,7 +374,7 @@ def write_cache(
         check_writes(teacher, "teacher")
     rows = prepared_rows(dataset, tokenizer, args)
     model = _load(teacher, model_init_kwargs, args)
-    with in_eval_mode(model):
+    with in_eval_mode(model), portable_attention(model):
         predictor = Predictor(model)
         settings = Settings(
             **_chosen(kind, k, temperature, value_bits, seed, hidden_dtype, predictor.head),

@@ -226,7 +226,8 @@ class DistillTrainer(SFTTrainer):
     def _check_rows_apart(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # sharded models run within a training step alone
-        with self._attention():
+        # As in training: the kernels of FlashAttention take float32 weights by autocast alone.
+        with self._attention(), self.accelerator.autocast():
             for model in (self._student, *self._teacher.models):
                 check_rows_apart(model)
 
@@ -464,7 +465,8 @@ class DistillTrainer(SFTTrainer):
             mean loss of the batch in nats, logits (B, T, V) or None, labels (B, T) or None.
         """
         batch = Batch.split(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # A student that was not trained yet is not prepared: it would run in its own dtype.
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             outputs = self._compute_outputs(model, batch, with_logits=not prediction_loss_only)
         loss_N = self._evaluation.add(outputs, batch, self._weights, self.accelerator.gather_for_metrics)
         others = (None, None) if prediction_loss_only else (outputs["logits"], batch.labels_BT)

@@ -300,6 +300,39 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def is_attention_kernel(name: str | None) -> bool:
+    """Check whether an attention is a kernel that not every device and dtype has.
+
+    Args:
+        name: an `attn_implementation`, such as "flash_attention_2", "kernels-community/flash-attn3" or "sdpa".
+    """
+    return name is not None and any(part in name for part in ("flash", "flex", "/"))
+
+
+@contextmanager
+def portable_attention(model: Any) -> Iterator[None]:
+    """Within it a model with an attention kernel (FlashAttention, FlexAttention, one of the Hub) attends with SDPA, if
+    its weights are in float32 or on the CPU; with "eager" where the family has no SDPA.
+
+    FlashAttention takes tensors in 16 bits on an accelerator alone. In a training autocast makes them of float32
+    weights; where a model is checked or measured apart from it, nothing does.
+
+    Args:
+        model: of transformers, not wrapped.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    kept = [(config, config._attn_implementation) for config in configs.values()]
+    runs = model.dtype in (torch.float16, torch.bfloat16) and model.device.type != "cpu"
+    if not runs and any(is_attention_kernel(name) for _, name in kept):
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        for config, name in kept:
+            # Its setter would look for the kernel again, on the Hub too, and reach into the configs inside.
+            config._attn_implementation_internal = name
+
+
 @contextmanager
 def quiet(messages: bool = False) -> Iterator[None]:
     """Hide the progress bars of transformers, and its messages below errors.
