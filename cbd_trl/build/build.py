@@ -28,7 +28,7 @@ from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpointing import last_checkpoint
-from cbd_trl.trainers.checks import check_best_metric
+from cbd_trl.trainers.checks import check_best_metric, warn_of_rounding
 from cbd_trl.trainers.data import check_before_preparing
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
@@ -88,7 +88,8 @@ def build_chain(
     dataset = sft_dataset(dataset, "dataset", args)
     eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
     origin = Source(source, revision, token)
-    attention = _attention_of(source if bridge is None else bridge.model)
+    start: Any = source if bridge is None else bridge.model
+    attention = _attention_of(start)
     special = _special_tokens(args, anchors, bridge)
     if bridge is None:
         source_anchor = plan_source_anchor(origin, processing_class, args, dataset, special)
@@ -99,6 +100,9 @@ def build_chain(
     made_with = {**source_anchor.record[MADE_WITH], "calibration_tokens": calibration_tokens}
     source_anchor = dataclasses.replace(source_anchor, record={**source_anchor.record, MADE_WITH: made_with})
     steps = plan_chain(source_anchor.architecture, anchors, args, dataset)
+    # All anchors have its dtype. What is loaded as it was saved ("auto") the trainer warns of.
+    loaded = source_anchor.args.model_init_kwargs or {}
+    warn_of_rounding([getattr(start, "dtype", loaded.get("dtype"))])  # type: ignore[union-attr]
     with _progress_of(args):
         done = finished_anchors(output_dir, source_anchor, steps)
         _check_inputs(source_anchor, steps, done, eval_dataset)
@@ -114,7 +118,7 @@ def build_chain(
                 output_dir, source_anchor, f"{source_anchor.name} 1/{count}", calibration_tokens
             )
         # The source is on disk now: free the memory of a model that was passed in.
-        del source, origin, bridge, source_anchor
+        del source, start, origin, bridge, source_anchor
         _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens, attention)
         return finished_chain(output_dir)
 

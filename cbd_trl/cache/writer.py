@@ -472,8 +472,7 @@ def _load(teacher: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, ar
 
 
 def _default_args(output_dir: str | Path) -> SFTConfig:
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return SFTConfig(str(output_dir), use_cpu=cpu, bf16=False, report_to="none")
+    return SFTConfig(str(output_dir), use_cpu=not torch.accelerator.is_available(), bf16=False, report_to="none")
 
 
 def _of_one_process(args: SFTConfig) -> SFTConfig:

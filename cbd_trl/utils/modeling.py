@@ -300,6 +300,11 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def emulates_bf16() -> bool:
+    """Check whether the GPU only emulates bfloat16, slower than float32, as those before Ampere do (T4, V100)."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def is_attention_kernel(name: str | None) -> bool:
     """Check whether an attention is a kernel that not every device and dtype has.
 
