@@ -34,7 +34,14 @@ from cbd_trl.losses.teacher_outputs import draw, teacher_top_k
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
 from cbd_trl.utils.files import TEMPORARY, write_bytes
 from cbd_trl.utils.formatting import format_bytes, readable_name
-from cbd_trl.utils.modeling import check_checkpoint, check_writes, in_eval_mode, load_causal_lm, portable_attention
+from cbd_trl.utils.modeling import (
+    check_checkpoint,
+    check_writes,
+    in_eval_mode,
+    is_spread,
+    load_causal_lm,
+    portable_attention,
+)
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import tensor_bytes
 from cbd_trl.utils.tokenizers import find_tokenizer, teacher_fingerprint, text_tokenizer, tokenizer_hash
@@ -462,7 +469,7 @@ def _load(teacher: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, ar
     if isinstance(teacher, str):
         options = {**(init_kwargs or {}), "trust_remote_code": False}
         model: Any = load_causal_lm(teacher, role="teacher", adapters=True, **options)
-        return model.to(args.device)
+        return model if is_spread(model) else model.to(args.device)
     if init_kwargs:
         raise ValueError(
             "model_init_kwargs are for loading a teacher, but it is a model already: they would be ignored. Leave "

@@ -327,12 +327,12 @@ class DistillTrainer(SFTTrainer):
 
     def _compute_outputs(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
         """Compute the terms of a batch (see `StepLoss`); the loss of a hybrid is in "total", and apart in "hybrid"."""
-        pairs = self._pairs
-        with torch.no_grad(), pairs.teacher_outputs.recording() as teacher_states:
+        pairs, device = self._pairs, batch.labels_BT.device
+        with torch.no_grad(), pairs.teacher_outputs.recording(device) as teacher_states:
             predicted = self._teacher.predict(batch, model)
 
         def forward(through: Pass, with_logits: bool) -> dict[str, Tensor]:
-            with pairs.student_outputs.recording() as student_states:
+            with pairs.student_outputs.recording(device) as student_states:
                 step_loss = self._loss_class()(
                     student=through.model,
                     labels_BT=batch.labels_BT,
@@ -351,7 +351,7 @@ class DistillTrainer(SFTTrainer):
         if not self.model.training or pairs.hybrid is None:
             return forward(student, with_logits)
         # The student itself comes last: DDP takes the parameters of the last pass for those that are used.
-        beside = torch.zeros((), device=batch.labels_BT.device)
+        beside = torch.zeros((), device=device)
         with pairs.hybrid.at(self.state.global_step, student) as hybrid:
             if hybrid is not None:
                 # A model that the accelerator has not prepared would run in its own dtype.

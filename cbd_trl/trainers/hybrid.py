@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from cbd_trl.architectures import decoder_layers
+from cbd_trl.utils.modeling import is_spread
 
 _KNOWN = {"full_attention", "sliding_attention"}
 
@@ -312,6 +313,25 @@ def check_swappable(student_config: Any, teacher_config: Any, block_map: list[li
                 "layers cannot run inside the student. Set swap_probability=0."
             )
     check_layer_types(student_config, teacher_config, block_map)
+
+
+def check_together(student: Any, teacher: Any) -> None:
+    """Check that the layers of two models can run in one pass: on one device.
+
+    Args:
+        student: not wrapped.
+        teacher: not wrapped.
+
+    Raises:
+        ValueError: a `device_map` spread one of them over several devices.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        if is_spread(model):
+            places = ", ".join(sorted({str(place) for place in model.hf_device_map.values()}))
+            raise ValueError(
+                f"swap_probability runs layers of the teacher inside the student, and the {role} is spread by its "
+                f"device_map over {places}. Load it on one device (device_map={{'': 0}}), or set swap_probability=0."
+            )
 
 
 def _field(config: Any, name: str) -> Any:
