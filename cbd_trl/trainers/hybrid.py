@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate
 
 from cbd_trl.architectures import decoder_layers
-from cbd_trl.utils.modeling import is_spread
 
 _KNOWN = {"full_attention", "sliding_attention"}
 
@@ -326,11 +325,13 @@ def check_together(student: Any, teacher: Any) -> None:
         ValueError: a `device_map` spread one of them over several devices.
     """
     for role, model in (("student", student), ("teacher", teacher)):
-        if is_spread(model):
-            places = ", ".join(sorted({str(place) for place in model.hf_device_map.values()}))
+        # What is offloaded runs on the one device that is left.
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+        if len(places) > 1:
             raise ValueError(
                 f"swap_probability runs layers of the teacher inside the student, and the {role} is spread by its "
-                f"device_map over {places}. Load it on one device (device_map={{'': 0}}), or set swap_probability=0."
+                f"device_map over {', '.join(sorted(places))}. Load it on one device (device_map={{'': 0}}), or set "
+                "swap_probability=0."
             )
 
 

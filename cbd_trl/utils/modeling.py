@@ -183,6 +183,24 @@ def check_plain(model: Any, role: str) -> None:
     check_writes(model, role)
 
 
+def check_at_hand(model: Any, role: str) -> None:
+    """Check that the weights of a model can be read, and not only run.
+
+    Args:
+        model: in memory.
+        role: what an error calls it.
+
+    Raises:
+        ValueError: a `device_map` offloaded some of them.
+    """
+    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"The {role} has {len(away)} weights that its device_map offloaded ({_listed(away)}), and they are to be "
+            "read and changed, not only run. Load it without device_map: it then lies in the CPU's memory, and is "
+            "moved to the device for what is run there."
+        )
+
+
 def check_writes(model: Any, role: str) -> None:
     """Check that a model predicts the next token of a text.
 
