@@ -226,7 +226,6 @@ class DistillTrainer(SFTTrainer):
     def _check_rows_apart(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # sharded models run within a training step alone
-        # As in training: the kernels of FlashAttention take float32 weights by autocast alone.
         with self._attention(), self.accelerator.autocast():
             for model in (self._student, *self._teacher.models):
                 check_rows_apart(model)
