@@ -17,7 +17,7 @@ from accelerate.utils.operations import ConvertOutputsToFp32
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 
-from cbd_trl.utils.modeling import in_eval_mode
+from cbd_trl.utils.modeling import in_eval_mode, portable_attention
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,10 @@ def check_causal(model: Any) -> None:
     ids = _probe_ids(model)
     other = ids.clone()
     other[0, -1] = 0
-    one, two = (model(input_ids=each, use_cache=False, inside=lambda hidden: hidden[0, :-1]) for each in (ids, other))
+    with portable_attention(model):
+        one, two = (
+            model(input_ids=each, use_cache=False, inside=lambda hidden: hidden[0, :-1]) for each in (ids, other)
+        )
     _check_finite(model, one, two)
     if not torch.allclose(one, two, rtol=1e-2, atol=1e-2 * one.std().item()):
         raise ValueError(
@@ -298,7 +301,7 @@ def check_head(model: Any) -> None:
     if not _runs_here(model):
         return
     ids = _probe_ids(model)
-    with in_eval_mode(model):
+    with in_eval_mode(model), portable_attention(model):
         own = model(input_ids=ids, use_cache=False).logits[0].float()
         with output_head(model) as head:
             hidden = last_hidden(model, input_ids=ids)[0]

@@ -28,7 +28,7 @@ from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import block_costs
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.trainers.checkpointing import last_checkpoint
-from cbd_trl.trainers.checks import check_best_metric
+from cbd_trl.trainers.checks import check_best_metric, warn_of_rounding
 from cbd_trl.trainers.data import check_before_preparing
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.distill_trainer import DistillTrainer
@@ -88,6 +88,8 @@ def build_chain(
     dataset = sft_dataset(dataset, "dataset", args)
     eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
     origin = Source(source, revision, token)
+    start: Any = source if bridge is None else bridge.model
+    attention = _attention_of(start)
     special = _special_tokens(args, anchors, bridge)
     if bridge is None:
         source_anchor = plan_source_anchor(origin, processing_class, args, dataset, special)
@@ -98,6 +100,9 @@ def build_chain(
     made_with = {**source_anchor.record[MADE_WITH], "calibration_tokens": calibration_tokens}
     source_anchor = dataclasses.replace(source_anchor, record={**source_anchor.record, MADE_WITH: made_with})
     steps = plan_chain(source_anchor.architecture, anchors, args, dataset)
+    # All anchors have its dtype. What is loaded as it was saved ("auto") the trainer warns of.
+    loaded = source_anchor.args.model_init_kwargs or {}
+    warn_of_rounding([getattr(start, "dtype", loaded.get("dtype"))])  # type: ignore[union-attr]
     with _progress_of(args):
         done = finished_anchors(output_dir, source_anchor, steps)
         _check_inputs(source_anchor, steps, done, eval_dataset)
@@ -113,8 +118,8 @@ def build_chain(
                 output_dir, source_anchor, f"{source_anchor.name} 1/{count}", calibration_tokens
             )
         # The source is on disk now: free the memory of a model that was passed in.
-        del source, origin, bridge, source_anchor
-        _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens)
+        del source, start, origin, bridge, source_anchor
+        _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens, attention)
         return finished_chain(output_dir)
 
 
@@ -123,6 +128,11 @@ def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeS
     # Arguments of a wrong type are rejected where the anchor is planned.
     trainings = [args, *own, getattr(bridge, "args", None)]
     return SpecialTokens.of(vars(training) for training in trainings if isinstance(training, DistillConfig))
+
+
+def _attention_of(start: Any) -> str | None:
+    """How a model in memory attends that the largest anchor is made from; None for one that is loaded."""
+    return start.config._attn_implementation if isinstance(start, PreTrainedModel) else None
 
 
 def _make_anchors(
@@ -134,6 +144,7 @@ def _make_anchors(
     done: Mapping[int, Anchor],
     eval_dataset: Dataset | None,
     calibration_tokens: int,
+    attention: str | None,
 ) -> None:
     """Distill the lower anchors that an earlier run did not finish."""
     state = PartialState()
@@ -148,7 +159,7 @@ def _make_anchors(
         label = f"{step.name} {place}"
         with _progress_of(step.args):
             upper = _distil_anchor(
-                output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, label
+                output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, attention, label
             )
 
 
@@ -206,6 +217,7 @@ def _distil_anchor(
     special: SpecialTokens,
     eval_dataset: Dataset | None,
     calibration_tokens: int,
+    attention: str | None,
     label: str,
 ) -> Anchor:
     record = training_record(step.args)
@@ -226,6 +238,10 @@ def _distil_anchor(
     checkpoint = last_checkpoint(work)
     if checkpoint is None:
         refit_student(student.to(args.device), teacher, blocks, tokens)
+    # From here on: a kernel may not take what is run before, outside of the training's autocast.
+    if attention := (args.model_init_kwargs or {}).get("attn_implementation", attention):  # type: ignore[union-attr]
+        teacher.set_attn_implementation(attention)
+        student.set_attn_implementation(attention)
     trainer = DistillTrainer(
         model=student,
         teacher_model=teacher,

@@ -37,6 +37,7 @@ from cbd_trl.surgery.weights import weights_of
 from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.formatting import anchor_name
+from cbd_trl.utils.modeling import check_at_hand
 from cbd_trl.utils.progress import progress_shown
 from cbd_trl.utils.tensor_files import save_tensors
 from cbd_trl.utils.tokenizers import find_tokenizer, tokenizer_difference
@@ -67,6 +68,7 @@ class Member:
     def load(self) -> PreTrainedModel:
         """Load the model in the common form, in its own dtype and coordinates."""
         model = self.source.model({"dtype": "auto"})
+        check_at_hand(model, "anchor")
         own = architecture_of(model)
         weights = self.form.weights(weights_of(model, own), own)
         loaded = build_model(self.architecture, weights, model.dtype)

@@ -24,6 +24,7 @@ from cbd_trl.surgery.weights import weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.formatting import anchor_name, format_count
+from cbd_trl.utils.modeling import check_at_hand
 from cbd_trl.utils.tokenizers import check_rows
 
 # Key in the source anchor's metadata: arguments that decide it and belong to no training.
@@ -117,8 +118,12 @@ def store_source_anchor(output_dir: Path, source_anchor: SourceAnchor, made: Tra
         source_anchor: its plan.
         made: the model that `source_anchor.make` returned, on the device to calibrate on.
         text: calibration text.
+
+    Raises:
+        ValueError: its weights are offloaded, or its head is not tied as the plan has it.
     """
     model: PreTrainedModel = made.model
+    check_at_hand(model, "source")
     architecture = architecture_of(model)
     if architecture.tied != source_anchor.architecture.tied:
         # The plan used the config of a model on the Hub whose tensors could not be inspected before.

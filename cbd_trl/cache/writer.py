@@ -34,7 +34,14 @@ from cbd_trl.losses.teacher_outputs import draw, teacher_top_k
 from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
 from cbd_trl.utils.files import TEMPORARY, write_bytes
 from cbd_trl.utils.formatting import format_bytes, readable_name
-from cbd_trl.utils.modeling import check_checkpoint, check_writes, in_eval_mode, load_causal_lm
+from cbd_trl.utils.modeling import (
+    check_checkpoint,
+    check_writes,
+    in_eval_mode,
+    is_spread,
+    load_causal_lm,
+    portable_attention,
+)
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import tensor_bytes
 from cbd_trl.utils.tokenizers import find_tokenizer, teacher_fingerprint, text_tokenizer, tokenizer_hash
@@ -374,7 +381,7 @@ def write_cache(
         check_writes(teacher, "teacher")
     rows = prepared_rows(dataset, tokenizer, args)
     model = _load(teacher, model_init_kwargs, args)
-    with in_eval_mode(model):
+    with in_eval_mode(model), portable_attention(model):
         predictor = Predictor(model)
         settings = Settings(
             **_chosen(kind, k, temperature, value_bits, seed, hidden_dtype, predictor.head),
@@ -462,7 +469,7 @@ def _load(teacher: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, ar
     if isinstance(teacher, str):
         options = {**(init_kwargs or {}), "trust_remote_code": False}
         model: Any = load_causal_lm(teacher, role="teacher", adapters=True, **options)
-        return model.to(args.device)
+        return model if is_spread(model) else model.to(args.device)
     if init_kwargs:
         raise ValueError(
             "model_init_kwargs are for loading a teacher, but it is a model already: they would be ignored. Leave "
@@ -472,8 +479,7 @@ def _load(teacher: PreTrainedModel | str, init_kwargs: dict[str, Any] | None, ar
 
 
 def _default_args(output_dir: str | Path) -> SFTConfig:
-    cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    return SFTConfig(str(output_dir), use_cpu=cpu, bf16=False, report_to="none")
+    return SFTConfig(str(output_dir), use_cpu=not torch.accelerator.is_available(), bf16=False, report_to="none")
 
 
 def _of_one_process(args: SFTConfig) -> SFTConfig:

@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.manifest import DTYPES
 from cbd_trl.surgery.weights import Weights, to_state
-from cbd_trl.utils.modeling import quiet
+from cbd_trl.utils.modeling import is_attention_kernel, quiet
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import TensorFile
 
@@ -36,8 +36,14 @@ def build_model(
 def stock_model(
     config: PretrainedConfig, state: Mapping[str, torch.Tensor], dtype: torch.dtype, name_or_path: str = ""
 ) -> PreTrainedModel:
-    """Build the same from a config, which is copied, and tensors as the class stores them."""
+    """Build the same from a config, which is copied, and tensors as the class stores them.
+
+    It attends as the class does by default, where the model that the config is of had a kernel for it: the model that
+    is made is measured on any device.
+    """
     config = copy.deepcopy(config)
+    if is_attention_kernel(config._attn_implementation):
+        config._attn_implementation = None
     config.dtype = dtype
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     config.architectures = [cls.__name__]

@@ -25,6 +25,7 @@ from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.utils.files import sha256_of
 from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.modeling import (
+    check_at_hand,
     check_checkpoint,
     check_no_adapter,
     check_plain,
@@ -117,10 +118,11 @@ class Source:
         Weights are read only where the config has the head tied and there is one among the tensors all the same.
 
         Raises:
-            ValueError: no chain can be made of it.
+            ValueError: no chain can be made of it, or a `device_map` offloaded weights of it.
         """
         configured = describe(self.config())
         if isinstance(self.place, PreTrainedModel):
+            check_at_hand(self.place, self.role)
             return architecture_of(text_model(self.place))
         if configured.tied and self._has_tensor(f"{configured.family.head}.weight", configured.family.file_names):
             return architecture_of(self.model({"dtype": "auto"}))

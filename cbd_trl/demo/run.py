@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 
 from cbd_trl.chain.chain import Chain
@@ -110,7 +111,7 @@ class Demo:
         self.results = Results(self.output / "results.json")
         self.settings = self._settle(steps, seed)
         self.costs_before = self.results.get("costs") or {"seconds": 0.0, "peak_memory_gb": 0.0}
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = PartialState().device
 
     def run(self) -> dict[str, Any]:
         """Run every stage, or what an earlier run left of it.

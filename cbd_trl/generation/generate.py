@@ -24,7 +24,7 @@ from cbd_trl.generation.decoding import DecodingConfig
 from cbd_trl.generation.files import CompletionsFile
 from cbd_trl.generation.prompts import Prompts
 from cbd_trl.utils.formatting import readable_name
-from cbd_trl.utils.modeling import check_checkpoint, in_eval_mode
+from cbd_trl.utils.modeling import check_checkpoint, in_eval_mode, portable_attention
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tokenizers import (
     find_tokenizer,
@@ -104,9 +104,9 @@ def generate_completions(
     settings |= {"seed": seed, "batch_size": batch_size}
     teacher = _load(source, model_init_kwargs, state)
     completer = Completer(teacher, tokenizer, decoding, seed)
-    settings |= _settings(source, teacher, tokenizer, decoding, completer)
-    file = CompletionsFile(output_file, settings, batch_size)
-    with in_eval_mode(teacher), progress_shown(shown):
+    with in_eval_mode(teacher), portable_attention(teacher), progress_shown(shown):
+        settings |= _settings(source, teacher, tokenizer, decoding, completer)
+        file = CompletionsFile(output_file, settings, batch_size)
         _write(file, prompts, completer, batch_size, total, state)
     return _counted(file.path)
 

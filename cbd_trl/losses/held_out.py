@@ -13,7 +13,7 @@ from cbd_trl.architectures.backbone import Head, check_head, last_hidden, output
 from cbd_trl.losses.fused import logits_in_blocks
 from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
 from cbd_trl.utils.blocks import TokenBlocks
-from cbd_trl.utils.modeling import in_eval_mode
+from cbd_trl.utils.modeling import in_eval_mode, portable_attention
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_si
     if hasattr(causal, "get_base_model"):
         causal = causal.get_base_model()
     total = 0.0
-    with in_eval_mode(model):
+    with in_eval_mode(model), portable_attention(causal):
         check_head(causal)
         for ids, wanted in zip(blocks.split(batch_size), labels.split(batch_size), strict=True):
             hidden_BTD = last_hidden(causal, input_ids=ids.to(model.device))
@@ -61,7 +61,6 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_si
 def _cross_entropy_sum(hidden_PD: Tensor, head: Head, targets_P: Tensor) -> float:
     device = head.weight_VD.device
     hidden_PD, targets_P = hidden_PD.to(device), targets_P.to(device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for rows, logits_nV in logits_in_blocks(hidden_PD, head):
-        total += cross_entropy(logits_nV, targets_P[rows]).double().sum()
-    return total.item()
+    sums = [cross_entropy(logits_nV, targets_P[rows]).sum() for rows, logits_nV in logits_in_blocks(hidden_PD, head)]
+    # Some devices have no float64.
+    return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0

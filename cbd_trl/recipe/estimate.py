@@ -16,6 +16,7 @@ from cbd_trl.surgery.block_search import measured_blocks
 from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import calibration_length
+from cbd_trl.utils.modeling import emulates_bf16
 
 # Share of the speed of one matrix product that a whole model comes to: on a CPU measured (SmolLM2-135M, float32); on a
 # GPU assumed.
@@ -91,13 +92,13 @@ def _step_cost(upper: float, lower: float, hybrids: float) -> float:
 
 
 def bf16_pays() -> bool:
-    """Measure whether bf16 mixed precision is worth it here: CPUs without bf16 instructions emulate them.
+    """Find whether bf16 mixed precision is worth it here: CPUs without bf16 instructions and old GPUs emulate them.
 
     Returns:
-        whether a matrix product in bf16 is clearly faster than in float32.
+        of a GPU whether it has bf16, else whether a matrix product in bf16 is clearly faster than in float32.
     """
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return not emulates_bf16()
     seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
 

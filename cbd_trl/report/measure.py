@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedModel
 
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.chain import Chain
@@ -265,11 +265,7 @@ class _Job:
         return report
 
     def _loss(self, model: Any) -> float:
-        return held_out_loss(_on_device(model), self.blocks, self.options.batch_size)
-
-
-def _on_device(model: Any) -> PreTrainedModel:
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return held_out_loss(model.to(PartialState().device), self.blocks, self.options.batch_size)
 
 
 def held_out_rows(rows: Iterable[Mapping[str, Any]], column: str) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
 from cbd_trl.architectures.backbone import own_forward
-from cbd_trl.utils.modeling import in_eval_mode
+from cbd_trl.utils.modeling import in_eval_mode, portable_attention
 from cbd_trl.utils.progress import Progress
 
 RIDGE = 1e-3
@@ -153,7 +153,12 @@ def collect_statistics(
     device = next(model.parameters()).device
     tokens = 0
     sites: list[Site | OutputNorm] = [*architecture.sites, *over_outputs.values()]
-    with own_forward(model), in_eval_mode(model), watched(model, architecture, sites, add):
+    with (
+        own_forward(model),
+        in_eval_mode(model),
+        portable_attention(model),
+        watched(model, architecture, sites, add),
+    ):
         for batch in batches:
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             inputs.pop("labels", None)

@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 
 from cbd_trl.chain.model import build_model
@@ -28,10 +30,13 @@ def calibration_tokens(target: Target, dataset: Dataset) -> TokenBlocks | None:
 
 
 def mean_loss(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> float:
-    """Measure the loss of the target that `operator` makes, on calibration text: mean nats per predicted token."""
+    """Measure the loss of the target that `operator` makes, on calibration text: mean nats per predicted token.
+
+    In float32, on the accelerator if there is one.
+    """
     weights, architecture = OPERATORS[operator].make(pair, plan)
-    model = build_model(architecture, weights, torch.float32)
-    return held_out_loss(model, tokens)
+    model: Any = build_model(architecture, weights, torch.float32)
+    return held_out_loss(model.to(PartialState().device), tokens)
 
 
 def choose_plan(pair: Pair, plan: Plan, operator: str, tokens: TokenBlocks) -> tuple[str, Plan]:

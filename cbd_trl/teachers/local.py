@@ -17,7 +17,7 @@ from cbd_trl.losses.reduction import select_scored
 from cbd_trl.losses.teacher_outputs import HiddenOutputs, MixtureOutputs
 from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.model_folders import name_remote_code
-from cbd_trl.utils.modeling import check_writes, in_eval_mode, load_causal_lm
+from cbd_trl.utils.modeling import check_writes, in_eval_mode, is_spread, load_causal_lm
 
 # The collator of a cached teacher puts what it read under names that begin so.
 TEACHER_PREFIX = "teacher_"
@@ -142,6 +142,21 @@ def _load(
         ) from error
 
 
+def _check_may_be_spread(teacher: Any, processes: int, offload: bool) -> None:
+    places = ", ".join(sorted({str(place) for place in teacher.hf_device_map.values()}))
+    if processes > 1:
+        raise ValueError(
+            f"The teacher is spread by its device_map over {places}, and {processes} processes are trained in, each "
+            "of which needs a whole teacher and has one device. Start one process; or leave device_map out, and have "
+            "the teacher sharded with the student (FSDP, DeepSpeed) or set teacher_offload=True."
+        )
+    if offload:
+        raise ValueError(
+            f"teacher_offload=True keeps the teacher in the CPU's memory, and its device_map puts it on {places}: "
+            "there can be one of the two. Leave one of them out."
+        )
+
+
 def causal_lm_of(model: Any) -> Any:
     """Find the causal LM inside a PEFT model, whose adapters are in its layers.
 
@@ -194,10 +209,18 @@ class LocalTeacher:
     def place(self, accelerator: Accelerator, offload: bool = False) -> None:
         """Put the teacher where the student is: on its device, sharded and in mixed precision like it.
 
+        One that a `device_map` spread over devices, or offloaded, stays there; what it returns is brought over.
+
         Args:
             accelerator: the trainer's.
             offload: keep the parameters in the CPU's memory and bring each layer to the device when it runs.
+
+        Raises:
+            ValueError: it is spread over devices that the other processes of the training need, or that are not where
+                `offload` would have it.
         """
+        if is_spread(self.model):
+            _check_may_be_spread(self.model, accelerator.num_processes, offload)
         if offload:
             cpu_offload(self.model, execution_device=accelerator.device)
         if accelerator.state.deepspeed_plugin is not None:
@@ -287,7 +310,7 @@ def read_hidden(placed: nn.Module, model: Any, batch: Batch) -> HiddenOutputs:
         batch: of B rows of T tokens.
 
     Returns:
-        hidden states (N, D) and head, both in the dtype in which they are multiplied.
+        hidden states (N, D) and head, both on the device of the labels and in the dtype in which they are multiplied.
     """
     return placed(**batch.inputs, inside=_ReadHidden(model, batch.labels_BT))
 
@@ -298,7 +321,9 @@ class _ReadHidden:
     labels_BT: Tensor
 
     def __call__(self, hidden_BTD: Tensor) -> HiddenOutputs:
+        # The last layer and the head of a model that is spread are where its `device_map` put them.
+        device = self.labels_BT.device
         hidden_ND = select_scored(hidden_BTD, self.labels_BT.to(hidden_BTD.device))
         with output_head(self.model, keep=True) as head:
-            dtype = product_dtype(head, hidden_ND.device)
-            return HiddenOutputs(hidden_ND.to(dtype), head.to(dtype))
+            dtype = product_dtype(head, device)
+            return HiddenOutputs(hidden_ND.to(device, dtype), head.to(dtype).to(device))

@@ -90,10 +90,12 @@ class _AlignedStatesOf:
 
     def __call__(self, hidden_RUD: Tensor) -> AlignedStates:
         with output_head(self.model, keep=True) as head:
-            dtype = product_dtype(head, hidden_RUD.device)
-            embedding_VD = self.model.get_input_embeddings().weight if self.embedded else None
+            # The parts of a teacher that is spread over devices are where its `device_map` put them.
+            device = self.ids_RU.device
+            dtype = product_dtype(head, device)
+            embedding_VD = self.model.get_input_embeddings().weight.to(device) if self.embedded else None
             return AlignedStates.of_teacher(
-                hidden_RUD.to(dtype), head.to(dtype), self.ids_RU, self.group_RU, embedding_VD
+                hidden_RUD.to(device, dtype), head.to(dtype).to(device), self.ids_RU, self.group_RU, embedding_VD
             )
 
 
@@ -124,7 +126,7 @@ class BridgeStepLoss(StepLoss):
         predicted = self.teacher
         group_BT = predicted.alignment.student_BT
         embedded = predicted.teacher.embedding_VD is not None
-        embedding_Vd = self.student.get_input_embeddings().weight if embedded else None
+        embedding_Vd = self.student.get_input_embeddings().weight.to(labels_BT.device) if embedded else None
         student = AlignedStates.of_student(
             hidden_BTd, head, predicted.ids_BT, labels_BT, group_BT, predicted.text_BT, embedding_Vd
         )

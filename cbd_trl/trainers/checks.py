@@ -1,15 +1,19 @@
 """Checks of the arguments of `DistillTrainer`, before a token is trained on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainingArguments
+from transformers.utils import logging
 
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.formatting import did_you_mean
+
+logger = logging.get_logger(__name__)
 
 # What each place of a trainer takes, of what could stand in a wrong one.
 _PLACES: dict[str, tuple[str, Any]] = {
@@ -162,6 +166,25 @@ def check_run(trainer: Any) -> None:
             "offload parameters if memory is short."
         )
     check_hybrids_unsharded(trainer.args, sharded)
+    if not sharded and peft_config is None:
+        # FSDP in mixed precision and DeepSpeed keep weights in float32 beside those that they compute with.
+        warn_of_rounding({parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad})
+
+
+def warn_of_rounding(dtypes: Iterable[Any]) -> None:
+    """Warn, once, if weights in 16 bits are to be trained: the optimizer's updates are rounded into them.
+
+    Args:
+        dtypes: of the weights that are trained; torch.dtype, or their names.
+    """
+    named = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+    for dtype in sorted(named & {"bfloat16", "float16"}):
+        logger.warning_once(
+            f"The weights to be trained are in {dtype}, and an update of less than about "
+            f"{100 * torch.finfo(getattr(torch, dtype)).eps / 4:.2g} % of a weight changes nothing: at usual learning "
+            "rates many are that small. Load the model in float32 (dtype='float32' among the model_init_kwargs, which "
+            "is the default) and leave bf16=True, which computes in bfloat16 all the same."
+        )
 
 
 def check_hybrids_unsharded(args: Any, sharded: bool | None = None) -> None:

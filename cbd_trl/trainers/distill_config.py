@@ -4,12 +4,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers.utils import logging
 from trl import SFTConfig
 
 from cbd_trl.losses.divergence_table import OPTIONS, check_divergence, divergence_option
 from cbd_trl.losses.hidden import HIDDEN_LOSS, get_hidden_loss
 from cbd_trl.losses.objective import METRICS, TermWeights, WeightSchedule
 from cbd_trl.trainers.options import DistillOptions
+from cbd_trl.utils.modeling import emulates_bf16
+
+logger = logging.get_logger(__name__)
 
 # Of the terms that are evaluated, by the last word of their names.
 _LOWER_IS_BETTER = ("kd", "ce", "hidden", "unaligned")
@@ -75,8 +80,19 @@ class DistillConfig(DistillOptions, SFTConfig):
         if self.greater_is_better is None and best is not None and best.rpartition("_")[2] in _LOWER_IS_BETTER:
             # By transformers' rule lower is better of what ends in "loss" alone.
             self.greater_is_better = False
+        if not self.use_cpu and emulates_bf16():
+            self._without_bf16()
         super().__post_init__()
         check_config(self)
+
+    def _without_bf16(self) -> None:
+        """Train in float32 where bf16 is only the default, and warn where it is requested."""
+        gpu = f"{torch.cuda.get_device_name()} has no bf16 and would emulate it, slower than float32"
+        if self.bf16:
+            logger.warning_once(f"bf16=True, but {gpu}. Leave it out for float32.")
+        elif self.bf16 is None and not self.fp16:
+            logger.warning_once(f"{gpu}: training is in float32. fp16=True is faster, if its losses stay finite.")
+            self.bf16 = False
 
     def schedules(self) -> dict[str, WeightSchedule]:
         """Make the schedule of each term's weight.

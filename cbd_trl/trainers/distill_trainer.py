@@ -331,12 +331,12 @@ class DistillTrainer(SFTTrainer):
 
     def _compute_outputs(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
         """Compute the terms of a batch (see `StepLoss`); the loss of a hybrid is in "total", and apart in "hybrid"."""
-        pairs = self._pairs
-        with torch.no_grad(), pairs.teacher_outputs.recording() as teacher_states:
+        pairs, device = self._pairs, batch.labels_BT.device
+        with torch.no_grad(), pairs.teacher_outputs.recording(device) as teacher_states:
             predicted = self._teacher.predict(batch, model)
 
         def forward(through: Pass, with_logits: bool) -> dict[str, Tensor]:
-            with pairs.student_outputs.recording() as student_states:
+            with pairs.student_outputs.recording(device) as student_states:
                 step_loss = self._loss_class()(
                     student=through.model,
                     labels_BT=batch.labels_BT,
@@ -355,7 +355,7 @@ class DistillTrainer(SFTTrainer):
         if not self.model.training or pairs.hybrid is None:
             return forward(student, with_logits)
         # The student itself comes last: DDP takes the parameters of the last pass for those that are used.
-        beside = torch.zeros((), device=batch.labels_BT.device)
+        beside = torch.zeros((), device=device)
         with pairs.hybrid.at(self.state.global_step, student) as hybrid:
             if hybrid is not None:
                 # A model that the accelerator has not prepared would run in its own dtype.
@@ -469,7 +469,8 @@ class DistillTrainer(SFTTrainer):
             mean loss of the batch in nats, logits (B, T, V) or None, labels (B, T) or None.
         """
         batch = Batch.split(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
+        # A student that was not trained yet is not prepared: it would run in its own dtype.
+        with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             outputs = self._compute_outputs(model, batch, with_logits=not prediction_loss_only)
         loss_N = self._evaluation.add(outputs, batch, self._weights, self.accelerator.gather_for_metrics)
         others = (None, None) if prediction_loss_only else (outputs["logits"], batch.labels_BT)

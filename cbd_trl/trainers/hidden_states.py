@@ -19,7 +19,7 @@ from cbd_trl.losses.hidden import HIDDEN_LOSS, mean_hidden_distance
 from cbd_trl.surgery.blocks import blocks_of, check_blocks, spaced_layers
 from cbd_trl.teachers.local import causal_lm_of
 from cbd_trl.trainers.distill_config import DistillConfig
-from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable
+from cbd_trl.trainers.hybrid import BlockHybrid, Hybrid, check_swappable, check_together
 from cbd_trl.utils.files import replacing
 from cbd_trl.utils.tensor_files import save_tensors
 
@@ -181,8 +181,11 @@ class LayerOutputs:
         self._watched.append((index, layer))
 
     @contextmanager
-    def recording(self) -> Iterator[dict[int, Tensor]]:
+    def recording(self, device: torch.device) -> Iterator[dict[int, Tensor]]:
         """Within it outputs are recorded.
+
+        Args:
+            device: that they are brought to, from wherever a `device_map` put the layers.
 
         Yields:
             index -> output (B, T, D), filled as the layers run.
@@ -191,7 +194,7 @@ class LayerOutputs:
 
         def hook_for(index: int) -> Callable[[nn.Module, Any, Any], None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                store[index] = output[0] if isinstance(output, tuple) else output
+                store[index] = (output[0] if isinstance(output, tuple) else output).to(device)
 
             return hook
 
@@ -260,6 +263,7 @@ class LayerPairs:
         self.hybrid = hybrid
         if hybrid is None and args.swap_probability:
             check_swappable(student.config.get_text_config(), teacher.config.get_text_config(), blocks)
+            check_together(student, teacher)
             self.hybrid = BlockHybrid(student, teacher, blocks, args.swap_probability, args.seed, block_costs)
         if args.uses_hidden:
             self._watch(ours, theirs, blocks)

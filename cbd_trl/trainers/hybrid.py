@@ -314,6 +314,27 @@ def check_swappable(student_config: Any, teacher_config: Any, block_map: list[li
     check_layer_types(student_config, teacher_config, block_map)
 
 
+def check_together(student: Any, teacher: Any) -> None:
+    """Check that the layers of two models can run in one pass: on one device.
+
+    Args:
+        student: not wrapped.
+        teacher: not wrapped.
+
+    Raises:
+        ValueError: a `device_map` spread one of them over several devices.
+    """
+    for role, model in (("student", student), ("teacher", teacher)):
+        # What is offloaded runs on the one device that is left.
+        places = {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+        if len(places) > 1:
+            raise ValueError(
+                f"swap_probability runs layers of the teacher inside the student, and the {role} is spread by its "
+                f"device_map over {', '.join(sorted(places))}. Load it on one device (device_map={{'': 0}}), or set "
+                "swap_probability=0."
+            )
+
+
 def _field(config: Any, name: str) -> Any:
     if name == "head_dim":
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

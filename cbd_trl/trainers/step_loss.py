@@ -53,13 +53,16 @@ class StepLoss:
 
         Returns:
             "total", the weighted sum over the scored tokens, with gradient; "kd", "ce", "teacher_ce" and, where it is
-            taken, "hidden": (N,) without; "logits" (B, T, V) if requested.
+            taken, "hidden": (N,) without; "logits" (B, T, V) if requested. All on the device of the labels.
 
         Raises:
             RuntimeError: if the hidden-state term would be weighted but not trained.
         """
-        labels_BT = self.labels_BT.to(hidden_BTd.device)
+        labels_BT = self.labels_BT
+        # The last layer and the head of a student that is spread are where its `device_map` put them.
+        hidden_BTd = hidden_BTd.to(labels_BT.device)
         with output_head(self.student) as head:
+            head = head.to(labels_BT.device)
             total, terms = self._terms(hidden_BTd, labels_BT, head)
             outputs = {**terms}
             if self.with_logits:

@@ -183,6 +183,24 @@ def check_plain(model: Any, role: str) -> None:
     check_writes(model, role)
 
 
+def check_at_hand(model: Any, role: str) -> None:
+    """Check that the weights of a model can be read, and not only run.
+
+    Args:
+        model: in memory.
+        role: what an error calls it.
+
+    Raises:
+        ValueError: a `device_map` offloaded some of them.
+    """
+    if away := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(
+            f"The {role} has {len(away)} weights that its device_map offloaded ({_listed(away)}), and they are to be "
+            "read and changed, not only run. Load it without device_map: it then lies in the CPU's memory, and is "
+            "moved to the device for what is run there."
+        )
+
+
 def check_writes(model: Any, role: str) -> None:
     """Check that a model predicts the next token of a text.
 
@@ -298,6 +316,44 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def emulates_bf16() -> bool:
+    """Check whether the GPU only emulates bfloat16, slower than float32, as those before Ampere do (T4, V100)."""
+    return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def is_attention_kernel(name: str | None) -> bool:
+    """Check whether an attention is a kernel that not every device and dtype has.
+
+    Args:
+        name: an `attn_implementation`, such as "flash_attention_2", "kernels-community/flash-attn3" or "sdpa".
+    """
+    return name is not None and any(part in name for part in ("flash", "flex", "/"))
+
+
+@contextmanager
+def portable_attention(model: Any) -> Iterator[None]:
+    """Within it a model with an attention kernel (FlashAttention, FlexAttention, one of the Hub) attends with SDPA, if
+    its weights are in float32 or on the CPU; with "eager" where the family has no SDPA.
+
+    FlashAttention takes tensors in 16 bits on an accelerator alone. In a training autocast makes them of float32
+    weights; where a model is checked or measured apart from it, nothing does.
+
+    Args:
+        model: of transformers, not wrapped.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)}
+    kept = [(config, config._attn_implementation) for config in configs.values()]
+    runs = model.dtype in (torch.float16, torch.bfloat16) and model.device.type != "cpu"
+    if not runs and any(is_attention_kernel(name) for _, name in kept):
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        for config, name in kept:
+            # Its setter would look for the kernel again, on the Hub too, and reach into the configs inside.
+            config._attn_implementation_internal = name
 
 
 @contextmanager

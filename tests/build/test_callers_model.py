@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
 from cbd_trl import build_chain
 from cbd_trl.build import build as build_module
@@ -51,6 +52,24 @@ def test_a_build_moves_the_source_and_puts_it_back(tmp_path, monkeypatch) -> Non
     arguments = {"dataset": chain_rows(), "processing_class": tiny_tokenizer(), "calibration_tokens": 64}
     build_chain(model, CHAIN_ANCHORS, output_dir=tmp_path / "chain", args=chain_config(), **arguments)
     assert moves == [chain_config().device, torch.device("cpu")]
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_offloaded_source_is_refused(tmp_path, by_name) -> None:
+    """Its weights are to be read, and are not there."""
+    model: Any = chain_source()
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")}
+    places |= {f"model.layers.{i}": "disk" for i in range(6)}
+    options: dict[str, Any] = {"dataset": chain_rows(), "processing_class": tiny_tokenizer()}
+    if by_name:
+        model.save_pretrained(tmp_path / "source")
+        model = tmp_path / "source"
+        args = chain_config(model_init_kwargs={"device_map": places, "offload_folder": str(tmp_path / "offloaded")})
+    else:
+        args = chain_config()
+        dispatch_model(model, places, offload_dir=tmp_path / "offloaded")
+    with pytest.raises(ValueError, match="The source has 54 weights that its device_map offloaded"):
+        build_chain(model, CHAIN_ANCHORS, output_dir=tmp_path / "chain", args=args, **options)
 
 
 @pytest.mark.parametrize("bridged", [False, True])

@@ -10,22 +10,30 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.big_modeling import attach_align_device_hook_on_blocks
+from safetensors.torch import load_file
 
 from cbd_trl import Chain, DistillTrainer, build_chain, from_chain
+from cbd_trl.cache import write_cache
 from cbd_trl.losses.held_out import held_out_loss
+from tests.cache.helpers import make_args, token_dataset
 from tests.chain.helpers import CHAIN_ANCHORS, DEEP, WIDE, chain_config, chain_rows, chain_source
 from tests.device.backend import install
-from tests.device.tensor import NAME, USAGE, StrictMode, StrictTensor
+from tests.device.tensor import DEVICE, NAME, USAGE, StrictMode, StrictTensor
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.bridge_runs import make_bridge
+from tests.trainers.bridge_runs import teacher as bridge_teacher
 from tests.training import make_trainer, text_rows
 
 install()
 
 ON_DEVICE: dict[str, Any] = {"use_cpu": False, "dataloader_pin_memory": False, "optim": "adamw_torch"}
+CPU = torch.device("cpu")
 # Two steps, with an evaluation after the last.
 STEPS = {**ON_DEVICE, "max_steps": 2, "per_device_train_batch_size": 2, "max_grad_norm": 1.0}
+
+EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": text_rows()}
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +62,17 @@ def strict_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
         return chain
 
 
+def logged(trainer: Any) -> list[float]:
+    """The losses of training and of evaluation."""
+    return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+
+
 def train(trainer: Any) -> None:
     """Train on the device, and see finite losses of training and of evaluation."""
     assert trainer.args.device.type == NAME
     assert all(isinstance(parameter.data, StrictTensor) for parameter in trainer.model.parameters())
     trainer.train()
-    losses = [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+    losses = logged(trainer)
     assert len(losses) >= 2 and all(math.isfinite(loss) for loss in losses)
 
 
@@ -73,7 +86,7 @@ def train(trainer: Any) -> None:
     ],
 )
 def test_distill_trainer(how: dict[str, Any]) -> None:
-    train(make_trainer(**{**STEPS, "eval_strategy": "steps", "eval_steps": 2, "eval_dataset": text_rows(), **how}))
+    train(make_trainer(**{**STEPS, **EVALUATED, **how}))
 
 
 def test_attention_within_packed_rows_waits_for_nothing() -> None:
@@ -105,8 +118,93 @@ def test_from_chain(strict_chain: Chain, operator: str) -> None:
 
 
 def test_from_chain_calibrated(strict_chain: Chain) -> None:
-    made = from_chain(strict_chain, config=WIDE, calibration_dataset=chain_rows(6))
+    made = from_chain(strict_chain, config=WIDE, calibration_dataset=chain_rows(2))
+    assert USAGE.uploads, "the calibration never used the device"
     assert all(parameter.isfinite().all() for parameter in made.parameters())
+
+
+def spread(model: Any, tied_apart: bool = False) -> Any:
+    """The model over two devices, as `device_map="auto"` leaves it: the CPU stands for a second accelerator.
+
+    Args:
+        model: of the Llama or the GPT-NeoX family.
+        tied_apart: put the head with the table of embeddings, and the last norm with the other half.
+    """
+    names = {
+        "llama": ("model", "embed_tokens", "norm", "lm_head"),
+        "gpt_neox": ("gpt_neox", "embed_in", "final_layer_norm", "lm_head"),
+    }
+    base, table, norm, head = names[model.config.model_type]
+    depth = model.config.num_hidden_layers
+    places = {f"{base}.{table}": DEVICE, f"{base}.rotary_emb": DEVICE, f"{base}.{norm}": CPU}
+    places |= {f"{base}.layers.{i}": DEVICE if 2 * i < depth else CPU for i in range(depth)}
+    places[head] = DEVICE if tied_apart else CPU
+    for name, place in places.items():
+        model.get_submodule(name).to(place)
+    hooked = {"execution_device": {"": DEVICE, **places}, "offload": dict.fromkeys(places, False)}
+    attach_align_device_hook_on_blocks(model, **hooked)
+    model.hf_device_map = {name: int(place is CPU) for name, place in places.items()}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "tied_apart"),
+    [({"packing": True}, False), ({"hidden_weight": 1.0, "bf16": True}, False), ({}, True)],
+    ids=["packed", "hidden-bf16", "head-in-front"],
+)
+def test_a_teacher_over_two_devices(how: dict[str, Any], tied_apart: bool) -> None:
+    """It teaches what it teaches in one piece."""
+    losses = []
+    for teacher in (tiny_model("llama", seed=2), spread(tiny_model("llama", seed=2), tied_apart)):
+        trainer = make_trainer(teacher=teacher, **{**STEPS, **EVALUATED, **how})
+        train(trainer)
+        losses.append(logged(trainer))
+    # The kernels of the two devices round in their own way.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "bf16" in how else 1e-5)
+    assert {parameter.device.type for parameter in teacher.parameters()} == {NAME, "cpu"}
+
+
+def test_teachers_over_two_devices() -> None:
+    """An ensemble, of which one member is spread."""
+    teachers = [tiny_model("llama", seed=2), spread(tiny_model("llama", seed=3))]
+    train(make_trainer(teacher=teachers, **STEPS, **EVALUATED))
+
+
+@pytest.mark.parametrize("objective", ["alm=1,uld=0.5", "dskd-cma", "prefix"])
+def test_a_teacher_of_a_bridge_over_two_devices(objective: str) -> None:
+    how = {**STEPS, "objective": objective, "logging_steps": 1}
+    train(
+        make_bridge(
+            teacher_model=spread(bridge_teacher()), **how, hidden_weight=0.0 if objective == "dskd-cma" else None
+        )
+    )
+
+
+def test_a_student_over_two_devices() -> None:
+    """As TRL loads one by name, where a process has several."""
+    losses = []
+    for student in (tiny_model("llama", seed=1), spread(tiny_model("llama", seed=1))):
+        trainer = make_trainer(student=student, **STEPS, hidden_weight=1.0)
+        trainer.train()
+        losses.append(logged(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_layers_over_two_devices_are_not_swapped() -> None:
+    with pytest.raises(ValueError, match="the teacher is spread by its device_map over 0, 1"):
+        make_trainer(teacher=spread(tiny_model("llama", seed=2)), **STEPS, swap_probability=0.5)
+    with pytest.raises(ValueError, match="teacher_offload=True keeps the teacher in the CPU's memory"):
+        make_trainer(teacher=spread(tiny_model("llama", seed=2)), **STEPS, teacher_offload=True)
+
+
+def test_a_cache_of_a_teacher_over_two_devices(tmp_path: Path) -> None:
+    rows = []
+    for teacher in (tiny_model("llama"), spread(tiny_model("llama"), tied_apart=True)):
+        folder = tmp_path / str(len(rows))
+        write_cache(teacher, token_dataset(3), folder, args=make_args(folder, use_cpu=False), kind="hidden")
+        rows.append(load_file(next(folder.glob("rows-*"))))
+    for name in ("hidden", "target", "tokens"):
+        torch.testing.assert_close(rows[0][name], rows[1][name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_planted_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 from trl import SFTConfig, TrlParser
 
 from cbd_trl import DistillTrainer
@@ -172,7 +172,7 @@ def _run(**changes: Any) -> Any:
     for name in ("cp_enabled", "sp_enabled"):
         setattr(parallelism, name, changes.pop(name, False))
     args = SimpleNamespace(**{name: changes.pop(name, None) for name in ("teacher_offload", "swap_probability")})
-    state = {"aux_loss_enabled": False, "model": None, "is_fsdp_enabled": False, "is_deepspeed_enabled": False}
+    state = {"aux_loss_enabled": False, "model": nn.Module(), "is_fsdp_enabled": False, "is_deepspeed_enabled": False}
     accelerator = SimpleNamespace(parallelism_config=parallelism)
     return SimpleNamespace(**{**state, "args": args, "accelerator": accelerator, **changes})
 

@@ -2,10 +2,12 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     CohereConfig,
@@ -21,6 +23,7 @@ from transformers import (
 
 from cbd_trl import DistillTrainer
 from cbd_trl.cache import write_cache
+from cbd_trl.teachers.local import LocalTeacher
 from tests.tiny import randomize, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.dense import dense_terms, gradients
@@ -230,6 +233,33 @@ def test_an_offloaded_teacher_says_the_same(ensemble: bool) -> None:
 def test_hybrids_take_layers_of_an_offloaded_teacher() -> None:
     runs = [one_step(make_trainer(swap_probability=1.0, teacher_offload=offload)) for offload in (False, True)]
     assert_same_gradient(runs[1][1], runs[0][1])
+
+
+def offloaded(model: Any, folder: Path) -> Any:
+    """The model with half of its layers, its last norm and its head on the disk, as a `device_map` offloads them."""
+    rest = {f"model.layers.{i}": "cpu" if i < 2 else "disk" for i in range(4)}
+    first = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu"}
+    return dispatch_model(model, {**first, **rest, "model.norm": "disk", "lm_head": "disk"}, offload_dir=folder)
+
+
+def test_a_teacher_offloaded_by_its_device_map_says_the_same(tmp_path: Path) -> None:
+    runs = []
+    for folder in (None, tmp_path):
+        teacher: Any = tiny_model("llama", seed=2)
+        teacher = teacher if folder is None else offloaded(teacher, folder)
+        trainer = make_trainer(teacher=teacher, hidden_weight=1.0, swap_probability=1.0, eval_dataset=text_rows())
+        runs.append((one_step(trainer), trainer.evaluate()["eval_loss"]))
+    assert_same_gradient(runs[1][0][1], runs[0][0][1])
+    assert runs[1][1] == pytest.approx(runs[0][1], rel=1e-6)
+    assert teacher.lm_head.weight.is_meta and teacher.hf_device_map["lm_head"] == "disk"
+
+
+def test_a_device_map_for_what_cannot_have_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its device_map puts it on cpu, disk: there can be one of the two"):
+        make_trainer(teacher=offloaded(tiny_model("llama", seed=2), tmp_path), teacher_offload=True)
+    teacher = LocalTeacher(offloaded(tiny_model("llama", seed=2), tmp_path))
+    with pytest.raises(ValueError, match="over cpu, disk, and 2 processes are trained in"):
+        teacher.place(SimpleNamespace(num_processes=2))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", HEADS)
