@@ -82,7 +82,9 @@ class EvaluationMeter:
         terms = {name: outputs[name] for name in TERMS if name in outputs}
         loss_N = combine(terms, weights)
         terms = {"loss": loss_N, **terms, "tokens": torch.ones_like(loss_N)}
-        sums = [sums_per_row(term, batch.labels_BT, batch.row_lengths_R) for term in terms.values()]
+        sums = [
+            sums_per_row(term, batch.scored, batch.labels_BT.shape, batch.row_lengths_R) for term in terms.values()
+        ]
         # Row by row, because the last batch is filled up with rows already seen, and gathering drops those.
         totals = dict(zip(terms, gather(torch.stack(sums, dim=1)).sum(0), strict=True))
         self._meter.add(totals, totals.pop("tokens"))
@@ -129,7 +131,7 @@ class TokenCounter(TrainerCallback, ExportableState):
         """
         sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
         scored = outputs["ce"]
-        self.terms.add(sums, torch.tensor(float(scored.numel()), device=scored.device))
+        self.terms.add(sums, torch.full((), float(scored.numel()), device=scored.device))
         self.tokens = self.tokens + tokens
 
     def state(self) -> dict[str, Any]:
