@@ -1,11 +1,10 @@
-"""How often a step waits for the device, by objective, run by `test_strict_device.py` in a process of its own.
+"""How often the host waits for the device in a micro-batch, run by `test_strict_device.py` in a process of its own.
 
-By hand, which prints the table of docs/results/benchmarks.md: `python -m pytest -n 0 -s tests/device/waits.py`.
+By hand, which prints the table of docs/results/benchmarks.md: `python -m pytest -n 0 -sq tests/device/waits.py`.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,14 @@ from tests.device.backend import install
 from tests.device.tensor import USAGE, StrictMode
 from tests.tiny import own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
-from tests.trainers.bridge_runs import make_bridge, student, students_tokenizer
+from tests.trainers.bridge_runs import make_bridge
 from tests.training import make_config, make_trainer, text_rows
 
-install()
+# The cached teacher runs before, on the CPU.
+CACHES = {"top_k": {"k": 8}, "hidden": {}}
 
-# What is counted: the last two of four steps of two micro-batches; the first ones check the teacher of a bridge.
-RUN: dict[str, Any] = {
+# Steps of two micro-batches. Two of them come before what is counted: there a bridge still checks its teacher.
+STEPS: dict[str, Any] = {
     "use_cpu": False,
     "dataloader_pin_memory": False,
     "optim": "adamw_torch",
@@ -32,87 +32,157 @@ RUN: dict[str, Any] = {
     "gradient_accumulation_steps": 2,
     "max_grad_norm": 1.0,
 }
-COUNTED = 4
-MOST = 3.0
+EVALUATION: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "per_device_eval_batch_size": 2,
+    "eval_dataset": text_rows((4, 7, 2, 8, 5, 3), seed=3),
+}
+MOST = 3
 
 
 class Recorder(TrainerCallback):
-    """Counts what is done between the end of the second step and the end of the last."""
+    """Counts what cbd_trl itself asked for in the steps behind the second, and in the batches of an evaluation.
+
+    Attributes:
+        training: waits and uploads of a micro-batch; uploads are copies that are not of the batch itself.
+        evaluation: likewise.
+    """
+
+    def __init__(self) -> None:
+        self.training = self.evaluation = (0.0, 0.0)
+        self._batches = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
             USAGE.clear()
-        self.waits, self.uploads = (ours(counter) for counter in (USAGE.waits, USAGE.uploads))
+        elif state.global_step == 4:
+            self.training = _per_batch(2 * args.gradient_accumulation_steps)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self._batches:
+            USAGE.clear()
+        else:
+            self.evaluation = _per_batch(self._batches)
+        self._batches += 1
 
 
-def ours(counter: Counter) -> Counter:
-    """What cbd_trl itself asked for, not a library that it called or that called it."""
-    return Counter({key: times for key, times in counter.items() if key[1].startswith("cbd_trl/")})
+def _per_batch(batches: int) -> tuple[float, float]:
+    return _ours(USAGE.waits) / batches, _ours(USAGE.uploads) / batches
+
+
+def _ours(counter: Counter[tuple[str, str]]) -> int:
+    return sum(times for (_, place), times in counter.items() if place.startswith("cbd_trl/"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Written before there is a second device."""
+    made = {}
+    for kind, how in CACHES.items():
+        folder = tmp_path_factory.mktemp(kind)
+        write_cache(
+            tiny_model("llama", seed=2), text_rows(), folder, args=make_config(), kind=kind,
+            processing_class=tiny_tokenizer(), **how,
+        )  # fmt: skip
+        made[kind] = str(folder)
+    install()
+    return made
 
 
 @pytest.fixture(autouse=True)
-def strict_device() -> Iterator[None]:
+def strict_device(caches: dict[str, str]) -> Iterator[None]:
     with StrictMode():
         USAGE.clear()
         yield
 
 
-def deep(layers: int) -> Any:
-    return tiny_model("llama", seed=1, **own_names("llama", num_hidden_layers=layers))
+def wide(layers: int = 2) -> dict[str, Any]:
+    """A student of so many layers and a teacher of four, of more tokens than a divergence looks at first."""
+    depth = own_names("llama", num_hidden_layers=layers)
+    return {
+        "student": tiny_model("llama", seed=1, vocab_size=300, **depth),
+        "teacher": tiny_model("llama", seed=2, vocab_size=300),
+    }
 
 
-def from_cache(folder: Path, kind: str) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_TORCH_DEVICE", "cpu")
-        write_cache(tiny_model("llama", seed=2), text_rows(), folder, args=make_config(), kind=kind,
-                    **({} if kind == "hidden" else {"k": 8}), processing_class=tiny_tokenizer())  # fmt: skip
-    return make_trainer(teacher_cache=str(folder), **RUN)
+def distill(**how: Any) -> Callable[[dict[str, str]], Any]:
+    return lambda caches: make_trainer(**{**STEPS, **wide(), **how})
 
 
-def distill(**how: Any) -> Callable[[Path], Any]:
-    return lambda folder: make_trainer(**RUN, **{k: v() if callable(v) else v for k, v in how.items()})
+def from_cache(kind: str) -> Callable[[dict[str, str]], Any]:
+    return lambda caches: make_trainer(**STEPS, teacher_cache=caches[kind])
 
 
-def bridge(objective: str, **how: Any) -> Callable[[Path], Any]:
-    return lambda folder: make_bridge(**RUN, objective=objective, **how)
+def bridge(**how: Any) -> Callable[[dict[str, str]], Any]:
+    return lambda caches: make_bridge(**{**STEPS, **how})
 
 
-def teachers() -> list[Any]:
-    return [tiny_model("llama", seed=2), tiny_model("llama", seed=3)]
-
-
-CASES: dict[str, Callable[[Path], Any]] = {
-    "padded": distill(),
-    "padded, chunks of 3": distill(loss_chunk_size=3),
-    "packed": distill(packing=True, max_length=16),
-    "hidden states of 2 layers": distill(hidden_weight=1.0),
-    "hidden states of 4 layers": distill(hidden_weight=1.0, student=lambda: deep(4)),
-    "top 8": distill(top_k=8),
+HIDDEN = {"hidden_weight": 1.0}
+MAKE: dict[str, Callable[[dict[str, str]], Any]] = {
+    "padded rows": distill(),
+    "padded rows, chunks of 3": distill(loss_chunk_size=3),
+    "packed rows": distill(packing=True, max_length=16),
+    "hidden states of 2 layers": distill(**HIDDEN),
+    "hidden states of 4 layers": lambda caches: make_trainer(**{**STEPS, **wide(4), **HIDDEN}),
+    "top_k": distill(top_k=8),
     "reverse KL": distill(divergence="reverse_kl"),
     "adaptive KL": distill(divergence="adaptive_kl"),
     "adaptive KL, chunks of 3": distill(divergence="adaptive_kl", loss_chunk_size=3),
-    "two teachers": distill(teacher=teachers),
-    "hybrids": distill(swap_probability=1.0, hidden_weight=1.0),
-    "cached top-k": lambda folder: from_cache(folder, "top_k"),
-    "cached hidden states": lambda folder: from_cache(folder, "hidden"),
-    **{f"bridge, {name}": bridge(name) for name in ("alm", "uld", "shared", "alm=1,uld=0.5", "dskd-cma", "prefix")},
-    **{
-        f"bridge, {name}, chunks of 5": bridge(name, loss_chunk_size=5)
-        for name in ("alm", "uld", "shared", "dskd-cma", "prefix")
-    },
-    "bridge, alm, hidden states": bridge("alm", hidden_weight=1.0, hidden_projector=True),
-    "bridge, prefix, packed": bridge("prefix", packing=True, max_length=48),
+    "two teachers": distill(teacher=[tiny_model("llama", seed=seed, vocab_size=300) for seed in (2, 3)]),
+    "hybrids at every step": distill(swap_probability=1.0, **HIDDEN),
+    "a cache of top-k": from_cache("top_k"),
+    "a cache of hidden states": from_cache("hidden"),
+    "bridge: alm": bridge(objective="alm"),
+    "bridge: alm, chunks of 5": bridge(objective="alm", loss_chunk_size=5),
+    "bridge: alm, hidden states": bridge(objective="alm", hidden_projector=True, **HIDDEN),
+    "bridge: alm, packed rows": bridge(objective="alm", packing=True, max_length=48),
+    "bridge: uld": bridge(objective="uld"),
+    "bridge: uld, chunks of 5": bridge(objective="uld", loss_chunk_size=5),
+    "bridge: shared": bridge(objective="shared"),
+    "bridge: shared, chunks of 5": bridge(objective="shared", loss_chunk_size=5),
+    "bridge: dskd-cma": bridge(objective="dskd-cma"),
+    "bridge: dskd-cma, chunks of 5": bridge(objective="dskd-cma", loss_chunk_size=5),
+    "bridge: prefix": bridge(objective="prefix"),
+    "bridge: prefix, chunks of 5": bridge(objective="prefix", loss_chunk_size=5),
+}
+EVALUATED: dict[str, Callable[[dict[str, str]], Any]] = {
+    "evaluation": distill(**HIDDEN, **EVALUATION),
+    "evaluation, packed rows": distill(packing=True, max_length=16, **EVALUATION),
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_waits(name: str, tmp_path: Path) -> None:
-    trainer, recorder = CASES[name](tmp_path), Recorder()
+def measure(make: Callable[[dict[str, str]], Any], caches: dict[str, str]) -> Recorder:
+    trainer, recorder = make(caches), Recorder()
     trainer.add_callback(recorder)
     trainer.train()
-    waits, uploads = (counter.total() / COUNTED for counter in (recorder.waits, recorder.uploads))
+    return recorder
+
+
+# One of each kind of loop; the others take a minute.
+QUICK = {
+    "hidden states of 4 layers",
+    "adaptive KL, chunks of 3",
+    "a cache of top-k",
+    "bridge: alm, hidden states",
+    "bridge: shared, chunks of 5",
+    "bridge: prefix, chunks of 5",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MAKE]
+)
+def test_a_micro_batch_waits_as_rarely_as_it_can(name: str, caches: dict[str, str]) -> None:
+    waits, uploads = measure(MAKE[name], caches).training
     print(f"\n| {name} | {waits:g} | {uploads:g} |")
-    for counter in (recorder.waits, recorder.uploads):
-        for key, n in counter.most_common(60):
-            print("   ", n, key)
+    # One number an optimizer step is read, whether the loss is finite, and each has two micro-batches.
+    assert (waits, uploads) == (0.5, 0), f"{USAGE.waits} {USAGE.uploads}"
     assert waits + uploads <= MOST
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_a_batch_of_an_evaluation(name: str, caches: dict[str, str]) -> None:
+    waits, uploads = measure(EVALUATED[name], caches).evaluation
+    print(f"\n| {name} | {waits:g} | {uploads:g} |")
+    assert (waits, uploads) == (0, 0), f"{USAGE.waits} {USAGE.uploads}"
