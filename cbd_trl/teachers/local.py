@@ -46,7 +46,8 @@ class Batch:
         """Separate what the models read from what the loss reads.
 
         Args:
-            collated: by the data collator of a trainer; a batch of another lacks "scored", which is made here then.
+            collated: by the data collator of a trainer. Where "scored" is missing, because another collator made the
+                batch, or because the labels were changed since and it was taken out, it is made here.
         """
         inputs = dict(collated)
         labels_BT, row_lengths_R = inputs.pop("labels"), inputs.pop("row_lengths", None)
