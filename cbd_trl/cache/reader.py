@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.cache.format import HEAD_FILE, Manifest, Settings, read_manifest
 from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, empty_row, read_row, row_key, token_bytes
-from cbd_trl.losses.reduction import select_scored
 from cbd_trl.losses.teacher_outputs import HiddenOutputs, SampledOutputs, TeacherOutputs, TopKOutputs
 from cbd_trl.teachers.local import Batch
 from cbd_trl.utils.progress import Progress
@@ -342,7 +341,7 @@ class CachedTeacher:
 
     def predict(self, batch: Batch, student: nn.Module) -> TeacherOutputs:
         """See `LocalTeacher.predict`."""
-        predictions = {name: select_scored(values, batch.labels_BT) for name, values in batch.teacher.items()}
+        predictions = {name: batch.scored.select(values) for name, values in batch.teacher.items()}
         if self._head is not None:
             return HiddenOutputs(predictions["teacher_hidden"].to(self._head.weight_VD.dtype), self._head)
         entries = predictions["teacher_indices"], predictions["teacher_log_probs"]

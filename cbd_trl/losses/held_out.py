@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import Head, check_head, last_hidden, output_head
 from cbd_trl.losses.fused import logits_in_blocks
-from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
+from cbd_trl.losses.reduction import Scored, cross_entropy, scored_mask
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.modeling import in_eval_mode, portable_attention
 
@@ -51,10 +51,10 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_si
     with in_eval_mode(model), portable_attention(causal):
         check_head(causal)
         for ids, wanted in zip(blocks.split(batch_size), labels.split(batch_size), strict=True):
-            hidden_BTD = last_hidden(causal, input_ids=ids.to(model.device))
-            wanted = wanted.to(hidden_BTD.device)
+            scored = Scored.of(wanted)
+            hidden_PD = scored.select(last_hidden(causal, input_ids=ids.to(model.device)))
             with output_head(causal) as head:
-                total += _cross_entropy_sum(select_scored(hidden_BTD, wanted), head, scored_targets(wanted))
+                total += _cross_entropy_sum(hidden_PD, head, scored.select_next(wanted))
     return total / tokens
 
 

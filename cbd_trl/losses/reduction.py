@@ -4,7 +4,8 @@ Shapes: B batch, T tokens, N scored positions, V vocabulary rows, R dataset rows
 Position t predicts token t + 1, so it is scored when the label of t + 1 is not -100; the last position never is.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,29 +39,60 @@ def count_scored(batches: Iterable[Mapping[str, Any]]) -> Tensor:
     return torch.stack([scored_mask(batch["labels"]).sum() for batch in batches]).sum()
 
 
-def scored_targets(labels_BT: Tensor) -> Tensor:
-    """The tokens that are predicted, in the order of `select_scored`.
+@dataclass(frozen=True)
+class Scored:
+    """The scored positions of a batch: the host knows how many they are, the device where.
 
-    Args:
-        labels_BT: token ids, -100 where the token is not scored, (B, T), not shifted.
+    A mask would make the host wait for the device wherever it selects, since only the device knows how much that is.
+    So the data collator makes this, while the labels are still on the host, and it goes to the device with the batch.
 
-    Returns:
-        (N,) token ids.
+    Attributes:
+        index_N: the scored positions in the flattened batch, increasing, int64.
     """
-    return labels_BT[:, 1:][scored_mask(labels_BT)]
 
+    index_N: Tensor
 
-def select_scored(values_BTX: Tensor, labels_BT: Tensor) -> Tensor:
-    """Select the values at the scored positions: logits, or hidden states.
+    @classmethod
+    def of(cls, labels_BT: Tensor) -> "Scored":
+        """Find the scored positions; where the labels are on a GPU the host waits for it.
 
-    Args:
-        values_BTX: (B, T, X), any dtype.
-        labels_BT: token ids, -100 where the token is not scored, (B, T), not shifted.
+        Args:
+            labels_BT: token ids, -100 where the token is not scored, (B, T), not shifted.
+        """
+        return cls(F.pad(scored_mask(labels_BT), (0, 1)).flatten().nonzero().flatten())
 
-    Returns:
-        (N, X).
-    """
-    return values_BTX[:, :-1][scored_mask(labels_BT)]
+    def __len__(self) -> int:
+        return len(self.index_N)
+
+    def select(self, values_BTX: Tensor) -> Tensor:
+        """Select the values at the scored positions: logits, hidden states, or token ids.
+
+        Args:
+            values_BTX: (B, T, ...), any dtype.
+
+        Returns:
+            (N, ...).
+        """
+        return values_BTX.flatten(0, 1).index_select(0, self.index_N.to(values_BTX.device))
+
+    def select_next(self, values_BTX: Tensor) -> Tensor:
+        """Select the values one position on: of token ids, those that are predicted.
+
+        Args:
+            values_BTX: (B, T, ...), any dtype.
+
+        Returns:
+            (N, ...), in the order of `select`.
+        """
+        return values_BTX.flatten(0, 1).index_select(0, self.index_N.to(values_BTX.device) + 1)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Scored":
+        """Move it to a device, as a tensor; so does accelerate with what is in a batch."""
+        return Scored(self.index_N.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Scored":
+        """Pin it, as a tensor; so does torch's DataLoader with what is in a batch."""
+        return Scored(self.index_N.pin_memory())
 
 
 def cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
@@ -92,30 +124,28 @@ def normalize(total: Tensor, tokens: int, num_items: Tensor | int | None, num_pr
     Returns:
         scalar; 0, with a gradient of 0, where nothing is scored.
     """
-    items = torch.as_tensor(tokens if num_items is None else num_items, device=total.device)
-    return total / items.clamp(min=1) * num_processes
+    items = tokens if num_items is None else num_items
+    return total / (items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)) * num_processes
 
 
-def sums_per_row(per_token_N: Tensor, labels_BT: Tensor, row_lengths_R: Tensor | None = None) -> Tensor:
+def sums_per_row(
+    per_token_N: Tensor, scored: Scored, shape: Sequence[int], row_lengths_R: Tensor | None = None
+) -> Tensor:
     """Sum per-token values over each dataset row.
 
     Args:
         per_token_N: (N,) values at the scored positions.
-        labels_BT: token ids, -100 where the token is not scored, (B, T), not shifted.
+        scored: these positions.
+        shape: of the batch, B and T.
         row_lengths_R: for a padding-free batch (B = 1, rows end to end), tokens of each row, (R,).
 
     Returns:
         (R,) in the dtype of `per_token_N`, R = B without `row_lengths_R`.
     """
-    batch, length = labels_BT.shape
+    batch, length = shape
+    # Of the tokens that are predicted.
+    index_N = scored.index_N.to(per_token_N.device) + 1
     if row_lengths_R is None:
-        row_of_BT = torch.arange(batch, device=labels_BT.device)[:, None].expand(batch, length)
-        rows = batch
-    else:
-        ends_R = row_lengths_R.cumsum(0)
-        # Padding behind the last row is never scored; clamping keeps its index in range.
-        row_of_T = torch.bucketize(torch.arange(length, device=labels_BT.device), ends_R, right=True)
-        rows = row_lengths_R.numel()
-        row_of_BT = row_of_T.clamp(max=rows - 1)[None]
-    row_of_N = row_of_BT[:, 1:][scored_mask(labels_BT)]
-    return per_token_N.new_zeros(rows).index_add(0, row_of_N, per_token_N)
+        return per_token_N.new_zeros(batch).index_add(0, index_N // length, per_token_N)
+    row_of_N = torch.bucketize(index_N, row_lengths_R.cumsum(0), right=True)
+    return per_token_N.new_zeros(len(row_lengths_R)).index_add(0, row_of_N, per_token_N)

@@ -14,7 +14,7 @@ from datasets import Dataset, IterableDataset
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.chain.chain import Chain
 from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.losses.reduction import scored_targets
+from cbd_trl.losses.reduction import Scored
 from cbd_trl.report.sweep import RANDOM, REPORTED, SweepTarget, fingerprint, sweep
 from cbd_trl.report.tasks import task_probes
 from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS
@@ -335,7 +335,7 @@ def scored_bytes(tokenizer: Any, blocks: TokenBlocks) -> int | None:
     except ValueError:
         return None
     lengths = torch.tensor([len(data or b"") for data in texts])
-    return int(lengths[scored_targets(blocks.labels)].sum()) or None
+    return int(lengths[Scored.of(blocks.labels).select_next(blocks.labels)].sum()) or None
 
 
 def bits_per_byte(loss: float, tokens: int, num_bytes: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import check_causal, check_head, open_forward, output_head, product_dtype
-from cbd_trl.losses.reduction import select_scored
+from cbd_trl.losses.reduction import Scored
 from cbd_trl.losses.teacher_outputs import HiddenOutputs, MixtureOutputs
 from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.model_folders import name_remote_code
@@ -30,27 +30,31 @@ class Batch:
     Attributes:
         inputs: of both models.
         labels_BT: token ids, -100 where the token is not scored.
+        scored: its scored positions.
         row_lengths_R: tokens of each dataset row of a padding-free batch, or None.
         teacher: what the collator read of a teacher (cached, or with tokens of its own); empty without one.
     """
 
     inputs: dict[str, Any]
     labels_BT: Tensor
+    scored: Scored
     row_lengths_R: Tensor | None
-    teacher: dict[str, Tensor]
+    teacher: dict[str, Any]
 
     @classmethod
     def split(cls, collated: Mapping[str, Any]) -> "Batch":
         """Separate what the models read from what the loss reads.
 
         Args:
-            collated: by the data collator.
+            collated: by the data collator of a trainer. Where "scored" is missing, because another collator made the
+                batch, or because the labels were changed since and it was taken out, it is made here.
         """
         inputs = dict(collated)
         labels_BT, row_lengths_R = inputs.pop("labels"), inputs.pop("row_lengths", None)
+        scored = inputs.pop("scored") if "scored" in inputs else Scored.of(labels_BT)
         teacher = {name: inputs.pop(name) for name in list(inputs) if name.startswith(TEACHER_PREFIX)}
         # A cache would only cost memory.
-        return cls({**inputs, "use_cache": False}, labels_BT, row_lengths_R, teacher)
+        return cls({**inputs, "use_cache": False}, labels_BT, scored, row_lengths_R, teacher)
 
     def count_tokens(self) -> Tensor:
         """Count the tokens that are not padding, scalar int64."""
@@ -59,7 +63,7 @@ class Batch:
         if (mask := self.inputs.get("attention_mask")) is not None:
             return mask.sum()
         ids = self.inputs["input_ids"]
-        return torch.tensor(ids.numel(), device=ids.device)
+        return torch.full((), ids.numel(), device=ids.device)
 
 
 def load_teacher(
@@ -312,18 +316,18 @@ def read_hidden(placed: nn.Module, model: Any, batch: Batch) -> HiddenOutputs:
     Returns:
         hidden states (N, D) and head, both on the device of the labels and in the dtype in which they are multiplied.
     """
-    return placed(**batch.inputs, inside=_ReadHidden(model, batch.labels_BT))
+    return placed(**batch.inputs, inside=_ReadHidden(model, batch.scored))
 
 
 @dataclass(frozen=True)
 class _ReadHidden:
     model: Any
-    labels_BT: Tensor
+    scored: Scored
 
     def __call__(self, hidden_BTD: Tensor) -> HiddenOutputs:
         # The last layer and the head of a model that is spread are where its `device_map` put them.
-        device = self.labels_BT.device
-        hidden_ND = select_scored(hidden_BTD, self.labels_BT.to(hidden_BTD.device))
+        device = self.scored.index_N.device
+        hidden_ND = self.scored.select(hidden_BTD)
         with output_head(self.model, keep=True) as head:
             dtype = product_dtype(head, device)
             return HiddenOutputs(hidden_ND.to(device, dtype), head.to(dtype).to(device))

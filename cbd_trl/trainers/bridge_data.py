@@ -9,14 +9,19 @@ Shapes: B batch rows, T tokens of the student, R texts, U tokens of the teacher.
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import Tensor
 from trl import is_conversational, pack_dataset
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
 from cbd_trl.bridge.bridge import Bridge, StudentRows, TeacherRows
 from cbd_trl.bridge.chats import Chat, read_chats
+from cbd_trl.bridge.objectives.inputs import Places, Vectors
+from cbd_trl.bridge.objectives.prefix import PrefixPlan, PrefixTable
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.utils.tokenizers import tokenizer_name
 
@@ -66,6 +71,51 @@ def prepare_chats(
     return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
 
 
+@dataclass(frozen=True)
+class BridgePlan:
+    """Which positions of both models are compared in a batch, made with it on the host.
+
+    Attributes:
+        student: the scored positions of the student.
+        teacher: the positions of the teacher before tokens of groups.
+        last: the last token of each group in the flattened batch, (G,): "student" and "teacher".
+        prefix: what the objective "prefix" needs besides; None for others.
+    """
+
+    student: Places
+    teacher: Places
+    last: Vectors
+    prefix: PrefixPlan | None
+
+    @classmethod
+    def of(cls, rows: StudentRows, labels_BT: Tensor, read: TeacherRows, table: PrefixTable | None) -> "BridgePlan":
+        """Make the plan of a batch.
+
+        Args:
+            rows: of the student.
+            labels_BT: -100 where a token is not scored, not shifted.
+            read: what the teacher reads.
+            table: of the objective "prefix"; None for others.
+        """
+        student = Places.of_student(labels_BT, read.alignment.student_BT, rows.text_BT)
+        teacher = Places.of_teacher(read.alignment.teacher_RU)
+        ours_G, theirs_G = read.alignment.last_tokens()
+        targets_N = student.scored.select_next(rows.ids_BT)
+        prefix = None if table is None else PrefixPlan.of(table, student, teacher, targets_N)
+        return cls(student, teacher, Vectors.of(student=ours_G, teacher=theirs_G), prefix)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "BridgePlan":
+        """Move it to a device, as a tensor; so does accelerate with what is in a batch."""
+        prefix = None if self.prefix is None else self.prefix.to(device, non_blocking)
+        student, teacher = self.student.to(device, non_blocking), self.teacher.to(device, non_blocking)
+        return BridgePlan(student, teacher, self.last.to(device, non_blocking), prefix)
+
+    def pin_memory(self) -> "BridgePlan":
+        """Pin it, as a tensor; so does torch's DataLoader with what is in a batch."""
+        prefix = None if self.prefix is None else self.prefix.pin_memory()
+        return BridgePlan(self.student.pin_memory(), self.teacher.pin_memory(), self.last.pin_memory(), prefix)
+
+
 class BridgeCollator:
     """A collator that lets a teacher read every text of its batch in its own tokens, on the CPU.
 
@@ -76,6 +126,7 @@ class BridgeCollator:
         inner: makes the student's batch, such as TRL's `DataCollatorForLanguageModeling`.
         bridge: between the two tokenizers.
         student_template: the chat template of the data, where that is not the student's tokenizer's own.
+        table: of the objective "prefix", on the host; None for others.
     """
 
     def __init__(
@@ -83,10 +134,12 @@ class BridgeCollator:
         inner: Callable[[list[dict[str, Any]]], dict[str, Any]],
         bridge: Bridge,
         student_template: str | None = None,
+        table: PrefixTable | None = None,
     ) -> None:
         self.inner = inner
         self.bridge = bridge
         self.student_template = student_template
+        self.table = table
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate.
@@ -95,18 +148,16 @@ class BridgeCollator:
             examples: rows of the dataset, or packs of rows.
 
         Returns:
-            the inner batch; `teacher_ids`, `teacher_mask` and `teacher_group` (R, U): what the teacher reads, and the
-            group of each of its tokens; `teacher_students_group` and `teacher_students_text` (B, T): the group and
-            the text of each of the student's tokens. All int64.
+            the inner batch; `teacher_ids` and `teacher_mask` (R, U) int64, what the teacher reads; and `teacher_plan`,
+            a `BridgePlan`.
 
         Raises:
             ValueError: if the batch has ids that the student's tokenizer does not.
         """
         batch = self.inner(examples)
         rows, read = self._read(examples, batch)
-        own = {"ids": read.ids_RU, "mask": read.mask_RU, "group": read.alignment.teacher_RU}
-        own |= {"students_group": read.alignment.student_BT, "students_text": rows.text_BT.contiguous()}
-        return {**batch, **{f"teacher_{name}": tensor for name, tensor in own.items()}}
+        plan = BridgePlan.of(rows, batch["labels"], read, self.table)
+        return {**batch, "teacher_ids": read.ids_RU, "teacher_mask": read.mask_RU, "teacher_plan": plan}
 
     def read(self, examples: list[dict[str, Any]]) -> TeacherRows:
         """Compute what the teacher reads of some examples.

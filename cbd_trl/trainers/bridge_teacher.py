@@ -16,12 +16,12 @@ from transformers.utils import logging
 
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.architectures.backbone import Head, output_head, product_dtype
-from cbd_trl.bridge.alignment import NOWHERE, Alignment
+from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.bridge import Bridge
-from cbd_trl.bridge.objectives.inputs import AlignedStates, at_group_starts
-from cbd_trl.losses.reduction import scored_mask
+from cbd_trl.bridge.objectives.inputs import AlignedStates, Places
 from cbd_trl.teachers.local import Batch, LocalTeacher, load_teacher
 from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
+from cbd_trl.trainers.bridge_data import BridgePlan
 from cbd_trl.trainers.model_card import describe_model
 from cbd_trl.trainers.model_setup import TeacherModel, TeacherSetup, open_student
 from cbd_trl.trainers.step_loss import StepLoss
@@ -37,15 +37,13 @@ class BridgeOutputs:
 
     Attributes:
         teacher: at the tokens of groups.
-        alignment: the groups.
+        plan: of the batch.
         ids_BT: the student's tokens.
-        text_BT: the text each of them is from.
     """
 
     teacher: AlignedStates
-    alignment: Alignment
+    plan: BridgePlan
     ids_BT: Tensor
-    text_BT: Tensor
 
 
 class BridgeTeacher(LocalTeacher):
@@ -73,19 +71,17 @@ class BridgeTeacher(LocalTeacher):
             batch: with the tensors of `BridgeCollator`.
             student: unused.
         """
-        read = {name.removeprefix("teacher_"): tensor for name, tensor in batch.teacher.items()}
-        inside = _AlignedStatesOf(self.model, read["ids"], read["group"], self._embedded)
-        teacher = self._placed(input_ids=read["ids"], attention_mask=read["mask"], use_cache=False, inside=inside)
-        groups = max(int(read["group"].max()), NOWHERE) + 1
-        alignment = Alignment(read["students_group"], read["group"], groups)
-        return BridgeOutputs(teacher, alignment, batch.inputs["input_ids"], read["students_text"])
+        ids_RU, mask_RU, plan = (batch.teacher[f"teacher_{name}"] for name in ("ids", "mask", "plan"))
+        inside = _AlignedStatesOf(self.model, ids_RU, plan.teacher, self._embedded)
+        teacher = self._placed(input_ids=ids_RU, attention_mask=mask_RU, use_cache=False, inside=inside)
+        return BridgeOutputs(teacher, plan, batch.inputs["input_ids"])
 
 
 @dataclass(frozen=True)
 class _AlignedStatesOf:
     model: Any
     ids_RU: Tensor
-    group_RU: Tensor
+    places: Places
     embedded: bool
 
     def __call__(self, hidden_RUD: Tensor) -> AlignedStates:
@@ -94,8 +90,8 @@ class _AlignedStatesOf:
             device = self.ids_RU.device
             dtype = product_dtype(head, device)
             embedding_VD = self.model.get_input_embeddings().weight.to(device) if self.embedded else None
-            return AlignedStates.of_teacher(
-                hidden_RUD.to(device, dtype), head.to(dtype).to(device), self.ids_RU, self.group_RU, embedding_VD
+            return AlignedStates.of(
+                hidden_RUD.to(device, dtype), head.to(dtype).to(device), self.ids_RU, self.places, embedding_VD
             )
 
 
@@ -122,29 +118,26 @@ class BridgeStepLoss(StepLoss):
     written on the first, like "kd".
     """
 
-    def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        predicted = self.teacher
-        group_BT = predicted.alignment.student_BT
+    def _terms(self, hidden_BTd: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        predicted, plan = self.teacher, self.teacher.plan
         embedded = predicted.teacher.embedding_VD is not None
-        embedding_Vd = self.student.get_input_embeddings().weight.to(labels_BT.device) if embedded else None
-        student = AlignedStates.of_student(
-            hidden_BTd, head, predicted.ids_BT, labels_BT, group_BT, predicted.text_BT, embedding_Vd
-        )
+        embedding_Vd = self.student.get_input_embeddings().weight.to(self.labels_BT.device) if embedded else None
+        student = AlignedStates.of(hidden_BTd, head, predicted.ids_BT, plan.student, embedding_Vd, plan.prefix)
         total, terms = self.objective(student, predicted.teacher, self.weights, self.chunk)
-        return total, {**terms, "unaligned": (student.group_N == NOWHERE).float()}
+        return total, {**terms, "unaligned": (student.places.group_N == NOWHERE).float()}
 
-    def _hidden(self, labels_BT: Tensor) -> Tensor | None:
-        alignment = self.teacher.alignment
-        ours_G, theirs_G = alignment.last_tokens()
+    def _hidden(self) -> Tensor | None:
+        plan = self.teacher.plan
+        ours_G, theirs_G = plan.last["student"], plan.last["teacher"]
         hidden_G = self.pairs.distance(
             self.student_states,
             self.teacher_states,
-            lambda states: states.flatten(0, 1)[ours_G],
-            lambda states: states.flatten(0, 1)[theirs_G],
+            lambda states: states.flatten(0, 1).index_select(0, ours_G),
+            lambda states: states.flatten(0, 1).index_select(0, theirs_G),
         )
         if hidden_G is None:
             return None
-        return at_group_starts(alignment.student_BT[:, 1:][scored_mask(labels_BT)], hidden_G)
+        return hidden_G.new_zeros(len(plan.student)).index_add(0, plan.student.start_G, hidden_G)
 
 
 # How much worse than guessing a teacher may be, in nats: one that was trained on these tokens never is.

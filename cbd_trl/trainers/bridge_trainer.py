@@ -2,12 +2,12 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.bridge.objectives.cross_attention import CrossModelAttention
-from cbd_trl.bridge.objectives.prefix import PrefixTable
+from cbd_trl.bridge.objectives.prefix import PrefixObjective, PrefixTable
 from cbd_trl.bridge.objectives.registry import get_mixture, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
 from cbd_trl.losses.divergences import get_divergence
@@ -122,7 +122,9 @@ class BridgeDistillTrainer(DistillTrainer):
     def _make_collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
         if not isinstance(setup, BridgeSetup):
             return self.data_collator
-        collator = BridgeCollator(self.data_collator, setup.bridge, self.chat_template)
+        objective = self._objective
+        table = objective.table.to(torch.device("cpu")) if isinstance(objective, PrefixObjective) else None
+        collator = BridgeCollator(self.data_collator, setup.bridge, self.chat_template, table)
         check_datasets(collator, datasets)
         return collator
 
@@ -153,6 +155,5 @@ class BridgeDistillTrainer(DistillTrainer):
     def _compute_outputs(self, model: nn.Module, batch: Batch, with_logits: bool = False) -> dict[str, Tensor]:
         outputs = super()._compute_outputs(model, batch, with_logits)
         if isinstance(self._setup, BridgeSetup) and self._setup.watch.waiting:
-            tokens = int((batch.teacher["teacher_group"] != NOWHERE).sum())
-            self._setup.watch.look(outputs["teacher_ce"].sum(), tokens)
+            self._setup.watch.look(outputs["teacher_ce"].sum(), len(batch.teacher["teacher_plan"].teacher))
         return outputs

@@ -82,7 +82,9 @@ class EvaluationMeter:
         terms = {name: outputs[name] for name in TERMS if name in outputs}
         loss_N = combine(terms, weights)
         terms = {"loss": loss_N, **terms, "tokens": torch.ones_like(loss_N)}
-        sums = [sums_per_row(term, batch.labels_BT, batch.row_lengths_R) for term in terms.values()]
+        sums = [
+            sums_per_row(term, batch.scored, batch.labels_BT.shape, batch.row_lengths_R) for term in terms.values()
+        ]
         # Row by row, because the last batch is filled up with rows already seen, and gathering drops those.
         totals = dict(zip(terms, gather(torch.stack(sums, dim=1)).sum(0), strict=True))
         self._meter.add(totals, totals.pop("tokens"))
@@ -129,7 +131,7 @@ class TokenCounter(TrainerCallback, ExportableState):
         """
         sums = {name: outputs[name].sum() for name in (*TERMS, "hybrid") if name in outputs}
         scored = outputs["ce"]
-        self.terms.add(sums, torch.tensor(float(scored.numel()), device=scored.device))
+        self.terms.add(sums, torch.full((), float(scored.numel()), device=scored.device))
         self.tokens = self.tokens + tokens
 
     def state(self) -> dict[str, Any]:
@@ -179,6 +181,8 @@ def _sum_over_processes(tensor: Tensor) -> Any:
 
 # Steps that the rates are taken over: enough for hybrids, which are beside some steps only, to even out.
 _WINDOW = 50
+# As often as tqdm draws.
+_SECONDS_SHOWN = 0.1
 
 
 def show_progress(trainer: Any, label: str) -> None:
@@ -191,7 +195,7 @@ def show_progress(trainer: Any, label: str) -> None:
         label: what the line begins with.
     """
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ProgressLine(label, lambda: trainer.tokens_seen))
+        trainer.add_callback(ProgressLine(label, lambda: trainer._counter.tokens))
 
 
 class ProgressLine(ProgressCallback):
@@ -203,16 +207,19 @@ class ProgressLine(ProgressCallback):
 
     Args:
         label: what the line begins with.
-        tokens: how many were trained on so far, those before a checkpoint included.
+        tokens: how many were trained on so far, those before a checkpoint included; a tensor is read once it is shown.
         clock: seconds, from any moment.
     """
 
-    def __init__(self, label: str, tokens: Callable[[], int], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, label: str, tokens: Callable[[], Tensor | int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__()
         self._label, self._tokens, self._clock = label, tokens, clock
         # (seconds, step, tokens) at the ends of the last steps. The first is set when a step begins: what a run
         # resumed from a checkpoint has behind it, and the time it took to skip that data, are not its speed.
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW + 1)
+        self._marks: deque[tuple[float, int, Tensor | int]] = deque(maxlen=_WINDOW + 1)
+        self._shown = -math.inf
         self._losses: dict[str, float] = {}
         self._ticker = Ticker(clock)
 
@@ -251,7 +258,9 @@ class ProgressLine(ProgressCallback):
         """Rewrite the line."""
         if state.is_world_process_zero:
             self._mark(state)
-            self._show(state)
+            # Reading the tokens waits for the device.
+            if not self._off_screen and self._clock() - self._shown >= _SECONDS_SHOWN:
+                self._show(state)
             super().on_step_end(args, state, control, **kwargs)
             # A log has a line of its own.
             if self._off_screen and not control.should_log and self._ticker.due():
@@ -289,7 +298,7 @@ class ProgressLine(ProgressCallback):
             (begun, first, before), (now, last, tokens) = self._marks[0], self._marks[-1]
             seconds = max(now - begun, 1e-9)
             left = (state.max_steps - state.global_step) * seconds / max(last - first, 1)
-            parts += [f"{(tokens - before) / seconds:,.0f} tokens/s", f"{format_seconds(left)} left"]
+            parts += [f"{int(tokens - before) / seconds:,.0f} tokens/s", f"{format_seconds(left)} left"]
         if "ce" in self._losses:
             teacher = f" (teacher {self._losses['teacher_ce']:.2f})" if "teacher_ce" in self._losses else ""
             parts.append(f"ce {self._losses['ce']:.2f}{teacher}")
@@ -308,5 +317,5 @@ class ProgressLine(ProgressCallback):
 
     def _show(self, state: TrainerState) -> None:
         bar: Any = self.training_bar
-        # Drawn at most ten times a second.
+        self._shown = self._clock()
         bar.set_description_str(self.line(state), refresh=False)

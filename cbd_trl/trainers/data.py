@@ -17,6 +17,7 @@ from trl.data_utils import get_dataset_column_names, is_conversational_from_valu
 
 from cbd_trl.architectures.base import check_positions, learned_positions_of
 from cbd_trl.cache.reader import CachedTeacher, TeacherCache
+from cbd_trl.losses.reduction import Scored
 from cbd_trl.utils.blocks import IGNORE_INDEX
 from cbd_trl.utils.datasets import as_stream, example_rows, is_prepared, prepare, template_reads
 
@@ -165,6 +166,29 @@ def check_before_preparing(
             raise ValueError(_nothing_scored(args, name))
         if positions is not None and (args.max_length is None or args.max_length > positions):
             _check_each(_prepared(rows, args, tokenizer), positions, args, config.model_type, name)
+
+
+class ScoredCollator:
+    """A collator that adds the scored positions, as long as the labels are on the host.
+
+    Args:
+        inner: makes the batch.
+    """
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.inner = inner
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate.
+
+        Args:
+            examples: rows of the dataset, or packs of rows.
+
+        Returns:
+            the inner batch and `scored`, a `cbd_trl.losses.reduction.Scored`.
+        """
+        batch = self.inner(examples)
+        return {**batch, "scored": Scored.of(batch["labels"])}
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:

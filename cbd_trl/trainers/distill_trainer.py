@@ -34,7 +34,14 @@ from cbd_trl.trainers.checkpointing import (
     writing_checkpoint,
 )
 from cbd_trl.trainers.checks import check_argument_types, check_best_metric, check_hybrid, check_run
-from cbd_trl.trainers.data import check_end_token, check_ids, check_lengths, check_scored, read_from_cache
+from cbd_trl.trainers.data import (
+    ScoredCollator,
+    check_end_token,
+    check_ids,
+    check_lengths,
+    check_scored,
+    read_from_cache,
+)
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hidden_states import (
     NAME,
@@ -173,7 +180,9 @@ class DistillTrainer(SFTTrainer):
         datasets = self._datasets()
         for name, dataset in datasets.items():
             self._check_rows(dataset, name)
-        self.data_collator = self._make_collator(setup, [*datasets.values()])
+        self.data_collator = ScoredCollator(self._make_collator(setup, [*datasets.values()]))
+        # Each process reads its own batches, as SFT has it for streams: accelerate cannot join or cut what is in them.
+        self.accelerator.dataloader_config.dispatch_batches = False
 
     # Hooks
 
@@ -340,6 +349,7 @@ class DistillTrainer(SFTTrainer):
                 step_loss = self._loss_class()(
                     student=through.model,
                     labels_BT=batch.labels_BT,
+                    scored=batch.scored,
                     teacher=predicted,
                     objective=self._objective,
                     weights=self._weights,

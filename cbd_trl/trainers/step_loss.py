@@ -13,7 +13,7 @@ from torch import Tensor
 from cbd_trl.architectures.backbone import Head, output_head, product_dtype
 from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.objective import METRICS, TermWeights
-from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
+from cbd_trl.losses.reduction import Scored, cross_entropy
 from cbd_trl.trainers.hidden_states import LayerPairs
 
 
@@ -24,6 +24,7 @@ class StepLoss:
     Attributes:
         student: the causal LM itself, not wrapped.
         labels_BT: token ids, -100 where the token is not scored.
+        scored: its scored positions.
         teacher: its output: of the same tokens a `cbd_trl.losses.teacher_outputs.TeacherOutputs`.
         objective: the terms on logits: of the same tokens a `cbd_trl.losses.objective.DistillObjective`.
         weights: of all terms at this step.
@@ -36,6 +37,7 @@ class StepLoss:
 
     student: Any
     labels_BT: Tensor
+    scored: Scored
     teacher: Any
     objective: Any
     weights: TermWeights
@@ -58,31 +60,33 @@ class StepLoss:
         Raises:
             RuntimeError: if the hidden-state term would be weighted but not trained.
         """
-        labels_BT = self.labels_BT
+        device = self.labels_BT.device
         # The last layer and the head of a student that is spread are where its `device_map` put them.
-        hidden_BTd = hidden_BTd.to(labels_BT.device)
+        hidden_BTd = hidden_BTd.to(device)
         with output_head(self.student) as head:
-            head = head.to(labels_BT.device)
-            total, terms = self._terms(hidden_BTd, labels_BT, head)
+            head = head.to(device)
+            total, terms = self._terms(hidden_BTd, head)
             outputs = {**terms}
             if self.with_logits:
                 outputs["logits"] = head.logits(hidden_BTd.to(product_dtype(head, hidden_BTd.device))).detach()
-        hidden_N = self._hidden(labels_BT)
+        hidden_N = self._hidden()
         if hidden_N is not None:
             self._check_gradient(hidden_N, total)
             total = total + self.weights.hidden * hidden_N.sum()
             outputs["hidden"] = hidden_N.detach()
         return {"total": total, **outputs}
 
-    def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
+    def _terms(self, hidden_BTd: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_Nd, targets_N = self._scored(hidden_BTd)
         return fused_terms(hidden_Nd, head, targets_N, self.teacher, self.objective, self.weights, self.chunk)
 
-    def _hidden(self, labels_BT: Tensor) -> Tensor | None:
-        def scored(states_BTX: Tensor) -> Tensor:
-            return select_scored(states_BTX, labels_BT)
+    def _scored(self, hidden_BTd: Tensor) -> tuple[Tensor, Tensor]:
+        """The states at the scored positions and the tokens that they predict, where the student has its head."""
+        return self.scored.select(hidden_BTd), self.scored.select_next(self.labels_BT.to(hidden_BTd.device))
 
-        return self.pairs.distance(self.student_states, self.teacher_states, scored, scored)
+    def _hidden(self) -> Tensor | None:
+        select = self.scored.select
+        return self.pairs.distance(self.student_states, self.teacher_states, select, select)
 
     def _check_gradient(self, hidden_N: Tensor, total: Tensor) -> None:
         # A hybrid may well have no trained layer on one of its steps.
@@ -109,8 +113,8 @@ class SequenceLevelLoss(StepLoss):
     tokens, the teacher's may be others. The one term is "ce": -log p(y^_t | y^_<t, x), in nats.
     """
 
-    def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
+    def _terms(self, hidden_BTd: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_Nd, targets_N = self._scored(hidden_BTd)
         total, terms = fused_terms(hidden_Nd, head, targets_N, _NoOutput(), _TextAlone(), self.weights, self.chunk)
         return total, {name: terms[name] for name in ("ce", *METRICS)}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossModelAttention
-from cbd_trl.bridge.objectives.inputs import AlignedStates
+from cbd_trl.bridge.objectives.inputs import AlignedStates, Places
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import BridgeObjective, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
@@ -60,11 +60,11 @@ class Pair:
         return made
 
     def states(self, hidden_BTd: Tensor, head: Head) -> tuple[AlignedStates, AlignedStates]:
-        student = AlignedStates.of_student(
-            hidden_BTd, head, self.ids_BT, self.labels_BT, self.group_BT, self.text_BT, self.tables[0]
-        )
-        return student, AlignedStates.of_teacher(
-            self.hidden_RUD, self.heads[1], self.ids_RU, self.group_RU, self.tables[1]
+        ours = Places.of_student(self.labels_BT, self.group_BT, self.text_BT)
+        theirs = Places.of_teacher(self.group_RU)
+        return (
+            AlignedStates.of(hidden_BTd, head, self.ids_BT, ours, self.tables[0]),
+            AlignedStates.of(self.hidden_RUD, self.heads[1], self.ids_RU, theirs, self.tables[1]),
         )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.objectives.cross_attention import CrossAttention, CrossModelAttention
-from cbd_trl.bridge.objectives.inputs import AlignedStates
+from cbd_trl.bridge.objectives.inputs import AlignedStates, Places
 from cbd_trl.bridge.objectives.prefix import PrefixTable
 from cbd_trl.bridge.objectives.registry import OBJECTIVES, get_mixture, get_objective
 from cbd_trl.bridge.objectives.shared_tokens import SharedTokens
@@ -133,15 +133,15 @@ def test_zero_where_teacher_and_student_are_the_same(name: str) -> None:
     leaf = hidden.clone().requires_grad_()
     text = torch.arange(2)[:, None].expand(2, 9)
     states = (
-        AlignedStates.of_student(leaf, head, ids, ids, group, text),
-        AlignedStates.of_teacher(hidden, head, ids, group),
+        AlignedStates.of(leaf, head, ids, Places.of_student(ids, group, text)),
+        AlignedStates.of(hidden, head, ids, Places.of_teacher(group)),
     )
     total, terms = objective(*states, TermWeights(kd=1.0, ce=0.0))
     total.backward()
     assert total.item() == pytest.approx(0.0, abs=1e-4) and len(terms["kd"]) == 16
     assert leaf.grad is not None and leaf.grad.abs().max() < 2e-3
     torch.testing.assert_close(terms["teacher_ce"], terms["ce"], rtol=1e-4, atol=1e-5)
-    other = AlignedStates.of_teacher(randn(2, 9, STUDENT, seed=2, scale=2.0), head, ids, group)
+    other = AlignedStates.of(randn(2, 9, STUDENT, seed=2, scale=2.0), head, ids, Places.of_teacher(group))
     assert objective(states[0], other, TermWeights(kd=1.0, ce=0.0))[0] > 1.0
 
 

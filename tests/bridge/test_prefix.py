@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.bridge.objectives.inputs import AlignedStates
+from cbd_trl.bridge.objectives.inputs import AlignedStates, Places, group_starts
 from cbd_trl.bridge.objectives.prefix import NO_NODE, ROOT, PrefixObjective, PrefixTable
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
@@ -137,8 +137,8 @@ def test_within_one_vocabulary_it_is_the_divergence() -> None:
     pair.ids_RU %= V
     _, _, terms = run(PrefixObjective(PrefixTable.from_spellings(spelled, V)), pair, TermWeights(1.0, 0.0, 0.0))
     student, teacher = pair.states(pair.hidden_BTd, pair.heads[0])
-    group_start_N = student.group_start_N
-    logs = [head.logits(side.hidden_ND[side.group_start_N]).log_softmax(-1)
+    group_start_N = group_starts(student.places.group_N)
+    logs = [head.logits(side.hidden_ND[side.places.start_G]).log_softmax(-1)
             for head, side in ((pair.heads[0], student), (head, teacher))]  # fmt: skip
     torch.testing.assert_close(terms["kd"][group_start_N], KL(*logs))
     assert group_start_N.any() and terms["kd"][~group_start_N].abs().max() == 0
@@ -162,9 +162,8 @@ def test_is_zero_where_the_student_predicts_what_the_teacher_does() -> None:
         labels_BT = ids_BT.clone()
         labels_BT[0, 0] = -100
         groups_BT = torch.tensor([[-1, *range(len(ids))]])
-        return AlignedStates.of_student(
-            states, Head(weight_VD), ids_BT, labels_BT, groups_BT, torch.zeros_like(ids_BT)
-        )
+        places = Places.of_student(labels_BT, groups_BT, torch.zeros_like(ids_BT))
+        return AlignedStates.of(states, Head(weight_VD), ids_BT, places)
 
     # The teacher predicts " run" and then token 2; the student should give 0.4 / 0.7 to that, the rest to the endings.
     eye, log_RUW = torch.eye(4), (p_W + 1e-30).log()[None]
@@ -212,7 +211,8 @@ def test_the_table_is_moved_as_a_whole_and_not_at_every_chunk(monkeypatch: pytes
     assert not moved
     monkeypatch.setattr(PrefixTable, "to", record)
     run(PrefixObjective(table), few_tokens(1), TermWeights(0.7, 0.4), chunk=3)
-    assert len(devices) == 1
+    # To the host for the plan, which no collator made, and to the device of the batch.
+    assert len(devices) == 2
 
 
 @pytest.mark.parametrize("student", ["byte_level", "byte_fallback", "unigram"])

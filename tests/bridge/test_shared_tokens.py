@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.bridge.objectives.groups import GroupPrediction
+from cbd_trl.bridge.objectives.inputs import Places
 from cbd_trl.bridge.objectives.shared_tokens import SharedHybrid, SharedTokens
 from cbd_trl.bridge.token_bytes import token_bytes
 from cbd_trl.losses.divergences import get_divergence
@@ -18,10 +19,10 @@ KL = get_divergence("forward_kl")
 
 def hybrid(objective: SharedHybrid, student: Tensor, teacher: Tensor) -> Tensor:
     """A group for each row of logits."""
-    groups = torch.arange(len(student))
-    return objective.compare(
-        student, torch.zeros(len(student)), GroupPrediction(groups, torch.zeros(len(student)), teacher)
-    )
+    nothing, group_BT = torch.zeros(len(student)), torch.arange(-1, len(student))[None]
+    places = Places.of_student(group_BT, group_BT, torch.zeros_like(group_BT))
+    prediction = GroupPrediction(places, slice(0, len(student)), nothing, teacher)
+    return objective.compare(student, nothing, prediction)
 
 
 @pytest.mark.parametrize("student", ["byte_level", "byte_fallback", "unigram"])

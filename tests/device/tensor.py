@@ -8,7 +8,7 @@ the CPU, while these rules hold:
 - `.numpy()` of a tensor on the device is an error
 - what makes the host wait for a GPU is counted: reading a value, results whose size depends on values, copies
 
-`Usage` has the counts, by operation and by the line of cbd_trl (or else of the library) that asked for it.
+`Usage` has the counts, by operation and by the line of cbd_trl or of a library that asked for it.
 """
 
 import sys
@@ -159,19 +159,20 @@ class StrictMode(TorchDispatchMode):
 
 
 def caller() -> str:
-    """The line of cbd_trl nearest to the running operation, or else that of a library, as "file:line"."""
-    library = None
+    """The line of cbd_trl or of a library that asked for the running operation, as "file:line"."""
     for file, line in _stack(sys._getframe(1)):
         if file.startswith(_PACKAGE):
             return f"cbd_trl{file.removeprefix(_PACKAGE)}:{line}"
-        if library is None and any(name in file for name in _LIBRARIES):
-            library = f"{file.rpartition('site-packages/')[2]}:{line}"
-    return library or "elsewhere"
+        if any(name in file for name in _LIBRARIES):
+            return f"{file.rpartition('site-packages/')[2]}:{line}"
+    return "elsewhere"
 
 
 def _stack(frame: FrameType | None) -> Iterator[tuple[str, int]]:
     while frame is not None:
-        yield frame.f_code.co_filename, frame.f_lineno
+        # What has a method `to` is moved like a tensor, by whoever moves it: the parts of a batch by accelerate.
+        if frame.f_code.co_name != "to":
+            yield frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
 
 
@@ -198,7 +199,7 @@ def _execute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name
     if strict and name not in _COPIES:
         _check_placement(name, args, inputs)
-        _count_waits(name, args)
+        _count_waits(name, args, kwargs)
     on_cpu = {**kwargs, **({"device": torch.device("cpu")} if wanted == NAME else {})}
     if on_cpu.get("pin_memory"):
         on_cpu["pin_memory"] = False
@@ -234,8 +235,8 @@ def _check_placement(name: str, args: Any, inputs: list[Tensor]) -> None:
         )
 
 
-def _count_waits(name: str, args: Any) -> None:
-    if name in _WAITING:
+def _count_waits(name: str, args: Any, kwargs: dict[str, Any]) -> None:
+    if name in _WAITING and kwargs.get("output_size") is None:
         USAGE.waits[name, caller()] += 1
     elif name in _BY_INDEX and any(index is not None and index.dtype == torch.bool for index in args[1]):
         USAGE.waits[f"{name} by a mask", caller()] += 1

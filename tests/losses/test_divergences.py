@@ -376,6 +376,13 @@ def test_looking_at_more_events_until_the_head_is_covered_equals_sorting_all(kep
     head = _naive_head(teacher_log.double().exp(), share)
     found = divergence_kernels._head_sum(values, teacher_log, share, kept)
     torch.testing.assert_close(found, (values * head).sum(-1))
+    # What a GPU does, for events of probability 0, and for one that is all, too.
+    teacher_log = torch.cat([teacher_log, torch.full((12, 3), -math.inf)], 1)
+    teacher_log[0] = torch.full((103,), -math.inf).index_fill(0, torch.tensor(7), 0.0)
+    values = torch.cat([values, torch.ones(12, 3)], 1)
+    head = _naive_head(teacher_log.double().exp(), share)
+    found = divergence_kernels._head_sum_without_waiting(values, teacher_log, share)
+    torch.testing.assert_close(found, (values * head).sum(-1))
 
 
 def test_one_draw_has_the_forward_kl_as_its_expectation_in_value_and_gradient() -> None:

@@ -12,7 +12,7 @@ from cbd_trl.losses.divergence_table import DIVERGENCES
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.fused import _parts, default_chunk, fused_terms
 from cbd_trl.losses.objective import METRICS, DistillObjective, TermWeights
-from cbd_trl.losses.reduction import scored_targets, select_scored
+from cbd_trl.losses.reduction import Scored
 from cbd_trl.losses.teacher_outputs import (
     HiddenOutputs,
     MixtureOutputs,
@@ -210,12 +210,13 @@ def test_masked_rows_are_not_projected_and_get_no_gradient(masked: float, monkey
     labels = torch.randint(V, (2, 9), generator=generator)
     labels[torch.rand(2, 9, generator=generator) < masked] = -100
     hidden, said = randn(2, 9, STUDENT, seed=6).requires_grad_(), randn(2, 9, TEACHER, seed=7)
+    places = Scored.of(labels)
     projected = []
     project: Callable[[Head, Tensor], Tensor] = Head.project
     monkeypatch.setattr(Head, "project", lambda head, rows: projected.append(len(rows)) or project(head, rows))
     total, terms = fused_terms(
-        select_scored(hidden, labels), HEADS["plain"], scored_targets(labels),
-        HiddenOutputs(select_scored(said, labels), TEACHER_HEAD),
+        places.select(hidden), HEADS["plain"], places.select_next(labels),
+        HiddenOutputs(places.select(said), TEACHER_HEAD),
         DistillObjective(get_divergence("jsd")), TermWeights(1.0, 1.0), 4,
     )  # fmt: skip
     total.backward()

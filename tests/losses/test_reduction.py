@@ -1,29 +1,26 @@
 import pytest
 import torch
 
-from cbd_trl.losses.reduction import (
-    cross_entropy,
-    normalize,
-    scored_mask,
-    scored_targets,
-    select_scored,
-    sums_per_row,
-)
+from cbd_trl.losses.reduction import Scored, count_scored, cross_entropy, normalize, scored_mask, sums_per_row
 
 LABELS = torch.tensor([[5, 1, 2, -100], [-100, -100, 3, 4]])
 
 
 def test_a_position_is_scored_when_the_next_token_has_a_label() -> None:
     assert scored_mask(LABELS).tolist() == [[True, True, False], [False, True, True]]
-    assert scored_targets(LABELS).tolist() == [1, 2, 3, 4]
+    scored = Scored.of(LABELS)
+    assert len(scored) == 4 == count_scored([{"labels": LABELS}])
+    assert scored.select_next(LABELS).tolist() == [1, 2, 3, 4]
     values = torch.arange(8.0).reshape(2, 4, 1)
-    assert select_scored(values, LABELS).flatten().tolist() == [0, 1, 5, 6]
+    assert scored.select(values).flatten().tolist() == [0, 1, 5, 6]
+    assert len(Scored.of(LABELS[:, :1])) == len(Scored.of(LABELS[:0])) == 0
 
 
 def test_cross_entropy_equals_the_model_loss_in_value_and_gradient() -> None:
     logits = torch.randn(2, 4, 9, requires_grad=True)
     twin = logits.detach().clone().requires_grad_()
-    terms = cross_entropy(select_scored(logits, LABELS), scored_targets(LABELS))
+    scored = Scored.of(LABELS)
+    terms = cross_entropy(scored.select(logits), scored.select_next(LABELS))
     loss = normalize(terms.sum(), terms.numel(), None)
     expected = torch.nn.functional.cross_entropy(twin[:, :-1].reshape(-1, 9), LABELS[:, 1:].reshape(-1))
     torch.testing.assert_close(loss, expected)
@@ -41,7 +38,8 @@ def test_cross_entropy_is_zero_for_a_certain_model_and_log_v_for_a_clueless_one(
 def test_everything_masked_gives_zero_and_a_zero_gradient() -> None:
     labels = torch.full((2, 4), -100)
     logits = torch.randn(2, 4, 9, requires_grad=True)
-    terms = cross_entropy(select_scored(logits, labels), scored_targets(labels))
+    scored = Scored.of(labels)
+    terms = cross_entropy(scored.select(logits), scored.select_next(labels))
     loss = normalize(terms.sum(), terms.numel(), torch.tensor(0))
     loss.backward()
     assert loss.item() == 0.0 and logits.grad.abs().max() == 0
@@ -58,6 +56,6 @@ def test_shares_of_a_step_add_up_to_the_mean() -> None:
 
 def test_sums_per_row_agree_for_padded_and_packed_rows() -> None:
     terms = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    assert sums_per_row(terms, LABELS).tolist() == [3.0, 12.0]
+    assert sums_per_row(terms, Scored.of(LABELS), LABELS.shape).tolist() == [3.0, 12.0]
     packed = torch.tensor([[-100, 1, 2, -100, -100, 3, 4, -100]])  # rows of 3 and 4 tokens, and padding
-    assert sums_per_row(terms, packed, torch.tensor([3, 4])).tolist() == [3.0, 12.0]
+    assert sums_per_row(terms, Scored.of(packed), packed.shape, torch.tensor([3, 4])).tolist() == [3.0, 12.0]

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cbd_trl import BridgeDistillTrainer
 from cbd_trl.bridge.alignment import NOWHERE
+from cbd_trl.bridge.objectives.inputs import Places
 from tests.bridge.alignment_helpers import spelled
 from tests.bridge.tokenizers_of_kinds import corpus, make_tokenizer
 from tests.trainers.bridge_runs import TEMPLATE, make_bridge, students_tokenizer, teachers_tokenizer
@@ -54,12 +55,20 @@ def _rendered(chats: list[list[dict[str, str]]] = CHATS, **template: Any) -> lis
     return sorted(_teachers().apply_chat_template(chat, **template)["input_ids"] for chat in chats)
 
 
-def _assert_groups_are_the_same_bytes(batch: dict[str, Tensor]) -> None:
+def _groups(places: Places, ids: Tensor) -> Tensor:
+    """The group of each token of a batch."""
+    group = torch.full_like(ids, NOWHERE).flatten()
+    group[places.scored.index_N + 1] = places.group_N
+    return group.view_as(ids)
+
+
+def _assert_groups_are_the_same_bytes(batch: dict[str, Any]) -> None:
+    plan = batch["teacher_plan"]
     sides = [
-        (students_tokenizer(), batch["input_ids"], batch["teacher_students_group"]),
-        (_teachers(), batch["teacher_ids"], batch["teacher_group"]),
+        (students_tokenizer(), batch["input_ids"], _groups(plan.student, batch["input_ids"])),
+        (_teachers(), batch["teacher_ids"], _groups(plan.teacher, batch["teacher_ids"])),
     ]
-    groups = int(batch["teacher_group"].max()) + 1
+    groups = plan.teacher.groups
     found = []
     for tokenizer, ids, group in sides:
         texts = [b""] * groups
@@ -79,7 +88,7 @@ def test_the_teacher_reads_its_own_template(how: dict[str, Any]) -> None:
     batch = _batch(_trainer(**how))
     assert sorted(_read(batch)) == _rendered()
     _assert_groups_are_the_same_bytes(batch)
-    labels, group = batch["labels"], batch["teacher_students_group"]
+    labels, group = batch["labels"], _groups(batch["teacher_plan"].student, batch["input_ids"])
     unaligned = (labels[:, 1:] != -100) & (group[:, 1:] == NOWHERE)
     # The roles are written differently: "<user>" is a mark of the student's.
     marks = torch.isin(batch["input_ids"][:, 1:], torch.tensor(students_tokenizer().convert_tokens_to_ids(["<user>"])))
@@ -132,7 +141,7 @@ def test_prompts_and_completions_tools_and_template_arguments_reach_both_templat
     assert sorted(_read(batch)) == expected != _rendered()
     assert _teachers().decode(expected[0]).startswith("tools: 1\nri: user says")
     prompts = batch["labels"] == -100
-    assert (batch["teacher_students_group"][prompts] == NOWHERE).all()
+    assert (_groups(batch["teacher_plan"].student, batch["input_ids"])[prompts] == NOWHERE).all()
 
 
 def test_streams_and_conversations_are_read_alike() -> None:

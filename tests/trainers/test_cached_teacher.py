@@ -70,7 +70,8 @@ def loss_and_gradient(
     trainer.model.zero_grad()
     batch = next(iter(trainer.get_train_dataloader()))
     order = batch["input_ids"].sum(-1).argsort()
-    batch = {name: values[order] for name, values in batch.items()}
+    # The scored positions are those of other labels, and found anew where they are left out.
+    batch = {name: values[order] for name, values in batch.items() if name != "scored"}
     hide = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(0)) < masked
     batch["labels"] = batch["labels"].masked_fill(hide, -100)
     loss = trainer.compute_loss(trainer.model, batch)

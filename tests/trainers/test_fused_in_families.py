@@ -57,8 +57,8 @@ def test_fused_is_dense(family: str, divergence: str, masked: str) -> None:
 
 
 def _batch(trainer: DistillTrainer, masked: bool) -> dict[str, Tensor]:
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
-    return {**batch, "labels": torch.full_like(batch["labels"], -100)} if masked else batch
+    rows = [trainer.train_dataset[i] for i in range(2)]
+    return trainer.data_collator([{**row, "labels": [-100] * len(row["labels"])} for row in rows] if masked else rows)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

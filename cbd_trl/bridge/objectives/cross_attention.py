@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.bridge.objectives.inputs import AlignedStates, at_group_starts, chunked_cross_entropy, common_chunk
+from cbd_trl.bridge.objectives.inputs import AlignedStates, chunked_cross_entropy, common_chunk
 from cbd_trl.losses.divergences import Divergence, get_divergence
 from cbd_trl.losses.fused import fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
@@ -77,8 +77,9 @@ class CrossModelAttention(nn.Module):
         key_ME = _unit(torch.cat([input_MD, target_MD], -1)) / math.sqrt(2 * input_MD.shape[1])
         own_ND = self.to_teacher(student.hidden_ND.float())
         value_Md = self.to_student(_unit(teacher.hidden_ND.detach().float()) + _unit(target_MD))
-        texts = 1 + max((int(each.text_N.max()) for each in (student, teacher) if len(each.text_N)), default=0)
-        of_student, of_teacher = (torch.bincount(each.text_N, minlength=texts).tolist() for each in (student, teacher))
+        texts_N = [each.places.text_N for each in (student, teacher)]
+        texts = 1 + max((int(text_N.max()) for text_N in texts_N if len(text_N)), default=0)
+        of_student, of_teacher = (torch.bincount(text_N, minlength=texts).tolist() for text_N in texts_N)
         # Each text alone. Where one model has no position in it, the other gets a sum of nothing.
         scores = [q @ k.T for q, k in zip(query_NE.split(of_student), key_ME.split(of_teacher), strict=True)]
         to_student = [s.softmax(-1) @ value for s, value in zip(scores, value_Md.split(of_teacher), strict=True)]
@@ -167,7 +168,7 @@ class CrossAttention:
         if weights.kd > 0:
             total = total + weights.kd * (learning_N.sum() + teacher_total)
         teacher_kd_N, teacher_ce_N = (
-            at_group_starts(student.group_N, teacher.group_sums(teacher_terms[name])) for name in ("kd", "teacher_ce")
+            student.at_group_starts(teacher.group_sums(teacher_terms[name])) for name in ("kd", "teacher_ce")
         )
         return total, {**terms, "kd": terms["kd"] + learning_N.detach() + teacher_kd_N, "teacher_ce": teacher_ce_N}
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head
-from cbd_trl.bridge.alignment import NOWHERE
-from cbd_trl.bridge.objectives.inputs import AlignedStates, chunked_loss, compared_terms, group_starts
+from cbd_trl.bridge.objectives.inputs import AlignedStates, Places, chunked_loss, compared_terms, group_sums
 from cbd_trl.losses.objective import TermWeights
 
 
@@ -20,40 +19,37 @@ class GroupPrediction:
     """The teacher's prediction for the groups of a part of the student's positions.
 
     Attributes:
-        group_n: the group of each position.
+        places: of the student, in the whole micro-batch.
+        part: which of its positions these are; whole groups.
         log_prob_g: log-probabilities of the groups in nats, each the sum of those of the teacher's tokens.
         logits_gW: the teacher's on the first token of each group, float32; None where the objective reads none.
     """
 
-    group_n: Tensor
+    places: Places
+    part: slice
     log_prob_g: Tensor
     logits_gW: Tensor | None
 
     @property
-    def group_start_n(self) -> Tensor:
-        """Flags of the positions that are the first of a group, (n,) bool."""
-        return group_starts(self.group_n)
+    def start_g(self) -> Tensor:
+        """Which of the n positions are the first of a group, (g,) int64."""
+        return self.places.start_G[self.places.groups_of(self.part)] - self.part.start
 
     def rows(self, rows: slice) -> "GroupPrediction":
         """Select some of the positions, whole groups."""
-        group_start_n = self.group_start_n
-        kept_g = torch.zeros_like(group_start_n)
-        kept_g[rows] = group_start_n[rows]
-        kept_g = kept_g[group_start_n]
-        return GroupPrediction(
-            self.group_n[rows], self.log_prob_g[kept_g], None if self.logits_gW is None else self.logits_gW[kept_g]
-        )
+        part = slice(self.part.start + rows.start, self.part.start + rows.stop)
+        first, kept = self.places.groups_of(self.part).start, self.places.groups_of(part)
+        kept = slice(kept.start - first, kept.stop - first)
+        logits_gW = None if self.logits_gW is None else self.logits_gW[kept]
+        return GroupPrediction(self.places, part, self.log_prob_g[kept], logits_gW)
 
     def sums(self, values_n: Tensor) -> Tensor:
         """Sum over the tokens of each group, (n,) to (g,)."""
-        inside_n = self.group_n != NOWHERE
-        index_m = self.group_start_n[inside_n].cumsum(0) - 1
-        return values_n.new_zeros(len(self.log_prob_g)).index_add(0, index_m, values_n[inside_n])
+        return group_sums(values_n, self.places.group_N[self.part], self.places.groups_of(self.part))
 
     def at_group_starts(self, values_g: Tensor) -> Tensor:
         """Put the value of each group on its first token, and 0 on all other positions, (g,) to (n,)."""
-        group_start_n = self.group_start_n
-        return values_g.new_zeros(len(group_start_n)).masked_scatter(group_start_n, values_g)
+        return values_g.new_zeros(self.part.stop - self.part.start).index_add(0, self.start_g, values_g)
 
 
 @dataclass(frozen=True)
@@ -61,13 +57,13 @@ class GroupOutputs:
     """The teacher's outputs for the groups of a micro-batch, see `cbd_trl.losses.teacher_outputs.AnyTeacherOutputs`.
 
     Attributes:
-        group_N: the group of each of the student's positions.
+        places: of the student.
         log_prob_G: log-probabilities of the groups, nats.
         first_GD: the teacher's states that predict their first tokens; None where no logits are needed.
         head: of the teacher.
     """
 
-    group_N: Tensor
+    places: Places
     log_prob_G: Tensor
     first_GD: Tensor | None
     head: Head
@@ -84,18 +80,16 @@ class GroupOutputs:
             needs_logits: whether the objective reads the teacher's logits.
             chunk: positions whose logits are held at a time.
         """
-        first_GD = teacher.hidden_ND[teacher.group_start_N].detach() if needs_logits else None
-        return cls(student.group_N, teacher.group_log_probs(chunk), first_GD, teacher.head)
+        first_GD = teacher.hidden_ND.detach()[teacher.places.start_G] if needs_logits else None
+        return cls(student.places, teacher.group_log_probs(chunk), first_GD, teacher.head)
 
     def at(self, part: slice) -> GroupPrediction:
         """Compute the prediction for a part of the student's positions."""
-        group_n = self.group_N[part]
-        numbers_g = group_n[group_starts(group_n)]
-        logits_gW = None
+        groups, logits_gW = self.places.groups_of(part), None
         if self.first_GD is not None:
             with torch.no_grad():
-                logits_gW = self.head.logits(self.first_GD[numbers_g])
-        return GroupPrediction(group_n, self.log_prob_G[numbers_g], logits_gW)
+                logits_gW = self.head.logits(self.first_GD[groups])
+        return GroupPrediction(self.places, part, self.log_prob_G[groups], logits_gW)
 
 
 class GroupObjective:
@@ -154,7 +148,7 @@ class GroupObjective:
         def outputs(chunk: int) -> GroupOutputs:
             return GroupOutputs.of(student, teacher, self.needs_logits, chunk)
 
-        return chunked_loss(student, teacher, outputs, self, weights, chunk, student.chunk_starts())
+        return chunked_loss(student, teacher, outputs, self, weights, chunk, student.places.cuts)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ the same bytes: there their next-token distributions can be compared.
 Shapes: N positions of a micro-batch, of which n are one chunk; D width, V vocabulary rows, B x T a batch, G groups.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +20,121 @@ from cbd_trl.architectures.backbone import Head
 from cbd_trl.bridge.alignment import NOWHERE
 from cbd_trl.losses.fused import default_chunk, fused_terms
 from cbd_trl.losses.objective import LogitObjective, TermWeights
-from cbd_trl.losses.reduction import cross_entropy, scored_mask, scored_targets, select_scored
+from cbd_trl.losses.reduction import Scored, cross_entropy
 from cbd_trl.losses.teacher_outputs import AnyTeacherOutputs
 from cbd_trl.utils.blocks import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Named vectors of indices in one tensor, which goes to the device in one copy.
+
+    Attributes:
+        packed_K: all of them end to end, int64.
+        lengths: of each, in their order.
+    """
+
+    packed_K: Tensor
+    lengths: Mapping[str, int]
+
+    @classmethod
+    def of(cls, **vectors: Tensor) -> "Vectors":
+        """Pack vectors, (n,) int64 each."""
+        return cls(torch.cat([*vectors.values()]), {name: len(vector) for name, vector in vectors.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = self.packed_K.split([*self.lengths.values()])
+        return parts[[*self.lengths].index(name)]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Vectors":
+        """Move them to a device, as a tensor."""
+        return Vectors(self.packed_K.to(device, non_blocking=non_blocking), self.lengths)
+
+    def pin_memory(self) -> "Vectors":
+        """Pin them, as a tensor."""
+        return Vectors(self.packed_K.pin_memory(), self.lengths)
+
+
+@dataclass(frozen=True)
+class Places:
+    """The positions of one model in a micro-batch that count, and the groups of the tokens that they predict.
+
+    Made on the host, by the data collator: what is a number here would be a wait for the device if it were made there.
+
+    Attributes:
+        vectors: where the model is: "index", the positions in the flattened batch, increasing, (N,); "group" of the
+            token that follows, `NOWHERE` for none, else never decreasing, (N,); "start", which of the N positions are
+            the first of a group, in the order of the groups, (G,).
+        starts: the same as "start".
+        cuts: which of the N positions a chunk may begin at without cutting a group in two, the first of them 0.
+        text_N: the index of the text, int64, on the host.
+    """
+
+    vectors: Vectors
+    starts: list[int]
+    cuts: list[int]
+    text_N: Tensor
+
+    @classmethod
+    def of_student(cls, labels_BT: Tensor, group_BT: Tensor, text_BT: Tensor) -> "Places":
+        """Take every scored position of the student, in a group or not; what is on a device is copied from there.
+
+        Args:
+            labels_BT: token ids, -100 where the token is not scored, not shifted.
+            group_BT: `Alignment.student_BT`.
+            text_BT: `StudentRows.text_BT`.
+        """
+        scored = Scored.of(labels_BT.cpu())
+        group_N = scored.select_next(group_BT.cpu())
+        start_G = group_starts(group_N).nonzero().flatten()
+        vectors = Vectors.of(index=scored.index_N, group=group_N, start=start_G)
+        return cls(vectors, start_G.tolist(), _cuts(group_N), scored.select_next(text_BT.cpu()))
+
+    @classmethod
+    def of_teacher(cls, group_RU: Tensor) -> "Places":
+        """Take the positions of the teacher before tokens of groups; each row is one text.
+
+        Args:
+            group_RU: `Alignment.teacher_RU`.
+        """
+        labels_RU = torch.where(group_RU == NOWHERE, IGNORE_INDEX, group_RU)
+        text_RU = torch.arange(len(group_RU))[:, None].expand_as(group_RU)
+        return cls.of_student(labels_RU, group_RU, text_RU)
+
+    def __len__(self) -> int:
+        return self.vectors.lengths["index"]
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, G."""
+        return len(self.starts)
+
+    @property
+    def scored(self) -> Scored:
+        """The positions."""
+        return Scored(self.vectors["index"])
+
+    @property
+    def group_N(self) -> Tensor:
+        """The group of the token that follows each."""
+        return self.vectors["group"]
+
+    @property
+    def start_G(self) -> Tensor:
+        """Which of the N positions are the first of a group."""
+        return self.vectors["start"]
+
+    def groups_of(self, part: slice) -> slice:
+        """Find the groups that begin in a part of the positions."""
+        return slice(bisect_left(self.starts, part.start), bisect_left(self.starts, part.stop))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Places":
+        """Move the vectors to a device."""
+        return replace(self, vectors=self.vectors.to(device, non_blocking))
+
+    def pin_memory(self) -> "Places":
+        """Pin the vectors."""
+        return replace(self, vectors=self.vectors.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -32,71 +146,43 @@ class AlignedStates:
         head: of the model.
         inputs_N: the token read at the position, int64.
         targets_N: the token that follows, int64.
-        group_N: the group of that token, int64; `NOWHERE` for none, else never decreasing.
-        text_N: the index of its text, int64.
-        position_N: its index in the flattened batch, int64.
+        places: the positions and their groups.
         embedding_VD: input embeddings, (V, D), for the objectives that read them.
+        plan: what the data collator prepared for the objective, if it has such a thing.
     """
 
     hidden_ND: Tensor
     head: Head
     inputs_N: Tensor
     targets_N: Tensor
-    group_N: Tensor
-    text_N: Tensor
-    position_N: Tensor
+    places: Places
     embedding_VD: Tensor | None = None
+    plan: Any = None
 
     @classmethod
-    def of_student(
+    def of(
         cls,
         hidden_BTD: Tensor,
         head: Head,
         ids_BT: Tensor,
-        labels_BT: Tensor,
-        group_BT: Tensor,
-        text_BT: Tensor,
+        places: Places,
         embedding_VD: Tensor | None = None,
+        plan: Any = None,
     ) -> "AlignedStates":
-        """Select the student's states at every scored position, in a group or not.
+        """Select the states of a model.
 
         Args:
             hidden_BTD: last hidden states, (B, T, D).
             head: of the model.
             ids_BT: token ids, int64.
-            labels_BT: the same, -100 where the token is not scored, not shifted.
-            group_BT: `Alignment.student_BT`.
-            text_BT: `StudentRows.text_BT`.
+            places: its positions that count.
             embedding_VD: input embeddings, for "dskd-cma".
+            plan: of the data collator, for "prefix".
         """
-        scored_BT = scored_mask(labels_BT)
-        position_BT = torch.arange(ids_BT.numel(), device=ids_BT.device).view_as(ids_BT)
-        return cls(
-            select_scored(hidden_BTD, labels_BT), head, ids_BT[:, :-1][scored_BT], scored_targets(labels_BT),
-            group_BT[:, 1:][scored_BT], text_BT[:, 1:][scored_BT], position_BT[:, 1:][scored_BT], embedding_VD,
-        )  # fmt: skip
-
-    @classmethod
-    def of_teacher(
-        cls, hidden_RUD: Tensor, head: Head, ids_RU: Tensor, group_RU: Tensor, embedding_VD: Tensor | None = None
-    ) -> "AlignedStates":
-        """Select the teacher's states before tokens of groups; each row is one text.
-
-        Args:
-            hidden_RUD: last hidden states, (R, U, D).
-            head: of the model.
-            ids_RU: `TeacherRows.ids_RU`.
-            group_RU: `Alignment.teacher_RU`.
-            embedding_VD: input embeddings, for "dskd-cma".
-        """
-        labels_RU = ids_RU.masked_fill(group_RU == NOWHERE, IGNORE_INDEX)
-        text_RU = torch.arange(len(ids_RU), device=ids_RU.device)[:, None].expand_as(ids_RU)
-        return cls.of_student(hidden_RUD, head, ids_RU, labels_RU, group_RU, text_RU, embedding_VD)
-
-    @property
-    def group_start_N(self) -> Tensor:
-        """Flags of the tokens that are the first of a group, (N,) bool."""
-        return group_starts(self.group_N)
+        places, ids_BT = places.to(hidden_BTD.device), ids_BT.to(hidden_BTD.device)
+        scored = places.scored
+        inputs_N, targets_N = scored.select(ids_BT), scored.select_next(ids_BT)
+        return cls(scored.select(hidden_BTD), head, inputs_N, targets_N, places, embedding_VD, plan)
 
     def group_log_probs(self, chunk: int | None = None) -> Tensor:
         """Compute the log-probability of each group, the sum over its tokens, without gradient.
@@ -105,25 +191,18 @@ class AlignedStates:
             chunk: positions whose logits are held at a time.
 
         Returns:
-            (G,) float32, nats; G is the last group's number plus one.
+            (G,) float32, nats.
         """
         with torch.no_grad():
             return self.group_sums(-chunked_cross_entropy(self.hidden_ND, self.head, self.targets_N, chunk))
 
     def group_sums(self, values_N: Tensor) -> Tensor:
-        """Sum over the tokens of each group, (N,) to (G,) by the group's number."""
-        inside_N = self.group_N != NOWHERE
-        groups = int(self.group_N.max()) + 1 if len(self.group_N) else 0
-        return values_N.new_zeros(groups).index_add(0, self.group_N[inside_N], values_N[inside_N])
+        """Sum over the tokens of each group, (N,) to (G,)."""
+        return group_sums(values_N, self.places.group_N, slice(0, self.places.groups))
 
-    def chunk_starts(self) -> list[int]:
-        """List the positions at which a chunk may begin without cutting a group in two, the first of them 0."""
-        group_N = self.group_N
-        before_N = torch.cat([group_N.new_full((1,), NOWHERE), group_N])[:-1].cummax(0).values
-        # After the last group there is none to cut.
-        after_N = group_N.masked_fill(group_N == NOWHERE, torch.iinfo(group_N.dtype).max)
-        after_N = after_N.flip(0).cummin(0).values.flip(0)
-        return (before_N < after_N).nonzero().flatten().tolist()
+    def at_group_starts(self, values_G: Tensor) -> Tensor:
+        """Put the value of each group on its first token, and 0 on all other positions, (G,) to (N,)."""
+        return values_G.new_zeros(len(self.places)).index_add(0, self.places.start_G, values_G)
 
 
 def group_starts(group_N: Tensor) -> Tensor:
@@ -132,25 +211,33 @@ def group_starts(group_N: Tensor) -> Tensor:
     Args:
         group_N: whole groups in order, `NOWHERE` for tokens in none.
     """
-    inside_N = group_N != NOWHERE
-    grouped_M = group_N[inside_N]
-    first_M = torch.ones_like(grouped_M, dtype=torch.bool)
-    first_M[1:] = grouped_M[1:] != grouped_M[:-1]
-    return inside_N.masked_scatter(inside_N, first_M)
+    # A token in none may stand between two of a group.
+    highest_N = torch.cat([group_N.new_full((1,), NOWHERE), group_N])[:-1].cummax(0).values
+    return group_N > highest_N
 
 
-def at_group_starts(group_N: Tensor, values_G: Tensor) -> Tensor:
-    """Put the value of each group on its first token, and 0 on all other positions.
+def group_sums(values_n: Tensor, group_n: Tensor, groups: slice) -> Tensor:
+    """Sum over the tokens of each group, in which none is another one's.
 
     Args:
-        group_N: the group of each position.
-        values_G: by the number of the group, float32.
+        values_n: of each position.
+        group_n: the group of each, `NOWHERE` for none.
+        groups: the numbers of all that there are.
 
     Returns:
-        (N,).
+        (g,) in the dtype of the values.
     """
-    group_start_N = group_starts(group_N)
-    return values_G.new_zeros(len(group_N)).masked_scatter(group_start_N, values_G[group_N[group_start_N]])
+    count = groups.stop - groups.start
+    sums = values_n.new_zeros(count + 1)
+    return sums.index_add(0, torch.where(group_n == NOWHERE, count, group_n - groups.start), values_n)[:count]
+
+
+def _cuts(group_N: Tensor) -> list[int]:
+    before_N = torch.cat([group_N.new_full((1,), NOWHERE), group_N])[:-1].cummax(0).values
+    # After the last group there is none to cut.
+    after_N = group_N.masked_fill(group_N == NOWHERE, torch.iinfo(group_N.dtype).max)
+    after_N = after_N.flip(0).cummin(0).values.flip(0)
+    return (before_N < after_N).nonzero().flatten().tolist()
 
 
 def chunked_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk: int | None = None) -> Tensor:

@@ -10,6 +10,7 @@ longer than what the student has written of it); M spelled tokens, L the longest
 vocabulary rows of student and teacher.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cbd_trl.bridge.alignment import NOWHERE
-from cbd_trl.bridge.objectives.inputs import AlignedStates, at_group_starts, chunked_loss, compared_terms
+from cbd_trl.bridge.objectives.inputs import (
+    AlignedStates,
+    Places,
+    Vectors,
+    chunked_loss,
+    compared_terms,
+    group_starts,
+)
 from cbd_trl.bridge.token_bytes import Vocabulary
 from cbd_trl.bridge.vocabulary import match_loaded
 from cbd_trl.losses.divergences import Divergence, get_divergence, tempered_log_probs
@@ -138,7 +146,13 @@ class PrefixTable:
         return sums_rV.index_add_(1, self.spelled_ML[:, 0], spelled_rM)
 
     def continuations(
-        self, probabilities_gW: Tensor, row_r: Tensor, nodes_r: Tensor, depth_r: Tensor, rows: int
+        self,
+        probabilities_gW: Tensor,
+        row_r: Tensor,
+        nodes_r: Tensor,
+        depth_r: Tensor,
+        rows: int,
+        counts: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sum the teacher's probabilities by the student's token that comes after the beginning of an open token.
 
@@ -148,17 +162,20 @@ class PrefixTable:
             nodes_r: the node of its beginning, never `NO_NODE`.
             depth_r: number of the student's tokens in the beginning.
             rows: of the student's vocabulary.
+            counts: how many of the teacher's tokens are longer than the beginnings, and how many are these, in all;
+                None to wait for the device, which knows.
 
         Returns:
             (r, rows): probability of the beginning followed by each token; (r,): of the beginning as a whole token.
         """
         start_r, longer_r, end_r = (x[nodes_r] for x in (self.start_X, self.longer_X, self.end_X))
-        longer_k, index_k = _ranges(longer_r, end_r)
+        longer, whole = counts or (None, None)
+        longer_k, index_k = _ranges(longer_r, end_r, longer)
         sums_rV = probabilities_gW.new_zeros(len(nodes_r), rows)
         tokens_k = self.spelled_ML[index_k, depth_r[longer_k]]
         values_k = probabilities_gW[row_r[longer_k], self.ids_M[index_k]]
         sums_rV.index_put_((longer_k, tokens_k), values_k, accumulate=True)
-        whole_k, index_k = _ranges(start_r, longer_r)
+        whole_k, index_k = _ranges(start_r, longer_r, whole)
         values_k = probabilities_gW[row_r[whole_k], self.ids_M[index_k]]
         return sums_rV, probabilities_gW.new_zeros(len(nodes_r)).index_add_(0, whole_k, values_k)
 
@@ -181,18 +198,69 @@ class PrefixPrediction:
 
 
 @dataclass(frozen=True)
-class _OpenTokens:
-    """The teacher's token that may not have ended yet at each position, (N,) int64 each.
+class PrefixPlan:
+    """What the table is asked at each position of a micro-batch, which tokens and groups alone decide: on the host.
+
+    Comparable are positions in a group that is one token of either model. Of each kind of positions a part of the
+    batch has a range, which the host finds in `at`, `longer` and `whole`.
 
     Attributes:
-        group_N: the group that it begins.
-        node_N: the node of what the student has written of it; `NO_NODE` where no token is open.
-        depth_N: number of the student's tokens that this is.
+        vectors: where the model is, in order of the positions: "open", those where a token of the teacher may not have
+            ended yet, (R,), "open_group", the group that it begins, "open_node", the node of what the student has
+            written of it, and "open_depth", the number of the student's tokens that this is; "start", those where a
+            group begins, (B,), and "start_group"; "joined", which of these B are of several tokens of the teacher.
+        at: positions by kind: "comparable", "open", "start" and "joined".
+        groups: of the comparable positions.
+        longer, whole: tokens of the teacher that are longer than, or equal to, what is open before each of the R.
     """
 
-    group_N: Tensor
-    node_N: Tensor
-    depth_N: Tensor
+    vectors: Vectors
+    at: Mapping[str, list[int]]
+    groups: list[int]
+    longer: list[int]
+    whole: list[int]
+
+    @classmethod
+    def of(cls, table: PrefixTable, student: Places, teacher: Places, targets_N: Tensor) -> "PrefixPlan":
+        """Make the plan of a micro-batch.
+
+        Args:
+            table: on the host.
+            student: on the host.
+            teacher: likewise.
+            targets_N: the student's tokens that follow its positions, likewise.
+        """
+        group_N, start_N = student.group_N, group_starts(student.group_N)
+        one_G, single_G = (_group_sizes(places) == 1 for places in (student, teacher))
+        inside_N = group_N != NOWHERE
+        comparable_N = inside_N & torch.cat([single_G | one_G, inside_N.new_zeros(1)])[group_N]
+        before_N, node_N, depth_N = _open_tokens(student, targets_N, single_G, table)
+        open_R = (comparable_N & (node_N != NO_NODE)).nonzero().flatten()
+        start_B = (comparable_N & start_N).nonzero().flatten()
+        joined_J = (~single_G[group_N[start_B]]).nonzero().flatten()
+        node_R = node_N[open_R]
+        begin_R, longer_R, end_R = (x[node_R] for x in (table.start_X, table.longer_X, table.end_X))
+        vectors = Vectors.of(
+            open=open_R, open_group=before_N[open_R], open_node=node_R, open_depth=depth_N[open_R],
+            start=start_B, start_group=group_N[start_B], joined=joined_J,
+        )  # fmt: skip
+        kinds = {"comparable": comparable_N.nonzero().flatten(), "open": open_R, "start": start_B}
+        kinds["joined"] = start_B[joined_J]
+        sums = ([0, *lengths_R.cumsum(0).tolist()] for lengths_R in (end_R - longer_R, longer_R - begin_R))
+        at = {name: positions.tolist() for name, positions in kinds.items()}
+        return cls(vectors, at, group_N[comparable_N].tolist(), *sums)
+
+    def range_of(self, kind: str, part: slice) -> slice:
+        """Find which positions of a kind are in a part of the batch."""
+        return slice(bisect_left(self.at[kind], part.start), bisect_left(self.at[kind], part.stop))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PrefixPlan":
+        """Move the vectors to a device."""
+        return replace(self, vectors=self.vectors.to(device, non_blocking))
+
+    def pin_memory(self) -> "PrefixPlan":
+        """Pin the vectors."""
+        return replace(self, vectors=self.vectors.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -204,9 +272,8 @@ class PrefixOutputs:
         temperature: of the teacher's distributions.
         student, teacher: states of the micro-batch.
         log_prob_G: the teacher's log-probabilities of the groups, nats.
-        single_G: groups of one token of the teacher, bool.
-        comparable_N: positions in a group that is one token of either model, bool.
-        open_tokens: of the teacher, at each position.
+        teacher_ce_N: the same as costs, on the first token of each group.
+        plan: of the positions.
     """
 
     table: PrefixTable
@@ -214,9 +281,8 @@ class PrefixOutputs:
     student: AlignedStates
     teacher: AlignedStates
     log_prob_G: Tensor
-    single_G: Tensor
-    comparable_N: Tensor
-    open_tokens: _OpenTokens
+    teacher_ce_N: Tensor
+    plan: PrefixPlan
 
     @classmethod
     def of(
@@ -230,59 +296,64 @@ class PrefixOutputs:
         """Compute the outputs of the teacher.
 
         Args:
-            student: of the micro-batch.
+            student: of the micro-batch; its plan is made where it has none.
             teacher: likewise.
             table: moved to the device of the batch if it is on another.
             temperature: above 0.
             chunk: positions whose logits are held at a time.
         """
-        table = table.to(student.hidden_ND.device)
-        log_prob_G, group_N = teacher.group_log_probs(chunk), student.group_N
-        one_G, single_G = (_group_sizes(states, len(log_prob_G)) == 1 for states in (student, teacher))
-        comparable_N = group_N != NOWHERE
-        comparable_N = comparable_N.masked_scatter(comparable_N, (single_G | one_G)[group_N[comparable_N]])
-        open_tokens = _open_tokens(student, single_G, table)
-        return cls(table, temperature, student, teacher, log_prob_G, single_G, comparable_N, open_tokens)
+        device, plan = student.hidden_ND.device, student.plan
+        if plan is None:
+            on_host = table.to(torch.device("cpu")), student.places.to("cpu"), teacher.places.to("cpu")
+            plan = PrefixPlan.of(*on_host, student.targets_N.cpu())
+        log_prob_G = teacher.group_log_probs(chunk)
+        teacher_ce_N = student.at_group_starts(-log_prob_G)
+        return cls(table.to(device), temperature, student, teacher, log_prob_G, teacher_ce_N, plan.to(device))
 
     @torch.no_grad()
     def at(self, part: slice) -> PrefixPrediction:
         """Compute the prediction at a part of the student's positions."""
-        group_n, comparable_n, open_tokens = self.student.group_N[part], self.comparable_N[part], self.open_tokens
-        target_nV = self.log_prob_G.new_zeros(len(group_n), self.student.head.rows)
-        teacher_ce_n = at_group_starts(self.student.group_N, -self.log_prob_G)[part]
-        if not comparable_n.any():
+        plan, vectors = self.plan, self.plan.vectors
+        target_nV = self.log_prob_G.new_zeros(part.stop - part.start, self.student.head.rows)
+        teacher_ce_n, comparable = self.teacher_ce_N[part], plan.range_of("comparable", part)
+        if comparable.start == comparable.stop:
             return PrefixPrediction(target_nV, teacher_ce_n)
         # A token of the teacher may be open since the group before the part.
-        first, end = max(int(group_n[comparable_n].min()) - 1, 0), int(group_n.max()) + 1
-        logits_gW = self.teacher.head.logits(self.teacher.hidden_ND[self.teacher.group_start_N][first:end])
+        groups = slice(max(plan.groups[comparable.start] - 1, 0), plan.groups[comparable.stop - 1] + 1)
+        logits_gW = self.teacher.head.logits(self.teacher.hidden_ND[self.teacher.places.start_G[groups]])
         p_gW = tempered_log_probs(logits_gW, self.temperature).exp()
         # Where no token is open, one has ended for sure.
-        whole_n, total_n = target_nV.new_ones(2, len(group_n))
-        open_n = comparable_n & (open_tokens.node_N[part] != NO_NODE)
-        group_r, node_r, depth_r = (
-            values_N[part][open_n] for values_N in (open_tokens.group_N, open_tokens.node_N, open_tokens.depth_N)
+        whole_n, total_n = target_nV.new_ones(2, len(target_nV))
+        opened = plan.range_of("open", part)
+        open_r, group_r, node_r, depth_r = (
+            vectors[name][opened] for name in ("open", "open_group", "open_node", "open_depth")
         )
-        longer_rV, whole_r = self.table.continuations(p_gW, group_r - first, node_r, depth_r, self.student.head.rows)
-        whole_n[open_n], total_n[open_n] = whole_r, longer_rV.sum(-1) + whole_r
-        start_n = comparable_n & self.student.group_start_N[part]
-        target_nV[start_n] = self._at_token_starts(part, start_n, logits_gW, p_gW, first) * whole_n[start_n, None]
-        target_nV[open_n] += longer_rV
+        open_r = open_r - part.start
+        longer, whole = (sums[opened.stop] - sums[opened.start] for sums in (plan.longer, plan.whole))
+        longer_rV, whole_r = self.table.continuations(
+            p_gW, group_r - groups.start, node_r, depth_r, self.student.head.rows, (longer, whole)
+        )
+        whole_n[open_r], total_n[open_r] = whole_r, longer_rV.sum(-1) + whole_r
+        start_b = vectors["start"][plan.range_of("start", part)] - part.start
+        target_nV[start_b] = self._at_token_starts(part, logits_gW, p_gW, groups.start) * whole_n[start_b, None]
+        target_nV[open_r] += longer_rV
         return PrefixPrediction(target_nV / total_n.clamp(min=torch.finfo(torch.float32).tiny)[:, None], teacher_ce_n)
 
-    def _at_token_starts(self, part: slice, start_n: Tensor, logits_gW: Tensor, p_gW: Tensor, first: int) -> Tensor:
+    def _at_token_starts(self, part: slice, logits_gW: Tensor, p_gW: Tensor, first: int) -> Tensor:
         """Convert the distributions where a token of the teacher begins, (b, V); `first` is the group of row 0."""
-        groups_b, tokens_b = self.student.group_N[part][start_n], self.student.targets_N[part][start_n]
+        vectors, starts = self.plan.vectors, self.plan.range_of("start", part)
+        groups_b = vectors["start_group"][starts]
         sums_bV = self.table.first_token_probabilities(p_gW[groups_b - first], self.student.head.rows)
-        joined_b = ~self.single_G[groups_b]
-        groups_j, rows_j = groups_b[joined_b], joined_b.nonzero().flatten()
-        first_j = self.teacher.targets_N[self.teacher.group_start_N][groups_j]
+        rows_j = vectors["joined"][self.plan.range_of("joined", part)] - starts.start
+        groups_j = groups_b[rows_j]
+        tokens_j = self.student.targets_N[vectors["start"][starts][rows_j]]
+        first_j = self.teacher.targets_N[self.teacher.places.start_G[groups_j]]
         log_first_j = logits_gW[groups_j - first].float().log_softmax(-1).gather(1, first_j[:, None])[:, 0]
         # The share of the first token's probability that continues to the whole group belongs to the student's token.
         moved_j = (self.log_prob_G[groups_j] - log_first_j).exp().clamp(max=1.0) * p_gW[groups_j - first, first_j]
         own_j = self.table.first_of(first_j)
-        spelled_j = own_j != NO_NODE
-        sums_bV[rows_j[spelled_j], own_j[spelled_j]] -= moved_j[spelled_j]
-        sums_bV[rows_j, tokens_b[joined_b]] += moved_j
+        sums_bV[rows_j, own_j.clamp(min=0)] -= moved_j * (own_j != NO_NODE)
+        sums_bV[rows_j, tokens_j] += moved_j
         return sums_bV.clamp(min=0.0)
 
 
@@ -348,16 +419,17 @@ class PrefixObjective:
         return chunked_loss(student, teacher, outputs, self, weights, chunk)
 
 
-def _ranges(start_r: Tensor, end_r: Tensor) -> tuple[Tensor, Tensor]:
-    """Enumerate some ranges end to end: the range of each index, and the index."""
+def _ranges(start_r: Tensor, end_r: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
+    """Enumerate some ranges end to end, `total` long: the range of each index, and the index."""
     lengths_r = end_r - start_r
-    row_k = torch.repeat_interleave(lengths_r)
+    row_k = torch.repeat_interleave(lengths_r, output_size=total)
     offsets_r = lengths_r.cumsum(0) - lengths_r
     return row_k, torch.arange(len(row_k), device=start_r.device) - offsets_r[row_k] + start_r[row_k]
 
 
-def _group_sizes(states: AlignedStates, groups: int) -> Tensor:
-    return torch.bincount(states.group_N[states.group_N != NOWHERE], minlength=groups)
+def _group_sizes(places: Places) -> Tensor:
+    group_N = places.group_N
+    return torch.bincount(group_N[group_N != NOWHERE], minlength=places.groups)
 
 
 def _shift(values_N: Tensor, first: int) -> Tensor:
@@ -365,28 +437,40 @@ def _shift(values_N: Tensor, first: int) -> Tensor:
     return torch.cat([values_N.new_full((1,), first), values_N])[:-1]
 
 
-def _open_tokens(student: AlignedStates, single_G: Tensor, table: PrefixTable) -> _OpenTokens:
-    """Find the teacher's open token at each position.
+def _open_tokens(
+    student: Places, targets_N: Tensor, single_G: Tensor, table: PrefixTable
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the teacher's token that may not have ended yet at each position.
 
     Within a group it is the group's first token. Where a group begins it is the token of the group before, if that has
     one token and the text continues: the teacher could have chosen a longer token there.
+
+    Args:
+        student: the positions.
+        targets_N: the tokens that follow them.
+        single_G: groups of one token of the teacher, bool.
+        table: all on the host.
+
+    Returns:
+        the group that it begins; the node of what the student has written of it, `NO_NODE` where no token is open; the
+        number of the student's tokens that this is: (N,) int64 each.
     """
-    group_N, group_start_N = student.group_N, student.group_start_N
-    positions_N = torch.arange(len(group_N), device=group_N.device)
-    inside_N = group_N != NOWHERE
-    depth_N = torch.where(inside_N, positions_N - torch.where(group_start_N, positions_N, 0).cummax(0).values, 0)
+    group_N, position_N = student.group_N, student.scored.index_N
+    start_N, inside_N = group_starts(group_N), group_N != NOWHERE
+    positions_N = torch.arange(len(group_N))
+    depth_N = torch.where(inside_N, positions_N - torch.where(start_N, positions_N, 0).cummax(0).values, 0)
     node_N = torch.where(inside_N, ROOT, NO_NODE)
     for depth in range(1, int(depth_N.max()) + 1 if len(depth_N) else 1):
         at_r = (depth_N == depth).nonzero().flatten()
-        node_N[at_r] = table.child(node_N[at_r - 1], student.targets_N[at_r - 1])
+        node_N[at_r] = table.child(node_N[at_r - 1], targets_N[at_r - 1])
     before_N = _shift(group_N, NOWHERE)
-    follows_N = group_start_N & (before_N != NOWHERE)
-    follows_N &= _shift(student.position_N, NOWHERE) == student.position_N - 1
+    follows_N = start_N & (before_N != NOWHERE)
+    follows_N &= _shift(position_N, NOWHERE) == position_N - 1
     follows_N &= _shift(student.text_N, NOWHERE) == student.text_N
-    follows_N = follows_N.masked_scatter(follows_N, single_G[before_N[follows_N]])
-    after_N = _shift(table.child(node_N, student.targets_N), NO_NODE)
-    return _OpenTokens(
-        torch.where(group_start_N, before_N, group_N),
-        torch.where(follows_N, after_N, torch.where(group_start_N, NO_NODE, node_N)),
-        torch.where(group_start_N, _shift(depth_N, 0) + 1, depth_N),
+    follows_N[follows_N.clone()] = single_G[before_N[follows_N]]
+    after_N = _shift(table.child(node_N, targets_N), NO_NODE)
+    return (
+        torch.where(start_N, before_N, group_N),
+        torch.where(follows_N, after_N, torch.where(start_N, NO_NODE, node_N)),
+        torch.where(start_N, _shift(depth_N, 0) + 1, depth_N),
     )

@@ -3,7 +3,7 @@
 Shapes: G groups, n positions, S shared tokens, V and W vocabulary rows of student and teacher.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ class SharedTokens:
 
     student_S: Tensor
     teacher_S: Tensor
+    _columns: dict[tuple[str, int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Check that each token has exactly one partner."""
@@ -50,6 +51,23 @@ class SharedTokens:
         pairs = sorted((own, other) for own, other in to_teacher.items() if to_student.get(other) == own)
         ids_2S = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).T.contiguous()
         return cls(ids_2S[0], ids_2S[1])
+
+    def split(self, name: str, log_gV: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the columns of one vocabulary into those of shared tokens, in their order, and all others.
+
+        Args:
+            name: "student_S" or "teacher_S".
+            log_gV: a column for each row of that vocabulary.
+        """
+        key = name, log_gV.shape[1], log_gV.device
+        if key not in self._columns:
+            # Kept where it is used: made anew, the device would be waited for in every chunk.
+            others_V = torch.ones(log_gV.shape[1], dtype=torch.bool)
+            others_V[getattr(self, name).cpu()] = False
+            columns = getattr(self, name), others_V.nonzero().flatten()
+            self._columns[key] = (columns[0].to(log_gV.device), columns[1].to(log_gV.device))
+        shared_S, others_X = self._columns[key]
+        return log_gV.index_select(1, shared_S), log_gV.index_select(1, others_X)
 
 
 @dataclass(frozen=True)
@@ -87,25 +105,17 @@ class SharedHybrid(GroupObjective):
     def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, teacher: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
         assert teacher.logits_gW is not None
-        student_log_gV = tempered_log_probs(student_nV[teacher.group_start_n], self.temperature)
-        shared_gS, others_g = _split(student_log_gV, self.tokens.student_S)
+        student_log_gV = tempered_log_probs(student_nV.index_select(0, teacher.start_g), self.temperature)
+        shared_gS, others_g = self.tokens.split("student_S", student_log_gV)
         with torch.no_grad():
-            teacher_shared_gS, teacher_others_g = _split(
-                tempered_log_probs(teacher.logits_gW, self.temperature), self.tokens.teacher_S
+            teacher_shared_gS, teacher_others_g = self.tokens.split(
+                "teacher_S", tempered_log_probs(teacher.logits_gW, self.temperature)
             )
             mass_g = teacher_shared_gS.exp().sum(-1)
         ranked_g = sorted_distance(others_g.exp(), teacher_others_g.exp(), self.top_k) * self.temperature
         named_g = self.divergence(*_events(shared_gS, others_g, teacher_shared_gS, teacher_others_g))
         named_g = named_g * self.temperature**self.divergence.temperature_power
         return mass_g * named_g + (1.0 - mass_g).clamp(min=0.0) * ranked_g
-
-
-def _split(log_gV: Tensor, ids_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Split columns into those of shared tokens, in their order, and all others."""
-    others_V = torch.ones(log_gV.shape[1], dtype=torch.bool, device=log_gV.device)
-    ids_S = ids_S.to(log_gV.device)
-    others_V[ids_S] = False
-    return log_gV.index_select(1, ids_S), log_gV.index_select(1, others_V.nonzero().flatten())
 
 
 def _events(

@@ -74,7 +74,7 @@ class SortedDistance(GroupObjective):
     def compare(self, student_nV: Tensor, token_log_prob_n: Tensor, teacher: GroupPrediction) -> Tensor:
         """See `GroupObjective`."""
         assert teacher.logits_gW is not None
-        student_gV = tempered_log_probs(student_nV[teacher.group_start_n], self.temperature).exp()
+        student_gV = tempered_log_probs(student_nV.index_select(0, teacher.start_g), self.temperature).exp()
         with torch.no_grad():
             teacher_gW = tempered_log_probs(teacher.logits_gW, self.temperature).exp()
         return sorted_distance(student_gV, teacher_gW, self.top_k) * self.temperature
