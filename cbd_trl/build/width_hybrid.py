@@ -181,7 +181,10 @@ class _Target:
         Args:
             student: a causal LM, not wrapped.
         """
-        self._student = student
+        self._student, self._checkpointed = (
+            student,
+            getattr(decoder_layers(student)[0], "gradient_checkpointing", False),
+        )
         self._state = to_state(
             self._mix(self._cut, _parameters_of(student, self._student_architecture)), self._architecture
         )
@@ -209,7 +212,7 @@ class _Target:
             names: {name of a parameter in it: name in the model}.
             args, kwargs: as the model calls its layer.
         """
-        checkpointed = self.model.training and self._student.is_gradient_checkpointing
+        checkpointed = self.model.training and self._checkpointed
 
         def run(*args: Any, **kwargs: Any) -> Any:
             state = {own: self._made(name) for own, name in names.items()}

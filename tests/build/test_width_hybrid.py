@@ -79,8 +79,7 @@ def test_a_hybrid_is_the_target_between_the_teacher_and_the_student_as_it_is(fam
             reference = logits(build({key: tensor.float() for key, tensor in weights.items()}, made))
             ours = beside.run(input_ids=tokens()).logits
             assert (ours - reference).abs().max() <= TOLERANCE * reference.std()
-            # What the hybrid's own model holds is the upper anchor's part alone.
-            assert (logits(beside.model) - reference).abs().max() > 0.1 * reference.std()
+            assert all(parameter.is_meta for parameter in beside.model.parameters())
 
 
 def test_a_hybrid_is_what_from_chain_makes_of_the_stored_anchors(chain):
@@ -124,7 +123,6 @@ def test_the_gradient_is_that_of_the_mix(family, tied, what):
         derivative = (parameter.grad.double() * direction).sum()
         scale = parameter.grad.double().norm() * direction.norm()
         assert scale > 0 and (derivative - (values[0] - values[1]) / 2).abs() <= 1e-4 * scale, name
-    assert all(parameter.grad is None for parameter in beside.model.parameters())
 
 
 @pytest.mark.parametrize(("family", "tied", "what"), [CASES[i] for i in (0, 1, 5)])
