@@ -96,8 +96,9 @@ def test_bridge_trainer(objective: str) -> None:
 def test_memory_of_a_width_step(family: str, tied: bool, what: str, dtype: torch.dtype, how: dict[str, Any]) -> None:
     """At most half as much again as teacher, student, its gradient and its optimizer take; and no wait of its own."""
     student, teacher, pair = heavy_pair(family, tied, what, dtype)
-    options = {**ON_DEVICE, "max_steps": 3, "per_device_train_batch_size": 1, "gradient_checkpointing": False}
+    options = {**ON_DEVICE, "max_steps": 2, "per_device_train_batch_size": 1, "gradient_checkpointing": False}
     gc.collect()
+    USAGE.clear()
     before, held = USAGE.bytes_now, teacher.num_parameters() + 4 * student.num_parameters()
     hybrid = WidthHybrid(pair, 1.0, seed=42)
     options |= {"hybrid": hybrid, "swap_probability": 1.0, "block_map": pair.blocks, **how}
