@@ -251,7 +251,7 @@ def _distil_anchor(
         processing_class=tokenizer,
         block_map=block_map,
         block_costs=costs,
-        hybrid=width_hybrid(upper, step, student, blocks),
+        hybrid=width_hybrid(upper, teacher, step, student, blocks),
     )
     trained = train(trainer, student, checkpoint, label)
     model: Any = trained.model
