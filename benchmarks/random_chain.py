@@ -67,13 +67,16 @@ class _RandomStatistics(Statistics):
         return torch.arange(1.0, len(self.means[site]) + 1)
 
 
-def write_random_chain(folder: Path, configs: Sequence[PretrainedConfig], dtype: torch.dtype) -> None:
+def write_random_chain(
+    folder: Path, configs: Sequence[PretrainedConfig], dtype: torch.dtype, device: torch.device | None = None
+) -> None:
     """Write anchors of these shapes, largest first.
 
     Args:
         folder: new.
         configs: one an anchor.
         dtype: of the weights on disk.
+        device: that draws them; None for the CPU, which takes a minute for every few billion.
     """
     torch.manual_seed(0)
     above: Architecture | None = None
@@ -83,17 +86,20 @@ def write_random_chain(folder: Path, configs: Sequence[PretrainedConfig], dtype:
         record = {"name": f"anchor-{number}", "parent": parent}
         if above is not None:
             record["blocks"] = blocks_of(spaced_layers(above.depth, architecture.depth))
-        write_anchor(folder, record, _filler(config, architecture, dtype))
+        write_anchor(folder, record, _filler(config, architecture, dtype, device))
         above, parent = architecture, record["name"]
 
 
-def _filler(config: PretrainedConfig, architecture: Architecture, dtype: torch.dtype) -> Callable[[Path], None]:
+def _filler(
+    config: PretrainedConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device | None
+) -> Callable[[Path], None]:
     def fill(folder: Path) -> None:
         config.dtype = dtype
         config.save_pretrained(folder)
         weights = {}
         for key, axes in architecture.tensors.items():
-            weights[key] = torch.empty(tensor_shape(axes, architecture.sizes), dtype=dtype).normal_(0, 0.02)
+            shape = tensor_shape(axes, architecture.sizes)
+            weights[key] = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02).cpu()
             if len(axes) == 1 and key.endswith("weight"):
                 weights[key] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
