@@ -573,7 +573,7 @@ def _calibration(sizes: Sizes) -> int:
 
 # Making a model.
 
-# What writing and reading a layer of an 8B chain's width took at most.
+# To write, hash and cut a layer of an 8B chain's width, on few cores: fewer layers are measured where time is short.
 _SECONDS_PER_LAYER = 8
 
 
@@ -650,6 +650,9 @@ def main(arguments: list[str] | None = None) -> None:
     device = PartialState().device
     if device.type == "cpu" and not options.toy:
         parser.error("torch finds no accelerator here; --toy tries the benchmark out on the CPU")
+    if torch.cuda.device_count() > 1:
+        # A Trainer would split each batch between them.
+        parser.error(f"{torch.cuda.device_count()} GPUs are visible, and one is measured: set CUDA_VISIBLE_DEVICES=0")
     disable_progress_bars()
     logging.disable_progress_bar()
     bench = Bench(options, device)

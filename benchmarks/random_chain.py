@@ -14,6 +14,7 @@ from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.statistics_file import save_statistics
+from cbd_trl.utils.tensor_files import TensorFile, save_tensors
 
 
 def smol(layers: int = 30, width: int = 576, ffn: int = 1536, heads: int = 9) -> PretrainedConfig:
@@ -104,7 +105,19 @@ def _filler(
                 weights[key] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         del weights
-        means = {site.name: torch.zeros(axis_length(site.axis, architecture.sizes)) for site in architecture.sites}
-        save_statistics(_RandomStatistics(means, {}, 1), folder / STATISTICS_FILE)
+        _save_statistics(architecture, folder / STATISTICS_FILE)
 
     return fill
+
+
+def _save_statistics(architecture: Architecture, file: Path) -> None:
+    """Write those of the first layer, and the same for each of the others: to pack a large factor takes seconds."""
+    first = [site for site in architecture.sites if architecture.split_name(site.name)[0] in (None, 0)]
+    means = {site.name: torch.zeros(axis_length(site.axis, architecture.sizes)) for site in first}
+    save_statistics(_RandomStatistics(means, {}, 1), file)
+    stored, tensors = TensorFile(file), {}
+    for key, tensor in stored.items():
+        layer, name = architecture.split_name(key)
+        layers = () if layer is None else range(architecture.depth)
+        tensors |= {alike: tensor.clone() for alike in [architecture.layer_name(i, name) for i in layers] or [key]}
+    save_tensors(tensors, file, stored.metadata)
