@@ -19,12 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from benchmarks.meter import PeakSampler, resident_bytes
+from benchmarks.memory import PeakSampler, resident_bytes
+from benchmarks.random_models import two_token_tokenizer
 from benchmarks.tables import gigabytes, machine, markdown
 from benchmarks.workload import environment
 from cbd_trl import DistillConfig, DistillTrainer
@@ -53,10 +52,6 @@ def make_model(vocabulary: int, seed: int) -> PreTrainedModel:
 
 def make_trainer(vocabulary: int, output: Path) -> DistillTrainer:
     """A trainer of which only the loss is used."""
-    words = {"<pad>": 0, "</s>": 1}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="</s>")), pad_token="<pad>", eos_token="</s>"
-    )
     arguments = DistillConfig(
         output_dir=str(output / "trainer"),
         kd_weight=KD_WEIGHT,
@@ -70,7 +65,7 @@ def make_trainer(vocabulary: int, output: Path) -> DistillTrainer:
     )
     rows = Dataset.from_dict({"input_ids": [[1, 1, 1]]})
     student, teacher = make_model(vocabulary, 0), make_model(vocabulary, 1)
-    return DistillTrainer(student, teacher, arguments, rows, processing_class=tokenizer)
+    return DistillTrainer(student, teacher, arguments, rows, processing_class=two_token_tokenizer())
 
 
 def fused_loss(trainer: DistillTrainer, batch: dict[str, Tensor]) -> Tensor:

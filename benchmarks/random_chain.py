@@ -14,6 +14,7 @@ from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.statistics_file import save_statistics
+from cbd_trl.utils.tensor_files import TensorFile, save_tensors
 
 
 def smol(layers: int = 30, width: int = 576, ffn: int = 1536, heads: int = 9) -> PretrainedConfig:
@@ -67,13 +68,16 @@ class _RandomStatistics(Statistics):
         return torch.arange(1.0, len(self.means[site]) + 1)
 
 
-def write_random_chain(folder: Path, configs: Sequence[PretrainedConfig], dtype: torch.dtype) -> None:
+def write_random_chain(
+    folder: Path, configs: Sequence[PretrainedConfig], dtype: torch.dtype, device: torch.device | None = None
+) -> None:
     """Write anchors of these shapes, largest first.
 
     Args:
         folder: new.
         configs: one an anchor.
         dtype: of the weights on disk.
+        device: that draws them; None for the CPU, which takes a minute for every few billion.
     """
     torch.manual_seed(0)
     above: Architecture | None = None
@@ -83,22 +87,37 @@ def write_random_chain(folder: Path, configs: Sequence[PretrainedConfig], dtype:
         record = {"name": f"anchor-{number}", "parent": parent}
         if above is not None:
             record["blocks"] = blocks_of(spaced_layers(above.depth, architecture.depth))
-        write_anchor(folder, record, _filler(config, architecture, dtype))
+        write_anchor(folder, record, _filler(config, architecture, dtype, device))
         above, parent = architecture, record["name"]
 
 
-def _filler(config: PretrainedConfig, architecture: Architecture, dtype: torch.dtype) -> Callable[[Path], None]:
+def _filler(
+    config: PretrainedConfig, architecture: Architecture, dtype: torch.dtype, device: torch.device | None
+) -> Callable[[Path], None]:
     def fill(folder: Path) -> None:
         config.dtype = dtype
         config.save_pretrained(folder)
         weights = {}
         for key, axes in architecture.tensors.items():
-            weights[key] = torch.empty(tensor_shape(axes, architecture.sizes), dtype=dtype).normal_(0, 0.02)
+            shape = tensor_shape(axes, architecture.sizes)
+            weights[key] = torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02).cpu()
             if len(axes) == 1 and key.endswith("weight"):
                 weights[key] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         del weights
-        means = {site.name: torch.zeros(axis_length(site.axis, architecture.sizes)) for site in architecture.sites}
-        save_statistics(_RandomStatistics(means, {}, 1), folder / STATISTICS_FILE)
+        _save_statistics(architecture, folder / STATISTICS_FILE)
 
     return fill
+
+
+def _save_statistics(architecture: Architecture, file: Path) -> None:
+    """Write those of the first layer, and the same for each of the others: to pack a large factor takes seconds."""
+    first = [site for site in architecture.sites if architecture.split_name(site.name)[0] in (None, 0)]
+    means = {site.name: torch.zeros(axis_length(site.axis, architecture.sizes)) for site in first}
+    save_statistics(_RandomStatistics(means, {}, 1), file)
+    stored, tensors = TensorFile(file), {}
+    for key, tensor in stored.items():
+        layer, name = architecture.split_name(key)
+        layers = () if layer is None else range(architecture.depth)
+        tensors |= {alike: tensor.clone() for alike in [architecture.layer_name(i, name) for i in layers] or [key]}
+    save_tensors(tensors, file, stored.metadata)

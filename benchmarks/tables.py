@@ -25,11 +25,16 @@ def machine(threads: int) -> str:
     Args:
         threads: of torch.
     """
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
-    return f"{_processor()}, {threads} threads, {torch.get_default_dtype()}; {packages}\n"
+    return f"{processor()}, {threads} threads, {torch.get_default_dtype()}; {packages()}\n"
 
 
-def _processor() -> str:
+def packages() -> str:
+    """The versions that numbers were measured with."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
+
+
+def processor() -> str:
+    """Name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]

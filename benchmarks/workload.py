@@ -135,7 +135,7 @@ def batches(rows: Dataset, tokenizer: Any, size: int, *, padding_free: bool) -> 
 
 
 def trainer_settings(workload: Workload, steps: int, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """Arguments that all trainers share: float32 on the CPU, AdamW without decay or clipping, nothing logged or saved.
+    """Arguments that all trainers share: float32 on the CPU.
 
     Args:
         workload: of the run.
@@ -144,25 +144,39 @@ def trainer_settings(workload: Workload, steps: int, micro_batch: int, accumulat
         accumulation: forward passes of an optimizer step.
     """
     return {
-        "output_dir": str(workload.output / "trainer"),
+        **plain_settings(workload.output / "trainer", steps, micro_batch, accumulation),
+        "max_length": MAX_LENGTH,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "seed": workload.seed,
+    }
+
+
+def plain_settings(output: Path, steps: int, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """Arguments of any trainer that is measured: AdamW without decay or clipping, nothing logged or saved.
+
+    Args:
+        output: the trainer's folder.
+        steps: optimizer steps.
+        micro_batch: rows or packs of one forward pass.
+        accumulation: forward passes of an optimizer step.
+    """
+    return {
+        "output_dir": str(output),
         "max_steps": steps,
         "per_device_train_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "max_length": MAX_LENGTH,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
         "gradient_checkpointing": False,
-        "bf16": False,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
         "logging_strategy": "no",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        "seed": workload.seed,
     }
 
 

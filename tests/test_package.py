@@ -2,12 +2,13 @@
 
 import ast
 import functools
+import os
 import re
 import subprocess
 import sys
 import tomllib
 from fnmatch import fnmatch
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, version
 from importlib.resources import files
 from pathlib import Path
 
@@ -51,12 +52,23 @@ def _normalize(distribution: str) -> str:
 
 
 @functools.cache
-def _declared(*extras: str) -> set[str]:
-    """The distributions that pyproject.toml lists: the dependencies, or those of the extras."""
+def _requirements(*extras: str) -> dict[str, str]:
+    """What pyproject.toml lists, the dependencies or those of the extras: {distribution: versions}."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = project["optional-dependencies"]
-    requirements = [line for extra in extras for line in listed[extra]] if extras else project["dependencies"]
-    return {_normalize(re.match(r"[\w.-]+", line)[0]) for line in requirements}
+    lines = [line for extra in extras for line in listed[extra]] if extras else project["dependencies"]
+    found = [re.match(r"([\w.-]+)(?:\[\w+\])?(.*)", line) for line in lines]
+    return {_normalize(match[1]): match[2] for match in found}
+
+
+def _declared(*extras: str) -> set[str]:
+    """The distributions among them."""
+    return set(_requirements(*extras))
+
+
+def _release(text: str) -> str:
+    """A version without a local part, such as +cpu, and without zeros at its end."""
+    return re.sub(r"(\.0)+$", "", text.split("+")[0])
 
 
 @functools.cache
@@ -93,6 +105,14 @@ def test_the_extra_dev_has_what_tests_and_benchmarks_import():
 def test_the_lock_pins_what_is_declared():
     lock = {_normalize(line.split("==")[0]) for line in (ROOT / "requirements.lock").read_text().splitlines()}
     assert (_declared() | _declared("dev", "docs")) - lock == set()
+
+
+@pytest.mark.skipif(not os.environ.get("OLDEST_VERSIONS"), reason="for the CI job that installs the oldest versions")
+def test_the_oldest_versions_are_those_declared():
+    """A version that something else does not allow, or that nobody runs, is declared in vain."""
+    needed = {**_requirements(), **_requirements("dev")}
+    installed = {name: _release(version(name)) for name in needed}
+    assert installed == {name: _release(re.match(r">=([\d.]+)", found)[1]) for name, found in needed.items()}
 
 
 def test_import_loads_neither_torch_nor_transformers():

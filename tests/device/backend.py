@@ -66,7 +66,7 @@ def _install_module() -> None:
         "manual_seed_all": lambda seed: None,
         "max_memory_allocated": lambda *device: USAGE.bytes_peak,
         "memory_allocated": lambda *device: USAGE.bytes_now,
-        "reset_peak_memory_stats": lambda *device: None,
+        "reset_peak_memory_stats": lambda *device: setattr(USAGE, "bytes_peak", USAGE.bytes_now),
         "set_device": lambda device: None,
         "set_rng_state": lambda *state: None,
         "synchronize": lambda *device: None,

@@ -4,6 +4,7 @@ By hand: `python -m pytest -n 0 tests/device/runs.py`, and never together with o
 """
 
 import gc
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from accelerate.big_modeling import attach_align_device_hook_on_blocks
 from safetensors.torch import load_file
 
+from benchmarks import gpu
 from cbd_trl import Chain, DistillTrainer, build_chain, from_chain
 from cbd_trl.build.width_hybrid import WidthHybrid
 from cbd_trl.cache import write_cache
@@ -144,6 +146,16 @@ def test_from_chain(strict_chain: Chain, operator: str) -> None:
     shape = DEEP if operator == "patch" else WIDE
     model = from_chain(strict_chain, config=shape, operator=operator).to(NAME)
     assert model(torch.zeros(1, 4, dtype=torch.long, device=NAME)).logits.isfinite().all()
+
+
+def test_benchmark(tmp_path: Path) -> None:
+    """What a GPU user is asked to run: all of it works on a device, and counts the bytes there."""
+    file = tmp_path / "table.md"
+    gpu.main(["--toy", "--steps", "1", "--warm-up", "1", "--output", str(file)])
+    (rows,) = json.loads(file.with_suffix(".json").read_text(encoding="utf-8")).values()
+    assert not [row for row in rows.values() if row.get("failed")], file.read_text(encoding="utf-8")
+    assert all(row["device_bytes"] > 0 for row in rows.values() if row["section"] != "from_chain")
+    assert {row["section"] for row in rows.values()} == set(gpu.SECTIONS)
 
 
 def test_from_chain_calibrated(strict_chain: Chain) -> None:
