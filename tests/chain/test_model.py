@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix
-from cbd_trl.chain.model import StoredWeights
+from cbd_trl.chain.model import StoredWeights, save_stock_model, stock_model
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -119,3 +119,23 @@ def test_hostile_headers_are_refused(damage, tmp_path):
     files[0].write_bytes(broken)
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as a safetensors file \(.+\)"):
         StoredWeights(files, shapes)
+
+
+@pytest.mark.parametrize("shard", ["50GB", "20KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_written_tensor_by_tensor_is_the_same_folder(family, shard, tmp_path):
+    """As transformers writes it, byte for byte."""
+    model = tiny_model(family)
+    model.generation_config.update(do_sample=True, temperature=0.7)
+    architecture = describe(model.config)
+    state = dict(model.state_dict())
+    dtype = torch.bfloat16
+    stock = stock_model(architecture.config, {key: state[key] for key in architecture.state_shapes}, dtype)
+    stock.generation_config = model.generation_config
+    stock.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
+    save_stock_model(tmp_path / "ours", architecture, state, dtype, model.generation_config, max_shard_size=shard)
+    ours, theirs = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
