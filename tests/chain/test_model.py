@@ -1,11 +1,13 @@
 """An anchor's tensors, read from its files when asked for."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix
@@ -121,21 +123,32 @@ def test_hostile_headers_are_refused(damage, tmp_path):
         StoredWeights(files, shapes)
 
 
-@pytest.mark.parametrize("shard", ["50GB", "20KB"], ids=["one file", "shards"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_written_tensor_by_tensor_is_the_same_folder(family, shard, tmp_path):
-    """As transformers writes it, byte for byte."""
-    model = tiny_model(family)
-    model.generation_config.update(do_sample=True, temperature=0.7)
-    architecture = describe(model.config)
-    state = dict(model.state_dict())
-    dtype = torch.bfloat16
+def written(model, folder, dtype, **options):
+    """The folder of a model that was written tensor by tensor, and of the same model by transformers."""
+    architecture, state = describe(model.config), model.state_dict()
     stock = stock_model(architecture.config, {key: state[key] for key in architecture.state_shapes}, dtype)
     stock.generation_config = model.generation_config
-    stock.save_pretrained(tmp_path / "theirs", max_shard_size=shard)
-    save_stock_model(tmp_path / "ours", architecture, state, dtype, model.generation_config, max_shard_size=shard)
-    ours, theirs = (
-        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("ours", "theirs")
-    )
-    assert ours.keys() == theirs.keys()
+    stock.save_pretrained(folder / "theirs", **options)
+    save_stock_model(folder / "ours", architecture, state, dtype, model.generation_config, **options)
+    return folder / "ours", folder / "theirs"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_written_tensor_by_tensor_is_the_same_folder(family, tmp_path):
+    """Byte for byte."""
+    model = tiny_model(family)
+    model.generation_config.update(do_sample=True, temperature=0.7)
+    folders = written(model, tmp_path, torch.bfloat16)
+    ours, theirs = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert ours.keys() == theirs.keys() and len(ours) == 3
     assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_a_model_written_to_several_files_is_read_as_it_was(tmp_path):
+    model = tiny_model("gpt2")
+    ours, theirs = written(model, tmp_path, torch.float32, max_shard_size="20KB")
+    assert len(list(ours.glob("*.safetensors"))) > 2
+    read = AutoModelForCausalLM.from_pretrained(ours).state_dict()
+    assert all(torch.equal(read[key], tensor) for key, tensor in model.state_dict().items())
+    index, expected = (json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (ours, theirs))
+    assert index["metadata"] == expected["metadata"] and index["weight_map"].keys() == expected["weight_map"].keys()
