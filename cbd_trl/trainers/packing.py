@@ -52,11 +52,12 @@ def attend_by_row(
     if cu_seq_lens_q is None or len(cu_seq_lens_q) < 3:
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     bounds, outputs = cu_seq_lens_q.tolist(), []
-    for start, end in pairwise(bounds):
-        row = slice(start, end)
-        states = query[:, :, row], key[:, :, row], value[:, :, row]
-        output, _ = sdpa_attention_forward(module, *states, _block(attention_mask, row), *args, **kwargs)
-        outputs.append(output)
+    # Split, not sliced: the gradient of every slice would be as long as the whole pack.
+    lengths = [end - start for start, end in pairwise(bounds)]
+    rows = zip(pairwise(bounds), *(states.split(lengths, 2) for states in (query, key, value)), strict=True)
+    for (start, end), *states in rows:
+        mask = _block(attention_mask, slice(start, end))
+        outputs.append(sdpa_attention_forward(module, *states, mask, *args, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
