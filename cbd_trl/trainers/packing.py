@@ -54,10 +54,10 @@ def attend_by_row(
     bounds, outputs = cu_seq_lens_q.tolist(), []
     # Split, not sliced: the gradient of every slice would be as long as the whole pack.
     lengths = [end - start for start, end in pairwise(bounds)]
-    rows = zip(pairwise(bounds), *(states.split(lengths, 2) for states in (query, key, value)), strict=True)
-    for (start, end), *states in rows:
+    queries, keys, values = (states.split(lengths, 2) for states in (query, key, value))
+    for (start, end), q, k, v in zip(pairwise(bounds), queries, keys, values, strict=True):
         mask = _block(attention_mask, slice(start, end))
-        outputs.append(sdpa_attention_forward(module, *states, mask, *args, **kwargs)[0])
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, *args, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 
