@@ -1,7 +1,7 @@
 """Chains of random weights: what building a target costs does not depend on what the weights are."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -51,20 +51,13 @@ def tiny(layers: int = 6, width: int = 48, ffn: int = 96) -> PretrainedConfig:
     return config
 
 
-class _RandomStatistics(Statistics):
-    """A well-conditioned factor of the right size at every site."""
-
-    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
-        size = len(self.means[site])
-        factor = torch.randn(size, size).tril_(-1).mul_(0.3 / math.sqrt(size))
-        factor.diagonal().fill_(1.0)
-        return factor[:, kept]
-
-    def variances(self, site: str) -> torch.Tensor:
-        return torch.ones_like(self.means[site])
-
-    def prefix_squares(self, site: str) -> torch.Tensor:
-        return torch.arange(1.0, len(self.means[site]) + 1)
+def _random_statistics(architecture: Architecture) -> Iterator[Statistics]:
+    """Well-conditioned moments of the right size, site by site."""
+    for site in architecture.sites:
+        size = axis_length(site.axis, architecture.sizes)
+        shared = torch.randn(size, 32) / math.sqrt(size)
+        second = (shared @ shared.T).fill_diagonal_(1.0)
+        yield Statistics({site.name: torch.zeros(size)}, {site.name: torch.ones(size)}, {site.name: second}, 1)
 
 
 def write_random_chain(folder: Path, configs: Sequence[PretrainedConfig], dtype: torch.dtype) -> None:
@@ -98,7 +91,6 @@ def _filler(config: PretrainedConfig, architecture: Architecture, dtype: torch.d
                 weights[key] += 1
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         del weights
-        means = {site.name: torch.zeros(axis_length(site.axis, architecture.sizes)) for site in architecture.sites}
-        save_statistics(_RandomStatistics(means, {}, 1), folder / STATISTICS_FILE)
+        save_statistics(_random_statistics(architecture), architecture, folder / STATISTICS_FILE)
 
     return fill

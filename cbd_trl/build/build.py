@@ -8,25 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import describe
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
 from cbd_trl.build.plan import Step, check_anchors, plan_chain
 from cbd_trl.build.resume import finished_anchors
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
-from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
+from cbd_trl.build.store import finished_chain, store_anchor
 from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
-from cbd_trl.build.training import ARGUMENTS, remove_work_folder, train, work_folder
+from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.source import Source
-from cbd_trl.surgery.blocks import block_costs
-from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.surgery.blocks import Block, block_costs
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.trainers.checks import check_best_metric
 from cbd_trl.trainers.data import check_before_preparing
@@ -189,6 +188,8 @@ def _calibration_blocks(
 
 def _make_source_anchor(output_dir: Path, source_anchor: SourceAnchor, label: str, calibration_tokens: int) -> Anchor:
     made = source_anchor.make(label)
+    # Of a bridge: its trainer is full of cycles.
+    clear_device_cache(garbage_collection=True)
     blocks = _calibration_blocks(
         made.model.config, source_anchor.dataset, source_anchor.args, source_anchor.tokenizer, calibration_tokens
     )
@@ -211,6 +212,41 @@ def _distil_anchor(
     record = training_record(step.args)
     settings = {"upper": upper.files, "shape": step.architecture.shape, ARGUMENTS: record}
     work = work_folder(output_dir, step.name, settings)
+    text, blocks, trained = _train_anchor(
+        work, upper, step, tokenizer, special, eval_dataset, calibration_tokens, label
+    )
+    metadata = {
+        "name": step.name,
+        "parent": upper.name,
+        "blocks": blocks,
+        "text_start": list(text.start),
+        "tokens_seen": trained.tokens_seen,
+        "losses": trained.losses,
+        "training": {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)},
+    }
+    # A trainer is full of cycles: teacher and optimizer go now, before the statistics need room.
+    clear_device_cache(garbage_collection=True)
+    model: Any = trained.model
+    anchor = store_anchor(output_dir, metadata, model.to(step.args.device), tokenizer, text.input_ids)
+    remove_work_folder(output_dir, step.name)
+    return anchor
+
+
+def _train_anchor(
+    work: Path,
+    upper: Anchor,
+    step: Step,
+    tokenizer: PreTrainedTokenizerBase,
+    special: SpecialTokens,
+    eval_dataset: Dataset | None,
+    calibration_tokens: int,
+    label: str,
+) -> tuple[TokenBlocks, list[Block], Trained]:
+    """Cut the anchor and train it; nothing of the training is left but what is returned.
+
+    Returns:
+        the calibration text, the blocks that its layers stand for, and the model.
+    """
     args = copy.deepcopy(step.args)
     args.output_dir = str(work)
     # The chain's tokenizer has the template already.
@@ -237,19 +273,4 @@ def _distil_anchor(
         block_costs=costs,
         hybrid=width_hybrid(upper, step, student, blocks),
     )
-    trained = train(trainer, student, checkpoint, label)
-    model: Any = trained.model
-    model.to(args.device)
-    statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())
-    metadata = {
-        "name": step.name,
-        "parent": upper.name,
-        "blocks": blocks,
-        "text_start": list(text.start),
-        "tokens_seen": trained.tokens_seen,
-        "losses": trained.losses,
-        "training": {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)},
-    }
-    anchor = store_anchor(output_dir, metadata, model.cpu(), tokenizer, statistics)
-    remove_work_folder(output_dir, step.name)
-    return anchor
+    return text, blocks, train(trainer, student, checkpoint, label)

@@ -61,7 +61,6 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_si
 def _cross_entropy_sum(hidden_PD: Tensor, head: Head, targets_P: Tensor) -> float:
     device = head.weight_VD.device
     hidden_PD, targets_P = hidden_PD.to(device), targets_P.to(device)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for rows, logits_nV in logits_in_blocks(hidden_PD, head):
-        total += cross_entropy(logits_nV, targets_P[rows]).double().sum()
-    return total.item()
+    sums = [cross_entropy(logits_nV, targets_P[rows]).sum() for rows, logits_nV in logits_in_blocks(hidden_PD, head)]
+    # Some devices have no float64.
+    return float(torch.stack(sums).cpu().double().sum()) if sums else 0.0
