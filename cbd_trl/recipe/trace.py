@@ -27,7 +27,8 @@ _BY_INDEX = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.defau
 class Bytes(TorchDispatchMode):
     """Within it memory is counted as it is taken and given back, each storage once.
 
-    A boolean index, whose result is as long as its values say, counts as all True: every token is scored.
+    A boolean index, whose result is as long as its values say, counts as all True: every token is scored. A value that
+    is read is 0.
 
     Attributes:
         now: bytes alive of what was made within.
@@ -46,6 +47,8 @@ class Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _BY_INDEX:
             args = (args[0], _everywhere(args[1]), *args[2:])
+        if func is _aten._local_scalar_dense.default:
+            return 0 if not args[0].is_floating_point() else 0.0
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):

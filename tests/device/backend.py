@@ -137,6 +137,9 @@ class _Attention(torch.autograd.Function):
             ctx.output = torch.nn.functional.scaled_dot_product_attention(*inputs, memory, *args, **kwargs)
         output = StrictTensor(ctx.output.detach().transpose(1, 2).contiguous().transpose(1, 2))
         norms = torch.empty(query.shape[:-1], dtype=torch.float32, device=DEVICE)
+        if mask is not None:
+            # Added to the scores: one of booleans is written anew.
+            mask = torch.empty_like(mask, dtype=query.dtype)
         ctx.save_for_backward(query, key, value, output, norms, mask)
         return output
 
