@@ -271,6 +271,6 @@ def _train_anchor(
         processing_class=tokenizer,
         block_map=block_map,
         block_costs=costs,
-        hybrid=width_hybrid(upper, step, student, blocks),
+        hybrid=width_hybrid(upper, teacher, step, student, blocks),
     )
     return text, blocks, train(trainer, student, checkpoint, label)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cbd_trl.architectures import describe
 from cbd_trl.build.plan import Step
 from cbd_trl.build.store import CALIBRATION_BATCH
-from cbd_trl.build.width_hybrid import WidthHybrid
+from cbd_trl.build.width_hybrid import WidthHybrid, weights_of_teacher
 from cbd_trl.chain.chain import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.block_search import cheapest_blocks
@@ -72,8 +72,10 @@ def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], t
     refit_layers(student, teacher, describe(student.config), layers, batches)
 
 
-def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: list[Block]) -> WidthHybrid | None:
-    """Make the hybrid for a student narrower than the anchor above.
+def width_hybrid(
+    upper: Anchor, teacher: PreTrainedModel, step: Step, student: PreTrainedModel, blocks: list[Block]
+) -> WidthHybrid | None:
+    """Make the hybrid for a student narrower than the anchor above, whose model teaches it.
 
     Returns:
         None without hybrid steps, or where only depth differs: the trainer makes those hybrids itself.
@@ -82,7 +84,7 @@ def width_hybrid(upper: Anchor, step: Step, student: PreTrainedModel, blocks: li
     if not step.args.swap_probability or architecture.sizes == above.sizes:
         return None
     pair = Pair(
-        upper.load_weights(),
+        weights_of_teacher(teacher, above, stored=upper.load_weights()),
         above,
         {},
         architecture,

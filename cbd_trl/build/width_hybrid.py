@@ -4,21 +4,28 @@ The loss is taken on the hybrid, and its gradient flows through the interpolatio
 student learns to be one end of the models between the two.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from cbd_trl.architectures import Architecture, decoder_layers
+from cbd_trl.architectures import Architecture, Site, decoder_layers
 from cbd_trl.architectures.backbone import open_forward
-from cbd_trl.chain.model import build_model
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
-from cbd_trl.surgery.weights import to_state, to_weights
-from cbd_trl.targets.operators import Pair, Plan, cut_upper, layer_stack, mixer
+from cbd_trl.surgery.least_squares import Fit
+from cbd_trl.surgery.weights import LazyWeights, Weights, to_state, to_weights
+from cbd_trl.targets.operators import Pair, Plan, cut_upper, layer_stack, mixer, upper_fits
 from cbd_trl.trainers.hybrid import Pass, drawn
 
 # Sizes of the hybrids: shares of the way from the lower to the upper anchor, in parameters.
@@ -52,15 +59,17 @@ def targets_between(
 
 
 class WidthHybrid:
-    """Models between the student and the anchor above, remade from the student's parameters on each hybrid step (see
+    """Models between the student and the anchor above, remade from the parameters of the two on each hybrid step (see
     `Hybrid`).
 
-    Memory besides student and teacher: the upper anchor cut to each target in float32, up to three times the teacher
-    in all; on a hybrid step also the interpolated model and the activations of its pass, which are not checkpointed,
-    because a recompute would find other weights.
+    No weight of a hybrid is kept. Those of a layer are made when the layer runs, and once more for its gradient, from
+    the tensors of `pair.upper` and of the student that are there anyway; those around the layers live as long as a
+    pass. What is kept is what the least-squares cut has computed from the statistics, in the CPU's memory, and on the
+    device that of one target alone. With gradient checkpointing of the student, so are the hybrid's activations.
 
     Args:
-        pair: the anchor above and the student; the student's weights are not read here.
+        pair: the anchor above and the student; the student's weights are not read here. The upper ones are read at
+            every step and best lie on the student's device (see `weights_of_teacher`).
         probability: share of the optimizer steps that have a hybrid.
         seed: of the draws.
 
@@ -96,42 +105,178 @@ class WidthHybrid:
             as there.
         """
         generator = drawn(step, self._seed, self._probability)
-        yield None if generator is None else generator.choice(self._targets).mixed_with(student.model)
+        target = None if generator is None else generator.choice(self._targets)
+        for other in self._targets:
+            if other is not target:
+                other.release()
+        yield None if target is None else target.mixed_with(student.model)
+
+
+def weights_of_teacher(teacher: Any, architecture: Architecture, stored: Weights) -> Weights:
+    """View the parameters of a teacher as weights, wherever they are at the time when they are read.
+
+    Args:
+        teacher: a causal LM, not wrapped.
+        architecture: of it.
+        stored: the same weights, read instead where the teacher's parameters are not at hand: offloaded ones.
+    """
+    held = _parameters_of(teacher, architecture)
+
+    def tensor(key: str) -> Tensor:
+        offloaded = teacher.get_parameter(architecture.stored[key][0]).is_meta
+        return (stored if offloaded else held)[key].detach()
+
+    return LazyWeights(architecture.tensors, tensor)
+
+
+def _parameters_of(model: Any, architecture: Architecture) -> Weights:
+    return to_weights(LazyWeights(architecture.state_shapes, model.get_parameter), architecture)
+
+
+class _Stock(nn.Module):
+    """A layer whose own forward was replaced, with the one of its class."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
 class _Target:
-    """One shape: a stock model that holds the upper anchor's fixed part, and the interpolation with the student."""
+    """One shape: a stock model without weights, and what lends it those between the upper anchor and a student.
+
+    Args:
+        pair: as in `WidthHybrid`.
+        plan: the shape.
+    """
 
     def __init__(self, pair: Pair, plan: Plan) -> None:
-        cut, self._architecture = cut_upper(pair, plan)
-        self._student_architecture, self._mix = pair.lower_architecture, mixer(pair, plan)
-        self.model: Any = build_model(self._architecture, cut, torch.float32).requires_grad_(False)
-        self.model.config.use_cache = False
+        self._fits, self._placed = upper_fits(pair, plan), dict[Site, Fit]()
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+        upper = LazyWeights(pair.upper, lambda key: pair.upper[key].to(self._device))
+        self._cut, self._architecture = cut_upper(dataclasses.replace(pair, upper=upper), plan, self._fit)
+        self._mix, self._student_architecture = mixer(pair, plan), pair.lower_architecture
+        self._student: Any = None
+        self.model: Any = _without_weights(self._architecture)
         open_forward(self.model)
+        modules = decoder_layers(self.model)
         block_of = {layer: i for i, block in enumerate(pair.blocks) for layer in block}
         ends = {block_of[layer]: place for place, (_, layer) in enumerate(layer_stack(pair, plan))}
-        modules = decoder_layers(self.model)
         self.layers = [(i, modules[place]) for i, place in ends.items()]
+        self._outside = set(self._architecture.state_shapes)
+        for prefix, module in self.model.named_modules():
+            if any(module is layer for layer in modules):
+                names = {n for n in self._outside if n.startswith(f"{prefix}.")}
+                self._outside -= names
+                own = {f"layer{n.removeprefix(prefix)}": n for n in sorted(names)}
+                module.forward = partial(self._run_layer, _Stock(module), own)
 
     def mixed_with(self, student: Any) -> Pass:
         """Make the pass through this target interpolated with the student's parameters, to which gradients flow.
 
+        The gradient has to be taken before the next pass.
+
         Args:
             student: a causal LM, not wrapped.
         """
+        self._student = student
+        self._state = to_state(
+            self._mix(self._cut, _parameters_of(student, self._student_architecture)), self._architecture
+        )
         self._follow(student)
-        cut = to_weights(dict(self.model.named_parameters()), self._architecture)
-        lower = to_weights(dict(student.named_parameters()), self._student_architecture)
-        mixed = to_state(self._mix(cut, lower), self._architecture)
-        state = {name: tensor.to(student.dtype) for name, tensor in mixed.items()}
-        return Pass(self.model, self._runner(state))
+        return Pass(self.model, self._run)
 
-    def _runner(self, state: dict[str, torch.Tensor]) -> Callable[..., Any]:
-        return lambda **inputs: functional_call(self.model, state, kwargs=inputs)
+    def release(self) -> None:
+        """Let go of what is on the device."""
+        self._placed.clear()
+
+    def _run(self, **inputs: Any) -> Any:
+        device, dtype = self._student.device, self._student.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        if (device, dtype) != (self._device, self._dtype):
+            self._placed.clear()
+            self._device, self._dtype = device, dtype
+        return functional_call(self.model, {name: self._made(name) for name in self._outside}, kwargs=inputs)
+
+    def _run_layer(self, layer: _Stock, names: Mapping[str, str], *args: Any, **kwargs: Any) -> Any:
+        """Run a layer with weights that are made now, and made again for the gradient.
+
+        Args:
+            layer: the layer.
+            names: {name of a parameter in it: name in the model}.
+            args, kwargs: as the model calls its layer.
+        """
+        checkpointed = self.model.training and self._student.is_gradient_checkpointing
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            state = {own: self._made(name) for own, name in names.items()}
+            # What is checkpointed runs again as a whole.
+            kept = nullcontext() if checkpointed else self._kept_by_name({names[own]: t for own, t in state.items()})
+            with kept:
+                return functional_call(layer, state, args, kwargs)
+
+        return checkpoint(run, *args, use_reentrant=False, **kwargs) if checkpointed else run(*args, **kwargs)
+
+    def _made(self, name: str) -> Tensor:
+        """Make a parameter: a matrix of a layer in the dtype of its products, all others in the student's dtype.
+
+        Under autocast a product would round its matrix to the same values.
+        """
+        # What is made again for the gradient is made outside of autocast.
+        with torch.autocast(self._device.type, enabled=False):
+            tensor = self._state[name]
+        return tensor.to(self._dtype if self._is_matrix(name) else self._student.dtype)
+
+    def _is_matrix(self, name: str) -> bool:
+        return name not in self._outside and len(self._architecture.state_shapes[name]) > 1
+
+    def _kept_by_name(self, state: Mapping[str, Tensor]) -> saved_tensors_hooks:
+        """Within it autograd keeps of the matrices among these their names, and gets them made again."""
+        names = {_memory(tensor): name for name, tensor in state.items() if self._is_matrix(name)}
+
+        def keep(tensor: Tensor) -> Any:
+            name = names.get(_memory(tensor))
+            return tensor if name is None else (name, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+        def find(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            name, *view = kept
+            with torch.no_grad():
+                return self._made(name).as_strided(*view)
+
+        return saved_tensors_hooks(keep, find)
+
+    def _fit(self, site: Site) -> Fit:
+        if site not in self._placed:
+            self._placed[site] = self._fits[site].to(self._device, self._dtype)
+        return self._placed[site]
 
     def _follow(self, student: Any) -> None:
         """Match the student's device, mode and attention implementation."""
-        self.model.to(student.device).train(student.training)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer.to(student.device)
+        self.model.train(student.training)
         attention = student.config._attn_implementation
         if self.model.config._attn_implementation != attention:
             self.model.set_attn_implementation(attention)
+
+
+def _without_weights(architecture: Architecture) -> Any:
+    """A stock model whose parameters are on the meta device; its buffers are real."""
+    config = copy.deepcopy(architecture.config)
+    config.use_cache = False
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with init_empty_weights(include_buffers=False):
+        model = cls(config)
+    # Moving to the meta device parts what was tied.
+    model.tie_weights()
+    return model.requires_grad_(False).eval()
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata

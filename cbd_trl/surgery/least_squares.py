@@ -4,7 +4,7 @@ The plain cut keeps prefixes; the least-squares cut also refits what reads them 
 """
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,7 @@ def least_squares_cut(
     target: Architecture,
     tied_head_share: float | None = None,
     fold: bool = False,
+    fits: "Callable[[Site], Fit] | None" = None,
 ) -> Weights:
     """Cut to the first coordinates, with every reading layer refitted to the stream it used to read.
 
@@ -69,6 +70,8 @@ def least_squares_cut(
         tied_head_share: how far a tied table moves towards the refitted head (it is also read as input), 0 to 1; None
             for a half, or 0 where the embeddings are scaled.
         fold: whether norm gains are put into their readers first (see `fold_norms`).
+        fits: what `reader_fits` returned, for who reads the cut again and again, of weights on another device or
+            rounded otherwise; None: each site is fitted when its readers are read.
 
     Returns:
         Weights of `target`; what is calculated is so in float32, or in float64 where the weights are.
@@ -77,21 +80,29 @@ def least_squares_cut(
     if tied_head_share is None:
         tied_head_share = TIED_HEAD_SHARE if architecture.embedding_scale == 1.0 else SCALED_TIED_HEAD_SHARE
     places: list[Site | OutputNorm] = [*architecture.sites, *architecture.output_norms]
-    kept = {axis: prefix_index(axis, architecture.sizes, target.sizes) for axis in {place.axis for place in places}}
-    cut = {axis for axis, index in kept.items() if len(index) < axis_length(axis, architecture.sizes)}
+    cut = _cut_axes(architecture, target)
     readers, narrower = readers_of(architecture), {place.name: place for place in places if place.axis in cut}
     written = _cut_outputs(weights, architecture, target)
     outputs = fold_norms(written, architecture) if fold else written
     folded = {site for site in architecture.sites if fold and folds(site, architecture)}
-    fit = _fits(outputs, architecture, statistics, kept, folded)
+    fit = fits or reader_fits(weights, architecture, statistics, target, fold)
+
+    @functools.cache
+    def ratio(module: str) -> float:
+        norm = narrower[module]
+        kind = "rms" if isinstance(norm, OutputNorm) else architecture.family.norm_type
+        return gain_ratio(statistics, norm, kind, prefix_index(norm.axis, architecture.sizes, target.sizes))
 
     def tensor(key: str) -> torch.Tensor:
         module, kind = key.rsplit(".", 1)
         if module in architecture.norms:
-            own = outputs[key]
-            return (
-                _cut_norm(own, kind, architecture, statistics, narrower[module], kept) if module in narrower else own
-            )
+            if module not in narrower:
+                return outputs[key]
+            # One over an output is cut already, one at a site is whole.
+            own = working(outputs[key])
+            if not isinstance(narrower[module], OutputNorm):
+                own = prefix(own, architecture.tensors[key], architecture.sizes, target.sizes)
+            return own * ratio(module) if kind == "weight" else own
         site = readers.get(module)
         if site is None or site.axis not in cut:
             return outputs[key]
@@ -131,16 +142,22 @@ class Fit:
     """y ~ matrix f + constant, for the entries `rows` of the full stream (the others of y are zero).
 
     Args:
-        kept: entries of the full stream that are features, (P,) int64.
-        rows: (R,) int64.
+        kept: the P entries of the full stream that are features: a slice, or (P,) int64.
+        rows: the R entries, likewise.
         matrix: (R, P).
         constant: (R,); None without an intercept.
     """
 
-    kept: torch.Tensor
-    rows: torch.Tensor
+    kept: slice | torch.Tensor
+    rows: slice | torch.Tensor
     matrix: torch.Tensor
     constant: torch.Tensor | None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Fit":
+        """Move it to where readers are, its matrix in a dtype; in half precision that of its products too."""
+        constant = None if self.constant is None else self.constant.to(device)
+        kept, rows = (each if isinstance(each, slice) else each.to(device) for each in (self.kept, self.rows))
+        return Fit(kept, rows, self.matrix.to(device, dtype), constant)
 
     def refitted(self, matrix: torch.Tensor, share: float, gain: torch.Tensor | None = None) -> torch.Tensor:
         """Refit a reader's matrix to the coordinates that stay.
@@ -153,25 +170,31 @@ class Fit:
         Returns:
             (outputs, P) in the working dtype.
         """
-        columns, rows = _span(self.kept), _span(self.rows)
-        fit = self.matrix.to(working(matrix[:0]).dtype)
+        fit, dtype = self.matrix, working(matrix[:0]).dtype
+        half = fit.dtype.itemsize < 4
+        fit = fit if half else fit.to(dtype)
         if gain is not None:
-            gain = gain.to(fit)
-            fit = fit * gain[rows, None]
-        made = fit.new_empty(len(matrix), len(self.kept))
+            gain = gain.to(dtype)
+            fit = (fit * gain[self.rows, None]).to(fit.dtype)
+        made = matrix.new_empty(len(matrix), fit.shape[1], dtype=dtype)
         # In pieces: the parts in the working dtype never exist as a whole.
         for out, piece in zip(made.split(_ROWS), matrix.split(_ROWS), strict=True):
-            own, other = working(piece[:, columns]), working(piece[:, rows])
+            own, other = working(piece[:, self.kept]), piece[:, self.rows]
             if gain is not None:
-                own = torch.mul(own, gain[columns], out=out)
-            torch.addmm(own, other, fit, alpha=share, out=out)
+                own = torch.mul(own, gain[self.kept], out=out)
+            if half:
+                torch.add(own, other.to(fit.dtype) @ fit, alpha=share, out=out)
+            else:
+                torch.addmm(own, working(other), fit, alpha=share, out=out)
         return made
 
     def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Refit the reader's bias, (outputs,)."""
         if self.constant is None:
             return bias
-        return bias + (matrix[:, _span(self.rows)].double() @ self.constant.double()).to(bias.dtype)
+        constant = self.constant.to(working(matrix[:0]).dtype)
+        parts = [working(piece[:, self.rows]) @ constant for piece in matrix.split(_ROWS)]
+        return bias + torch.cat(parts).to(bias.dtype)
 
 
 def regress(
@@ -204,8 +227,8 @@ def regress(
     """
     factor = statistics.factor(site, kept)
     mean, has_gain = statistics.mean(site).to(factor.dtype), gain is not None
-    gain = torch.ones_like(mean) if gain is None else gain.to(factor.dtype)
-    shift = torch.zeros_like(mean) if shift is None else shift.to(factor.dtype)
+    gain = torch.ones_like(mean) if gain is None else gain.to(factor)
+    shift = torch.zeros_like(mean) if shift is None else shift.to(factor)
     rest = _others(kept, len(mean))
     triangle = factor[_span(kept)]
     matrix = torch.linalg.solve_triangular(triangle, factor[_span(rest)], upper=False, left=False)
@@ -223,7 +246,7 @@ def regress(
         matrix.mul_(gain[rows, None]).mul_(inverse)
     missing = missing[rows]
     if intercept:
-        return Fit(kept, rows, matrix, missing - matrix @ features)
+        return Fit(_span(kept), _span(rows), matrix, missing - matrix @ features)
     scaled = inverse * features
     direction = _solve(triangle, scaled)
     if weighting is not None:
@@ -232,29 +255,42 @@ def regress(
         direction = direction - weighting * direction.sum() + scaled.mean() / floor
     direction = inverse * direction
     gap = missing - matrix @ features
-    return Fit(kept, rows, matrix.addr_(gap, direction / (1 + features @ direction)), None)
+    return Fit(_span(kept), _span(rows), matrix.addr_(gap, direction / (1 + features @ direction)), None)
 
 
-def _fits(
-    outputs: Weights,
-    architecture: Architecture,
-    statistics: SiteStatistics,
-    kept: Mapping[tuple[str, ...], torch.Tensor],
-    folded: Collection[Site],
+def reader_fits(
+    weights: Weights, architecture: Architecture, statistics: SiteStatistics, target: Architecture, fold: bool = False
 ) -> Callable[[Site], Fit]:
-    """Build the function that fits each site, with the norm gains of `outputs`."""
+    """Build the function that fits each site that a cut makes narrower, with the norm gains of these weights.
+
+    Args:
+        weights, architecture, statistics, target, fold: as in `least_squares_cut`.
+    """
+    outputs = fold_norms(weights, architecture) if fold else weights
 
     # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
     @functools.lru_cache(maxsize=len(architecture.family.sites))
     def fit(site: Site) -> Fit:
         gain, shift = None, None
-        if site.norm and site not in folded:
+        if site.norm and not (fold and folds(site, architecture)):
             gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
         centered = site.norm and architecture.family.norm_type == "layer"
         intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
-        return regress(statistics, site.name, kept[site.axis], gain, shift, centered, intercept)
+        kept = prefix_index(site.axis, architecture.sizes, target.sizes)
+        return regress(statistics, site.name, kept, gain, shift, centered, intercept)
 
     return fit
+
+
+def narrower_sites(architecture: Architecture, target: Architecture) -> list[Site]:
+    """List the sites whose readers a cut fits anew."""
+    cut = _cut_axes(architecture, target)
+    return [site for site in architecture.sites if site.axis in cut]
+
+
+def _cut_axes(architecture: Architecture, target: Architecture) -> set[tuple[str, ...]]:
+    axes = {site.axis for site in architecture.sites} | {norm.axis for norm in architecture.output_norms}
+    return {axis for axis in axes if axis_length(axis, target.sizes) < axis_length(axis, architecture.sizes)}
 
 
 def _cut_outputs(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
@@ -269,22 +305,6 @@ def _cut_outputs(weights: Weights, architecture: Architecture, target: Architect
         return prefix(weights[key], architecture.tensors[key], sizes, target.sizes, whole)
 
     return LazyWeights(architecture.tensors, tensor)
-
-
-def _cut_norm(
-    own: torch.Tensor,
-    kind: str,
-    architecture: Architecture,
-    statistics: SiteStatistics,
-    norm: Site | OutputNorm,
-    kept: Mapping[tuple[str, ...], torch.Tensor],
-) -> torch.Tensor:
-    """Cut a norm's gain or bias, of which one over an output is cut already and one at a site is whole."""
-    index = kept[norm.axis]
-    if isinstance(norm, OutputNorm):
-        return working(own) * gain_ratio(statistics, norm, "rms", index)
-    part = working(own)[index]
-    return part * gain_ratio(statistics, norm, architecture.family.norm_type, index) if kind == "weight" else part
 
 
 def _check_narrower(architecture: Architecture, target: Architecture) -> None:

@@ -51,16 +51,18 @@ def fold_norms(weights: Weights, architecture: Architecture, every: bool = False
             return torch.zeros_like(weights[key]) if module in whole else weights[key] / weights[f"{module}.weight"]
         if module not in readers:
             return weights[key]
-        site, own = readers[module], working(weights[key])
+        site, own = readers[module], weights[key]
         if kind == "weight":
             axes = architecture.tensors[key]
-            gain = weights[f"{site.name}.weight"].to(own)
+            # The product alone is in the working dtype: what is differentiated keeps no copy of the weight.
+            gain = weights[f"{site.name}.weight"].to(working(own[:0]))
             return from_input_matrix(input_matrix(own, axes, site.axis) * gain, own, axes, site.axis)
         if site.name not in whole or f"{site.name}.bias" not in weights:
-            return own
+            return working(own)
         weight = f"{module}.weight"
         matrix = input_matrix(weights[weight], architecture.tensors[weight], site.axis)
-        return (own.double() + matrix.double() @ weights[f"{site.name}.bias"].double()).to(own.dtype)
+        own, matrix = working(own), working(matrix)
+        return own + matrix @ weights[f"{site.name}.bias"].to(matrix)
 
     return LazyWeights(weights, tensor)
 

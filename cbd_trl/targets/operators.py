@@ -8,6 +8,7 @@ follow from the row.
 import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,7 +18,14 @@ from cbd_trl.shapes.depths import blocks_for_depth
 from cbd_trl.shapes.solve import DepthRule
 from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
-from cbd_trl.surgery.least_squares import gain_ratio, least_squares_cut, plain_cut
+from cbd_trl.surgery.least_squares import (
+    Fit,
+    gain_ratio,
+    least_squares_cut,
+    narrower_sites,
+    plain_cut,
+    reader_fits,
+)
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.statistics import SiteStatistics
 from cbd_trl.surgery.weights import LazyWeights, Weights, readers_of, site_norms
@@ -257,12 +265,26 @@ OPERATORS = {
 DEFAULT_OPERATOR = next(iter(OPERATORS))
 
 
-def cut_upper(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
+def cut_upper(pair: Pair, plan: Plan, fits: Callable[[Site], Fit] | None = None) -> tuple[Weights, Architecture]:
     """Cut the upper anchor for `nested`: the least-squares cut of those of its layers that the target is made of,
-    norm gains folded into the readers."""
+    norm gains folded into the readers.
+
+    Args:
+        pair: the anchors.
+        plan: the target.
+        fits: of the sites, if they are there already (see `upper_fits`).
+    """
     widths = pair.upper_architecture.resized(**plan.target.sizes)
-    cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths, fold=True)
+    cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths, fold=True, fits=fits)
     return select_layers(cut, widths, _upper_layers(pair, plan))
+
+
+def upper_fits(pair: Pair, plan: Plan) -> dict[Site, Fit]:
+    """Compute the fits that `cut_upper` reads: all that is expensive in it but one matrix product a tensor."""
+    upper, used = pair.upper_architecture, {None, *_upper_layers(pair, plan)}
+    widths = upper.resized(**plan.target.sizes)
+    fit = reader_fits(pair.upper, upper, pair.moments(), widths, fold=True)
+    return {site: fit(site) for site in narrower_sites(upper, widths) if upper.split_name(site.name)[0] in used}
 
 
 def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
@@ -292,10 +314,13 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
             if layer is not None and source is None:
                 return cut[key]
             own = key if source is None else below.layer_name(source, name)
-            base, small, sizes = cut[key].float(), folded[own].float(), (target.sizes, below.sizes)
+            sizes = (target.sizes, below.sizes)
             share = alpha**NESTED_OUTPUT_POWER if key.rsplit(".", 1)[0] in outputs else alpha
             shares = (1 - share, share * scale(own))
-            return _mix(base, small, target.tensors[key], sizes, inputs.get(key, ()), shares)
+            made: torch.Tensor = _Mix.apply(
+                cut[key], folded[own], target.tensors[key], sizes, inputs.get(key, ()), shares
+            )
+            return made
 
         return LazyWeights(target.tensors, tensor)
 
@@ -383,35 +408,76 @@ def _lower_scale(pair: Pair, target: Architecture) -> Callable[[str], float]:
     return scale
 
 
-def _mix(
-    base: torch.Tensor,
-    lower: torch.Tensor,
+class _Mix(torch.autograd.Function):
+    """Mix one tensor of the target, in float32: the outputs that the lower anchor has are mixed, the others are the
+    cut's.
+
+    Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts by its share on mixed
+    outputs. A function of autograd, because the gradient of the lower tensor is a part of the mix's, and autograd's
+    own way to it copies the whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: torch.Tensor,
+        lower: torch.Tensor,
+        axes: Axes,
+        sizes: tuple[Sizes, Sizes],
+        inputs: tuple[str, ...],
+        shares: tuple[float, float],
+    ) -> torch.Tensor:
+        """Compute the mix.
+
+        Args:
+            ctx: for the gradient.
+            base, lower: the cut's and the lower anchor's tensor.
+            axes: of both.
+            sizes: of the target and of the lower anchor.
+            inputs: the dimensions along which the tensor reads.
+            shares: what each of the two is multiplied by where they are mixed.
+        """
+        ctx.work, ctx.dtypes = (axes, sizes, inputs, shares), (base.dtype, lower.dtype)
+        array, small = to_dims(base, axes, sizes[0]), to_dims(lower, axes, sizes[1])
+        mixed = (array if array.dtype.itemsize <= 4 else array.float()) * _base_share(array.device, *ctx.work)
+        mixed[_shared(axes, sizes[1])].add_(small, alpha=shares[1])
+        return from_dims(mixed, axes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the gradients of both tensors.
+
+        Args:
+            ctx: of the forward.
+            gradient: of the mix.
+        """
+        axes, sizes, _, shares = ctx.work
+        array, to_base, to_lower = to_dims(gradient, axes, sizes[0]), None, None
+        if ctx.needs_input_grad[0]:
+            to_base = from_dims(array * _base_share(array.device, *ctx.work), axes).to(ctx.dtypes[0])
+        if ctx.needs_input_grad[1]:
+            to_lower = from_dims(array[_shared(axes, sizes[1])] * shares[1], axes).to(ctx.dtypes[1])
+        return to_base, to_lower, None, None, None, None
+
+
+def _shared(axes: Axes, narrow: Sizes) -> tuple[slice, ...]:
+    """Where the lower anchor's tensor lies in the target's."""
+    return tuple(slice(0, narrow[dim]) for dim in dims_of(axes))
+
+
+def _base_share(
+    device: torch.device,
     axes: Axes,
     sizes: tuple[Sizes, Sizes],
     inputs: tuple[str, ...],
     shares: tuple[float, float],
 ) -> torch.Tensor:
-    """Mix one tensor of the target: the outputs that the lower anchor has are mixed, the others are the cut's.
-
-    Reading from inputs that the lower anchor lacks is the cut's part alone, so it counts by its share on mixed
-    outputs.
-
-    Args:
-        base, lower: the cut's and the lower anchor's tensor.
-        axes: of both.
-        sizes: of the target and of the lower anchor.
-        inputs: the dimensions along which the tensor reads.
-        shares: what each of the two is multiplied by where they are mixed.
-    """
-    array, small = to_dims(base, axes, sizes[0]), to_dims(lower, axes, sizes[1])
-    dims, (wide, narrow) = dims_of(axes), sizes
-    # Broadcast: of length 1 where all that a dimension has is mixed.
-    partial = [wide[dim] if dim not in inputs and narrow[dim] < wide[dim] else 1 for dim in dims]
-    share = array.new_ones(partial)
-    share[tuple(slice(0, narrow[dim]) for dim in dims)] = shares[0]
-    mixed = array * share
-    mixed[tuple(slice(0, narrow[dim]) for dim in dims)].add_(small, alpha=shares[1])
-    return from_dims(mixed, axes)
+    """What the cut is multiplied by, float32; of length 1 where all that a dimension has is mixed."""
+    wide, narrow = sizes
+    partial = [wide[dim] if dim not in inputs and narrow[dim] < wide[dim] else 1 for dim in dims_of(axes)]
+    share = torch.ones(partial, device=device)
+    share[_shared(axes, narrow)] = shares[0]
+    return share
 
 
 def _input_dims(architecture: Architecture) -> dict[str, tuple[str, ...]]:
