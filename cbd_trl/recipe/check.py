@@ -392,14 +392,14 @@ def recipe_table(check: Check) -> Table:
         check: of a recipe.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"What {check.recipe.name} would build")
-    for name in ("anchor", "parameters", "shape", "disk", "checkpoints", "tokens", "memory", "time"):
+    for name in ("anchor", "parameters", "shape", "disk", "checkpoints", "tokens", "time"):
         table.add_column(name, justify="left" if name in ("anchor", "shape") else "right")
     for number, cost in enumerate(check.costs):
         table.add_row(*_cells(cost, finished=number < check.finished))
     left = check.costs[check.finished :]
     seconds = [cost.seconds for cost in left] + [check.measuring or 0.0]
     if check.measuring is not None:
-        table.add_row("evaluation", *[""] * 6, _time(check.measuring))
+        table.add_row("evaluation", *[""] * 5, _time(check.measuring))
     table.add_section()
     table.add_row(
         "all" if not check.finished else "left",
@@ -408,7 +408,6 @@ def recipe_table(check: Check) -> Table:
         format_bytes(sum(cost.disk for cost in left)),
         format_bytes(max((cost.checkpoints for cost in left), default=0)),
         _count([cost.tokens for cost in left]),
-        format_bytes(max((cost.memory for cost in left), default=0)),
         _time(None if None in seconds else sum(second or 0 for second in seconds)),
     )
     return table
@@ -436,7 +435,7 @@ def memory_table(check: Check) -> Table:
 
 
 def how_it_fits(check: Check) -> str:
-    """Name the smallest common GPU that the chain fits on, and what would save memory where this machine has too little.
+    """Name the smallest common GPU that the chain fits on, and what would save memory where it does not fit here.
 
     Args:
         check: of a recipe.
@@ -447,13 +446,17 @@ def how_it_fits(check: Check) -> str:
     largest, sizes = max(left, key=lambda cost: cost.memory), [cost.gpu for cost in left]
     fits = "no common GPU (141 GB at most) alone" if None in sizes else f"a GPU of {max(filter(None, sizes))} GB"
     there = machine_memory(largest.args.device)
-    lines = [f"Fits on {fits}. Peak: {largest.peak.name} of {largest.name}, {format_bytes(largest.memory)} here."]
+    lines = [
+        "Memory: every tensor that PyTorch holds at the worst moment, counted, and 0.5 GB of libraries, on one device, "
+        "with nothing sharded; without the work space of kernels. Statistics use more where more is free.",
+        f"Fits on {fits}. Peak: {largest.peak.name} of {largest.name}, {format_bytes(largest.memory)} here.",
+    ]
     if None in sizes or largest.memory > there:
         if largest.memory > there:
             lines.append(f"This machine's {largest.args.device} has {format_bytes(there)}.")
         saved = [f"{what} ({format_bytes(count)})" for what, count in largest.savings().items()]
-        lines.append(f"Each of these alone would save memory there, in args: {'; '.join(saved)}.")
-    return " ".join(lines)
+        lines.append(f"Each of these alone in args would save memory at the peak: {'; '.join(saved)}.")
+    return "\n".join(lines)
 
 
 def how_estimated(check: Check) -> str:
@@ -466,8 +469,6 @@ def how_estimated(check: Check) -> str:
         "Disk: weights and statistics (0.15 of the weights in bfloat16); checkpoints are there while an anchor is "
         f"trained. Free: {format_bytes(check.disk_free)}.",
         "Tokens: those of full rows; shorter rows that are not packed have fewer.",
-        "Memory: every tensor that PyTorch holds at the worst moment, counted, and 0.5 GB of libraries; on one device, "
-        "with nothing sharded. Work space of kernels is not in it. Statistics use more where more is free.",
     ]
     if check.speed is not None:
         lines.append(_speed(check.speed))
@@ -492,13 +493,12 @@ def _speed(speed: Speed) -> str:
 def _cells(cost: Cost, finished: bool) -> list[str]:
     cells = [cost.name, format_count(cost.architecture.num_parameters), describe_shape(cost.architecture.shape)]
     if finished:
-        return [*cells, *["finished", "", "", "", ""]]
+        return [*cells, *["finished", "", "", ""]]
     return [
         *cells,
         format_bytes(cost.disk),
         format_bytes(cost.checkpoints),
         _count([cost.tokens]),
-        format_bytes(cost.memory),
         _time(cost.seconds),
     ]
 

@@ -188,8 +188,9 @@ class Cost:
         """Compute what arguments would save of the bytes of its peak, each alone, the most first."""
         now, found = self.peak.device, {}
         for what, values in _less_memory(self.args).items():
-            args = copy.copy(self.args)
-            vars(args).update(values)
+            args: Any = copy.copy(self.args)
+            for name, value in values.items():
+                setattr(args, name, value)
             found[what] = now - max(phase.device for phase in self.predict(args, args.device))
         return {what: saved for what, saved in sorted(found.items(), key=lambda pair: -pair[1]) if saved > 0}
 

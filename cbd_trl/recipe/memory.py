@@ -6,7 +6,6 @@ takes as much as one of them.
 """
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,18 +19,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from cbd_trl.architectures import Architecture, decoder_layers, describe
 from cbd_trl.architectures.axes import axis_length
 from cbd_trl.architectures.backbone import open_forward
+from cbd_trl.bridge.objectives.inputs import chunked_cross_entropy, compared_terms
 from cbd_trl.build.plan import Step
 from cbd_trl.build.store import CALIBRATION_BATCH
+from cbd_trl.build.width_hybrid import WidthHybrid, targets_between, weights_of_teacher
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.fused import default_chunk, fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
-from cbd_trl.losses.reduction import cross_entropy, scored_targets, select_scored
-from cbd_trl.losses.teacher_outputs import HiddenOutputs
+from cbd_trl.losses.reduction import scored_targets, select_scored
 from cbd_trl.recipe.trace import FUSED, Bytes, traced
 from cbd_trl.surgery.block_search import cheapest_blocks, measured_blocks
 from cbd_trl.surgery.blocks import spaced_blocks
+from cbd_trl.surgery.least_squares import narrower_sites
 from cbd_trl.surgery.refit import refit_layers
-from cbd_trl.surgery.statistics import FACTORIZING, collect_statistics
+from cbd_trl.surgery.statistics import FACTORIZING, RIDGE, collect_statistics
+from cbd_trl.targets.operators import Pair
 from cbd_trl.teachers.local import Batch, LocalTeacher
 from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -90,7 +92,8 @@ class _Run:
         config = copy.deepcopy(config)
         options = self.args.model_init_kwargs
         eager = isinstance(options, dict) and options.get("attn_implementation") == "eager"
-        eager = eager or not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        eager = eager or not cls._supports_sdpa
         attention = "eager" if eager else FUSED
         model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
         open_forward(model)
@@ -231,24 +234,101 @@ def _step_peaks(student: Architecture, teacher: PretrainedConfig, run: _Run) -> 
     """
     depth, above = student.depth, _depth(teacher)
     bridged = isinstance(run.args, BridgeDistillConfig)
+    upper = None if bridged else describe(teacher)
+    if upper is not None and run.args.swap_probability and upper.sizes != student.sizes:
+        return _width_peaks(student, upper, run)
     if bridged or depth >= above:
-        known, more = 2, 3
         base, other = (
-            _trace(student.with_layers(range(n)), _shallow(teacher, n), [[i] for i in range(n)], run)
-            for n in (known, more)
+            _trace(student.with_layers(range(n)), _shallow(teacher, n), [[i] for i in range(n)], run) for n in (2, 3)
         )
-        return {event: peak + (depth - known) * (other[event] - peak) for event, peak in base.items()}
+        return _further(base, [(depth - 2, base, other)])
     sizes = [len(block.layers) for block in spaced_blocks(above, depth)]
     single = sizes.count(1)
     counts = {(1, 0, 0): single - 2, (0, 1, 0): depth - single - 1, (0, 0, 1): above - single - 2 * (depth - single)}
-    base = _with_blocks(student, teacher, (2, 1, 0), run)
-    peaks = dict(base)
+    base, steps = _with_blocks(student, teacher, (2, 1, 0), run), []
     for change, count in counts.items():
         if count:
-            other = _with_blocks(student, teacher, (2 + change[0], 1 + change[1], change[2]), run)
-            for event, peak in base.items():
-                peaks[event] += count * (other[event] - peak)
-    return peaks
+            steps.append((count, base, _with_blocks(student, teacher, (2 + change[0], 1 + change[1], change[2]), run)))
+    return _further(base, steps)
+
+
+def _further(
+    base: Mapping[str, int], steps: Sequence[tuple[int, Mapping[str, int], Mapping[str, int]]]
+) -> dict[str, int]:
+    """Add to what was measured so many times the difference of two measurements, for each of the steps."""
+    return {
+        event: peak + sum(count * (more[event] - less[event]) for count, less, more in steps)
+        for event, peak in base.items()
+    }
+
+
+def _width_peaks(student: Architecture, upper: Architecture, run: _Run) -> dict[str, int]:
+    """The same with hybrids in width, the largest of which is taken on every step."""
+    blocks = [list(block.layers) for block in spaced_blocks(upper.depth, student.depth)]
+    target = max(targets_between(upper, student, blocks), key=lambda shape: shape.num_parameters)
+
+    def trace(block_map: list[list[int]], depth: int) -> dict[str, int]:
+        above = upper.with_layers(range(block_map[-1][-1] + 1))
+        shape = above.resized(**target.sizes).with_layers(range(depth))
+        return _trace(student.with_layers(range(len(block_map))), above.config, block_map, run, shape)
+
+    if upper.depth == student.depth:
+        base, other = trace([[0], [1]], 2), trace([[0], [1], [2]], 3)
+        peaks = _further(base, [(student.depth - 2, base, other)])
+    else:
+        base, swapped, longer = trace([[0], [1, 2]], 2), trace([[0], [1, 2]], 3), trace([[0], [1], [2, 3]], 3)
+        both = student.depth - 2
+        peaks = _further(base, [(target.depth - 2 - both, base, swapped), (both, base, longer)])
+    fits = _fits(upper, target)
+    # Where products are in half precision, they were traced in it.
+    placed = 3 * fits if run.on_cpu else fits if (run.half or run.dtype) == torch.float32 else 0
+    return {event: peak + placed for event, peak in peaks.items()}
+
+
+def _fits(upper: Architecture, target: Architecture) -> int:
+    """Bytes of the least-squares fits of a target in float32: what is cut from what is kept, at every site."""
+    wide = upper.with_layers(range(target.depth))
+    lengths = [
+        [axis_length(site.axis, sizes) for sizes in (upper.sizes, target.sizes)]
+        for site in narrower_sites(wide, wide.resized(**target.sizes))
+    ]
+    return sum(4 * (full - kept) * kept for full, kept in lengths)
+
+
+@dataclass(frozen=True)
+class _NoMoments:
+    """Statistics without data; see `SiteStatistics`."""
+
+    architecture: Architecture
+    ridge: float = RIDGE
+
+    def _length(self, site: str) -> int:
+        places: list[Any] = [*self.architecture.sites, *self.architecture.output_norms]
+        axis = next(place.axis for place in places if place.name == site)
+        return axis_length(axis, self.architecture.sizes)
+
+    def mean(self, site: str) -> Tensor:
+        return torch.empty(self._length(site))
+
+    def variances(self, site: str) -> Tensor:
+        return torch.empty(self._length(site), dtype=torch.float64)
+
+    def prefix_squares(self, site: str) -> Tensor:
+        return torch.empty(self._length(site), dtype=torch.float64)
+
+    def second(self, site: str) -> Tensor:
+        return torch.empty(self._length(site), self._length(site), dtype=torch.float64)
+
+    def factor(self, site: str, kept: Tensor) -> Tensor:
+        return torch.empty(self._length(site), len(kept), dtype=torch.float64)
+
+
+def _width_hybrid(ours: Any, theirs: Any, block_map: list[list[int]], shape: Architecture) -> WidthHybrid:
+    above, below = describe(theirs.config), describe(ours.config)
+    weights = weights_of_teacher(theirs, above, stored={})
+    kept = [block[-1] for block in block_map]
+    pair = Pair(weights, above, {}, below, _NoMoments(above), block_map, kept)
+    return WidthHybrid(pair, 1.0, 0, [shape])
 
 
 def _with_blocks(
@@ -296,13 +376,25 @@ class _Timeline:
 
 
 def _trace(
-    student: Architecture, teacher: PretrainedConfig, block_map: Sequence[Sequence[int]], run: _Run
+    student: Architecture,
+    teacher: PretrainedConfig,
+    block_map: list[list[int]],
+    run: _Run,
+    between: Architecture | None = None,
 ) -> dict[str, int]:
-    """Run the passes of a micro-batch as `DistillTrainer` does, forward and backward, where every token is scored."""
+    """Run the passes of a micro-batch as `DistillTrainer` does, forward and backward, where every token is scored.
+
+    Args:
+        student, teacher: a few layers of the two.
+        block_map: for each layer of the student the teacher's it stands for.
+        run: how.
+        between: shape of a hybrid in width.
+    """
     args, bridged = _with_hybrid(run.args), isinstance(run.args, BridgeDistillConfig)
     with traced(run.device, run.half) as count:
         theirs, ours = run.model(teacher).eval().requires_grad_(False), run.model(student.config).train()
-        pairs = LayerPairs(ours, theirs, [[*block] for block in block_map], None, args)
+        hybrid_in_width = None if between is None else _width_hybrid(ours, theirs, block_map, between)
+        pairs = LayerPairs(ours, theirs, block_map, None, args, hybrid_in_width)
         if args.gradient_checkpointing:
             ours.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         line = _Timeline(count)
@@ -325,7 +417,7 @@ def _trace(
                     student=through.model,
                     labels_BT=batch.labels_BT,
                     teacher=predicted,
-                    objective=None if bridged else make_objective(args, rows),
+                    objective=_objective(args, rows),
                     weights=weights,
                     pairs=pairs,
                     student_states=states,
@@ -376,13 +468,41 @@ def _batch(args: DistillConfig) -> Batch:
 
 
 class _BridgedLoss(StepLoss):
-    """The loss of a bridge, as far as its memory goes: every objective reads the probabilities of the text by both
-    models, ALM nothing else."""
+    """The loss of a bridge, as far as its memory goes: "alm" reads how probable the text is to both models, other
+    objectives read the distributions."""
 
     def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
-        objective = DistillObjective(get_divergence("forward_kl"), shared_rows=None)
-        return fused_terms(hidden_Nd, head, targets_N, self.teacher, objective, self.weights, self.chunk)
+        teacher, objective = self.teacher, self.objective
+        if isinstance(objective, _OfTheText):
+            with torch.no_grad():
+                chunked_cross_entropy(teacher.hidden_ND, teacher.head, targets_N, self.chunk)
+            teacher = objective
+        return fused_terms(hidden_Nd, head, targets_N, teacher, objective, self.weights, self.chunk)
+
+
+class _OfTheText:
+    """An objective, and a teacher's output, of the text's own probabilities."""
+
+    def at(self, part: slice) -> "_OfTheText":
+        return self
+
+    def rows(self, rows: slice) -> "_OfTheText":
+        return self
+
+    def terms(self, student_NV: Tensor, teacher: Any, targets_N: Tensor, weights: TermWeights) -> dict[str, Tensor]:
+        def compare(log_prob_N: Tensor) -> Tensor:
+            return -log_prob_N
+
+        return compared_terms(student_NV, targets_N, torch.zeros_like(targets_N).float(), weights, compare)
+
+
+def _objective(args: DistillConfig, rows: int) -> Any:
+    if not isinstance(args, BridgeDistillConfig):
+        return make_objective(args, rows)
+    if args.black_box or list(args.objectives) == ["alm"]:
+        return _OfTheText()
+    return DistillObjective(get_divergence("forward_kl"))
 
 
 def _projectors(student: Architecture, teacher: PretrainedConfig, args: DistillConfig) -> int:

@@ -18,7 +18,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from cbd_trl.architectures import Site
+from cbd_trl.architectures.axes import axis_length
+from cbd_trl.build import width_hybrid
 from cbd_trl.losses import fused
+from cbd_trl.surgery.least_squares import Fit, narrower_sites
+from cbd_trl.targets.operators import Pair, Plan
+from cbd_trl.trainers import hidden_states
 
 _aten = torch.ops.aten
 _BY_INDEX = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
@@ -28,7 +34,7 @@ class Bytes(TorchDispatchMode):
     """Within it memory is counted as it is taken and given back, each storage once.
 
     A boolean index, whose result is as long as its values say, counts as all True: every token is scored. A value that
-    is read is 0.
+    is read is 1.
 
     Attributes:
         now: bytes alive of what was made within.
@@ -48,7 +54,7 @@ class Bytes(TorchDispatchMode):
         if func in _BY_INDEX:
             args = (args[0], _everywhere(args[1]), *args[2:])
         if func is _aten._local_scalar_dense.default:
-            return 0 if not args[0].is_floating_point() else 0.0
+            return 1 if not args[0].is_floating_point() else 1.0
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
@@ -88,7 +94,13 @@ def traced(device: torch.device, half: torch.dtype | None = None) -> Iterator[By
         device: that is stood in for.
         half: the dtype of autocast; None without mixed precision.
     """
-    changes: list[tuple[Any, str, Any]] = [(fused, "_parts", _two_parts(fused._parts))]
+    changes: list[tuple[Any, str, Any]] = [
+        (fused, "_parts", _two_parts(fused._parts)),
+        # It moves what it makes, and these tensors cannot be moved.
+        (hidden_states, "skip_init", lambda module, *args, **kwargs: module(*args, **kwargs)),
+        # Which coordinates a fit leaves out depends on values.
+        (width_hybrid, "upper_fits", _empty_fits),
+    ]
     if device.type != "cpu":
         changes += [(fused, "_BLOCK_ELEMENTS", {})]
         if half is not None:
@@ -115,6 +127,17 @@ def _two_parts(parts: Callable[..., Iterator[slice]]) -> Callable[..., Iterator[
         return itertools.islice(parts(*args), 2)
 
     return call
+
+
+def _empty_fits(pair: Pair, plan: Plan) -> dict[Site, Fit]:
+    upper = pair.upper_architecture
+    widths = upper.resized(**plan.target.sizes)
+    fits = {}
+    for site in narrower_sites(upper, widths):
+        full, kept = (axis_length(site.axis, sizes) for sizes in (upper.sizes, widths.sizes))
+        matrix, constant = torch.empty(full - kept, kept), torch.empty(full - kept)
+        fits[site] = Fit(slice(0, kept), slice(kept, full), matrix, constant)
+    return fits
 
 
 @contextmanager

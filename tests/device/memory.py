@@ -4,11 +4,10 @@
 """
 
 import functools
-import json
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,15 +17,15 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from cbd_trl import BridgeDistillConfig, BridgeStep, DistillConfig, build_chain
+from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, DistillConfig, build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build.plan import plan_chain
-from cbd_trl.recipe.memory import Phase, anchor_phases, bridge_phases, source_phases
+from cbd_trl.recipe.memory import Phase, anchor_phases, bridge_phases
+from tests.bridge.tokenizers_of_kinds import corpus
 from tests.device.backend import install
-from tests.device.tensor import NAME, USAGE, StrictMode
+from tests.device.tensor import USAGE, StrictMode
 from tests.tokenizer import WORDS, tiny_tokenizer
 from tests.trainers.bridge_runs import students_tokenizer, teachers_tokenizer
-from tests.training import make_config
 
 CALIBRATION_TOKENS = 512
 
@@ -112,33 +111,31 @@ _WIDTHS = {
 _LAYERS = {"gpt2": "n_layer"}
 _K, _L = 32_000, 262_144
 _WIDE = {"per_device_train_batch_size": 4, "max_length": 128}
+_NO_HYBRID, _HYBRIDS = {"swap_probability": 0.0}, {"swap_probability": 1.0}
+_CHECKPOINTED = {"gradient_checkpointing": True}
+_SMALL: dict[str, Any] = {"layers": 4, "width": 64, "ffn": 160, "group": "fast"}
+_HELD_OUT: dict[str, Any] = {"layers": 6, "width": 96, "ffn": 352, "group": "held-out"}
 CASES = [
-    Case("llama", _K, True, "depth", args={"swap_probability": 0.0}),
-    Case("llama", _K, True, "depth", args={"swap_probability": 1.0, "hidden_weight": 1.0, **_WIDE}, group="fast"),
-    Case(
-        "llama",
-        4_000,
-        False,
-        "depth",
-        args={"gradient_checkpointing": True, "swap_probability": 1.0, **_WIDE},
-        group="fast",
-    ),
-    Case("gpt2", 4_000, True, "depth", args={"bf16": True, "gradient_accumulation_steps": 2, **_WIDE}, group="fast"),
+    Case("llama", 2_000, True, "depth", args={**_HYBRIDS, "hidden_weight": 1.0}, **_SMALL),
+    Case("gpt2", 2_000, True, "depth", args={"bf16": True, "gradient_accumulation_steps": 2, **_NO_HYBRID}, **_SMALL),
+    Case("llama", 2_000, False, "width", **_SMALL),
+    Case("gpt_neox", 2_000, False, "both", args=_CHECKPOINTED, **_SMALL),
+    Case("gpt2", 2_000, True, "bridge", args={"objective": "alm"}, **_SMALL),
+    Case("llama", _L, True, "depth", 4, 16, 32, args={"loss_chunk_size": 16, **_NO_HYBRID}, group="fast"),
+    Case("llama", _K, True, "depth", args=_NO_HYBRID),
     Case("gpt_neox", _K, False, "depth", args={"bf16": True, "loss_chunk_size": 64}),
-    Case(
-        "llama",
-        _L,
-        True,
-        "depth",
-        width=32,
-        ffn=64,
-        args={"loss_chunk_size": 32, "swap_probability": 0.0},
-        group="fast",
-    ),
-    Case("llama", 4_000, False, "width", args=_WIDE, group="fast"),
-    Case("gpt2", _K, True, "both", args={"gradient_checkpointing": True}),
-    Case("gpt2", _K, True, "bridge", args={"objective": "alm"}, group="fast"),
+    Case("llama", 4_000, False, "depth", args={**_CHECKPOINTED, **_HYBRIDS, **_WIDE}),
+    Case("llama", 4_000, False, "width", args=_WIDE),
+    Case("gpt2", _K, True, "both", args=_CHECKPOINTED),
     Case("llama", _K, False, "bridge", args={"objective": "alm", **_WIDE}),
+    Case("qwen3", _K, True, "depth", args={"bf16": True, **_HYBRIDS}, **_HELD_OUT),
+    Case("gpt2", _K, False, "depth", args={**_CHECKPOINTED, **_HYBRIDS, "max_length": 96}, **_HELD_OUT),
+    Case("gpt_neox", _L, True, "depth", 6, 32, 96, args={"loss_chunk_size": 24, **_NO_HYBRID}, group="held-out"),
+    Case("qwen3", 8_000, True, "width", args={"bf16": True, **_WIDE}, **_HELD_OUT),
+    Case("gpt_neox", _K, False, "width", args={"gradient_accumulation_steps": 2}, **_HELD_OUT),
+    Case("llama", 8_000, True, "both", args={"max_length": 96}, **_HELD_OUT),
+    Case("gpt_neox", _K, False, "bridge", args={"objective": "alm", **_CHECKPOINTED}, **_HELD_OUT),
+    Case("llama", _L, True, "bridge", 4, 32, 64, args={"objective": "alm", "loss_chunk_size": 32}, group="held-out"),
 ]
 
 
@@ -151,33 +148,32 @@ def upper_and_anchor(case: Case) -> tuple[Any, dict[str, Any]]:
 
 def config_of(case: Case, folder: Path, kind: Any = DistillConfig) -> Any:
     options = {
-        "use_cpu": False, "dataloader_pin_memory": False, "bf16": False, "gradient_checkpointing": False, "optim": "adamw_torch",
-        "max_steps": 4, "per_device_train_batch_size": 2, "max_length": 64, "report_to": "none", "disable_tqdm": True,
-        "save_strategy": "no", "logging_steps": 1, "model_init_kwargs": {"dtype": case.dtype},
-    }  # fmt: skip
+        **{"use_cpu": False, "dataloader_pin_memory": False, "bf16": False, "gradient_checkpointing": False},
+        **{"optim": "adamw_torch", "max_steps": 4, "per_device_train_batch_size": 2, "max_length": 64},
+        **{"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1},
+        "model_init_kwargs": {"dtype": case.dtype},
+    }
     return kind(str(folder), **{**options, **case.args})
 
 
-def rows_of(length: int, count: int = 24) -> Dataset:
+def rows_of(length: int, words: Sequence[str] = WORDS, count: int = 24) -> Dataset:
     """Rows that fill a training's length, and every other one a little less, so that there is a mask."""
     lengths = [length + 8 - 11 * (i % 2) for i in range(count)]
     return Dataset.from_dict(
-        {"text": [" ".join(WORDS[(7 * i + j * j) % 54] for j in range(words)) for i, words in enumerate(lengths)]}
+        {"text": [" ".join(words[(7 * i + j * j) % len(words)] for j in range(n)) for i, n in enumerate(lengths)]}
     )
 
 
 @contextmanager
 def counted(peaks: dict[str, int]) -> Iterator[None]:
     """Within it the peak of each phase of a build is kept."""
-    from cbd_trl.build import bridge_step, build, source_anchor
+    from cbd_trl.build import build
 
     places = [
         (build, "choose_blocks", "choose layers"),
         (build, "refit_student", "refit"),
         (build, "train", "train"),
-        (bridge_step, "train", "train"),
         (build, "store_anchor", "statistics"),
-        (source_anchor, "store_anchor", "sort, statistics"),
     ]
     kept = [getattr(module, function) for module, function, _ in places]
 
@@ -185,8 +181,7 @@ def counted(peaks: dict[str, int]) -> Iterator[None]:
         def call(*args: Any, **kwargs: Any) -> Any:
             USAGE.clear()
             found = function(*args, **kwargs)
-            # Of a bridge the first training is its own.
-            peaks.setdefault(phase, USAGE.bytes_peak)
+            peaks[phase] = USAGE.bytes_peak
             return found
 
         return call
@@ -208,21 +203,29 @@ def measure(case: Case) -> dict[str, int]:
         config, anchor = upper_and_anchor(case)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype)).eval()
         place = Path(folder)
-        rows = rows_of(case.args.get("max_length", 64))
         if case.kind == "bridge":
             teacher = AutoModelForCausalLM.from_config(case.config(vocabulary=case.vocabulary + 64))
-            bridge = BridgeStep(
-                model, processing_class=students_tokenizer(), args=config_of(case, place, BridgeDistillConfig)
+            trainer = BridgeDistillTrainer(
+                model,
+                teacher,
+                config_of(case, place, BridgeDistillConfig),
+                train_dataset=rows_of(case.args.get("max_length", 64), corpus(0, 400)),
+                processing_class=students_tokenizer(),
+                teacher_processing_class=teachers_tokenizer(),
             )
-            build_chain(
-                teacher, [anchor], dataset=rows, output_dir=place, bridge=bridge, args=make_config(use_cpu=False, dataloader_pin_memory=False),
-                processing_class=teachers_tokenizer(), calibration_tokens=CALIBRATION_TOKENS,
-            )  # fmt: skip
-        else:
-            build_chain(
-                model, [anchor], dataset=rows, output_dir=place, args=config_of(case, place),
-                processing_class=tiny_tokenizer(), calibration_tokens=CALIBRATION_TOKENS,
-            )  # fmt: skip
+            USAGE.clear()
+            trainer.train()
+            peaks["train"] = USAGE.bytes_peak
+            return peaks
+        build_chain(
+            model,
+            [anchor],
+            dataset=rows_of(case.args.get("max_length", 64)),
+            output_dir=place,
+            args=config_of(case, place),
+            processing_class=tiny_tokenizer(),
+            calibration_tokens=CALIBRATION_TOKENS,
+        )
     return peaks
 
 
@@ -252,9 +255,7 @@ def main(groups: list[str]) -> None:
         if groups and not any(group == case.group or group in case.name for group in groups):
             continue
         for phase, (counted_bytes, predicted) in compare(case).items():
-            share = predicted / counted_bytes - 1
-            print(f"{case.name:<90} {phase:<14} {counted_bytes:>12,} {predicted:>12,} {share:+.1%}", flush=True)
-    print(json.dumps({"device": NAME}))
+            print(f"{case.name} | {phase} | {counted_bytes} | {predicted}", flush=True)
 
 
 if __name__ == "__main__":
