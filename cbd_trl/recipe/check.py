@@ -447,8 +447,8 @@ def how_it_fits(check: Check) -> str:
     fits = "no common GPU (141 GB at most) alone" if None in sizes else f"a GPU of {max(filter(None, sizes))} GB"
     there = machine_memory(largest.args.device)
     lines = [
-        "Memory: every tensor that PyTorch holds at the worst moment, counted, and 0.5 GB of libraries, on one device, "
-        "with nothing sharded; without the work space of kernels. Statistics use more where more is free.",
+        "Memory: every tensor that PyTorch holds at the worst moment, counted, and 0.5 GB of libraries, on one "
+        "device, with nothing sharded; without the work space of kernels. Statistics use more where more is free.",
         f"Fits on {fits}. Peak: {largest.peak.name} of {largest.name}, {format_bytes(largest.memory)} here.",
     ]
     if None in sizes or largest.memory > there:

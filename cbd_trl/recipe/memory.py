@@ -6,6 +6,7 @@ takes as much as one of them.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,13 +23,14 @@ from cbd_trl.architectures.backbone import open_forward
 from cbd_trl.bridge.objectives.inputs import chunked_cross_entropy, compared_terms
 from cbd_trl.build.plan import Step
 from cbd_trl.build.store import CALIBRATION_BATCH
+from cbd_trl.build.student import FIT_TOKENS
 from cbd_trl.build.width_hybrid import WidthHybrid, targets_between, weights_of_teacher
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.fused import default_chunk, fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
 from cbd_trl.losses.reduction import scored_targets, select_scored
 from cbd_trl.recipe.trace import FUSED, Bytes, traced
-from cbd_trl.surgery.block_search import cheapest_blocks, measured_blocks
+from cbd_trl.surgery.block_search import measured_blocks
 from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.surgery.least_squares import narrower_sites
 from cbd_trl.surgery.refit import refit_layers
@@ -396,7 +398,10 @@ def _trace(
         hybrid_in_width = None if between is None else _width_hybrid(ours, theirs, block_map, between)
         pairs = LayerPairs(ours, theirs, block_map, None, args, hybrid_in_width)
         if args.gradient_checkpointing:
-            ours.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+            with warnings.catch_warnings():
+                # Its name changes from one version to the next.
+                warnings.simplefilter("ignore", FutureWarning)
+                ours.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         line = _Timeline(count)
         batch = _batch(args)
         if args.gradient_accumulation_steps > 1:
@@ -513,7 +518,7 @@ def _projectors(student: Architecture, teacher: PretrainedConfig, args: DistillC
 
 
 # Layers of the models that the other phases are counted on.
-_FEW = 4
+_FEW = 2
 
 
 def _per_layer(depth: int, measure: Callable[[int], int]) -> int:
@@ -525,23 +530,15 @@ def _per_layer(depth: int, measure: Callable[[int], int]) -> int:
 
 
 def _block_search(upper: Architecture, depth: int, run: _Run) -> int:
-    """Bytes of `cheapest_blocks`, with the last hidden states of every candidate."""
-    length = calibration_length(upper.config)
-    rows = max(1, -(-2048 // length))
-
-    def measure(layers: int) -> int:
-        few = upper.with_layers(range(layers))
-        with traced(run.device) as count:
-            model = run.model(few.config).eval()
-            start = count.now
-            count.reset()
-            tokens = torch.empty(rows + 1, length, dtype=torch.long)
-            fit = [{"input_ids": part} for part in tokens[:-1].split(CALIBRATION_BATCH)]
-            cheapest_blocks(model, few, layers - 1, fit, {"input_ids": tokens[-1:]})
-            return count.peak - start
-
-    hidden = run.weights(length * upper.sizes["width"])
-    return _per_layer(upper.depth, measure) + 2 * len(measured_blocks(upper, depth)) * hidden
+    """Bytes of `cheapest_blocks`: the streams before every layer, the last hidden states of every candidate, and
+    logits in float32: those of a sample of 64 positions, of a chunk by two models, and on a GPU their logarithms and
+    the divergence beside them."""
+    length, rows = calibration_length(upper.config), upper.sizes["vocab"]
+    tokens = length * (1 + max(1, -(-FIT_TOKENS // length)))
+    stream = run.weights(upper.sizes["width"])
+    kept = stream * (tokens * (upper.depth + 1) + 2 * length * len(measured_blocks(upper, depth)))
+    chunk = min(length, default_chunk(rows, run.device))
+    return kept + 4 * rows * (64 + (2 if run.on_cpu else 4) * chunk)
 
 
 def _refit(upper: Architecture, lower: Architecture, run: _Run, calibration_tokens: int) -> int:

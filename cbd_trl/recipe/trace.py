@@ -25,6 +25,7 @@ from cbd_trl.losses import fused
 from cbd_trl.surgery.least_squares import Fit, narrower_sites
 from cbd_trl.targets.operators import Pair, Plan
 from cbd_trl.trainers import hidden_states
+from cbd_trl.utils.progress import progress_shown
 
 _aten = torch.ops.aten
 _BY_INDEX = {_aten.index.Tensor, _aten.index_put_.default, _aten.index_put.default}
@@ -105,7 +106,7 @@ def traced(device: torch.device, half: torch.dtype | None = None) -> Iterator[By
         changes += [(fused, "_BLOCK_ELEMENTS", {})]
         if half is not None:
             changes += [(module, name, _in_float32(getattr(module, name))) for module, name in _FLOAT32_ON_GPU]
-    with FakeTensorMode(), _changed(changes), Bytes() as count:
+    with progress_shown(False), FakeTensorMode(), _changed(changes), Bytes() as count:
         yield count
 
 

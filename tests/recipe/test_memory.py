@@ -32,7 +32,9 @@ def _train(device: torch.device = GPU, **changes: object) -> int:
     """Bytes of the training of 2 layers by 4."""
     upper = described(tiny_model("llama", num_hidden_layers=4, vocab_size=2000))[1]
     [step] = plan_chain(upper, [{"num_hidden_layers": 2}], _args(**changes), None)
-    return next(phase.device for phase in anchor_phases(upper, step, 64, device) if phase.name == "train")
+    phases = anchor_phases(upper, step, 64, device)
+    assert [phase.name for phase in phases] == ["choose layers", "refit", "train", "statistics"]
+    return phases[2].device
 
 
 def test_storages_are_counted_once_and_as_long_as_they_live() -> None:
