@@ -169,12 +169,14 @@ class _Target:
         block_of = {layer: i for i, block in enumerate(pair.blocks) for layer in block}
         ends = {block_of[layer]: place for place, (_, layer) in enumerate(layer_stack(pair, plan))}
         self.layers = [(i, modules[place]) for i, place in ends.items()]
-        self._outside = set(self._architecture.state_shapes)
+        # In an order, because sums of gradients are rounded in theirs.
+        self._outside = dict.fromkeys(self._architecture.state_shapes)
         for prefix, module in self.model.named_modules():
             if any(module is layer for layer in modules):
-                names = {n for n in self._outside if n.startswith(f"{prefix}.")}
-                self._outside -= names
-                own = {f"layer{n.removeprefix(prefix)}": n for n in sorted(names)}
+                names = [name for name in self._outside if name.startswith(f"{prefix}.")]
+                for name in names:
+                    del self._outside[name]
+                own = {f"layer{name.removeprefix(prefix)}": name for name in names}
                 module.forward = partial(self._run_layer, _Stock(module), own)
 
     def mixed_with(self, student: Any) -> Pass:
@@ -186,9 +188,9 @@ class _Target:
             student: a causal LM, not wrapped.
         """
         self._student = student
-        self._state = to_state(
-            self._mix(self._cut, _parameters_of(student, self._student_architecture)), self._architecture
-        )
+        self._checkpointed = getattr(decoder_layers(student)[0], "gradient_checkpointing", False)
+        lower = _parameters_of(student, self._student_architecture)
+        self._state = to_state(self._mix(self._cut, lower), self._architecture)
         self._follow(student)
         return Pass(self.model, self._run)
 
@@ -213,7 +215,7 @@ class _Target:
             names: {name of a parameter in it: name in the model}.
             args, kwargs: as the model calls its layer.
         """
-        checkpointed = self.model.training and self._student.is_gradient_checkpointing
+        checkpointed = self.model.training and self._checkpointed
 
         def run(*args: Any, **kwargs: Any) -> Any:
             state = {own: self._made(name) for own, name in names.items()}

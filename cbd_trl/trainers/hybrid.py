@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_masks_for_generate
 
 from cbd_trl.architectures import decoder_layers
@@ -170,6 +171,8 @@ class TeacherBlock(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self._layer_types, self._inputs = layer_types, inputs
+        # As the layer whose place it takes: those of the teacher are not.
+        self.checkpointed = False
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the layers one after the other.
@@ -186,7 +189,10 @@ class TeacherBlock(nn.Module):
         for layer, layer_type in zip(self.layers, self._layer_types, strict=True):
             hidden_states = output[0] if isinstance(output, tuple) else output
             own = kwargs if self._inputs is None else self._inputs.kwargs(layer_type, hidden_states, kwargs)
-            output = layer(hidden_states, *args, **own)
+            if self.checkpointed:
+                output = checkpoint(layer, hidden_states, *args, use_reentrant=False, **own)
+            else:
+                output = layer(hidden_states, *args, **own)
         return output
 
 
@@ -284,6 +290,7 @@ class BlockHybrid:
         originals = {i: self._student[i] for i in indices}
         try:
             for i in indices:
+                self.blocks[i].checkpointed = getattr(originals[i], "gradient_checkpointing", False)
                 self._student[i] = self.blocks[i]
             with self._inputs.prepared() if self._inputs and indices else nullcontext():
                 yield indices

@@ -3,6 +3,7 @@
 By hand: `python -m pytest -n 0 tests/device/runs.py`, and never together with other tests.
 """
 
+import gc
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from cbd_trl import Chain, DistillTrainer, build_chain, from_chain
+from cbd_trl.build.width_hybrid import WidthHybrid
 from cbd_trl.losses.held_out import held_out_loss
+from tests.build.width_pairs import heavy_pair
 from tests.chain.helpers import CHAIN_ANCHORS, DEEP, WIDE, chain_config, chain_rows, chain_source
 from tests.device.backend import install
 from tests.device.tensor import NAME, USAGE, StrictMode, StrictTensor
@@ -79,6 +82,32 @@ def test_distill_trainer(how: dict[str, Any]) -> None:
 @pytest.mark.parametrize("objective", ["alm=1,uld=0.5", "shared", "dskd-cma", "prefix"])
 def test_bridge_trainer(objective: str) -> None:
     train(make_bridge(**STEPS, objective=objective, logging_steps=1))
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "what", "dtype", "how"),
+    [
+        pytest.param("llama", True, "width", torch.float32, {}, id="llama"),
+        pytest.param("qwen3", False, "both", torch.bfloat16, {"gradient_checkpointing": True}, id="qwen3-deep"),
+        pytest.param("gemma2", True, "width", torch.float32, {"bf16": True}, id="gemma2-autocast"),
+        pytest.param("qwen3", False, "width", torch.bfloat16, {"gradient_accumulation_steps": 2}, id="qwen3-twice"),
+    ],
+)
+def test_memory_of_a_width_step(family: str, tied: bool, what: str, dtype: torch.dtype, how: dict[str, Any]) -> None:
+    """At most half as much again as teacher, student, its gradient and its optimizer take; and no wait of its own."""
+    student, teacher, pair = heavy_pair(family, tied, what, dtype)
+    options = {**ON_DEVICE, "max_steps": 2, "per_device_train_batch_size": 1, "gradient_checkpointing": False}
+    gc.collect()
+    USAGE.clear()
+    before, held = USAGE.bytes_now, teacher.num_parameters() + 4 * student.num_parameters()
+    hybrid = WidthHybrid(pair, 1.0, seed=42)
+    options |= {"hybrid": hybrid, "swap_probability": 1.0, "block_map": pair.blocks, **how}
+    trainer = make_trainer(student=student, teacher=teacher, **options)
+    trainer.train()
+    assert all(entry["hybrid"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    assert held * dtype.itemsize < USAGE.bytes_peak - before < 1.5 * held * dtype.itemsize
+    made = ("build/width_hybrid", "targets/operators", "surgery/")
+    assert not [place for _, place in USAGE.waits if any(name in place for name in made)]
 
 
 def test_build_chain(strict_chain: Chain) -> None:

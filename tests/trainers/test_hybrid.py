@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -142,6 +143,19 @@ def test_blocks_of_other_attention_are_refused() -> None:
     teacher = tiny_model("qwen2", num_hidden_layers=3, layer_types=kinds).config
     with pytest.raises(ValueError, match=r"student layer 1 uses full_attention, the teacher's layers \[1, 2\].*only"):
         check_swappable(student, teacher, [[0], [1, 2]])
+
+
+def test_the_teachers_layers_are_checkpointed_with_the_students() -> None:
+    """Each swapped one runs for the teacher's own output, for the hybrid, and for the hybrid's gradient."""
+    for checkpointing, times in ((False, 2), (True, 3)):
+        trainer = make_trainer(swap_probability=1.0, gradient_checkpointing=checkpointing)
+        swapped = trainer._pairs.hybrid.draw(0)
+        layers = [layer for i in swapped for layer in trainer._pairs.hybrid.blocks[i].layers]
+        ran = Counter[nn.Module]()
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda module, _, ran=ran: ran.update([module]))
+        one_step(trainer)
+        assert ran == dict.fromkeys(layers, times)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:
