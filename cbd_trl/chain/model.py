@@ -61,7 +61,7 @@ def save_stock_model(
     max_shard_size: str = "50GB",
 ) -> None:
     """Write what `stock_model(architecture.config, state, dtype).save_pretrained(folder)` writes, one tensor after
-    another: the model is never in memory as a whole.
+    another: the model is never in memory as a whole. Of several files each has tensors of its own choice.
 
     Args:
         folder: new or empty.
@@ -77,15 +77,10 @@ def save_stock_model(
     config.architectures = [cls.__name__]
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)
-    in_files = {key: name for name, key in architecture.family.file_names.items()}
-    empty = {
-        in_files.get(key, key): torch.empty(shape, dtype=dtype, device="meta")
-        for key, shape in architecture.state_shapes.items()
-    }
-    keys = {in_files.get(key, key): key for key in architecture.state_shapes}
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in architecture.state_shapes.items()}
     split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
-        tensors = ((name, state[keys[name]].detach().to(dtype)) for name in Progress("Writing the weights", names))
+        tensors = ((name, state[name].detach().to(dtype)) for name in Progress("Writing the weights", names))
         write_tensors(folder / file, {name: (dtype, empty[name].shape) for name in names}, tensors, {"format": "pt"})
     if split.is_sharded:
         index = {

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.architectures import decoder_layers
+from cbd_trl.architectures.axes import axis_length
+from cbd_trl.surgery.statistics import FACTORIZING, Statistics, collect_in_groups, collect_statistics, site_groups
 from tests.surgery.helpers import described, every_case, every_family, full_model, reading_module, tokens
 
 
@@ -110,3 +112,71 @@ def test_no_tokens_is_an_error(batches):
     _, architecture = described(model)
     with pytest.raises(ValueError, match="dataset"):
         collect_statistics(model, architecture, batches)
+
+
+@every_case
+def test_groups_have_the_moments_of_one_pass_to_the_bit(family, tied):
+    model = full_model(family, tied).float()
+    _, architecture = described(model)
+    batches = [{"input_ids": tokens(2, 12, seed)} for seed in range(3)]
+    whole = collect_statistics(model, architecture, batches)
+    largest = 4 * max(len(mean) for mean in whole.means.values()) ** 2
+    for budget, count in ((1, len(architecture.sites)), (int((FACTORIZING + 3) * largest), None), (2**40, 1)):
+        parts = list(collect_in_groups(model, architecture, batches, budget=budget))
+        assert len(parts) == count if count else 1 < len(parts) < len(architecture.sites)
+        for kind in ("means", "squares", "seconds"):
+            found = {name: moments for part in parts for name, moments in getattr(part, kind).items()}
+            expected = getattr(whole, kind)
+            assert sum(len(getattr(part, kind)) for part in parts) == len(found)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in found), kind
+        assert {part.tokens for part in parts} == {72}
+
+
+@pytest.mark.parametrize("units", [1, 5, 9, 1000])
+def test_a_group_is_within_its_budget_or_a_single_site(units):
+    _, architecture = described(full_model("llama", True))
+    largest = max(axis_length(site.axis, architecture.sizes) for site in architecture.sites)
+    budget = units * 4 * largest**2
+    for group in site_groups(architecture, budget):
+        sizes = [axis_length(site.axis, architecture.sizes) for site in architecture.sites if site.name in group]
+        used = sum(4 * size**2 for size in sizes) + FACTORIZING * 4 * max(sizes) ** 2
+        assert used <= budget or len(sizes) == 1
+
+
+def test_a_pass_ends_at_the_last_site_that_is_wanted():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    ran = []
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    model.lm_head.register_forward_pre_hook(lambda *_: ran.append("head"))
+    wanted = [site.name for site in architecture.sites if ".layers.1." in site.name]
+    batches = [{"input_ids": tokens(1, 8, seed)} for seed in range(2)]
+    found = collect_statistics(model, architecture, batches, sites=wanted)
+    assert list(found.means) == wanted and ran == [0, 1, 0, 1]
+    ran.clear()
+    collect_statistics(model, architecture, batches)
+    assert "head" not in ran
+
+
+def test_second_moments_of_several_sites_are_added_up():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    batches = [{"input_ids": tokens(2, 12)}]
+    whole = collect_statistics(model, architecture, batches)
+    names = [site.name for site in architecture.sites if site.axis == ("width",)]
+    found = collect_statistics(model, architecture, batches, seconds=dict.fromkeys(names, "stream"))
+    assert found.seconds.keys() == {"stream"} and found.means.keys() == whole.means.keys()
+    torch.testing.assert_close(found.seconds["stream"], sum(whole.seconds[name] for name in names))
+
+
+def test_moments_in_other_coordinates():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    batches = [{"input_ids": tokens(2, 12)}]
+    plain = collect_statistics(model, architecture, batches)
+    mirrored = collect_statistics(model, architecture, batches, change=lambda name, rows: rows.flip(1))
+    for name, mean in plain.means.items():
+        torch.testing.assert_close(mirrored.means[name], mean.flip(0))
+        torch.testing.assert_close(mirrored.second(name), plain.second(name).flip(0, 1))
