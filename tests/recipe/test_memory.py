@@ -92,13 +92,11 @@ def test_phases_are_shown_and_the_peak_is_named(tmp_path: Any) -> None:
 def test_what_to_change_where_it_does_not_fit(tmp_path: Any) -> None:
     def predict(args: DistillConfig, device: torch.device) -> list[Phase]:
         return [
-            Phase("train", int((2e12 if args.gradient_checkpointing else 3e12) * args.per_device_train_batch_size))
+            Phase("train", int((2e11 if args.gradient_checkpointing else 3e11) * args.per_device_train_batch_size))
         ]
 
     check = Check(parse_recipe(raw_recipe(tmp_path), "mine"))
     check.costs = [dataclasses.replace(_cost([], _args(per_device_train_batch_size=2)), predict=predict)]
     told = how_it_fits(check)
-    assert "Fits on no common GPU" in told and "gradient_checkpointing: true (2,000 GB)" in told.replace(
-        "2.00 TB", "2,000 GB"
-    )
+    assert "Fits on no common GPU" in told and "gradient_checkpointing: true (200 GB)" in told
     assert "per_device_train_batch_size: 1, gradient_accumulation_steps: 2" in told and "loss_chunk_size" not in told
