@@ -28,7 +28,7 @@ from cbd_trl.build.width_hybrid import WidthHybrid, targets_between, weights_of_
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.fused import default_chunk, fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
-from cbd_trl.losses.reduction import scored_targets, select_scored
+from cbd_trl.losses.reduction import Scored
 from cbd_trl.recipe.trace import FUSED, Bytes, traced
 from cbd_trl.surgery.block_search import measured_blocks
 from cbd_trl.surgery.blocks import spaced_blocks
@@ -408,7 +408,7 @@ def _trace(
             for parameter in ours.parameters():
                 parameter.grad = torch.empty_like(parameter)
         mixed = nullcontext() if run.half is None else torch.autocast("cpu", run.half)
-        with torch.no_grad(), mixed, pairs.teacher_outputs.recording() as teacher_states:
+        with torch.no_grad(), mixed, pairs.teacher_outputs.recording(batch.labels_BT.device) as teacher_states:
             predicted = LocalTeacher(theirs).predict(batch, ours)
         line.mark("teacher")
         rows = ours.config.get_text_config().vocab_size
@@ -417,10 +417,11 @@ def _trace(
         weights = _weights(args)
 
         def forward(through: Pass) -> Tensor:
-            with pairs.student_outputs.recording() as states, mixed:
+            with pairs.student_outputs.recording(batch.labels_BT.device) as states, mixed:
                 inside = (_BridgedLoss if bridged else StepLoss)(
                     student=through.model,
                     labels_BT=batch.labels_BT,
+                    scored=batch.scored,
                     teacher=predicted,
                     objective=_objective(args, rows),
                     weights=weights,
@@ -465,7 +466,8 @@ def _weights(args: DistillConfig) -> TermWeights:
 def _batch(args: DistillConfig) -> Batch:
     rows, length = args.per_device_train_batch_size, args.max_length or 1024
     ids = torch.empty(rows, length, dtype=torch.long)
-    collated = {"input_ids": ids, "labels": ids}
+    scored = Scored(torch.empty(rows * (length - 1), dtype=torch.long))
+    collated = {"input_ids": ids, "labels": ids, "scored": scored}
     if not args.packing:
         # Of rows of different lengths: transformers leaves out a mask that is plainly causal.
         collated["attention_mask"] = torch.empty(rows, 1, length, length, dtype=torch.bool)
@@ -476,8 +478,8 @@ class _BridgedLoss(StepLoss):
     """The loss of a bridge, as far as its memory goes: "alm" reads how probable the text is to both models, other
     objectives read the distributions."""
 
-    def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
+    def _terms(self, hidden_BTd: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_Nd, targets_N = self._scored(hidden_BTd)
         teacher, objective = self.teacher, self.objective
         if isinstance(objective, _OfTheText):
             with torch.no_grad():
