@@ -36,7 +36,7 @@ def full_model(family: str, tied: bool, seed: int = 0, **overrides: Any) -> PreT
 
 def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:
     architecture = describe(model.config)
-    return weights_of(model, architecture), architecture
+    return dict(weights_of(model, architecture)), architecture
 
 
 def build(weights: Weights, architecture: Architecture) -> PreTrainedModel:
