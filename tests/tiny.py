@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PreTrainedModel,
@@ -61,6 +62,16 @@ LONGROPE = {
 }
 # Sliding and full layers in turn, a window shorter than the tests' rows, and caps that the logits feel.
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "final_logit_softcapping": 3.0}
+# Another base in windowed layers, and positions that are stretched in full ones alone.
+_OLMO3_ROTARY = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
 _BIASES: dict[str, Any] = {"attention_bias": True}
 _ALL_BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 
@@ -157,6 +168,14 @@ ROWS: dict[str, Row] = {
         like="llama",
     ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
+    "olmo3": Row(
+        Olmo3Config,
+        {"sliding_window": 6, "rope_parameters": _OLMO3_ROTARY},
+        _BIASES,
+        ({"num_key_value_heads": None},),
+        gguf="OLMO2",
+        like="olmo2",
+    ),
     "starcoder2": Row(
         Starcoder2Config,
         {"sliding_window": 6},
