@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -165,6 +166,14 @@ ROWS: dict[str, Row] = {
         _ALL_BIASES,
         ({"attention_bias": True}, {"mlp_bias": True}),
         gguf="GRANITE",
+        like="llama",
+    ),
+    "seed_oss": Row(
+        SeedOssConfig,
+        {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+        {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+        ({"attention_bias": False}, {"attention_out_bias": True}, {"mlp_bias": True}, {"head_dim": None}),
+        gguf="SEED_OSS",
         like="llama",
     ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),

@@ -18,12 +18,13 @@ from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.olmo3 import OLMO3
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
+from cbd_trl.architectures.seed_oss import SEED_OSS
 from cbd_trl.architectures.starcoder2 import STARCODER2
 
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, OLMO3, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2)
+FAMILIES = (LLAMA, GEMMA, GRANITE, SEED_OSS, OLMO2, OLMO3, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2)
 
 
 def supported_model_types() -> list[str]:
