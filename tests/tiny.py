@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -166,6 +167,16 @@ ROWS: dict[str, Row] = {
         _ALL_BIASES,
         ({"attention_bias": True}, {"mlp_bias": True}),
         gguf="GRANITE",
+        like="llama",
+    ),
+    "arcee": Row(
+        ArceeConfig,
+        {"head_dim": 8},
+        _ALL_BIASES,
+        ({"attention_bias": True}, {"mlp_bias": True}, {"head_dim": None}),
+        gguf="ARCEE",
+        whole_heads=True,
+        smooth={"hidden_act": "gelu"},
         like="llama",
     ),
     "seed_oss": Row(
