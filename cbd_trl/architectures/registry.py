@@ -15,6 +15,7 @@ from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.llama import LLAMA
+from cbd_trl.architectures.ministral import MINISTRAL
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.olmo3 import OLMO3
 from cbd_trl.architectures.opt import OPT
@@ -25,7 +26,22 @@ from cbd_trl.architectures.starcoder2 import STARCODER2
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, ARCEE, SEED_OSS, OLMO2, OLMO3, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2)
+FAMILIES = (
+    LLAMA,
+    MINISTRAL,
+    GEMMA,
+    GRANITE,
+    ARCEE,
+    SEED_OSS,
+    OLMO2,
+    OLMO3,
+    GPT2,
+    GPT_NEOX,
+    OPT,
+    PHI3_LONGROPE,
+    PHI3,
+    STARCODER2,
+)
 
 
 def supported_model_types() -> list[str]:
