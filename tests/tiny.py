@@ -18,6 +18,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
     Olmo2Config,
@@ -74,6 +75,16 @@ _OLMO3_ROTARY = {
         "factor": 4.0,
         "original_max_position_embeddings": 16,
     },
+}
+# As published, save the number of positions: they are stretched, and from the 8th on the queries grow.
+_MINISTRAL3_ROTARY = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.1,
 }
 _BIASES: dict[str, Any] = {"attention_bias": True}
 _ALL_BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
@@ -133,6 +144,13 @@ ROWS: dict[str, Row] = {
         MinistralConfig,
         {"head_dim": 8, "sliding_window": 6},
         options=({"layer_types": ["sliding_attention", "full_attention"] * 2},),
+        like="llama",
+    ),
+    "ministral3": Row(
+        Ministral3Config,
+        {"head_dim": 8, "rope_parameters": _MINISTRAL3_ROTARY},
+        options=({"sliding_window": 8},),
+        gguf="MISTRAL3",
         like="llama",
     ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),

@@ -16,6 +16,7 @@ from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.ministral import MINISTRAL
+from cbd_trl.architectures.ministral3 import MINISTRAL3
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.olmo3 import OLMO3
 from cbd_trl.architectures.opt import OPT
@@ -29,6 +30,7 @@ logger = logging.get_logger(__name__)
 FAMILIES = (
     LLAMA,
     MINISTRAL,
+    MINISTRAL3,
     GEMMA,
     GRANITE,
     ARCEE,
