@@ -12,6 +12,7 @@ import torch
 from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -202,6 +203,14 @@ ROWS: dict[str, Row] = {
         gguf="ARCEE",
         whole_heads=True,
         smooth={"hidden_act": "gelu"},
+        like="llama",
+    ),
+    "ernie4_5": Row(
+        Ernie4_5Config,
+        {"head_dim": 8},
+        {"use_bias": True},
+        ({"use_bias": True}, {"head_dim": None}),
+        gguf="ERNIE4_5",
         like="llama",
     ),
     "seed_oss": Row(

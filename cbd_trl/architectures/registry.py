@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from cbd_trl.architectures.arcee import ARCEE
 from cbd_trl.architectures.base import Architecture, Family
+from cbd_trl.architectures.ernie4_5 import ERNIE4_5
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
@@ -33,6 +34,7 @@ FAMILIES = (
     MINISTRAL3,
     GEMMA,
     GRANITE,
+    ERNIE4_5,
     ARCEE,
     SEED_OSS,
     OLMO2,
