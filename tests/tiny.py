@@ -10,20 +10,26 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    ArceeConfig,
     AutoModelForCausalLM,
+    Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SeedOssConfig,
     SmolLM3Config,
     Starcoder2Config,
 )
@@ -61,6 +67,26 @@ LONGROPE = {
 }
 # Sliding and full layers in turn, a window shorter than the tests' rows, and caps that the logits feel.
 _GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 6, "final_logit_softcapping": 3.0}
+# Another base in windowed layers, and positions that are stretched in full ones alone.
+_OLMO3_ROTARY = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {
+        "rope_type": "yarn",
+        "rope_theta": 500.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+# As published, save the number of positions: they are stretched, and from the 8th on the queries grow.
+_MINISTRAL3_ROTARY = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.1,
+}
 _BIASES: dict[str, Any] = {"attention_bias": True}
 _ALL_BIASES: dict[str, Any] = {"attention_bias": True, "mlp_bias": True}
 
@@ -115,6 +141,19 @@ ROWS: dict[str, Row] = {
         gguf="LLAMA",
         like="llama",
     ),
+    "ministral": Row(
+        MinistralConfig,
+        {"head_dim": 8, "sliding_window": 6},
+        options=({"layer_types": ["sliding_attention", "full_attention"] * 2},),
+        like="llama",
+    ),
+    "ministral3": Row(
+        Ministral3Config,
+        {"head_dim": 8, "rope_parameters": _MINISTRAL3_ROTARY},
+        options=({"sliding_window": 8},),
+        gguf="MISTRAL3",
+        like="llama",
+    ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
     "phi3": Row(
@@ -156,7 +195,41 @@ ROWS: dict[str, Row] = {
         gguf="GRANITE",
         like="llama",
     ),
+    "arcee": Row(
+        ArceeConfig,
+        {"head_dim": 8},
+        _ALL_BIASES,
+        ({"attention_bias": True}, {"mlp_bias": True}, {"head_dim": None}),
+        gguf="ARCEE",
+        whole_heads=True,
+        smooth={"hidden_act": "gelu"},
+        like="llama",
+    ),
+    "ernie4_5": Row(
+        Ernie4_5Config,
+        {"head_dim": 8},
+        {"use_bias": True},
+        ({"use_bias": True}, {"head_dim": None}),
+        gguf="ERNIE4_5",
+        like="llama",
+    ),
+    "seed_oss": Row(
+        SeedOssConfig,
+        {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
+        {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+        ({"attention_bias": False}, {"attention_out_bias": True}, {"mlp_bias": True}, {"head_dim": None}),
+        gguf="SEED_OSS",
+        like="llama",
+    ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
+    "olmo3": Row(
+        Olmo3Config,
+        {"sliding_window": 6, "rope_parameters": _OLMO3_ROTARY},
+        _BIASES,
+        ({"num_key_value_heads": None},),
+        gguf="OLMO2",
+        like="olmo2",
+    ),
     "starcoder2": Row(
         Starcoder2Config,
         {"sliding_window": 6},

@@ -8,21 +8,44 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
+from cbd_trl.architectures.arcee import ARCEE
 from cbd_trl.architectures.base import Architecture, Family
+from cbd_trl.architectures.ernie4_5 import ERNIE4_5
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.llama import LLAMA
+from cbd_trl.architectures.ministral import MINISTRAL
+from cbd_trl.architectures.ministral3 import MINISTRAL3
 from cbd_trl.architectures.olmo2 import OLMO2
+from cbd_trl.architectures.olmo3 import OLMO3
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
+from cbd_trl.architectures.seed_oss import SEED_OSS
 from cbd_trl.architectures.starcoder2 import STARCODER2
 
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2)
+FAMILIES = (
+    LLAMA,
+    MINISTRAL,
+    MINISTRAL3,
+    GEMMA,
+    GRANITE,
+    ERNIE4_5,
+    ARCEE,
+    SEED_OSS,
+    OLMO2,
+    OLMO3,
+    GPT2,
+    GPT_NEOX,
+    OPT,
+    PHI3_LONGROPE,
+    PHI3,
+    STARCODER2,
+)
 
 
 def supported_model_types() -> list[str]:

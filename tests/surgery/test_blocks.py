@@ -86,6 +86,9 @@ def _with_layers(model, layers, sorts):
     setattr(parent, name, nn.ModuleList(layers))
     twin.config.num_hidden_layers = len(layers)
     twin.config.layer_types = sorts
+    if hasattr(twin.base_model, "rotary_emb"):
+        # A layer type may have positions of its own.
+        twin.base_model.rotary_emb = type(twin.base_model.rotary_emb)(twin.config)
     # A moved layer keeps the cache index of its old place.
     twin.config.use_cache = False
     return twin

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cbd_trl.architectures import describe
-from cbd_trl.surgery.blocks import select_layers, swap_blocks
+from cbd_trl.surgery.blocks import select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms, fold_norms
 from cbd_trl.targets.operators import (
@@ -91,7 +91,7 @@ def test_slice_is_the_upper_anchor_cut(family, tied, what):
     weights, architecture = slice_upper(pair, Plan(target))
     assert architecture.shape == target.shape
     narrow = pair.upper_architecture.resized(**target.sizes)
-    layers = list(range(6)) if what == "width" else [0, 1, 3, 4, 5]
+    layers = list(range(6)) if what == "width" else spaced_layers(6, 5, pair.upper_architecture.fits)
     expected, _ = select_layers(pair.upper, pair.upper_architecture, layers)
     if what != "depth":
         cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.statistics, narrow)

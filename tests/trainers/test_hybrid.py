@@ -37,6 +37,7 @@ def test_a_hybrid_is_the_student_with_its_last_blocks_from_the_teacher(family: s
         sorts = [[sort] for sort in student.config.layer_types]
         sorts[swapped] = [teacher.config.layer_types[j] for j in BLOCKS[swapped]]
         patched.config.layer_types = [sort for block in sorts for sort in block]
+        patched.base_model.rotary_emb = type(patched.base_model.rotary_emb)(patched.config)
     keys = list(student.state_dict())
     with torch.no_grad():
         with hybrid.swapped(step):
