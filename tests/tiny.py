@@ -21,6 +21,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -117,6 +118,14 @@ ROWS: dict[str, Row] = {
     ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
+    "phi": Row(
+        PhiConfig,
+        options=({"num_key_value_heads": 2}, {"partial_rotary_factor": 0.25}),
+        gguf="PHI2",
+        whole_heads=True,
+        writers=("mlp.fc1", "self_attn.v_proj"),
+        like="gpt_neox",
+    ),
     "phi3": Row(
         Phi3Config,
         {"head_dim": 8},
@@ -218,7 +227,12 @@ def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
 
 
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
-    """Config fields by the names that the family has for them; those it does not have are left out."""
+    """Config fields by the names that the family has for them; those it does not have are left out.
+
+    Where a width is that of the heads, every head gets a key and value of its own: so a width means one shape.
+    """
+    if "num_key_value_heads" in fields and family in WIDTH_OF_HEADS:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     own = {dimension: name for name, dimension in family_of(family).shape_fields.items()}
     aliases = ROWS[family].config.attribute_map
     named: dict[str | None, Any] = {}

@@ -16,13 +16,14 @@ from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.opt import OPT
+from cbd_trl.architectures.phi import PHI
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
 from cbd_trl.architectures.starcoder2 import STARCODER2
 
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2)
+FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI, PHI3_LONGROPE, PHI3, STARCODER2)
 
 
 def supported_model_types() -> list[str]:

@@ -251,7 +251,9 @@ def _fits(
         if site.norm and site not in folded:
             gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
         centered = site.norm and architecture.family.norm_type == "layer"
-        intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
+        # A tied table goes only part of the way to the fit, and a bias of the head (Phi) stays with it as it is.
+        tied = site is architecture.sites[-1] and architecture.tied
+        intercept = not tied and all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
         return regress(statistics, site.name, kept[site.axis], gain, shift, centered, intercept)
 
     return fit

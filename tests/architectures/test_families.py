@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     Olmo2Config,
+    PhiConfig,
     PretrainedConfig,
     SmolLM3Config,
 )
@@ -221,7 +222,7 @@ def test_resized_architecture_is_the_real_model_of_that_config(family):
     assert (again.sizes, again.depth) == (smaller.sizes, smaller.depth)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "opt"])
+@pytest.mark.parametrize("family", [family for family in WIDTH_OF_HEADS if family != "gpt2"])
 def test_width_of_heads_goes_with_them(family):
     architecture = describe(tiny_config(family))
     narrow = {**architecture.sizes, "width": 24, "group": 3}
@@ -251,6 +252,18 @@ def test_gpt2_width_without_its_heads_is_refused():
         ValueError, match=r"ties its width to its heads: n_embd=24 needs n_embd / 8 heads.*got n_head=4"
     ):
         describe(tiny_config("gpt2")).resized(width=24)
+
+
+def test_phi_with_norms_of_queries_and_keys_is_refused():
+    with pytest.raises(ValueError, match=r"phi with qk_layernorm=True.*LayerNorms.*Supported: qk_layernorm=False"):
+        describe(tiny_config("phi", qk_layernorm=True))
+
+
+def test_width_of_grouped_heads():
+    architecture = describe(tiny_config("phi", num_key_value_heads=2))
+    narrow = {**architecture.sizes, "width": 16, "group": 1}
+    for fields in ({"hidden_size": 16}, {"num_attention_heads": 2}, {"hidden_size": 16, "num_key_value_heads": 1}):
+        assert architecture.resolve_sizes(fields) == (4, narrow)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
@@ -355,8 +368,9 @@ def test_parts_of_a_fused_tensor_are_runs_of_its_rows():
             1_484_916_736,
         ),
         (SmolLM3Config(), 3_075_098_624),
+        (PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32), 2_779_683_840),
     ],
-    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B"],
+    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "phi-2"],
 )  # fmt: skip
 def test_parameter_counts_of_published_models(config, published):
     assert describe(config).num_parameters == published

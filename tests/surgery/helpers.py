@@ -39,6 +39,12 @@ def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:
     return weights_of(model, architecture), architecture
 
 
+def keeps_final_bias(architecture: Architecture) -> bool:
+    """Whether the final norm has a bias, and the head none to take it up."""
+    biases = [f"{module}.bias" for module in (architecture.family.final_site.name, architecture.family.head)]
+    return [bias in architecture.tensors for bias in biases] == [True, False]
+
+
 def build(weights: Weights, architecture: Architecture) -> PreTrainedModel:
     """The stock model with these weights; every tensor must fit."""
     # Gains and tables may be more precise than the rest.

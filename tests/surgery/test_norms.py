@@ -4,8 +4,16 @@ import torch
 
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.weights import input_matrix
-from tests.surgery.helpers import TOLERANCE, build, changed, described, difference, every_case, full_model
-from tests.tiny import LAYER_NORM
+from tests.surgery.helpers import (
+    TOLERANCE,
+    build,
+    changed,
+    described,
+    difference,
+    every_case,
+    full_model,
+    keeps_final_bias,
+)
 
 
 @every_case
@@ -21,7 +29,7 @@ def test_folded_norms_have_gain_one_and_bias_zero(family, tied):
     folded = fold_norms(weights, architecture)
     norms = [site for site in architecture.sites if site.norm]
     assert [folds(site, architecture) for site in norms] == [True] * (len(norms) - 1) + [
-        not tied and family not in LAYER_NORM
+        not tied and not keeps_final_bias(architecture)
     ]
     for site in norms:
         gain, bias = f"{site.name}.weight", f"{site.name}.bias"
