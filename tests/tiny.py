@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -166,6 +167,15 @@ ROWS: dict[str, Row] = {
         like="llama",
     ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
+    "cohere2": Row(
+        Cohere2Config,
+        {"sliding_window": 6, "sliding_window_pattern": 3, "logit_scale": 2.0},
+        _BIASES,
+        ({"num_key_value_heads": 2},),
+        gguf="COHERE2",
+        whole_heads=True,
+        like="gemma3_text",
+    ),
     "starcoder2": Row(
         Starcoder2Config,
         {"sliding_window": 6},

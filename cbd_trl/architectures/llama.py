@@ -1,6 +1,6 @@
 """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
 
-What Gemma, Granite and OLMo 2 share with them is read from here.
+What other families share with them is read from here.
 """
 
 from collections.abc import Mapping
@@ -122,6 +122,13 @@ LLAMA = Family(
     output_norms=lambda config: QK_NORMS if config.model_type == "qwen3" else {},
     per_layer_fields=("layer_types", "no_rope_layers"),
     engine_patterns={"smollm3": {"no_rope_layers": (1, 1, 1, 0)}},
+)
+
+# Attention and FFN read one norm and are added to the stream together.
+PARALLEL_SITES = (
+    Site("input_layernorm", ("width",), LLAMA.sites[0].readers + LLAMA.sites[2].readers, norm=True),
+    LLAMA.sites[1],
+    LLAMA.sites[3],
 )
 
 

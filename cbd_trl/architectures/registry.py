@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from transformers.utils import logging
 
 from cbd_trl.architectures.base import Architecture, Family
+from cbd_trl.architectures.cohere2 import COHERE2
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
@@ -23,7 +24,7 @@ from cbd_trl.architectures.starcoder2 import STARCODER2
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI, PHI3_LONGROPE, PHI3, STARCODER2)
+FAMILIES = (LLAMA, COHERE2, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI, PHI3_LONGROPE, PHI3, STARCODER2)
 
 
 def supported_model_types() -> list[str]:

@@ -53,9 +53,9 @@ def least_squares_cut(
     """Cut to the first coordinates, with every reading layer refitted to the stream it used to read.
 
     With f the features that the cut model still has and y what is missing from the full stream, y ~ Y f + c in least
-    squares over the calibration text (see `regress`). A reader W becomes W_kept + W Y, its bias, where all readers of
-    the stream have one, b + W c. Norm gains are multiplied by the ratio of the kept coordinates' root mean square to
-    the full one; a LayerNorm's features are centered over the kept coordinates, so y also holds the kept coordinates'
+    squares over the calibration text (see `regress`). A reader W becomes W_kept + W Y, its bias b + W c (no c is
+    fitted without a bias). Norm gains are multiplied by the ratio of the kept coordinates' root mean square to the
+    full one; a LayerNorm's features are centered over the kept coordinates, so y also holds the kept coordinates'
     mean. Dropped heads and neurons go the same way through the output and down projections. Norms over an output
     (after attention and FFN, over all heads' queries or keys) have their gains multiplied by the same factor.
 
@@ -98,12 +98,13 @@ def least_squares_cut(
         weight = f"{module}.weight"
         axes = architecture.tensors[weight]
         if kind == "bias":
-            return fit(site).shifted(input_matrix(outputs[weight], axes, site.axis), working(outputs[key]))
+            return fit(site, True).shifted(input_matrix(outputs[weight], axes, site.axis), working(outputs[key]))
         tied = site is architecture.sites[-1] and architecture.tied
         # Folded by the fit, piece by piece.
         full, gain = written[weight], written[f"{site.name}.weight"] if site in folded else None
         matrix = input_matrix(full, axes, site.axis)
-        refitted = fit(site).refitted(matrix, tied_head_share if tied else 1.0, gain)
+        biased = f"{module}.bias" in architecture.tensors
+        refitted = fit(site, biased).refitted(matrix, tied_head_share if tied else 1.0, gain)
         return from_input_matrix(refitted, full, axes, site.axis)
 
     return LazyWeights(target.tensors, tensor)
@@ -241,19 +242,18 @@ def _fits(
     statistics: SiteStatistics,
     kept: Mapping[tuple[str, ...], torch.Tensor],
     folded: Collection[Site],
-) -> Callable[[Site], Fit]:
-    """Build the function that fits each site, with the norm gains of `outputs`."""
+) -> Callable[[Site, bool], Fit]:
+    """Build the function that fits each site, with or without an intercept, with the norm gains of `outputs`."""
+    family, inner = architecture.family, architecture.family.layer_tensors(architecture.config)
+    kinds = {(site.name, f"{reader}.bias" in inner) for site in family.sites for reader in site.readers}
 
     # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
-    @functools.lru_cache(maxsize=len(architecture.family.sites))
-    def fit(site: Site) -> Fit:
+    @functools.lru_cache(maxsize=len(kinds))
+    def fit(site: Site, intercept: bool) -> Fit:
         gain, shift = None, None
         if site.norm and site not in folded:
             gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
-        centered = site.norm and architecture.family.norm_type == "layer"
-        # A tied table goes only part of the way to the fit, and a bias of the head (Phi) stays with it as it is.
-        tied = site is architecture.sites[-1] and architecture.tied
-        intercept = not tied and all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
+        centered = site.norm and family.norm_type == "layer"
         return regress(statistics, site.name, kept[site.axis], gain, shift, centered, intercept)
 
     return fit

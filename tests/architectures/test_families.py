@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -283,6 +284,7 @@ def test_gemma_that_attends_to_later_tokens_is_refused(family):
         ),
         ("gemma2", {}, {"layer_types": ["sliding", "full", "full", "full", "sliding"]}),
         ("gemma3_text", {}, {"layer_types": 4 * ["sliding"] + ["full"]}),
+        ("cohere2", {}, {"layer_types": 4 * ["sliding"] + ["full"]}),
         (
             "mistral",
             {"layer_types": [f"{sort}_attention" for sort in ("sliding", "full", "full", "sliding")]},
@@ -368,9 +370,16 @@ def test_parts_of_a_fused_tensor_are_runs_of_its_rows():
             1_484_916_736,
         ),
         (SmolLM3Config(), 3_075_098_624),
+        (
+            Cohere2Config(
+                hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8,
+            ),
+            8_028_033_024,
+        ),
         (PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32), 2_779_683_840),
     ],
-    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "phi-2"],
+    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "command-r7b", "phi-2"],
 )  # fmt: skip
 def test_parameter_counts_of_published_models(config, published):
     assert describe(config).num_parameters == published

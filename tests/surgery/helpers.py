@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures import Architecture, Site, describe
 from cbd_trl.architectures.axes import from_dims, select, to_dims
 from cbd_trl.architectures.registry import family_of
 from cbd_trl.surgery.reorder import Order
@@ -39,10 +39,10 @@ def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:
     return weights_of(model, architecture), architecture
 
 
-def keeps_final_bias(architecture: Architecture) -> bool:
-    """Whether the final norm has a bias, and the head none to take it up."""
-    biases = [f"{module}.bias" for module in (architecture.family.final_site.name, architecture.family.head)]
-    return [bias in architecture.tensors for bias in biases] == [True, False]
+def keeps_bias(site: Site, architecture: Architecture) -> bool:
+    """Whether a norm has a bias, and a reader none to take it up."""
+    taken = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
+    return f"{site.name}.bias" in architecture.tensors and not taken
 
 
 def build(weights: Weights, architecture: Architecture) -> PreTrainedModel:

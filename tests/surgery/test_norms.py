@@ -12,7 +12,7 @@ from tests.surgery.helpers import (
     difference,
     every_case,
     full_model,
-    keeps_final_bias,
+    keeps_bias,
 )
 
 
@@ -28,8 +28,9 @@ def test_folded_norms_have_gain_one_and_bias_zero(family, tied):
     weights, architecture = described(full_model(family, tied))
     folded = fold_norms(weights, architecture)
     norms = [site for site in architecture.sites if site.norm]
-    assert [folds(site, architecture) for site in norms] == [True] * (len(norms) - 1) + [
-        not tied and not keeps_final_bias(architecture)
+    tied_final = [False] * (len(norms) - 1) + [tied]
+    assert [folds(site, architecture) for site in norms] == [
+        not (tied or keeps_bias(site, architecture)) for site, tied in zip(norms, tied_final, strict=True)
     ]
     for site in norms:
         gain, bias = f"{site.name}.weight", f"{site.name}.bias"

@@ -16,6 +16,8 @@ VARIANTS = [
     ("gpt_neox", {"attention_bias": False}),
     ("gpt_neox", {"rope_parameters": {**PARTIAL, "partial_rotary_factor": 1.0}}),
     ("opt", {"enable_bias": False}),
+    ("cohere2", {"num_key_value_heads": 2}),
+    ("cohere2", {"attention_bias": False}),
     ("phi", {"num_key_value_heads": 2}),
     ("phi", {"partial_rotary_factor": 1.0}),
     ("phi3", {"sliding_window": 6}),
