@@ -27,6 +27,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -82,6 +83,7 @@ class Row:
         smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
+        row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
     """
 
     config: Any
@@ -94,6 +96,7 @@ class Row:
     smooth: dict[str, Any] = field(default_factory=dict)
     like: str | None = None
     sdpa: bool = True
+    row_bounds: bool = True
 
 
 ROWS: dict[str, Row] = {
@@ -175,6 +178,19 @@ ROWS: dict[str, Row] = {
         gguf="COHERE2",
         whole_heads=True,
         like="gemma3_text",
+    ),
+    "stablelm": Row(
+        StableLmConfig,
+        {"partial_rotary_factor": 0.5},
+        {"use_qkv_bias": True},
+        (
+            {"num_key_value_heads": 2},
+            *({"use_parallel_residual": True, "use_qkv_bias": bias} for bias in (False, True)),
+        ),
+        gguf="STABLELM",
+        whole_heads=True,
+        row_bounds=False,
+        like="gpt_neox",
     ),
     "starcoder2": Row(
         Starcoder2Config,

@@ -19,12 +19,28 @@ from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi import PHI
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
+from cbd_trl.architectures.stablelm import STABLELM, STABLELM_PARALLEL
 from cbd_trl.architectures.starcoder2 import STARCODER2
 
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, COHERE2, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI, PHI3_LONGROPE, PHI3, STARCODER2)
+FAMILIES = (
+    LLAMA,
+    COHERE2,
+    GEMMA,
+    GRANITE,
+    OLMO2,
+    GPT2,
+    GPT_NEOX,
+    OPT,
+    PHI,
+    PHI3_LONGROPE,
+    PHI3,
+    STABLELM_PARALLEL,
+    STABLELM,
+    STARCODER2,
+)
 
 
 def supported_model_types() -> list[str]:

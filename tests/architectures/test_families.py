@@ -19,6 +19,7 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     SmolLM3Config,
+    StableLmConfig,
 )
 
 from cbd_trl.architectures import describe, supported_model_types
@@ -260,6 +261,11 @@ def test_phi_with_norms_of_queries_and_keys_is_refused():
         describe(tiny_config("phi", qk_layernorm=True))
 
 
+def test_stablelm_with_a_norm_for_every_head_is_refused():
+    with pytest.raises(ValueError, match=r"stablelm with qk_layernorm=True.*LayerNorm of its own.*qk_layernorm=False"):
+        describe(tiny_config("stablelm", qk_layernorm=True))
+
+
 def test_width_of_grouped_heads():
     architecture = describe(tiny_config("phi", num_key_value_heads=2))
     narrow = {**architecture.sizes, "width": 16, "group": 1}
@@ -377,9 +383,15 @@ def test_parts_of_a_fused_tensor_are_runs_of_its_rows():
             ),
             8_028_033_024,
         ),
+        (
+            StableLmConfig(
+                vocab_size=100352, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, use_qkv_bias=True
+            ),
+            1_644_515_328,
+        ),
         (PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32), 2_779_683_840),
     ],
-    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "command-r7b", "phi-2"],
+    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "command-r7b", "stablelm-2-1_6b", "phi-2"],
 )  # fmt: skip
 def test_parameter_counts_of_published_models(config, published):
     assert describe(config).num_parameters == published
