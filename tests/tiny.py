@@ -12,6 +12,7 @@ import torch
 from transformers import (
     ArceeConfig,
     AutoModelForCausalLM,
+    Cohere2Config,
     Ernie4_5Config,
     Gemma2Config,
     Gemma3TextConfig,
@@ -26,11 +27,13 @@ from transformers import (
     Olmo3Config,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SeedOssConfig,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
 )
 
@@ -106,6 +109,7 @@ class Row:
         smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
+        row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
     """
 
     config: Any
@@ -118,6 +122,7 @@ class Row:
     smooth: dict[str, Any] = field(default_factory=dict)
     like: str | None = None
     sdpa: bool = True
+    row_bounds: bool = True
 
 
 ROWS: dict[str, Row] = {
@@ -156,6 +161,14 @@ ROWS: dict[str, Row] = {
     ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
+    "phi": Row(
+        PhiConfig,
+        options=({"num_key_value_heads": 2}, {"partial_rotary_factor": 0.25}),
+        gguf="PHI2",
+        whole_heads=True,
+        writers=("mlp.fc1", "self_attn.v_proj"),
+        like="gpt_neox",
+    ),
     "phi3": Row(
         Phi3Config,
         {"head_dim": 8},
@@ -230,6 +243,28 @@ ROWS: dict[str, Row] = {
         gguf="OLMO2",
         like="olmo2",
     ),
+    "cohere2": Row(
+        Cohere2Config,
+        {"sliding_window": 6, "sliding_window_pattern": 3, "logit_scale": 2.0},
+        _BIASES,
+        ({"num_key_value_heads": 2},),
+        gguf="COHERE2",
+        whole_heads=True,
+        like="gemma3_text",
+    ),
+    "stablelm": Row(
+        StableLmConfig,
+        {"partial_rotary_factor": 0.5},
+        {"use_qkv_bias": True},
+        (
+            {"num_key_value_heads": 2},
+            *({"use_parallel_residual": True, "use_qkv_bias": bias} for bias in (False, True)),
+        ),
+        gguf="STABLELM",
+        whole_heads=True,
+        row_bounds=False,
+        like="gpt_neox",
+    ),
     "starcoder2": Row(
         Starcoder2Config,
         {"sliding_window": 6},
@@ -291,7 +326,12 @@ def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
 
 
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
-    """Config fields by the names that the family has for them; those it does not have are left out."""
+    """Config fields by the names that the family has for them; those it does not have are left out.
+
+    Where a width is that of the heads, every head gets a key and value of its own: so a width means one shape.
+    """
+    if "num_key_value_heads" in fields and family in WIDTH_OF_HEADS:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
     own = {dimension: name for name, dimension in family_of(family).shape_fields.items()}
     aliases = ROWS[family].config.attribute_map
     named: dict[str | None, Any] = {}

@@ -1,12 +1,13 @@
 """Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
 
-What Gemma, Granite and OLMo 2 share with them is read from here.
+What other families share with them is read from here.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from cbd_trl.architectures.base import Family, Site
+from cbd_trl.architectures.base import Family, Site, WidthOfHeads
 
 QKV_BIASES = {
     "self_attn.q_proj.bias": "group.query.dim",
@@ -122,3 +123,28 @@ LLAMA = Family(
     per_layer_fields=("layer_types", "no_rope_layers"),
     engine_patterns={"smollm3": {"no_rope_layers": (1, 1, 1, 0)}},
 )
+
+# Attention and FFN read one norm and are added to the stream together.
+PARALLEL_SITES = (
+    Site("input_layernorm", ("width",), LLAMA.sites[0].readers + LLAMA.sites[2].readers, norm=True),
+    LLAMA.sites[1],
+    LLAMA.sites[3],
+)
+
+
+def llama_of_heads(name: str) -> Family:
+    """Describe a Llama whose width is heads x head size, with grouped queries or without.
+
+    Args:
+        name: the family's name for a reader.
+    """
+    width = WidthOfHeads(name, "hidden_size", "num_attention_heads")
+
+    def assign(config: Any, sizes: Mapping[str, int]) -> None:
+        width.check(sizes)
+        _assign(config, sizes)
+
+    def resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
+        return width.with_width(_resolve(sizes, width.with_heads(sizes, given)), given)
+
+    return replace(LLAMA, assign=assign, resolve=resolve)

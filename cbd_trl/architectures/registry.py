@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from cbd_trl.architectures.arcee import ARCEE
 from cbd_trl.architectures.base import Architecture, Family
+from cbd_trl.architectures.cohere2 import COHERE2
 from cbd_trl.architectures.ernie4_5 import ERNIE4_5
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
@@ -21,8 +22,10 @@ from cbd_trl.architectures.ministral3 import MINISTRAL3
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.olmo3 import OLMO3
 from cbd_trl.architectures.opt import OPT
+from cbd_trl.architectures.phi import PHI
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
 from cbd_trl.architectures.seed_oss import SEED_OSS
+from cbd_trl.architectures.stablelm import STABLELM, STABLELM_PARALLEL
 from cbd_trl.architectures.starcoder2 import STARCODER2
 
 logger = logging.get_logger(__name__)
@@ -37,13 +40,17 @@ FAMILIES = (
     ERNIE4_5,
     ARCEE,
     SEED_OSS,
+    COHERE2,
     OLMO2,
     OLMO3,
     GPT2,
     GPT_NEOX,
     OPT,
+    PHI,
     PHI3_LONGROPE,
     PHI3,
+    STABLELM_PARALLEL,
+    STABLELM,
     STARCODER2,
 )
 

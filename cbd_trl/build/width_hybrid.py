@@ -157,7 +157,7 @@ class _Target:
     """
 
     def __init__(self, pair: Pair, plan: Plan) -> None:
-        self._fits, self._placed = upper_fits(pair, plan), dict[Site, Fit]()
+        self._fits, self._placed = upper_fits(pair, plan), dict[tuple[Site, bool], Fit]()
         self._device, self._dtype = torch.device("cpu"), torch.float32
         upper = LazyWeights(pair.upper, lambda key: pair.upper[key].to(self._device))
         self._cut, self._architecture = cut_upper(dataclasses.replace(pair, upper=upper), plan, self._fit)
@@ -256,10 +256,11 @@ class _Target:
 
         return saved_tensors_hooks(keep, find)
 
-    def _fit(self, site: Site) -> Fit:
-        if site not in self._placed:
-            self._placed[site] = self._fits[site].to(self._device, self._dtype)
-        return self._placed[site]
+    def _fit(self, site: Site, intercept: bool) -> Fit:
+        key = site, intercept
+        if key not in self._placed:
+            self._placed[key] = self._fits[key].to(self._device, self._dtype)
+        return self._placed[key]
 
     def _follow(self, student: Any) -> None:
         """Match the student's device, mode and attention implementation."""

@@ -33,7 +33,7 @@ from cbd_trl.losses.reduction import Scored
 from cbd_trl.recipe.trace import FUSED, Bytes, traced
 from cbd_trl.surgery.block_search import measured_blocks
 from cbd_trl.surgery.blocks import spaced_blocks
-from cbd_trl.surgery.least_squares import narrower_sites
+from cbd_trl.surgery.least_squares import cut_fits
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.statistics import FACTORIZING, RIDGE, collect_statistics
 from cbd_trl.targets.operators import Pair
@@ -313,7 +313,7 @@ def _fits(upper: Architecture, target: Architecture) -> int:
     wide = upper.with_layers(range(target.depth))
     lengths = [
         [axis_length(site.axis, sizes) for sizes in (upper.sizes, target.sizes)]
-        for site in narrower_sites(wide, wide.resized(**target.sizes))
+        for site, _ in cut_fits(wide, wide.resized(**target.sizes))
     ]
     return sum(4 * (full - kept) * kept for full, kept in lengths)
 

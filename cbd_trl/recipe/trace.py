@@ -22,7 +22,7 @@ from cbd_trl.architectures import Site
 from cbd_trl.architectures.axes import axis_length
 from cbd_trl.build import width_hybrid
 from cbd_trl.losses import fused
-from cbd_trl.surgery.least_squares import Fit, narrower_sites
+from cbd_trl.surgery.least_squares import Fit, cut_fits
 from cbd_trl.targets.operators import Pair, Plan
 from cbd_trl.trainers import hidden_states
 from cbd_trl.utils.progress import progress_shown
@@ -130,14 +130,14 @@ def _two_parts(parts: Callable[..., Iterator[slice]]) -> Callable[..., Iterator[
     return call
 
 
-def _empty_fits(pair: Pair, plan: Plan) -> dict[Site, Fit]:
+def _empty_fits(pair: Pair, plan: Plan) -> dict[tuple[Site, bool], Fit]:
     upper = pair.upper_architecture
     widths = upper.resized(**plan.target.sizes)
     fits = {}
-    for site in narrower_sites(upper, widths):
+    for site, intercept in cut_fits(upper, widths):
         full, kept = (axis_length(site.axis, sizes) for sizes in (upper.sizes, widths.sizes))
-        matrix, constant = torch.empty(full - kept, kept), torch.empty(full - kept)
-        fits[site] = Fit(slice(0, kept), slice(kept, full), matrix, constant)
+        matrix, constant = torch.empty(full - kept, kept), torch.empty(full - kept) if intercept else None
+        fits[site, intercept] = Fit(slice(0, kept), slice(kept, full), matrix, constant)
     return fits
 
 

@@ -49,14 +49,14 @@ def least_squares_cut(
     target: Architecture,
     tied_head_share: float | None = None,
     fold: bool = False,
-    fits: "Callable[[Site], Fit] | None" = None,
+    fits: "Callable[[Site, bool], Fit] | None" = None,
 ) -> Weights:
     """Cut to the first coordinates, with every reading layer refitted to the stream it used to read.
 
     With f the features that the cut model still has and y what is missing from the full stream, y ~ Y f + c in least
-    squares over the calibration text (see `regress`). A reader W becomes W_kept + W Y, its bias, where all readers of
-    the stream have one, b + W c. Norm gains are multiplied by the ratio of the kept coordinates' root mean square to
-    the full one; a LayerNorm's features are centered over the kept coordinates, so y also holds the kept coordinates'
+    squares over the calibration text (see `regress`). A reader W becomes W_kept + W Y, its bias b + W c (no c is
+    fitted without a bias). Norm gains are multiplied by the ratio of the kept coordinates' root mean square to the
+    full one; a LayerNorm's features are centered over the kept coordinates, so y also holds the kept coordinates'
     mean. Dropped heads and neurons go the same way through the output and down projections. Norms over an output
     (after attention and FFN, over all heads' queries or keys) have their gains multiplied by the same factor.
 
@@ -109,12 +109,13 @@ def least_squares_cut(
         weight = f"{module}.weight"
         axes = architecture.tensors[weight]
         if kind == "bias":
-            return fit(site).shifted(input_matrix(outputs[weight], axes, site.axis), working(outputs[key]))
+            return fit(site, True).shifted(input_matrix(outputs[weight], axes, site.axis), working(outputs[key]))
         tied = site is architecture.sites[-1] and architecture.tied
         # Folded by the fit, piece by piece.
         full, gain = written[weight], written[f"{site.name}.weight"] if site in folded else None
         matrix = input_matrix(full, axes, site.axis)
-        refitted = fit(site).refitted(matrix, tied_head_share if tied else 1.0, gain)
+        biased = f"{module}.bias" in architecture.tensors
+        refitted = fit(site, biased).refitted(matrix, tied_head_share if tied else 1.0, gain)
         return from_input_matrix(refitted, full, axes, site.axis)
 
     return LazyWeights(target.tensors, tensor)
@@ -260,32 +261,36 @@ def regress(
 
 def reader_fits(
     weights: Weights, architecture: Architecture, statistics: SiteStatistics, target: Architecture, fold: bool = False
-) -> Callable[[Site], Fit]:
-    """Build the function that fits each site that a cut makes narrower, with the norm gains of these weights.
+) -> Callable[[Site, bool], Fit]:
+    """Build the function that fits each site that a cut makes narrower, with an intercept or without, with the norm
+    gains of these weights.
 
     Args:
         weights, architecture, statistics, target, fold: as in `least_squares_cut`.
     """
-    outputs = fold_norms(weights, architecture) if fold else weights
+    outputs, family = fold_norms(weights, architecture) if fold else weights, architecture.family
+    inner = family.layer_tensors(architecture.config)
+    kinds = {(site.name, f"{reader}.bias" in inner) for site in family.sites for reader in site.readers}
 
     # As many as a layer has: the readers of one site follow each other, their biases may come after other sites.
-    @functools.lru_cache(maxsize=len(architecture.family.sites))
-    def fit(site: Site) -> Fit:
+    @functools.lru_cache(maxsize=len(kinds))
+    def fit(site: Site, intercept: bool) -> Fit:
         gain, shift = None, None
         if site.norm and not (fold and folds(site, architecture)):
             gain, shift = outputs[f"{site.name}.weight"], outputs.get(f"{site.name}.bias")
-        centered = site.norm and architecture.family.norm_type == "layer"
-        intercept = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
+        centered = site.norm and family.norm_type == "layer"
         kept = prefix_index(site.axis, architecture.sizes, target.sizes)
         return regress(statistics, site.name, kept, gain, shift, centered, intercept)
 
     return fit
 
 
-def narrower_sites(architecture: Architecture, target: Architecture) -> list[Site]:
-    """List the sites whose readers a cut fits anew."""
-    cut = _cut_axes(architecture, target)
-    return [site for site in architecture.sites if site.axis in cut]
+def cut_fits(architecture: Architecture, target: Architecture) -> list[tuple[Site, bool]]:
+    """List the fits that a cut makes: each site whose readers it fits anew, and whether with an intercept. Both, where
+    some of its readers have a bias and some have none."""
+    cut, tensors = _cut_axes(architecture, target), architecture.tensors
+    readers = [(site, module) for module, site in readers_of(architecture).items() if site.axis in cut]
+    return list(dict.fromkeys((site, f"{module}.bias" in tensors) for site, module in readers))
 
 
 def _cut_axes(architecture: Architecture, target: Architecture) -> set[tuple[str, ...]]:

@@ -154,9 +154,8 @@ def site_norms(architecture: Architecture) -> dict[str, Site]:
 
 def reader_keys(reader: str, weights: Collection[str], architecture: Architecture) -> tuple[str, str | None]:
     """Return the keys of a reader's weight and of its bias, if it has one among these."""
-    module = _module_of(reader, architecture)
-    bias = f"{module}.bias"
-    return f"{module}.weight", bias if bias in weights else None
+    bias = f"{reader}.bias"
+    return f"{_module_of(reader, architecture)}.weight", bias if bias in weights else None
 
 
 def _module_of(reader: str, architecture: Architecture) -> str:

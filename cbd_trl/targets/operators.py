@@ -20,9 +20,9 @@ from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, s
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
 from cbd_trl.surgery.least_squares import (
     Fit,
+    cut_fits,
     gain_ratio,
     least_squares_cut,
-    narrower_sites,
     plain_cut,
     reader_fits,
 )
@@ -265,26 +265,28 @@ OPERATORS = {
 DEFAULT_OPERATOR = next(iter(OPERATORS))
 
 
-def cut_upper(pair: Pair, plan: Plan, fits: Callable[[Site], Fit] | None = None) -> tuple[Weights, Architecture]:
+def cut_upper(pair: Pair, plan: Plan, fits: Callable[[Site, bool], Fit] | None = None) -> tuple[Weights, Architecture]:
     """Cut the upper anchor for `nested`: the least-squares cut of those of its layers that the target is made of,
     norm gains folded into the readers.
 
     Args:
         pair: the anchors.
         plan: the target.
-        fits: of the sites, if they are there already (see `upper_fits`).
+        fits: of the sites, with an intercept or without, if they are there already (see `upper_fits`).
     """
     widths = pair.upper_architecture.resized(**plan.target.sizes)
     cut = least_squares_cut(pair.upper, pair.upper_architecture, pair.moments(), widths, fold=True, fits=fits)
     return select_layers(cut, widths, _upper_layers(pair, plan))
 
 
-def upper_fits(pair: Pair, plan: Plan) -> dict[Site, Fit]:
-    """Compute the fits that `cut_upper` reads: all that is expensive in it but one matrix product a tensor."""
+def upper_fits(pair: Pair, plan: Plan) -> dict[tuple[Site, bool], Fit]:
+    """Compute the fits that `cut_upper` reads, by site and intercept: all that is expensive in it but one matrix
+    product a tensor."""
     upper, used = pair.upper_architecture, {None, *_upper_layers(pair, plan)}
     widths = upper.resized(**plan.target.sizes)
     fit = reader_fits(pair.upper, upper, pair.moments(), widths, fold=True)
-    return {site: fit(site) for site in narrower_sites(upper, widths) if upper.split_name(site.name)[0] in used}
+    wanted = [key for key in cut_fits(upper, widths) if upper.split_name(key[0].name)[0] in used]
+    return {key: fit(*key) for key in wanted}
 
 
 def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:

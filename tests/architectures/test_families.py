@@ -11,12 +11,15 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
     LlamaConfig,
     Olmo2Config,
+    PhiConfig,
     PretrainedConfig,
     SmolLM3Config,
+    StableLmConfig,
 )
 
 from cbd_trl.architectures import describe, supported_model_types
@@ -221,7 +224,7 @@ def test_resized_architecture_is_the_real_model_of_that_config(family):
     assert (again.sizes, again.depth) == (smaller.sizes, smaller.depth)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "opt"])
+@pytest.mark.parametrize("family", [family for family in WIDTH_OF_HEADS if family != "gpt2"])
 def test_width_of_heads_goes_with_them(family):
     architecture = describe(tiny_config(family))
     narrow = {**architecture.sizes, "width": 24, "group": 3}
@@ -253,6 +256,23 @@ def test_gpt2_width_without_its_heads_is_refused():
         describe(tiny_config("gpt2")).resized(width=24)
 
 
+def test_phi_with_norms_of_queries_and_keys_is_refused():
+    with pytest.raises(ValueError, match=r"phi with qk_layernorm=True.*LayerNorms.*Supported: qk_layernorm=False"):
+        describe(tiny_config("phi", qk_layernorm=True))
+
+
+def test_stablelm_with_a_norm_for_every_head_is_refused():
+    with pytest.raises(ValueError, match=r"stablelm with qk_layernorm=True.*LayerNorm of its own.*qk_layernorm=False"):
+        describe(tiny_config("stablelm", qk_layernorm=True))
+
+
+def test_width_of_grouped_heads():
+    architecture = describe(tiny_config("phi", num_key_value_heads=2))
+    narrow = {**architecture.sizes, "width": 16, "group": 1}
+    for fields in ({"hidden_size": 16}, {"num_attention_heads": 2}, {"hidden_size": 16, "num_key_value_heads": 1}):
+        assert architecture.resolve_sizes(fields) == (4, narrow)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_gemma_that_attends_to_later_tokens_is_refused(family):
     with pytest.raises(ValueError, match=rf"{family} with use_bidirectional_attention=True.*no language model"):
@@ -270,6 +290,7 @@ def test_gemma_that_attends_to_later_tokens_is_refused(family):
         ),
         ("gemma2", {}, {"layer_types": ["sliding", "full", "full", "full", "sliding"]}),
         ("gemma3_text", {}, {"layer_types": 4 * ["sliding"] + ["full"]}),
+        ("cohere2", {}, {"layer_types": 4 * ["sliding"] + ["full"]}),
         (
             "mistral",
             {"layer_types": [f"{sort}_attention" for sort in ("sliding", "full", "full", "sliding")]},
@@ -355,8 +376,22 @@ def test_parts_of_a_fused_tensor_are_runs_of_its_rows():
             1_484_916_736,
         ),
         (SmolLM3Config(), 3_075_098_624),
+        (
+            Cohere2Config(
+                hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                num_key_value_heads=8,
+            ),
+            8_028_033_024,
+        ),
+        (
+            StableLmConfig(
+                vocab_size=100352, hidden_size=2048, intermediate_size=5632, num_hidden_layers=24, use_qkv_bias=True
+            ),
+            1_644_515_328,
+        ),
+        (PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32), 2_779_683_840),
     ],
-    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B"],
+    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "command-r7b", "stablelm-2-1_6b", "phi-2"],
 )  # fmt: skip
 def test_parameter_counts_of_published_models(config, published):
     assert describe(config).num_parameters == published

@@ -32,6 +32,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 32, "layer_types": ["full_attention"] * 12},
     "gemma3_text": {"head_dim": 32, "sliding_window_pattern": 3},
     "olmo3": {"layer_types": ["full_attention"] * 12},
+    "cohere2": {"sliding_window_pattern": 3},
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures import Architecture, Site, describe
 from cbd_trl.architectures.axes import from_dims, select, to_dims
 from cbd_trl.architectures.registry import family_of
 from cbd_trl.surgery.reorder import Order
@@ -37,6 +37,12 @@ def full_model(family: str, tied: bool, seed: int = 0, **overrides: Any) -> PreT
 def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:
     architecture = describe(model.config)
     return dict(weights_of(model, architecture)), architecture
+
+
+def keeps_bias(site: Site, architecture: Architecture) -> bool:
+    """Whether a norm has a bias, and a reader none to take it up."""
+    taken = all(f"{reader}.bias" in architecture.tensors for reader in site.readers)
+    return f"{site.name}.bias" in architecture.tensors and not taken
 
 
 def build(weights: Weights, architecture: Architecture) -> PreTrainedModel:

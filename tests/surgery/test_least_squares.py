@@ -188,15 +188,15 @@ def test_refitted_readers_of_the_stream_equal_ordinary_least_squares(family):
         if architecture.family.norm_type == "layer":
             kept = kept - kept.mean(-1, keepdim=True)
         kept = kept * gain[:24] + shift[:24]
-        biased = all(f"{reader}.bias" in weights for reader in site.readers)
-        features = torch.cat([kept, torch.ones_like(kept[:, :1])], 1) if biased else kept
         for reader in site.readers:
-            axes = architecture.tensors[f"{reader}.weight"]
+            biased, axes = f"{reader}.bias" in weights, architecture.tensors[f"{reader}.weight"]
+            features = torch.cat([kept, torch.ones_like(kept[:, :1])], 1) if biased else kept
             full = streams[0] @ input_matrix(weights[f"{reader}.weight"], axes, site.axis).T
             fitted = kept @ input_matrix(cut[f"{reader}.weight"], axes, site.axis).T
-            if f"{reader}.bias" in weights:
+            if biased:
                 full, fitted = full + weights[f"{reader}.bias"], fitted + cut[f"{reader}.bias"]
-            best = features @ torch.linalg.lstsq(features, full).solution
+            # Centered, they are linearly dependent, but for rounding.
+            best = features @ torch.linalg.lstsq(features, full, rcond=1e-9, driver="gelsd").solution
             # Where heads go with the width their outputs are gone.
             outputs = next(axis for axis in axes if axis != site.axis)
             best = best[:, prefix_index(outputs, architecture.sizes, target.sizes)]

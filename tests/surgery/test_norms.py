@@ -4,8 +4,16 @@ import torch
 
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.weights import input_matrix
-from tests.surgery.helpers import TOLERANCE, build, changed, described, difference, every_case, full_model
-from tests.tiny import LAYER_NORM
+from tests.surgery.helpers import (
+    TOLERANCE,
+    build,
+    changed,
+    described,
+    difference,
+    every_case,
+    full_model,
+    keeps_bias,
+)
 
 
 @every_case
@@ -20,8 +28,9 @@ def test_folded_norms_have_gain_one_and_bias_zero(family, tied):
     weights, architecture = described(full_model(family, tied))
     folded = fold_norms(weights, architecture)
     norms = [site for site in architecture.sites if site.norm]
-    assert [folds(site, architecture) for site in norms] == [True] * (len(norms) - 1) + [
-        not tied and family not in LAYER_NORM
+    tied_final = [False] * (len(norms) - 1) + [tied]
+    assert [folds(site, architecture) for site in norms] == [
+        not (tied or keeps_bias(site, architecture)) for site, tied in zip(norms, tied_final, strict=True)
     ]
     for site in norms:
         gain, bias = f"{site.name}.weight", f"{site.name}.bias"

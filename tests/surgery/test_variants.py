@@ -16,6 +16,13 @@ VARIANTS = [
     ("gpt_neox", {"attention_bias": False}),
     ("gpt_neox", {"rope_parameters": {**PARTIAL, "partial_rotary_factor": 1.0}}),
     ("opt", {"enable_bias": False}),
+    ("cohere2", {"num_key_value_heads": 2}),
+    ("cohere2", {"attention_bias": False}),
+    ("phi", {"num_key_value_heads": 2}),
+    ("phi", {"partial_rotary_factor": 1.0}),
+    ("stablelm", {"use_qkv_bias": False}),
+    ("stablelm", {"use_parallel_residual": True}),
+    ("stablelm", {"use_parallel_residual": True, "num_key_value_heads": 2}),
     ("phi3", {"sliding_window": 6}),
     ("phi3", {"rope_parameters": PARTIAL}),
     # The text is longer than the 16 positions of the short factors.
@@ -31,7 +38,9 @@ def test_the_option_changes_the_model(family, options):
     weights, architecture = described(full_model(family, False, **options))
     plain, plain_architecture = described(full_model(family, False))
     same = {key: weights.get(key, torch.zeros_like(tensor)) for key, tensor in plain.items()}
-    if options in ({"attention_bias": False}, {"enable_bias": False}):
+    if plain_architecture.sizes != architecture.sizes:
+        assert "num_key_value_heads" in options
+    elif options in ({"attention_bias": False}, {"enable_bias": False}, {"use_qkv_bias": False}):
         assert weights.keys() < plain.keys()
     else:
         assert difference(build(same, plain_architecture), build(weights, architecture)) > 1e-2

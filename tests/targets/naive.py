@@ -9,11 +9,11 @@ from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import fold_norms
 from cbd_trl.surgery.weights import Weights
 from cbd_trl.targets.operators import Pair
-from tests.surgery.helpers import tokens
+from tests.surgery.helpers import keeps_bias, tokens
 
 # Which upper layer stands at each place of a target, and which lower layer is mixed in (None: a swapped block).
 _NESTED_LAYERS = {"width": [(i, i) for i in range(6)], "both": [(0, 0), (2, 1), (3, None), (4, None), (5, None)]}
-_HEAD_READERS = ("o_proj.", "attn.c_proj.", "attention.dense.", "out_proj.")
+_HEAD_READERS = ("o_proj.", "attn.c_proj.", ".dense.", "out_proj.")
 _LINEAR_LAYERS = {
     "depth": ([0, 1, 2, 4, 5], [0, 1, 2, 2, 3]),
     "width": (list(range(6)), list(range(6))),
@@ -103,7 +103,7 @@ def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedMod
             continue
         above = name_above(site.name)
         layer = architecture.split_name(site.name)[0]
-        keeps_gain = layer is None and (architecture.tied or architecture.family.norm_type == "layer")
+        keeps_gain = (layer is None and architecture.tied) or keeps_bias(site, architecture)
         if keeps_gain:
             rescaled[f"{site.name}.weight"] = folded[f"{site.name}.weight"] * at_target[above] / at_lower[above]
             continue
