@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -192,6 +193,14 @@ ROWS: dict[str, Row] = {
         writers=("fc1", "self_attn.v_proj"),
         smooth={"activation_function": "gelu"},
         like="gpt2",
+    ),
+    "hunyuan_v1_dense": Row(
+        HunYuanDenseV1Config,
+        {"head_dim": 8},
+        _BIASES,
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}},),
+        gguf="HUNYUAN_DENSE",
+        like="gemma3_text",
     ),
 }
 FAMILIES = list(ROWS)

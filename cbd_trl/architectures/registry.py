@@ -13,6 +13,7 @@ from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
+from cbd_trl.architectures.hunyuan import HUNYUAN
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.opt import OPT
@@ -22,7 +23,7 @@ from cbd_trl.architectures.starcoder2 import STARCODER2
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2)
+FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2, HUNYUAN)
 
 
 def supported_model_types() -> list[str]:
