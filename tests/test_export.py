@@ -88,4 +88,5 @@ def test_gguf_has_a_name_for_every_tensor(family):
     tied = {"tie_word_embeddings": True} if family == "gemma2" else {}
     model = tiny_model(family, **tied)
     unnamed = [key for key, _ in model.named_parameters() if names.get_name(key, (".weight", ".bias")) is None]
-    assert unnamed == []
+    # Numbers of an activation (Apertus) are metadata of the file.
+    assert [key for key in unnamed if ".act_fn." not in key] == []

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    ApertusConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -200,6 +201,14 @@ ROWS: dict[str, Row] = {
         _BIASES,
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}},),
         gguf="HUNYUAN_DENSE",
+        like="gemma3_text",
+    ),
+    "apertus": Row(
+        ApertusConfig,
+        {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        _BIASES,
+        ({"hidden_act": "silu"},),
+        gguf="APERTUS",
         like="gemma3_text",
     ),
 }

@@ -81,6 +81,7 @@ class Family:
             transformers (llama.cpp) have these entries built in by position and read no list.
         when: which configs of its model types it describes.
         fused: {stored tensor of a layer: the tensors of `layer_tensors` that its rows hold, one after the other}.
+        layer_constants: config -> {name: value} of the numbers that a layer stores beside its parameters.
         file_names: {name in a safetensors file: name in the model} where transformers renames between the two.
     """
 
@@ -107,6 +108,7 @@ class Family:
     engine_patterns: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(default_factory=dict)
     when: Callable[[Any], bool] = lambda config: True
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    layer_constants: Callable[[Any], dict[str, float]] = lambda config: {}
     file_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -206,7 +208,15 @@ class Architecture:
             shape = tensor_shape(self.tensors[key], self.sizes)
             # The parts of a fused tensor come in the order of their rows: the last one ends where they end.
             shapes[name] = shape if rows.stop is None else (rows.stop, *shape[1:])
-        return shapes
+        return shapes | dict.fromkeys(self.constants, ())
+
+    @cached_property
+    def constants(self) -> dict[str, float]:
+        """Numbers that the model stores and that are no parameters: `{state dict key: value}`."""
+        constants = self.family.layer_constants(self.config)
+        return {
+            self.layer_name(layer, name): value for layer in range(self.depth) for name, value in constants.items()
+        }
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:

@@ -8,6 +8,7 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
+from cbd_trl.architectures.apertus import APERTUS
 from cbd_trl.architectures.base import Architecture, Family
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
@@ -23,7 +24,7 @@ from cbd_trl.architectures.starcoder2 import STARCODER2
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2, HUNYUAN)
+FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2, HUNYUAN, APERTUS)
 
 
 def supported_model_types() -> list[str]:

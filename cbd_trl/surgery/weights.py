@@ -8,6 +8,7 @@ of table, and `to_weights` and `to_state` alone know how a family stores them. T
 memory, or of tensors that are read and made on each access (`LazyWeights`).
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -59,7 +60,8 @@ def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.
     """View the model's parameters as weights (views, not copies, where they are stored as they are used).
 
     Raises:
-        ValueError: the model lacks a tensor of its family or has one that the description does not know.
+        ValueError: the model lacks a tensor of its family or has one that the description does not know, or a
+            constant of its activation is another than the family's.
     """
     state = model.state_dict()
     tied_head = {f"{architecture.family.head}.weight"} if architecture.tied and is_tied(model) else set()
@@ -70,6 +72,13 @@ def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.
             f"The weights are not those of a plain {architecture.config.model_type} model: missing {missing[:5]}, "
             f"unknown {unknown[:5]}. Merge adapters (`merge_and_unload`) and remove added modules first."
         )
+    for name, value in architecture.constants.items():
+        # In half precision a constant is rounded.
+        if not state[name].is_meta and not math.isclose(state[name], value, rel_tol=0.01, abs_tol=1e-7):
+            raise ValueError(
+                f"{name} is {float(state[name])}, and transformers makes every {architecture.config.model_type} with "
+                f"{value}: what is made of this model would compute something else. Supported: {value}."
+            )
     return dict(to_weights(state, architecture))
 
 
@@ -90,10 +99,12 @@ def to_state(weights: Weights, architecture: Architecture) -> Weights:
         parts.setdefault(name, []).append(key)
 
     def tensor(name: str) -> torch.Tensor:
+        if name in architecture.constants:
+            return torch.tensor(architecture.constants[name])
         tensors = [as_stored(key, weights[key], architecture) for key in parts[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    return LazyWeights(parts, tensor)
+    return LazyWeights([*parts, *architecture.constants], tensor)
 
 
 def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch.Tensor:

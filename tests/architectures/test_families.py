@@ -50,7 +50,9 @@ def test_description_has_every_tensor_of_the_model(family, options, tied):
     for key, (name, _) in architecture.stored.items():
         rows, *rest = tensor_shape(architecture.tensors[key], architecture.sizes)
         described[name] = (rows + (described[name][0] if name in described else 0), *rest)
-    assert described == shapes
+    constants = {key: value.item() for key, value in model.state_dict().items() if value.dim() == 0}
+    assert constants == pytest.approx(architecture.constants)
+    assert described | dict.fromkeys(constants, ()) == shapes
     assert architecture.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert set(weights_of(model, architecture)) == set(architecture.tensors)
 
