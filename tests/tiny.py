@@ -20,6 +20,7 @@ from transformers import (
     HunYuanDenseV1Config,
     LlamaConfig,
     MistralConfig,
+    NanoChatConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -82,6 +83,7 @@ class Row:
         smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
+        ties: whether its head can be tied; what asks for a tied one gets an untied one where it cannot.
     """
 
     config: Any
@@ -94,6 +96,7 @@ class Row:
     smooth: dict[str, Any] = field(default_factory=dict)
     like: str | None = None
     sdpa: bool = True
+    ties: bool = True
 
 
 ROWS: dict[str, Row] = {
@@ -211,8 +214,21 @@ ROWS: dict[str, Row] = {
         gguf="APERTUS",
         like="gemma3_text",
     ),
+    "nanochat": Row(
+        NanoChatConfig,
+        {"head_dim": 8, "final_logit_softcapping": 3.0},
+        _BIASES,
+        ({"num_key_value_heads": 4},),
+        writers=("mlp.fc1", "self_attn.v_proj"),
+        smooth={"hidden_act": "gelu"},
+        like="llama",
+        ties=False,
+    ),
 }
 FAMILIES = list(ROWS)
+# A family and whether its head is tied; those that can tie it.
+HEADS = [(family, tied) for family, row in ROWS.items() for tied in (True, False) if row.ties or not tied]
+TYING = [family for family, tied in HEADS if tied]
 
 
 def _ties_width(family: Family) -> bool:
@@ -260,7 +276,8 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
         the model, float32, in eval mode.
     """
     row = ROWS[family]
-    config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides})
+    untied = {} if row.ties else {"tie_word_embeddings": False}
+    config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides, **untied})
     how = attn_implementation if row.sdpa else "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=how)
     randomize(model, seed)

@@ -16,6 +16,7 @@ from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.hunyuan import HUNYUAN
 from cbd_trl.architectures.llama import LLAMA
+from cbd_trl.architectures.nanochat import NANOCHAT
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
@@ -24,7 +25,21 @@ from cbd_trl.architectures.starcoder2 import STARCODER2
 logger = logging.get_logger(__name__)
 
 # The first that describes a config counts.
-FAMILIES = (LLAMA, GEMMA, GRANITE, OLMO2, GPT2, GPT_NEOX, OPT, PHI3_LONGROPE, PHI3, STARCODER2, HUNYUAN, APERTUS)
+FAMILIES = (
+    LLAMA,
+    GEMMA,
+    GRANITE,
+    OLMO2,
+    GPT2,
+    GPT_NEOX,
+    OPT,
+    PHI3_LONGROPE,
+    PHI3,
+    STARCODER2,
+    HUNYUAN,
+    APERTUS,
+    NANOCHAT,
+)
 
 
 def supported_model_types() -> list[str]:

@@ -1,11 +1,11 @@
 """Read and write single tensors of a state dict through an architecture's description.
 
 `Weights` hold what a model computes with, under the keys of `Architecture.tensors`: every projection by itself (Phi-3
-stores several in one tensor), gains themselves (Gemma stores them less 1), and input embeddings as they enter the
-residual stream (Gemma multiplies them by the square root of the width, which a cut or growth changes). With a tied
-head the final norm's gain takes the inverse of that factor. So the surgery knows one kind of projection, of norm and
-of table, and `to_weights` and `to_state` alone know how a family stores them. They are any mapping: of tensors in
-memory, or of tensors that are read and made on each access (`LazyWeights`).
+stores several in one tensor), gains themselves (Gemma stores them less 1, nanochat none), and input embeddings as they
+enter the residual stream (Gemma multiplies them by the square root of the width, which a cut or growth changes). With
+a tied head the final norm's gain takes the inverse of that factor. So the surgery knows one kind of projection, of
+norm and of table, and `to_weights` and `to_state` alone know how a family stores them. They are any mapping: of
+tensors in memory, or of tensors that are read and made on each access (`LazyWeights`).
 """
 
 import math
@@ -86,6 +86,9 @@ def to_weights(state: Weights, architecture: Architecture) -> Weights:
     """View a model's state dict as weights, each made on access; what the architecture does not know is left out."""
 
     def tensor(key: str) -> torch.Tensor:
+        if key not in architecture.stored:
+            # The gain of a norm that has none.
+            return state[f"{architecture.family.embedding}.weight"].new_ones(architecture.sizes["width"])
         name, rows = architecture.stored[key]
         return as_used(key, state[name][rows], architecture)
 
@@ -98,10 +101,24 @@ def to_state(weights: Weights, architecture: Architecture) -> Weights:
     for key, (name, _) in architecture.stored.items():
         parts.setdefault(name, []).append(key)
 
+    readers = readers_of(architecture) if architecture.family.bare_norms else {}
+
+    def with_gain(key: str) -> torch.Tensor:
+        """A tensor with the gain in it that the norm before it cannot have."""
+        module, own = key.removesuffix(".weight"), weights[key]
+        if module not in readers or not readers[module].norm:
+            return own
+        site, axes = readers[module], architecture.tensors[key]
+        gain = weights[f"{site.name}.weight"]
+        if (gain == 1).all():
+            return own
+        own = working(own)
+        return from_input_matrix(input_matrix(own, axes, site.axis) * gain.to(own), own, axes, site.axis)
+
     def tensor(name: str) -> torch.Tensor:
         if name in architecture.constants:
             return torch.tensor(architecture.constants[name])
-        tensors = [as_stored(key, weights[key], architecture) for key in parts[name]]
+        tensors = [as_stored(key, with_gain(key), architecture) for key in parts[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
     return LazyWeights([*parts, *architecture.constants], tensor)

@@ -17,7 +17,7 @@ from cbd_trl.shapes.depths import blocks_for_depth
 from cbd_trl.shapes.solve import DepthRule
 from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, swap_blocks
 from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
-from cbd_trl.surgery.least_squares import gain_ratio, least_squares_cut, plain_cut
+from cbd_trl.surgery.least_squares import gain_ratio, least_squares_cut, plain_cut, stream_ratio
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.statistics import SiteStatistics
 from cbd_trl.surgery.weights import LazyWeights, Weights, readers_of, site_norms
@@ -354,6 +354,8 @@ def _lower_scale(pair: Pair, target: Architecture) -> Callable[[str], float]:
     norms, readers = site_norms(architecture), readers_of(architecture)
     output_norms = {norm.name: norm for norm in architecture.cut_output_norms}
 
+    stream = [stream_ratio(upper, statistics, cut) for cut in (architecture, target)]
+
     @functools.cache
     def prefixes(axis: tuple[str, ...]) -> list[torch.Tensor]:
         return [prefix_index(axis, upper.sizes, sizes) for sizes in (architecture.sizes, target.sizes)]
@@ -368,6 +370,8 @@ def _lower_scale(pair: Pair, target: Architecture) -> Callable[[str], float]:
     @functools.cache
     def scale(key: str) -> float:
         module, kind = key.rsplit(".", 1)
+        if module in architecture.writers:
+            return stream[1] / stream[0]
         if kind == "bias":
             return 1.0
         if module in output_norms:

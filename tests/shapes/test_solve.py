@@ -37,7 +37,8 @@ _FIELDS: dict[str, dict[str, Any]] = {
 def _config(family: str, **fields: Any) -> PretrainedConfig:
     head_size = {"head_dim": 32} if "head_dim" in ROWS[family].fields else {}
     shape = own_names(family, **(SMALL_HEADS if family in WIDTH_OF_HEADS else SIZES))
-    return ROWS[family].config(**{**shape, "pad_token_id": 0, **head_size, **fields})
+    untied = {} if ROWS[family].ties else {"tie_word_embeddings": False}
+    return ROWS[family].config(**{**shape, "pad_token_id": 0, **head_size, **fields, **untied})
 
 
 CONFIGS = {family: _config(family, **_FIELDS.get(family, {})) for family in FAMILIES}

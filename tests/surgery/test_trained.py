@@ -13,7 +13,7 @@ from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from tests.markov import VOCABULARY, markov_text
 from tests.surgery.helpers import build, described
 from tests.surgery.test_rotate import ROTATED
-from tests.tiny import FAMILIES, KINDS, LAYER_NORM, WIDTH_OF_HEADS, own_names, tiny_model
+from tests.tiny import HEADS, KINDS, LAYER_NORM, WIDTH_OF_HEADS, own_names, tiny_model
 
 STEPS = 250
 
@@ -71,8 +71,7 @@ CASES = [
         id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}",
         marks=() if family in (KINDS if tied else _UNTIED) else pytest.mark.slow,
     )
-    for family in FAMILIES
-    for tied in (True, False)
+    for family, tied in HEADS
     for sizes in (CUTS_WITH_HEADS if family in WIDTH_OF_HEADS else CUTS)
 ]
 

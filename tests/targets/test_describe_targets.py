@@ -61,7 +61,10 @@ def test_flops_and_parameters_of_every_family(family, tied, tmp_path):
     summary = _summary_of(model, tmp_path)
     assert counter.get_total_flops() == length * (summary.flops + length * summary.attention_flops)
     assert summary.flops == 2 * multiplied_weights(architecture)
-    outside = [model.get_input_embeddings().weight, *([] if tied else [model.get_output_embeddings().weight])]
+    outside = [
+        model.get_input_embeddings().weight,
+        *([] if architecture.tied else [model.get_output_embeddings().weight]),
+    ]
     if family in LEARNED_POSITIONS:
         outside.append(model.get_submodule(LEARNED_POSITIONS[family]).weight)
     assert summary.embedding_parameters == sum(tensor.numel() for tensor in outside)
