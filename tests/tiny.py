@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    HeliumConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
     MistralConfig,
@@ -223,6 +224,14 @@ ROWS: dict[str, Row] = {
         smooth={"hidden_act": "gelu"},
         like="llama",
         ties=False,
+    ),
+    "helium": Row(
+        HeliumConfig,
+        {"head_dim": 8, "num_key_value_heads": 4},
+        _ALL_BIASES,
+        ({"attention_bias": True}, {"mlp_bias": True}, {"num_key_value_heads": 2}),
+        whole_heads=True,
+        like="llama",
     ),
 }
 FAMILIES = list(ROWS)

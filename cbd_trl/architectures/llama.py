@@ -4,9 +4,10 @@ What Gemma, Granite and OLMo 2 share with them is read from here.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from cbd_trl.architectures.base import Family, Site
+from cbd_trl.architectures.base import Family, Site, WidthOfHeads
 
 QKV_BIASES = {
     "self_attn.q_proj.bias": "group.query.dim",
@@ -122,3 +123,22 @@ LLAMA = Family(
     per_layer_fields=("layer_types", "no_rope_layers"),
     engine_patterns={"smollm3": {"no_rope_layers": (1, 1, 1, 0)}},
 )
+
+
+def with_width_of_heads(family: Family, name: str) -> Family:
+    """Tie the width of a family with grouped-query heads to these: width = heads x head size.
+
+    Args:
+        family: as it is without.
+        name: of it, for a reader.
+    """
+    width = WidthOfHeads(name, "hidden_size", "num_attention_heads")
+
+    def assign(config: Any, sizes: Mapping[str, int]) -> None:
+        width.check(sizes)
+        family.assign(config, sizes)
+
+    def resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
+        return width.with_width(family.resolve(sizes, width.with_heads(sizes, given)), given)
+
+    return replace(family, assign=assign, resolve=resolve)

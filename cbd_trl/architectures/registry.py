@@ -14,6 +14,7 @@ from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
+from cbd_trl.architectures.helium import HELIUM
 from cbd_trl.architectures.hunyuan import HUNYUAN
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.nanochat import NANOCHAT
@@ -39,6 +40,7 @@ FAMILIES = (
     HUNYUAN,
     APERTUS,
     NANOCHAT,
+    HELIUM,
 )
 
 

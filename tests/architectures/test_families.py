@@ -230,7 +230,7 @@ def test_resized_architecture_is_the_real_model_of_that_config(family):
     assert (again.sizes, again.depth) == (smaller.sizes, smaller.depth)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "opt"])
+@pytest.mark.parametrize("family", ["gpt_neox", "opt", "helium"])
 def test_width_of_heads_goes_with_them(family):
     architecture = describe(tiny_config(family))
     narrow = {**architecture.sizes, "width": 24, "group": 3}

@@ -26,6 +26,7 @@ SMALL_HEADS = {**SIZES, "num_attention_heads": 12, "num_key_value_heads": 6}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
 # What a family has beside the shape.
 _FIELDS: dict[str, dict[str, Any]] = {
+    "helium": {"head_dim": 16},
     "gpt2": {"n_head": 6, "n_inner": None, "n_positions": 64},
     # Off the pattern that engines have built in, so that all depths are on offer: see test_patterns.py for the others.
     "smollm3": {"no_rope_layer_interval": 2},
