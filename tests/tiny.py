@@ -12,6 +12,7 @@ import torch
 from transformers import (
     ApertusConfig,
     AutoModelForCausalLM,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -232,6 +233,13 @@ ROWS: dict[str, Row] = {
         ({"attention_bias": True}, {"mlp_bias": True}, {"num_key_value_heads": 2}),
         whole_heads=True,
         like="llama",
+    ),
+    "exaone4": Row(
+        Exaone4Config,
+        {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2},
+        options=({"sliding_window": None, "layer_types": ["full_attention"] * 4},),
+        gguf="EXAONE4",
+        like="olmo2",
     ),
 }
 FAMILIES = list(ROWS)

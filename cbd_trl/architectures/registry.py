@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from cbd_trl.architectures.apertus import APERTUS
 from cbd_trl.architectures.base import Architecture, Family
+from cbd_trl.architectures.exaone4 import EXAONE4, EXAONE4_WINDOWED
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
@@ -41,6 +42,8 @@ FAMILIES = (
     APERTUS,
     NANOCHAT,
     HELIUM,
+    EXAONE4_WINDOWED,
+    EXAONE4,
 )
 
 

@@ -32,6 +32,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layer_interval": 2},
     "gemma2": {"head_dim": 32, "layer_types": ["full_attention"] * 12},
     "gemma3_text": {"head_dim": 32, "sliding_window_pattern": 3},
+    "exaone4": {"sliding_window_pattern": 2},
 }
 
 
