@@ -89,4 +89,5 @@ def test_gguf_has_a_name_for_every_tensor(family):
     tied = {} if MODEL_TENSOR.OUTPUT in MODEL_TENSORS[ARCHITECTURES[family]] else {"tie_word_embeddings": True}
     model = tiny_model(family, **tied)
     unnamed = [key for key, _ in model.named_parameters() if names.get_name(key, (".weight", ".bias")) is None]
-    assert unnamed == []
+    # Numbers of an activation (Apertus) are metadata of the file.
+    assert [key for key in unnamed if ".act_fn." not in key] == []

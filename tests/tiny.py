@@ -10,19 +10,24 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    ApertusConfig,
     ArceeConfig,
     AutoModelForCausalLM,
     Cohere2Config,
     Ernie4_5Config,
+    Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    NanoChatConfig,
     Olmo2Config,
     Olmo3Config,
     OPTConfig,
@@ -110,6 +115,7 @@ class Row:
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
         row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
+        ties: whether its head can be tied; what asks for a tied one gets an untied one where it cannot.
     """
 
     config: Any
@@ -123,6 +129,7 @@ class Row:
     like: str | None = None
     sdpa: bool = True
     row_bounds: bool = True
+    ties: bool = True
 
 
 ROWS: dict[str, Row] = {
@@ -208,6 +215,14 @@ ROWS: dict[str, Row] = {
         gguf="GRANITE",
         like="llama",
     ),
+    "ernie4_5": Row(
+        Ernie4_5Config,
+        {"head_dim": 8},
+        {"use_bias": True},
+        ({"use_bias": True}, {"head_dim": None}),
+        gguf="ERNIE4_5",
+        like="llama",
+    ),
     "arcee": Row(
         ArceeConfig,
         {"head_dim": 8},
@@ -218,14 +233,6 @@ ROWS: dict[str, Row] = {
         smooth={"hidden_act": "gelu"},
         like="llama",
     ),
-    "ernie4_5": Row(
-        Ernie4_5Config,
-        {"head_dim": 8},
-        {"use_bias": True},
-        ({"use_bias": True}, {"head_dim": None}),
-        gguf="ERNIE4_5",
-        like="llama",
-    ),
     "seed_oss": Row(
         SeedOssConfig,
         {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0},
@@ -233,6 +240,49 @@ ROWS: dict[str, Row] = {
         ({"attention_bias": False}, {"attention_out_bias": True}, {"mlp_bias": True}, {"head_dim": None}),
         gguf="SEED_OSS",
         like="llama",
+    ),
+    "helium": Row(
+        HeliumConfig,
+        {"head_dim": 8, "num_key_value_heads": 4},
+        _ALL_BIASES,
+        ({"attention_bias": True}, {"mlp_bias": True}, {"num_key_value_heads": 2}),
+        whole_heads=True,
+        like="llama",
+    ),
+    "hunyuan_v1_dense": Row(
+        HunYuanDenseV1Config,
+        {"head_dim": 8},
+        _BIASES,
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}},),
+        gguf="HUNYUAN_DENSE",
+        like="gemma3_text",
+    ),
+    "apertus": Row(
+        ApertusConfig,
+        {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        _BIASES,
+        ({"hidden_act": "silu"},),
+        gguf="APERTUS",
+        like="gemma3_text",
+    ),
+    "nanochat": Row(
+        NanoChatConfig,
+        {"head_dim": 8, "final_logit_softcapping": 3.0},
+        _BIASES,
+        ({"num_key_value_heads": 4},),
+        writers=("mlp.fc1", "self_attn.v_proj"),
+        smooth={"hidden_act": "gelu"},
+        like="llama",
+        ties=False,
+    ),
+    "cohere2": Row(
+        Cohere2Config,
+        {"sliding_window": 6, "sliding_window_pattern": 3, "logit_scale": 2.0},
+        _BIASES,
+        ({"num_key_value_heads": 2},),
+        gguf="COHERE2",
+        whole_heads=True,
+        like="gemma3_text",
     ),
     "olmo2": Row(Olmo2Config, {}, _BIASES, ({"num_key_value_heads": None},), gguf="OLMO2"),
     "olmo3": Row(
@@ -243,14 +293,12 @@ ROWS: dict[str, Row] = {
         gguf="OLMO2",
         like="olmo2",
     ),
-    "cohere2": Row(
-        Cohere2Config,
-        {"sliding_window": 6, "sliding_window_pattern": 3, "logit_scale": 2.0},
-        _BIASES,
-        ({"num_key_value_heads": 2},),
-        gguf="COHERE2",
-        whole_heads=True,
-        like="gemma3_text",
+    "exaone4": Row(
+        Exaone4Config,
+        {"head_dim": 8, "sliding_window": 6, "sliding_window_pattern": 2},
+        options=({"sliding_window": None, "layer_types": ["full_attention"] * 4},),
+        gguf="EXAONE4",
+        like="olmo2",
     ),
     "stablelm": Row(
         StableLmConfig,
@@ -303,6 +351,9 @@ ROWS: dict[str, Row] = {
     ),
 }
 FAMILIES = list(ROWS)
+# A family and whether its head is tied; those that can tie it.
+HEADS = [(family, tied) for family, row in ROWS.items() for tied in (True, False) if row.ties or not tied]
+TYING = [family for family, tied in HEADS if tied]
 
 
 def _ties_width(family: Family) -> bool:
@@ -355,7 +406,8 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
         the model, float32, in eval mode.
     """
     row = ROWS[family]
-    config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides})
+    untied = {} if row.ties else {"tie_word_embeddings": False}
+    config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides, **untied})
     how = attn_implementation if row.sdpa else "eager"
     model = AutoModelForCausalLM.from_config(config, attn_implementation=how)
     randomize(model, seed)

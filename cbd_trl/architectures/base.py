@@ -81,6 +81,9 @@ class Family:
             transformers (llama.cpp) have these entries built in by position and read no list.
         when: which configs of its model types it describes.
         fused: {stored tensor of a layer: the tensors of `layer_tensors` that its rows hold, one after the other}.
+        layer_constants: config -> {name: value} of the numbers that a layer stores beside its parameters.
+        bare_norms: whether the norms have no gain, and the final one normalizes the input embeddings too (nanochat).
+            Surgery works with gains all the same: of 1, and put into their readers where the weights are stored.
         file_names: {name in a safetensors file: name in the model} where transformers renames between the two.
     """
 
@@ -107,6 +110,8 @@ class Family:
     engine_patterns: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(default_factory=dict)
     when: Callable[[Any], bool] = lambda config: True
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    bare_norms: bool = False
+    layer_constants: Callable[[Any], dict[str, float]] = lambda config: {}
     file_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -175,19 +180,28 @@ class Architecture:
     def tensors(self) -> dict[str, Axes]:
         """Axes of every parameter, a tied head left out: `{key: axes}`.
 
-        Keys are those of the model's state dict, save that the parts of a fused tensor have keys of their own.
+        Keys are those of the model's state dict, save that the parts of a fused tensor have keys of their own, and
+        that norms without gains have some here.
         """
-        outer = {key: parse_axes(text) for key, text in self.family.tensors(self.config).items()}
+        family, config = self.family, self.config
+        outer = {key: parse_axes(text) for key, text in family.tensors(config).items()}
+        outer |= self._gains([family.final_site])
         if self.tied:
-            outer.pop(f"{self.family.head}.weight", None)
-        inner = {key: parse_axes(text) for key, text in self.family.layer_tensors(self.config).items()}
+            outer.pop(f"{family.head}.weight", None)
+        inner = self._gains(family.sites)
+        inner |= {key: parse_axes(text) for key, text in family.layer_tensors(config).items()}
         layers = {self.layer_name(i, key): axes for i in range(self.depth) for key, axes in inner.items()}
         return {**outer, **layers}
 
+    def _gains(self, sites: Iterable[Site]) -> dict[str, Axes]:
+        """Axes of the gains that the model does not store."""
+        return {f"{site.name}.weight": (site.axis,) for site in sites if site.norm and self.family.bare_norms}
+
     @cached_property
     def stored(self) -> dict[str, tuple[str, slice]]:
-        """Where the model keeps each tensor: `{key: (state dict key, rows)}`, in the order of the rows."""
-        places = {key: (key, slice(None)) for key in self.tensors}
+        """Where the model keeps each tensor that it has: `{key: (state dict key, rows)}`, in the order of the rows."""
+        gains = self._gains(self.sites)
+        places = {key: (key, slice(None)) for key in self.tensors if key not in gains}
         for layer in range(self.depth):
             for name, parts in self.family.fused.items():
                 start = 0
@@ -206,7 +220,15 @@ class Architecture:
             shape = tensor_shape(self.tensors[key], self.sizes)
             # The parts of a fused tensor come in the order of their rows: the last one ends where they end.
             shapes[name] = shape if rows.stop is None else (rows.stop, *shape[1:])
-        return shapes
+        return shapes | dict.fromkeys(self.constants, ())
+
+    @cached_property
+    def constants(self) -> dict[str, float]:
+        """Numbers that the model stores and that are no parameters: `{state dict key: value}`."""
+        constants = self.family.layer_constants(self.config)
+        return {
+            self.layer_name(layer, name): value for layer in range(self.depth) for name, value in constants.items()
+        }
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -218,6 +240,11 @@ class Architecture:
 
         inside = tuple(placed(site, layer) for layer in range(self.depth) for site in self.family.sites)
         return (*inside, self.family.final_site)
+
+    @cached_property
+    def writers(self) -> frozenset[str]:
+        """Names of the linear layers that add to the stream."""
+        return frozenset(reader for site in self.sites if site.axis != ("width",) for reader in site.readers)
 
     @cached_property
     def output_norms(self) -> tuple[OutputNorm, ...]:
@@ -248,7 +275,7 @@ class Architecture:
     @property
     def num_parameters(self) -> int:
         """Number of parameters, a tied table counted once."""
-        return sum(math.prod(tensor_shape(axes, self.sizes)) for axes in self.tensors.values())
+        return sum(math.prod(tensor_shape(self.tensors[key], self.sizes)) for key in self.stored)
 
     def resized(self, **sizes: int) -> "Architecture":
         """The same architecture with other widths (atomic sizes) and norm epsilon untouched; depth stays."""
@@ -336,6 +363,12 @@ class Architecture:
             f"takes {layers if chosen else 'some layers'} of this model for what they are not, so a GGUF file of it "
             "computes something else than transformers does."
         )
+
+    @property
+    def fixed_eps(self) -> bool:
+        """Whether growth in width has to leave the epsilon of the norms as it is: there is no field for it, or a norm
+        of the embeddings makes what the others then normalize."""
+        return self.family.eps_field is None or self.family.bare_norms
 
     def with_eps(self, eps: float) -> "Architecture":
         """The same architecture with another norm epsilon.

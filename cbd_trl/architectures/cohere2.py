@@ -8,7 +8,7 @@ size from width / heads, so the width is a number of whole heads.
 from dataclasses import replace
 from typing import Any
 
-from cbd_trl.architectures.llama import ATTENTION_BIASES, PARALLEL_SITES, layer_tensors, llama_of_heads
+from cbd_trl.architectures.llama import ATTENTION_BIASES, LLAMA, PARALLEL_SITES, layer_tensors, with_width_of_heads
 
 
 def _layer_tensors(config: Any) -> dict[str, str]:
@@ -18,7 +18,7 @@ def _layer_tensors(config: Any) -> dict[str, str]:
 
 
 COHERE2 = replace(
-    llama_of_heads("Cohere 2"),
+    with_width_of_heads(LLAMA, "Cohere 2"),
     model_types=("cohere2",),
     layer_tensors=_layer_tensors,
     sites=PARALLEL_SITES,

@@ -132,19 +132,20 @@ PARALLEL_SITES = (
 )
 
 
-def llama_of_heads(name: str) -> Family:
-    """Describe a Llama whose width is heads x head size, with grouped queries or without.
+def with_width_of_heads(family: Family, name: str) -> Family:
+    """Tie the width of a family with grouped-query heads to these: width = heads x head size.
 
     Args:
-        name: the family's name for a reader.
+        family: as it is without.
+        name: of it, for a reader.
     """
     width = WidthOfHeads(name, "hidden_size", "num_attention_heads")
 
     def assign(config: Any, sizes: Mapping[str, int]) -> None:
         width.check(sizes)
-        _assign(config, sizes)
+        family.assign(config, sizes)
 
     def resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, int]:
-        return width.with_width(_resolve(sizes, width.with_heads(sizes, given)), given)
+        return width.with_width(family.resolve(sizes, width.with_heads(sizes, given)), given)
 
-    return replace(LLAMA, assign=assign, resolve=resolve)
+    return replace(family, assign=assign, resolve=resolve)

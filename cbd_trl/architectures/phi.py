@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cbd_trl.architectures.base import Site
-from cbd_trl.architectures.llama import QKV_BIASES, llama_of_heads
+from cbd_trl.architectures.llama import LLAMA, QKV_BIASES, with_width_of_heads
 
 
 def _tensors(config: Any) -> dict[str, str]:
@@ -47,7 +47,7 @@ def _check(config: Any) -> None:
 
 
 PHI = replace(
-    llama_of_heads("Phi"),
+    with_width_of_heads(LLAMA, "Phi"),
     model_types=("phi",),
     tensors=_tensors,
     layer_tensors=_layer_tensors,

@@ -8,17 +8,22 @@ import torch
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
+from cbd_trl.architectures.apertus import APERTUS
 from cbd_trl.architectures.arcee import ARCEE
 from cbd_trl.architectures.base import Architecture, Family
 from cbd_trl.architectures.cohere2 import COHERE2
 from cbd_trl.architectures.ernie4_5 import ERNIE4_5
+from cbd_trl.architectures.exaone4 import EXAONE4, EXAONE4_WINDOWED
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
+from cbd_trl.architectures.helium import HELIUM
+from cbd_trl.architectures.hunyuan import HUNYUAN
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.ministral import MINISTRAL
 from cbd_trl.architectures.ministral3 import MINISTRAL3
+from cbd_trl.architectures.nanochat import NANOCHAT
 from cbd_trl.architectures.olmo2 import OLMO2
 from cbd_trl.architectures.olmo3 import OLMO3
 from cbd_trl.architectures.opt import OPT
@@ -40,9 +45,15 @@ FAMILIES = (
     ERNIE4_5,
     ARCEE,
     SEED_OSS,
+    HELIUM,
+    HUNYUAN,
+    APERTUS,
+    NANOCHAT,
     COHERE2,
     OLMO2,
     OLMO3,
+    EXAONE4_WINDOWED,
+    EXAONE4,
     GPT2,
     GPT_NEOX,
     OPT,

@@ -7,7 +7,7 @@ is heads x head size.
 from dataclasses import replace
 from typing import Any
 
-from cbd_trl.architectures.llama import LLAMA, PARALLEL_SITES, QKV_BIASES, layer_tensors, llama_of_heads
+from cbd_trl.architectures.llama import LLAMA, PARALLEL_SITES, QKV_BIASES, layer_tensors, with_width_of_heads
 
 
 def _tensors(config: Any) -> dict[str, str]:
@@ -31,7 +31,7 @@ def _check(config: Any) -> None:
 
 
 STABLELM = replace(
-    llama_of_heads("StableLM"),
+    with_width_of_heads(LLAMA, "StableLM"),
     model_types=("stablelm",),
     tensors=_tensors,
     layer_tensors=_layer_tensors,

@@ -127,8 +127,9 @@ def weights_of_teacher(teacher: Any, architecture: Architecture, stored: Weights
     held = _parameters_of(teacher, architecture)
 
     def tensor(key: str) -> Tensor:
-        offloaded = teacher.get_parameter(architecture.stored[key][0]).is_meta
-        return (stored if offloaded else held)[key].detach()
+        # What the teacher does not store, a gain of 1, is not at hand either.
+        at_hand = key in architecture.stored and not teacher.get_parameter(architecture.stored[key][0]).is_meta
+        return (held if at_hand else stored)[key].detach()
 
     return LazyWeights(architecture.tensors, tensor)
 
@@ -170,7 +171,9 @@ class _Target:
         ends = {block_of[layer]: place for place, (_, layer) in enumerate(layer_stack(pair, plan))}
         self.layers = [(i, modules[place]) for i, place in ends.items()]
         # In an order, because sums of gradients are rounded in theirs.
-        self._outside = dict.fromkeys(self._architecture.state_shapes)
+        # Constants are buffers, which the model has.
+        constants = self._architecture.constants
+        self._outside = dict.fromkeys(name for name in self._architecture.state_shapes if name not in constants)
         for prefix, module in self.model.named_modules():
             if any(module is layer for layer in modules):
                 names = [name for name in self._outside if name.startswith(f"{prefix}.")]

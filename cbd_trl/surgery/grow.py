@@ -17,15 +17,16 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
     RMSNorm: new channels are written as zero, gains times sqrt(d_old / d_new), epsilon times d_old / d_new (norms over
     an output share that epsilon, so what they normalize is scaled to it). LayerNorm: every new channel is written as
     the mean of the old ones, new gains and biases are 0, old gains and epsilon scaled likewise. Where the epsilon is
-    fixed (OPT) the whole stream is multiplied by sqrt(d_new / d_old) instead, which leaves its root mean square what
-    it was. New heads and neurons get zero output projections. What reads a new coordinate, and the inner weights of
-    new heads and neurons, repeat old ones, so that training can move away from zero; where a norm goes over all heads
-    (OLMo 2), m copies of a head share its square: each has 1 / sqrt(m) of its weights and sqrt(m) times its gain.
+    fixed (OPT, nanochat) the whole stream is multiplied by sqrt(d_new / d_old) instead, which leaves its root mean
+    square what it was. New heads and neurons get zero output projections. What reads a new coordinate, and the inner
+    weights of new heads and neurons, repeat old ones, so that training can move away from zero; where a norm goes over
+    all heads (OLMo 2), m copies of a head share its square: each has 1 / sqrt(m) of its weights and sqrt(m) times its
+    gain.
 
     Returns:
         Weights, and the architecture with its new epsilon.
     """
-    fixed_eps = architecture.family.eps_field is None
+    fixed_eps = architecture.fixed_eps
     eps_ratio = 1.0 if fixed_eps else architecture.sizes["width"] / target.sizes["width"]
     scales = _Scales(architecture, target, eps_ratio)
     readers = _reader_axes(architecture)

@@ -82,7 +82,7 @@ def least_squares_cut(
     places: list[Site | OutputNorm] = [*architecture.sites, *architecture.output_norms]
     cut = _cut_axes(architecture, target)
     readers, narrower = readers_of(architecture), {place.name: place for place in places if place.axis in cut}
-    written = _cut_outputs(weights, architecture, target)
+    written = _cut_outputs(weights, architecture, target, stream_ratio(architecture, statistics, target))
     outputs = fold_norms(written, architecture) if fold else written
     folded = {site for site in architecture.sites if fold and folds(site, architecture)}
     fit = fits or reader_fits(weights, architecture, statistics, target, fold)
@@ -136,6 +136,16 @@ def gain_ratio(statistics: SiteStatistics, norm: Site | OutputNorm, norm_type: s
         # The kept ones have a mean of their own, which the cut model's LayerNorm removes.
         part = part - statistics.prefix_squares(norm.name)[len(kept) - 1] / len(kept) ** 2
     return float((part / full).sqrt())
+
+
+def stream_ratio(architecture: Architecture, statistics: SiteStatistics, target: Architecture) -> float:
+    """Compute what a cut multiplies the stream by: 1, or, where the embeddings are normalized, their root mean square
+    over that of the coordinates that stay. What layers add to the stream has to follow."""
+    if not architecture.family.bare_norms or target.sizes["width"] == architecture.sizes["width"]:
+        return 1.0
+    # What the first norm reads is what the norm of the embeddings has made.
+    kept = prefix_index(("width",), architecture.sizes, target.sizes)
+    return 1 / gain_ratio(statistics, architecture.sites[0], architecture.family.norm_type, kept)
 
 
 @dataclass(frozen=True)
@@ -298,8 +308,9 @@ def _cut_axes(architecture: Architecture, target: Architecture) -> set[tuple[str
     return {axis for axis in axes if axis_length(axis, target.sizes) < axis_length(axis, architecture.sizes)}
 
 
-def _cut_outputs(weights: Weights, architecture: Architecture, target: Architecture) -> Weights:
-    """Cut all that is written; the axes that readers read along, norms included, stay whole."""
+def _cut_outputs(weights: Weights, architecture: Architecture, target: Architecture, ratio: float) -> Weights:
+    """Cut all that is written, times `ratio` where layers add to the stream; the axes that readers read along, norms
+    included, stay whole."""
     norms, readers, sizes = site_norms(architecture), readers_of(architecture), architecture.sizes
 
     def tensor(key: str) -> torch.Tensor:
@@ -307,7 +318,8 @@ def _cut_outputs(weights: Weights, architecture: Architecture, target: Architect
         whole = readers[module].axis if module in readers and kind == "weight" else ()
         if module in norms:
             whole = norms[module].axis
-        return prefix(weights[key], architecture.tensors[key], sizes, target.sizes, whole)
+        part = prefix(weights[key], architecture.tensors[key], sizes, target.sizes, whole)
+        return part if ratio == 1 or module not in architecture.writers else working(part) * ratio
 
     return LazyWeights(architecture.tensors, tensor)
 

@@ -1,13 +1,15 @@
 """Read and write single tensors of a state dict through an architecture's description.
 
 `Weights` hold what a model computes with, under the keys of `Architecture.tensors`: every projection by itself (Phi-3
-stores several in one tensor), gains themselves (Gemma stores them less 1), and input embeddings as they enter the
-residual stream (Gemma multiplies them by the square root of the width, which a cut or growth changes). With a tied
-head the final norm's gain takes the inverse of that factor. So the surgery knows one kind of projection, of norm and
-of table, and `to_weights` and `to_state` alone know how a family stores them. They are any mapping: of tensors in
-memory, or of tensors that are read and made on each access (`LazyWeights`).
+stores several in one tensor), gains themselves (Gemma stores them less 1, nanochat none), and input embeddings as they
+enter the residual stream (Gemma multiplies them by the square root of the width, which a cut or growth changes). With
+a tied head the final norm's gain takes the inverse of that factor. So the surgery knows one kind of projection, of
+norm and of table, and `to_weights` and `to_state` alone know how a family stores them. They are any mapping: of
+tensors in memory, or of tensors that are read and made on each access (`LazyWeights`).
 """
 
+import functools
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -61,7 +63,8 @@ def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
     Views where they are stored there, as they are used; else each is copied when it is read, and kept by nobody.
 
     Raises:
-        ValueError: the model lacks a tensor of its family or has one that the description does not know.
+        ValueError: the model lacks a tensor of its family or has one that the description does not know, or a
+            constant of its activation is another than the family's.
     """
     state = model.state_dict()
     tied_head = {f"{architecture.family.head}.weight"} if architecture.tied and is_tied(model) else set()
@@ -72,13 +75,27 @@ def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
             f"The weights are not those of a plain {architecture.config.model_type} model: missing {missing[:5]}, "
             f"unknown {unknown[:5]}. Merge adapters (`merge_and_unload`) and remove added modules first."
         )
+    for name, value in architecture.constants.items():
+        # In half precision a constant is rounded.
+        if not state[name].is_meta and not math.isclose(state[name], value, rel_tol=0.01, abs_tol=1e-7):
+            raise ValueError(
+                f"{name} is {float(state[name])}, and transformers makes every {architecture.config.model_type} with "
+                f"{value}: what is made of this model would compute something else. Supported: {value}."
+            )
     return to_weights(LazyWeights(state, lambda name: state[name].cpu()), architecture)
 
 
 def to_weights(state: Weights, architecture: Architecture) -> Weights:
     """View a model's state dict as weights, each made on access; what the architecture does not know is left out."""
 
+    # Once, because it reads a table.
+    @functools.cache
+    def no_gain() -> torch.Tensor:
+        return state[f"{architecture.family.embedding}.weight"].new_ones(architecture.sizes["width"])
+
     def tensor(key: str) -> torch.Tensor:
+        if key not in architecture.stored:
+            return no_gain()
         name, rows = architecture.stored[key]
         return as_used(key, state[name][rows], architecture)
 
@@ -91,11 +108,27 @@ def to_state(weights: Weights, architecture: Architecture) -> Weights:
     for key, (name, _) in architecture.stored.items():
         parts.setdefault(name, []).append(key)
 
+    readers = readers_of(architecture) if architecture.family.bare_norms else {}
+
+    def with_gain(key: str) -> torch.Tensor:
+        """A tensor with the gain in it that the norm before it cannot have."""
+        module, own = key.removesuffix(".weight"), weights[key]
+        if module not in readers or not readers[module].norm:
+            return own
+        site, axes = readers[module], architecture.tensors[key]
+        gain = weights[f"{site.name}.weight"]
+        if (gain == 1).all():
+            return own
+        own = working(own)
+        return from_input_matrix(input_matrix(own, axes, site.axis) * gain.to(own), own, axes, site.axis)
+
     def tensor(name: str) -> torch.Tensor:
-        tensors = [as_stored(key, weights[key], architecture) for key in parts[name]]
+        if name in architecture.constants:
+            return torch.tensor(architecture.constants[name])
+        tensors = [as_stored(key, with_gain(key), architecture) for key in parts[name]]
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-    return LazyWeights(parts, tensor)
+    return LazyWeights([*parts, *architecture.constants], tensor)
 
 
 def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch.Tensor:

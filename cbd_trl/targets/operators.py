@@ -25,6 +25,7 @@ from cbd_trl.surgery.least_squares import (
     least_squares_cut,
     plain_cut,
     reader_fits,
+    stream_ratio,
 )
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
 from cbd_trl.surgery.statistics import SiteStatistics
@@ -380,6 +381,7 @@ def _lower_scale(pair: Pair, target: Architecture) -> Callable[[str], float]:
     architecture, upper, statistics = pair.lower_architecture, pair.upper_architecture, pair.moments()
     norms, readers = site_norms(architecture), readers_of(architecture)
     output_norms = {norm.name: norm for norm in architecture.cut_output_norms}
+    stream = [stream_ratio(upper, statistics, cut) for cut in (architecture, target)]
 
     @functools.cache
     def prefixes(axis: tuple[str, ...]) -> list[torch.Tensor]:
@@ -395,6 +397,8 @@ def _lower_scale(pair: Pair, target: Architecture) -> Callable[[str], float]:
     @functools.cache
     def scale(key: str) -> float:
         module, kind = key.rsplit(".", 1)
+        if module in architecture.writers:
+            return stream[1] / stream[0]
         if kind == "bias":
             return 1.0
         if module in output_norms:

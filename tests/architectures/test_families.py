@@ -47,13 +47,15 @@ def test_description_has_every_tensor_of_the_model(family, options, tied):
     architecture = describe(config)
 
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    if tied:
+    if architecture.tied:
         del shapes["lm_head.weight"]
     described: dict[str, tuple[int, ...]] = {}
     for key, (name, _) in architecture.stored.items():
         rows, *rest = tensor_shape(architecture.tensors[key], architecture.sizes)
         described[name] = (rows + (described[name][0] if name in described else 0), *rest)
-    assert described == shapes
+    constants = {key: value.item() for key, value in model.state_dict().items() if value.dim() == 0}
+    assert constants == pytest.approx(architecture.constants)
+    assert described | dict.fromkeys(constants, ()) == shapes
     assert architecture.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     assert set(weights_of(model, architecture)) == set(architecture.tensors)
 
@@ -100,6 +102,13 @@ def test_unsupported_gpt2_option_is_named(option):
 def test_unsupported_opt_option_is_named_with_the_reason(options, reason):
     with pytest.raises(ValueError, match=reason):
         describe(tiny_config("opt", **options))
+
+
+def test_a_tied_nanochat_is_refused():
+    config = tiny_config("nanochat")
+    config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match=r"tie_word_embeddings=True.*nanochat.*no gain.*=False"):
+        describe(config)
 
 
 def test_the_norm_epsilon_of_opt_is_torchs_and_cannot_be_set():

@@ -17,8 +17,8 @@ from cbd_trl.surgery.weights import weights_of
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.build.bridged import bridge_step, build_bridged
 from tests.chain.helpers import chain_config, chain_rows, depth_of
-from tests.surgery.helpers import TOLERANCE, every_family, logits
-from tests.tiny import tiny_model
+from tests.surgery.helpers import TOLERANCE, logits
+from tests.tiny import TYING, tiny_model
 from tests.tokenizer import tiny_tokenizer
 from tests.training import make_trainer
 
@@ -43,7 +43,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
     assert (found - expected).abs().max() <= TOLERANCE * expected.std()
 
 
-@every_family
+@pytest.mark.parametrize("family", TYING)
 @every_state
 def test_every_family_is_taken_as_its_weights_are(family, state, tied, caplog):
     logging.get_logger("cbd_trl.architectures.registry").warning_once.cache_clear()

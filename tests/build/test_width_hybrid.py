@@ -39,6 +39,11 @@ CASES = [
     ("olmo2", True, "both"),
     ("gpt2", True, "width"),
     ("opt", False, "both"),
+    # Readers of one stream with and without a bias, a tied head with one, constants, norms without gains.
+    ("cohere2", True, "width"),
+    ("phi", True, "both"),
+    ("apertus", False, "width"),
+    ("nanochat", False, "both"),
 ]
 every_case = pytest.mark.parametrize(("family", "tied", "what"), CASES)
 TERMS = ("loss", "kd", "ce", "hidden", "hybrid")
@@ -231,6 +236,14 @@ def test_the_weights_of_a_teacher_are_read_where_they_are():
     assert weights[key].data_ptr() == parameter.data_ptr() and not weights[key].requires_grad
     cpu_offload(teacher, execution_device=torch.device("cpu"))
     assert teacher.get_parameter(key).is_meta and weights[key].dim() == 0
+
+
+def test_gains_that_a_teacher_does_not_store_are_read_all_the_same():
+    _, teacher, pair = width_pair("nanochat", False)
+    weights = weights_of_teacher(teacher, pair.upper_architecture, pair.upper)
+    cpu_offload(teacher, execution_device=torch.device("cpu"))
+    gains = [name for name in weights if name not in pair.upper_architecture.stored]
+    assert gains and all((weights[name] == 1).all() for name in gains)
 
 
 def test_the_draw_depends_on_seed_and_step_alone():

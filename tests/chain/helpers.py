@@ -50,8 +50,9 @@ def depth_of(family: str, layers: int) -> dict[str, int]:
 
 
 def widths_of(family: str, fields: dict[str, int]) -> dict[str, int]:
-    heads = {"num_attention_heads": fields["hidden_size"] // 8} if family in WIDTH_OF_HEADS else {}
-    return own_names(family, **{**fields, **heads})
+    heads = fields["hidden_size"] // 8
+    tied_to_it = {"num_attention_heads": heads, "num_key_value_heads": heads} if family in WIDTH_OF_HEADS else {}
+    return own_names(family, **{**fields, **tied_to_it})
 
 
 @functools.cache

@@ -38,8 +38,8 @@ def models(family="llama", **overrides):
     large = tiny_model(family, **overrides)
     depth = describe(large.config).family.depth_field
     middle = tiny_model(family, seed=1, **{**overrides, depth: 3})
-    heads = 3 if family in WIDTH_OF_HEADS else 2
-    width = own_names(family, hidden_size=24, num_attention_heads=heads, num_key_value_heads=1)
+    heads, groups = (3, 3) if family in WIDTH_OF_HEADS else (2, 1)
+    width = own_names(family, hidden_size=24, num_attention_heads=heads, num_key_value_heads=groups)
     config = cut_architecture(describe(middle.config), width).config
     torch.manual_seed(2)
     return [large, middle, type(large)(config).eval()]

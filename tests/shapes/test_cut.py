@@ -17,7 +17,7 @@ NARROW = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, 
 
 def smaller(family):
     """Fields of a shape smaller than the tiny model in everything."""
-    heads = {"num_attention_heads": 3} if family in WIDTH_OF_HEADS else {}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 3} if family in WIDTH_OF_HEADS else {}
     return own_names(family, num_hidden_layers=3, **{**NARROW, **heads})
 
 

@@ -15,19 +15,22 @@ from tests.chain.helpers import chain_config, chain_rows
 from tests.tiny import FAMILIES, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
-# What llama.cpp has built in, by layer: src/models/smollm3.cpp, gemma2.cpp, gemma3.cpp, cohere2.cpp, olmo2.cpp.
+# What llama.cpp has built in, by layer: src/models/smollm3.cpp, gemma2.cpp, gemma3.cpp, cohere2.cpp, olmo2.cpp,
+# exaone4.cpp.
 RULES = {
     "smollm3": ("no_rope_layers", lambda layer: int((layer + 1) % 4 != 0)),
     "gemma2": ("layer_types", lambda layer: "sliding_attention" if layer % 2 == 0 else "full_attention"),
     "gemma3_text": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 6 == 0 else "sliding_attention"),
     "olmo3": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention"),
     "cohere2": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention"),
+    "exaone4": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention"),
 }
 # The families' own intervals; those of `tiny_model` are shorter.
 STOCK = {
     "smollm3": {"no_rope_layer_interval": 4, "use_sliding_window": False, "sliding_window": None},
     "gemma3_text": {"sliding_window_pattern": 6},
     "cohere2": {"sliding_window_pattern": 4},
+    "exaone4": {"sliding_window_pattern": 4},
 }
 
 

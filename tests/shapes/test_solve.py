@@ -26,6 +26,7 @@ SMALL_HEADS = {**SIZES, "num_attention_heads": 12, "num_key_value_heads": 6}
 LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0}
 # What a family has beside the shape.
 _FIELDS: dict[str, dict[str, Any]] = {
+    "helium": {"head_dim": 16},
     "gpt2": {"n_head": 6, "n_inner": None, "n_positions": 64},
     # Off the pattern that engines have built in, so that all depths are on offer: see test_patterns.py for the others.
     "smollm3": {"no_rope_layer_interval": 2},
@@ -33,13 +34,15 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 32, "sliding_window_pattern": 3},
     "olmo3": {"layer_types": ["full_attention"] * 12},
     "cohere2": {"sliding_window_pattern": 3},
+    "exaone4": {"sliding_window_pattern": 2},
 }
 
 
 def _config(family: str, **fields: Any) -> PretrainedConfig:
     head_size = {"head_dim": 32} if "head_dim" in ROWS[family].fields else {}
     shape = own_names(family, **(SMALL_HEADS if family in WIDTH_OF_HEADS else SIZES))
-    return ROWS[family].config(**{**shape, "pad_token_id": 0, **head_size, **fields})
+    untied = {} if ROWS[family].ties else {"tie_word_embeddings": False}
+    return ROWS[family].config(**{**shape, "pad_token_id": 0, **head_size, **fields, **untied})
 
 
 CONFIGS = {family: _config(family, **_FIELDS.get(family, {})) for family in FAMILIES}

@@ -16,7 +16,7 @@ from tests.surgery.helpers import (
     every_family,
     full_model,
 )
-from tests.tiny import FAMILIES, WIDTH_OF_HEADS
+from tests.tiny import HEADS, WIDTH_OF_HEADS
 
 WIDER = [
     {"width": 44},
@@ -36,8 +36,7 @@ def wider(family):
 
 WIDTHS = [
     pytest.param(family, tied, sizes, id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}")
-    for family in FAMILIES
-    for tied in (True, False)
+    for family, tied in HEADS
     for sizes in wider(family)
 ]
 
@@ -48,8 +47,7 @@ def test_growing_width_leaves_the_logits_equal(family, tied, sizes):
     weights, architecture = described(model)
     grown, larger = grow_width(weights, architecture, architecture.resized(**sizes))
     assert {**architecture.sizes, **sizes} == larger.sizes
-    fixed_eps = architecture.family.eps_field is None
-    ratio = 1 if fixed_eps else architecture.sizes["width"] / larger.sizes["width"]
+    ratio = 1 if architecture.fixed_eps else architecture.sizes["width"] / larger.sizes["width"]
     assert larger.eps == pytest.approx(architecture.eps * ratio)
     assert difference(build(grown, larger), model) <= TOLERANCE
 

@@ -42,7 +42,8 @@ def _naive_streams(model, architecture, batch):
     for name in [site.name for site in architecture.sites if site.norm] + over_outputs:
         norm = model.get_submodule(name)
         bias = getattr(norm, "bias", None)
-        streams[name] = (streams[name] - (0 if bias is None else bias.detach())) / (offset + norm.weight.detach())
+        gain = offset + norm.weight.detach() if hasattr(norm, "weight") else 1
+        streams[name] = (streams[name] - (0 if bias is None else bias.detach())) / gain
     return streams
 
 

@@ -68,6 +68,14 @@ def test_input_matrix_computes_what_the_reader_computes(family, tied):
             assert torch.equal(rebuilt, weights[key])
 
 
+def test_another_constant_of_an_activation_is_refused():
+    model = full_model("apertus", True)
+    constants = [module for module in model.modules() if hasattr(module, "beta")]
+    constants[1].beta.fill_(0.4)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.act_fn\.beta is 0\.4.*apertus with 0\.5"):
+        described(model)
+
+
 def test_adapters_must_be_merged_first():
     model = full_model("llama", True)
     _, architecture = described(model)

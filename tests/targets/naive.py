@@ -64,12 +64,16 @@ def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str
             continue
         layer, inside = narrow.split_name(f"{name}.weight")
         key = f"{name}.weight" if layer is None else narrow.layer_name(0, inside)
+        if key not in narrow.tensors:
+            continue
         seen: list[torch.Tensor] = []
         handle = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
         model(tokens(16, seed=1))
         handle.remove()
         offset = 1 if "Gemma" in type(model).__name__ else 0
-        stream = (seen[0] - getattr(norm, "bias", torch.zeros(()))) / (offset + norm.weight)
+        gain = offset + norm.weight if hasattr(norm, "weight") else torch.ones(())
+        # The last call: nanochat's final norm normalizes the embeddings first.
+        stream = (seen[-1] - getattr(norm, "bias", torch.zeros(()))) / gain
         kept = stream[..., : tensor_shape(narrow.tensors[key], narrow.sizes)[0]]
         if narrow.family.norm_type == "layer":
             kept = kept - kept.mean(-1, keepdim=True)
@@ -98,6 +102,12 @@ def _rescaled_lower(pair: Pair, target: Architecture, upper_model: PreTrainedMod
     for norm in architecture.output_norms:
         above = name_above(norm.name)
         rescaled[f"{norm.name}.weight"] = folded[f"{norm.name}.weight"] * at_target[above] / at_lower[above]
+    if architecture.family.bare_norms:
+        # What layers add is to be as large, beside the embeddings, as it was.
+        first = pair.upper_architecture.sites[0].name
+        for key in folded:
+            if ".o_proj." in key or ".fc2." in key:
+                rescaled[key] = folded[key] * at_lower[first] / at_target[first]
     for site in architecture.sites:
         if not site.norm:
             continue
