@@ -124,12 +124,13 @@ def weights_of_teacher(teacher: Any, architecture: Architecture, stored: Weights
         architecture: of it.
         stored: the same weights, read instead where the teacher's parameters are not at hand: offloaded ones.
     """
-    held = _parameters_of(teacher, architecture)
+    held, table = _parameters_of(teacher, architecture), f"{architecture.family.embedding}.weight"
 
     def tensor(key: str) -> Tensor:
-        # What the teacher does not store, a gain of 1, is not at hand either.
-        at_hand = key in architecture.stored and not teacher.get_parameter(architecture.stored[key][0]).is_meta
-        return (held if at_hand else stored)[key].detach()
+        # A gain that no model of the family stores is made where the table is.
+        name = architecture.stored[key][0] if key in architecture.stored else table
+        offloaded = teacher.get_parameter(name).is_meta
+        return (stored if offloaded else held)[key].detach()
 
     return LazyWeights(architecture.tensors, tensor)
 

@@ -238,12 +238,13 @@ def test_the_weights_of_a_teacher_are_read_where_they_are():
     assert teacher.get_parameter(key).is_meta and weights[key].dim() == 0
 
 
-def test_gains_that_a_teacher_does_not_store_are_read_all_the_same():
+def test_gains_that_no_teacher_stores_are_read_all_the_same():
     _, teacher, pair = width_pair("nanochat", False)
-    weights = weights_of_teacher(teacher, pair.upper_architecture, pair.upper)
+    gains = [name for name in pair.upper if name not in pair.upper_architecture.stored]
+    weights = weights_of_teacher(teacher, pair.upper_architecture, {name: torch.zeros(()) for name in gains})
+    assert gains and all((weights[name] == 1).all() and weights[name].shape == (32,) for name in gains)
     cpu_offload(teacher, execution_device=torch.device("cpu"))
-    gains = [name for name in weights if name not in pair.upper_architecture.stored]
-    assert gains and all((weights[name] == 1).all() for name in gains)
+    assert all(weights[name].dim() == 0 for name in gains)
 
 
 def test_the_draw_depends_on_seed_and_step_alone():
