@@ -10,6 +10,7 @@ the two and both.
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import torch
 from benchmarks.peers import BOTH_WAYS, CACHED, CONTESTANTS, Run
 from benchmarks.tables import gigabytes, machine, markdown
 from benchmarks.teacher_cache import ensure_cache
-from benchmarks.workload import add_inputs, environment, workload_from
+from benchmarks.workload import ROWS_PER_STEP, add_inputs, environment, workload_from
 from cbd_trl.utils.files import Results, write_text
 
 ORDERS = ("forward", "backward")
@@ -44,6 +45,10 @@ def key(name: str, order: str, options: argparse.Namespace) -> str:
     settings = f"warm_up={options.warm_up} timed={options.steps}"
     if name in CACHED:
         settings += f" kind={options.kind}"
+    if options.rows is not None:
+        settings += f" rows={options.rows}"
+    if options.rows_per_step != ROWS_PER_STEP:
+        settings += f" rows_per_step={options.rows_per_step}"
     return f"{name} {order} {settings} threads={options.threads} seed={options.seed}"
 
 
@@ -54,6 +59,12 @@ def run_child(name: str, options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.distill_speed", *sys.argv[1:], "--child", name]
     subprocess.run(command, check=True, env=environment(options.threads))
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def processor_use() -> dict[str, float]:
+    """Of this whole process: seconds in its own code and in the kernel, and pages of memory that it was given."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return {"user_seconds": used.ru_utime, "system_seconds": used.ru_stime, "page_faults": used.ru_minflt}
 
 
 def measure(options: argparse.Namespace, names: Sequence[str]) -> Measured:
@@ -121,6 +132,8 @@ def main() -> None:
     add_inputs(parser)
     parser.add_argument("--steps", type=int, default=6, help="timed optimizer steps")
     parser.add_argument("--warm-up", type=int, default=2, help="optimizer steps before them")
+    parser.add_argument("--rows", type=int, help="of GSM8K, gone over again; by default as many as the steps take")
+    parser.add_argument("--rows-per-step", type=int, default=ROWS_PER_STEP, help="of the padded contestants")
     parser.add_argument("--only", type=lambda text: text.split(","), help="contestants, with commas between")
     parser.add_argument(
         "--cache", action="store_true", help="also ours-cached; the cache is written if it is not there"
@@ -131,9 +144,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     workload = workload_from(options)
     cache: Path = workload.output / f"speed-cache-{options.kind}"
-    run = Run(workload, options.warm_up, options.steps, cache)
+    run = Run(workload, options.warm_up, options.steps, cache, rows=options.rows, rows_per_step=options.rows_per_step)
     if options.child:
-        write_text(workload.output / "child.json", json.dumps(CONTESTANTS[options.child](run)))
+        found = CONTESTANTS[options.child](run) | processor_use()
+        write_text(workload.output / "child.json", json.dumps(found))
         return
     if unknown := sorted(set(options.only or []) - set(CONTESTANTS)):
         parser.error(f"--only names {', '.join(unknown)}; there are {', '.join(CONTESTANTS)}")
@@ -143,7 +157,7 @@ def main() -> None:
         names = [name for name in names if name not in CACHED]
     workload.prepare()
     if set(CACHED) & set(names):
-        ensure_cache(workload, workload.rows_for(run.steps), cache, options.kind)
+        ensure_cache(workload, run.dataset(), cache, options.kind)
     text = report(measure(options, names), names)
     write_text(options.output / "speed.md", machine(options.threads) + "\n" + text)
     print(text)

@@ -12,10 +12,11 @@ bound           teacher forward with head (dropped), student forward with head a
 sft             `trl.SFTTrainer` with packing: no teacher.
 ours-cached     ours from a cache, no teacher in memory.
 
-A step is 2 packs of at most 512 tokens, or 6 padded rows: about 1k real tokens. All take the same rows in the same
-order, step by step the same packs or the same padded rows; 6 rows are a little more than 2 packs, so that the padded
-contestants see the first rows again in their last steps. Each runs both ways, a step as `-1` forward pass and as `-2`
-of half of it (less padding, smaller masks), and the faster one counts.
+A step is 2 packs of at most 512 tokens, or 6 padded rows (`--rows-per-step`): about 1k real tokens. All take the same
+rows in the same order, step by step the same packs or the same padded rows; 6 rows are a little more than 2 packs, so
+that the padded contestants see the first rows again in their last steps, and with fewer `--rows` all do. Each runs
+both ways, a step as `-1` forward pass and as `-2` of half of it (less padding, smaller masks), and the faster one
+counts.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
@@ -58,6 +60,8 @@ class Run:
         timed: optimizer steps after that.
         cache: folder of the teacher's cache, for the contestant that reads it.
         micro_batches: forward passes of an optimizer step: 1 or 2.
+        rows: how many rows of GSM8K there are, gone over again; None for as many as the packs of all steps take.
+        rows_per_step: of the padded contestants.
     """
 
     workload: Workload
@@ -65,6 +69,14 @@ class Run:
     timed: int
     cache: Path | None = None
     micro_batches: int = 1
+    rows: int | None = None
+    rows_per_step: int = ROWS_PER_STEP
+
+    def dataset(self) -> Dataset:
+        """The rows that are trained on, as token ids."""
+        if self.rows is None:
+            return self.workload.rows_for(self.steps)
+        return Dataset.from_dict({"input_ids": self.workload.token_rows()[: self.rows]})
 
     @property
     def steps(self) -> int:
@@ -82,7 +94,7 @@ def _train_ours(run: Run, teacher: PreTrainedModel | None, **options: Any) -> di
         run.workload.load_student(),
         teacher,
         DistillConfig(**run.settings(PACKS_PER_STEP), packing=True, **options),
-        run.workload.rows_for(run.steps),
+        run.dataset(),
         processing_class=run.workload.tokenizer(),
     )
     return train_metered(trainer, Meter(run.warm_up))
@@ -109,7 +121,7 @@ def sft(run: Run) -> dict[str, Any]:
     trainer = SFTTrainer(
         run.workload.load_student(),
         SFTConfig(**run.settings(PACKS_PER_STEP), packing=True),
-        train_dataset=run.workload.rows_for(run.steps),
+        train_dataset=run.dataset(),
         processing_class=run.workload.tokenizer(),
     )
     return train_metered(trainer, Meter(run.warm_up))
@@ -118,13 +130,13 @@ def sft(run: Run) -> dict[str, Any]:
 def trl_gkd(run: Run) -> dict[str, Any]:
     """TRL's trainer for the same objective on a dataset."""
     tokenizer = run.workload.tokenizer()
-    rows = run.workload.rows_for(run.steps)
+    rows = run.dataset()
     # Whole steps alone: the last one of a pass would be smaller, and a pass has a step less than with packing.
-    rows = rows.select(range(len(rows) // ROWS_PER_STEP * ROWS_PER_STEP))
+    rows = rows.select(range(len(rows) // run.rows_per_step * run.rows_per_step))
     trainer = GKDTrainer(
         run.workload.load_student(),
         run.workload.load_teacher(),
-        GKDConfig(**run.settings(ROWS_PER_STEP), lmbda=0.0, beta=0.0, temperature=1.0),
+        GKDConfig(**run.settings(run.rows_per_step), lmbda=0.0, beta=0.0, temperature=1.0),
         data_collator=DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id),
         train_dataset=rows.add_column("labels", rows["input_ids"][:]),
         processing_class=tokenizer,
@@ -168,7 +180,7 @@ def _bound_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: dict[
 
 def bound(run: Run) -> dict[str, Any]:
     """The least that distillation has to compute."""
-    rows = packed(run.workload.rows_for(run.steps)["input_ids"][:])
+    rows = packed(run.dataset()["input_ids"][:])
     found = batches(rows, run.workload.tokenizer(), PACKS_PER_STEP // run.micro_batches, padding_free=True)
     return _plain_loop(run, _grouped(found, run.micro_batches, run.steps), _bound_loss)
 
@@ -195,8 +207,8 @@ def _boomerang_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: d
 
 def boomerang_loop(run: Run) -> dict[str, Any]:
     """Our re-implementation of the loop that Boomerang distillation describes."""
-    rows = run.workload.rows_for(run.steps)
-    micro_batch = ROWS_PER_STEP // run.micro_batches
+    rows = run.dataset()
+    micro_batch = run.rows_per_step // run.micro_batches
     found = batches(rows, run.workload.tokenizer(), micro_batch, padding_free=False)
     return _plain_loop(run, _grouped(found, run.micro_batches, run.steps), _boomerang_loss)
 

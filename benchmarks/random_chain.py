@@ -1,7 +1,7 @@
 """Chains of random weights: what building a target costs does not depend on what the weights are."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import axis_length, tensor_shape
 from cbd_trl.chain.chain import STATISTICS_FILE, write_anchor
+from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.statistics_file import save_statistics
@@ -52,20 +53,13 @@ def tiny(layers: int = 6, width: int = 48, ffn: int = 96) -> PretrainedConfig:
     return config
 
 
-class _RandomStatistics(Statistics):
-    """A well-conditioned factor of the right size at every site."""
-
-    def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
-        size = len(self.means[site])
-        factor = torch.randn(size, size).tril_(-1).mul_(0.3 / math.sqrt(size))
-        factor.diagonal().fill_(1.0)
-        return factor[:, kept]
-
-    def variances(self, site: str) -> torch.Tensor:
-        return torch.ones_like(self.means[site])
-
-    def prefix_squares(self, site: str) -> torch.Tensor:
-        return torch.arange(1.0, len(self.means[site]) + 1)
+def _random_statistics(architecture: Architecture) -> Iterator[Statistics]:
+    """Well-conditioned moments of the right size, site by site."""
+    for site in architecture.sites:
+        size = axis_length(site.axis, architecture.sizes)
+        shared = torch.randn(size, 32) / math.sqrt(size)
+        second = (shared @ shared.T).fill_diagonal_(1.0)
+        yield Statistics({site.name: torch.zeros(size)}, {site.name: torch.ones(size)}, {site.name: second}, 1)
 
 
 def write_random_chain(
@@ -112,9 +106,8 @@ def _filler(
 
 def _save_statistics(architecture: Architecture, file: Path) -> None:
     """Write those of the first layer, and the same for each of the others: to pack a large factor takes seconds."""
-    first = [site for site in architecture.sites if architecture.split_name(site.name)[0] in (None, 0)]
-    means = {site.name: torch.zeros(axis_length(site.axis, architecture.sizes)) for site in first}
-    save_statistics(_RandomStatistics(means, {}, 1), file)
+    first = cut_architecture(architecture, {"num_hidden_layers": 1})
+    save_statistics(_random_statistics(first), first, file)
     stored, tensors = TensorFile(file), {}
     for key, tensor in stored.items():
         layer, name = architecture.split_name(key)

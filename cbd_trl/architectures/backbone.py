@@ -46,16 +46,21 @@ class Head:
         bias_V = None if self.bias_V is None else self.bias_V.to(place)
         return Head(self.weight_VD.to(place), bias_V, self.scale, self.softcap)
 
-    def project(self, hidden_ND: Tensor) -> Tensor:
+    def project(self, hidden_ND: Tensor, out: Tensor | None = None) -> Tensor:
         """The matrix product alone.
 
         Args:
             hidden_ND: (N, D), in the dtype of the weight.
+            out: what to write it into, (N, V), where nothing is differentiated; None for a new tensor.
 
         Returns:
             (N, V) in that dtype.
         """
-        return torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        if out is None:
+            return torch.nn.functional.linear(hidden_ND, self.weight_VD, self.bias_V)
+        if self.bias_V is None:
+            return torch.mm(hidden_ND, self.weight_VD.T, out=out)
+        return torch.addmm(self.bias_V, hidden_ND, self.weight_VD.T, out=out)
 
     def bound(self, projected_NV: Tensor) -> Tensor:
         """Logits from what `project` returned, in float32 whatever the dtype of the product.

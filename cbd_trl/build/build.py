@@ -8,25 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import describe
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
 from cbd_trl.build.plan import Step, check_anchors, plan_chain
 from cbd_trl.build.resume import finished_anchors
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
-from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
+from cbd_trl.build.store import finished_chain, store_anchor
 from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
-from cbd_trl.build.training import ARGUMENTS, remove_work_folder, train, work_folder
+from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.source import Source
-from cbd_trl.surgery.blocks import block_costs
-from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.surgery.blocks import Block, block_costs
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.trainers.checks import check_best_metric, warn_of_rounding
 from cbd_trl.trainers.data import check_before_preparing
@@ -119,7 +118,8 @@ def build_chain(
             )
         # The source is on disk now: free the memory of a model that was passed in.
         del source, start, origin, bridge, source_anchor
-        _make_anchors(output_dir, upper, tokenizer, special, steps, done, eval_dataset, calibration_tokens, attention)
+        run = _Run(output_dir, tokenizer, special, eval_dataset, calibration_tokens, attention)
+        _make_anchors(run, upper, steps, done)
         return finished_chain(output_dir)
 
 
@@ -135,17 +135,26 @@ def _attention_of(start: Any) -> str | None:
     return start.config._attn_implementation if isinstance(start, PreTrainedModel) else None
 
 
-def _make_anchors(
-    output_dir: Path,
-    upper: Anchor,
-    tokenizer: PreTrainedTokenizerBase,
-    special: SpecialTokens,
-    steps: Sequence[Step],
-    done: Mapping[int, Anchor],
-    eval_dataset: Dataset | None,
-    calibration_tokens: int,
-    attention: str | None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What all anchors of a build have in common.
+
+    Args:
+        output_dir, eval_dataset, calibration_tokens: as `build_chain` takes them.
+        tokenizer: of the chain.
+        special: the special tokens that its models stop and pad with.
+        attention: `attn_implementation` of the trainings whose arguments name none; None for the default.
+    """
+
+    output_dir: Path
+    tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens
+    eval_dataset: Dataset | None
+    calibration_tokens: int
+    attention: str | None
+
+
+def _make_anchors(run: _Run, upper: Anchor, steps: Sequence[Step], done: Mapping[int, Anchor]) -> None:
     """Distill the lower anchors that an earlier run did not finish."""
     state = PartialState()
     for number, step in enumerate(steps, start=1):
@@ -158,9 +167,7 @@ def _make_anchors(
             state.print(limit)
         label = f"{step.name} {place}"
         with _progress_of(step.args):
-            upper = _distil_anchor(
-                output_dir, upper, step, tokenizer, special, eval_dataset, calibration_tokens, attention, label
-            )
+            upper = _distil_anchor(run, upper, step, label)
 
 
 def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:
@@ -200,6 +207,8 @@ def _calibration_blocks(
 
 def _make_source_anchor(output_dir: Path, source_anchor: SourceAnchor, label: str, calibration_tokens: int) -> Anchor:
     made = source_anchor.make(label)
+    # Of a bridge: its trainer is full of cycles.
+    clear_device_cache(garbage_collection=True)
     blocks = _calibration_blocks(
         made.model.config, source_anchor.dataset, source_anchor.args, source_anchor.tokenizer, calibration_tokens
     )
@@ -209,54 +218,11 @@ def _make_source_anchor(output_dir: Path, source_anchor: SourceAnchor, label: st
     return anchor
 
 
-def _distil_anchor(
-    output_dir: Path,
-    upper: Anchor,
-    step: Step,
-    tokenizer: PreTrainedTokenizerBase,
-    special: SpecialTokens,
-    eval_dataset: Dataset | None,
-    calibration_tokens: int,
-    attention: str | None,
-    label: str,
-) -> Anchor:
+def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
     record = training_record(step.args)
     settings = {"upper": upper.files, "shape": step.architecture.shape, ARGUMENTS: record}
-    work = work_folder(output_dir, step.name, settings)
-    args = copy.deepcopy(step.args)
-    args.output_dir = str(work)
-    # The chain's tokenizer has the template already.
-    args.chat_template_path = None
-    teacher: Any = upper.load_model()
-    text = _calibration_blocks(teacher.config, step.dataset, args, tokenizer, calibration_tokens)
-    tokens = text.input_ids
-    blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
-    student: Any = initial_student(upper, step, blocks)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    special.follow(student, tokenizer)
-    block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
-    checkpoint = last_checkpoint(work)
-    if checkpoint is None:
-        refit_student(student.to(args.device), teacher, blocks, tokens)
-    # From here on: a kernel may not take what is run before, outside of the training's autocast.
-    if attention := (args.model_init_kwargs or {}).get("attn_implementation", attention):  # type: ignore[union-attr]
-        teacher.set_attn_implementation(attention)
-        student.set_attn_implementation(attention)
-    trainer = DistillTrainer(
-        model=student,
-        teacher_model=teacher,
-        args=args,
-        train_dataset=step.dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-        block_map=block_map,
-        block_costs=costs,
-        hybrid=width_hybrid(upper, teacher, step, student, blocks),
-    )
-    trained = train(trainer, student, checkpoint, label)
-    model: Any = trained.model
-    model.to(args.device)
-    statistics = collect_statistics(model, describe(model.config), calibration_batches(tokens), tokens.numel())
+    work = work_folder(run.output_dir, step.name, settings)
+    text, blocks, trained = _train_anchor(run, work, upper, step, label)
     metadata = {
         "name": step.name,
         "parent": upper.name,
@@ -266,6 +232,50 @@ def _distil_anchor(
         "losses": trained.losses,
         "training": {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)},
     }
-    anchor = store_anchor(output_dir, metadata, model.cpu(), tokenizer, statistics)
-    remove_work_folder(output_dir, step.name)
+    # A trainer is full of cycles: teacher and optimizer go now, before the statistics need room.
+    clear_device_cache(garbage_collection=True)
+    model: Any = trained.model
+    anchor = store_anchor(run.output_dir, metadata, model.to(step.args.device), run.tokenizer, text.input_ids)
+    remove_work_folder(run.output_dir, step.name)
     return anchor
+
+
+def _train_anchor(
+    run: _Run, work: Path, upper: Anchor, step: Step, label: str
+) -> tuple[TokenBlocks, list[Block], Trained]:
+    """Cut the anchor and train it; nothing of the training is left but what is returned.
+
+    Returns:
+        the calibration text, the blocks that its layers stand for, and the model.
+    """
+    args = copy.deepcopy(step.args)
+    args.output_dir = str(work)
+    # The chain's tokenizer has the template already.
+    args.chat_template_path = None
+    teacher: Any = upper.load_model()
+    text = _calibration_blocks(teacher.config, step.dataset, args, run.tokenizer, run.calibration_tokens)
+    tokens = text.input_ids
+    blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
+    student: Any = initial_student(upper, step, blocks)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    run.special.follow(student, run.tokenizer)
+    block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
+    checkpoint = last_checkpoint(work)
+    if checkpoint is None:
+        refit_student(student.to(args.device), teacher, blocks, tokens)
+    # From here on: a kernel may not take what is run before, outside of the training's autocast.
+    if attention := (args.model_init_kwargs or {}).get("attn_implementation", run.attention):  # type: ignore[union-attr]
+        teacher.set_attn_implementation(attention)
+        student.set_attn_implementation(attention)
+    trainer = DistillTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=args,
+        train_dataset=step.dataset,
+        eval_dataset=run.eval_dataset,
+        processing_class=run.tokenizer,
+        block_map=block_map,
+        block_costs=costs,
+        hybrid=width_hybrid(upper, teacher, step, student, blocks),
+    )
+    return text, blocks, train(trainer, student, checkpoint, label)

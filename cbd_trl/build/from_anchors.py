@@ -38,7 +38,7 @@ from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.modeling import check_at_hand
-from cbd_trl.utils.progress import progress_shown
+from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import save_tensors
 from cbd_trl.utils.tokenizers import find_tokenizer, tokenizer_difference
 
@@ -169,7 +169,7 @@ class Coordinates:
         for number, member in enumerate(members[1:], start=1):
             state.print(f"[{number}/{len(members) - 1}] matching {member.label} with {members[number - 1].label}")
             below, below_side = _with_statistics(member, blocks)
-            batches = calibration_batches(blocks, "Comparing streams")
+            batches = Progress("Comparing streams", calibration_batches(blocks))
             cross = collect_cross_moments(
                 model, side.architecture, below, below_side.architecture, member.kept, batches
             )
@@ -214,7 +214,10 @@ def _with_statistics(member: Member, blocks: torch.Tensor) -> tuple[PreTrainedMo
     model: Any = member.load()
     weights = weights_of(model, member.architecture)
     model.to(PartialState().device)
-    statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
+    batches = Progress("Collecting statistics", calibration_batches(blocks))
+    # Matching needs no other second moments.
+    heads = {site.name: site.name for site in member.architecture.sites if site.axis[0] == "group"}
+    statistics = collect_statistics(model, member.architecture, batches, seconds=heads)
     return model, MeasuredModel(weights, member.architecture, statistics)
 
 
@@ -380,8 +383,6 @@ def _write(
         model = permuted
     SpecialTokens().follow(model, tokenizer, ends)
     model.to(PartialState().device)
-    blocks = text.input_ids
-    statistics = collect_statistics(model, member.architecture, calibration_batches(blocks), blocks.numel())
     above = [Block(tuple(layers), kept) for layers, kept in zip(blocks_of(member.kept), member.kept, strict=True)]
     record = {
         "name": member.name,
@@ -392,4 +393,4 @@ def _write(
         "losses": {},
         "training": {**settings, "match": coordinates.matches[number], ORIGINS: [member.source.origin().record()]},
     }
-    store_anchor(output_dir, record, model.cpu(), tokenizer, statistics)
+    store_anchor(output_dir, record, model, tokenizer, text.input_ids)

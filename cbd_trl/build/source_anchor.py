@@ -4,27 +4,36 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, architecture_of
 from cbd_trl.build.arguments import loading_options
 from cbd_trl.build.special_tokens import SpecialTokens
-from cbd_trl.build.store import calibration_batches, store_anchor
+from cbd_trl.build.store import Changed, calibration_batches, store_anchor
 from cbd_trl.build.training import Trained
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS, ORIGINS
 from cbd_trl.chain.chain import Anchor
-from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
-from cbd_trl.surgery.reorder import can_rotate, importance, sort_weights, to_principal_axes
-from cbd_trl.surgery.statistics import collect_statistics
-from cbd_trl.surgery.weights import weights_of
+from cbd_trl.surgery.reorder import (
+    WIDTH,
+    can_rotate,
+    importance,
+    importance_order,
+    sort_weights,
+    to_principal_axes,
+)
+from cbd_trl.surgery.statistics import Change, collect_statistics
+from cbd_trl.surgery.weights import Weights, weights_of
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.formatting import anchor_name, format_count
 from cbd_trl.utils.modeling import check_at_hand
+from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tokenizers import check_rows
 
 # Key in the source anchor's metadata: arguments that decide it and belong to no training.
@@ -131,13 +140,8 @@ def store_source_anchor(output_dir: Path, source_anchor: SourceAnchor, made: Tra
             f"tie_word_embeddings is {source_anchor.architecture.tied} in the config of the {type(model).__name__}, "
             f"but {architecture.tied} by its weights, which are downloaded now: run the same again."
         )
-    weights = {key: tensor.cpu() for key, tensor in weights_of(model, architecture).items()}
     blocks = text.input_ids
-    statistics = collect_statistics(model, architecture, calibration_batches(blocks), blocks.numel())
-    scores = importance(weights, architecture, statistics)
-    in_order, statistics = sort_weights(weights, architecture, statistics, scores)
-    if can_rotate(in_order, architecture):
-        in_order, statistics = to_principal_axes(in_order, architecture, statistics)
+    in_order, change = _sorted(model, architecture, blocks)
     record = {
         "name": source_anchor.name,
         "parent": None,
@@ -150,7 +154,31 @@ def store_source_anchor(output_dir: Path, source_anchor: SourceAnchor, made: Tra
             **({DATASETS: hub_datasets(source_anchor.dataset)} if made.tokens_seen else {}),
         },
     }
-    sorted_model = build_model(architecture, in_order, model.dtype)
-    sorted_model.generation_config = copy.deepcopy(model.generation_config)
-    source_anchor.special.follow(sorted_model, source_anchor.tokenizer)
-    return store_anchor(output_dir, record, sorted_model, source_anchor.tokenizer, statistics)
+    # The model may be the caller's.
+    like = SimpleNamespace(
+        config=copy.deepcopy(architecture.config), generation_config=copy.deepcopy(model.generation_config)
+    )
+    source_anchor.special.follow(like, source_anchor.tokenizer)
+    changed = Changed(in_order, change, like)
+    return store_anchor(output_dir, record, model, source_anchor.tokenizer, blocks, changed)
+
+
+def _sorted(model: PreTrainedModel, architecture: Architecture, blocks: torch.Tensor) -> tuple[Weights, Change]:
+    """Sort the model's weights by importance, on principal axes where that is exact; none is made before it is read.
+
+    Returns:
+        The weights and the change of what their readers read.
+    """
+    weights = weights_of(model, architecture)
+    rotated = can_rotate(weights, architecture)
+    streams = {site.name: "stream" for site in architecture.sites if rotated and site.axis == WIDTH}
+    batches = Progress("Measuring the coordinates", calibration_batches(blocks))
+    statistics = collect_statistics(model, architecture, batches, seconds=streams)
+    scores = importance(weights, architecture, statistics)
+    in_order, sort = sort_weights(weights, architecture, scores)
+    if not rotated:
+        return in_order, sort
+    order = importance_order(scores).width
+    second = statistics.second("stream")[order][:, order]
+    on_axes, turn = to_principal_axes(in_order, architecture, second)
+    return on_axes, lambda name, rows: turn(name, sort(name, rows))

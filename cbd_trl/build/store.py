@@ -1,6 +1,6 @@
 """Store an anchor: its statistics, its folder and its entry in chain.json; the end of every way to make one."""
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +8,37 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_trl.architectures import architecture_of, describe
 from cbd_trl.chain.cards import save_cards
 from cbd_trl.chain.chain import STATISTICS_FILE, Anchor, Chain, write_anchor
-from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.chain.model import save_stock_model
+from cbd_trl.surgery.statistics import Change, collect_in_groups
 from cbd_trl.surgery.statistics_file import save_statistics
+from cbd_trl.surgery.weights import Weights, to_state, weights_of
 from cbd_trl.utils.files import writing
-from cbd_trl.utils.progress import Progress
 
 # Blocks of calibration text in one forward pass.
 CALIBRATION_BATCH = 4
 
 
-def calibration_batches(
-    blocks: torch.Tensor, description: str = "Collecting statistics"
-) -> Iterable[dict[str, torch.Tensor]]:
-    """Blocks of tokens (N, T) as model inputs, with a progress bar."""
-    return Progress(description, [{"input_ids": batch} for batch in blocks.split(CALIBRATION_BATCH)])
+@dataclass(frozen=True)
+class Changed:
+    """A model in other coordinates, of which no tensor is made before it is written.
+
+    Args:
+        weights: of it.
+        change: of what its readers read; None for the coordinates of the model that it is made from.
+        like: has its `config` and `generation_config`.
+    """
+
+    weights: Weights
+    change: Change | None
+    like: Any
+
+
+def calibration_batches(blocks: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """Split blocks of tokens (N, T) into model inputs."""
+    return [{"input_ids": batch} for batch in blocks.split(CALIBRATION_BATCH)]
 
 
 def store_anchor(
@@ -31,20 +46,40 @@ def store_anchor(
     record: dict[str, Any],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    statistics: Statistics,
+    blocks: torch.Tensor,
+    changed: Changed | None = None,
 ) -> Anchor:
-    """Write an anchor's folder and its entry in chain.json, once among all processes; see `write_anchor`.
+    """Collect an anchor's statistics where its model is, and write its folder and its entry in chain.json, once among
+    all processes; see `write_anchor`. In memory are the model, and of its statistics what `collect_in_groups` says.
+
+    Args:
+        output_dir: the chain's folder.
+        record: as `write_anchor` takes it.
+        model: it is not changed.
+        tokenizer: of the chain.
+        blocks: (N, T) tokens of calibration text.
+        changed: what to write instead of the model's own weights.
 
     Raises:
         ValueError: a weight is not finite.
         OSError: the disk is full, or the folder cannot be written to.
     """
+    architecture = architecture_of(model)
     _check_finite(record["name"], model)
+    if changed is None:
+        changed = Changed(weights_of(model, architecture), None, model)
 
     def fill(folder: Path) -> None:
-        model.save_pretrained(folder)
+        parts = collect_in_groups(model, architecture, calibration_batches(blocks), changed.change)
+        save_statistics(parts, architecture, folder / STATISTICS_FILE)
+        save_stock_model(
+            folder,
+            describe(changed.like.config),
+            to_state(changed.weights, architecture),
+            model.dtype,
+            changed.like.generation_config,
+        )
         tokenizer.save_pretrained(folder)
-        save_statistics(statistics, folder / STATISTICS_FILE)
 
     state = PartialState()
     if state.is_main_process:

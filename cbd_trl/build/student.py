@@ -25,7 +25,7 @@ from cbd_trl.targets.operators import Pair
 from cbd_trl.utils.files import write_text
 
 # Tokens to compare blocks on; refitting the chosen ones uses all calibration tokens.
-_FIT_TOKENS = 2048
+FIT_TOKENS = 2048
 
 
 def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor) -> list[Block]:
@@ -39,7 +39,7 @@ def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torc
     state = PartialState()
     if state.is_main_process and not file.exists():
         rows = tokens.to(teacher.device)
-        fit = (rows[:-1] if len(rows) > 1 else rows)[: -(-_FIT_TOKENS // rows.shape[1])].split(CALIBRATION_BATCH)
+        fit = (rows[:-1] if len(rows) > 1 else rows)[: -(-FIT_TOKENS // rows.shape[1])].split(CALIBRATION_BATCH)
         blocks = cheapest_blocks(
             teacher,
             describe(teacher.config),

@@ -72,14 +72,18 @@ class WidthHybrid:
             every step and best lie on the student's device (see `weights_of_teacher`).
         probability: share of the optimizer steps that have a hybrid.
         seed: of the draws.
+        shapes: of the hybrids; None for `targets_between`.
 
     Raises:
         ValueError: if no shape lies between the two.
     """
 
-    def __init__(self, pair: Pair, probability: float, seed: int) -> None:
+    def __init__(
+        self, pair: Pair, probability: float, seed: int, shapes: Sequence[Architecture] | None = None
+    ) -> None:
         upper, lower = pair.upper_architecture, pair.lower_architecture
-        self._targets = [_Target(pair, Plan(target)) for target in targets_between(upper, lower, pair.blocks)]
+        shapes = targets_between(upper, lower, pair.blocks) if shapes is None else shapes
+        self._targets = [_Target(pair, Plan(shape)) for shape in shapes]
         if not self._targets:
             raise ValueError(
                 f"swap_probability={probability} trains models between {upper.shape} and {lower.shape}, and no shape "

@@ -1,20 +1,24 @@
 """From weights to a stock transformers model and back to disk."""
 
 import copy
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from huggingface_hub import split_torch_state_dict_into_shards
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.manifest import DTYPES
 from cbd_trl.surgery.weights import Weights, to_state
+from cbd_trl.utils.files import write_text
 from cbd_trl.utils.modeling import is_attention_kernel, quiet
 from cbd_trl.utils.progress import Progress
-from cbd_trl.utils.tensor_files import TensorFile
+from cbd_trl.utils.tensor_files import TensorFile, write_tensors
 
 
 def build_model(
@@ -52,6 +56,44 @@ def stock_model(
         model = cls.from_pretrained(None, config=config, state_dict=_parameters(state, dtype), dtype=dtype)
     model.config._name_or_path = model.name_or_path = name_or_path
     return model.eval()
+
+
+def save_stock_model(
+    folder: Path,
+    architecture: Architecture,
+    state: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    generation_config: GenerationConfig,
+    max_shard_size: str = "50GB",
+) -> None:
+    """Write what `stock_model(architecture.config, state, dtype).save_pretrained(folder)` writes, one tensor after
+    another: the model is never in memory as a whole. Of several files each has tensors of its own choice.
+
+    Args:
+        folder: new or empty.
+        architecture: of the model; its config is copied.
+        state: tensors as the class stores them, on any device, each read once.
+        dtype: of what is written.
+        generation_config: of the model.
+        max_shard_size: of a file.
+    """
+    config = copy.deepcopy(architecture.config)
+    config.dtype = dtype
+    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    config.architectures = [cls.__name__]
+    config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in architecture.state_shapes.items()}
+    split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        tensors = ((name, state[name].detach().to(dtype)) for name in Progress("Writing the weights", names))
+        write_tensors(folder / file, {name: (dtype, empty[name].shape) for name in names}, tensors, {"format": "pt"})
+    if split.is_sharded:
+        index = {
+            "metadata": {"total_parameters": architecture.num_parameters, **split.metadata},
+            "weight_map": split.tensor_to_filename,
+        }
+        write_text(folder / SAFE_WEIGHTS_INDEX_NAME, json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _parameters(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:

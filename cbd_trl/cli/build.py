@@ -62,7 +62,7 @@ def build(flags: list[str]) -> None:
 def _run(name: str, changes: list[str], dry_run: bool) -> None:
     from accelerate import PartialState
 
-    from cbd_trl.recipe.check import check_recipe, how_estimated, recipe_table
+    from cbd_trl.recipe.check import check_recipe, how_estimated, how_it_fits, memory_table, recipe_table
     from cbd_trl.recipe.run import build_checked
     from cbd_trl.recipe.schema import RecipeError, read_recipe
     from cbd_trl.utils.progress import make_console
@@ -71,7 +71,11 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
     check = check_recipe(recipe)
     is_main = PartialState().is_main_process
     if check.costs and is_main:
-        make_console().print(recipe_table(check))
+        console = make_console()
+        console.print(recipe_table(check))
+        if dry_run:
+            console.print(memory_table(check))
+            print(how_it_fits(check))
         print(how_estimated(check))
     if dry_run and is_main:
         print("Nothing was built or written: this is a dry run.")

@@ -23,6 +23,7 @@ from transformers import (
 from cbd_trl.architectures.backbone import own_forward
 from cbd_trl.generation.decoding import DecodingConfig
 from cbd_trl.generation.prompts import Prompt
+from cbd_trl.utils.modeling import has_float64
 from cbd_trl.utils.tokenizers import vocabulary_rows
 
 # A character whose last bytes are missing, as the cut fell between them.
@@ -197,8 +198,8 @@ class DrawByRow(LogitsProcessor):
         Returns:
             (B, V): 0 at the token drawn, -inf elsewhere.
         """
-        # Apple's devices have no float64, and in float32 the sum over a vocabulary loses its rare tokens.
-        where = "cpu" if scores.device.type == "mps" else scores.device
+        # In float32 the sum over a vocabulary loses its rare tokens.
+        where = scores.device if has_float64(scores.device) else "cpu"
         sums_BV = scores.to(where).double().softmax(-1).cumsum(-1)
         # Exactly 1 from the last token that can be drawn on: every number below 1 falls on one that can.
         sums_BV = sums_BV / sums_BV[:, -1:]

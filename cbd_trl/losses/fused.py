@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cbd_trl.architectures.backbone import Head, product_dtype
 from cbd_trl.losses.objective import METRICS, LogitObjective, TermWeights, combine
-from cbd_trl.losses.teacher_outputs import AnyTeacherOutputs
+from cbd_trl.losses.teacher_outputs import AnyTeacherOutputs, ReusedRows
 
 # Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
 # fills it.
@@ -47,8 +47,9 @@ def logits_in_blocks(hidden_ND: Tensor, head: Head) -> Iterator[tuple[slice, Ten
     """
     dtype = product_dtype(head, hidden_ND.device)
     head = head.to(dtype)
+    room, inputs_ND = ReusedRows(), hidden_ND.to(dtype)
     for part in _parts(slice(0, len(hidden_ND)), default_chunk(head.rows, hidden_ND.device), None):
-        projected_nV = head.project(hidden_ND[part].to(dtype))
+        projected_nV = head.project(inputs_ND[part], room.like(inputs_ND[part], head.rows))
         for rows in _blocks(projected_nV, part, None):
             yield slice(part.start + rows.start, part.start + rows.stop), head.bound(projected_nV[rows])
 
@@ -117,8 +118,9 @@ class _FusedTerms(torch.autograd.Function):
         # of the C allocator's heap add up to gigabytes.
         terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _LOGIT_TERMS}
         metrics = {name: torch.empty_like(terms["ce"]) for name in METRICS}
+        room = ReusedRows()
         for part in _parts(slice(0, len(inputs_Nd)), size, starts):
-            projected_nV = head.project(inputs_Nd[part])
+            projected_nV = head.project(inputs_Nd[part], room.like(inputs_Nd[part], head.rows))
             prediction, targets_n = teacher.at(part), targets_N[part]
             for rows in _blocks(projected_nV, part, starts):
                 # Before the terms: what this takes is free again when they need memory.

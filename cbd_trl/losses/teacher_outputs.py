@@ -7,7 +7,7 @@ Shapes: N positions, D teacher width, V vocabulary rows, K kept entries.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -89,6 +89,34 @@ class _KeptAndTail(torch.autograd.Function):
         return (others_NV * scale_N1).scatter_(-1, indices_NK, gradient_NE[:, :-1]), None
 
 
+class ReusedRows:
+    """Room for the logits of one chunk after another.
+
+    Chunks are larger than what a C library's allocator keeps: each new one would be pages that the system has to clear
+    first, which costs a fifth of the matrix product that fills them.
+    """
+
+    def __init__(self) -> None:
+        self._room_NV: Tensor | None = None
+
+    def like(self, hidden_nD: Tensor, columns: int) -> Tensor:
+        """Make room for the product of hidden states and a head; the last one made may be written over.
+
+        Args:
+            hidden_nD: in the dtype and on the device of the product, (n, D).
+            columns: V.
+
+        Returns:
+            (n, V), not initialized.
+        """
+        rows = len(hidden_nD)
+        if self._room_NV is None or len(self._room_NV) < rows:
+            # Before there is more room: both at once would not be needed.
+            self._room_NV = None
+            self._room_NV = hidden_nD.new_empty(rows, columns)
+        return self._room_NV[:rows]
+
+
 class Prediction(Protocol):
     """A teacher's next-token distributions at some positions, ready to be compared with."""
 
@@ -116,14 +144,14 @@ class AnyTeacherOutputs(Protocol):
     """Teacher output at all scored positions of a micro-batch, in whatever form an objective reads."""
 
     def at(self, part: slice) -> Any:
-        """Compute the output at some of the positions; it has `rows` to get at fewer of them."""
+        """Compute the output at some of the positions, good until the next call; `rows` gets at fewer of them."""
 
 
 class TeacherOutputs(AnyTeacherOutputs, Protocol):
     """Teacher output at all scored positions of a micro-batch."""
 
     def at(self, part: slice) -> Prediction:
-        """Compute the prediction at some of the positions."""
+        """Compute the prediction at some of the positions. It is good until the next call."""
 
 
 class LogitPrediction:
@@ -188,10 +216,14 @@ class HiddenOutputs:
 
     hidden_ND: Tensor
     head: Head
+    _projected: ReusedRows = field(default_factory=ReusedRows, init=False, repr=False, compare=False)
 
+    @torch.no_grad()
     def logits(self, part: slice) -> Tensor:
-        """Logits of a part, (n, V) float32."""
-        return self.head.logits(self.hidden_ND[part])
+        """Logits of a part, (n, V) float32. They are good until the next call, which may write over them."""
+        hidden_nD = self.hidden_ND[part]
+        out_nV = self._projected.like(hidden_nD, self.head.rows)
+        return self.head.bound(self.head.to(hidden_nD.dtype).project(hidden_nD, out_nV))
 
     def at(self, part: slice) -> LogitPrediction:
         """See `TeacherOutputs`."""

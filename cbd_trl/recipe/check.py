@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import PretrainedConfig
 
-from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
 from cbd_trl.build.plan import Step, plan_step
@@ -25,11 +24,13 @@ from cbd_trl.chain.source import Source
 from cbd_trl.recipe.configs import anchor_args, bridge_args, chain_args, default_args, refused_argument
 from cbd_trl.recipe.data import check_data, check_mix, placed, shares_rows
 from cbd_trl.recipe.estimate import (
+    LIBRARIES,
     Cost,
     Speed,
     anchor_cost,
     bridge_cost,
     disk_needed,
+    machine_memory,
     measure_speed,
     measuring_seconds,
     source_cost,
@@ -202,7 +203,7 @@ def check_recipe(recipe: Recipe) -> Check:
     _check_data(check)
     _check_operators(check)
     if source is not None:
-        plan_costs(check, source.architecture, check.attempt("source", lambda: _source_parameters(check)))
+        plan_costs(check, source.architecture, check.attempt("source", lambda: _bridged_config(check)))
         _check_lengths(check, source.architecture)
         _check_sizes(check, source.architecture)
         if not check.problems:
@@ -213,19 +214,19 @@ def check_recipe(recipe: Recipe) -> Check:
     return check
 
 
-def plan_costs(check: Check, source: Architecture, source_parameters: int | None = None) -> None:
+def plan_costs(check: Check, source: Architecture, teacher: PretrainedConfig | None = None) -> None:
     """Resolve the anchors of a recipe from the largest down, and estimate what each takes.
 
     Args:
         check: `steps`, `costs`, `speed` and `problems` are filled.
         source: the largest anchor.
-        source_parameters: of the source, where there is a bridge.
+        teacher: config of the source, where there is a bridge.
     """
     recipe, args = check.recipe, check.args or default_args(check.recipe)
     speed = check.speed = measure_speed(args, source.sizes["width"])
     names, upper = [anchor_name(source.num_parameters)], source
-    if check.bridge is not None and source_parameters is not None:
-        costs = (source_parameters, source, check.bridge, recipe.calibration_tokens, speed)
+    if check.bridge is not None and teacher is not None:
+        costs = (teacher, source, check.bridge, recipe.calibration_tokens, speed)
         check.costs.append(bridge_cost(names[0], *costs))
     else:
         check.costs.append(source_cost(names[0], source, args, recipe.calibration_tokens, speed))
@@ -349,17 +350,12 @@ def _check_sizes(check: Check, source: Architecture) -> None:
             )
 
 
-def _source_parameters(check: Check) -> int | None:
-    """Of a source that a bridge begins with, of any architecture: counted on a model without memory."""
+def _bridged_config(check: Check) -> PretrainedConfig | None:
+    """Of a source that a bridge begins with, of any architecture."""
     recipe = check.recipe
     if recipe.bridge is None or recipe.source is None:
         return None
-    config = Source(recipe.source.name, recipe.source.revision).config()
-    try:
-        return describe(config).num_parameters
-    except ValueError:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config).num_parameters()
+    return Source(recipe.source.name, recipe.source.revision).config()
 
 
 def _check_folder(folder: Path) -> None:
@@ -396,14 +392,14 @@ def recipe_table(check: Check) -> Table:
         check: of a recipe.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"What {check.recipe.name} would build")
-    for name in ("anchor", "parameters", "shape", "disk", "checkpoints", "tokens", "memory", "time"):
+    for name in ("anchor", "parameters", "shape", "disk", "checkpoints", "tokens", "time"):
         table.add_column(name, justify="left" if name in ("anchor", "shape") else "right")
     for number, cost in enumerate(check.costs):
         table.add_row(*_cells(cost, finished=number < check.finished))
     left = check.costs[check.finished :]
     seconds = [cost.seconds for cost in left] + [check.measuring or 0.0]
     if check.measuring is not None:
-        table.add_row("evaluation", *[""] * 6, _time(check.measuring))
+        table.add_row("evaluation", *[""] * 5, _time(check.measuring))
     table.add_section()
     table.add_row(
         "all" if not check.finished else "left",
@@ -412,10 +408,55 @@ def recipe_table(check: Check) -> Table:
         format_bytes(sum(cost.disk for cost in left)),
         format_bytes(max((cost.checkpoints for cost in left), default=0)),
         _count([cost.tokens for cost in left]),
-        format_bytes(max((cost.memory for cost in left), default=0)),
         _time(None if None in seconds else sum(second or 0 for second in seconds)),
     )
     return table
+
+
+def memory_table(check: Check) -> Table:
+    """Make a table with a line for each phase of each anchor, the largest of them marked.
+
+    Args:
+        check: of a recipe.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Memory of each phase, at most")
+    left = check.costs[check.finished :]
+    on_cpu = all(cost.args.device.type == "cpu" for cost in left)
+    columns = ("anchor", "phase", "memory") if on_cpu else ("anchor", "phase", "on the device", "in the machine")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("anchor", "phase") else "right")
+    most = max((cost.memory for cost in left), default=0)
+    for cost in left:
+        for phase in cost.phases:
+            peak = " (peak)" if phase is cost.peak and cost.memory == most else ""
+            sizes = [LIBRARIES + phase.device] if on_cpu else [LIBRARIES + phase.device, LIBRARIES + phase.host]
+            table.add_row(cost.name, phase.name + peak, *map(format_bytes, sizes))
+    return table
+
+
+def how_it_fits(check: Check) -> str:
+    """Name the smallest common GPU that the chain fits on, and what would save memory where it does not fit here.
+
+    Args:
+        check: of a recipe.
+    """
+    left = check.costs[check.finished :]
+    if not left:
+        return ""
+    largest, sizes = max(left, key=lambda cost: cost.memory), [cost.gpu for cost in left]
+    fits = "no common GPU (141 GB at most) alone" if None in sizes else f"a GPU of {max(filter(None, sizes))} GB"
+    there = machine_memory(largest.args.device)
+    lines = [
+        "Memory: every tensor that PyTorch holds at the worst moment, counted, and 0.5 GB of libraries, on one "
+        "device, with nothing sharded; without the work space of kernels. Statistics use more where more is free.",
+        f"Fits on {fits}. Peak: {largest.peak.name} of {largest.name}, {format_bytes(largest.memory)} here.",
+    ]
+    if None in sizes or largest.memory > there:
+        if largest.memory > there:
+            lines.append(f"This machine's {largest.args.device} has {format_bytes(there)}.")
+        saved = [f"{what} ({format_bytes(count)})" for what, count in largest.savings().items()]
+        lines.append(f"Each of these alone in args would save memory at the peak: {'; '.join(saved)}.")
+    return "\n".join(lines)
 
 
 def how_estimated(check: Check) -> str:
@@ -428,8 +469,6 @@ def how_estimated(check: Check) -> str:
         "Disk: weights and statistics (0.15 of the weights in bfloat16); checkpoints are there while an anchor is "
         f"trained. Free: {format_bytes(check.disk_free)}.",
         "Tokens: those of full rows; shorter rows that are not packed have fewer.",
-        "Memory: weights of teacher and student, gradients, AdamW's moments, the activations of a micro-batch and "
-        "0.5 GB of libraries, on one device, with nothing sharded.",
     ]
     if check.speed is not None:
         lines.append(_speed(check.speed))
@@ -442,21 +481,24 @@ def _speed(speed: Speed) -> str:
     products = speed.products / 1e9
     rate = f"{products:,.0f}" if products >= 10 else f"{products:.2g}"
     measured = f"a matrix product does {rate} GFLOP/s on {speed.device} now"
-    share = f"{speed.training / speed.products:.2g} of that is assumed in training"
-    known = "within a factor of two or so" if speed.device == "cpu" else "not compared with any run on such a device"
-    return f"Time: {measured}, {share}, {known}."
+    share = f"a training is taken to reach {speed.training / speed.products:.2g} of that"
+    known = (
+        "a share that was measured (SmolLM2-135M, float32, two cores): within a factor of two or so"
+        if speed.device == "cpu"
+        else "a share that is assumed and not compared with any run on such a device"
+    )
+    return f"Time: {measured}; {share}, {known}."
 
 
 def _cells(cost: Cost, finished: bool) -> list[str]:
     cells = [cost.name, format_count(cost.architecture.num_parameters), describe_shape(cost.architecture.shape)]
     if finished:
-        return [*cells, *["finished", "", "", "", ""]]
+        return [*cells, *["finished", "", "", ""]]
     return [
         *cells,
         format_bytes(cost.disk),
         format_bytes(cost.checkpoints),
         _count([cost.tokens]),
-        format_bytes(cost.memory),
         _time(cost.seconds),
     ]
 

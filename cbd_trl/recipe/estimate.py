@@ -3,17 +3,31 @@
 The one cost model: `cbd-trl build --dry-run` prints it, the demo tells its time left by it.
 """
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
+import psutil
 import torch
+from transformers import PretrainedConfig
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.build.plan import Step
-from cbd_trl.losses.fused import default_chunk
+from cbd_trl.recipe.memory import (
+    Phase,
+    anchor_phases,
+    bridge_phases,
+    count_parameters,
+    optimizer_bytes,
+    source_phases,
+    weight_dtype,
+)
 from cbd_trl.surgery.block_search import measured_blocks
 from cbd_trl.targets.many import multiplied_weights
+from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import calibration_length
 from cbd_trl.utils.modeling import emulates_bf16
@@ -117,15 +131,12 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 # Of the disk of the bfloat16 weights (docs/guides/chains.md).
 _STATISTICS_SHARE = 0.15
-_BF16_BYTES, _FLOAT32_BYTES = 2, 4
-# AdamW keeps two moments of every weight.
-_OPTIMIZER_COPIES = 2
-# Floats that a layer keeps for the backward pass, for each token: of the width, and of the FFN.
-_KEPT_WIDTHS, _KEPT_FFNS = 12, 4
-# Copies of a chunk of logits, in float32, while a loss is computed: two models', their logarithms, a gradient.
-_KEPT_LOGITS = 4
-# Bytes of the libraries themselves, on a CPU measured; on a GPU its context.
-_LIBRARIES = 500_000_000
+_BF16_BYTES = 2
+# Bytes of the libraries themselves, on a CPU measured; on a GPU of its context.
+LIBRARIES = 500_000_000
+# Of the common GPUs, in GB; the share of it that an allocator fills.
+GPUS = (16, 24, 40, 80, 141)
+_FILLED = 0.95
 
 
 @dataclass(frozen=True)
@@ -138,8 +149,9 @@ class Cost:
         disk: bytes of its weights, as they are stored, and its statistics.
         checkpoints: bytes beside them while it is trained.
         tokens: that it is trained on, where every row is full; None where they depend on the data.
-        memory: bytes, at most, while it is made.
         seconds: to train and calibrate it; None where the tokens are not known.
+        args: that it is made with.
+        predict: the memory of its phases, with some arguments on some device; takes seconds.
     """
 
     name: str
@@ -147,8 +159,66 @@ class Cost:
     disk: int
     checkpoints: int
     tokens: int | None
-    memory: int
     seconds: float | None
+    args: DistillConfig
+    predict: Callable[[Any, torch.device], list[Phase]]
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """What each phase takes on the device of the arguments."""
+        return self.predict(self.args, self.args.device)
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that takes the most there."""
+        return max(self.phases, key=lambda phase: phase.device)
+
+    @property
+    def memory(self) -> int:
+        """Bytes on that device, at most, while it is made, those of the libraries included."""
+        return LIBRARIES + self.peak.device
+
+    @cached_property
+    def gpu(self) -> int | None:
+        """The smallest of `GPUS` that it fits on, in GB; None if there is none."""
+        phases = self.phases if self.args.device.type == "cuda" else self.predict(self.args, torch.device("cuda"))
+        needed = LIBRARIES + max(phase.device for phase in phases)
+        return next((size for size in GPUS if needed <= _FILLED * size * 1e9), None)
+
+    def savings(self) -> dict[str, int]:
+        """Compute what arguments would save of the bytes of its peak, each alone, the most first."""
+        now, found = self.peak.device, {}
+        for what, values in _less_memory(self.args).items():
+            args: Any = copy.copy(self.args)
+            for name, value in values.items():
+                setattr(args, name, value)
+            found[what] = now - max(phase.device for phase in self.predict(args, args.device))
+        return {what: saved for what, saved in sorted(found.items(), key=lambda pair: -pair[1]) if saved > 0}
+
+
+def _less_memory(args: DistillConfig) -> dict[str, Mapping[str, Any]]:
+    """Arguments that need less memory than those given, by how a recipe has them."""
+    found: dict[str, Mapping[str, Any]] = {}
+    if not args.gradient_checkpointing:
+        found["gradient_checkpointing: true"] = {"gradient_checkpointing": True}
+    if (rows := args.per_device_train_batch_size) > 1:
+        steps = args.gradient_accumulation_steps
+        values = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * steps}
+        found[", ".join(f"{name}: {value}" for name, value in values.items())] = values
+    found["loss_chunk_size: 64"] = {"loss_chunk_size": 64}
+    if weight_dtype(args) == torch.float32:
+        options = {**(args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}), "dtype": "bfloat16"}
+        found["model_init_kwargs: {dtype: bfloat16}"] = {"model_init_kwargs": options}
+    found["optim: adafactor"] = {"optim": "adafactor"}
+    return found
+
+
+def machine_memory(device: torch.device) -> int:
+    """Bytes of a device that is there, or of the machine where it is the CPU or does not tell."""
+    module: Any = getattr(torch, device.type, None)
+    if hasattr(module, "mem_get_info"):
+        return int(module.mem_get_info(device)[1])
+    return int(psutil.virtual_memory().total)
 
 
 def disk_needed(costs: Sequence[Cost]) -> int:
@@ -174,16 +244,15 @@ def source_cost(name: str, source: Architecture, args: DistillConfig, calibratio
         calibration_tokens: behind its statistics.
         speed: of this machine.
     """
-    weights = source.num_parameters * _weight_bytes(args)
-    # In its own order and the sorted one.
     return Cost(
         name=name,
         architecture=source,
-        disk=weights + _statistics_disk(source),
+        disk=_weights(source, args) + _statistics_disk(source),
         checkpoints=0,
         tokens=0,
-        memory=_LIBRARIES + 2 * weights + _statistics_memory(source),
         seconds=_calibration_seconds(source, calibration_tokens, speed),
+        args=args,
+        predict=lambda args, device: source_phases(source, args, calibration_tokens, device),
     )
 
 
@@ -197,8 +266,11 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
         speed: of this machine.
     """
     lower, args = step.architecture, step.args
-    teacher = (upper.num_parameters * _weight_bytes(args), multiplied_weights(upper))
-    cost = _trained_cost(step.name, lower, args, teacher, calibration_tokens, speed, upper)
+
+    def predict(args: DistillConfig, device: torch.device) -> list[Phase]:
+        return anchor_phases(upper, replace(step, args=args), calibration_tokens, device)
+
+    cost = _trained_cost(step.name, lower, args, multiplied_weights(upper), calibration_tokens, speed, predict)
     if cost.seconds is None:
         return cost
     # Each block of layers that one could stand for is measured twice on one block of tokens, from its first layer on:
@@ -210,9 +282,9 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
 
 def bridge_cost(
     name: str,
-    source_parameters: int,
+    source: PretrainedConfig,
     student: Architecture,
-    args: DistillConfig,
+    args: BridgeDistillConfig,
     calibration_tokens: int,
     speed: Speed,
 ) -> Cost:
@@ -220,106 +292,53 @@ def bridge_cost(
 
     Args:
         name: of the anchor.
-        source_parameters: of its teacher, of any architecture.
+        source: config of its teacher, of any architecture.
         student: anchor zero.
         args: of the bridge.
         calibration_tokens: behind its statistics.
         speed: of this machine.
     """
-    teacher = (source_parameters * _weight_bytes(args), source_parameters)
-    return _trained_cost(name, student, args, teacher, calibration_tokens, speed, student)
+    count = count_parameters(source)
+
+    def predict(args: BridgeDistillConfig, device: torch.device) -> list[Phase]:
+        return bridge_phases(source, count, student, args, calibration_tokens, device)
+
+    return _trained_cost(name, student, args, count, calibration_tokens, speed, predict)
 
 
 def _trained_cost(
     name: str,
     lower: Architecture,
     args: DistillConfig,
-    teacher: tuple[int, int],
+    teacher_weights: int,
     calibration_tokens: int,
     speed: Speed,
-    upper: Architecture,
+    predict: Callable[[Any, torch.device], list[Phase]],
 ) -> Cost:
-    teacher_bytes, teacher_weights = teacher
-    weights, tokens, swap = (
-        lower.num_parameters * _weight_bytes(args),
-        trained_tokens(args),
-        args.swap_probability or 0,
-    )
-    optimizer = _OPTIMIZER_COPIES * weights
-    # A hybrid is as deep as either on average; one of another width is mixed anew at every step, and has a gradient.
-    hybrid = 0
-    if swap:
-        hybrid = _activations(lower, args, depth=(lower.depth + upper.depth) // 2)
-        hybrid += (teacher_bytes + weights) if lower.sizes != upper.sizes else 0
+    weights, tokens = _weights(lower, args), trained_tokens(args)
     seconds = None
     if tokens is not None:
-        passes = _step_cost(2.0 * teacher_weights, 2.0 * multiplied_weights(lower), swap)
+        passes = _step_cost(2.0 * teacher_weights, 2.0 * multiplied_weights(lower), args.swap_probability or 0)
         seconds = tokens / max(args.world_size, 1) * passes / speed.training
         seconds += _calibration_seconds(lower, calibration_tokens, speed)
     return Cost(
         name=name,
         architecture=lower,
         disk=weights + _statistics_disk(lower),
-        checkpoints=_kept_checkpoints(args) * (weights + optimizer),
+        checkpoints=_kept_checkpoints(args) * (weights + optimizer_bytes(lower, args, weight_dtype(args))),
         tokens=tokens,
-        memory=_LIBRARIES
-        + teacher_bytes
-        + weights
-        + max(
-            weights + optimizer + hybrid + _activations(lower, args) + _losses(lower, args),
-            _statistics_memory(lower),
-        ),
         seconds=seconds,
+        args=args,
+        predict=predict,
     )
 
 
-def _weight_bytes(args: DistillConfig) -> int:
-    """Bytes of a weight: float32 unless the source is loaded otherwise."""
-    options = args.model_init_kwargs
-    kind = options.get("dtype") if isinstance(options, dict) else None
-    return _BF16_BYTES if str(kind).removeprefix("torch.") in ("bfloat16", "float16") else _FLOAT32_BYTES
+def _weights(architecture: Architecture, args: DistillConfig) -> int:
+    return architecture.num_parameters * weight_dtype(args).itemsize
 
 
 def _statistics_disk(architecture: Architecture) -> int:
     return int(_STATISTICS_SHARE * _BF16_BYTES * architecture.num_parameters)
-
-
-def _statistics_memory(architecture: Architecture) -> int:
-    """Of the second moments while they are summed: a float32 square for each stream that a layer reads."""
-    lengths = [_length(site.axis, architecture.sizes) for site in architecture.sites]
-    return sum(length * length * _FLOAT32_BYTES for length in lengths)
-
-
-def _length(axis: Sequence[str], sizes: dict[str, int]) -> int:
-    length = 1
-    for dim in axis:
-        length *= sizes[dim]
-    return length
-
-
-def _activations(architecture: Architecture, args: DistillConfig, depth: int | None = None) -> int:
-    """What a micro-batch keeps for the backward pass, through so many layers or all."""
-    width, ffn, depth = architecture.sizes["width"], architecture.sizes["ffn"], depth or architecture.depth
-    layer = _KEPT_WIDTHS * width + _KEPT_FFNS * ffn
-    kept = layer + depth * width if args.gradient_checkpointing else depth * layer
-    return _micro_batch(args) * kept * (_BF16_BYTES if half_precision(args) else _FLOAT32_BYTES)
-
-
-def _losses(architecture: Architecture, args: DistillConfig) -> int:
-    """Logits of a chunk, and under autocast the weights in half precision."""
-    rows = architecture.config.get_text_config().vocab_size
-    chunk = min(args.loss_chunk_size or default_chunk(rows, args.device), _micro_batch(args))
-    copies = (
-        _BF16_BYTES * architecture.num_parameters
-        if half_precision(args) and _weight_bytes(args) == _FLOAT32_BYTES
-        else 0
-    )
-    return _KEPT_LOGITS * chunk * rows * _FLOAT32_BYTES + copies
-
-
-def _micro_batch(args: DistillConfig) -> int:
-    """Tokens, at most."""
-    return args.per_device_train_batch_size * (args.max_length or 1024)
 
 
 def _kept_checkpoints(args: DistillConfig) -> int:

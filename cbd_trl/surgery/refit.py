@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import Architecture, decoder_layers
-from cbd_trl.surgery.statistics import normalize_stream
+from cbd_trl.surgery.statistics import cholesky, normalize_stream
 from cbd_trl.surgery.weights import as_stored, as_used, from_input_matrix, input_matrix
 from cbd_trl.utils.progress import Progress
 
@@ -232,12 +232,11 @@ def _add_moments(sums: dict[str, torch.Tensor], rows: torch.Tensor, gap: torch.T
 
 def _solve(sums: Mapping[str, torch.Tensor], ridge: float, intercept: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Solve for the change of the (outputs, inputs) matrix and of the bias (0 without an intercept), float32."""
-    count = sums["n"].double()
-    second, cross = sums["hh"].double() / count, sums["gh"].double() / count
-    mean, gap = sums["h"].double() / count, sums["g"].double() / count
+    count = sums["n"]
+    second, cross = sums["hh"] / count, sums["gh"] / count
+    mean, gap = sums["h"] / count, sums["g"] / count
     if intercept:
         second, cross = second - torch.outer(mean, mean), cross - torch.outer(gap, mean)
-    second.diagonal().add_(ridge * second.diagonal().mean())
-    change = torch.cholesky_solve(cross.T, torch.linalg.cholesky(second)).T
-    shift = gap - change @ mean if intercept else torch.zeros_like(gap)
-    return change.float(), shift.float()
+    triangle = cholesky(second, ridge * float(second.diagonal().mean()))
+    change = torch.cholesky_solve(cross.T.to(triangle), triangle).T.to(cross)
+    return change, gap - change @ mean if intercept else torch.zeros_like(gap)

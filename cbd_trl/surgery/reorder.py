@@ -8,11 +8,11 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import Axes, Sizes, axis_length, dims_of, from_dims, select, to_dims
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
-from cbd_trl.surgery.statistics import Statistics
+from cbd_trl.surgery.statistics import Change, SiteStatistics
 from cbd_trl.surgery.weights import LazyWeights, Weights, from_input_matrix, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
 
-_WIDTH = ("width",)
+WIDTH = ("width",)
 # A LayerNorm's bias is divided by its gain where a reader has no bias to take it: gains below this share of the median
 # would make it so large that half precision loses the rest.
 _LEAST_GAIN = 0.01
@@ -58,7 +58,7 @@ class Importance:
     group: torch.Tensor
 
 
-def importance(weights: Weights, architecture: Architecture, statistics: Statistics) -> Importance:
+def importance(weights: Weights, architecture: Architecture, statistics: SiteStatistics) -> Importance:
     """Score coordinates: root mean square activation times the size of what reads it.
 
     Channels are summed over all streams that layers read, each divided by its root mean square over all channels
@@ -70,13 +70,13 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
     for site in Progress("Ranking the coordinates", architecture.sites):
         rms = statistics.variances(site.name).clamp(min=0).sqrt()
         if site.axis == ("width",):
-            gain = weights[f"{site.name}.weight"].double().abs().cpu() if site.norm else 1 / rms.square().mean().sqrt()
+            gain = weights[f"{site.name}.weight"].double().abs() if site.norm else 1 / rms.square().mean().sqrt()
             # The table that is read with is as many times larger as the gain is smaller.
             tied_final = architecture.tied and site is architecture.sites[-1]
             width += rms * gain * (architecture.embedding_scale if tied_final else 1.0)
             continue
         key, _ = reader_keys(site.readers[0], weights, architecture)
-        score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0).cpu()
+        score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0)
         outermost = site.axis[0]
         inner[outermost].append(score.reshape(architecture.sizes[outermost], -1).sum(-1))
     return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]))
@@ -87,22 +87,21 @@ def importance_order(scores: Importance) -> Order:
     return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
 
 
-def sort_weights(
-    weights: Weights, architecture: Architecture, statistics: Statistics, scores: Importance
-) -> tuple[Weights, Statistics]:
+def sort_weights(weights: Weights, architecture: Architecture, scores: Importance) -> tuple[Weights, Change]:
     """Permute channels, neurons and key/value groups into descending importance; the logits stay equal.
 
     Returns:
-        The permuted weights and the statistics in the new order.
+        The permuted weights and the change of what their readers read.
     """
     order = importance_order(scores)
     axes = {site.name: site.axis for site in architecture.sites}
     axes |= {norm.name: norm.axis for norm in architecture.output_norms}
-    index = {
-        name: _site_order(axis, architecture.sizes, order.index(architecture.split_name(name)[0]))
-        for name, axis in axes.items()
-    }
-    return permute(weights, architecture, order), statistics.reindexed(index)
+
+    def change(name: str, rows: torch.Tensor) -> torch.Tensor:
+        index = _site_order(axes[name], architecture.sizes, order.index(architecture.split_name(name)[0]))
+        return rows.index_select(1, index.to(rows.device))
+
+    return permute(weights, architecture, order), change
 
 
 def permute(weights: Weights, architecture: Architecture, order: Order) -> Weights:
@@ -119,35 +118,43 @@ def permute(weights: Weights, architecture: Architecture, order: Order) -> Weigh
             f"Channels of a {architecture.config.model_type} model cannot change sign: its LayerNorm subtracts the "
             "mean over the channels, which that would change. Leave `signs` out."
         )
-    permuted = {}
-    for key, axes in architecture.tensors.items():
-        layer = architecture.split_name(key)[0]
-        tensor = select(weights[key], axes, architecture.sizes, order.index(layer))
+
+    def tensor(key: str) -> torch.Tensor:
+        axes, layer = architecture.tensors[key], architecture.split_name(key)[0]
+        permuted = select(weights[key], axes, architecture.sizes, order.index(layer))
         if order.query is not None and layer is not None and "query" in dims_of(axes):
-            tensor = _reorder_queries(tensor, axes, architecture.sizes, order.query[layer])
+            permuted = _reorder_queries(permuted, axes, architecture.sizes, order.query[layer])
         # A norm's gain is the same for a channel and its mirror image.
         if signs is not None and not (axes == (("width",),) and key.endswith(".weight")):
-            tensor = _mirrored(tensor, axes, architecture.sizes, signs)
-        permuted[key] = tensor
-    return permuted
+            permuted = _mirrored(permuted, axes, architecture.sizes, signs)
+        return permuted
+
+    return LazyWeights(architecture.tensors, tensor)
 
 
-def to_principal_axes(
-    weights: Weights, architecture: Architecture, statistics: Statistics
-) -> tuple[Weights, Statistics]:
+def to_principal_axes(weights: Weights, architecture: Architecture, second: torch.Tensor) -> tuple[Weights, Change]:
     """Rotate the stream to its principal axes, of which every prefix holds the most that as many can.
 
     Args:
         weights: of a model that `can_rotate`.
         architecture: of it.
-        statistics: its moments.
+        second: as `principal_axes` takes it.
 
     Returns:
-        The weights, in float64, and the statistics in the new coordinates.
+        The weights, in float64, and the change of what their readers read.
     """
-    axes = principal_axes(architecture, statistics)
-    streams = [site.name for site in architecture.sites if site.axis == _WIDTH]
-    return rotate(weights, architecture, axes), statistics.rotated(streams, axes)
+    axes = principal_axes(architecture, second)
+    streams = {site.name for site in architecture.sites if site.axis == WIDTH}
+    placed: dict[torch.device, torch.Tensor] = {}
+
+    def change(name: str, rows: torch.Tensor) -> torch.Tensor:
+        if name not in streams:
+            return rows
+        if rows.device not in placed:
+            placed[rows.device] = axes.to(rows.dtype).to(rows.device)
+        return rows @ placed[rows.device]
+
+    return rotate(weights, architecture, axes), change
 
 
 def can_rotate(weights: Weights, architecture: Architecture) -> bool:
@@ -156,14 +163,14 @@ def can_rotate(weights: Weights, architecture: Architecture) -> bool:
     Not with a tied head, whose table is read by rows and by columns with the final norm's gain between the two; nor
     with norms over what is written to the stream (Gemma 2 and 3, OLMo 2).
     """
-    if architecture.tied or any(norm.axis == _WIDTH for norm in architecture.output_norms):
+    if architecture.tied or any(norm.axis == WIDTH for norm in architecture.output_norms):
         return False
     kept = [site for site in architecture.sites if site.norm and not folds(site, architecture)]
     gains = [weights[f"{site.name}.weight"].abs() for site in kept]
     return all(bool(gain.min() >= _LEAST_GAIN * gain.median()) for gain in gains)
 
 
-def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.Tensor:
+def principal_axes(architecture: Architecture, second: torch.Tensor) -> torch.Tensor:
     """Find the orthogonal axes of the stream that hold most of it, over all that reads it.
 
     They are the eigenvectors of the streams' second moments E[x x^T], summed, as in SliceGPT (arXiv 2401.15024,
@@ -171,11 +178,13 @@ def principal_axes(architecture: Architecture, statistics: Statistics) -> torch.
     are one set for all, and the model stays a stock one. A LayerNorm's mean must stay the mean, so there each axis is
     rotated towards the channels' mean by 1/sqrt(D), and all of them sum to it.
 
+    Args:
+        architecture: of the model.
+        second: E[x x^T] summed over all that reads the stream, (D, D) float64.
+
     Returns:
         Q, (D, D) float64, Q^T Q = 1: a column an axis, the one that holds most first.
     """
-    second = sum(statistics.second(site.name) for site in architecture.sites if site.axis == _WIDTH)
-    assert isinstance(second, torch.Tensor)
     size = len(second)
     centered = architecture.family.norm_type == "layer"
     if centered:
@@ -211,9 +220,9 @@ def rotate(weights: Weights, architecture: Architecture, axes: torch.Tensor) -> 
 
     def tensor(key: str) -> torch.Tensor:
         own, places = bare[key], architecture.tensors[key]
-        if _WIDTH not in places or (key.endswith(".weight") and key.rsplit(".", 1)[0] in architecture.norms):
+        if WIDTH not in places or (key.endswith(".weight") and key.rsplit(".", 1)[0] in architecture.norms):
             return own
-        return from_input_matrix(input_matrix(own, places, _WIDTH) @ axes.to(own), own, places, _WIDTH)
+        return from_input_matrix(input_matrix(own, places, WIDTH) @ axes.to(own), own, places, WIDTH)
 
     return balance_norms(LazyWeights(architecture.tensors, tensor), architecture, precise)
 

@@ -1,21 +1,27 @@
 """Collect the moments of every stream that linear layers read, and of every norm over an output."""
 
-import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture, OutputNorm, Site
+from cbd_trl.architectures.axes import axis_length
 from cbd_trl.architectures.backbone import own_forward
-from cbd_trl.utils.modeling import in_eval_mode, portable_attention
+from cbd_trl.utils.formatting import format_bytes
+from cbd_trl.utils.modeling import in_eval_mode, is_spread, portable_attention
 from cbd_trl.utils.progress import Progress
 
+logger = logging.get_logger(__name__)
+
 RIDGE = 1e-3
-_KINDS = ("mean", "second", "square")
+# What factorizing a site takes besides its second moments, in units of these: correlations, factor, packed factor.
+FACTORIZING = 2.5
 
 
 class SiteStatistics(Protocol):
@@ -47,21 +53,22 @@ class SiteStatistics(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Moments per token at every site of a model, in memory.
+    """Moments per token at sites of a model, in memory.
 
     Args:
         means: {site: E[x], (D,) float32}; x is the normalized stream before gain and bias at a norm, the raw input
             elsewhere.
-        seconds: {site: E[x x^T], its upper triangle row by row, (D (D + 1) / 2,) float32}.
+        squares: {site or output norm: E[x_i^2], (D,) float32}; x of an output norm is its input, normalized, before
+            the gain.
+        seconds: {site: E[x x^T], (D, D) float32, where it was summed}.
         tokens: number of tokens averaged over, padding left out.
-        squares: {output norm: E[x_i^2], (D,) float32}; x is its input, normalized, before the gain.
         ridge: of `factor`, times each coordinate's own variance.
     """
 
     means: Mapping[str, torch.Tensor]
+    squares: Mapping[str, torch.Tensor]
     seconds: Mapping[str, torch.Tensor]
     tokens: int
-    squares: Mapping[str, torch.Tensor] = field(default_factory=dict)
     ridge: float = RIDGE
 
     def mean(self, site: str) -> torch.Tensor:
@@ -70,113 +77,172 @@ class Statistics:
 
     def second(self, site: str) -> torch.Tensor:
         """Return E[x x^T], (D, D) float64."""
-        size = len(self.means[site])
-        upper = torch.zeros(size, size, dtype=torch.float64)
-        rows, columns = torch.triu_indices(size, size)
-        upper[rows, columns] = self.seconds[site].double()
-        return upper + upper.triu(1).T
+        second = self.seconds[site].cpu().double()
+        # A product of float32 matrices is symmetric up to rounding.
+        return second.tril() + second.tril(-1).T
 
     def variances(self, site: str) -> torch.Tensor:
         """Return E[x_i^2], (D,) float64, at a site or an output norm."""
-        if site in self.squares:
-            return self.squares[site].double()
-        # The diagonal of `second`, without unpacking it.
-        size = len(self.means[site])
-        rows = torch.arange(size)
-        return self.seconds[site][rows * size - rows * (rows - 1) // 2].double()
+        return self.squares[site].double()
 
     def prefix_squares(self, site: str) -> torch.Tensor:
         """Compute E[(x_1 + ... + x_i)^2] for every i, (D,) float64."""
-        second = self.second(site)
-        return (2 * second.triu().sum(0) - second.diagonal()).cumsum(0)
+        return prefix_squares(self.second(site))
 
     def factor(self, site: str, kept: torch.Tensor) -> torch.Tensor:
         """Compute L, (D, P) float64, with (cov(x) + ridge)[:, kept] = L L[kept]^T and L[kept] lower triangular."""
         return factorize(self.mean(site), self.second(site), kept, self.ridge)
 
-    def reindexed(self, index: Mapping[str, torch.Tensor]) -> "Statistics":
-        """Reorder to those of a model whose stream at `site` is x[index[site]]; sites without an entry are dropped."""
-        means, seconds, squares = {}, {}, {}
-        for site in Progress("Sorting the statistics", index):
-            order = index[site]
-            if site in self.squares:
-                squares[site] = self.squares[site][order]
-            elif site in self.means:
-                means[site] = self.means[site][order]
-                seconds[site] = _packed(self.second(site)[order][:, order])
-        return Statistics(means, seconds, self.tokens, squares, self.ridge)
 
-    def rotated(self, sites: Collection[str], axes: torch.Tensor) -> "Statistics":
-        """Rotate to those of a model whose stream at these sites is Q^T x, the others being as they are.
+# (name of a site or an output norm, (N, D) rows of its stream) -> the rows in other coordinates.
+Change = Callable[[str, torch.Tensor], torch.Tensor]
 
-        Args:
-            sites: of one stream.
-            axes: Q, (D, D) float64, orthogonal.
-        """
-        means, seconds = dict(self.means), dict(self.seconds)
-        for site in Progress("Rotating the statistics", sites):
-            means[site] = (axes.T @ self.mean(site)).float()
-            seconds[site] = _packed(axes.T @ self.second(site) @ axes)
-        return dataclasses.replace(self, means=means, seconds=seconds)
+
+def collect_in_groups(
+    model: nn.Module,
+    architecture: Architecture,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    change: Change | None = None,
+    budget: int | None = None,
+) -> Iterator[Statistics]:
+    """Collect the moments at every site, a group of sites at a time: as many as fit, one pass over the text a group.
+
+    The sums of a site are the same bits in whatever group it is.
+
+    Args:
+        model: the causal LM described by `architecture`.
+        batches: model inputs, run again for each group.
+        change: coordinates that the moments are wanted in; None for the model's own.
+        budget: bytes for the second moments of a group and for factorizing the largest of its sites; None for half
+            of what is free where the model is.
+
+    Yields:
+        Statistics of the next sites, in the order of the model. Let go of them before asking for more.
+
+    Raises:
+        ValueError: the batches hold no token.
+    """
+    if budget is None:
+        budget = free_bytes(next(model.parameters()).device) // 2
+    groups = site_groups(architecture, budget)
+    logger.info(
+        f"Statistics: {len(groups)} pass{'es' * (len(groups) > 1)} over the calibration text, at most "
+        f"{format_bytes(budget)} of second moments at a time."
+    )
+    for number, sites in enumerate(groups, start=1):
+        label = f"Collecting statistics ({number}/{len(groups)})" if len(groups) > 1 else "Collecting statistics"
+        yield collect_statistics(model, architecture, Progress(label, batches), sites=sites, change=change)
+
+
+def site_groups(architecture: Architecture, budget: int) -> list[list[str]]:
+    """Split the sites and output norms of a model, in its order, into groups whose second moments fit a budget.
+
+    Args:
+        architecture: of the model.
+        budget: bytes; of a group `FACTORIZING` times the largest of its second moments are set aside.
+
+    Returns:
+        the names of each group; a single site that does not fit is a group of its own.
+    """
+    sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.sites}
+    groups: list[list[str]] = []
+    used = largest = 0
+    for name, size in sizes.items():
+        moments = 4 * size**2
+        used, largest = used + moments, max(largest, moments)
+        if not groups or used + FACTORIZING * largest > budget:
+            groups.append([])
+            used = largest = moments
+        groups[-1].append(name)
+    # Next to nothing: they come along where their layer is.
+    for norm in architecture.cut_output_norms:
+        layer = architecture.split_name(norm.name)[0]
+        next(group for group in groups if any(architecture.split_name(name)[0] == layer for name in group)).append(
+            norm.name
+        )
+    return groups
 
 
 @torch.no_grad()
 def collect_statistics(
-    model: nn.Module, architecture: Architecture, batches: Iterable[Mapping[str, torch.Tensor]], max_tokens: int
+    model: nn.Module,
+    architecture: Architecture,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    sites: Collection[str] | None = None,
+    seconds: Mapping[str, str] | None = None,
+    change: Change | None = None,
 ) -> Statistics:
-    """Run calibration batches through a model and average the moments at every site.
+    """Run calibration batches through a model and average the moments at its sites.
 
     What begins a text counts like any other token: of Gemma 3 270M, cut to four fifths, KL to the source is 1.54 nats
     with `<bos>` in the moments and 2.61 without (docs/results/quality.md).
 
     Args:
-        model: the causal LM described by `architecture`; put into eval mode for the run.
+        model: the causal LM described by `architecture`; put into eval mode for the run, which goes no further than
+            the last of these sites.
         batches: model inputs (`input_ids` (B, T), and `attention_mask` where there is padding); `labels` are ignored.
-        max_tokens: stop after the batch that reaches this many tokens.
+        sites: names of sites and output norms; None for all.
+        seconds: {site: key of `Statistics.seconds` that its second moments are added to}; None for each its own.
+        change: coordinates that the moments are wanted in; None for the model's own.
 
     Raises:
         ValueError: the batches hold no token.
     """
-    over_outputs = {norm.name: norm for norm in architecture.cut_output_norms}
-    sums: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _KINDS}
-    mask_of: list[torch.Tensor] = []
+    over_outputs = {norm.name for norm in architecture.cut_output_norms}
+    places: list[Site | OutputNorm] = [*architecture.sites, *architecture.cut_output_norms]
+    if sites is not None:
+        places = [place for place in places if place.name in sites]
+    if seconds is None:
+        seconds = {place.name: place.name for place in places if place.name not in over_outputs}
+    sums: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "square": {}, "second": {}}
+    tokens_at: list[torch.Tensor | None] = []
 
     def add(name: str, stream: torch.Tensor) -> None:
-        rows = stream[mask_of[0].flatten()].float()
-        if name in over_outputs:
-            found = {"square": rows.square().sum(0, dtype=torch.float64)}
-        else:
-            found = {"mean": rows.sum(0, dtype=torch.float64), "second": rows.T @ rows}
-        for kind, total in found.items():
-            sums[kind][name] = sums[kind][name].add_(total) if name in sums[kind] else total
+        rows = (
+            stream.float() if tokens_at[0] is None else stream.index_select(0, tokens_at[0].to(stream.device)).float()
+        )
+        rows = rows if change is None else change(name, rows)
+        if name not in over_outputs:
+            _add(sums["mean"], name, rows.sum(0))
+        _add(sums["square"], name, rows.square().sum(0))
+        if (key := seconds.get(name)) in sums["second"]:
+            sums["second"][key].addmm_(rows.T, rows)
+        elif key is not None:
+            sums["second"][key] = rows.T @ rows
 
-    device = next(model.parameters()).device
-    tokens = 0
-    sites: list[Site | OutputNorm] = [*architecture.sites, *over_outputs.values()]
+    device, tokens = next(model.parameters()).device, 0
     with (
         own_forward(model),
         in_eval_mode(model),
         portable_attention(model),
-        watched(model, architecture, sites, add),
+        watched(model, architecture, places, add, stop=not is_spread(model)),
     ):
         for batch in batches:
+            padding = batch.get("attention_mask")
+            tokens += batch["input_ids"].numel() if padding is None else int(padding.sum())
+            tokens_at[:] = [None if padding is None else padding.flatten().nonzero()[:, 0]]
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             inputs.pop("labels", None)
-            padding = inputs.get("attention_mask")
-            mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if padding is None else padding.bool()
-            mask_of[:] = [mask]
-            model(**inputs, use_cache=False, logits_to_keep=1)
-            tokens += int(mask.sum())
-            if tokens >= max_tokens:
-                break
+            with suppress(LastSite):
+                model(**inputs, use_cache=False, logits_to_keep=1)
     if tokens == 0:
         raise ValueError(
             "The calibration text holds no token, so nothing can be sorted or cut. Give a dataset with text in it."
         )
-    means, seconds, squares = (
-        {name: (total / tokens).float().cpu() for name, total in sums[kind].items()} for kind in _KINDS
+    for second in sums["second"].values():
+        second.div_(tokens)
+    means, squares = (
+        {name: (total / tokens).cpu() for name, total in sums[kind].items()} for kind in ("mean", "square")
     )
-    return Statistics(means, {name: _packed(second) for name, second in seconds.items()}, tokens, squares)
+    return Statistics(means, squares, sums["second"], tokens)
+
+
+def _add(sums: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:
+    sums[name] = sums[name].add_(part) if name in sums else part
+
+
+class LastSite(Exception):
+    """Ends a forward pass after the last site that is watched."""
 
 
 @contextmanager
@@ -185,19 +251,26 @@ def watched(
     architecture: Architecture,
     places: Iterable[Site | OutputNorm],
     visit: Callable[[str, torch.Tensor], None],
+    stop: bool = False,
 ) -> Iterator[None]:
     """Call `visit(name, x)` in every forward pass of a model with the input of each of these sites and norms.
 
     x is (B T, D), a row a token: normalized before gain and bias, in float32, at a norm; the raw input elsewhere.
+    With `stop` a forward pass ends, by `LastSite`, when all of them were visited.
     """
     modules = dict(model.named_modules())
     norm = (architecture.family.norm_type, architecture.eps)
+    places, seen = list(places), 0
 
     def hook_for(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             # OPT's FFN sees one row of tokens, whatever the batch.
             stream = inputs[0].detach().flatten(0, -2)
             visit(name, normalize_stream(stream, *norm) if name in architecture.norms else stream)
+            nonlocal seen
+            seen = (seen + 1) % len(places)
+            if stop and not seen:
+                raise LastSite
 
         return hook
 
@@ -217,9 +290,15 @@ def normalize_stream(stream: torch.Tensor, norm_type: str, eps: float) -> torch.
     return stream * torch.rsqrt(stream.pow(2).mean(-1, keepdim=True) + eps)
 
 
+def prefix_squares(second: torch.Tensor) -> torch.Tensor:
+    """Compute E[(x_1 + ... + x_i)^2] for every i, (D,) float64 on the CPU, from the lower triangle of E[x x^T]."""
+    return (2 * second.tril().sum(1) - second.diagonal()).cpu().double().cumsum(0)
+
+
 def deviations(mean: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Compute standard deviations, (D,) float64, from E[x] and E[x^2], above zero where a coordinate is constant."""
-    mean, squares = mean.double(), squares.double()
+    """Compute standard deviations, (D,) float64 on the CPU, from E[x] and E[x^2], above zero where a coordinate is
+    constant."""
+    mean, squares = mean.cpu().double(), squares.cpu().double()
     # Single precision sums leave nothing below this of a constant coordinate's variance.
     return (squares - mean.square()).clamp(min=1e-6 * squares + 1e-12 * squares.mean()).sqrt()
 
@@ -232,21 +311,50 @@ def factorize(mean: torch.Tensor, second: torch.Tensor, kept: torch.Tensor, ridg
         kept: (P,) int64, ascending.
         ridge: added to the correlations' diagonal; more where rounding made the moments indefinite.
     """
-    deviation = deviations(mean, second.diagonal())
-    correlation = (second - torch.outer(mean, mean)) / deviation[:, None] / deviation
-    columns = correlation[:, kept]
-    block = columns[kept]
-    for _ in range(20):
-        block.diagonal().add_(ridge)
-        triangle, failed = torch.linalg.cholesky_ex(block)
-        if not failed:
-            break
-        ridge *= 9
-    factor = torch.linalg.solve_triangular(triangle.T, columns, upper=True, left=False)
+    deviation = deviations(mean, second.diagonal()).to(second)
+    columns = correlations(mean, second, deviation)[:, kept]
+    triangle = cholesky(columns[kept], ridge).to(columns)
+    rest = torch.ones(len(columns), dtype=torch.bool)
+    rest[kept] = False
+    factor = torch.empty_like(columns)
     factor[kept] = triangle
+    factor[rest] = torch.linalg.solve_triangular(triangle.T, columns[rest], upper=True, left=False)
     return factor * deviation[:, None]
 
 
-def _packed(second: torch.Tensor) -> torch.Tensor:
-    rows, columns = torch.triu_indices(*second.shape)
-    return second[rows, columns].float()
+def correlations(mean: torch.Tensor, second: torch.Tensor, deviation: torch.Tensor) -> torch.Tensor:
+    """Compute cov(x) in units of the deviations, (D, D), of the dtype and on the device of `second`."""
+    mean = mean.to(second)
+    return torch.addr(second, mean, mean, alpha=-1).div_(deviation[:, None]).div_(deviation)
+
+
+def cholesky(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Factorize a matrix and its ridge: L, lower triangular, with L L^T = matrix + ridge x 1.
+
+    In the dtype and on the device of the matrix. Where rounding in float32 took more than half of the ridge from a
+    pivot (each is at least the ridge where the matrix is positive), in float64, on the CPU: some devices have none.
+
+    Args:
+        matrix: (P, P) symmetric; its lower triangle is read, its diagonal is changed.
+        ridge: times nine as often as the matrix needs to be positive.
+    """
+    for _ in range(20):
+        matrix.diagonal().add_(ridge)
+        triangle, failed = torch.linalg.cholesky_ex(matrix)
+        if not failed and (matrix.dtype == torch.float64 or triangle.diagonal().min().square() > ridge / 2):
+            break
+        if matrix.dtype != torch.float64:
+            matrix.diagonal().sub_(ridge)
+            return cholesky(matrix.cpu().double(), ridge)
+        ridge *= 9
+    return triangle
+
+
+def free_bytes(device: torch.device) -> int:
+    """Measure the memory that is free on a device, what torch has reserved there and does not use included; that of
+    the machine for the CPU and for devices that share it or do not tell."""
+    module: Any = getattr(torch, device.type, None)
+    if hasattr(module, "mem_get_info"):
+        unused = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(module.mem_get_info(device)[0] + unused)
+    return int(psutil.virtual_memory().available)

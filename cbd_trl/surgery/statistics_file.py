@@ -2,15 +2,18 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cbd_trl.surgery.statistics import Statistics, deviations, factorize
+from cbd_trl.architectures import Architecture
+from cbd_trl.architectures.axes import axis_length
+from cbd_trl.surgery.statistics import Statistics, cholesky, correlations, deviations, factorize, prefix_squares
 from cbd_trl.utils.progress import Progress
-from cbd_trl.utils.tensor_files import TensorFile, save_tensors
+from cbd_trl.utils.tensor_files import TensorFile, write_tensors
 from cbd_trl.utils.untrusted import parse_json, shown
 
 FORMAT_VERSION = "3"
@@ -28,20 +31,50 @@ _ENTRIES = (_STEPS * _STEPS.abs() ** (_POWER - 1)).repeat(2 ** (8 - BITS))
 _VECTORS = ("mean", "variances", "prefix_squares", "diagonal", "scales")
 
 
-def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Write statistics to a safetensors file, about 0.15 to 0.3 times as large as the model in bfloat16."""
-    tensors = {}
+def save_statistics(parts: Iterable[Statistics], architecture: Architecture, path: Path) -> None:
+    """Write statistics to a safetensors file, about 0.15 to 0.3 times as large as the model in bfloat16.
+
+    Site by site: in memory are the second moments of one part, and what `FACTORIZING` counts.
+
+    Args:
+        parts: of all sites and output norms together, such as those of `collect_in_groups`; each is let go of once it
+            is written.
+        architecture: of their model.
+        path: of the file.
+    """
+    sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.sites}
+    entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for site, size in sizes.items():
+        entries[f"{site}.codes"] = torch.uint8, (packed_bytes(size),)
+        entries[f"{site}.vectors"] = torch.float32, (len(_VECTORS), size)
+    for norm in architecture.cut_output_norms:
+        entries[f"{norm.name}.squares"] = torch.float32, (axis_length(norm.axis, architecture.sizes),)
+    parts = iter(parts)
+    first = [next(parts)]
+    metadata = {_MARK: FORMAT_VERSION, "tokens": json.dumps(first[0].tokens), "ridge": json.dumps(first[0].ridge)}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        # A part that a name stood for would stay in memory while the next one is collected.
+        yield from _stored_tensors(first.pop())
+        while part := [*islice(parts, 1)]:
+            yield from _stored_tensors(part.pop())
+
+    write_tensors(path, entries, tensors(), metadata)
+
+
+def _stored_tensors(statistics: Statistics) -> Iterator[tuple[str, torch.Tensor]]:
     for site in Progress("Factorizing the statistics", statistics.means):
-        factor = statistics.factor(site, torch.arange(len(statistics.means[site])))
-        mean, squares = statistics.mean(site), statistics.variances(site)
-        factor = factor / deviations(mean, squares)[:, None]
+        mean, second = statistics.means[site], statistics.seconds[site]
+        squares = second.diagonal().cpu()
+        deviation = deviations(mean, squares)
+        prefixes = prefix_squares(second)
+        factor = cholesky(correlations(mean, second, deviation.to(second)), statistics.ridge)
         codes, scales = pack(factor)
-        vectors = (mean, squares, statistics.prefix_squares(site), factor.diagonal(), scales)
-        tensors[f"{site}.codes"] = codes
-        tensors[f"{site}.vectors"] = torch.stack([vector.float() for vector in vectors])
-    tensors |= {f"{norm}.squares": squares.contiguous() for norm, squares in statistics.squares.items()}
-    metadata = {_MARK: FORMAT_VERSION, "tokens": json.dumps(statistics.tokens), "ridge": json.dumps(statistics.ridge)}
-    save_tensors(tensors, path, metadata)
+        vectors = (mean, squares, prefixes, factor.diagonal().cpu(), scales.cpu())
+        yield f"{site}.codes", codes
+        yield f"{site}.vectors", torch.stack([vector.float() for vector in vectors])
+    for norm in statistics.squares.keys() - statistics.means.keys():
+        yield f"{norm}.squares", statistics.squares[norm]
 
 
 class StoredStatistics:
@@ -147,14 +180,16 @@ def pack(factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         uint8 codes of what is below the diagonal, panel by panel of 32 columns, and the columns' scales, (D,) float32.
     """
-    below = factor.tril(-1)
-    largest = _OFFSET - 1
-    scales = (below.abs().amax(0) / largest**_POWER).float()
-    ratios = below.abs() / scales.clamp(min=torch.finfo(torch.float32).tiny)
-    steps = ratios.pow(1 / _POWER).round().clamp(max=largest) * below.sign()
-    codes = (steps + _OFFSET).to(torch.uint8)
-    size = len(factor)
-    return torch.cat([_pack(codes[start:, start : start + _PANEL]) for start in range(0, size, _PANEL)]), scales
+    largest, codes, scales = _OFFSET - 1, [], []
+    for start in range(0, len(factor), _PANEL):
+        below = factor[start:, start : start + _PANEL].tril(-1)
+        sizes = below.abs()
+        scale = (sizes.amax(0) / largest**_POWER).float()
+        ratios = sizes / scale.clamp(min=torch.finfo(torch.float32).tiny)
+        steps = ratios.pow(1 / _POWER).round().clamp(max=largest) * below.sign()
+        codes.append(_pack((steps + _OFFSET).to(torch.uint8)))
+        scales.append(scale)
+    return torch.cat(codes), torch.cat(scales)
 
 
 def unpack(codes: torch.Tensor, scales: torch.Tensor, units: torch.Tensor, columns: int) -> torch.Tensor:

@@ -55,8 +55,10 @@ def working(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.Tensor]:
-    """View the model's parameters as weights (views, not copies, where they are stored as they are used).
+def weights_of(model: nn.Module, architecture: Architecture) -> Weights:
+    """View the model's parameters as weights on the CPU, where surgery computes: some devices have no float64.
+
+    Views where they are stored there, as they are used; else each is copied when it is read, and kept by nobody.
 
     Raises:
         ValueError: the model lacks a tensor of its family or has one that the description does not know.
@@ -70,7 +72,7 @@ def weights_of(model: nn.Module, architecture: Architecture) -> dict[str, torch.
             f"The weights are not those of a plain {architecture.config.model_type} model: missing {missing[:5]}, "
             f"unknown {unknown[:5]}. Merge adapters (`merge_and_unload`) and remove added modules first."
         )
-    return dict(to_weights(state, architecture))
+    return to_weights(LazyWeights(state, lambda name: state[name].cpu()), architecture)
 
 
 def to_weights(state: Weights, architecture: Architecture) -> Weights:
@@ -100,13 +102,14 @@ def as_used(key: str, tensor: torch.Tensor, architecture: Architecture) -> torch
     """Convert a stored tensor, or a slice of it, to what the model computes with.
 
     Returns:
-        A view of it where nothing is to be done; else a gain in float64, a table in float32 or better.
+        A view of it where nothing is to be done; else a gain in float64 (on the CPU: some devices have none), a table
+        in float32 or better.
     """
     offset, scale = _convention(key, architecture)
     if (offset, scale) == (0.0, 1.0):
         return tensor
     # 1 + w in the stored precision would lose most of a small w.
-    precise = tensor.double() if tensor.dim() == 1 else working(tensor)
+    precise = tensor.double() if tensor.dim() == 1 and tensor.device.type == "cpu" else working(tensor)
     return (precise + offset) * scale
 
 

@@ -19,6 +19,7 @@ from cbd_trl.losses.reduction import sums_per_row
 from cbd_trl.teachers.local import Batch
 from cbd_trl.trainers.checkpointing import after_divergence
 from cbd_trl.utils.formatting import format_seconds
+from cbd_trl.utils.modeling import has_float64
 from cbd_trl.utils.progress import Ticker
 
 Reduce = Callable[[Tensor], Tensor]
@@ -41,8 +42,8 @@ class TokenMeter:
         """
         self._names = list(sums)
         row = torch.stack([*sums.values(), tokens]).detach()
-        # Thousands of batches are added up; MPS has no float64.
-        row = row.to(torch.float32 if row.device.type == "mps" else torch.float64)
+        # Thousands of batches are added up.
+        row = row.to(torch.float64 if has_float64(row.device) else torch.float32)
         self._sums = row if self._sums is None else self._sums + row
 
     def means(self, sum_over_processes: Reduce = lambda sums: sums) -> dict[str, float]:

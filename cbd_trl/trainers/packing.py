@@ -81,9 +81,12 @@ def attend_within_rows(
         options = {"scale": kwargs.get("scaling"), "window_size": window, "enable_gqa": True}
         return varlen_attn(*states, cu_seq_lens_q, cu_seq_lens_q, longest, longest, **options)[None], None
     outputs = []
-    for start, end in pairwise(row_bounds):
-        row, mask = (slice(None), slice(None), slice(start, end)), _block(attention_mask, start, end)
-        outputs.append(sdpa_attention_forward(module, query[row], key[row], value[row], mask, **kwargs)[0])
+    # Split, not sliced: the gradient of every slice would be as long as the whole pack.
+    lengths = [end - start for start, end in pairwise(row_bounds)]
+    rows = zip(pairwise(row_bounds), *(states.split(lengths, 2) for states in (query, key, value)), strict=True)
+    for (start, end), q, k, v in rows:
+        mask = _block(attention_mask, start, end)
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return torch.cat(outputs, dim=1), None
 
 

@@ -285,6 +285,11 @@ def is_spread(model: Any) -> bool:
     return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether a device is known to calculate in float64, which Apple's, and others, do not."""
+    return device.type in ("cpu", "cuda")
+
+
 @contextmanager
 def on_device(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
     """Move a model to a device for a time, and back to its own after it.

@@ -4,9 +4,10 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,6 +64,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class TensorFile(Mapping[str, torch.Tensor]):
@@ -135,6 +137,48 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapp
         header = _in_order(file.read(length))
         file.seek(_LENGTH_BYTES)
         file.write(header)
+
+
+def write_tensors(
+    path: str | Path,
+    entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write the file that `save_tensors` would write, one tensor after another, none of which is kept.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        entries: {name: (dtype, shape)} of all tensors.
+        tensors: each once, in any order, on any device.
+        metadata: beside them.
+
+    Raises:
+        ValueError: a tensor is missing, comes twice, or is not what `entries` has.
+    """
+    # The library's order: the wider dtypes first, so that all are aligned.
+    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    stop = 0
+    for name in order:
+        dtype, shape = entries[name]
+        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // _LENGTH_BYTES) * _LENGTH_BYTES)
+    missing = set(entries)
+    with Path(path).open("wb") as file:
+        file.write(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
+        for name, tensor in tensors:
+            if name not in missing or (tensor.dtype, tuple(tensor.shape)) != entries[name]:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, wanted {entries.get(name)}, once."
+                )
+            missing.remove(name)
+            file.seek(_LENGTH_BYTES + len(text) + header[name]["data_offsets"][0])
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        if missing:
+            raise ValueError(f"No tensor was given for {sorted(missing)[:5]}.")
 
 
 def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -148,8 +148,10 @@ def test_zero_where_teacher_and_student_are_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_held_a_chunk_of_whole_groups_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     projected: list[int] = []
-    project: Callable[[Head, Tensor], Tensor] = Head.project
-    monkeypatch.setattr(Head, "project", lambda head, rows: projected.append(len(rows)) or project(head, rows))
+    project: Callable[..., Tensor] = Head.project
+    monkeypatch.setattr(
+        Head, "project", lambda head, rows, *out: projected.append(len(rows)) or project(head, rows, *out)
+    )
     run(make_objective(name), PAIR, BOTH, chunk=4)
     # The longest group has three tokens.
     assert max(projected) <= 4 < int((PAIR.labels_BT != -100).sum())

@@ -36,7 +36,7 @@ def no_training(monkeypatch):
         raise AssertionError("trained or measured again")
 
     monkeypatch.setattr(build_module, "DistillTrainer", fail)
-    monkeypatch.setattr(build_module, "collect_statistics", fail)
+    monkeypatch.setattr(build_module, "store_anchor", fail)
     monkeypatch.setattr(head_module, "collect_statistics", fail)
 
 

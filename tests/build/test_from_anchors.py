@@ -79,9 +79,9 @@ TEXT = tokens(16, 64, seed=1)
 
 
 def sorted_on(text, weights, architecture):
-    statistics = collect_statistics(build(weights, architecture), architecture, [{"input_ids": text}], text.numel())
+    statistics = collect_statistics(build(weights, architecture), architecture, [{"input_ids": text}])
     scores = importance(weights, architecture, statistics)
-    return sort_weights(weights, architecture, statistics, scores)[0], architecture
+    return dict(sort_weights(weights, architecture, scores)[0]), architecture
 
 
 def nested_pair(family):

@@ -56,7 +56,8 @@ def chain(request, tmp_path_factory):
 def _filler(model):
     def fill(folder):
         model.save_pretrained(folder)
-        save_statistics(moments(model, described(model)[1]), folder / STATISTICS_FILE)
+        architecture = described(model)[1]
+        save_statistics([moments(model, architecture)], architecture, folder / STATISTICS_FILE)
 
     return fill
 

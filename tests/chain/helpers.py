@@ -119,7 +119,7 @@ def build_tiny_chain(folder: Path) -> Chain:
 def assert_statistics_of(anchor: Anchor, blocks: torch.Tensor) -> None:
     """The statistics stored beside an anchor are its own on this text (N, T), up to what a few bits an entry leave."""
     stored = StoredStatistics(anchor.statistics_file)
-    anew = collect_statistics(anchor.load_model(), anchor.architecture(), [{"input_ids": blocks}], 10**6)
+    anew = collect_statistics(anchor.load_model(), anchor.architecture(), [{"input_ids": blocks}])
     assert stored.tokens == anew.tokens == blocks.numel()
     assert stored.sites == anew.means.keys() == {site.name for site in anchor.architecture().sites}
     for site in anew.means:

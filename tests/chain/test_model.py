@@ -1,15 +1,17 @@
 """An anchor's tensors, read from its files when asked for."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix
-from cbd_trl.chain.model import StoredWeights
+from cbd_trl.chain.model import StoredWeights, save_stock_model, stock_model
 from tests.tiny import FAMILIES, tiny_model
 
 
@@ -119,3 +121,34 @@ def test_hostile_headers_are_refused(damage, tmp_path):
     files[0].write_bytes(broken)
     with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as a safetensors file \(.+\)"):
         StoredWeights(files, shapes)
+
+
+def written(model, folder, dtype, **options):
+    """The folder of a model that was written tensor by tensor, and of the same model by transformers."""
+    architecture, state = describe(model.config), model.state_dict()
+    stock = stock_model(architecture.config, {key: state[key] for key in architecture.state_shapes}, dtype)
+    stock.generation_config = model.generation_config
+    stock.save_pretrained(folder / "theirs", **options)
+    save_stock_model(folder / "ours", architecture, state, dtype, model.generation_config, **options)
+    return folder / "ours", folder / "theirs"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_written_tensor_by_tensor_is_the_same_folder(family, tmp_path):
+    """Byte for byte."""
+    model = tiny_model(family)
+    model.generation_config.update(do_sample=True, temperature=0.7)
+    folders = written(model, tmp_path, torch.bfloat16)
+    ours, theirs = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+    assert ours.keys() == theirs.keys() and len(ours) == 3
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def test_a_model_written_to_several_files_is_read_as_it_was(tmp_path):
+    model = tiny_model("gpt2")
+    ours, theirs = written(model, tmp_path, torch.float32, max_shard_size="20KB")
+    assert len(list(ours.glob("*.safetensors"))) > 2
+    read = AutoModelForCausalLM.from_pretrained(ours).state_dict()
+    assert all(torch.equal(read[key], tensor) for key, tensor in model.state_dict().items())
+    index, expected = (json.loads((folder / "model.safetensors.index.json").read_text()) for folder in (ours, theirs))
+    assert index["metadata"] == expected["metadata"] and index["weight_map"].keys() == expected["weight_map"].keys()

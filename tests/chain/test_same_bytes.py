@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cbd_trl.utils.tensor_files import save_tensors, tensor_bytes
+from cbd_trl.utils.tensor_files import save_tensors, tensor_bytes, write_tensors
 from tests.recipe.helpers import write_inputs, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -94,3 +94,22 @@ def test_metadata_are_written_in_order(tmp_path: Path) -> None:
         assert file.metadata() == metadata
     save_tensors(tensors, tmp_path / "bare.safetensors")
     assert load_file(tmp_path / "bare.safetensors").keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_tensors_written_one_by_one_are_the_same_file(tmp_path: Path, reverse: bool) -> None:
+    tensors = {
+        "b": torch.arange(6.0).view(2, 3).T,
+        "é": torch.ones(1, dtype=torch.bfloat16),
+        "a": torch.arange(5, dtype=torch.uint8),
+        "c": torch.zeros(2, 2),
+    }
+    metadata = {"z": "1", "a": '"'}
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    items = list(tensors.items())[:: -1 if reverse else 1]
+    write_tensors(tmp_path / "file.safetensors", entries, iter(items), metadata)
+    expected = tensor_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
+    assert (tmp_path / "file.safetensors").read_bytes() == expected
+    for wrong in (items[:-1], items + items[:1], [("b", torch.zeros(3)), *items]):
+        with pytest.raises(ValueError, match=r"No tensor was given|wanted"):
+            write_tensors(tmp_path / "wrong.safetensors", entries, iter(wrong), metadata)

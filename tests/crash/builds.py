@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import TrainerCallback, TrainerState
 
 import cbd_trl.build.build as build_module
-import cbd_trl.build.student as store_module
+import cbd_trl.build.store as store_module
 import cbd_trl.chain.folders as folders_module
 from cbd_trl import Chain, DistillTrainer, build_chain
 from cbd_trl.cards.card import CARD_FILES
@@ -29,8 +29,11 @@ SAVE_STEPS, STEPS = 2, 5
 # What a build does, by the functions that do it: where each is looked up, and its name.
 PHASES: dict[str, list[tuple[Any, str]]] = {
     "cutting": [
-        *((build_module, name) for name in ("choose_blocks", "initial_student", "refit_student", "store_head")),
-        (build_module, "collect_statistics"),
+        *(
+            (build_module, name)
+            for name in ("choose_blocks", "initial_student", "refit_student", "store_source_anchor")
+        ),
+        (store_module, "save_statistics"),
     ],
     "training": [(DistillTrainer, "training_step")],
     "saving": [(DistillTrainer, "_save_checkpoint"), (store_module, "write_anchor")],

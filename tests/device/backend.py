@@ -116,7 +116,37 @@ def _install_kernels() -> None:
     library.impl("empty.memory_format", empty)
     library.impl("empty_strided", empty_strided)
     library.impl("_copy_from", transfer)
-    _LIBRARIES.append(library)
+    attention = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
+    attention.impl("scaled_dot_product_attention", _attention)
+    _LIBRARIES.extend((library, attention))
+
+
+def _attention(query: Any, key: Any, value: Any, mask: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _Attention.apply(query, key, value, mask, args, kwargs)
+
+
+class _Attention(torch.autograd.Function):
+    """SDPA in one kernel, as on CUDA: what it keeps are its inputs, its output and the norm of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        with torch.enable_grad():
+            inputs = [tensor.memory.detach().requires_grad_() for tensor in (query, key, value)]
+            memory = mask.memory if isinstance(mask, StrictTensor) else mask
+            ctx.inputs = inputs
+            ctx.output = torch.nn.functional.scaled_dot_product_attention(*inputs, memory, *args, **kwargs)
+        output = StrictTensor(ctx.output.detach().transpose(1, 2).contiguous().transpose(1, 2))
+        norms = torch.empty(query.shape[:-1], dtype=torch.float32, device=DEVICE)
+        if mask is not None:
+            # Added to the scores: one of booleans is written anew.
+            mask = torch.empty_like(mask, dtype=query.dtype)
+        ctx.save_for_backward(query, key, value, output, norms, mask)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, slope: Any) -> Any:
+        gradients = torch.autograd.grad(ctx.output, ctx.inputs, slope.memory)
+        return *(StrictTensor(gradient) for gradient in gradients), None, None, None
 
 
 def _tell_libraries() -> None:

@@ -6,6 +6,7 @@ By hand: `python -m pytest -n 0 tests/device/runs.py`, and never together with o
 import gc
 import json
 import math
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from accelerate.big_modeling import attach_align_device_hook_on_blocks
 from safetensors.torch import load_file
 
+import cbd_trl.build.build as build_module
+import cbd_trl.build.source_anchor as source_anchor_module
+import cbd_trl.surgery.statistics as statistics_module
 from benchmarks import gpu
 from cbd_trl import Chain, DistillTrainer, build_chain, from_chain
 from cbd_trl.build.width_hybrid import WidthHybrid
@@ -43,9 +47,11 @@ EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "eval_da
 
 @pytest.fixture(autouse=True)
 def strict_device() -> Iterator[None]:
+    """Whatever runs on it makes no float64 there."""
     with StrictMode():
         USAGE.clear()
         yield
+    assert not USAGE.doubles
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +70,7 @@ def strict_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
             calibration_tokens=128,
         )
         assert USAGE.uploads, "the build never used the device"
+        assert not USAGE.doubles
         return chain
 
 
@@ -248,6 +255,48 @@ def test_a_cache_of_a_teacher_over_two_devices(tmp_path: Path) -> None:
         torch.testing.assert_close(rows[0][name], rows[1][name], rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_on_the_device_while_statistics_are_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An anchor's model and one group of second moments: nothing of its training, no other copy, no other group."""
+    store, trainers, found = build_module.store_anchor, [], []
+    start = DistillTrainer.__init__
+
+    def made(self: Any, *args: Any, **kwargs: Any) -> None:
+        trainers.append(weakref.ref(self))
+        start(self, *args, **kwargs)
+
+    def watched(folder: Path, record: Any, model: Any, *args: Any) -> Any:
+        weights = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        before = USAGE.bytes_now
+        USAGE.bytes_peak = before
+        anchor = store(folder, record, model, *args)
+        found.append((weights, before, USAGE.bytes_peak - before, [trainer() for trainer in trainers]))
+        return anchor
+
+    monkeypatch.setattr(DistillTrainer, "__init__", made)
+    monkeypatch.setattr(build_module, "store_anchor", watched)
+    monkeypatch.setattr(source_anchor_module, "store_anchor", watched)
+    # Of 6.7 MB for the six layers of the source.
+    budget = 4_700_000
+    monkeypatch.setattr(statistics_module, "free_bytes", lambda device: 2 * budget)
+    source = tiny_model("llama", num_hidden_layers=6, intermediate_size=512, tie_word_embeddings=False)
+    held = USAGE.bytes_now
+    build_chain(
+        source,
+        [{"num_hidden_layers": 4, "hidden_size": 24}],
+        dataset=chain_rows(),
+        output_dir=tmp_path / "chain",
+        args=chain_config(**ON_DEVICE, max_steps=1, save_strategy="no"),
+        processing_class=tiny_tokenizer(),
+        calibration_tokens=128,
+    )
+    assert len(found) == 2 and len(trainers) == 1
+    for weights, before, during, alive in found:
+        assert not any(alive)
+        assert before - held <= 1.02 * weights
+        # Streams of the text come on top.
+        assert 0.5 * budget < during < 1.15 * budget
+
+
 def test_a_planted_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor made without saying where, which no CPU notices, ends a training."""
     stock = DistillTrainer.compute_loss
@@ -274,6 +323,7 @@ def test_what_is_counted() -> None:
         "aten::_to_copy to the host",
     }
     assert [operation for operation, place in USAGE.doubles] == ["aten::_to_copy"]
+    USAGE.doubles.clear()
     del table, view
     assert USAGE.bytes_now == before
 

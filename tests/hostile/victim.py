@@ -35,8 +35,8 @@ def write_chain(folder: Path) -> Path:
         def fill(place: Path, model: Any = model) -> None:
             model.save_pretrained(place)
             tiny_tokenizer().save_pretrained(place)
-            statistics = collect_statistics(model, describe(model.config), [{"input_ids": text}], 10**6)
-            save_statistics(statistics, place / STATISTICS_FILE)
+            shape = describe(model.config)
+            save_statistics([collect_statistics(model, shape, [{"input_ids": text}])], shape, place / STATISTICS_FILE)
 
         write_anchor(folder, {**record, "losses": {"ce": 2.5}, "training": {"seed": 1}}, fill)
     return folder

@@ -212,8 +212,10 @@ def test_masked_rows_are_not_projected_and_get_no_gradient(masked: float, monkey
     hidden, said = randn(2, 9, STUDENT, seed=6).requires_grad_(), randn(2, 9, TEACHER, seed=7)
     places = Scored.of(labels)
     projected = []
-    project: Callable[[Head, Tensor], Tensor] = Head.project
-    monkeypatch.setattr(Head, "project", lambda head, rows: projected.append(len(rows)) or project(head, rows))
+    project: Callable[..., Tensor] = Head.project
+    monkeypatch.setattr(
+        Head, "project", lambda head, rows, *out: projected.append(len(rows)) or project(head, rows, *out)
+    )
     total, terms = fused_terms(
         places.select(hidden), HEADS["plain"], places.select_next(labels),
         HiddenOutputs(places.select(said), TEACHER_HEAD),
@@ -224,6 +226,22 @@ def test_masked_rows_are_not_projected_and_get_no_gradient(masked: float, monkey
     assert sum(projected) == 2 * scored.sum().item() and terms["kd"].numel() == scored.sum().item()
     moved = hidden.grad.abs().sum(-1) > 0
     assert torch.equal(moved[:, :-1], scored) and not moved[:, -1].any()
+
+
+def test_chunks_are_written_over_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each new chunk would be pages to clear."""
+    rooms = []
+    project: Callable[..., Tensor] = Head.project
+
+    def watched(head: Head, rows: Tensor, *out: Tensor) -> Tensor:
+        rooms.append(project(head, rows, *out))
+        return rooms[-1]
+
+    monkeypatch.setattr(Head, "project", watched)
+    objective, weights = DistillObjective(get_divergence("forward_kl")), TermWeights(1.0, 1.0)
+    fused(HEADS["bias"], HiddenOutputs(TEACHER_HIDDEN, TEACHER_HEAD), objective, weights, 4)
+    # 4 + 4 + 3 positions, of the student and of the teacher.
+    assert len(rooms) == 6 and len({room.data_ptr() for room in rooms}) == 2
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])

@@ -12,7 +12,7 @@ from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import from_dims, select, to_dims
 from cbd_trl.architectures.registry import family_of
 from cbd_trl.surgery.reorder import Order
-from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.surgery.statistics import Change, Statistics, collect_statistics
 from cbd_trl.surgery.weights import Weights, to_state, weights_of
 from tests.tiny import FAMILIES, ROWS, tiny_model
 
@@ -36,7 +36,7 @@ def full_model(family: str, tied: bool, seed: int = 0, **overrides: Any) -> PreT
 
 def described(model: PreTrainedModel) -> tuple[Weights, Architecture]:
     architecture = describe(model.config)
-    return weights_of(model, architecture), architecture
+    return dict(weights_of(model, architecture)), architecture
 
 
 def build(weights: Weights, architecture: Architecture) -> PreTrainedModel:
@@ -80,10 +80,19 @@ def stored_tolerance(architecture: Architecture) -> float:
 
 
 def moments(
-    model: PreTrainedModel, architecture: Architecture, rows: int = 16, ridge: float | None = None
+    model: PreTrainedModel,
+    architecture: Architecture,
+    rows: int = 16,
+    ridge: float | None = None,
+    change: Change | None = None,
 ) -> Statistics:
-    found = collect_statistics(model, architecture, [{"input_ids": tokens(rows, seed=1)}], max_tokens=10**6)
+    found = collect_statistics(model, architecture, [{"input_ids": tokens(rows, seed=1)}], change=change)
     return found if ridge is None else dataclasses.replace(found, ridge=ridge)
+
+
+def stream_second(architecture: Architecture, statistics: Statistics) -> torch.Tensor:
+    """E[x x^T] summed over all that reads the residual stream."""
+    return torch.stack([statistics.second(site.name) for site in architecture.sites if site.axis == ("width",)]).sum(0)
 
 
 def changed(weights: Weights, other: Weights) -> set[str]:

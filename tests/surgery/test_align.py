@@ -153,7 +153,7 @@ def test_orders_compose_over_three_models():
 def test_heads_match_whatever_basis_they_compute_in():
     weights, architecture = described(full_model("llama", True, attention_bias=False))
     order = random_order(architecture, seed=5)
-    turned = permute(weights, architecture, order)
+    turned = dict(permute(weights, architecture, order))
     basis = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     for layer in range(4):
         value, output = (f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "vo")

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import axis_length
-from cbd_trl.surgery.statistics import deviations, factorize
+from cbd_trl.surgery.statistics import cholesky, correlations, deviations, factorize
 from cbd_trl.surgery.statistics_file import BITS, pack, packed_bytes, unpack
 
 
@@ -49,6 +49,31 @@ def test_constant_coordinates_and_moments_that_are_not_quite_positive():
     assert 0 < deviations(mean, second.diagonal())[1] < 1e-5 * deviations(mean, second.diagonal()).max()
     # A dead coordinate goes with nothing.
     assert factor[[0, 2, 3, 4, 5], 1].abs().max() < 1e-6
+
+
+def correlated(size, rows, seed=0):
+    """Correlations in float64 of few rows of many coordinates: positive up to rounding, of no full rank."""
+    mean, second = random_moments(size, rows, seed)
+    return correlations(mean, second, deviations(mean, second.diagonal()))
+
+
+@pytest.mark.parametrize("rows", [600, 20])
+def test_single_precision_gives_the_factor_that_double_precision_gives(rows):
+    matrix = correlated(200, rows)
+    exact, found = cholesky(matrix.clone(), 1e-3), cholesky(matrix.float(), 1e-3)
+    assert found.dtype == torch.float32
+    expected = matrix + 1e-3 * torch.eye(200)
+    assert (found.double() @ found.double().T - expected).abs().max() < 1e-5
+    # As good as what the six bits of a stored entry leave.
+    assert (found - exact).abs().max() < 1e-2 * exact.abs().max()
+
+
+def test_where_single_precision_fails_it_is_double():
+    ridge = 1e-9
+    matrix = correlated(200, 20)
+    found, exact = cholesky(matrix.float(), ridge), cholesky(matrix.float().double(), ridge)
+    assert found.dtype == torch.float64 and found.isfinite().all()
+    torch.testing.assert_close(found, exact)
 
 
 @pytest.mark.parametrize("size", [1, 5, 32, 33, 100])

@@ -254,4 +254,4 @@ def test_a_cut_makes_nothing_larger(cut):
         if cut == "plain":
             plain_cut(weights, architecture, wider)
         else:
-            least_squares_cut(weights, architecture, Statistics({}, {}, 1), wider)
+            least_squares_cut(weights, architecture, Statistics({}, {}, {}, 1), wider)

@@ -20,6 +20,7 @@ from tests.surgery.helpers import (
     logits,
     moments,
     scaled,
+    stream_second,
 )
 from tests.tiny import FAMILIES, LAYER_NORM, WIDTH_OF_HEADS, tiny_model
 
@@ -43,7 +44,7 @@ def test_what_can_be_rotated_is_told(family, tied):
 def test_the_logits_stay_equal(family):
     model = full_model(family, False)
     weights, architecture = described(model)
-    rotated, _ = to_principal_axes(weights, architecture, moments(model, architecture))
+    rotated, _ = to_principal_axes(weights, architecture, stream_second(architecture, moments(model, architecture)))
     along = {key for key, axes in architecture.tensors.items() if ("width",) in axes}
     biases = {key for key in weights if key.endswith(".bias")}
     assert along <= changed(rotated, weights) <= along | biases
@@ -54,7 +55,9 @@ def test_the_logits_stay_equal(family):
 def test_the_statistics_are_those_of_the_rotated_model(family):
     model = full_model(family, False)
     weights, architecture = described(model)
-    rotated, statistics = to_principal_axes(weights, architecture, moments(model, architecture))
+    second = stream_second(architecture, moments(model, architecture))
+    rotated, change = to_principal_axes(weights, architecture, second)
+    statistics = moments(model, architecture, change=change)
     again = moments(build(rotated, architecture), architecture)
     assert statistics.tokens == again.tokens
     assert set(statistics.means) == set(statistics.seconds) == set(again.means)
@@ -68,9 +71,11 @@ def test_the_axes_are_orthogonal_and_hold_the_most_first(family):
     model = full_model(family, False)
     weights, architecture = described(model)
     statistics = moments(model, architecture)
-    axes = principal_axes(architecture, statistics)
+    second = stream_second(architecture, statistics)
+    axes = principal_axes(architecture, second)
     torch.testing.assert_close(axes.T @ axes, torch.eye(32, dtype=torch.float64))
-    _, rotated = to_principal_axes(weights, architecture, statistics)
+    _, change = to_principal_axes(weights, architecture, second)
+    rotated = moments(model, architecture, change=change)
     streams = [site.name for site in architecture.sites if site.axis == ("width",)]
     before, after = (sum(of.variances(site) for site in streams) for of in (statistics, rotated))
     assert after[:8].sum() > 1.2 * before.topk(8).values.sum()
@@ -79,7 +84,7 @@ def test_the_axes_are_orthogonal_and_hold_the_most_first(family):
     else:
         assert (after.diff() <= 1e-6 * after[0]).all()
         # No order of the channels and no other axes hold more in their first ones.
-        values = torch.linalg.eigvalsh(sum(statistics.second(site) for site in streams)).flip(0)
+        values = torch.linalg.eigvalsh(second).flip(0)
         torch.testing.assert_close(after, values, rtol=1e-4, atol=1e-4)
 
 
@@ -87,7 +92,7 @@ def test_the_axes_are_orthogonal_and_hold_the_most_first(family):
 def test_gains_keep_their_size(family):
     model = full_model(family, False)
     weights, architecture = described(model)
-    rotated, _ = to_principal_axes(weights, architecture, moments(model, architecture))
+    rotated, _ = to_principal_axes(weights, architecture, stream_second(architecture, moments(model, architecture)))
     for site in [site for site in architecture.sites if site.norm][:-1]:
         gains = [of[f"{site.name}.weight"].abs().median() for of in (weights, rotated)]
         torch.testing.assert_close(gains[1].to(gains[0]), gains[0])
@@ -98,8 +103,9 @@ def test_gains_keep_their_size(family):
 def test_rotating_twice_is_rotating_once(family):
     model = full_model(family, False)
     weights, architecture = described(model)
-    once, statistics = to_principal_axes(weights, architecture, moments(model, architecture))
-    twice, _ = to_principal_axes(once, architecture, statistics)
+    once, change = to_principal_axes(weights, architecture, stream_second(architecture, moments(model, architecture)))
+    statistics = moments(model, architecture, change=change)
+    twice, _ = to_principal_axes(once, architecture, stream_second(architecture, statistics))
     for key in once:
         torch.testing.assert_close(twice[key].double(), once[key].double(), rtol=1e-3, atol=1e-3)
 
@@ -111,7 +117,7 @@ def test_biases_that_readers_inside_the_layers_do_not_take(family, fields):
     model = full_model(family, False, **fields)
     weights, architecture = described(model)
     assert sum(not folds(site, architecture) for site in architecture.sites if site.norm) > architecture.depth
-    rotated, _ = to_principal_axes(weights, architecture, moments(model, architecture))
+    rotated, _ = to_principal_axes(weights, architecture, stream_second(architecture, moments(model, architecture)))
     assert difference(build(rotated, architecture), model) <= TOLERANCE
 
 
@@ -162,11 +168,12 @@ def test_a_stream_of_few_dimensions_is_cut_without_loss(family):
     statistics = moments(model, architecture, rows=64, ridge=1e-9)
     scores = importance(flat, architecture, statistics)
     ways = {
-        "in order": sort_weights(flat, architecture, statistics, scores),
-        "on axes": to_principal_axes(flat, architecture, statistics),
+        "in order": sort_weights(flat, architecture, scores),
+        "on axes": to_principal_axes(flat, architecture, stream_second(architecture, statistics)),
     }
     lost = {}
-    for name, (these, moved) in ways.items():
+    for name, (these, change) in ways.items():
+        moved = moments(model, architecture, rows=64, ridge=1e-9, change=change)
         cut = build(least_squares_cut(these, architecture, moved, target), target)
         lost[name] = float((logits(cut) - logits(model)).square().mean() / logits(model).var())
     # A LayerNorm's kept channels have a variance of their own, token by token.

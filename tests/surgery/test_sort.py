@@ -23,7 +23,7 @@ def test_sorting_leaves_the_logits_equal(family, tied):
     model = full_model(family, tied)
     weights, architecture = described(model)
     statistics = moments(model, architecture)
-    sorted_weights, _ = sort_weights(weights, architecture, statistics, importance(weights, architecture, statistics))
+    sorted_weights, _ = sort_weights(weights, architecture, importance(weights, architecture, statistics))
     key = f"{architecture.family.embedding}.weight"
     assert not torch.equal(sorted_weights[key], weights[key])
     assert difference(build(sorted_weights, architecture), model) <= TOLERANCE
@@ -34,7 +34,7 @@ def test_sorting_leaves_the_logits_equal_with_sliding_layers(family):
     model = full_model(family, True, use_sliding_window=True, sliding_window=6, max_window_layers=2)
     weights, architecture = described(model)
     statistics = moments(model, architecture)
-    sorted_weights, _ = sort_weights(weights, architecture, statistics, importance(weights, architecture, statistics))
+    sorted_weights, _ = sort_weights(weights, architecture, importance(weights, architecture, statistics))
     assert difference(build(sorted_weights, architecture), model) <= TOLERANCE
 
 
@@ -43,9 +43,8 @@ def test_sorted_statistics_are_those_of_the_sorted_model(family, tied):
     model = full_model(family, tied)
     weights, architecture = described(model)
     statistics = moments(model, architecture)
-    sorted_weights, sorted_statistics = sort_weights(
-        weights, architecture, statistics, importance(weights, architecture, statistics)
-    )
+    sorted_weights, change = sort_weights(weights, architecture, importance(weights, architecture, statistics))
+    sorted_statistics = moments(model, architecture, change=change)
     again = moments(build(sorted_weights, architecture), architecture)
     assert sorted_statistics.tokens == again.tokens
     assert set(sorted_statistics.means) == set(sorted_statistics.seconds) == set(again.means)
@@ -67,8 +66,8 @@ def test_sorted_importance_descends(family, tied):
     assert scores.width.shape == (sizes["width"],)
     assert scores.ffn.shape == (architecture.depth, sizes["ffn"])
     assert scores.group.shape == (architecture.depth, sizes["group"])
-    sorted_weights, sorted_statistics = sort_weights(weights, architecture, statistics, scores)
-    again = importance(sorted_weights, architecture, sorted_statistics)
+    sorted_weights, change = sort_weights(weights, architecture, scores)
+    again = importance(sorted_weights, architecture, moments(model, architecture, change=change))
     for score in (again.width, again.ffn, again.group):
         assert (score.diff(dim=-1) <= 1e-9).all()
 
@@ -107,17 +106,15 @@ def test_a_huge_neuron_or_group_comes_first_in_its_layer_alone(family, dim, inde
     assert getattr(scores, dim)[2].argmax() == index
     assert first > 1.5 * second
     torch.testing.assert_close(getattr(scores, dim)[:2], getattr(before, dim)[:2])
-    sorted_weights, _ = sort_weights(weights, architecture, statistics, scores)
+    sorted_weights, _ = sort_weights(weights, architecture, scores)
     assert difference(build(sorted_weights, architecture), model) <= TOLERANCE
 
 
 def test_sorting_moves_whole_groups_and_nothing_inside_a_head():
-    model = full_model("llama", True)
-    weights, architecture = described(model)
-    statistics = moments(model, architecture)
+    weights, architecture = described(full_model("llama", True))
     order = torch.arange(32, 0, -1.0, dtype=torch.float64)
     scores = Importance(order, torch.arange(48, 0, -1.0).expand(4, 48), torch.tensor([[1.0, 2.0]]).expand(4, 2))
-    moved, _ = sort_weights(weights, architecture, statistics, scores)
+    moved, _ = sort_weights(weights, architecture, scores)
     query, key = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qk")
     assert torch.equal(moved[query], torch.cat([weights[query][16:], weights[query][:16]]))
     assert torch.equal(moved[key], torch.cat([weights[key][8:], weights[key][:8]]))

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from cbd_trl.surgery.statistics import Statistics, collect_statistics
+from cbd_trl.architectures import decoder_layers
+from cbd_trl.architectures.axes import axis_length
+from cbd_trl.surgery.statistics import FACTORIZING, Statistics, collect_in_groups, collect_statistics, site_groups
 from tests.surgery.helpers import described, every_case, every_family, full_model, reading_module, tokens
 
 
@@ -49,11 +51,11 @@ def test_moments_equal_a_naive_computation(family, tied):
     model = full_model(family, tied)
     _, architecture = described(model)
     batch = {"input_ids": tokens(3, 10)}
-    statistics = collect_statistics(model, architecture, [batch], max_tokens=1)
+    statistics = collect_statistics(model, architecture, [batch])
     streams = _naive_streams(model, architecture, batch)
     assert statistics.tokens == 30
     assert set(statistics.means) == {site.name for site in architecture.sites}
-    assert set(statistics.squares) == streams.keys() - statistics.means.keys()
+    assert statistics.squares.keys() == streams.keys()
     for name, square in statistics.squares.items():
         torch.testing.assert_close(square.double(), streams[name].square().mean(0), rtol=1e-4, atol=1e-5)
         assert square.dtype == torch.float32
@@ -73,20 +75,11 @@ def test_padding_counts_for_nothing(family):
     rows = tokens(3, 12)
     lengths = [12, 7, 1]
     mask = torch.tensor([[1] * length + [0] * (12 - length) for length in lengths])
-    padded = collect_statistics(model, architecture, [{"input_ids": rows, "attention_mask": mask}], 10**6)
+    padded = collect_statistics(model, architecture, [{"input_ids": rows, "attention_mask": mask}])
     alone = [{"input_ids": row[None, :length]} for row, length in zip(rows, lengths, strict=True)]
-    expected = collect_statistics(model, architecture, alone, 10**6)
+    expected = collect_statistics(model, architecture, alone)
     assert padded.tokens == expected.tokens == 20
     _close(padded, expected)
-
-
-def test_collecting_stops_after_the_batch_that_reaches_the_count():
-    model = full_model("llama", True)
-    _, architecture = described(model)
-    batches = [{"input_ids": tokens(1, 10, seed)} for seed in range(4)]
-    few = collect_statistics(model, architecture, iter(batches), max_tokens=11)
-    assert few.tokens == 20
-    _close(few, collect_statistics(model, architecture, batches[:2], 10**6))
 
 
 @every_family
@@ -94,10 +87,10 @@ def test_collecting_leaves_the_model_as_it_was(family):
     model = full_model(family, True).train()
     _, architecture = described(model)
     batch = {"input_ids": tokens(), "labels": torch.full((4, 24), -100)}
-    with_labels = collect_statistics(model, architecture, [batch], 10**6)
+    with_labels = collect_statistics(model, architecture, [batch])
     assert model.training
     assert not any(module._forward_pre_hooks for module in model.modules())
-    _close(with_labels, collect_statistics(model.eval(), architecture, [{"input_ids": tokens()}], 10**6))
+    _close(with_labels, collect_statistics(model.eval(), architecture, [{"input_ids": tokens()}]))
     assert not model.training
 
 
@@ -105,7 +98,7 @@ def test_a_failing_batch_leaves_no_hooks_behind():
     model = full_model("llama", True)
     _, architecture = described(model)
     with pytest.raises(IndexError):
-        collect_statistics(model, architecture, [{"input_ids": torch.full((1, 3), 10**6)}], 10)
+        collect_statistics(model, architecture, [{"input_ids": torch.full((1, 3), 10**6)}])
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -118,17 +111,72 @@ def test_no_tokens_is_an_error(batches):
     model = full_model("llama", True)
     _, architecture = described(model)
     with pytest.raises(ValueError, match="dataset"):
-        collect_statistics(model, architecture, batches, 10)
+        collect_statistics(model, architecture, batches)
 
 
-def test_reindexing_picks_rows_and_columns():
-    full = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]])
-    packed = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
-    statistics = Statistics(
-        {"a": torch.tensor([7.0, 8.0, 9.0]), "b": torch.zeros(1)}, {"a": packed, "b": torch.ones(1)}, 3
-    )
-    assert torch.equal(statistics.second("a"), full.double())
-    picked = statistics.reindexed({"a": torch.tensor([2, 0])})
-    assert set(picked.means) == {"a"}
-    assert picked.mean("a").tolist() == [9.0, 7.0]
-    assert picked.second("a").tolist() == [[6.0, 3.0], [3.0, 1.0]]
+@every_case
+def test_groups_have_the_moments_of_one_pass_to_the_bit(family, tied):
+    model = full_model(family, tied).float()
+    _, architecture = described(model)
+    batches = [{"input_ids": tokens(2, 12, seed)} for seed in range(3)]
+    whole = collect_statistics(model, architecture, batches)
+    largest = 4 * max(len(mean) for mean in whole.means.values()) ** 2
+    for budget, count in ((1, len(architecture.sites)), (int((FACTORIZING + 3) * largest), None), (2**40, 1)):
+        parts = list(collect_in_groups(model, architecture, batches, budget=budget))
+        assert len(parts) == count if count else 1 < len(parts) < len(architecture.sites)
+        for kind in ("means", "squares", "seconds"):
+            found = {name: moments for part in parts for name, moments in getattr(part, kind).items()}
+            expected = getattr(whole, kind)
+            assert sum(len(getattr(part, kind)) for part in parts) == len(found)
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[name], expected[name]) for name in found), kind
+        assert {part.tokens for part in parts} == {72}
+
+
+@pytest.mark.parametrize("units", [1, 5, 9, 1000])
+def test_a_group_is_within_its_budget_or_a_single_site(units):
+    _, architecture = described(full_model("llama", True))
+    largest = max(axis_length(site.axis, architecture.sizes) for site in architecture.sites)
+    budget = units * 4 * largest**2
+    for group in site_groups(architecture, budget):
+        sizes = [axis_length(site.axis, architecture.sizes) for site in architecture.sites if site.name in group]
+        used = sum(4 * size**2 for size in sizes) + FACTORIZING * 4 * max(sizes) ** 2
+        assert used <= budget or len(sizes) == 1
+
+
+def test_a_pass_ends_at_the_last_site_that_is_wanted():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    ran = []
+    for number, layer in enumerate(decoder_layers(model)):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    model.lm_head.register_forward_pre_hook(lambda *_: ran.append("head"))
+    wanted = [site.name for site in architecture.sites if ".layers.1." in site.name]
+    batches = [{"input_ids": tokens(1, 8, seed)} for seed in range(2)]
+    found = collect_statistics(model, architecture, batches, sites=wanted)
+    assert list(found.means) == wanted and ran == [0, 1, 0, 1]
+    ran.clear()
+    collect_statistics(model, architecture, batches)
+    assert "head" not in ran
+
+
+def test_second_moments_of_several_sites_are_added_up():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    batches = [{"input_ids": tokens(2, 12)}]
+    whole = collect_statistics(model, architecture, batches)
+    names = [site.name for site in architecture.sites if site.axis == ("width",)]
+    found = collect_statistics(model, architecture, batches, seconds=dict.fromkeys(names, "stream"))
+    assert found.seconds.keys() == {"stream"} and found.means.keys() == whole.means.keys()
+    torch.testing.assert_close(found.seconds["stream"], sum(whole.seconds[name] for name in names))
+
+
+def test_moments_in_other_coordinates():
+    model = full_model("llama", True)
+    _, architecture = described(model)
+    batches = [{"input_ids": tokens(2, 12)}]
+    plain = collect_statistics(model, architecture, batches)
+    mirrored = collect_statistics(model, architecture, batches, change=lambda name, rows: rows.flip(1))
+    for name, mean in plain.means.items():
+        torch.testing.assert_close(mirrored.means[name], mean.flip(0))
+        torch.testing.assert_close(mirrored.second(name), plain.second(name).flip(0, 1))

@@ -11,7 +11,7 @@ from cbd_trl.surgery.least_squares import least_squares_cut, plain_cut
 from cbd_trl.surgery.reorder import importance, sort_weights, to_principal_axes
 from cbd_trl.surgery.statistics import Statistics, collect_statistics
 from tests.markov import VOCABULARY, markov_text
-from tests.surgery.helpers import build, described
+from tests.surgery.helpers import build, described, stream_second
 from tests.surgery.test_rotate import ROTATED
 from tests.tiny import FAMILIES, KINDS, LAYER_NORM, WIDTH_OF_HEADS, own_names, tiny_model
 
@@ -41,14 +41,13 @@ def trained(family: str, tied: bool):
     model.eval()
     weights, architecture = described(model)
     statistics = _statistics(model, architecture)
-    weights, statistics = sort_weights(
-        weights, architecture, statistics, importance(weights, architecture, statistics)
-    )
-    return build(weights, architecture), weights, architecture, statistics
+    weights, _ = sort_weights(weights, architecture, importance(weights, architecture, statistics))
+    model = build(weights, architecture)
+    return model, dict(weights), architecture, _statistics(model, architecture)
 
 
-def _statistics(model, architecture) -> Statistics:
-    return collect_statistics(model, architecture, [{"input_ids": markov_text(100, 24, seed=1000)}], 10**6)
+def _statistics(model, architecture, change=None) -> Statistics:
+    return collect_statistics(model, architecture, [{"input_ids": markov_text(100, 24, seed=1000)}], change=change)
 
 
 @torch.no_grad()
@@ -93,7 +92,8 @@ def test_on_principal_axes_the_cut_is_closer_still(family):
     model, weights, architecture, statistics = trained(family, False)
     target = architecture.resized(**({"width": 32, "group": 4} if family in WIDTH_OF_HEADS else {"width": 36}))
     in_order = _divergence(build(least_squares_cut(weights, architecture, statistics, target), target), model)
-    weights, statistics = to_principal_axes(weights, architecture, statistics)
+    weights, change = to_principal_axes(weights, architecture, stream_second(architecture, statistics))
+    statistics = _statistics(model, architecture, change)
     # As a chain stores it.
     stored = {key: tensor.float() for key, tensor in weights.items()}
     on_axes = _divergence(build(least_squares_cut(stored, architecture, statistics, target), target), model)

@@ -34,7 +34,7 @@ def stored(pair: Pair, folder, dtype: torch.dtype) -> Chain:
         model = build(getattr(pair, kind), architecture)
 
         def fill(path, model=model, architecture=architecture, shard=shard):
-            save_statistics(moments(model, architecture), path / STATISTICS_FILE)
+            save_statistics([moments(model, architecture)], architecture, path / STATISTICS_FILE)
             model.to(dtype).save_pretrained(path, max_shard_size=shard)
 
         write_anchor(folder, {"name": kind, "parent": name, "blocks": block_map}, fill)

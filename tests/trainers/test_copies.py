@@ -103,7 +103,7 @@ def test_a_copy_that_nobody_here_made_is_measured_and_written_with_as_it_is(tmp_
     randomize(copied, seed=7)
     fresh = tiny_model("llama", seed=7, num_hidden_layers=2, vocab_size=300)
     batches = [{"input_ids": torch.arange(4, 68).view(2, 32)}]
-    found, wanted = (collect_statistics(one, describe(fresh.config), batches, 64) for one in (copied, fresh))
+    found, wanted = (collect_statistics(one, describe(fresh.config), batches) for one in (copied, fresh))
     assert all(torch.equal(found.means[name], mean) for name, mean in wanted.means.items())
     rows = Dataset.from_dict({"prompt": texts(3)})
     options = {"processing_class": students_tokenizer(), "decoding": DecodingConfig(do_sample=False, max_new_tokens=8)}

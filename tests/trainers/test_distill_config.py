@@ -229,9 +229,9 @@ def test_the_chunk_bounds_the_logits_and_changes_nothing(monkeypatch: pytest.Mon
     tokens: list[int] = []
     project = Head.project
 
-    def watched(self: Head, hidden_ND: Tensor) -> Tensor:
+    def watched(self: Head, hidden_ND: Tensor, *out: Tensor) -> Tensor:
         tokens.append(len(hidden_ND))
-        return project(self, hidden_ND)
+        return project(self, hidden_ND, *out)
 
     def run(**fields: Any) -> DistillTrainer:
         tied = tiny_model("llama", seed=1, num_hidden_layers=2, tie_word_embeddings=True)
