@@ -73,7 +73,8 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
     if check.costs and is_main:
         console = make_console()
         console.print(recipe_table(check))
-        if dry_run:
+        # It takes seconds: of a recipe that is to be corrected first it would be counted in vain.
+        if dry_run and not check.problems:
             console.print(memory_table(check))
             print(how_it_fits(check))
         print(how_estimated(check))

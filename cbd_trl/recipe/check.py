@@ -35,6 +35,7 @@ from cbd_trl.recipe.estimate import (
     measuring_seconds,
     source_cost,
 )
+from cbd_trl.recipe.memory import weight_dtype
 from cbd_trl.recipe.schema import Recipe
 from cbd_trl.report.sweep import RANDOM, REPORTED
 from cbd_trl.targets.many import multiplied_weights
@@ -226,7 +227,7 @@ def plan_costs(check: Check, source: Architecture, teacher: PretrainedConfig | N
     speed = check.speed = measure_speed(args, source.sizes["width"])
     names, upper = [anchor_name(source.num_parameters)], source
     if check.bridge is not None and teacher is not None:
-        costs = (teacher, source, check.bridge, recipe.calibration_tokens, speed)
+        costs = (teacher, source, check.bridge, recipe.calibration_tokens, speed, weight_dtype(args))
         check.costs.append(bridge_cost(names[0], *costs))
     else:
         check.costs.append(source_cost(names[0], source, args, recipe.calibration_tokens, speed))

@@ -287,6 +287,7 @@ def bridge_cost(
     args: BridgeDistillConfig,
     calibration_tokens: int,
     speed: Speed,
+    source_dtype: torch.dtype = torch.float32,
 ) -> Cost:
     """Predict what anchor zero takes.
 
@@ -297,11 +298,12 @@ def bridge_cost(
         args: of the bridge.
         calibration_tokens: behind its statistics.
         speed: of this machine.
+        source_dtype: that the source is loaded in.
     """
     count = count_parameters(source)
 
     def predict(args: BridgeDistillConfig, device: torch.device) -> list[Phase]:
-        return bridge_phases(source, count, student, args, calibration_tokens, device)
+        return bridge_phases(source, count, student, args, calibration_tokens, device, source_dtype)
 
     return _trained_cost(name, student, args, count, calibration_tokens, speed, predict)
 

@@ -28,7 +28,7 @@ from cbd_trl.build.width_hybrid import WidthHybrid, targets_between, weights_of_
 from cbd_trl.losses.divergences import get_divergence
 from cbd_trl.losses.fused import default_chunk, fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
-from cbd_trl.losses.reduction import scored_targets, select_scored
+from cbd_trl.losses.reduction import Scored
 from cbd_trl.recipe.trace import FUSED, Bytes, traced
 from cbd_trl.surgery.block_search import measured_blocks
 from cbd_trl.surgery.blocks import spaced_blocks
@@ -69,11 +69,13 @@ class _Run:
         args: of the training.
         device: that it is run on.
         dtype: of the weights.
+        teacher_dtype: of the teacher's.
     """
 
     args: DistillConfig
     device: torch.device
     dtype: torch.dtype
+    teacher_dtype: torch.dtype
 
     @property
     def half(self) -> torch.dtype | None:
@@ -89,15 +91,15 @@ class _Run:
     def phase(self, name: str, device: int, host: int) -> Phase:
         return Phase(name, device, 0 if self.on_cpu else host)
 
-    def model(self, config: PretrainedConfig) -> Any:
-        """A model without data."""
+    def model(self, config: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
+        """A model without data, in the dtype of the weights unless another is given."""
         config = copy.deepcopy(config)
         options = self.args.model_init_kwargs
         eager = isinstance(options, dict) and options.get("attn_implementation") == "eager"
         cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         eager = eager or not cls._supports_sdpa
         attention = "eager" if eager else FUSED
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation=attention)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype or self.dtype, attn_implementation=attention)
         open_forward(model)
         return model
 
@@ -119,6 +121,11 @@ def count_parameters(config: PretrainedConfig) -> int:
             return int(AutoModelForCausalLM.from_config(config).num_parameters())
 
 
+def _run(args: DistillConfig, device: torch.device | None, teacher_dtype: torch.dtype | None = None) -> _Run:
+    dtype = weight_dtype(args)
+    return _Run(args, device or args.device, dtype, teacher_dtype or dtype)
+
+
 def source_phases(
     source: Architecture, args: DistillConfig, calibration_tokens: int, device: torch.device | None = None
 ) -> list[Phase]:
@@ -130,7 +137,7 @@ def source_phases(
         calibration_tokens: behind its statistics.
         device: None for that of `args`.
     """
-    run = _Run(args, device or args.device, weight_dtype(args))
+    run = _run(args, device)
     return [_statistics("sort, statistics", source, run, calibration_tokens)]
 
 
@@ -146,7 +153,7 @@ def anchor_phases(
         device: None for that of the step's arguments.
     """
     lower = step.architecture
-    run = _Run(step.args, device or step.args.device, weight_dtype(step.args))
+    run = _run(step.args, device)
     above, below = run.weights(upper.num_parameters), run.weights(lower.num_parameters)
     phases = []
     if measured_blocks(upper, lower.depth):
@@ -163,6 +170,7 @@ def bridge_phases(
     args: BridgeDistillConfig,
     calibration_tokens: int,
     device: torch.device | None = None,
+    teacher_dtype: torch.dtype = torch.float32,
 ) -> list[Phase]:
     """Predict the memory of anchor zero.
 
@@ -173,9 +181,10 @@ def bridge_phases(
         args: of the bridge.
         calibration_tokens: behind its statistics.
         device: None for that of `args`.
+        teacher_dtype: that the source is loaded in.
     """
-    run = _Run(args, device or args.device, weight_dtype(args))
-    host = run.weights(student.num_parameters) + run.weights(parameters)
+    run = _run(args, device, teacher_dtype)
+    host = run.weights(student.num_parameters) + parameters * teacher_dtype.itemsize
     return [
         run.phase("train", _training(student, teacher, parameters, run), host),
         _statistics("sort, statistics", student, run, calibration_tokens),
@@ -210,7 +219,7 @@ def _training(student: Architecture, teacher: PretrainedConfig, teacher_paramete
     # Not fused, it takes the square root of all second moments at once on a GPU.
     roots = trained if str(getattr(run.args.optim, "value", run.args.optim)) == "adamw_torch" and not run.on_cpu else 0
     projectors = _projectors(student, teacher, run.args)
-    taught = 0 if getattr(run.args, "black_box", False) else run.weights(teacher_parameters)
+    taught = 0 if getattr(run.args, "black_box", False) else teacher_parameters * run.teacher_dtype.itemsize
     return taught + trained + moments + 3 * projectors + max(trained + projectors + roots, step)
 
 
@@ -394,7 +403,10 @@ def _trace(
     """
     args, bridged = _with_hybrid(run.args), isinstance(run.args, BridgeDistillConfig)
     with traced(run.device, run.half) as count:
-        theirs, ours = run.model(teacher).eval().requires_grad_(False), run.model(student.config).train()
+        theirs, ours = (
+            run.model(teacher, run.teacher_dtype).eval().requires_grad_(False),
+            run.model(student.config).train(),
+        )
         hybrid_in_width = None if between is None else _width_hybrid(ours, theirs, block_map, between)
         pairs = LayerPairs(ours, theirs, block_map, None, args, hybrid_in_width)
         if args.gradient_checkpointing:
@@ -408,7 +420,7 @@ def _trace(
             for parameter in ours.parameters():
                 parameter.grad = torch.empty_like(parameter)
         mixed = nullcontext() if run.half is None else torch.autocast("cpu", run.half)
-        with torch.no_grad(), mixed, pairs.teacher_outputs.recording() as teacher_states:
+        with torch.no_grad(), mixed, pairs.teacher_outputs.recording(batch.labels_BT.device) as teacher_states:
             predicted = LocalTeacher(theirs).predict(batch, ours)
         line.mark("teacher")
         rows = ours.config.get_text_config().vocab_size
@@ -417,10 +429,11 @@ def _trace(
         weights = _weights(args)
 
         def forward(through: Pass) -> Tensor:
-            with pairs.student_outputs.recording() as states, mixed:
+            with pairs.student_outputs.recording(batch.labels_BT.device) as states, mixed:
                 inside = (_BridgedLoss if bridged else StepLoss)(
                     student=through.model,
                     labels_BT=batch.labels_BT,
+                    scored=batch.scored,
                     teacher=predicted,
                     objective=_objective(args, rows),
                     weights=weights,
@@ -465,7 +478,8 @@ def _weights(args: DistillConfig) -> TermWeights:
 def _batch(args: DistillConfig) -> Batch:
     rows, length = args.per_device_train_batch_size, args.max_length or 1024
     ids = torch.empty(rows, length, dtype=torch.long)
-    collated = {"input_ids": ids, "labels": ids}
+    scored = Scored(torch.empty(rows * (length - 1), dtype=torch.long))
+    collated = {"input_ids": ids, "labels": ids, "scored": scored}
     if not args.packing:
         # Of rows of different lengths: transformers leaves out a mask that is plainly causal.
         collated["attention_mask"] = torch.empty(rows, 1, length, length, dtype=torch.bool)
@@ -476,8 +490,8 @@ class _BridgedLoss(StepLoss):
     """The loss of a bridge, as far as its memory goes: "alm" reads how probable the text is to both models, other
     objectives read the distributions."""
 
-    def _terms(self, hidden_BTd: Tensor, labels_BT: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden_Nd, targets_N = select_scored(hidden_BTd, labels_BT), scored_targets(labels_BT)
+    def _terms(self, hidden_BTd: Tensor, head: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_Nd, targets_N = self._scored(hidden_BTd)
         teacher, objective = self.teacher, self.objective
         if isinstance(objective, _OfTheText):
             with torch.no_grad():

@@ -26,7 +26,7 @@ def _compared(group: str) -> dict[str, float]:
     ("group", "cases"),
     [
         pytest.param("fast", 6, id="fast"),
-        pytest.param("tuning", 6, id="tuning", marks=pytest.mark.slow),
+        pytest.param("tuning", 10, id="tuning", marks=pytest.mark.slow),
         pytest.param("held-out", 8, id="held-out", marks=pytest.mark.slow),
     ],
 )
