@@ -445,21 +445,15 @@ CONTESTANTS: dict[str, tuple[Callable[[Bench, Path, int], dict[str, Any]], tuple
 
 # Where build_chain calls its phases, and what they are called here.
 PHASES = {
-    "cbd_trl.build.source_anchor": {
-        "collect_statistics": "statistics",
-        "importance": "sort",
-        "sort_weights": "sort",
-        "to_principal_axes": "sort",
-        "store_anchor": "save",
-    },
+    "cbd_trl.build.source_anchor": {"_sorted": "sort"},
     "cbd_trl.build.build": {
         "choose_blocks": "block search",
         "initial_student": "cut",
         "refit_student": "refit",
         "train": "train",
-        "collect_statistics": "statistics",
-        "store_anchor": "save",
     },
+    # Weights of the source are permuted as they are written.
+    "cbd_trl.build.store": {"save_statistics": "statistics", "save_stock_model": "save"},
 }
 
 
@@ -657,6 +651,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     bench = Bench(options, device)
     for section in options.sections:
+        if options.work is not None:
+            options.work.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=options.work) as work:
             SECTIONS[section](bench, Path(work))
     print(f"\n{bench.text()}")

@@ -24,6 +24,7 @@ from cbd_trl.chain.source import Source
 from cbd_trl.recipe.configs import anchor_args, bridge_args, chain_args, default_args, refused_argument
 from cbd_trl.recipe.data import check_data, check_mix, placed, shares_rows
 from cbd_trl.recipe.estimate import (
+    GPUS,
     LIBRARIES,
     Cost,
     Speed,
@@ -33,6 +34,7 @@ from cbd_trl.recipe.estimate import (
     machine_memory,
     measure_speed,
     measuring_seconds,
+    smallest_gpu,
     source_cost,
 )
 from cbd_trl.recipe.memory import weight_dtype
@@ -44,6 +46,7 @@ from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.files import write_text
 from cbd_trl.utils.formatting import anchor_name, did_you_mean, format_bytes, format_count, format_seconds
 from cbd_trl.utils.modeling import check_checkpoint
+from cbd_trl.utils.progress import Progress
 
 FILE = "recipe.json"
 
@@ -422,6 +425,8 @@ def memory_table(check: Check) -> Table:
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Memory of each phase, at most")
     left = check.costs[check.finished :]
+    for cost in Progress("Counting memory", left):
+        cost.phases  # noqa: B018 - kept from now on
     on_cpu = all(cost.args.device.type == "cpu" for cost in left)
     columns = ("anchor", "phase", "memory") if on_cpu else ("anchor", "phase", "on the device", "in the machine")
     for name in columns:
@@ -444,19 +449,25 @@ def how_it_fits(check: Check) -> str:
     left = check.costs[check.finished :]
     if not left:
         return ""
-    largest, sizes = max(left, key=lambda cost: cost.memory), [cost.gpu for cost in left]
-    fits = "no common GPU (141 GB at most) alone" if None in sizes else f"a GPU of {max(filter(None, sizes))} GB"
-    there = machine_memory(largest.args.device)
+    for cost in Progress("Counting memory on a GPU", left):
+        cost.gpu_memory  # noqa: B018 - kept from now on
+    largest = max(left, key=lambda cost: cost.gpu_memory)
+    gpu, needed = smallest_gpu(largest.gpu_memory), format_bytes(largest.gpu_memory)
+    fits = "no common one (141 GB at most) alone holds" if gpu is None else f"one of {gpu} GB holds"
     lines = [
         "Memory: every tensor that PyTorch holds at the worst moment, counted, and 0.5 GB of libraries, on one "
         "device, with nothing sharded; without the work space of kernels. Statistics use more where more is free.",
-        f"Fits on {fits}. Peak: {largest.peak.name} of {largest.name}, {format_bytes(largest.memory)} here.",
+        f"On a GPU: {needed} at most, for {largest.name}, which {fits}.",
     ]
-    if None in sizes or largest.memory > there:
-        if largest.memory > there:
-            lines.append(f"This machine's {largest.args.device} has {format_bytes(there)}.")
+    here, there = max(left, key=lambda cost: cost.memory), machine_memory(largest.args.device)
+    if here.memory > there:
+        lines.append(
+            f"This machine's {here.args.device} has {format_bytes(there)}, and {here.name} takes "
+            f"{format_bytes(here.memory)} on it."
+        )
+    if gpu != GPUS[0] or here.memory > there:
         saved = [f"{what} ({format_bytes(count)})" for what, count in largest.savings().items()]
-        lines.append(f"Each of these alone in args would save memory at the peak: {'; '.join(saved)}.")
+        lines.append(f"Each of these alone in args would save memory there: {'; '.join(saved)}.")
     return "\n".join(lines)
 
 

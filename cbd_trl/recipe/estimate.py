@@ -31,6 +31,7 @@ from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.blocks import calibration_length
 from cbd_trl.utils.modeling import emulates_bf16
+from cbd_trl.utils.progress import Progress
 
 # Share of the speed of one matrix product that a whole model comes to: on a CPU measured (SmolLM2-135M, float32); on a
 # GPU assumed.
@@ -137,6 +138,7 @@ LIBRARIES = 500_000_000
 # Of the common GPUs, in GB; the share of it that an allocator fills.
 GPUS = (16, 24, 40, 80, 141)
 _FILLED = 0.95
+GPU = torch.device("cuda")
 
 
 @dataclass(frozen=True)
@@ -179,20 +181,19 @@ class Cost:
         return LIBRARIES + self.peak.device
 
     @cached_property
-    def gpu(self) -> int | None:
-        """The smallest of `GPUS` that it fits on, in GB; None if there is none."""
-        phases = self.phases if self.args.device.type == "cuda" else self.predict(self.args, torch.device("cuda"))
-        needed = LIBRARIES + max(phase.device for phase in phases)
-        return next((size for size in GPUS if needed <= _FILLED * size * 1e9), None)
+    def gpu_memory(self) -> int:
+        """The same on a CUDA GPU."""
+        phases = self.phases if self.args.device.type == "cuda" else self.predict(self.args, GPU)
+        return LIBRARIES + max(phase.device for phase in phases)
 
     def savings(self) -> dict[str, int]:
-        """Compute what arguments would save of the bytes of its peak, each alone, the most first."""
-        now, found = self.peak.device, {}
-        for what, values in _less_memory(self.args).items():
+        """Compute what arguments would save of the bytes on a GPU, each alone, the most first."""
+        found = {}
+        for what, values in Progress("Counting what saves memory", _less_memory(self.args).items()):
             args: Any = copy.copy(self.args)
             for name, value in values.items():
                 setattr(args, name, value)
-            found[what] = now - max(phase.device for phase in self.predict(args, args.device))
+            found[what] = self.gpu_memory - LIBRARIES - max(phase.device for phase in self.predict(args, GPU))
         return {what: saved for what, saved in sorted(found.items(), key=lambda pair: -pair[1]) if saved > 0}
 
 
@@ -211,6 +212,11 @@ def _less_memory(args: DistillConfig) -> dict[str, Mapping[str, Any]]:
         found["model_init_kwargs: {dtype: bfloat16}"] = {"model_init_kwargs": options}
     found["optim: adafactor"] = {"optim": "adafactor"}
     return found
+
+
+def smallest_gpu(memory: int) -> int | None:
+    """Find the smallest of `GPUS` that has so many bytes for tensors, in GB; None if there is none."""
+    return next((size for size in GPUS if memory <= _FILLED * size * 1e9), None)
 
 
 def machine_memory(device: torch.device) -> int:

@@ -139,10 +139,15 @@ def _load(
     try:
         return load_causal_lm(name, role="teacher", adapters=True, **kwargs)
     except ImportError as error:
+        if attention := init_kwargs.get("attn_implementation"):
+            ways = f"or leave attn_implementation={attention!r} out of teacher_model_init_kwargs ('sdpa' always runs)"
+        else:
+            ways = (
+                "which for a teacher in 4 or 8 bits is pip install 'cbd-trl[quantized]'; or leave "
+                "`quantization_config` out of teacher_model_init_kwargs and load it whole"
+            )
         raise ImportError(
-            f"The teacher {readable_name(name)} needs a package that is not installed ({error}). For a teacher in 4 "
-            "or 8 bits: pip install 'cbd-trl[quantized]'; or leave `quantization_config` out of "
-            "teacher_model_init_kwargs and load it whole."
+            f"The teacher {readable_name(name)} needs a package that is not installed ({error}). Install it, {ways}."
         ) from error
 
 

@@ -49,7 +49,7 @@ def heavy_pair(family: str, tied: bool, what: str, dtype: torch.dtype) -> tuple[
     teacher = tiny_model(family, seed=1, tie_word_embeddings=tied, **depth, **widths_of(family, _WIDE))
     upper = describe(teacher.config)
     batch = {"input_ids": torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))}
-    statistics = collect_statistics(teacher, upper, [batch], 64)
+    statistics = collect_statistics(teacher, upper, [batch])
     blocks = [[layer] for layer in range(UPPER_DEPTH)] if what == "width" else BLOCKS
     kept = [block[-1] for block in blocks]
     fields = widths_of(family, _NARROW) | (depth_of(family, LOWER_DEPTH) if what == "both" else {})

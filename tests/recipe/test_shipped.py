@@ -14,7 +14,7 @@ from cbd_trl.cli.main import main
 from cbd_trl.demo.run import ANSWER_TOKENS, Settings, default_steps
 from cbd_trl.recipe.check import Check, how_estimated, plan_costs, recipe_table
 from cbd_trl.recipe.configs import anchor_args, bridge_args
-from cbd_trl.recipe.estimate import Speed, writing_seconds
+from cbd_trl.recipe.estimate import Speed, smallest_gpu, writing_seconds
 from cbd_trl.recipe.schema import read_recipe, shipped_recipes
 from tests.tokenizer import tiny_tokenizer
 
@@ -101,8 +101,7 @@ GPU_OF = {"smollm2-135m": 16, "pythia-1b": 24, "gpt2-xl": 40, "qwen3-4b": 40, "l
 @pytest.mark.parametrize("name", sorted(GPU_OF))
 def test_the_gpu_that_a_recipe_fits_on(name: str) -> None:
     check = _planned(name)
-    gpus = [cost.gpu for cost in check.costs]
-    assert (None if None in gpus else max(filter(None, gpus))) == GPU_OF[name]
+    assert smallest_gpu(max(cost.gpu_memory for cost in check.costs)) == GPU_OF[name]
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
