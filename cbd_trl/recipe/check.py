@@ -230,7 +230,7 @@ def plan_costs(check: Check, source: Architecture, teacher: PretrainedConfig | N
     speed = check.speed = measure_speed(args, source.sizes["width"])
     names, upper = [anchor_name(source.num_parameters)], source
     if check.bridge is not None and teacher is not None:
-        costs = (teacher, source, check.bridge, recipe.calibration_tokens, speed, weight_dtype(args))
+        costs = (teacher, source, check.bridge, recipe.calibration_tokens, speed, weight_dtype(args, teacher))
         check.costs.append(bridge_cost(names[0], *costs))
     else:
         check.costs.append(source_cost(names[0], source, args, recipe.calibration_tokens, speed))

@@ -189,7 +189,10 @@ class Cost:
     def savings(self) -> dict[str, int]:
         """Compute what arguments would save of the bytes on a GPU, each alone, the most first."""
         found = {}
-        for what, values in Progress("Counting what saves memory", _less_memory(self.args).items()):
+        for what, values in Progress(
+            "Counting what saves memory",
+            _less_memory(self.args, weight_dtype(self.args, self.architecture.config)).items(),
+        ):
             args: Any = copy.copy(self.args)
             for name, value in values.items():
                 setattr(args, name, value)
@@ -197,7 +200,7 @@ class Cost:
         return {what: saved for what, saved in sorted(found.items(), key=lambda pair: -pair[1]) if saved > 0}
 
 
-def _less_memory(args: DistillConfig) -> dict[str, Mapping[str, Any]]:
+def _less_memory(args: DistillConfig, dtype: torch.dtype) -> dict[str, Mapping[str, Any]]:
     """Arguments that need less memory than those given, by how a recipe has them."""
     found: dict[str, Mapping[str, Any]] = {}
     if not args.gradient_checkpointing:
@@ -207,7 +210,7 @@ def _less_memory(args: DistillConfig) -> dict[str, Mapping[str, Any]]:
         values = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": 2 * steps}
         found[", ".join(f"{name}: {value}" for name, value in values.items())] = values
     found["loss_chunk_size: 64"] = {"loss_chunk_size": 64}
-    if weight_dtype(args) == torch.float32:
+    if dtype == torch.float32:
         options = {**(args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}), "dtype": "bfloat16"}
         found["model_init_kwargs: {dtype: bfloat16}"] = {"model_init_kwargs": options}
     found["optim: adafactor"] = {"optim": "adafactor"}
@@ -333,7 +336,8 @@ def _trained_cost(
         name=name,
         architecture=lower,
         disk=weights + _statistics_disk(lower),
-        checkpoints=_kept_checkpoints(args) * (weights + optimizer_bytes(lower, args, weight_dtype(args))),
+        checkpoints=_kept_checkpoints(args)
+        * (weights + optimizer_bytes(lower, args, weight_dtype(args, lower.config))),
         tokens=tokens,
         seconds=seconds,
         args=args,
@@ -342,7 +346,7 @@ def _trained_cost(
 
 
 def _weights(architecture: Architecture, args: DistillConfig) -> int:
-    return architecture.num_parameters * weight_dtype(args).itemsize
+    return architecture.num_parameters * weight_dtype(args, architecture.config).itemsize
 
 
 def _statistics_disk(architecture: Architecture) -> int:

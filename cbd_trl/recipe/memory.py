@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from cbd_trl.architectures import Architecture, decoder_layers, describe
 from cbd_trl.architectures.axes import axis_length
 from cbd_trl.architectures.backbone import open_forward
+from cbd_trl.architectures.base import learned_positions
 from cbd_trl.bridge.objectives.inputs import chunked_cross_entropy, compared_terms
 from cbd_trl.build.plan import Step
 from cbd_trl.build.store import CALIBRATION_BATCH
@@ -104,10 +105,16 @@ class _Run:
         return model
 
 
-def weight_dtype(args: DistillConfig) -> torch.dtype:
-    """The dtype of the weights: float32 unless the source is loaded otherwise."""
+def weight_dtype(args: DistillConfig, config: PretrainedConfig) -> torch.dtype:
+    """The dtype of the weights: float32 unless the source is loaded otherwise.
+
+    Args:
+        args: of the training.
+        config: of an anchor: "auto" is the dtype that the source's has.
+    """
     options = args.model_init_kwargs
     kind = options.get("dtype") if isinstance(options, dict) else None
+    kind = config.dtype if kind == "auto" else kind
     found = getattr(torch, str(kind).removeprefix("torch."), None)
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
@@ -121,8 +128,13 @@ def count_parameters(config: PretrainedConfig) -> int:
             return int(AutoModelForCausalLM.from_config(config).num_parameters())
 
 
-def _run(args: DistillConfig, device: torch.device | None, teacher_dtype: torch.dtype | None = None) -> _Run:
-    dtype = weight_dtype(args)
+def _run(
+    args: DistillConfig,
+    device: torch.device | None,
+    config: PretrainedConfig,
+    teacher_dtype: torch.dtype | None = None,
+) -> _Run:
+    dtype = weight_dtype(args, config)
     return _Run(args, device or args.device, dtype, teacher_dtype or dtype)
 
 
@@ -137,7 +149,7 @@ def source_phases(
         calibration_tokens: behind its statistics.
         device: None for that of `args`.
     """
-    run = _run(args, device)
+    run = _run(args, device, source.config)
     return [_statistics("sort, statistics", source, run, calibration_tokens)]
 
 
@@ -153,7 +165,7 @@ def anchor_phases(
         device: None for that of the step's arguments.
     """
     lower = step.architecture
-    run = _run(step.args, device)
+    run = _run(step.args, device, upper.config)
     above, below = run.weights(upper.num_parameters), run.weights(lower.num_parameters)
     phases = []
     if measured_blocks(upper, lower.depth):
@@ -183,7 +195,7 @@ def bridge_phases(
         device: None for that of `args`.
         teacher_dtype: that the source is loaded in.
     """
-    run = _run(args, device, teacher_dtype)
+    run = _run(args, device, student.config, teacher_dtype)
     host = run.weights(student.num_parameters) + parameters * teacher_dtype.itemsize
     return [
         run.phase("train", _training(student, teacher, parameters, run), host),
@@ -415,7 +427,7 @@ def _trace(
                 warnings.simplefilter("ignore", FutureWarning)
                 ours.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         line = _Timeline(count)
-        batch = _batch(args)
+        batch = _batch(args, learned_positions(ours))
         if args.gradient_accumulation_steps > 1:
             for parameter in ours.parameters():
                 parameter.grad = torch.empty_like(parameter)
@@ -475,8 +487,8 @@ def _weights(args: DistillConfig) -> TermWeights:
     return TermWeights(**highest)
 
 
-def _batch(args: DistillConfig) -> Batch:
-    rows, length = args.per_device_train_batch_size, args.max_length or 1024
+def _batch(args: DistillConfig, positions: int | None) -> Batch:
+    rows, length = args.per_device_train_batch_size, args.max_length or min(1024, positions or 1024)
     ids = torch.empty(rows, length, dtype=torch.long)
     scored = Scored(torch.empty(rows * (length - 1), dtype=torch.long))
     collated = {"input_ids": ids, "labels": ids, "scored": scored}

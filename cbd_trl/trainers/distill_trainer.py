@@ -24,7 +24,7 @@ from cbd_trl.cache.reader import CachedTeacher
 from cbd_trl.cards.card import save_card
 from cbd_trl.cards.origin import Origin, origin_of
 from cbd_trl.losses.objective import TermWeights
-from cbd_trl.losses.reduction import count_scored, normalize
+from cbd_trl.losses.reduction import Scored, count_scored, normalize
 from cbd_trl.teachers.local import Batch, causal_lm_of
 from cbd_trl.trainers.callbacks import EvaluationMeter, TokenCounter
 from cbd_trl.trainers.checkpointing import (
@@ -157,6 +157,7 @@ class DistillTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = True
         self.add_callback(TokenCounter())
         self._evaluation = EvaluationMeter()
+        self._collated: tuple[Tensor, int, Scored] | None = None
         check_run(self)
         check_hybrid(self, hybrid)
 
@@ -311,6 +312,20 @@ class DistillTrainer(SFTTrainer):
         self._counter.loss = self._counter.loss + loss.detach()
         return loss
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # A subclass that changes rows or labels in compute_loss finds tensors alone.
+        inputs = super()._prepare_inputs(inputs)
+        if "scored" in inputs:
+            self._collated = inputs["labels"], inputs["labels"]._version, inputs.pop("scored")
+        return inputs
+
+    def _with_scored(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Add the scored positions that the collator found, if the labels are still those that it found them in."""
+        if self._collated is None:
+            return inputs
+        labels, version, scored = self._collated
+        return {**inputs, "scored": scored} if inputs["labels"] is labels and labels._version == version else inputs
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -329,7 +344,7 @@ class DistillTrainer(SFTTrainer):
         Returns:
             scalar loss in nats, or (loss, outputs).
         """
-        batch = Batch.split(inputs)
+        batch = Batch.split(self._with_scored(inputs))
         outputs = self._compute_outputs(model, batch, with_logits=return_outputs)
         shared = self.args.average_tokens_across_devices and num_items_in_batch is not None
         processes = self.accelerator.num_processes // self.get_tp_size() if shared else 1
@@ -478,7 +493,7 @@ class DistillTrainer(SFTTrainer):
         Returns:
             mean loss of the batch in nats, logits (B, T, V) or None, labels (B, T) or None.
         """
-        batch = Batch.split(self._prepare_inputs(inputs))
+        batch = Batch.split(self._with_scored(self._prepare_inputs(inputs)))
         # A student that was not trained yet is not prepared: it would run in its own dtype.
         with torch.no_grad(), self.compute_loss_context_manager(), self.accelerator.autocast():
             outputs = self._compute_outputs(model, batch, with_logits=not prediction_loss_only)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -121,6 +122,27 @@ class RowMask:
     def whole(self) -> Tensor | None:
         """Make the dense mask, (1, 1, T, T) bool; None where it is plainly causal and may be left out."""
         return self._made(0, self._length, allow_is_causal_skip=self._allow_is_causal_skip)
+
+    def __getattr__(self, name: str) -> Any:
+        # What a model does with its mask before attention (Doge, DeepSeek V3.2), or moves between devices, is dense.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self._dense(), name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._dense()[index]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        dense, named = tree_map(
+            lambda leaf: leaf._dense() if isinstance(leaf, RowMask) else leaf, (args, kwargs or {})
+        )
+        return func(*dense, **named)
+
+    def _dense(self) -> Tensor:
+        mask = self._made(0, self._length, allow_is_causal_skip=False)
+        assert mask is not None
+        return mask
 
     def _made(self, start: int, end: int, **options: Any) -> Tensor | None:
         # The layers of one type share it.

@@ -132,6 +132,15 @@ def _python(words: Sequence[str]) -> None:
     if module.startswith("examples."):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"there is no {module}"
         return
+    if module == "pytest":
+        files = [word for word in flags if word.endswith(".py")]
+        assert files and all((ROOT / file).is_file() for file in files), (
+            f"pytest runs files that are not there: {files}"
+        )
+        return
+    if module == "tests.device.memory":
+        assert set(flags) <= {"fast", "tuning", "held-out"}
+        return
     assert module.startswith(("benchmarks.", "tests.examples.")), (
         f"nothing is known of python {module}: add it to _python in {__name__}"
     )

@@ -88,7 +88,7 @@ def test_phases_are_shown_and_the_peak_is_named(tmp_path: Any) -> None:
     Console(width=120, file=out).print(memory_table(check))
     assert "2 GB" in out.getvalue() and "train (peak)" in out.getvalue() and "refit (peak)" not in out.getvalue()
     told = how_it_fits(check)
-    assert "On a GPU: 7 GB at most" in told and "one of 16 GB holds" in told and "Each of these" not in told
+    assert "On a GPU: 7.5 GB at most" in told and "one of 16 GB holds" in told and "Each of these" not in told
 
 
 def test_what_to_change_where_it_does_not_fit(tmp_path: Any) -> None:

@@ -94,7 +94,7 @@ def test_a_dry_run_of_every_recipe(name: str) -> None:
 
 
 # GB of the smallest common GPU for each; None for none.
-GPU_OF = {"smollm2-135m": 16, "pythia-1b": 24, "gpt2-xl": 40, "qwen3-4b": 40, "llama-3-8b": 80}
+GPU_OF = {"demo": 16, "smollm2-135m": 16, "pythia-1b": 24, "gpt2-xl": 40, "qwen3-4b": 80, "llama-3-8b": 80}
 
 
 @pytest.mark.slow

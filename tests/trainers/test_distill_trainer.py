@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,3 +218,37 @@ def test_defaults_are_documented_in_docstring_and_help() -> None:
         # The options of divergences are documented by their rows.
         assert name in OPTIONS or f"{name}:" in (DistillConfig.__doc__ or ""), name
         assert DistillConfig.__dataclass_fields__[name].metadata["help"]
+
+
+def _first_tokens_masked(inputs: dict[str, Any]) -> dict[str, Any]:
+    labels = inputs["labels"].clone()
+    labels[:, :6] = -100
+    return {**inputs, "labels": labels}
+
+
+def _first_tokens_masked_in_place(inputs: dict[str, Any]) -> dict[str, Any]:
+    inputs["labels"][:, :6] = -100
+    return inputs
+
+
+@pytest.mark.parametrize(
+    ("change", "matters"),
+    [
+        pytest.param(_first_tokens_masked, True, id="other-labels"),
+        pytest.param(_first_tokens_masked_in_place, True, id="in-place"),
+        pytest.param(lambda inputs: {name: tensor[:2] for name, tensor in inputs.items()}, True, id="fewer-rows"),
+        pytest.param(
+            lambda inputs: {name: tensor.flip(0) for name, tensor in inputs.items()}, False, id="other-order"
+        ),
+    ],
+)
+def test_a_subclass_may_change_the_batch(change: Any, matters: bool) -> None:
+    """What is scored follows the labels that the loss gets."""
+    trainer = make_trainer(per_device_train_batch_size=4)
+    collated = next(iter(trainer.get_train_dataloader()))
+    prepared = trainer._prepare_inputs(dict(collated))
+    plain = {name: tensor.clone() for name, tensor in prepared.items()}
+    unchanged = trainer.compute_loss(trainer.model, prepared).item()
+    loss = trainer.compute_loss(trainer.model, change(prepared)).item()
+    assert loss == pytest.approx(trainer.compute_loss(trainer.model, change(plain)).item(), rel=1e-6)
+    assert (abs(loss - unchanged) > 1e-4) == matters

@@ -7,7 +7,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.masking_utils import chunked_causal_mask_function, create_causal_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    chunked_causal_mask_function,
+    create_causal_mask,
+    sdpa_mask,
+)
 
 from cbd_trl.trainers import packing
 from cbd_trl.trainers.packing import NAME, RowMask, attention_within_rows, row_mask
@@ -429,3 +434,11 @@ def test_flex_attention_is_left_alone_and_keeps_rows_apart(monkeypatch: pytest.M
         assert flex.config._attn_implementation == "flex_attention"
         found = flex(**inputs).logits
     assert (found - expected).abs().max() <= 1e-5 * expected.std()
+
+
+def test_a_model_that_computes_with_its_mask_gets_the_dense_one() -> None:
+    batch = {"batch_size": 1, "q_length": 6, "kv_length": 6, "mask_function": causal_mask_function}
+    mask, dense = row_mask(**batch), sdpa_mask(**batch, allow_is_causal_skip=False)
+    assert isinstance(mask, RowMask) and torch.equal(mask[..., :3, :3], dense[..., :3, :3])
+    assert torch.equal(torch.where(mask, 1, 0), dense.long()) and mask.dtype == torch.bool
+    assert torch.equal(mask.to("cpu"), dense)
