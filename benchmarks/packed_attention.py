@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.masking_utils import causal_mask_function, packed_sequence_compatibility_function
+from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
 from benchmarks.tables import machine, markdown
 from cbd_trl.trainers.packing import RowMask, attend_within_rows, row_mask
@@ -41,9 +41,8 @@ def make_attention(way: str, row_length: int, device: str = "cpu") -> tuple[list
         torch.randn(1, heads, TOKENS, HEAD_SIZE, generator=generator).to(device).requires_grad_()
         for heads in (HEADS, GROUPS, GROUPS)
     ]
-    positions = (torch.arange(TOKENS) % row_length)[None].to(device)
     rows = (torch.arange(TOKENS) // row_length)[None].to(device)
-    rule = packed_sequence_compatibility_function(causal_mask_function, positions, rows)
+    rule = and_masks(causal_mask_function, packed_sequence_mask_function(rows))
     layer = SimpleNamespace(num_key_value_groups=HEADS // GROUPS, is_causal=True)
     bounds = tuple(range(0, TOKENS + 1, row_length)) if way == "within rows" else None
 

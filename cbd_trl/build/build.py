@@ -87,7 +87,7 @@ def build_chain(
     dataset = sft_dataset(dataset, "dataset", args)
     eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
     origin = Source(source, revision, token)
-    start: Any = source if bridge is None else bridge.model
+    start: Any = getattr(bridge, "model", source)  # what bridge must be is checked below
     attention = _attention_of(start)
     special = _special_tokens(args, anchors, bridge)
     if bridge is None:

@@ -12,8 +12,6 @@ from tests.tokenizer import tiny_tokenizer
 PHASES = {
     "Collecting statistics",
     "Ranking the coordinates",
-    "Sorting the statistics",
-    "Rotating the statistics",
     "Computing the weights",
     "Factorizing the statistics",
     "Hashing files",

@@ -90,7 +90,10 @@ def test_tools_and_arguments_of_the_template_are_kept(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ tools[0]['function']['name'] if tools }} {{ mood }} " + tokenizer.chat_template
     written = complete(tmp_path / "written", dataset=[{"messages": ASKED, **given}], processing_class=tokenizer).file
-    assert read_completions(written)[0] | {"completion": None, "finish_reason": None} == {
+    # An older datasets sorts the keys of a column of objects.
+    found = read_completions(written)[0]
+    assert json.loads(found["tools"]) == tools
+    assert found | {"completion": None, "finish_reason": None, "tools": kept["tools"]} == {
         **{"prompt": ASKED, "completion": None, "finish_reason": None},
         **kept,
     }

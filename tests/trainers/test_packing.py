@@ -237,7 +237,7 @@ def test_a_mask_that_cannot_be_read_is_cut_into_blocks(how: str, varlen: Varlen,
     like = torch.zeros(1, positions.numel(), 0)
 
     def no_second(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        return positions[0, key] != 1
+        return positions[batch, key] != 1
 
     model.set_attn_implementation(NAME if how == "a rule of its own" else "sdpa")
     mask = create_causal_mask(model.config, like, None, None, positions, and_mask_function=no_second)
