@@ -257,7 +257,7 @@ def test_both_sides_as_they_are_saved(tmp_path: Path) -> None:
         ({"args": bridge_config()}, r"args of an anchor are a BridgeDistillConfig, but must be a DistillConfig"),
         (
             {"bridge": bridge_step(model=BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2)))},
-            r"Model type 'bloom' has no description.*Supported model types: gemma2",
+            r"Model type 'bloom' has no description.*Supported model types: .*gemma2",
         ),
         ({"bridge": bridge_step(model="no/such-model-anywhere")}, r"The model of the bridge 'no/such-model-anywhere'"),
         ({"bridge": bridge_step(processing_class=None)}, r"No tokenizer could be loaded from the model of the bridge"),
