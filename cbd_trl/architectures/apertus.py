@@ -49,6 +49,4 @@ APERTUS = replace(
     ),
     sizes=lambda config: {**LLAMA.sizes(config), "one": 1},
     output_norms=lambda config: QK_NORMS,
-    per_layer_fields=(),
-    engine_patterns={},
 )

@@ -25,6 +25,4 @@ ARCEE = replace(
         Site("post_attention_layernorm", ("width",), ("mlp.up_proj",), norm=True),
         LLAMA.sites[3],
     ),
-    per_layer_fields=(),
-    engine_patterns={},
 )

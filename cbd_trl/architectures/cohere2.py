@@ -24,6 +24,5 @@ COHERE2 = replace(
     sites=PARALLEL_SITES,
     norm_type="layer",
     eps_field="layer_norm_eps",
-    per_layer_fields=("layer_types",),
     engine_patterns={"cohere2": {"layer_types": (*["sliding_attention"] * 3, "full_attention")}},
 )

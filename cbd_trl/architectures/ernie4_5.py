@@ -14,6 +14,4 @@ def _layer_tensors(config: Any) -> dict[str, str]:
     return {**tensors, **ATTENTION_BIASES, **MLP_BIASES} if config.use_bias else tensors
 
 
-ERNIE4_5 = replace(
-    LLAMA, model_types=("ernie4_5",), layer_tensors=_layer_tensors, per_layer_fields=(), engine_patterns={}
-)
+ERNIE4_5 = replace(LLAMA, model_types=("ernie4_5",), layer_tensors=_layer_tensors)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from cbd_trl.architectures.llama import layer_tensors
-from cbd_trl.architectures.olmo2 import OLMO2
+from cbd_trl.architectures.olmo import OLMO
 
 
 def _layer_tensors(config: Any) -> dict[str, str]:
@@ -22,11 +22,9 @@ def _layer_tensors(config: Any) -> dict[str, str]:
 
 
 EXAONE4 = replace(
-    OLMO2,
+    OLMO,
     model_types=("exaone4",),
     layer_tensors=_layer_tensors,
-    per_layer_fields=("layer_types",),
-    engine_patterns={},
 )
 
 EXAONE4_WINDOWED = replace(

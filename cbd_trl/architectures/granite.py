@@ -24,6 +24,4 @@ GRANITE = replace(
     model_types=("granite",),
     layer_tensors=_layer_tensors,
     embedding_scale=lambda config: float(config.embedding_multiplier),
-    engine_patterns={},
-    per_layer_fields=(),
 )

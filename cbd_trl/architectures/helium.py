@@ -19,6 +19,4 @@ HELIUM = replace(
     with_width_of_heads(LLAMA, "Helium"),
     model_types=("helium",),
     layer_tensors=_layer_tensors,
-    per_layer_fields=(),
-    engine_patterns={},
 )

@@ -23,6 +23,4 @@ HUNYUAN = replace(
         "self_attn.q_proj": "self_attn.query_layernorm",
         "self_attn.k_proj": "self_attn.key_layernorm",
     },
-    per_layer_fields=(),
-    engine_patterns={},
 )

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
+"""Llama, Mistral, Ministral, Qwen2, Qwen3 and SmolLM3: RMSNorm, rotary grouped-query attention, gated FFN.
 
 What other families share with them is read from here.
 """
@@ -92,7 +92,7 @@ def _resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, in
 
 
 LLAMA = Family(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"),
+    model_types=("llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "smollm3"),
     layers="model.layers",
     depth_field="num_hidden_layers",
     tensors=_tensors,

@@ -45,6 +45,4 @@ NANOCHAT = replace(
     ),
     check=_check,
     bare_norms=True,
-    per_layer_fields=(),
-    engine_patterns={},
 )

@@ -65,6 +65,4 @@ PHI = replace(
     norm_type="layer",
     eps_field="layer_norm_eps",
     check=_check,
-    per_layer_fields=(),
-    engine_patterns={},
 )

@@ -21,11 +21,8 @@ from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.helium import HELIUM
 from cbd_trl.architectures.hunyuan import HUNYUAN
 from cbd_trl.architectures.llama import LLAMA
-from cbd_trl.architectures.ministral import MINISTRAL
-from cbd_trl.architectures.ministral3 import MINISTRAL3
 from cbd_trl.architectures.nanochat import NANOCHAT
-from cbd_trl.architectures.olmo2 import OLMO2
-from cbd_trl.architectures.olmo3 import OLMO3
+from cbd_trl.architectures.olmo import OLMO
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi import PHI
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
@@ -38,8 +35,6 @@ logger = logging.get_logger(__name__)
 # The first that describes a config counts.
 FAMILIES = (
     LLAMA,
-    MINISTRAL,
-    MINISTRAL3,
     GEMMA,
     GRANITE,
     ERNIE4_5,
@@ -50,8 +45,7 @@ FAMILIES = (
     APERTUS,
     NANOCHAT,
     COHERE2,
-    OLMO2,
-    OLMO3,
+    OLMO,
     EXAONE4_WINDOWED,
     EXAONE4,
     GPT2,

@@ -17,6 +17,4 @@ def _layer_tensors(config: Any) -> dict[str, str]:
     return tensors
 
 
-SEED_OSS = replace(
-    LLAMA, model_types=("seed_oss",), layer_tensors=_layer_tensors, per_layer_fields=(), engine_patterns={}
-)
+SEED_OSS = replace(LLAMA, model_types=("seed_oss",), layer_tensors=_layer_tensors)

@@ -38,8 +38,6 @@ STABLELM = replace(
     norm_type="layer",
     eps_field="layer_norm_eps",
     check=_check,
-    per_layer_fields=(),
-    engine_patterns={},
 )
 
 STABLELM_PARALLEL = replace(STABLELM, when=lambda config: config.use_parallel_residual, sites=PARALLEL_SITES)

@@ -41,6 +41,4 @@ STARCODER2 = replace(
     ),
     norm_type="layer",
     eps_field="norm_epsilon",
-    per_layer_fields=(),
-    engine_patterns={},
 )

@@ -96,12 +96,11 @@ def build_chain(
         source_anchor = plan_bridged_anchor(
             bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special
         )
-    made_with = {**source_anchor.record[MADE_WITH], "calibration_tokens": calibration_tokens}
-    source_anchor = dataclasses.replace(source_anchor, record={**source_anchor.record, MADE_WITH: made_with})
+    source_anchor = _with_calibration(source_anchor, calibration_tokens)
     steps = plan_chain(source_anchor.architecture, anchors, args, dataset)
     # All anchors have its dtype. What is loaded as it was saved ("auto") the trainer warns of.
-    loaded = source_anchor.args.model_init_kwargs or {}
-    warn_of_rounding([getattr(start, "dtype", loaded.get("dtype"))])  # type: ignore[union-attr]
+    loaded: Any = source_anchor.args.model_init_kwargs or {}
+    warn_of_rounding([getattr(start, "dtype", loaded.get("dtype"))])
     with _progress_of(args):
         done = finished_anchors(output_dir, source_anchor, steps)
         _check_inputs(source_anchor, steps, done, eval_dataset)
@@ -110,17 +109,17 @@ def build_chain(
         for anchor in done.values():
             # A run may have been killed while removing it.
             remove_work_folder(output_dir, anchor.name)
-        upper, tokenizer, count = done.get(0), source_anchor.tokenizer, len(steps) + 1
-        if upper is None:
-            PartialState().print(f"[1/{count}] {source_anchor.description}")
-            upper = _make_source_anchor(
-                output_dir, source_anchor, f"{source_anchor.name} 1/{count}", calibration_tokens
-            )
+        run = _Run(output_dir, source_anchor.tokenizer, special, eval_dataset, calibration_tokens, attention)
+        upper = done.get(0) or _make_source_anchor(run, source_anchor, len(steps) + 1)
         # The source is on disk now: free the memory of a model that was passed in.
         del source, start, origin, bridge, source_anchor
-        run = _Run(output_dir, tokenizer, special, eval_dataset, calibration_tokens, attention)
         _make_anchors(run, upper, steps, done)
         return finished_chain(output_dir)
+
+
+def _with_calibration(source_anchor: SourceAnchor, calibration_tokens: int) -> SourceAnchor:
+    made_with = {**source_anchor.record[MADE_WITH], "calibration_tokens": calibration_tokens}
+    return dataclasses.replace(source_anchor, record={**source_anchor.record, MADE_WITH: made_with})
 
 
 def _special_tokens(args: DistillConfig, anchors: Sequence[Any], bridge: BridgeStep | None) -> SpecialTokens:
@@ -205,16 +204,17 @@ def _calibration_blocks(
     return token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args)
 
 
-def _make_source_anchor(output_dir: Path, source_anchor: SourceAnchor, label: str, calibration_tokens: int) -> Anchor:
-    made = source_anchor.make(label)
+def _make_source_anchor(run: _Run, source_anchor: SourceAnchor, count: int) -> Anchor:
+    PartialState().print(f"[1/{count}] {source_anchor.description}")
+    made = source_anchor.make(f"{source_anchor.name} 1/{count}")
     # Of a bridge: its trainer is full of cycles.
     clear_device_cache(garbage_collection=True)
     blocks = _calibration_blocks(
-        made.model.config, source_anchor.dataset, source_anchor.args, source_anchor.tokenizer, calibration_tokens
+        made.model.config, source_anchor.dataset, source_anchor.args, run.tokenizer, run.calibration_tokens
     )
     with on_device(made.model, source_anchor.args.device):
-        anchor = store_source_anchor(output_dir, source_anchor, made, blocks)
-    remove_work_folder(output_dir, source_anchor.name)
+        anchor = store_source_anchor(run.output_dir, source_anchor, made, blocks)
+    remove_work_folder(run.output_dir, source_anchor.name)
     return anchor
 
 

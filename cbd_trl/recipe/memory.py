@@ -415,19 +415,11 @@ def _trace(
     """
     args, bridged = _with_hybrid(run.args), isinstance(run.args, BridgeDistillConfig)
     with traced(run.device, run.half) as count:
-        theirs, ours = (
-            run.model(teacher, run.teacher_dtype).eval().requires_grad_(False),
-            run.model(student.config).train(),
-        )
+        theirs = run.model(teacher, run.teacher_dtype).eval().requires_grad_(False)
+        ours = _trained(run, student.config)
         hybrid_in_width = None if between is None else _width_hybrid(ours, theirs, block_map, between)
         pairs = LayerPairs(ours, theirs, block_map, None, args, hybrid_in_width)
-        if args.gradient_checkpointing:
-            with warnings.catch_warnings():
-                # Its name changes from one version to the next.
-                warnings.simplefilter("ignore", FutureWarning)
-                ours.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        line = _Timeline(count)
-        batch = _batch(args, learned_positions(ours))
+        line, batch = _Timeline(count), _batch(args, learned_positions(ours))
         if args.gradient_accumulation_steps > 1:
             for parameter in ours.parameters():
                 parameter.grad = torch.empty_like(parameter)
@@ -469,6 +461,17 @@ def _trace(
         (loss if beside is None else loss + beside).backward()
         line.mark("backward")
         return line.peaks
+
+
+def _trained(run: _Run, config: PretrainedConfig) -> Any:
+    """A student without data, checkpointed if it is to be."""
+    model = run.model(config).train()
+    if run.args.gradient_checkpointing:
+        with warnings.catch_warnings():
+            # Its name changes from one version to the next.
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    return model
 
 
 def _with_hybrid(args: DistillConfig) -> DistillConfig:

@@ -99,6 +99,8 @@ def traced(device: torch.device, half: torch.dtype | None = None) -> Iterator[By
         (fused, "_parts", _two_parts(fused._parts)),
         # It moves what it makes, and these tensors cannot be moved.
         (hidden_states, "skip_init", lambda module, *args, **kwargs: module(*args, **kwargs)),
+        # accelerate hands on what an older torch notes in a parameter without data, and no parameter takes it.
+        (width_hybrid, "init_empty_weights", lambda include_buffers: torch.device("meta")),
         # Which coordinates a fit leaves out depends on values.
         (width_hybrid, "upper_fits", _empty_fits),
     ]

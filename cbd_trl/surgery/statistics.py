@@ -195,47 +195,67 @@ def collect_statistics(
         places = [place for place in places if place.name in sites]
     if seconds is None:
         seconds = {place.name: place.name for place in places if place.name not in over_outputs}
-    sums: dict[str, dict[str, torch.Tensor]] = {"mean": {}, "square": {}, "second": {}}
-    tokens_at: list[torch.Tensor | None] = []
-
-    def add(name: str, stream: torch.Tensor) -> None:
-        rows = (
-            stream.float() if tokens_at[0] is None else stream.index_select(0, tokens_at[0].to(stream.device)).float()
-        )
-        rows = rows if change is None else change(name, rows)
-        if name not in over_outputs:
-            _add(sums["mean"], name, rows.sum(0))
-        _add(sums["square"], name, rows.square().sum(0))
-        if (key := seconds.get(name)) in sums["second"]:
-            sums["second"][key].addmm_(rows.T, rows)
-        elif key is not None:
-            sums["second"][key] = rows.T @ rows
-
-    device, tokens = next(model.parameters()).device, 0
+    sums, device = _Sums(over_outputs, seconds, change), next(model.parameters()).device
     with (
         own_forward(model),
         in_eval_mode(model),
         portable_attention(model),
-        watched(model, architecture, places, add, stop=not is_spread(model)),
+        watched(model, architecture, places, sums.add, stop=not is_spread(model)),
     ):
         for batch in batches:
-            padding = batch.get("attention_mask")
-            tokens += batch["input_ids"].numel() if padding is None else int(padding.sum())
-            tokens_at[:] = [None if padding is None else padding.flatten().nonzero()[:, 0]]
+            sums.begin(batch)
             inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
             inputs.pop("labels", None)
             with suppress(LastSite):
                 model(**inputs, use_cache=False, logits_to_keep=1)
-    if tokens == 0:
-        raise ValueError(
-            "The calibration text holds no token, so nothing can be sorted or cut. Give a dataset with text in it."
+    return sums.average()
+
+
+class _Sums:
+    """The sums over all tokens that moments are the means of.
+
+    Args:
+        over_outputs: names of norms over an output, of which squares are enough.
+        seconds, change: as `collect_statistics` takes them.
+    """
+
+    def __init__(self, over_outputs: Collection[str], seconds: Mapping[str, str], change: Change | None) -> None:
+        self._over_outputs, self._key_of, self._change = over_outputs, seconds, change
+        self._means, self._squares, self._seconds = (dict[str, torch.Tensor]() for _ in range(3))
+        self._tokens = 0
+        self._unpadded: torch.Tensor | None = None
+
+    def begin(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """Count the tokens of a batch, and find them among its padding."""
+        padding = batch.get("attention_mask")
+        self._tokens += batch["input_ids"].numel() if padding is None else int(padding.sum())
+        self._unpadded = None if padding is None else padding.flatten().nonzero()[:, 0]
+
+    def add(self, name: str, stream: torch.Tensor) -> None:
+        """Add the stream at a place, (B T, D), of the batch that was begun."""
+        rows = stream if self._unpadded is None else stream.index_select(0, self._unpadded.to(stream.device))
+        rows = rows.float() if self._change is None else self._change(name, rows.float())
+        if name not in self._over_outputs:
+            _add(self._means, name, rows.sum(0))
+        _add(self._squares, name, rows.square().sum(0))
+        if (key := self._key_of.get(name)) in self._seconds:
+            self._seconds[key].addmm_(rows.T, rows)
+        elif key is not None:
+            self._seconds[key] = rows.T @ rows
+
+    def average(self) -> Statistics:
+        """Divide by the number of tokens; the second moments in place."""
+        if self._tokens == 0:
+            raise ValueError(
+                "The calibration text holds no token, so nothing can be sorted or cut. Give a dataset with text in it."
+            )
+        for second in self._seconds.values():
+            second.div_(self._tokens)
+        means, squares = (
+            {name: (total / self._tokens).cpu() for name, total in sums.items()}
+            for sums in (self._means, self._squares)
         )
-    for second in sums["second"].values():
-        second.div_(tokens)
-    means, squares = (
-        {name: (total / tokens).cpu() for name, total in sums[kind].items()} for kind in ("mean", "square")
-    )
-    return Statistics(means, squares, sums["second"], tokens)
+        return Statistics(means, squares, self._seconds, self._tokens)
 
 
 def _add(sums: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:

@@ -175,9 +175,7 @@ class DistillTrainer(SFTTrainer):
         self._teacher.place(self.accelerator, self.args.teacher_offload)
 
         if self.padding_free:
-            self.data_collator = PackingCollator(**vars(self.data_collator), with_bounds=not self.args.torch_compile)
-            warn_of_dense_masks([self._student, *self._teacher.models], self.args.torch_compile)
-            self._check_rows_apart()
+            self._prepare_packing()
         datasets = self._datasets()
         for name, dataset in datasets.items():
             self._check_rows(dataset, name)
@@ -238,6 +236,11 @@ class DistillTrainer(SFTTrainer):
         for role, model in [("student", self._student), *(("teacher", one) for one in self._teacher.models)]:
             described = f"the {role} ({type(model).__name__})"
             check_lengths(dataset, learned_positions(model), self.args, self.padding_free, described, name)
+
+    def _prepare_packing(self) -> None:
+        self.data_collator = PackingCollator(**vars(self.data_collator), with_bounds=not self.args.torch_compile)
+        warn_of_dense_masks([self._student, *self._teacher.models], self.args.torch_compile)
+        self._check_rows_apart()
 
     def _check_rows_apart(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

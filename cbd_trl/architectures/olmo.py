@@ -1,4 +1,8 @@
-"""OLMo 2: layers read the raw residual stream; norms after attention and FFN, and over all heads' queries and keys."""
+"""OLMo 2 and 3: layers read the raw residual stream; norms after attention, FFN, and all heads' q and k.
+
+OLMo 3 has windowed and full layers, each type with rotary settings of its own: `layer_types` travel with their layers
+(llama.cpp counts instead).
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -18,9 +22,9 @@ def _layer_tensors(config: Any) -> dict[str, str]:
     return tensors | ATTENTION_BIASES if config.attention_bias else tensors
 
 
-OLMO2 = replace(
+OLMO = replace(
     LLAMA,
-    model_types=("olmo2",),
+    model_types=("olmo2", "olmo3"),
     layer_tensors=_layer_tensors,
     sites=(
         Site("self_attn.q_proj", ("width",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm=False),
@@ -33,4 +37,5 @@ OLMO2 = replace(
         "self_attn.o_proj": "post_attention_layernorm",
         "mlp.down_proj": "post_feedforward_layernorm",
     },
+    engine_patterns={"olmo3": {"layer_types": (*["sliding_attention"] * 3, "full_attention")}},
 )
