@@ -183,7 +183,7 @@ def warn_of_rounding(dtypes: Iterable[Any]) -> None:
             f"The weights to be trained are in {dtype}, and an update of less than about "
             f"{100 * torch.finfo(getattr(torch, dtype)).eps / 4:.2g} % of a weight changes nothing: at usual learning "
             "rates many are that small. Load the model in float32 (dtype='float32' among the model_init_kwargs, which "
-            "is the default) and leave bf16=True, which computes in bfloat16 all the same."
+            "is the default): with bf16=True it computes in bfloat16 all the same."
         )
 
 
