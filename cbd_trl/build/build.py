@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
-from cbd_trl.build.plan import Step, check_anchors, plan_chain
+from cbd_trl.build.plan import AnchorRequest, Given, Step, check_anchors, plan_chain
+from cbd_trl.build.public_anchor import PUBLIC_MODEL, adopt
 from cbd_trl.build.resume import finished_anchors
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
@@ -22,7 +23,7 @@ from cbd_trl.build.store import finished_chain, store_anchor
 from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
-from cbd_trl.chain.cards import DATASETS
+from cbd_trl.chain.cards import DATASETS, ORIGINS
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import Block, block_costs
@@ -40,7 +41,7 @@ from cbd_trl.utils.progress import progress_shown
 
 def build_chain(
     source: str | Path | PreTrainedModel,
-    anchors: Sequence[Mapping[str, Any] | float],
+    anchors: Sequence[AnchorRequest],
     *,
     dataset: Dataset | IterableDataset,
     output_dir: str | Path,
@@ -62,7 +63,9 @@ def build_chain(
             any architecture.
         anchors: the others, largest first. Each a dict of config fields (`{"num_hidden_layers": 16}`), what is left
             out staying as in the anchor above; or a number: above 1 a parameter count, else a ratio to the anchor
-            above (depth first down to half the layers, then width). A dict may hold `args` and `dataset` of its own.
+            above (depth first down to half the layers, then width); or a model that exists already (a model, a path, a
+            Hub id, or a dict with `model` and `revision`), which becomes the anchor where its weights can be matched
+            with the one above, and else its second teacher. A dict may hold `args` and `dataset` of its own.
         dataset: training text in any format of SFTTrainer; its first tokens also calibrate.
         output_dir: where the chain is written.
         args: training arguments for every anchor. `hidden_weight` (2.0; 0 where a width differs) and
@@ -97,7 +100,8 @@ def build_chain(
             bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special
         )
     source_anchor = _with_calibration(source_anchor, calibration_tokens)
-    steps = plan_chain(source_anchor.architecture, anchors, args, dataset)
+    given = Given(source_anchor.tokenizer, token, list(source_anchor.sources))
+    steps = plan_chain(source_anchor.architecture, anchors, args, dataset, given)
     # All anchors have its dtype. What is loaded as it was saved ("auto") the trainer warns of.
     loaded: Any = source_anchor.args.model_init_kwargs or {}
     warn_of_rounding([getattr(start, "dtype", loaded.get("dtype"))])
@@ -162,6 +166,8 @@ def _make_anchors(run: _Run, upper: Anchor, steps: Sequence[Step], done: Mapping
             continue
         place = f"{number + 1}/{len(steps) + 1}"
         state.print(f"[{place}] distilling {step.name} from {upper.name}: {step.architecture.shape}")
+        if step.public is not None:
+            state.print(step.public.summary)
         if limit := step.architecture.engine_limit(chosen=False):
             state.print(limit)
         label = f"{step.name} {place}"
@@ -186,6 +192,8 @@ def _check_inputs(
             source.check_weights()
         _check_text(source_anchor.dataset, source_anchor.args, source_anchor.tokenizer)
     for step in steps[max(len(done) - 1, 0) :]:
+        if step.public is not None:
+            step.public.source.check_weights()
         _check_text(step.dataset, step.args, source_anchor.tokenizer)
         check_best_metric(step.args, eval_dataset, None)
         check_before_preparing(
@@ -221,8 +229,13 @@ def _make_source_anchor(run: _Run, source_anchor: SourceAnchor, count: int) -> A
 def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
     record = training_record(step.args)
     settings = {"upper": upper.files, "shape": step.architecture.shape, ARGUMENTS: record}
+    if step.public is not None:
+        settings[PUBLIC_MODEL] = step.public.record()
     work = work_folder(run.output_dir, step.name, settings)
     text, blocks, trained = _train_anchor(run, work, upper, step, label)
+    training: dict[str, Any] = {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)}
+    if step.public is not None:
+        training |= {ORIGINS: [step.public.source.origin().record()], PUBLIC_MODEL: step.public.record()}
     metadata = {
         "name": step.name,
         "parent": upper.name,
@@ -230,7 +243,7 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
         "text_start": list(text.start),
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,
-        "training": {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)},
+        "training": training,
     }
     # A trainer is full of cycles: teacher and optimizer go now, before the statistics need room.
     clear_device_cache(garbage_collection=True)
@@ -255,21 +268,28 @@ def _train_anchor(
     teacher: Any = upper.load_model()
     text = _calibration_blocks(teacher.config, step.dataset, args, run.tokenizer, run.calibration_tokens)
     tokens = text.input_ids
-    blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
-    student: Any = initial_student(upper, step, blocks)
+    public, checkpoint = step.public, last_checkpoint(work)
+    student: Any
+    if public is not None and public.matched:
+        student, blocks = adopt(work / "placement.safetensors", teacher.to(args.device), public, tokens)
+    else:
+        blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
+        student = initial_student(upper, step, blocks)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     run.special.follow(student, run.tokenizer)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
-    checkpoint = last_checkpoint(work)
-    if checkpoint is None:
+    if checkpoint is None and (public is None or not public.matched):
         refit_student(student.to(args.device), teacher, blocks, tokens)
+    teachers = [teacher]
+    if args.teacher_weights is not None and public is not None:
+        teachers.append(public.source.model({"dtype": teacher.dtype}))
     # From here on: a kernel may not take what is run before, outside of the training's autocast.
     if attention := (args.model_init_kwargs or {}).get("attn_implementation", run.attention):  # type: ignore[union-attr]
         teacher.set_attn_implementation(attention)
         student.set_attn_implementation(attention)
     trainer = DistillTrainer(
         model=student,
-        teacher_model=teacher,
+        teacher_model=teachers,
         args=args,
         train_dataset=step.dataset,
         eval_dataset=run.eval_dataset,

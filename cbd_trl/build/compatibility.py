@@ -12,9 +12,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, describe
-from cbd_trl.architectures.axes import dims_of, select
+from cbd_trl.architectures.axes import axis_length, dims_of, select
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.blocks import fitting_layers, spaced_layers
+from cbd_trl.surgery.blocks import Block, Fits, fitting_layers, similar_blocks, spaced_layers
 from cbd_trl.surgery.weights import Weights
 
 # Dimensions in which a target may lie between its anchors.
@@ -30,11 +30,14 @@ _WORDS = {
 }
 _REASONS = {
     "dim": "The meaning of a head's coordinates depends on the head size (rotary frequencies, the scale of "
-    "attention), so heads of two sizes share no coordinates. ",
-    "position": "A target has one table of positions. ",
+    "attention), so heads of two sizes share no coordinates.",
+    "position": "A target has one table of positions.",
 }
 # Largest difference of logits, in units of their standard deviation, that rounding explains.
 _SAME_LOGITS = 1e-5
+# Rows and FFN neurons of the small models that configs are compared by, the spread of their weights, and the tokens
+# that they read.
+_ROWS, _NEURONS, _SPREAD, _TOKENS = 64, 24, 0.2, 48
 # Positions of each row where logits are compared.
 _POSITIONS = 32
 # Config fields that do not change what a model computes.
@@ -126,22 +129,9 @@ def paired_layers(names: tuple[str, str], upper: Architecture, lower: Architectu
             f"{names[1]} has {lower.num_parameters:,} parameters, no fewer than the {upper.num_parameters:,} of "
             f"{names[0]} above it. List anchors from large to small."
         )
-    sizes = {**lower.sizes, "layer": lower.depth}
-    for dim, size in {**upper.sizes, "layer": upper.depth}.items():
-        if dim in (*_FREE, "layer") and sizes[dim] > size:
-            what = _WORDS.get(dim, dim)
-            raise ValueError(
-                f"{names[1]} has more {what} ({sizes[dim]}) than {names[0]} above it ({size}), and a lower anchor "
-                "lies within the upper one in every dimension. Leave one of the two out, or distill the lower one "
-                "with build_chain."
-            )
-        if dim not in (*_FREE, "layer") and sizes[dim] != size:
-            what, why = _WORDS.get(dim, dim), _REASONS.get(dim, "")
-            raise ValueError(
-                f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}. {why}Leave one of the "
-                "two out, or distill the lower one with build_chain."
-            )
-    above, below = _layer_types(upper), _layer_types(lower)
+    if (reason := shape_difference(names, upper, lower)) is not None:
+        raise ValueError(f"{reason} Leave one of the two out, or distill the lower one with build_chain.")
+    above, below = layer_types(upper), layer_types(lower)
     even = spaced_layers(upper.depth, lower.depth)
     kept = fitting_layers(even, upper.depth, lambda layer, position: above[layer] == below[position])
     if kept is None:
@@ -149,7 +139,94 @@ def paired_layers(names: tuple[str, str], upper: Architecture, lower: Architectu
     return kept
 
 
-def _layer_types(architecture: Architecture) -> list[dict[str, Any]]:
+def shape_difference(names: tuple[str, str], upper: Architecture, lower: Architecture) -> str | None:
+    """Explain which size keeps one model from lying within another; None where none does.
+
+    Args:
+        names: of the upper and the lower model.
+        upper, lower: what their tensors mean.
+    """
+    sizes = {**lower.sizes, "layer": lower.depth}
+    for dim, size in {**upper.sizes, "layer": upper.depth}.items():
+        what = _WORDS.get(dim, dim)
+        if dim in (*_FREE, "layer") and sizes[dim] > size:
+            return (
+                f"{names[1]} has more {what} ({sizes[dim]}) than {names[0]} above it ({size}), and a lower anchor "
+                "lies within the upper one in every dimension."
+            )
+        if dim not in (*_FREE, "layer") and sizes[dim] != size:
+            why = f" {_REASONS[dim]}" if dim in _REASONS else ""
+            return f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}.{why}"
+    return None
+
+
+@torch.no_grad()
+def function_difference(names: tuple[str, str], upper: Architecture, lower: Architecture) -> str | None:
+    """Explain which config fields make two architectures compute differently, whatever their weights; None where
+    none does.
+
+    Small models are made under either config, with the same random weights, and their logits compared.
+
+    Args:
+        names: of the upper and the lower model.
+        upper, lower: what their tensors mean; of one model type and head size.
+    """
+    blocks = blocks_by_type(upper, lower)
+    if blocks is None:
+        return (
+            f"The layer types of {names[1]} do not occur in {names[0]} in that order, and every lower layer stands "
+            "for upper layers of its type."
+        )
+    types, kept = layer_types(lower), [block.kept for block in blocks]
+    one_each = sorted({types.index(kind) for kind in types})
+    other = upper.with_layers([kept[place] for place in one_each]).resized(**lower.sizes)
+    small = [
+        _small(one)
+        for one in (other.with_eps(lower.eps) if other.eps != lower.eps else other, lower.with_layers(one_each))
+    ]
+    windows = [getattr(one.config, "sliding_window", None) for one in (upper, lower)]
+    same = small[0].tensors.keys() == small[1].tensors.keys() and windows[0] == windows[1]
+    if same:
+        generator = torch.Generator().manual_seed(0)
+        weights = {
+            key: torch.randn([axis_length(axis, small[1].sizes) for axis in axes], generator=generator) * _SPREAD
+            for key, axes in small[1].tensors.items()
+        }
+        tokens = torch.randint(_ROWS, (1, _TOKENS), generator=generator)
+        found, expected = (build_model(one, weights, torch.float32)(input_ids=tokens).logits for one in small)
+        same = bool((found - expected).abs().max() <= _SAME_LOGITS * expected.std())
+    if same:
+        return None
+    differing = _differences(upper.config, lower.config)
+    return f"Under the config of {names[0]} {names[1]} would compute something else; they differ in {differing}."
+
+
+def blocks_by_type(upper: Architecture, lower: Architecture) -> list[Block] | None:
+    """Pair the layers of two models by their types, as evenly spaced as these allow; None where they do not.
+
+    Args:
+        upper, lower: what their tensors mean; the lower one is no deeper.
+    """
+    even = torch.tensor(spaced_layers(upper.depth, lower.depth))
+    nearness = -(torch.arange(upper.depth) - even[:, None]).abs().float()
+    return similar_blocks(nearness, same_type(upper, lower))
+
+
+def same_type(upper: Architecture, lower: Architecture) -> Fits:
+    """The rule that a layer of the upper model stands beside one of its type only."""
+    above, below = layer_types(upper), layer_types(lower)
+    return lambda layer, position: above[layer] == below[position]
+
+
+def _small(architecture: Architecture) -> Architecture:
+    config = copy.deepcopy(architecture.config)
+    config.vocab_size = _ROWS
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, None)
+    return describe(config).resized(ffn=_NEURONS)
+
+
+def layer_types(architecture: Architecture) -> list[dict[str, Any]]:
     """Each layer's entries in the per-layer lists of the config."""
     fields = architecture.family.per_layer_fields
     return [{field: architecture.entry(field, layer) for field in fields} for layer in range(architecture.depth)]

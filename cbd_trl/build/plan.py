@@ -2,15 +2,21 @@
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.build.arguments import check_chain_arguments
+from cbd_trl.build.public_anchor import PublicModel, plan_public_model
 from cbd_trl.build.width_hybrid import targets_between
+from cbd_trl.chain.source import Source
 from cbd_trl.shapes.cut import cut_architecture
-from cbd_trl.shapes.solve import solve_anchor
+from cbd_trl.shapes.solve import nearest_architecture, solve_anchor
 from cbd_trl.surgery.blocks import spaced_blocks
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.checks import check_hybrids_unsharded
@@ -29,7 +35,32 @@ HIDDEN_LOSS = "mse"
 SWAP_PROBABILITY = 0.5
 WIDTH_HIDDEN_WEIGHT = 0.0
 WIDTH_SWAP_PROBABILITY = 1.0
+# Of a model that teaches beside the anchor above.
+PUBLIC_WEIGHT = 0.5
 _OWN_OPTIONS = ("args", "dataset")
+_MODEL_OPTIONS = ("model", "revision", *_OWN_OPTIONS)
+# A number with a unit, as people write sizes, which is no name of a model.
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB])\s*")
+_UNITS = {"k": 3, "m": 6, "b": 9}
+
+
+# What an anchor may be requested as: config fields, a size, or a model that exists already.
+AnchorRequest = Mapping[str, Any] | float | str | Path | PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is needed to look at models that are requested as anchors.
+
+    Args:
+        tokenizer: the chain's.
+        token: for models on the Hub that are private or gated.
+        models: those that are in the chain already.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    token: str | None
+    models: list[Source]
 
 
 @dataclass(frozen=True)
@@ -42,12 +73,14 @@ class Step:
             per-layer fields of its config.
         args: training arguments, chain defaults filled in.
         dataset: text to distill on.
+        public: the model that becomes this anchor, or teaches it; None for one that is cut and has one teacher.
     """
 
     name: str
     architecture: Architecture
     args: DistillConfig
     dataset: Any
+    public: PublicModel | None = None
 
 
 def check_anchors(anchors: Any) -> None:
@@ -57,7 +90,7 @@ def check_anchors(anchors: Any) -> None:
         TypeError: it is a single anchor.
         ValueError: it is empty.
     """
-    if isinstance(anchors, int | float | str | Mapping):
+    if isinstance(anchors, int | float | str | Path | Mapping | PreTrainedModel):
         raise TypeError(
             f"anchors is {anchors!r}, but must be a list with an entry for each lower anchor: anchors=[{anchors!r}]."
         )
@@ -69,9 +102,20 @@ def check_anchors(anchors: Any) -> None:
 
 
 def plan_chain(
-    source: Architecture, anchors: Sequence[Mapping[str, Any] | float], args: DistillConfig, dataset: Any
+    source: Architecture,
+    anchors: Sequence[AnchorRequest],
+    args: DistillConfig,
+    dataset: Any,
+    given: Given | None = None,
 ) -> list[Step]:
     """Resolve every requested anchor, from the source down.
+
+    Args:
+        source: the largest anchor.
+        anchors: as `build_chain` takes them.
+        args: of the chain.
+        dataset: of the chain.
+        given: what is needed to look at models that are requested as anchors.
 
     Raises:
         ValueError: an anchor that cannot be cut from the one above it, or arguments that name a teacher or
@@ -80,28 +124,30 @@ def plan_chain(
     steps: list[Step] = []
     upper, names = source, [anchor_name(source.num_parameters)]
     for position, anchor in enumerate(anchors):
-        steps.append(plan_step(upper, anchor, position, args, dataset, names))
+        steps.append(plan_step(upper, anchor, position, args, dataset, names, given))
         upper, names = steps[-1].architecture, [*names, steps[-1].name]
     return steps
 
 
 def plan_step(
     upper: Architecture,
-    anchor: Mapping[str, Any] | float,
+    anchor: AnchorRequest,
     position: int,
     args: DistillConfig,
     dataset: Any,
-    taken: Collection[str],
+    taken: Sequence[str],
+    given: Given | None = None,
 ) -> Step:
     """Resolve one anchor.
 
     Args:
         upper: the anchor above it.
-        anchor: as requested: a dict of config fields, a parameter count or a ratio.
+        anchor: as requested: a dict of config fields, a parameter count, a ratio, or a model.
         position: among those requested.
         args: of the chain.
         dataset: of the chain.
         taken: names of the anchors above it.
+        given: what is needed to look at models that are requested as anchors.
 
     Raises:
         ValueError: it cannot be cut from the one above it, or its arguments name a teacher or contradict the chain's
@@ -109,17 +155,79 @@ def plan_step(
     """
     options = dict(anchor) if isinstance(anchor, Mapping) else {}
     own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
-    fields = options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
-    target = cut_architecture(upper, fields)
+    public = None
+    if (source := _requested_model(anchor, position, given)) is not None:
+        assert given is not None
+        above = taken[-1] if position else f"the source ({taken[0]})"
+        public = plan_public_model(source, upper, given.tokenizer, (above, f"anchors[{position}] ({source.name})"))
+        _check_new(public, position, given)
+        target = public.architecture if public.matched else nearest_architecture(upper, public.architecture)
+    else:
+        target = cut_architecture(
+            upper, options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
+        )
     if target.num_parameters >= upper.num_parameters:
         raise ValueError(
             f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "
             f"({upper.num_parameters:,}). List anchors from large to small."
         )
     args = _with_chain_defaults(own.get("args", args), upper, target)
+    if public is not None and not public.matched:
+        args.teacher_weights = [1 - PUBLIC_WEIGHT, PUBLIC_WEIGHT]
     if "dataset" in own:
         dataset = sft_dataset(own["dataset"], f"anchors[{position}]['dataset']", args)
-    return Step(anchor_name(target.num_parameters, taken), target, args, dataset)
+    return Step(anchor_name(target.num_parameters, taken), target, args, dataset, public)
+
+
+def _requested_model(anchor: Any, position: int, given: Given | None) -> Source | None:
+    """The model that is requested as an anchor; None where a shape or a size is.
+
+    Raises:
+        ValueError: a text is a size, or a dict has a model and the fields of a shape.
+    """
+    revision = None
+    if isinstance(anchor, Mapping):
+        if "model" not in anchor:
+            return None
+        if further := [key for key in anchor if key not in _MODEL_OPTIONS]:
+            raise ValueError(
+                f"anchors[{position}] has a model and {', '.join(further)}: the shape is the model's. Leave "
+                f"{'it' if len(further) == 1 else 'them'} out (beside 'model' there may be "
+                f"{', '.join(_MODEL_OPTIONS[1:])}), or leave out the model and have the anchor cut from the one above."
+            )
+        anchor, revision = anchor["model"], anchor.get("revision")
+    if not isinstance(anchor, str | Path | PreTrainedModel):
+        return None
+    size = _SIZE.fullmatch(anchor) if isinstance(anchor, str) and not Path(anchor).exists() else None
+    if size is not None:
+        raise ValueError(
+            f"anchors[{position}] is the text {anchor!r}, which would be the name of a model. A size is a number: "
+            f"{size[1]}e{_UNITS[size[2].lower()]}."
+        )
+    assert given is not None
+    return Source(anchor, revision, given.token, role=f"model of anchors[{position}]")
+
+
+def _check_new(public: PublicModel, position: int, given: Given) -> None:
+    """Check that a model is not in the chain already.
+
+    Raises:
+        ValueError: it is.
+    """
+    known = _identity(public.source)
+    for other in given.models:
+        if _identity(other) == known:
+            raise ValueError(
+                f"anchors[{position}] ({public.source.name}) is the same model as the {other.role}. Between two "
+                "anchors lie models of other sizes: give another model, or leave it out."
+            )
+    given.models.append(public.source)
+
+
+def _identity(source: Source) -> tuple[Any, ...]:
+    if isinstance(source.place, PreTrainedModel):
+        return (source.weights_sha256(),)
+    return (source.record()["source"], source.revision)
 
 
 def _size(anchor: Any, position: int) -> float:

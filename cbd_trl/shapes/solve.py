@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -71,6 +72,31 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
             "these, or give the anchor's config fields."
         )
     return _fields(upper, best)
+
+
+def nearest_architecture(upper: Architecture, wanted: Architecture) -> Architecture:
+    """Cut an architecture to the shape nearest to that of another, which it may not have: no larger in any dimension,
+    heads of its own size, as many of them as read as much.
+
+    Args:
+        upper: the architecture to cut from.
+        wanted: of any family; with fewer parameters.
+
+    Returns:
+        that shape; where transformers does not take it, one of as many parameters (see `solve_anchor`).
+    """
+    had, sizes = upper.sizes, wanted.sizes
+    heads = sizes["group"] * sizes["query"] * sizes["dim"] / had["dim"]
+    group = min(sizes["group"] if had["query"] > 1 else max(1, round(heads)), had["group"])
+    query = min(max(1, math.floor(heads / group + 0.5)), had["query"])
+    found = {dim: min(sizes[dim], had[dim]) for dim in ("width", "ffn")}
+    found |= {"layer": min(wanted.depth, upper.depth), "group": group, "query": query, "heads": group * query}
+    fields = {field: found[dim] for field, dim in upper.family.shape_fields.items() if dim in found}
+    with suppress(ValueError):
+        target = cut_architecture(upper, fields)
+        if target.num_parameters < upper.num_parameters:
+            return target
+    return cut_architecture(upper, solve_anchor(upper, wanted.num_parameters))
 
 
 def solve_target(

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from cbd_trl.architectures import Architecture, Site
-from cbd_trl.surgery.reorder import Importance, Order
+from cbd_trl.surgery.reorder import WIDTH, Importance, Order
 from cbd_trl.surgery.statistics import Statistics, watched
 from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
@@ -118,7 +118,11 @@ def collect_cross_moments(
 
 
 def match_models(
-    upper: MeasuredModel, lower: MeasuredModel, cross: Mapping[str, torch.Tensor], kept: Sequence[int]
+    upper: MeasuredModel,
+    lower: MeasuredModel,
+    cross: Mapping[str, torch.Tensor],
+    kept: Sequence[int],
+    prefix: bool = False,
 ) -> Match:
     """Find the assignments (scipy's, rectangular) with the largest sum of correlations.
 
@@ -131,14 +135,18 @@ def match_models(
         upper, lower: models of one family; the lower one is no larger in any dimension and has the same head size.
         cross: moments of both streams (see `collect_cross_moments`).
         kept: for each lower layer the upper layer beside it.
+        prefix: match with the first coordinates of the upper model only, as many as the lower one has.
     """
     pairs = paired_sites(upper.architecture, lower.architecture, kept)
+
+    def within(scores: torch.Tensor) -> torch.Tensor:
+        return scores[: scores.shape[1]] if prefix else scores
 
     def correlation(above: Site, below: Site) -> torch.Tensor:
         return _correlation(cross[below.name], upper.statistics, lower.statistics, above.name, below.name)
 
     reads = [correlation(above, below) for above, below in pairs if below.axis == ("width",)]
-    streams = torch.stack(reads).mean(0)
+    streams = within(torch.stack(reads).mean(0))
     mirrors = upper.architecture.family.norm_type == "rms"
     width = assignment(streams.abs() if mirrors else streams)
     signs = torch.where(mirrors & (_picked(streams, width) < 0), -1.0, 1.0)
@@ -146,16 +154,20 @@ def match_models(
     qualities: dict[str, list[Quality]] = {"width": [_quality(streams, width)], "ffn": [], "heads": []}
     for above, below in Progress("Matching coordinates", pairs):
         if below.axis == ("ffn",):
-            activations = correlation(above, below)
+            activations = within(correlation(above, below))
             found["ffn"].append(assignment(activations))
             qualities["ffn"].append(_quality(activations, found["ffn"][-1]))
         elif below.axis != ("width",):
             heads = _head_correlation(upper, lower, cross[below.name], above, below, width, signs)
-            group, query = _match_groups(heads, upper.architecture, lower.architecture)
+            sizes = [(one.architecture.sizes["group"], one.architecture.sizes["query"]) for one in (upper, lower)]
+            each = heads.view(*sizes[0], *sizes[1])
+            if prefix:
+                each = each[: sizes[1][0], : sizes[1][1]]
+            group, query = _match_groups(each)
             found["group"].append(group)
             found["query"].append(query)
-            flat = group[:, None] * upper.architecture.sizes["query"] + query
-            qualities["heads"].append(_quality(heads, flat.flatten()))
+            flat = group[:, None] * each.shape[1] + query
+            qualities["heads"].append(_quality(each.flatten(0, 1).flatten(1), flat.flatten()))
     mean = {kind: _mean_quality(each) for kind, each in qualities.items()}
     return Match(width, signs, **{kind: torch.stack(each) for kind, each in found.items()}, quality=mean)
 
@@ -188,6 +200,65 @@ def order_above(match: Match, lower: Order, upper: Architecture, scores: Importa
     return Order(width, ffn, group, query, signs)
 
 
+def order_below(match: Match) -> Order:
+    """Reorder the lower model so that each coordinate has the number of the upper one that it was matched with.
+
+    Args:
+        match: made with `prefix`.
+    """
+    width, ffn, group = match.width.argsort(), match.ffn.argsort(), match.group.argsort()
+    query = match.query.argsort().gather(1, group[..., None].expand_as(match.query))
+    return Order(width, ffn, group, query, match.signs[width])
+
+
+def stream_axes(
+    cross: Mapping[str, torch.Tensor], upper: Architecture, lower: Architecture, kept: Sequence[int]
+) -> torch.Tensor:
+    """Find the rotation of the lower model's stream that brings it nearest to the first channels of the upper one's
+    (orthogonal Procrustes, summed over all that reads the stream).
+
+    Args:
+        cross: moments of both streams (see `collect_cross_moments`).
+        upper, lower: architectures of the two models.
+        kept: for each lower layer the upper layer beside it.
+
+    Returns:
+        Q, (d, d) float64, as `rotate` takes it: of a LayerNorm's stream the mean stays the mean.
+    """
+    size, reads = lower.sizes["width"], [one for _, one in paired_sites(upper, lower, kept) if one.axis == WIDTH]
+    product = sum(cross[site.name][:size].double() for site in reads)
+    assert isinstance(product, torch.Tensor)
+    if lower.family.norm_type != "layer":
+        left, _, right = torch.linalg.svd(product.T)
+        return left @ right
+    mean = product.new_full((size, 1), 1 / size**0.5)
+    apart = torch.eye(size, dtype=product.dtype) - mean @ mean.T
+    left, _, right = torch.linalg.svd(apart @ product.T @ apart)
+    # The last singular value is the mean's, which is 0.
+    return left[:, :-1] @ right[:-1] + mean @ mean.T
+
+
+def layer_similarity(streams: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Compare the streams behind the layers of two models by linear CKA (Kornblith et al., arXiv 1905.00414,
+    equation 5), which no rotation of either changes.
+
+    Args:
+        streams: of the upper model, behind each of its L layers, on the same N tokens: (N, D).
+        others: of the lower model, l times (N, d).
+
+    Returns:
+        (l, L) of 0 to 1.
+    """
+
+    def gram(stream: torch.Tensor) -> torch.Tensor:
+        centered = stream.float() - stream.float().mean(0)
+        product = (centered @ centered.T).flatten()
+        return product / product.norm()
+
+    grams = torch.stack([gram(stream) for stream in streams])
+    return torch.stack([grams @ gram(other) for other in others])
+
+
 def paired_sites(upper: Architecture, lower: Architecture, kept: Sequence[int]) -> list[tuple[Site, Site]]:
     """Pair the sites of two models of one family that stand for each other, (upper, lower).
 
@@ -217,10 +288,10 @@ def assignment(scores: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(rows)
 
 
-def _match_groups(heads: torch.Tensor, upper: Architecture, lower: Architecture) -> tuple[torch.Tensor, torch.Tensor]:
-    """Match groups (g,) by the sum over their best match of query heads, and return those matches (g, q), too."""
-    above, below = ((one.sizes["group"], one.sizes["query"]) for one in (upper, lower))
-    pairs = heads.view(*above, *below).transpose(1, 2)
+def _match_groups(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Match groups (g,) by the sum over their best match of query heads (G, Q, g, q), and return those matches (g, q),
+    too."""
+    pairs = heads.transpose(1, 2)
     query = torch.stack([torch.stack([assignment(scores) for scores in row]) for row in pairs])
     total = pairs.gather(2, query[:, :, None]).sum((2, 3))
     group = assignment(total)

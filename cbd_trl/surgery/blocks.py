@@ -93,6 +93,37 @@ def spaced_blocks(total: int, kept: int, fits: Fits = anywhere) -> list[Block]:
     return [Block(tuple(block), block[-1]) for block in blocks_of(spaced_layers(total, kept, fits))]
 
 
+def similar_blocks(similarity: torch.Tensor, fits: Fits = anywhere) -> list[Block] | None:
+    """Choose the block that each layer of another model stands for, so that it ends where the two streams are most
+    similar: the largest sum of similarities.
+
+    Args:
+        similarity: (l, L), of the streams behind each lower and each upper layer (see `layer_similarity`).
+        fits: which upper layer may stand at which lower position. Each block keeps its last layer, but the last block
+            one that fits.
+
+    Returns:
+        l blocks; None where no choice fits.
+    """
+    below, total = similarity.shape
+    # Entry j: the largest sum of a choice that keeps layer j last, and that choice.
+    best: dict[int, tuple[float, list[int]]] = {-1: (0.0, [])}
+    for position in range(below):
+        found: dict[int, tuple[float, list[int]]] = {}
+        for candidate in range(position, total):
+            before = [(score, chosen) for end, (score, chosen) in best.items() if end < candidate]
+            if before and fits(candidate, position):
+                score, chosen = max(before)
+                gain = float(similarity[position, candidate]) if position < below - 1 else 0.0
+                found[candidate] = (score + gain, [*chosen, candidate])
+        best = found
+    if not best:
+        return None
+    kept = best[max(best)][1]
+    ends = [*kept[:-1], total - 1]
+    return [Block(tuple(layers), layer) for layers, layer in zip(blocks_of(ends), kept, strict=True)]
+
+
 def check_blocks(blocks: Sequence[Sequence[int]], lower_depth: int, upper_depth: int) -> None:
     """Check that every upper layer is in exactly one block, in order, with one block a lower layer.
 

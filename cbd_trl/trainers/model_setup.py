@@ -355,7 +355,7 @@ def _load_teachers(
     if len(members) == 1:
         return TeacherSetup(members[0], models[0], rows[0], texts[0])
     text = " + ".join(f"{weight:.3g} x {text}" for weight, text in zip(weights, texts, strict=True))
-    return TeacherSetup(EnsembleTeacher(members, weights), None, min(rows), text)
+    return TeacherSetup(EnsembleTeacher(members, weights), models[0], min(rows), text)
 
 
 def _ensemble_weights(args: DistillConfig, teachers: int) -> list[float]:
@@ -364,11 +364,6 @@ def _ensemble_weights(args: DistillConfig, teachers: int) -> list[float]:
         raise ValueError(
             f"teacher_weights has {len(weights)} entries for {teachers} teacher{'s' * (teachers != 1)}: give one for "
             "each, or leave it out for equal weights. Several teachers are passed as a list, `teacher_model=[a, b]`."
-        )
-    if teachers > 1 and (args.uses_hidden or args.swap_probability):
-        raise ValueError(
-            f"hidden_weight and swap_probability compare the layers of one teacher, and there are {teachers}. Set "
-            "both to 0, or give one teacher."
         )
     weights = [1.0] * teachers if weights is None else weights
     return [weight / sum(weights) for weight in weights]

@@ -1,0 +1,272 @@
+"""Lower anchors that are models which exist already, such as the smaller checkpoint of a public family.
+
+Where its weights can be matched with the anchor above, the model itself becomes the anchor: put into the coordinates
+of the anchor above, which changes no logit, and then distilled beside hybrids, so that the sizes between the two work.
+Where they cannot, the anchor is cut from the one above as others are, and the model is its second teacher.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cbd_trl.architectures import Architecture, architecture_of, describe
+from cbd_trl.build.compatibility import CommonForm, function_difference, same_type, shape_difference
+from cbd_trl.build.store import calibration_batches
+from cbd_trl.chain.folders import ONE_TOKENIZER
+from cbd_trl.chain.model import build_model
+from cbd_trl.chain.source import Source
+from cbd_trl.surgery.align import (
+    MeasuredModel,
+    collect_cross_moments,
+    layer_similarity,
+    match_models,
+    order_below,
+    stream_axes,
+)
+from cbd_trl.surgery.blocks import Block, similar_blocks
+from cbd_trl.surgery.reorder import Order, can_rotate, permute, rotate
+from cbd_trl.surgery.statistics import collect_statistics
+from cbd_trl.surgery.weights import Weights, weights_of
+from cbd_trl.utils.modeling import check_at_hand, in_eval_mode, portable_attention
+from cbd_trl.utils.progress import Progress
+from cbd_trl.utils.tensor_files import save_tensors
+from cbd_trl.utils.tokenizers import find_tokenizer, tokenizer_difference
+
+# Key of an anchor's `training`: the model that it was, or that taught it.
+PUBLIC_MODEL = "public_model"
+# Tokens whose streams are compared to pair layers: the memory is their square for every layer.
+PAIRING_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class PublicModel:
+    """A model that exists already, planned as a lower anchor or as its second teacher.
+
+    Args:
+        source: the model; of one on the Hub with its commit.
+        form: the chain's vocabulary rows and head.
+        architecture: of the model in that form.
+        obstacle: why its weights cannot be matched with the anchor above; None where they can.
+    """
+
+    source: Source
+    form: CommonForm
+    architecture: Architecture
+    obstacle: str | None
+
+    @property
+    def matched(self) -> bool:
+        """Whether the model itself becomes the anchor."""
+        return self.obstacle is None
+
+    @property
+    def summary(self) -> str:
+        """Explain what it is used for."""
+        if self.obstacle is None:
+            return f"{self.source.name} becomes this anchor, in the coordinates of the one above."
+        return (
+            f"{self.source.name} teaches this anchor beside the one above, from which it is cut: its own weights "
+            f"cannot be matched. {self.obstacle}"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Describe it for chain.json."""
+        known = self.source.record()
+        found = {"model": known["source"], "weights_sha256": known["weights_sha256"], "obstacle": self.obstacle}
+        return {**found, "revision": self.source.revision}
+
+    def load(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Load the model in the chain's form, in its own coordinates."""
+        model = self.source.model({"dtype": dtype})
+        check_at_hand(model, self.source.role)
+        own = architecture_of(model)
+        loaded = build_model(self.architecture, self.form.weights(weights_of(model, own), own), dtype)
+        loaded.generation_config = copy.deepcopy(model.generation_config)
+        return loaded
+
+
+def plan_public_model(
+    source: Source, upper: Architecture, tokenizer: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> PublicModel:
+    """Check a model that is requested as an anchor, and find out whether its weights can be matched.
+
+    Args:
+        source: the model.
+        upper: architecture of the anchor above.
+        tokenizer: the chain's.
+        names: of the anchor above and of the model, in messages.
+
+    Raises:
+        ValueError: it is quantized, no smaller than the anchor above, or reads other tokens.
+    """
+    config = source.config()
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{names[1]} is quantized, and an anchor is trained and mixed in its weights. Give the model that was not "
+            "quantized."
+        )
+    own = source.architecture()
+    if own.num_parameters >= upper.num_parameters:
+        raise ValueError(
+            f"{names[1]} has {own.num_parameters:,} parameters, no fewer than the anchor above it "
+            f"({upper.num_parameters:,}). List anchors from large to small."
+        )
+    theirs = find_tokenizer(source.name, source.revision, local_only=isinstance(source.place, PreTrainedModel))
+    reason = None if theirs is None else tokenizer_difference(tokenizer, theirs, names=("the chain's", "its"))
+    if reason is not None:
+        raise ValueError(f"{names[1]} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")
+    form = CommonForm(upper.sizes["vocab"], upper.tied)
+    obstacle = _obstacle(names, upper, own)
+    architecture = form.architecture(own) if obstacle is None else own
+    if isinstance(source.place, str | Path) and (commit := getattr(config, "_commit_hash", None)):
+        # The branch may move before the model is loaded, or before an interrupted run goes on.
+        source = dataclasses.replace(source, revision=commit)
+    return PublicModel(source, form, architecture, obstacle)
+
+
+def _obstacle(names: tuple[str, str], upper: Architecture, lower: Architecture) -> str | None:
+    """Explain why the weights of a model cannot be matched with the anchor above; None where they can."""
+    if lower.config.model_type != upper.config.model_type:
+        return f"{names[1]} is of the model type {lower.config.model_type}, {names[0]} of {upper.config.model_type}."
+    if upper.tied and not lower.tied:
+        return f"{names[1]} has an output head of its own, and {names[0]} has none."
+    if lower.sizes["vocab"] < upper.sizes["vocab"]:
+        return f"{names[1]} has {lower.sizes['vocab']} vocabulary rows, {names[0]} {upper.sizes['vocab']}."
+    lower = CommonForm(upper.sizes["vocab"], upper.tied).architecture(lower)
+    return shape_difference(names, upper, lower) or function_difference(names, upper, lower)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model goes among the coordinates of the anchor above.
+
+    Args:
+        blocks: of the anchor above, that its layers stand for.
+        axes: by which its stream is rotated before (see `rotate`); None where it is not.
+        order: its new coordinates.
+        quality: of the match, {kind: {"matched", "random"}} (see `Quality`).
+    """
+
+    blocks: Sequence[Block]
+    axes: Tensor | None
+    order: Order
+    quality: Mapping[str, Mapping[str, float]]
+
+    def placed(self, weights: Weights, architecture: Architecture) -> Weights:
+        """Move a model's weights there; the logits stay equal."""
+        if self.axes is not None:
+            weights = rotate(weights, architecture, self.axes)
+        return permute(weights, architecture, self.order)
+
+    def save(self, file: Path) -> None:
+        """Save it."""
+        tensors = {name: tensor for name, tensor in vars(self.order).items() if tensor is not None}
+        if self.axes is not None:
+            tensors["axes"] = self.axes
+        metadata = {"blocks": [dataclasses.asdict(block) for block in self.blocks], "quality": self.quality}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_tensors(contiguous, file, {name: json.dumps(value) for name, value in metadata.items()})
+
+    @classmethod
+    def load(cls, file: Path) -> "Placement":
+        """Load one that was saved."""
+        with safe_open(file, "pt") as stored:
+            metadata = {name: json.loads(value) for name, value in stored.metadata().items() if name != "format"}
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        axes = found.pop("axes", None)
+        blocks = [Block(tuple(block["layers"]), block["kept"], block["cost"]) for block in metadata["blocks"]]
+        return cls(blocks, axes, Order(**found), metadata["quality"])
+
+
+def adopt(
+    file: Path, teacher: PreTrainedModel, public: PublicModel, tokens: Tensor
+) -> tuple[PreTrainedModel, list[Block]]:
+    """Load a model in the coordinates of the anchor above; its logits are its own.
+
+    Args:
+        file: where its place among them is kept (see `find_placement`).
+        teacher: the anchor above.
+        public: the model, whose weights can be matched.
+        tokens: (N, T) calibration text.
+
+    Returns:
+        the model, on the teacher's device, and the blocks that its layers stand for.
+    """
+    model: Any = public.load(teacher.dtype)
+    placement = find_placement(file, teacher, model.to(teacher.device), tokens)
+    weights = placement.placed(weights_of(model.cpu(), public.architecture), public.architecture)
+    placed: Any = build_model(public.architecture, weights, model.dtype)
+    return placed.to(teacher.device), list(placement.blocks)
+
+
+def find_placement(file: Path, teacher: PreTrainedModel, model: PreTrainedModel, tokens: Tensor) -> Placement:
+    """Pair and match a model with the anchor above, once among all processes and runs.
+
+    Args:
+        file: where the result is kept.
+        teacher: the anchor above.
+        model: the lower model, in the chain's form; on the same device.
+        tokens: (N, T) calibration text.
+    """
+    state = PartialState()
+    if state.is_main_process and not file.exists():
+        _find_placement(teacher, model, tokens).save(file)
+    state.wait_for_everyone()
+    return Placement.load(file)
+
+
+def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
+    upper, lower = describe(teacher.config), describe(model.config)
+    blocks = _paired_blocks(teacher, upper, model, lower, tokens)
+    kept = [block.kept for block in blocks]
+    batches = calibration_batches(tokens.to(teacher.device))
+
+    def compared() -> dict[str, Tensor]:
+        return collect_cross_moments(teacher, upper, model, lower, kept, Progress("Comparing streams", batches))
+
+    cross, axes = compared(), None
+    if can_rotate(weights_of(model, lower), lower):
+        axes = stream_axes(cross, upper, lower, kept)
+        weights = rotate(weights_of(model, lower), lower, axes)
+        model = build_model(lower, weights, model.dtype).to(teacher.device)
+        cross = compared()
+    above, below = _measured(teacher, upper, batches), _measured(model, lower, batches)
+    match = match_models(above, below, cross, kept, prefix=True)
+    quality = {
+        kind: {name: round(value, 4) for name, value in dataclasses.asdict(found).items()}
+        for kind, found in match.quality.items()
+    }
+    return Placement(blocks, axes, order_below(match), quality)
+
+
+def _measured(model: Any, architecture: Architecture, batches: Sequence[Any]) -> MeasuredModel:
+    # Matching needs no other second moments.
+    heads = {site.name: site.name for site in architecture.sites if site.axis[0] == "group"}
+    statistics = collect_statistics(model, architecture, Progress("Collecting statistics", batches), seconds=heads)
+    return MeasuredModel(weights_of(model, architecture), architecture, statistics)
+
+
+@torch.no_grad()
+def _paired_blocks(teacher: Any, upper: Architecture, model: Any, lower: Architecture, tokens: Tensor) -> list[Block]:
+    """Choose the blocks of the anchor above that the model's layers stand for, where their streams are most alike."""
+    if upper.depth == lower.depth:
+        return [Block((layer,), layer) for layer in range(upper.depth)]
+    few = tokens[: -(-PAIRING_TOKENS // tokens.shape[1])].to(teacher.device)
+    streams = []
+    for one in (teacher, model):
+        with in_eval_mode(one), portable_attention(one):
+            found = one(input_ids=few, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[1:]
+        streams.append([stream.flatten(0, 1)[:PAIRING_TOKENS] for stream in found])
+    blocks = similar_blocks(layer_similarity(*streams).cpu(), same_type(upper, lower))
+    assert blocks is not None
+    return blocks
