@@ -15,15 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
 from cbd_trl.build.plan import AnchorRequest, Given, Step, check_anchors, plan_chain
-from cbd_trl.build.public_anchor import PUBLIC_MODEL, adopt
-from cbd_trl.build.resume import finished_anchors
+from cbd_trl.build.public_anchor import adopt
+from cbd_trl.build.resume import finished_anchors, pinned_commits
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.build.store import finished_chain, store_anchor
 from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
-from cbd_trl.chain.cards import DATASETS, ORIGINS
+from cbd_trl.chain.cards import DATASETS, ORIGINS, PUBLIC_MODEL
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import Block, block_costs
@@ -100,7 +100,7 @@ def build_chain(
             bridge, origin, processing_class, args, dataset, eval_dataset, output_dir, special
         )
     source_anchor = _with_calibration(source_anchor, calibration_tokens)
-    given = Given(source_anchor.tokenizer, token, list(source_anchor.sources))
+    given = Given(source_anchor.tokenizer, token, list(source_anchor.sources), pinned_commits(output_dir))
     steps = plan_chain(source_anchor.architecture, anchors, args, dataset, given)
     # All anchors have its dtype. What is loaded as it was saved ("auto") the trainer warns of.
     loaded: Any = source_anchor.args.model_init_kwargs or {}
@@ -282,7 +282,7 @@ def _train_anchor(
         refit_student(student.to(args.device), teacher, blocks, tokens)
     teachers = [teacher]
     if args.teacher_weights is not None and public is not None:
-        teachers.append(public.source.model({"dtype": teacher.dtype}))
+        teachers.append(public.teacher(teacher.dtype))
     # From here on: a kernel may not take what is run before, outside of the training's autocast.
     if attention := (args.model_init_kwargs or {}).get("attn_implementation", run.attention):  # type: ignore[union-attr]
         teacher.set_attn_implementation(attention)

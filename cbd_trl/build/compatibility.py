@@ -146,17 +146,19 @@ def shape_difference(names: tuple[str, str], upper: Architecture, lower: Archite
         names: of the upper and the lower model.
         upper, lower: what their tensors mean.
     """
-    sizes = {**lower.sizes, "layer": lower.depth}
-    for dim, size in {**upper.sizes, "layer": upper.depth}.items():
+    above, below = ({**one.sizes, "layer": one.depth} for one in (upper, lower))
+    free = (*_FREE, "layer")
+    # With heads of another size there are other numbers of them: the size is the reason.
+    for dim in sorted(above, key=lambda dim: dim in free):
         what = _WORDS.get(dim, dim)
-        if dim in (*_FREE, "layer") and sizes[dim] > size:
+        if dim in free and below[dim] > above[dim]:
             return (
-                f"{names[1]} has more {what} ({sizes[dim]}) than {names[0]} above it ({size}), and a lower anchor "
-                "lies within the upper one in every dimension."
+                f"{names[1]} has more {what} ({below[dim]}) than {names[0]} above it ({above[dim]}), and a lower "
+                "anchor lies within the upper one in every dimension."
             )
-        if dim not in (*_FREE, "layer") and sizes[dim] != size:
+        if dim not in free and below[dim] != above[dim]:
             why = f" {_REASONS[dim]}" if dim in _REASONS else ""
-            return f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}.{why}"
+            return f"{names[0]} and {names[1]} differ in their {what}: {above[dim]} and {below[dim]}.{why}"
     return None
 
 

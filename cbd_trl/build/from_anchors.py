@@ -40,7 +40,7 @@ from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.modeling import check_at_hand
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import save_tensors
-from cbd_trl.utils.tokenizers import find_tokenizer, tokenizer_difference
+from cbd_trl.utils.tokenizers import tokenizer_difference
 
 logger = logging.get_logger(__name__)
 
@@ -116,7 +116,7 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
 
 def _check_tokenizer(label: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that an anchor's own tokenizer, where one is found, has the chain's tokens."""
-    own = find_tokenizer(source.name, source.revision, local_only=isinstance(source.place, PreTrainedModel))
+    own = source.own_tokenizer()
     reason = None if own is None else tokenizer_difference(tokenizer, own, names=("the chain's", "its"))
     if reason is not None:
         raise ValueError(f"{label} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")

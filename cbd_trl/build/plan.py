@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ WIDTH_SWAP_PROBABILITY = 1.0
 PUBLIC_WEIGHT = 0.5
 _OWN_OPTIONS = ("args", "dataset")
 _MODEL_OPTIONS = ("model", "revision", *_OWN_OPTIONS)
-# A number with a unit, as people write sizes, which is no name of a model.
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kKmMbB])\s*")
-_UNITS = {"k": 3, "m": 6, "b": 9}
+# A number, with a unit or without, as people write sizes, which is no name of a model.
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbB]?)\s*")
+_UNITS = {"": "", "k": "e3", "m": "e6", "b": "e9"}
 
 
 # What an anchor may be requested as: config fields, a size, or a model that exists already.
@@ -56,11 +56,13 @@ class Given:
         tokenizer: the chain's.
         token: for models on the Hub that are private or gated.
         models: those that are in the chain already.
+        commits: of models on the Hub, by id and requested revision, that an earlier run began with.
     """
 
     tokenizer: PreTrainedTokenizerBase
     token: str | None
     models: list[Source]
+    commits: Mapping[tuple[str, str | None], str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class Step:
     args: DistillConfig
     dataset: Any
     public: PublicModel | None = None
+
+    @property
+    def second_teacher(self) -> Architecture | None:
+        """Of the model that teaches this anchor beside the one above; None where there is one teacher."""
+        return None if self.public is None or self.args.teacher_weights is None else self.public.architecture
 
 
 def check_anchors(anchors: Any) -> None:
@@ -156,11 +163,14 @@ def plan_step(
     options = dict(anchor) if isinstance(anchor, Mapping) else {}
     own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
     public = None
-    if (source := _requested_model(anchor, position, given)) is not None:
+    if (requested := _requested_model(anchor, position, given)) is not None:
         assert given is not None
+        begun = given.commits.get((requested.name, requested.revision))
+        source = requested.pinned() if begun is None else replace(requested, revision=begun)
+        _check_new(source, position, given)
         above = taken[-1] if position else f"the source ({taken[0]})"
-        public = plan_public_model(source, upper, given.tokenizer, (above, f"anchors[{position}] ({source.name})"))
-        _check_new(public, position, given)
+        names = above, f"anchors[{position}] ({source.label})"
+        public = plan_public_model(source, requested.revision, upper, given.tokenizer, names)
         target = public.architecture if public.matched else nearest_architecture(upper, public.architecture)
     else:
         target = cut_architecture(
@@ -202,32 +212,26 @@ def _requested_model(anchor: Any, position: int, given: Given | None) -> Source 
     if size is not None:
         raise ValueError(
             f"anchors[{position}] is the text {anchor!r}, which would be the name of a model. A size is a number: "
-            f"{size[1]}e{_UNITS[size[2].lower()]}."
+            f"{size[1]}{_UNITS[size[2].lower()]}."
         )
     assert given is not None
     return Source(anchor, revision, given.token, role=f"model of anchors[{position}]")
 
 
-def _check_new(public: PublicModel, position: int, given: Given) -> None:
+def _check_new(source: Source, position: int, given: Given) -> None:
     """Check that a model is not in the chain already.
 
     Raises:
         ValueError: it is.
     """
-    known = _identity(public.source)
+    known = source.identity()
     for other in given.models:
-        if _identity(other) == known:
+        if other.identity() == known:
             raise ValueError(
-                f"anchors[{position}] ({public.source.name}) is the same model as the {other.role}. Between two "
-                "anchors lie models of other sizes: give another model, or leave it out."
+                f"anchors[{position}] ({source.label}) is the same model as the {other.role}. "
+                "Between two anchors lie models of other sizes: give another model, or leave it out."
             )
-    given.models.append(public.source)
-
-
-def _identity(source: Source) -> tuple[Any, ...]:
-    if isinstance(source.place, PreTrainedModel):
-        return (source.weights_sha256(),)
-    return (source.record()["source"], source.revision)
+    given.models.append(source)
 
 
 def _size(anchor: Any, position: int) -> float:

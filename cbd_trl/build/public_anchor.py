@@ -40,10 +40,8 @@ from cbd_trl.surgery.weights import Weights, weights_of
 from cbd_trl.utils.modeling import check_at_hand, in_eval_mode, portable_attention
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import save_tensors
-from cbd_trl.utils.tokenizers import find_tokenizer, tokenizer_difference
+from cbd_trl.utils.tokenizers import tokenizer_difference
 
-# Key of an anchor's `training`: the model that it was, or that taught it.
-PUBLIC_MODEL = "public_model"
 # Tokens whose streams are compared to pair layers: the memory is their square for every layer.
 PAIRING_TOKENS = 1024
 
@@ -54,12 +52,14 @@ class PublicModel:
 
     Args:
         source: the model; of one on the Hub with its commit.
+        requested_revision: the branch or tag that led to that commit, as it was requested.
         form: the chain's vocabulary rows and head.
         architecture: of the model in that form.
         obstacle: why its weights cannot be matched with the anchor above; None where they can.
     """
 
     source: Source
+    requested_revision: str | None
     form: CommonForm
     architecture: Architecture
     obstacle: str | None
@@ -73,17 +73,27 @@ class PublicModel:
     def summary(self) -> str:
         """Explain what it is used for."""
         if self.obstacle is None:
-            return f"{self.source.name} becomes this anchor, in the coordinates of the one above."
+            return f"{self.source.label} becomes this anchor, in the coordinates of the one above."
         return (
-            f"{self.source.name} teaches this anchor beside the one above, from which it is cut: its own weights "
+            f"{self.source.label} teaches this anchor beside the one above, from which it is cut: its own weights "
             f"cannot be matched. {self.obstacle}"
         )
 
     def record(self) -> dict[str, Any]:
         """Describe it for chain.json."""
         known = self.source.record()
-        found = {"model": known["source"], "weights_sha256": known["weights_sha256"], "obstacle": self.obstacle}
-        return {**found, "revision": self.source.revision}
+        return {
+            "model": known["source"],
+            "weights_sha256": known["weights_sha256"],
+            "revision": self.source.revision,
+            "requested_revision": self.requested_revision,
+            "obstacle": self.obstacle,
+        }
+
+    def teacher(self, dtype: torch.dtype) -> PreTrainedModel:
+        """Load the model as it is, to teach; one in memory stays the caller's."""
+        model = self.source.model({"dtype": dtype})
+        return copy.deepcopy(model) if isinstance(self.source.place, PreTrainedModel) else model
 
     def load(self, dtype: torch.dtype) -> PreTrainedModel:
         """Load the model in the chain's form, in its own coordinates."""
@@ -96,12 +106,17 @@ class PublicModel:
 
 
 def plan_public_model(
-    source: Source, upper: Architecture, tokenizer: PreTrainedTokenizerBase, names: tuple[str, str]
+    source: Source,
+    requested_revision: str | None,
+    upper: Architecture,
+    tokenizer: PreTrainedTokenizerBase,
+    names: tuple[str, str],
 ) -> PublicModel:
     """Check a model that is requested as an anchor, and find out whether its weights can be matched.
 
     Args:
-        source: the model.
+        source: the model; of one on the Hub with its commit.
+        requested_revision: the branch or tag that led to that commit.
         upper: architecture of the anchor above.
         tokenizer: the chain's.
         names: of the anchor above and of the model, in messages.
@@ -121,17 +136,16 @@ def plan_public_model(
             f"{names[1]} has {own.num_parameters:,} parameters, no fewer than the anchor above it "
             f"({upper.num_parameters:,}). List anchors from large to small."
         )
-    theirs = find_tokenizer(source.name, source.revision, local_only=isinstance(source.place, PreTrainedModel))
+    theirs, tokens = source.own_tokenizer(), max(tokenizer.get_vocab().values()) + 1
     reason = None if theirs is None else tokenizer_difference(tokenizer, theirs, names=("the chain's", "its"))
+    if reason is None and own.sizes["vocab"] < tokens:
+        reason = f"it has {own.sizes['vocab']} vocabulary rows, and the tokenizer {tokens} tokens"
     if reason is not None:
         raise ValueError(f"{names[1]} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")
     form = CommonForm(upper.sizes["vocab"], upper.tied)
     obstacle = _obstacle(names, upper, own)
     architecture = form.architecture(own) if obstacle is None else own
-    if isinstance(source.place, str | Path) and (commit := getattr(config, "_commit_hash", None)):
-        # The branch may move before the model is loaded, or before an interrupted run goes on.
-        source = dataclasses.replace(source, revision=commit)
-    return PublicModel(source, form, architecture, obstacle)
+    return PublicModel(source, requested_revision, form, architecture, obstacle)
 
 
 def _obstacle(names: tuple[str, str], upper: Architecture, lower: Architecture) -> str | None:

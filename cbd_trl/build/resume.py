@@ -6,9 +6,10 @@ from typing import Any
 
 from cbd_trl.build.arguments import changed_arguments, then_and_now, training_record
 from cbd_trl.build.plan import Step
+from cbd_trl.build.public_anchor import PublicModel
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor
-from cbd_trl.build.training import ARGUMENTS
-from cbd_trl.chain.cards import VALUES
+from cbd_trl.build.training import ARGUMENTS, begun_trainings
+from cbd_trl.chain.cards import PUBLIC_MODEL, VALUES
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.manifest import MANIFEST
@@ -41,15 +42,54 @@ def finished_anchors(output_dir: Path, source_anchor: SourceAnchor, steps: Seque
         raise ValueError(f"{output_dir} already holds a chain of more anchors ({there}) than requested now. {way_out}")
     for anchor, step in zip(anchors[1:], steps, strict=False):
         recorded, now = anchor.training.get(ARGUMENTS) or {}, training_record(step.args)
-        changed = changed_arguments(recorded, now)
+        models = _model_values(anchor.training.get(PUBLIC_MODEL)), _model_values(_record(step.public))
+        changed = [name for name, value in models[1].items() if models[0][name] != value]
+        changed += changed_arguments(recorded, now)
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
                 f"requested now: {step.architecture.shape}; changed arguments: {changed or 'none'}"
-                f"{then_and_now(changed, recorded.get(VALUES, {}), now[VALUES])}. {way_out}"
+                f"{then_and_now(changed, {**recorded.get(VALUES, {}), **models[0]}, {**now[VALUES], **models[1]})}. "
+                f"{way_out}"
             )
     check_place(output_dir, names[len(anchors) :])
     return dict(enumerate(anchors))
+
+
+def pinned_commits(output_dir: Path) -> dict[tuple[str, str | None], str]:
+    """Find the commits of models on the Hub that the anchors of a folder were begun with, finished or not.
+
+    A branch may have moved since; what was begun goes on with what it began with.
+
+    Args:
+        output_dir: the chain's folder.
+
+    Returns:
+        (id, revision as it was requested) -> commit.
+
+    Raises:
+        ValueError: there is a chain, and it is damaged.
+    """
+    trainings: list[Mapping[str, Any]] = list(begun_trainings(output_dir))
+    if (output_dir / MANIFEST).exists():
+        trainings += [anchor.training for anchor in Chain.from_pretrained(output_dir, verify=False).anchors]
+    records = [record for training in trainings if isinstance(record := training.get(PUBLIC_MODEL), Mapping)]
+    return {
+        (record["model"], record.get("requested_revision")): record["revision"]
+        for record in records
+        if record.get("revision") is not None
+    }
+
+
+def _record(public: PublicModel | None) -> Mapping[str, Any] | None:
+    return None if public is None else public.record()
+
+
+def _model_values(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of a model that is an anchor, or teaches it, may not change; None where there is none."""
+    found = record or {}
+    way = None if record is None else "matched" if found.get("obstacle") is None else "a second teacher"
+    return {**{name: found.get(name) for name in ("model", "revision", "weights_sha256")}, "way": way}
 
 
 def _check_source_anchor(output_dir: Path, anchor: Anchor, source_anchor: SourceAnchor, way_out: str) -> None:

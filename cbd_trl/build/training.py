@@ -80,6 +80,12 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
     return work
 
 
+def begun_trainings(output_dir: Path) -> list[dict[str, Any]]:
+    """Read the settings of the trainings in a chain's folder that are not finished."""
+    found = [_read_settings(file) for file in sorted((output_dir / ".work").glob("*/settings.json"))]
+    return [settings for settings in found if settings is not None]
+
+
 def _read_settings(file: Path) -> dict[str, Any] | None:
     with suppress(OSError, ValueError):
         found = json.loads(file.read_text())

@@ -33,7 +33,7 @@ def card_metadata(
 
     Args:
         origins: the models it comes from; those on the Hub are its base models, a license that all of them share is
-            its own.
+            its own, and where they have several it is "other", by the names of all.
         relation: how it comes from them; left out where none is on the Hub, "finetune" where only one would be merged.
         library: that loads it.
         name: of the model.
@@ -71,7 +71,8 @@ def license_sentence(origins: Sequence[Origin]) -> str:
         return (
             "None is stated: the source of this model is not known. Look its license up before you share this model."
         )
-    if fields := _license_fields(origins):
+    one, fields = len({_terms(origin) for origin in origins}) == 1, _license_fields(origins)
+    if one and fields:
         extra = "".join(f", {code(fields[key])}" for key in ("license_name", "license_link") if key in fields)
         return f"{code(fields['license'])}{extra}: carried over from {sources}."
     if all(origin.license in (None, _UNKNOWN) for origin in origins):
@@ -80,16 +81,21 @@ def license_sentence(origins: Sequence[Origin]) -> str:
             "this model."
         )
     found = ", ".join(dict.fromkeys(f"{_describe_terms(origin)} ({code(origin.label)})" for origin in origins))
-    one = len({_terms(origin) for origin in origins}) == 1
     reason = "that is not one identifier of the Hub" if one else "they are not the same"
-    return (
-        f"The sources state: {found}. None is stated above, because {reason}. Look it up before you share this model."
-    )
+    above = f"{code(fields['license'])} is stated" if fields else "None is stated"
+    what = "it" if one else "all of them"
+    return f"The sources state: {found}. {above} above, because {reason}. Look {what} up before you share this model."
 
 
 def _license_fields(origins: Sequence[Origin]) -> dict[str, str]:
-    """Return the license of all origins; empty where they state none, several, or one without an identifier."""
-    if len({_terms(origin) for origin in origins}) != 1:
+    """Return the license of all origins, "other" where they state several; empty where one of them states none, or
+    one without an identifier."""
+    terms = {_terms(origin) for origin in origins}
+    if len(terms) > 1:
+        stated = [origin.license_name if origin.license == "other" else origin.license for origin in origins]
+        names = dict.fromkeys(name for name in stated if name and name != _UNKNOWN and _LICENSE_ID.fullmatch(name))
+        return {"license": "other", "license_name": "-and-".join(names)} if len(names) == len(terms) else {}
+    if not terms:
         return {}
     license = origins[0].license
     if license is None or license == _UNKNOWN or not _LICENSE_ID.fullmatch(license):

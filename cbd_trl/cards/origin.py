@@ -75,9 +75,25 @@ def origin_of(
         return Origin(readable_name(str(folder)), hub_ids(named), **_license(stated))
     if not is_hub_id(place):
         return Origin()
-    commit = _cached_commit(place, revision)
+    commit = cached_commit(place, revision)
     # Without a copy in the cache it was not loaded from the Hub: "runs/model" may be a folder that moved.
     return Origin() if commit is None else _on_hub(place, commit, token)
+
+
+def cached_commit(repo_id: str, revision: str | None) -> str | None:
+    """Find the commit in the Hub's cache that a model, or its config, was loaded from; None where there is none.
+
+    Args:
+        repo_id: of the model.
+        revision: branch, tag or commit; None for the main branch, or not known.
+    """
+    config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
+    if isinstance(config, str):
+        return Path(config).parent.name
+    # A model in memory does not remember its branch; where one commit is cached, that is it.
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots"
+    cached = [file.parent.name for file in folder.glob("*/config.json")] if revision is None else []
+    return cached[0] if len(cached) == 1 else None
 
 
 def read_origins(records: Any) -> tuple[Origin, ...]:
@@ -103,17 +119,6 @@ def hub_datasets(dataset: Any) -> tuple[str, ...]:
     """Return the ids of the datasets on the Hub that a dataset was read from, as far as it remembers them."""
     files = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
     return hub_ids(found[1] for file in files if (found := _DATASET.match(str(file))))
-
-
-def _cached_commit(repo_id: str, revision: str | None) -> str | None:
-    """The commit in the Hub's cache that a model was loaded from; None where there is none."""
-    config = try_to_load_from_cache(repo_id, "config.json", revision=revision)
-    if isinstance(config, str):
-        return Path(config).parent.name
-    # A model in memory does not remember its branch; where one commit is cached, that is it.
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "snapshots"
-    cached = [file.parent.name for file in folder.glob("*/config.json")] if revision is None else []
-    return cached[0] if len(cached) == 1 else None
 
 
 def _on_hub(repo_id: str, commit: str, token: str | bool | None) -> Origin:

@@ -23,9 +23,11 @@ from cbd_trl.utils.formatting import markdown_table
 
 logger = logging.get_logger(__name__)
 
-# Keys of an anchor's `training`: the models it was made from, and what it was trained on.
+# Keys of an anchor's `training`: the models it was made from, and what it was trained on; the model that existed
+# already and that it was, or that taught it.
 ORIGINS = "origins"
 DATASETS = "datasets"
+PUBLIC_MODEL = "public_model"
 # Keys of its "arguments": all values, names of those that were set, and the libraries whose defaults the rest are.
 VALUES, NON_DEFAULT, VERSIONS = "values", "non_default", "versions"
 
@@ -176,9 +178,15 @@ def weight_hashes(anchor: Anchor) -> Mapping[str, str]:
 
 
 def _anchor_origins(chain: AnyChain, anchor: Anchor) -> tuple[Origin, ...]:
-    """The models that an anchor was made from: its own, or those of the nearest anchor above that has some."""
-    above = chain.anchors[: [other.name for other in chain.anchors].index(anchor.name) + 1]
-    return next((found for other in reversed(above) if (found := _recorded_origins(other))), ())
+    """The models that an anchor was made from: its own, or those of the nearest anchor above that has some; of one
+    that was distilled beside, or from, a model that existed already, that one too."""
+    found: tuple[Origin, ...] = ()
+    for other in reversed(chain.anchors[: [other.name for other in chain.anchors].index(anchor.name) + 1]):
+        own = _recorded_origins(other)
+        found = (*own, *found)
+        if own and PUBLIC_MODEL not in other.training:
+            break
+    return tuple(dict.fromkeys(found))
 
 
 def _recorded_origins(anchor: Anchor) -> tuple[Origin, ...]:
@@ -242,6 +250,12 @@ def _escaped(value: Any) -> Any:
 def _provenance(anchor: Anchor) -> str:
     """What an anchor was made from and how, in a few words."""
     training = anchor.training
+    if isinstance(record := training.get(PUBLIC_MODEL), Mapping):
+        # Of a folder the name has the hash of its weights.
+        model = code(str(record.get("model") or "").partition("@")[0] or "a model made in memory")
+        if record.get("obstacle") is None:
+            return f"{model}, put into the coordinates of {anchor.parent} and distilled from it"
+        return f"cut from {anchor.parent}, refitted, taught by it and by {model}"
     if anchor.parent is not None and "aligned" not in training:
         return f"cut from {anchor.parent}, refitted and distilled from it"
     if "aligned" in training:
@@ -280,15 +294,14 @@ def _training_sections(anchor: Anchor) -> Iterator[str]:
 
 
 def _arguments(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a training that were set; of a matched model how well it matched."""
-    if "aligned" in training:
-        match = training.get("match")
-        return {f"match of {what}": quality for what, quality in match.items()} if isinstance(match, Mapping) else {}
+    """How well a matched model matched, and the arguments of a training that were set."""
+    match = training.get("match")
+    found = {f"match of {what}": quality for what, quality in match.items()} if isinstance(match, Mapping) else {}
     record = _argument_record(training)
     values, names = record.get(VALUES), record.get(NON_DEFAULT)
     if not isinstance(values, Mapping) or not isinstance(names, list):
-        return {}
-    return {name: values[name] for name in names if isinstance(name, str) and name in values}
+        return found
+    return {**found, **{name: values[name] for name in names if isinstance(name, str) and name in values}}
 
 
 def _defaults(training: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """A model that a chain is made from, wherever it is: in memory, in a folder or on the Hub."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,12 +22,13 @@ from transformers import (
 from transformers.utils import cached_file, logging
 
 from cbd_trl.architectures import Architecture, architecture_of, describe
-from cbd_trl.cards.origin import Origin, origin_of
+from cbd_trl.cards.origin import Origin, cached_commit, origin_of
 from cbd_trl.utils.files import sha256_of
 from cbd_trl.utils.formatting import readable_name
 from cbd_trl.utils.modeling import (
     check_at_hand,
     check_checkpoint,
+    check_is_model_folder,
     check_no_adapter,
     check_plain,
     load_causal_lm,
@@ -70,6 +72,11 @@ class Source:
         # Of a target that is not saved, the name in the config leads to its tokenizer and its card.
         return str(self.place.config._name_or_path if isinstance(self.place, PreTrainedModel) else self.place)
 
+    @property
+    def label(self) -> str:
+        """Its name for a reader, never a path, or a description where it has none."""
+        return readable_name(self.name) or "a model made in memory"
+
     def weights_sha256(self) -> str | None:
         """Hash the weights of a model in memory, whose name may be empty; None for a path or a Hub id."""
         if not isinstance(self.place, PreTrainedModel):
@@ -80,14 +87,42 @@ class Source:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
+    def _files_sha256(self) -> str | None:
+        """Hash the weights in a folder; None where there are none."""
+        if isinstance(self.place, PreTrainedModel) or not (files := sorted(Path(self.place).glob("*.safetensors"))):
+            return None
+        return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
+
     def record(self) -> dict[str, Any]:
         """Describe it for chain.json: its name, of a folder with the hash of its weights and never a path, since that
         goes where the chain goes."""
         name = readable_name(self.name) or ""
-        if not isinstance(self.place, PreTrainedModel) and (files := sorted(Path(self.place).glob("*.safetensors"))):
-            hashes = "".join(map(sha256_of, files))
-            name += f"@{hashlib.sha256(hashes.encode()).hexdigest()[:16]}"
+        if (digest := self._files_sha256()) is not None:
+            name += f"@{digest[:16]}"
         return {"source": name, "weights_sha256": self.weights_sha256()}
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it is named by a Hub id."""
+        return not isinstance(self.place, PreTrainedModel) and not Path(self.place).is_dir()
+
+    def pinned(self) -> "Source":
+        """Name the commit that a branch or tag on the Hub is at now; any other source stays as it is.
+
+        Raises:
+            ValueError: nothing of that name can be read.
+        """
+        if not self.on_hub:
+            return self
+        self.config()
+        commit = cached_commit(self.name, self.revision)
+        return self if commit is None else dataclasses.replace(self, revision=commit)
+
+    def identity(self) -> tuple[str | None, ...]:
+        """What tells it from other models: its id and commit on the Hub, or the hash of its weights."""
+        if self.on_hub:
+            return str(self.place), self.pinned().revision
+        return (self.weights_sha256() or self._files_sha256() or str(Path(self.name).resolve()),)
 
     def origin(self) -> Origin:
         """Look up what its card records of it, once it was loaded."""
@@ -101,6 +136,7 @@ class Source:
         """
         if isinstance(self.place, PreTrainedModel):
             return text_config(self.place.config)
+        check_is_model_folder(self.place, f"The {self.role} {self.name!r}")
         try:
             config = AutoConfig.from_pretrained(
                 self.place, revision=self.revision, token=self.token, trust_remote_code=False
@@ -152,6 +188,11 @@ class Source:
                 names |= listed.weight_map.keys()
         return any(f".{file_names.get(name, name)}".endswith(f".{key}") for name in names)
 
+    def own_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Load the tokenizer that it was saved with; None where there is none."""
+        in_memory = isinstance(self.place, PreTrainedModel)
+        return find_tokenizer(self.name, self.revision, local_only=in_memory, token=self.token)
+
     def tokenizer_or(self, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """Choose the tokenizer: the one given for it, or else its own.
 
@@ -163,7 +204,7 @@ class Source:
             return self._tokenizer()
         # A trainer sets the tokens of a tokenizer that it lacks, or that its arguments name.
         given = copy.deepcopy(given)
-        own = find_tokenizer(self.name, self.revision, local_only=isinstance(self.place, PreTrainedModel))
+        own = self.own_tokenizer()
         if own is None:
             return given
         reason = tokenizer_difference(own, given, names=("its own", "the given"), further_tokens="either")

@@ -52,7 +52,8 @@ def build(flags: list[str]) -> None:
     from cbd_trl.recipe.schema import shipped_recipes
 
     if arguments.list_recipes:
-        print("\n".join(f"{name:<14}{what}" for name, what in shipped_recipes().items()))
+        recipes = shipped_recipes()
+        print("\n".join(f"{name:<{max(map(len, recipes)) + 2}}{what}" for name, what in recipes.items()))
     elif arguments.recipe is None:
         parser.error(f"A recipe is missing: name a file, or one of {', '.join(shipped_recipes())}")
     else:
@@ -62,7 +63,14 @@ def build(flags: list[str]) -> None:
 def _run(name: str, changes: list[str], dry_run: bool) -> None:
     from accelerate import PartialState
 
-    from cbd_trl.recipe.check import check_recipe, how_estimated, how_it_fits, memory_table, recipe_table
+    from cbd_trl.recipe.check import (
+        check_recipe,
+        how_estimated,
+        how_it_fits,
+        how_models_are_used,
+        memory_table,
+        recipe_table,
+    )
     from cbd_trl.recipe.run import build_checked
     from cbd_trl.recipe.schema import RecipeError, read_recipe
     from cbd_trl.utils.progress import make_console
@@ -73,6 +81,8 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
     if check.costs and is_main:
         console = make_console()
         console.print(recipe_table(check))
+        if models := how_models_are_used(check):
+            print(models)
         # It takes seconds: of a recipe that is to be corrected first it would be counted in vain.
         if dry_run and not check.problems:
             console.print(memory_table(check))

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
-from cbd_trl.build.plan import Step, plan_step
-from cbd_trl.build.resume import finished_anchors
+from cbd_trl.build.plan import Given, Step, plan_step
+from cbd_trl.build.resume import finished_anchors, pinned_commits
 from cbd_trl.build.source_anchor import SourceAnchor, plan_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.chain.manifest import MANIFEST
@@ -207,7 +207,9 @@ def check_recipe(recipe: Recipe) -> Check:
     _check_data(check)
     _check_operators(check)
     if source is not None:
-        plan_costs(check, source.architecture, check.attempt("source", lambda: _bridged_config(check)))
+        commits = check.attempt("output_dir", lambda: pinned_commits(Path(recipe.output_dir))) or {}
+        given = Given(source.tokenizer, None, list(source.sources), commits)
+        plan_costs(check, source.architecture, given, check.attempt("source", lambda: _bridged_config(check)))
         _check_lengths(check, source.architecture)
         _check_sizes(check, source.architecture)
         if not check.problems:
@@ -218,12 +220,15 @@ def check_recipe(recipe: Recipe) -> Check:
     return check
 
 
-def plan_costs(check: Check, source: Architecture, teacher: PretrainedConfig | None = None) -> None:
+def plan_costs(
+    check: Check, source: Architecture, given: Given | None, teacher: PretrainedConfig | None = None
+) -> None:
     """Resolve the anchors of a recipe from the largest down, and estimate what each takes.
 
     Args:
         check: `steps`, `costs`, `speed` and `problems` are filled.
         source: the largest anchor.
+        given: what is needed to look at models that are anchors; None where there are none.
         teacher: config of the source, where there is a bridge.
     """
     recipe, args = check.recipe, check.args or default_args(check.recipe)
@@ -242,7 +247,11 @@ def plan_costs(check: Check, source: Architecture, teacher: PretrainedConfig | N
             own = check.make_config(f"{place}.args", partial(anchor_args, recipe), anchor.args)
         if own is None:
             continue
-        step = check.attempt(place, lambda: plan_step(upper, anchor.target, position, own, None, names))  # noqa: B023
+        if anchor.model is not None:
+            check.attempt(f"{place}.model", partial(_check_weights, anchor.model))
+            _check_revision(check, place, anchor.model, anchor.revision)
+        planned = partial(plan_step, upper, anchor.target, position, own, None, names, given)
+        step = check.attempt(place, planned)
         if step is None:
             continue
         check.steps.append(step)
@@ -256,11 +265,7 @@ def _source_anchor(check: Check, args: DistillConfig) -> SourceAnchor | None:
     assert recipe.source is not None
     origin = Source(recipe.source.name, recipe.source.revision)
     check.attempt("source", lambda: _check_weights(recipe.source.name))  # type: ignore[union-attr]
-    if recipe.source.revision is not None and Path(recipe.source.name).is_dir():
-        check.problems.append(
-            f"source.revision: {recipe.source.name} is a folder, which has no revision {recipe.source.revision!r}. "
-            "Leave it out, or name a model on the Hub."
-        )
+    _check_revision(check, "source", recipe.source.name, recipe.source.revision)
     own = [anchor.args for anchor in recipe.anchors] + ([recipe.bridge.args] if recipe.bridge else [])
     special = check.attempt("args", lambda: SpecialTokens.of([recipe.args, *own])) or SpecialTokens()
     if recipe.bridge is None:
@@ -277,6 +282,14 @@ def _check_weights(name: str) -> None:
     """Check that a model folder has its weights; of a model on the Hub loading does."""
     if (Path(name) / "config.json").exists():
         check_checkpoint(name, role="model")
+
+
+def _check_revision(check: Check, place: str, name: str, revision: str | None) -> None:
+    if revision is not None and Path(name).is_dir():
+        check.problems.append(
+            f"{place}.revision: {name} is a folder, which has no revision {revision!r}. Leave it out, or name a model "
+            "on the Hub."
+        )
 
 
 def _check_data(check: Check) -> None:
@@ -438,6 +451,15 @@ def memory_table(check: Check) -> Table:
             sizes = [LIBRARIES + phase.device] if on_cpu else [LIBRARIES + phase.device, LIBRARIES + phase.host]
             table.add_row(cost.name, phase.name + peak, *map(format_bytes, sizes))
     return table
+
+
+def how_models_are_used(check: Check) -> str:
+    """Explain what becomes of each model that exists already, a line each: an anchor, or a second teacher and why.
+
+    Args:
+        check: of a recipe.
+    """
+    return "\n".join(f"{step.name}: {step.public.summary}" for step in check.steps if step.public is not None)
 
 
 def how_it_fits(check: Check) -> str:

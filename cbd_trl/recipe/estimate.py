@@ -279,9 +279,16 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
     def predict(args: DistillConfig, device: torch.device) -> list[Phase]:
         return anchor_phases(upper, replace(step, args=args), calibration_tokens, device)
 
-    cost = _trained_cost(step.name, lower, args, multiplied_weights(upper), calibration_tokens, speed, predict)
+    weights = sum(multiplied_weights(one) for one in (upper, step.second_teacher) if one is not None)
+    cost = _trained_cost(step.name, lower, args, weights, calibration_tokens, speed, predict)
     if cost.seconds is None:
         return cost
+    if step.public is not None and step.public.matched:
+        # The statistics of both, and passes that compare their streams: another one where one is rotated first.
+        both, passes = (upper, lower), 1 if lower.tied else 2
+        compared = sum(_calibration_seconds(one, calibration_tokens, speed) for one in both)
+        compared += passes * sum(_forward_seconds(one, calibration_tokens, speed) for one in both)
+        return replace(cost, seconds=cost.seconds + compared)
     # Each block of layers that one could stand for is measured twice on one block of tokens, from its first layer on:
     # half a forward pass on average. Measured, SmolLM2-135M to 16 layers: 15,000 tokens for 28 blocks.
     chosen = len(measured_blocks(upper, lower.depth)) * calibration_length(upper.config)

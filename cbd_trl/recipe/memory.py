@@ -9,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from cbd_trl.architectures.backbone import open_forward
 from cbd_trl.architectures.base import learned_positions
 from cbd_trl.bridge.objectives.inputs import chunked_cross_entropy, compared_terms
 from cbd_trl.build.plan import Step
+from cbd_trl.build.public_anchor import PAIRING_TOKENS
 from cbd_trl.build.store import CALIBRATION_BATCH
 from cbd_trl.build.student import FIT_TOKENS
 from cbd_trl.build.width_hybrid import WidthHybrid, targets_between, weights_of_teacher
@@ -31,13 +32,14 @@ from cbd_trl.losses.fused import default_chunk, fused_terms
 from cbd_trl.losses.objective import DistillObjective, TermWeights
 from cbd_trl.losses.reduction import Scored
 from cbd_trl.recipe.trace import FUSED, Bytes, traced
+from cbd_trl.surgery.align import paired_sites
 from cbd_trl.surgery.block_search import measured_blocks
-from cbd_trl.surgery.blocks import spaced_blocks
+from cbd_trl.surgery.blocks import spaced_blocks, spaced_layers
 from cbd_trl.surgery.least_squares import cut_fits
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.surgery.statistics import FACTORIZING, RIDGE, collect_statistics
 from cbd_trl.targets.operators import Pair
-from cbd_trl.teachers.local import Batch, LocalTeacher
+from cbd_trl.teachers.local import Batch, EnsembleTeacher, LocalTeacher
 from cbd_trl.trainers.bridge_config import HIDDEN_WEIGHT, BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.trainers.hidden_states import LayerPairs
@@ -71,12 +73,14 @@ class _Run:
         device: that it is run on.
         dtype: of the weights.
         teacher_dtype: of the teacher's.
+        second: that teaches beside the first teacher.
     """
 
     args: DistillConfig
     device: torch.device
     dtype: torch.dtype
     teacher_dtype: torch.dtype
+    second: Architecture | None = None
 
     @property
     def half(self) -> torch.dtype | None:
@@ -164,13 +168,19 @@ def anchor_phases(
         calibration_tokens: behind its statistics.
         device: None for that of the step's arguments.
     """
-    lower = step.architecture
-    run = _run(step.args, device, upper.config)
+    lower, public = step.architecture, step.public
+    run = replace(_run(step.args, device, upper.config), second=step.second_teacher)
     above, below = run.weights(upper.num_parameters), run.weights(lower.num_parameters)
     phases = []
-    if measured_blocks(upper, lower.depth):
-        phases.append(run.phase("choose layers", above + _block_search(upper, lower.depth, run), above))
-    phases.append(run.phase("refit", above + below + _refit(upper, lower, run, calibration_tokens), below))
+    if public is not None and public.matched:
+        moments, passing = _matching(upper, lower, run)
+        # Where the stream is rotated first, there is a second copy of the model.
+        copies = below if lower.tied else 2 * below
+        phases.append(run.phase("match", above + copies + max(moments, passing), below + moments))
+    else:
+        if measured_blocks(upper, lower.depth):
+            phases.append(run.phase("choose layers", above + _block_search(upper, lower.depth, run), above))
+        phases.append(run.phase("refit", above + below + _refit(upper, lower, run, calibration_tokens), below))
     phases.append(run.phase("train", _training(lower, upper.config, upper.num_parameters, run), below))
     return [*phases, _statistics("statistics", lower, run, calibration_tokens)]
 
@@ -232,6 +242,8 @@ def _training(student: Architecture, teacher: PretrainedConfig, teacher_paramete
     roots = trained if str(getattr(run.args.optim, "value", run.args.optim)) == "adamw_torch" and not run.on_cpu else 0
     projectors = _projectors(student, teacher, run.args)
     taught = 0 if getattr(run.args, "black_box", False) else teacher_parameters * run.teacher_dtype.itemsize
+    if run.second is not None:
+        taught += run.second.num_parameters * run.teacher_dtype.itemsize
     return taught + trained + moments + 3 * projectors + max(trained + projectors + roots, step)
 
 
@@ -416,6 +428,11 @@ def _trace(
     args, bridged = _with_hybrid(run.args), isinstance(run.args, BridgeDistillConfig)
     with traced(run.device, run.half) as count:
         theirs = run.model(teacher, run.teacher_dtype).eval().requires_grad_(False)
+        teaches: Any = LocalTeacher(theirs)
+        if run.second is not None:
+            # A pass without gradients takes what its largest layer does.
+            beside_it = run.model(_shallow(run.second.config, 1), run.teacher_dtype).eval().requires_grad_(False)
+            teaches = EnsembleTeacher([teaches, LocalTeacher(beside_it)], args.teacher_weights or [])
         ours = _trained(run, student.config)
         hybrid_in_width = None if between is None else _width_hybrid(ours, theirs, block_map, between)
         pairs = LayerPairs(ours, theirs, block_map, None, args, hybrid_in_width)
@@ -425,7 +442,7 @@ def _trace(
                 parameter.grad = torch.empty_like(parameter)
         mixed = nullcontext() if run.half is None else torch.autocast("cpu", run.half)
         with torch.no_grad(), mixed, pairs.teacher_outputs.recording(batch.labels_BT.device) as teacher_states:
-            predicted = LocalTeacher(theirs).predict(batch, ours)
+            predicted = teaches.predict(batch, ours)
         line.mark("teacher")
         rows = ours.config.get_text_config().vocab_size
         widest = max(rows, theirs.config.get_text_config().vocab_size) if bridged else rows
@@ -568,6 +585,20 @@ def _block_search(upper: Architecture, depth: int, run: _Run) -> int:
     kept = stream * (tokens * (upper.depth + 1) + 2 * length * len(measured_blocks(upper, depth)))
     chunk = min(length, default_chunk(rows, run.device))
     return kept + 4 * rows * (64 + (2 if run.on_cpu else 4) * chunk)
+
+
+def _matching(upper: Architecture, lower: Architecture, run: _Run) -> tuple[int, int]:
+    """Bytes of `find_placement`: those of the products of what both models read, at every site, with the upper
+    streams of a batch; and those to pair their layers, at most."""
+    pairs = paired_sites(upper, lower, spaced_layers(upper.depth, lower.depth))
+    lengths = [(axis_length(one.axis, upper.sizes), axis_length(other.axis, lower.sizes)) for one, other in pairs]
+    tokens = CALIBRATION_BATCH * calibration_length(upper.config)
+    moments = 4 * (sum(above * below for above, below in lengths) + tokens * sum(above for above, _ in lengths))
+    if upper.depth == lower.depth:
+        return moments, 0
+    states = upper.depth * upper.sizes["width"] + lower.depth * lower.sizes["width"]
+    # The Gram matrices of the upper layers, before and after they are stacked.
+    return moments, 4 * 2 * upper.depth * PAIRING_TOKENS**2 + run.weights(PAIRING_TOKENS * states)
 
 
 def _refit(upper: Architecture, lower: Architecture, run: _Run, calibration_tokens: int) -> int:

@@ -154,10 +154,11 @@ def build_checked(check: Check, on_stage: Callable[[str], None] = lambda stage: 
 
 
 def _anchor(recipe: Recipe, step: Step, number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """An anchor as `build_chain` takes it: by its shape, so that one given by its size may have args of its own."""
+    """An anchor as `build_chain` takes it: a model, or a shape, so that one given by its size may have own args."""
     anchor = recipe.anchors[number]
     args = anchor_args(recipe, anchor.args)
-    own: dict[str, Any] = {**step.architecture.shape, "args": args}
+    model = {"model": anchor.model, "revision": anchor.revision}
+    own: dict[str, Any] = {**(step.architecture.shape if anchor.model is None else model), "args": args}
     if anchor.data:
         own["dataset"] = load_data(anchor.data, tokenizer, args.seed, f"anchors[{number}].data")
     return own

@@ -28,7 +28,7 @@ from cbd_trl.utils.formatting import did_you_mean, parse_count
 from cbd_trl.utils.untrusted import shown
 
 _REQUIRED = ("source", "data", "anchors", "output_dir")
-_SIZES = ("shape", "size", "ratio")
+_SIZES = ("shape", "size", "ratio", "model")
 _MERGE = "tag:yaml.org,2002:merge"
 # Errors that taking out another one may cause.
 _LACKS = ("missing", "no_size", "too_short")
@@ -62,9 +62,11 @@ def _named(value: Any) -> Any:
 
 
 def _sized(value: Any) -> Any:
-    """Read a bare number as the mapping that it stands for."""
+    """Read a bare number, or the name of a model, as the mapping that it stands for."""
     if isinstance(value, Mapping | list):
         return value
+    if isinstance(value, str) and not _is_count(value):
+        return {"model": value}
     ratio = isinstance(value, int | float) and value <= 1
     return {"ratio" if ratio else "size": value}
 
@@ -72,6 +74,14 @@ def _sized(value: Any) -> Any:
 def _count(value: Any) -> Any:
     # Other types are left to pydantic; `str` of a list of YAML aliases may be longer than memory.
     return parse_count(value) if isinstance(value, str) else value
+
+
+def _is_count(text: str) -> bool:
+    try:
+        parse_count(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _number(value: Any) -> Any:
@@ -166,12 +176,14 @@ BridgeArguments = Annotated[dict[str, Any], _check_args("BridgeDistillConfig")]
 
 
 class AnchorPart(_Part):
-    """One lower anchor, of the size that one of the first three fields gives.
+    """One lower anchor, given by one of the first four fields.
 
     Args:
         shape: config fields.
         size: a parameter count.
         ratio: of the parameters of the anchor above it.
+        model: one that exists already: a folder or a Hub id.
+        revision: of its Hub id.
         args: fields of `DistillConfig`, for this anchor alone.
         data: for this anchor alone; empty for the recipe's.
     """
@@ -179,6 +191,8 @@ class AnchorPart(_Part):
     shape: Shape | None = None
     size: Count | None = None
     ratio: Ratio | None = None
+    model: Text | None = None
+    revision: Text | None = None
     args: Arguments = {}
     data: Data = ()
 
@@ -187,12 +201,18 @@ class AnchorPart(_Part):
         count = sum(getattr(self, name) is not None for name in _SIZES)
         if count != 1:
             kind = "no_size" if count == 0 else "several_sizes"
-            raise PydanticCustomError(kind, "give one of shape, size and ratio; there are {count}.", {"count": count})
+            names = f"{', '.join(_SIZES[:-1])} and {_SIZES[-1]}"
+            message = "give one of {names}; there are {count}."
+            raise PydanticCustomError(kind, message, {"names": names, "count": count})
+        if self.revision is not None and self.model is None:
+            raise PydanticCustomError("revision", "there is a revision, and no model that it could be of.")
         return self
 
     @property
     def target(self) -> Mapping[str, Any] | float:
         """The anchor as `build_chain` takes it."""
+        if self.model is not None:
+            return {"model": self.model, "revision": self.revision}
         return next(value for name in _SIZES if (value := getattr(self, name)) is not None)
 
 

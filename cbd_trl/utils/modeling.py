@@ -85,7 +85,7 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
         if not adapters:
             raise ValueError(_merge(f"{name} is a PEFT adapter"))
         return _with_adapter(place, adapter, role, options)
-    _check_is_model_folder(place, name)
+    check_is_model_folder(place, name)
     # Sizes that differ are named below, with everything else.
     options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     if options.get("gguf_file") is None:
@@ -104,8 +104,16 @@ def load_causal_lm(place: str | Path, *, role: str, adapters: bool = False, **op
     return model
 
 
-def _check_is_model_folder(place: str | Path, name: str) -> None:
-    """Name the model folders inside a folder that is none itself, such as a chain or the output of a training."""
+def check_is_model_folder(place: str | Path, name: str) -> None:
+    """Check that a folder is not one of model folders, such as a chain or the output of a training.
+
+    Args:
+        place: path or Hub id.
+        name: begins the error.
+
+    Raises:
+        ValueError: naming the model folders inside.
+    """
     folder = Path(place)
     if (folder / "config.json").exists():
         return

@@ -26,12 +26,14 @@ _PROBE = "Émile's 1,234.5 naïve  tests:\n\tdon't split «déjà vu» – 数�
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
-def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: bool) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(
+    name_or_path: str | None, revision: str | None, local_only: bool, token: str | None = None
+) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer that belongs to a model, if there is one.
 
     Args:
         name_or_path: path or Hub id of the model, or what its config names as its origin.
-        revision: of a Hub id.
+        revision, token: of a Hub id.
         local_only: never look on the Hub.
 
     Returns:
@@ -42,7 +44,7 @@ def find_tokenizer(name_or_path: str | None, revision: str | None, local_only: b
     try:
         # Given, because transformers asks at the keyboard where it is not.
         return AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision, local_files_only=local_only, trust_remote_code=False
+            name_or_path, revision=revision, local_files_only=local_only, token=token, trust_remote_code=False
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         # A folder without a tokenizer fails in as many ways as there are tokenizer classes.

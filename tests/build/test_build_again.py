@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 from datasets import Dataset
-from transformers import BloomConfig, BloomForCausalLM, TrainerCallback
+from transformers import BloomConfig, BloomForCausalLM
 
 import cbd_trl.build.build as build_module
 import cbd_trl.build.source_anchor as head_module
-from cbd_trl import Chain, DistillTrainer, build_chain
+from cbd_trl import Chain, build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build.plan import plan_chain
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source, same_weights
@@ -38,45 +38,6 @@ def no_training(monkeypatch):
     monkeypatch.setattr(build_module, "DistillTrainer", fail)
     monkeypatch.setattr(build_module, "store_anchor", fail)
     monkeypatch.setattr(head_module, "collect_statistics", fail)
-
-
-class _Interrupt(TrainerCallback):
-    """Ends a run after a number of steps over all anchors, as a killed process would."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-
-
-@pytest.fixture
-def interrupted(monkeypatch):
-    """interrupted(steps) makes the builds of a test stop after so many; interrupted(None) lets them run again.
-
-    Returns the steps that were taken since.
-    """
-    steps = []
-
-    def start(after):
-        callback = _Interrupt(10**6 if after is None else after)
-
-        class Trainer(DistillTrainer):
-            def __init__(self, *args, **kwargs):
-                super().__init__(*args, **kwargs)
-                self.add_callback(callback)
-
-            def training_step(self, *args, **kwargs):
-                steps.append(self.state.global_step)
-                return super().training_step(*args, **kwargs)
-
-        steps.clear()
-        monkeypatch.setattr(build_module, "DistillTrainer", Trainer)
-        return steps
-
-    return start
 
 
 def test_a_finished_chain_is_not_touched(copied, no_training):
@@ -216,7 +177,10 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
         ({"anchors": [0]}, r"anchors\[0\] is 0. Give a dict of config fields, a parameter count above 1, or a ratio"),
         ({"anchors": [0.5, -2]}, r"anchors\[1\] is -2"),
         ({"anchors": [True]}, r"anchors\[0\] is True"),
-        ({"anchors": ["16M"]}, r"anchors\[0\] is '16M'"),
+        (
+            {"anchors": ["16M"]},
+            r"anchors\[0\] is the text '16M', which would be the name of a model\. A size is a number: 16e6\.",
+        ),
         ({"anchors": [float("nan")]}, r"anchors\[0\] is nan"),
         ({"anchors": [1.0]}, r"a ratio between 0 and 1, got 1.0"),
         ({"anchors": [1e9]}, r"below the 48,544 of the anchor above.*got 1000000000.0"),

@@ -34,10 +34,25 @@ def stated(*origins):
         ([Origin("x", license="my own")], {}, "`my own` (`x`). None is stated above, because that is not one ident"),
         ([Origin("x", license="mit, gpl")], {}, "`mit, gpl` (`x`). None is stated above, because that is not one"),
         ([Origin("x", license="other")], {}, "`other` (`x`). None is stated above, because that is not one ident"),
-        ([A, Origin("x", license="mit")], {}, "`apache-2.0` (`org/a`), `mit` (`x`). None is stated above, because"),
+        (
+            [A, Origin("x", license="mit")],
+            {"license": "other", "license_name": "apache-2.0-and-mit"},
+            "`apache-2.0` (`org/a`), `mit` (`x`). `other` is stated above, because they are not the same. Look all",
+        ),
+        (
+            [B, A, Origin("x", **OWN)],
+            {"license": "other", "license_name": "apache-2.0-and-own-1.0"},
+            "`apache-2.0` (`org/b`), `apache-2.0` (`org/a`), `other`, `own-1.0` (`x`). `other` is stated above",
+        ),
         ([A, Origin("x")], {}, "`nothing` (`x`). None is stated above, because they are not the same."),
         # Two models by one name.
-        ([Origin("x", license="mit"), Origin("x", license="gpl")], {}, "`mit` (`x`), `gpl` (`x`). None is stated"),
+        (
+            [Origin("x", license="mit"), Origin("x", license="gpl")],
+            {"license": "other", "license_name": "mit-and-gpl"},
+            "`mit` (`x`), `gpl` (`x`). `other` is stated",
+        ),
+        ([A, Origin("x", license="mit, gpl")], {}, "`mit, gpl` (`x`). None is stated above, because they are not the"),
+        ([A, Origin("x", license="unknown")], {}, "`unknown` (`x`). None is stated above, because they are not the"),
         # Everybody may call a license "own".
         ([Origin(name, **OWN, license_link=link) for name, link in zip("xy", LINKS, strict=True)], {}, "not the same"),
     ],
@@ -46,7 +61,8 @@ def test_what_is_said_of_licences(origins, fields, said):
     assert stated(*origins) == fields
     sentence = license_sentence(origins)
     assert said in sentence
-    assert ("Look it" in sentence or "Look its" in sentence) == (not fields)
+    one = len({(origin.license, origin.license_name) for origin in origins}) == 1
+    assert ("Look " in sentence) == (not fields or not one)
 
 
 def folder_with(tmp_path, card):

@@ -8,6 +8,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from cbd_trl import Chain, from_chain
+from cbd_trl.cards.origin import Origin
+from cbd_trl.chain.cards import save_cards
+from cbd_trl.chain.manifest import read_manifest, write_manifest
 from cbd_trl.utils.formatting import markdown_table
 from tests.cards.helpers import HUB_ROWS, SOURCE, as_html, metadata, read, use
 from tests.chain.helpers import DEEP, WIDE
@@ -54,6 +57,52 @@ def test_the_cards_of_anchors(chain, monkeypatch):
         assert made["model"].num_parameters() == anchor.num_parameters
     assert f"cut from {chain.anchors[1].name}, refitted and distilled from it" in text
     assert "| cross-entropy (nats) | " in text and "| `learning_rate` | `0.01` |" in text
+
+
+@pytest.fixture
+def adopting(chain, tmp_path):
+    """A copy of the chain whose second anchor was taught by a public model, and whose third was one."""
+    chain.save_pretrained(tmp_path / "copy")
+    manifest = read_manifest(tmp_path / "copy")
+    records = [
+        {"model": "org/small", "revision": "0" * 40, "obstacle": "anchors[0] (org/small) differs."},
+        {"model": "tiny@0123456789abcdef", "revision": None, "obstacle": None},
+    ]
+    origins = [
+        Origin("org/small", ("org/small",), license="gemma"),
+        Origin("tiny", ("org/tiny",), license="apache-2.0"),
+    ]
+    anchors = list(manifest.anchors)
+    for number, (record, origin) in enumerate(zip(records, origins, strict=True), start=1):
+        training = {**anchors[number].training, "public_model": record, "origins": [origin.record()]}
+        training |= {"match": {"width": {"matched": 0.7, "random": 0.1}}} if number == 2 else {}
+        anchors[number] = anchors[number].model_copy(update={"training": training})
+    write_manifest(tmp_path / "copy", manifest.model_copy(update={"anchors": anchors}))
+    return Chain.from_pretrained(tmp_path / "copy")
+
+
+def test_models_that_exist_already_are_on_the_cards(adopting, tmp_path):
+    """The base models are all that weights or lessons came from, the license is one only where they share one."""
+    first, second, third = adopting.anchors
+    save_cards(adopting)
+    from_chain(adopting, config=WIDE, save_directory=tmp_path / "target")
+    both = {"license": "other", "license_name": "apache-2.0-and-gemma"}
+    assert_from_source(metadata(read(first.path)))
+    bases = {second.path: [SOURCE, "org/small"]}
+    for folder in (third.path, adopting.path, tmp_path / "target"):
+        bases[folder] = [SOURCE, "org/small", "org/tiny"]
+    for folder, models in bases.items():
+        text = read(folder)
+        data = metadata(text)
+        assert data["base_model"] == models and {key: data[key] for key in both} == both
+        assert f"`apache-2.0` (`{SOURCE}`), `gemma` (`org/small`)" in text
+        assert "`other` is stated above, because they are not the same. Look all of them up" in text
+    assert f"cut from {first.name}, refitted, taught by it and by `org/small`" in read(second.path)
+    text = read(third.path)
+    assert f"`tiny`, put into the coordinates of {second.name} and distilled from it" in text
+    assert (
+        "| `match of width` | `{'matched': 0.7, 'random': 0.1}` |" in text and "| `learning_rate` | `0.01` |" in text
+    )
 
 
 @pytest.mark.parametrize("operator", ["nested", "slice"])

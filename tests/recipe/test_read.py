@@ -30,7 +30,8 @@ def test_what_a_recipe_says(tmp_path: Path) -> None:
         "data:\n"
         "  - {name: a.jsonl, share: 3}\n"
         "  - {name: me/data, config: en, split: 'train[:90%]', column: body, share: 1}\n"
-        "anchors: [{size: 85M, args: {learning_rate: 4e-4}, data: b.jsonl}, 0.5, {shape: {num_hidden_layers: 2}}]\n"
+        "anchors: [{size: 85M, args: {learning_rate: 4e-4}, data: b.jsonl}, 0.5, {shape: {num_hidden_layers: 2}},\n"
+        "  me/small, {model: small, revision: v2}]\n"
         "output_dir: out\n"
         "args: {max_steps: 5, save_strategy: no, learning_rate: 1}\n"
     )
@@ -47,7 +48,10 @@ def test_what_a_recipe_says(tmp_path: Path) -> None:
         AnchorPart(size=85e6, args={"learning_rate": 4e-4}, data=(own,)),
         AnchorPart(ratio=0.5),
         AnchorPart(shape={"num_hidden_layers": 2}),
+        AnchorPart(model="me/small"),
+        AnchorPart(model="small", revision="v2"),
     )
+    assert recipe.anchors[4].target == {"model": "small", "revision": "v2"}
     assert recipe.args == {"max_steps": 5, "save_strategy": "no", "learning_rate": 1}
 
 
@@ -73,9 +77,11 @@ def test_what_a_recipe_says(tmp_path: Path) -> None:
         ({"data": {"name": "a", "share": float("inf")}}, "data.share", "inf"),
         ({"data": {"name": "a", "split": 3}}, "data.split", "3 must be a valid string"),
         ({"anchors": []}, "anchors", "must not be empty"),
-        ({"anchors": ["big"]}, "anchors[0]", "'big'"),
-        ({"anchors": [{"args": {}}]}, "anchors[0]", "shape, size and ratio; there are 0"),
-        ({"anchors": [{"size": 5e6, "ratio": 0.5}]}, "anchors[0]", "shape, size and ratio; there are 2"),
+        ({"anchors": [["big"]]}, "anchors[0]", "['big']"),
+        ({"anchors": [{"args": {}}]}, "anchors[0]", "shape, size, ratio and model; there are 0"),
+        ({"anchors": [{"size": 5e6, "ratio": 0.5}]}, "anchors[0]", "shape, size, ratio and model; there are 2"),
+        ({"anchors": [{"shape": {"n": 1}, "model": "a"}]}, "anchors[0]", "shape, size, ratio and model; there are 2"),
+        ({"anchors": [{"size": 5e6, "revision": "v1"}]}, "anchors[0]", "a revision, and no model"),
         ({"anchors": [{"ratio": 2}]}, "anchors[0].ratio", "2 must be less than or equal to 1"),
         ({"anchors": [{"size": 0.5}]}, "anchors[0].size", "0.5 must be greater than 1"),
         ({"anchors": [{"shape": 16}]}, "anchors[0].shape", "16 must be a valid mapping"),
@@ -97,7 +103,7 @@ def test_one_thing_is_wrong(changes: dict[str, Any], place: str, shown: str) -> 
 
 
 def test_what_is_wrong_is_left_out_and_the_rest_is_read() -> None:
-    anchors = [0.5, {"ratio": 0.5, "args": {"max_stepz": 1, "seed": 2}}, "big", 0.4]
+    anchors = [0.5, {"ratio": 0.5, "args": {"max_stepz": 1, "seed": 2}}, ["big"], 0.4]
     recipe = parse_recipe(raw_recipe(Path("folder"), source=7, anchors=anchors, args={"seed": "x", "bf16": True}), "s")
     assert [problem.partition(":")[0] for problem in recipe.problems] == [
         "source",

@@ -10,12 +10,15 @@ from rich.console import Console
 from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
 from cbd_trl.architectures import describe
+from cbd_trl.build.plan import Given
+from cbd_trl.chain.source import Source
 from cbd_trl.cli.main import main
 from cbd_trl.demo.run import ANSWER_TOKENS, Settings, default_steps
 from cbd_trl.recipe.check import Check, how_estimated, plan_costs, recipe_table
 from cbd_trl.recipe.configs import anchor_args, bridge_args
 from cbd_trl.recipe.estimate import Speed, smallest_gpu, writing_seconds
 from cbd_trl.recipe.schema import read_recipe, shipped_recipes
+from tests.public_configs import CONFIGS, save_config
 from tests.tokenizer import tiny_tokenizer
 
 SMOLLM2_CONFIG = LlamaConfig(
@@ -45,6 +48,11 @@ HEADS: dict[str, Any] = {
     "pythia-1b": GPTNeoXConfig(
         vocab_size=50304, hidden_size=2048, num_hidden_layers=16, num_attention_heads=8, intermediate_size=8192
     ),
+    "gpt2-xl-public": CONFIGS["openai-community/gpt2-xl"],
+    "pythia-410m-public": CONFIGS["EleutherAI/pythia-410m"],
+    "qwen3-1.7b-public": CONFIGS["Qwen/Qwen3-1.7B"],
+    "gemma-3-1b-public": CONFIGS["google/gemma-3-1b-pt"],
+    "smollm2-360m-public": CONFIGS["HuggingFaceTB/SmolLM2-360M"],
     "qwen3-4b": Qwen3Config(
         vocab_size=151936,
         hidden_size=2560,
@@ -64,15 +72,40 @@ MILLIONS = {
     "llama-3-8b": [1558, 774, 355, 124],
     "pythia-1b": [1012, 404, 162, 70],
     "qwen3-4b": [4022, 1721, 596],
+    "gpt2-xl-public": [1558, 774, 355, 124],
+    "pythia-410m-public": [405, 162, 70],
+    "qwen3-1.7b-public": [1721, 596],
+    "gemma-3-1b-public": [1000, 268],
+    "smollm2-360m-public": [362, 135],
 }
+PUBLIC = sorted(name for name in HEADS if name.endswith("-public"))
 
 
-def _planned(name: str, changes: Sequence[str] = ()) -> Check:
+def _in_folders(name: str, folder: Path) -> list[str]:
+    """Changes of a recipe to models that are here, as far as their configs."""
+    recipe, here = read_recipe(name), []
+    for number, anchor in enumerate(recipe.anchors):
+        if anchor.model is not None:
+            here.append(f"anchors[{number}].model={save_config(anchor.model, folder)}")
+    if here:
+        assert recipe.source is not None
+        here.append(f"source={save_config(recipe.source.name, folder)}")
+    return here
+
+
+def _planned(name: str, folder: Path, changes: Sequence[str] = ()) -> Check:
+    changes = [*changes, *_in_folders(name, folder)]
     recipe = read_recipe(name, changes)
     check = Check(recipe, list(recipe.problems), args=anchor_args(recipe, {}))
     if recipe.bridge is not None:
         check.bridge = bridge_args(recipe, recipe.bridge.args)
-    plan_costs(check, describe(HEADS[name]), LLAMA_3_8B if recipe.bridge is not None else None)
+    given = None
+    if name in PUBLIC and recipe.source is not None:
+        source = Source(recipe.source.name)
+        given = Given(source.tokenizer_or(None), None, [source])
+    plan_costs(check, describe(HEADS[name]), given, LLAMA_3_8B if recipe.bridge is not None else None)
+    # Their folders are without weights.
+    check.problems = [problem for problem in check.problems if "has no model.safetensors" not in problem]
     return check
 
 
@@ -81,8 +114,8 @@ def test_every_recipe_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
-def test_a_dry_run_of_every_recipe(name: str) -> None:
-    check = _planned(name)
+def test_a_dry_run_of_every_recipe(name: str, tmp_path: Path) -> None:
+    check = _planned(name, tmp_path)
     assert check.problems == []
     assert [round(cost.architecture.num_parameters / 1e6) for cost in check.costs] == MILLIONS[name]
     console = Console(width=160, record=True)
@@ -99,8 +132,8 @@ GPU_OF = {"demo": 16, "smollm2-135m": 16, "pythia-1b": 24, "gpt2-xl": 40, "qwen3
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(GPU_OF))
-def test_the_gpu_that_a_recipe_fits_on(name: str) -> None:
-    check = _planned(name)
+def test_the_gpu_that_a_recipe_fits_on(name: str, tmp_path: Path) -> None:
+    check = _planned(name, tmp_path)
     assert smallest_gpu(max(cost.gpu_memory for cost in check.costs)) == GPU_OF[name]
 
 
@@ -122,11 +155,11 @@ SLOW = Speed(products=2.04e11, device="cpu", training=1.02e11, forward=1.02e11)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_demo_takes_minutes(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+def test_the_demo_takes_minutes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bf16: bool) -> None:
     speed = dataclasses.replace(SLOW, training=2.2 * SLOW.training) if bf16 else SLOW
     monkeypatch.setattr("cbd_trl.recipe.check.measure_speed", lambda *_: speed)
     changes = Settings(default_steps(bf16), 0, bf16).changes(Path("source"), Path("chain"))
-    check = _planned("demo", changes)
+    check = _planned("demo", tmp_path, changes)
     seconds = [cost.seconds for cost in check.costs]
     total = sum(seconds) + check.measuring + writing_seconds(check.model_weights(), ANSWER_TOKENS, speed)
     assert total < 15 * 60
@@ -153,6 +186,20 @@ def test_a_shipped_name_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "source" / "model.safetensors").touch()
     assert main(["build", "demo", *flags]) == 1
     assert "a weight file that is damaged or cut off" in capsys.readouterr().err
+    assert not (tmp_path / "chain").exists()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_dry_run_of_public_anchors_reads_their_configs(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every model is in a folder with its published config, and nothing else than its weights is missing."""
+    changes = [*_in_folders(name, tmp_path), f"output_dir={tmp_path / 'chain'}"]
+    changes += ["data={name: demo, split: train}", "evaluation.data={name: demo, split: held_out}"]
+    assert main(["build", name, "--dry-run", *(word for change in changes for word in ("--set", change))]) == 1
+    shown, anchors = capsys.readouterr(), len(MILLIONS[name]) - 1
+    assert shown.out.count(" becomes this anchor, in the coordinates of the one above.") == anchors
+    assert shown.err.count("has no model.safetensors") == shown.err.count("\n  - ") == 1 + anchors
     assert not (tmp_path / "chain").exists()
 
 
