@@ -211,7 +211,7 @@ def blocks_by_type(upper: Architecture, lower: Architecture) -> list[Block] | No
     """
     even = torch.tensor(spaced_layers(upper.depth, lower.depth))
     nearness = -(torch.arange(upper.depth) - even[:, None]).abs().float()
-    return similar_blocks(nearness, same_type(upper, lower))
+    return similar_blocks(nearness, nearness, same_type(upper, lower))
 
 
 def same_type(upper: Architecture, lower: Architecture) -> Fits:

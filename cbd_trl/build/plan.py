@@ -182,7 +182,7 @@ def plan_step(
             f"({upper.num_parameters:,}). List anchors from large to small."
         )
     args = _with_chain_defaults(own.get("args", args), upper, target)
-    if public is not None and not public.matched:
+    if public is not None and (public.teaches or not public.matched):
         args.teacher_weights = [1 - PUBLIC_WEIGHT, PUBLIC_WEIGHT]
     if "dataset" in own:
         dataset = sft_dataset(own["dataset"], f"anchors[{position}]['dataset']", args)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class PublicModel:
         form: the chain's vocabulary rows and head.
         architecture: of the model in that form.
         obstacle: why its weights cannot be matched with the anchor above; None where they can.
+        teaches: whether a model whose weights are matched teaches the anchor besides.
     """
 
     source: Source
@@ -63,6 +65,7 @@ class PublicModel:
     form: CommonForm
     architecture: Architecture
     obstacle: str | None
+    teaches: bool = False
 
     @property
     def matched(self) -> bool:
@@ -272,15 +275,21 @@ def _measured(model: Any, architecture: Architecture, batches: Sequence[Any]) ->
 
 @torch.no_grad()
 def _paired_blocks(teacher: Any, upper: Architecture, model: Any, lower: Architecture, tokens: Tensor) -> list[Block]:
-    """Choose the blocks of the anchor above that the model's layers stand for, where their streams are most alike."""
+    """Choose the blocks of the anchor above that the model's layers stand for, by what layers do."""
     if upper.depth == lower.depth:
         return [Block((layer,), layer) for layer in range(upper.depth)]
     few = tokens[: -(-PAIRING_TOKENS // tokens.shape[1])].to(teacher.device)
-    streams = []
+    streams, written = [], []
     for one in (teacher, model):
         with in_eval_mode(one), portable_attention(one):
-            found = one(input_ids=few, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states[1:]
-        streams.append([stream.flatten(0, 1)[:PAIRING_TOKENS] for stream in found])
-    blocks = similar_blocks(layer_similarity(*streams).cpu(), same_type(upper, lower))
+            found = one(input_ids=few, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+        rows = [stream.flatten(0, 1)[:PAIRING_TOKENS].float() for stream in found]
+        # A few tokens of huge norm would decide alone.
+        streams.append([row / row.norm(dim=-1, keepdim=True) for row in rows[1:]])
+        written.append([after - before for before, after in pairwise(rows)])
+    # What the last layers write is not known behind the final norm, and they stand for each other.
+    by_what_is_written = layer_similarity(*written).cpu()
+    by_what_is_written[-1, -1] = 1.0
+    blocks = similar_blocks(by_what_is_written, layer_similarity(*streams).cpu(), same_type(upper, lower))
     assert blocks is not None
     return blocks

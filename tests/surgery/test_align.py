@@ -10,13 +10,16 @@ from cbd_trl.surgery.align import (
     MeasuredModel,
     assignment,
     collect_cross_moments,
+    layer_similarity,
     match_models,
     order_above,
+    order_below,
     paired_sites,
+    stream_axes,
 )
 from cbd_trl.surgery.blocks import spaced_layers
 from cbd_trl.surgery.grow import grow_depth, grow_width
-from cbd_trl.surgery.reorder import Order, importance, importance_order, permute
+from cbd_trl.surgery.reorder import Order, importance, importance_order, permute, rotate
 from tests.surgery.helpers import (
     TOLERANCE,
     build,
@@ -42,12 +45,12 @@ def side(weights, architecture):
     return model, MeasuredModel(weights, architecture, statistics)
 
 
-def matched(upper, lower):
+def matched(upper, lower, prefix=False):
     """The match of two (weights, architecture), with the upper layers beside the lower ones and both sides."""
     (upper_model, upper_side), (lower_model, lower_side) = side(*upper), side(*lower)
     kept = spaced_layers(upper[1].depth, lower[1].depth, upper[1].fits)
     cross = collect_cross_moments(upper_model, upper[1], lower_model, lower[1], kept, BATCHES)
-    return match_models(upper_side, lower_side, cross, kept), kept, upper_side, lower_side
+    return match_models(upper_side, lower_side, cross, kept, prefix), kept, upper_side, lower_side
 
 
 def ffn_sites(architecture):
@@ -71,6 +74,53 @@ def test_a_scrambled_copy_is_recovered(family, tied):
     for quality in match.quality.values():
         silent = 1 - fires.float().mean().item() if quality is match.quality["ffn"] else 0
         assert quality.matched == pytest.approx(1 - silent, abs=1e-4) and quality.random < 0.5
+
+
+@every_case
+def test_a_scrambled_copy_is_put_back_where_it_was(family, tied):
+    weights, architecture = described(full_model(family, tied, **ROWS[family].smooth))
+    scrambled = permute(weights, architecture, random_order(architecture, seed=5))
+    match, *_ = matched((weights, architecture), (scrambled, architecture), prefix=True)
+    back = permute(scrambled, architecture, order_below(match))
+    for key, tensor in weights.items():
+        assert torch.equal(back[key], tensor), key
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox"])
+def test_a_rotated_copy_is_turned_back(family):
+    weights, architecture = described(full_model(family, tied=False))
+    size = architecture.sizes["width"]
+    random = torch.randn(size, size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    if architecture.family.norm_type == "layer":
+        # What keeps the mean: axes whose rows sum to 1.
+        random[:, 0] = 1
+        basis = torch.linalg.qr(random).Q * torch.linalg.qr(random).R.diagonal().sign()
+        mixed = torch.linalg.qr(torch.randn(size - 1, size - 1, generator=torch.Generator().manual_seed(4)).double()).Q
+        axes = basis @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), mixed) @ basis.T
+    else:
+        axes = torch.linalg.qr(random).Q
+    turned = rotate(weights, architecture, axes)
+    (model, _), (copy, _) = side(weights, architecture), side(turned, architecture)
+    kept = list(range(architecture.depth))
+    cross = collect_cross_moments(model, architecture, copy, architecture, kept, BATCHES)
+    found = stream_axes(cross, architecture, architecture, kept)
+    torch.testing.assert_close(axes @ found, torch.eye(size, dtype=torch.float64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.T @ found, torch.eye(size, dtype=torch.float64), atol=1e-9, rtol=0)
+    if architecture.family.norm_type == "layer":
+        torch.testing.assert_close(found.sum(1), torch.ones(size, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_similarity_sees_no_rotation_and_no_scale():
+    generator = torch.Generator().manual_seed(0)
+    streams = [torch.randn(50, size, generator=generator) for size in (6, 8)]
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    found = layer_similarity(streams, [3 * streams[0] @ turn + 5, streams[1]])
+    torch.testing.assert_close(found.diagonal(), torch.ones(2))
+    # ||X^T Y||^2 / (||X^T X|| ||Y^T Y||) of the centered streams.
+    one, other = (stream - stream.mean(0) for stream in streams)
+    expected = (one.T @ other).square().sum() / ((one.T @ one).norm() * (other.T @ other).norm())
+    torch.testing.assert_close(found[0, 1], expected)
+    torch.testing.assert_close(found[1, 0], expected)
 
 
 GROWN, GROWN_WITH_HEADS = {"width": 40, "group": 3, "query": 3, "ffn": 64}, {"width": 48, "group": 6, "ffn": 160}

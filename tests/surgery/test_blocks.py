@@ -8,7 +8,15 @@ from torch import nn
 
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.blocks import blocks_of, check_blocks, select_layers, spaced_layers, swap_blocks
+from cbd_trl.surgery.blocks import (
+    Block,
+    blocks_of,
+    check_blocks,
+    select_layers,
+    similar_blocks,
+    spaced_layers,
+    swap_blocks,
+)
 from tests.surgery.helpers import (
     build,
     changed,
@@ -194,3 +202,14 @@ def test_a_wrong_block_map_is_refused():
     lower, upper = _pair("llama", True)
     with pytest.raises(ValueError, match=r"\b6\b.*\b4\b"):
         swap_blocks(*described(lower), *described(upper), [[0], [1], [2], [3]], [1])
+
+
+def test_similar_blocks_keep_what_writes_alike_and_end_where_the_streams_are_alike():
+    written = torch.tensor([[0.9, 0.1, 0.2, 0.0, 0.3], [0.2, 0.3, 0.3, 0.8, 0.1], [0.0, 0.0, 0.9, 0.0, 0.5]])
+    streams = torch.tensor([[0.1, 0.2, 0.9, 0.8, 0.1], [0.1, 0.1, 0.1, 0.1, 0.2], [0.9, 0.9, 0.0, 0.0, 0.0]])
+    # The third layer writes most like upper layer 2, but the second one stands beside 3.
+    assert similar_blocks(written, streams) == [Block((0, 1, 2), 0), Block((3,), 3), Block((4,), 4)]
+    # Where layer 3 may not stand, 1 and 2 are kept, and all above the last kept layer belongs to the last block.
+    fits = lambda layer, position: layer != 3  # noqa: E731
+    assert similar_blocks(written, streams, fits) == [Block((0,), 0), Block((1,), 1), Block((2, 3, 4), 2)]
+    assert similar_blocks(written, streams, lambda layer, position: layer < 2) is None
