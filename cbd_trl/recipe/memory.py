@@ -597,8 +597,9 @@ def _matching(upper: Architecture, lower: Architecture, run: _Run) -> tuple[int,
     if upper.depth == lower.depth:
         return moments, 0
     states = upper.depth * upper.sizes["width"] + lower.depth * lower.sizes["width"]
-    # The Gram matrices of the upper layers, before and after they are stacked.
-    return moments, 4 * 2 * upper.depth * PAIRING_TOKENS**2 + run.weights(PAIRING_TOKENS * states)
+    # The Gram matrices of the upper layers, before and after they are stacked, and states, what is written, and both
+    # in one length.
+    return moments, 4 * (2 * upper.depth * PAIRING_TOKENS**2 + 3 * PAIRING_TOKENS * states)
 
 
 def _refit(upper: Architecture, lower: Architecture, run: _Run, calibration_tokens: int) -> int:

@@ -9,15 +9,17 @@ import torch
 from rich.console import Console
 
 from cbd_trl import DistillConfig
-from cbd_trl.build.plan import plan_chain
+from cbd_trl.build.plan import Given, plan_chain
 from cbd_trl.recipe.check import Check, how_it_fits, memory_table
 from cbd_trl.recipe.estimate import LIBRARIES, Cost, Speed, anchor_cost, smallest_gpu
 from cbd_trl.recipe.memory import Phase, anchor_phases, optimizer_bytes
 from cbd_trl.recipe.schema import parse_recipe
 from cbd_trl.recipe.trace import traced
+from cbd_trl.targets.many import multiplied_weights
 from tests.recipe.helpers import ARGS, raw_recipe
 from tests.surgery.helpers import described
 from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
 
 GPU = torch.device("cuda")
 SPEED = Speed(products=4e9, device="cpu", training=2e9, forward=2e9)
@@ -58,6 +60,43 @@ def test_a_training_takes_less_with_what_saves_memory() -> None:
     assert _train(loss_chunk_size=8) < whole
     assert _train(swap_probability=1.0) > whole
     assert _train(packing=True) < whole
+
+
+def _phases(model: Any, **changes: object) -> tuple[dict[str, int], float | None]:
+    """Bytes of the phases of an anchor, and its seconds."""
+    upper = described(tiny_model("llama", num_hidden_layers=4, vocab_size=2000))[1]
+    [step] = plan_chain(upper, [model], _args(**changes), None, Given(tiny_tokenizer(), None, []))
+    phases = anchor_phases(upper, step, 64, GPU)
+    return {phase.name: phase.device for phase in phases}, anchor_cost(upper, step, 64, SPEED).seconds
+
+
+def test_a_second_teacher_is_held_and_run() -> None:
+    shape = {"num_hidden_layers": 2, "head_dim": 4, "vocab_size": 2000}
+    teacher = tiny_model("llama", seed=2, **shape)
+    [step] = plan_chain(
+        described(tiny_model("llama", vocab_size=2000))[1], [teacher], _args(), None, Given(tiny_tokenizer(), None, [])
+    )
+    both, taught = _phases(teacher)
+    alone, seconds = _phases(step.architecture.shape)
+    assert both["refit"] == alone["refit"] and taught and seconds
+    held, weights = both["train"] - alone["train"], 4 * teacher.num_parameters()
+    # Its last hidden states beside its weights.
+    assert weights < held < 1.5 * weights
+    tokens = 2 * 2 * 64
+    assert taught - seconds == pytest.approx(tokens * 2 * multiplied_weights(described(teacher)[1]) / SPEED.training)
+
+
+@pytest.mark.parametrize(("above", "copies"), [({"tie_word_embeddings": True}, 1), ({}, 2)])
+def test_a_matched_model_is_compared_and_neither_cut_nor_refitted(above: dict[str, Any], copies: int) -> None:
+    upper, model = (
+        tiny_model("llama", seed=seed, num_hidden_layers=depth, **above) for seed, depth in ((1, 4), (2, 2))
+    )
+    [step] = plan_chain(described(upper)[1], [model], _args(), None, Given(tiny_tokenizer(), None, []))
+    phases = anchor_phases(described(upper)[1], step, 64, GPU)
+    assert [phase.name for phase in phases] == ["match", "train", "statistics"]
+    held = 4 * (upper.num_parameters() + copies * model.num_parameters())
+    # Gram matrices of 1,024 tokens, twice of four layers.
+    assert held + 4 * 2 * 4 * 1024**2 < phases[0].device < held + 2 * 4 * 2 * 4 * 1024**2
 
 
 def test_the_optimizer_is_counted_by_its_states() -> None:
