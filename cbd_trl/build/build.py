@@ -79,7 +79,7 @@ def build_chain(
         eval_dataset: evaluated once for every anchor after training, when given.
         calibration_tokens: tokens of text behind the statistics.
         revision: of a source on the Hub: branch, tag or commit.
-        token: for a source on the Hub that is private or gated.
+        token: for models on the Hub that are private or gated.
 
     Raises:
         ValueError: before any long work, for a source, anchor or output folder that cannot be used.

@@ -75,9 +75,9 @@ def pinned_commits(output_dir: Path) -> dict[tuple[str, str | None], str]:
         trainings += [anchor.training for anchor in Chain.from_pretrained(output_dir, verify=False).anchors]
     records = [record for training in trainings if isinstance(record := training.get(PUBLIC_MODEL), Mapping)]
     return {
-        (record["model"], record.get("requested_revision")): record["revision"]
+        (str(record.get("model")), record.get("requested_revision")): commit
         for record in records
-        if record.get("revision") is not None
+        if isinstance(commit := record.get("revision"), str)
     }
 
 

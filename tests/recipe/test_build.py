@@ -13,10 +13,11 @@ from cbd_trl import Chain, DistillConfig, DistillTrainer, build_chain, from_chai
 from cbd_trl.cli.main import main
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.recipe.run import build_recipe
-from cbd_trl.recipe.schema import read_recipe
+from cbd_trl.recipe.schema import RecipeError, parse_recipe, read_recipe
 from cbd_trl.utils.blocks import token_blocks
 from tests.chain.helpers import CHAIN_ANCHORS, same_weights
-from tests.recipe.helpers import ARGS, write_recipe
+from tests.recipe.helpers import ARGS, raw_recipe, write_recipe
+from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 SIZE = 30_000
@@ -183,3 +184,18 @@ def test_a_size_that_no_target_has_is_named_and_the_others_are_measured(
     assert "evaluation.sizes: 28,000 is not measured. No reachable size is within" in capsys.readouterr().out
     [target] = json.loads((folder / "loss-against-size.json").read_text())["targets"]
     assert target["num_parameters"] == 33_056
+
+
+def test_an_anchor_that_exists_already(inputs: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    tiny_model("llama", seed=2, tie_word_embeddings=True, num_hidden_layers=4).save_pretrained(small)
+    tiny_tokenizer().save_pretrained(small)
+    raw = raw_recipe(inputs, output_dir=str(tmp_path / "chain"), evaluation=None)
+    chain = build_recipe(parse_recipe({**raw, "anchors": [{"model": str(small), "args": {"max_steps": 1}}]}, "some"))
+    record = chain.anchors[1].training["public_model"]
+    assert record["model"].startswith("small@") and record["obstacle"] is None
+    assert chain.anchors[1].arguments["max_steps"] == 1
+    # The same shape, cut, is another anchor.
+    cut = parse_recipe({**raw, "anchors": [{"shape": {"num_hidden_layers": 4}, "args": {"max_steps": 1}}]}, "some")
+    with pytest.raises(RecipeError, match=r"output_dir: .*changed arguments: \['model', 'way'\]"):
+        build_recipe(cut)

@@ -9,12 +9,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from cbd_trl.cli.main import main
-from cbd_trl.recipe.check import check_recipe
+from cbd_trl.recipe.check import check_recipe, how_models_are_used
 from cbd_trl.recipe.run import build_recipe
 from cbd_trl.recipe.schema import parse_recipe
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
 from tests.recipe.helpers import ARGS, raw_recipe, write_recipe
 from tests.tiny import tiny_model
+from tests.tokenizer import tiny_tokenizer
 
 DEEP = {"num_hidden_layers": 4}
 
@@ -68,6 +69,7 @@ def test_a_recipe_that_is_right_has_no_problems(inputs: Path, tmp_path: Path) ->
         ({"anchors": [{"shape": {"num_hidden_layer": 4}}]}, "anchors[0]: "),
         ({"anchors": [{"shape": {"num_hidden_layers": "four"}}]}, "anchors[0]: "),
         ({"anchors": [{"shape": {"num_hidden_layers": 6}}]}, "anchors[0] has 48,544 parameters, no fewer than the"),
+        ({"anchors": ["nowhere/small"]}, "anchors[0]: The model of anchors[0] 'nowhere/small' is not a model folder"),
         ({"anchors": [{"size": 5e6}]}, "anchors[0]: "),
         ({"anchors": [{"ratio": 0.001}]}, "anchors[0]: "),
         ({"args": {**ARGS, "divergence": "reverse-kl"}}, "args.divergence: Unknown divergence 'reverse-kl'"),
@@ -169,6 +171,28 @@ def test_a_slice_without_rows_is_found_before_the_chain_is_begun(inputs: Path, t
 def test_a_folder_has_no_revision(inputs: Path, tmp_path: Path) -> None:
     [problem] = _problems(inputs, tmp_path, source={"name": str(inputs / "source"), "revision": "v1"})
     assert problem.startswith("source.revision: ") and "is a folder, which has no revision 'v1'" in problem
+
+
+def test_models_as_anchors(inputs: Path, tmp_path: Path) -> None:
+    """What each is used for is known from configs, and so is what is wrong with it."""
+    folders = {name: tmp_path.with_name(f"{tmp_path.name}-{name}") for name in ("small", "other")}
+    for name, fields in (("small", {"num_hidden_layers": 5}), ("other", {"num_hidden_layers": 3, "head_dim": 4})):
+        tiny_model("llama", seed=2, tie_word_embeddings=True, **fields).save_pretrained(folders[name])
+        tiny_tokenizer().save_pretrained(folders[name])
+    small, other = map(str, folders.values())
+    raw = raw_recipe(inputs, output_dir=str(tmp_path / "chain"), anchors=[small, {"model": other}])
+    check = check_recipe(parse_recipe(raw, "some"))
+    assert check.problems == []
+    first, second = how_models_are_used(check).splitlines()
+    assert first.endswith("-small becomes this anchor, in the coordinates of the one above.")
+    assert "-other teaches this anchor beside the one above, from which it is cut" in second
+    assert "differ in their head size: 8 and 4" in second
+    (folders["other"] / "model.safetensors").unlink()
+    problems = _problems(inputs, tmp_path, anchors=[{"model": small, "revision": "v1"}, other])
+    assert problems[0].startswith("anchors[0].revision: ") and "has no revision 'v1'" in problems[0]
+    assert problems[1].startswith("anchors[1].model: ") and "has no model.safetensors" in problems[1]
+    [problem] = _problems(inputs, tmp_path, anchors=[small, small])
+    assert problem.startswith("anchors[1] (") and "is the same model as the model of anchors[0]" in problem
 
 
 def test_a_source_without_safetensors(inputs: Path, tmp_path: Path) -> None:
