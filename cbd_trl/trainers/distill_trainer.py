@@ -87,8 +87,9 @@ class DistillTrainer(SFTTrainer):
 
     Args:
         model: the student: a causal LM, or the path or Hub id of one.
-        teacher_model: the teacher, likewise, or a list of teachers. Given as a model it is frozen and put in eval
-            mode. None: the one in `args`: `teacher_model_name_or_path`, `teacher_cache` or `self_distillation`.
+        teacher_model: the teacher, likewise, or a list of teachers, of whom the first one's layers are compared and
+            swapped in. Given as a model it is frozen and put in eval mode. None: the one in `args`:
+            `teacher_model_name_or_path`, `teacher_cache` or `self_distillation`.
         args: a `DistillConfig`.
         train_dataset: any dataset format of `trl.SFTTrainer`.
         eval_dataset: likewise, or a dict of them.

@@ -238,9 +238,8 @@ class LayerPairs:
         if teacher is None:
             if block_map is not None:
                 raise ValueError(
-                    "block_map pairs the layers of the student with those of one teacher, and a teacher_cache, what a "
-                    "teacher wrote or several teachers have none to pair: it would be ignored. Leave it out, or give "
-                    "one teacher."
+                    "block_map pairs the layers of the student with those of a teacher, and a teacher_cache or what a "
+                    "teacher wrote has none to pair: it would be ignored. Leave it out, or give a teacher."
                 )
             return
         if not (args.uses_hidden or args.swap_probability):
