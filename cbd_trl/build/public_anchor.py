@@ -34,7 +34,7 @@ from cbd_trl.surgery.align import (
     order_below,
     stream_axes,
 )
-from cbd_trl.surgery.blocks import Block, similar_blocks
+from cbd_trl.surgery.blocks import Block, similar_blocks, swap_blocks
 from cbd_trl.surgery.reorder import Order, can_rotate, permute, rotate
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import Weights, weights_of
@@ -45,6 +45,8 @@ from cbd_trl.utils.tokenizers import tokenizer_difference
 
 # Tokens whose streams are compared to pair layers: the memory is their square for every layer.
 PAIRING_TOKENS = 1024
+# Rows of calibration text that the costs of blocks are measured on.
+COST_ROWS = 2
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ def find_placement(file: Path, teacher: PreTrainedModel, model: PreTrainedModel,
 
 def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
     upper, lower = describe(teacher.config), describe(model.config)
+    own = weights_of(model, lower)
     blocks = _paired_blocks(teacher, upper, model, lower, tokens)
     kept = [block.kept for block in blocks]
     batches = calibration_batches(tokens.to(teacher.device))
@@ -252,10 +255,9 @@ def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
         return collect_cross_moments(teacher, upper, model, lower, kept, Progress("Comparing streams", batches))
 
     cross, axes = compared(), None
-    if can_rotate(weights_of(model, lower), lower):
+    if can_rotate(own, lower):
         axes = stream_axes(cross, upper, lower, kept)
-        weights = rotate(weights_of(model, lower), lower, axes)
-        model = build_model(lower, weights, model.dtype).to(teacher.device)
+        model = build_model(lower, rotate(own, lower, axes), model.dtype).to(teacher.device)
         cross = compared()
     above, below = _measured(teacher, upper, batches), _measured(model, lower, batches)
     match = match_models(above, below, cross, kept, prefix=True)
@@ -263,7 +265,39 @@ def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
         kind: {name: round(value, 4) for name, value in dataclasses.asdict(found).items()}
         for kind, found in match.quality.items()
     }
-    return Placement(blocks, axes, order_below(match), quality)
+    placement = Placement(blocks, axes, order_below(match), quality)
+    if upper.sizes == lower.sizes and upper.depth > lower.depth:
+        placed = placement.placed(own, lower)
+        rows = tokens[-COST_ROWS:].to(teacher.device)
+        costs = _block_costs(weights_of(teacher, upper), upper, placed, lower, blocks, rows, teacher.dtype)
+        measured = [dataclasses.replace(block, cost=cost) for block, cost in zip(blocks, costs, strict=True)]
+        placement = dataclasses.replace(placement, blocks=measured)
+    return placement
+
+
+@torch.no_grad()
+def _block_costs(
+    upper: Weights,
+    upper_architecture: Architecture,
+    lower: Weights,
+    lower_architecture: Architecture,
+    blocks: Sequence[Block],
+    rows: Tensor,
+    dtype: torch.dtype,
+) -> list[float]:
+    """Measure for each layer what it costs, in nats per token, that it stands for its block: by how much the loss
+    falls when the block takes its place, which it may not; those that cost the most are swapped first."""
+    layers, kept = [block.layers for block in blocks], [block.kept for block in blocks]
+
+    def loss(swapped: list[int]) -> float:
+        weights, architecture = swap_blocks(
+            lower, lower_architecture, upper, upper_architecture, layers, swapped, kept
+        )
+        model: Any = build_model(architecture, weights, dtype).to(rows.device)
+        return float(model(input_ids=rows, labels=rows, use_cache=False).loss)
+
+    alone = loss([])
+    return [alone - loss([i]) for i in Progress("Swapping blocks", range(len(blocks)))]
 
 
 def _measured(model: Any, architecture: Architecture, batches: Sequence[Any]) -> MeasuredModel:
