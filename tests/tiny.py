@@ -376,6 +376,24 @@ def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
     return [pytest.param(family, marks=() if family in KINDS else pytest.mark.slow) for family in families]
 
 
+def head_marks(family: str, tied: bool) -> Any:
+    """Marks of a test of a single operation: `slow` for the head that a relative's config does not have by default.
+
+    Its own tensors are proved beside the other head, and what the two heads differ in by the family of its kind.
+    """
+    row = ROWS[family]
+    published = family in KINDS or not row.ties or tied is row.config.tie_word_embeddings
+    return () if published else pytest.mark.slow
+
+
+def by_head() -> list[Any]:
+    """Parameters (family, tied) for a test of a single operation, with `head_marks`."""
+    return [
+        pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}", marks=head_marks(family, tied))
+        for family, tied in HEADS
+    ]
+
+
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
     """Config fields by the names that the family has for them; those it does not have are left out.
 

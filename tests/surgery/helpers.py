@@ -14,13 +14,12 @@ from cbd_trl.architectures.registry import family_of
 from cbd_trl.surgery.reorder import Order
 from cbd_trl.surgery.statistics import Change, Statistics, collect_statistics
 from cbd_trl.surgery.weights import Weights, to_state, weights_of
-from tests.tiny import FAMILIES, HEADS, ROWS, tiny_model
+from tests.tiny import FAMILIES, ROWS, by_head, tiny_model
 
 # Style rule 7: the largest difference of logits, in units of their standard deviation.
 TOLERANCE = 1e-5
 
-CASES = [pytest.param(f, t, id=f"{f}-{'tied' if t else 'untied'}") for f, t in HEADS]
-every_case = pytest.mark.parametrize(("family", "tied"), CASES)
+every_case = pytest.mark.parametrize(("family", "tied"), by_head())
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

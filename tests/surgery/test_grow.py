@@ -16,7 +16,7 @@ from tests.surgery.helpers import (
     every_family,
     full_model,
 )
-from tests.tiny import HEADS, WIDTH_OF_HEADS
+from tests.tiny import HEADS, WIDTH_OF_HEADS, head_marks
 
 WIDER = [
     {"width": 44},
@@ -35,7 +35,13 @@ def wider(family):
 
 
 WIDTHS = [
-    pytest.param(family, tied, sizes, id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}")
+    pytest.param(
+        family,
+        tied,
+        sizes,
+        id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}",
+        marks=head_marks(family, tied),
+    )
     for family, tied in HEADS
     for sizes in wider(family)
 ]

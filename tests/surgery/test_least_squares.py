@@ -22,7 +22,7 @@ from tests.surgery.helpers import (
     reading_module,
     tokens,
 )
-from tests.tiny import FAMILIES, TYING, WIDTH_OF_HEADS, tiny_model
+from tests.tiny import HEADS, TYING, WIDTH_OF_HEADS, head_marks, tiny_model
 
 NARROWER = {"ffn": {"ffn": 40}, "width": {"width": 24}, "group": {"group": 1}, "query": {"query": 1}}
 NARROWER_WITH_HEADS = {"ffn": {"ffn": 40}, "width": {"width": 24, "group": 3}}
@@ -30,9 +30,6 @@ NARROWER_WITH_HEADS = {"ffn": {"ffn": 40}, "width": {"width": 24, "group": 3}}
 
 def _table(family: str) -> dict[str, dict[str, int]]:
     return NARROWER_WITH_HEADS if family in WIDTH_OF_HEADS else NARROWER
-
-
-ONE_DIM = [pytest.param(family, name, id=f"{family}-{name}") for family in FAMILIES for name in _table(family)]
 
 
 def _narrower(family: str, *names: str) -> dict[str, int]:
@@ -102,9 +99,15 @@ def _expected_changes(architecture, name: str) -> set[str]:
     return keys & set(architecture.tensors)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize(("family", "name"), ONE_DIM)
-def test_only_readers_of_what_is_cut_are_refitted(family, name, tied):
+@pytest.mark.parametrize(
+    ("family", "tied", "name"),
+    [
+        pytest.param(family, tied, name, marks=head_marks(family, tied))
+        for family, tied in HEADS
+        for name in _table(family)
+    ],
+)
+def test_only_readers_of_what_is_cut_are_refitted(family, tied, name):
     model = full_model(family, tied)
     weights, architecture = described(model)
     target = architecture.resized(**_narrower(family, name))

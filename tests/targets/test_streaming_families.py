@@ -21,7 +21,8 @@ from cbd_trl.targets import operators
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from tests.chain.helpers import between, random_pair, same_weights
 from tests.chain.test_model import resident
-from tests.surgery.helpers import build, every_case, moments
+from tests.surgery.helpers import build, moments
+from tests.tiny import HEADS, KINDS, head_marks
 
 _LAZY = (blocks, cut, grow, norms, weights, operators)
 
@@ -55,11 +56,23 @@ def whole(chain: Chain, dtype: torch.dtype) -> Pair:
     )
 
 
+# In depth and in width at once: the one that relatives of another family run by default.
+_WAYS = [("both", torch.float32), ("depth", torch.float32), ("width", torch.float32), ("both", torch.bfloat16)]
+
+
 @pytest.mark.parametrize(
-    ("what", "dtype"),
-    [("depth", torch.float32), ("width", torch.float32), ("both", torch.float32), ("both", torch.bfloat16)],
+    ("family", "tied", "what", "dtype"),
+    [
+        pytest.param(
+            family,
+            tied,
+            *way,
+            marks=head_marks(family, tied) if family in KINDS or way == _WAYS[0] else pytest.mark.slow,
+        )
+        for family, tied in HEADS
+        for way in _WAYS
+    ],
 )
-@every_case
 def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, tmp_path, monkeypatch):
     """Every operator; what is made at once, every mapping worked out before it is used, is equal bit by bit."""
     pair = random_pair(family, tied, what)
