@@ -376,14 +376,18 @@ def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
     return [pytest.param(family, marks=() if family in KINDS else pytest.mark.slow) for family in families]
 
 
+def published(family: str, tied: bool) -> bool:
+    """Whether the config of the family has that head by default, or can have no other."""
+    row = ROWS[family]
+    return not row.ties or tied is row.config.tie_word_embeddings
+
+
 def head_marks(family: str, tied: bool) -> Any:
-    """Marks of a test of a single operation: `slow` for the head that a relative's config does not have by default.
+    """Marks of a test of a single operation: `slow` for a relative's head that it is not published with.
 
     Its own tensors are proved beside the other head, and what the two heads differ in by the family of its kind.
     """
-    row = ROWS[family]
-    published = family in KINDS or not row.ties or tied is row.config.tie_word_embeddings
-    return () if published else pytest.mark.slow
+    return () if family in KINDS or published(family, tied) else pytest.mark.slow
 
 
 def by_head() -> list[Any]:
