@@ -22,7 +22,7 @@ from tests.surgery.helpers import (
     reading_module,
     tokens,
 )
-from tests.tiny import HEADS, TYING, WIDTH_OF_HEADS, head_marks, tiny_model
+from tests.tiny import HEADS, TYING, WIDTH_OF_HEADS, by_kind, head_marks, tiny_model
 
 NARROWER = {"ffn": {"ffn": 40}, "width": {"width": 24}, "group": {"group": 1}, "query": {"query": 1}}
 NARROWER_WITH_HEADS = {"ffn": {"ffn": 40}, "width": {"width": 24, "group": 3}}
@@ -50,7 +50,7 @@ def test_a_cut_that_drops_copies_is_exact(family):
     assert difference(build(plain_cut(copies, wide, architecture), architecture), reference) > 0.5
 
 
-@every_family
+@pytest.mark.parametrize("family", by_kind())
 def test_the_ridge_moves_a_cut_away_from_exact(family):
     weights, architecture = described(full_model(family, tied=False))
     reference = build(weights, architecture)
