@@ -1,4 +1,4 @@
-"""Memory as a dry run tells it. `tests/device/test_memory.py` compares it with what a build holds."""
+"""Memory as a dry run tells it. `tests/device/memory.py` compares it with what a build holds."""
 
 import dataclasses
 import io
