@@ -96,8 +96,8 @@ def to_weights(state: Weights, architecture: Architecture) -> Weights:
     def tensor(key: str) -> torch.Tensor:
         if key not in architecture.stored:
             return no_gain()
-        name, rows = architecture.stored[key]
-        return as_used(key, state[name][rows], architecture)
+        name, place = architecture.stored[key]
+        return as_used(key, state[name][place] if place else state[name], architecture)
 
     return LazyWeights(architecture.tensors, tensor)
 
@@ -127,7 +127,8 @@ def to_state(weights: Weights, architecture: Architecture) -> Weights:
         if name in architecture.constants:
             return torch.tensor(architecture.constants[name])
         tensors = [as_stored(key, with_gain(key), architecture) for key in parts[name]]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        fused = architecture.fused(name)
+        return tensors[0] if fused is None else fused.joined(tensors)
 
     return LazyWeights([*parts, *architecture.constants], tensor)
 

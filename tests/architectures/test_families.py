@@ -51,8 +51,10 @@ def test_description_has_every_tensor_of_the_model(family, options, tied):
         del shapes["lm_head.weight"]
     described: dict[str, tuple[int, ...]] = {}
     for key, (name, _) in architecture.stored.items():
-        rows, *rest = tensor_shape(architecture.tensors[key], architecture.sizes)
-        described[name] = (rows + (described[name][0] if name in described else 0), *rest)
+        shape, fused = list(tensor_shape(architecture.tensors[key], architecture.sizes)), architecture.fused(name)
+        if fused is not None and name in described:
+            shape[fused.axis] += described[name][fused.axis]
+        described[name] = tuple(shape)
     constants = {key: value.item() for key, value in model.state_dict().items() if value.dim() == 0}
     assert constants == pytest.approx(architecture.constants)
     assert described | dict.fromkeys(constants, ()) == shapes

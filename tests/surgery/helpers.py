@@ -66,7 +66,8 @@ def not_stored(architecture: Architecture) -> set[str]:
 def reading_module(model: PreTrainedModel, architecture: Architecture, reader: str) -> tuple[Any, slice]:
     """The module that a reader is in the model, and which of its outputs are the reader's."""
     key = f"{reader}.weight"
-    name, rows = architecture.stored.get(key, (key, slice(None)))
+    name, place = architecture.stored.get(key, (key, ()))
+    rows = place[0] if place else slice(None)
     return model.get_submodule(name.removesuffix(".weight")), rows
 
 
