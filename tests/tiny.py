@@ -36,6 +36,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
@@ -168,6 +169,14 @@ ROWS: dict[str, Row] = {
     ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
+    "qwen3_moe": Row(
+        Qwen3MoeConfig,
+        {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        _BIASES,
+        ({"norm_topk_prob": False},),
+        gguf="QWEN3MOE",
+        writers=("mlp.experts.up_proj", "self_attn.v_proj"),
+    ),
     "phi": Row(
         PhiConfig,
         options=({"num_key_value_heads": 2}, {"partial_rotary_factor": 0.25}),
@@ -369,6 +378,8 @@ SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
 # Those whose norms are LayerNorms, and those whose width is heads x head size.
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")
 WIDTH_OF_HEADS = tuple(family for family in FAMILIES if _ties_width(family_of(family)))
+# Those with mixtures of experts.
+MIXTURES = tuple(family for family in FAMILIES if family_of(family).experts is not None)
 
 
 def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
@@ -409,7 +420,9 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     untied = {} if row.ties else {"tie_word_embeddings": False}
     config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides, **untied})
     how = attn_implementation if row.sdpa else "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=how)
+    # The kernel that experts have by default computes nothing in float64.
+    experts = {} if family_of(family).experts is None else {"experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=how, **experts)
     randomize(model, seed)
     return model.eval()
 

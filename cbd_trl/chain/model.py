@@ -56,6 +56,8 @@ def stock_model(
     with quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
         model = cls.from_pretrained(None, config=config, state_dict=_parameters(state, dtype), dtype=dtype)
+    # What it was loaded from had the model's own names; saved, it is to have those of files.
+    del model._weight_conversions
     model.config._name_or_path = model.name_or_path = name_or_path
     return model.eval()
 
@@ -150,18 +152,22 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         places: dict[str, tuple[str, Place]] = {key: (key, ()) for key in shapes}
         places |= {name: (key, ()) for name, key in (names or {}).items() if key in shapes}
         places |= {name: (key, place) for key in shapes for name, place in (parts or {}).get(key, {}).items()}
-        found: dict[str, dict[Place, tuple[TensorFile, str]]] = {key: {} for key in shapes}
+        found: dict[str, dict[str, tuple[TensorFile, Place]]] = {key: {} for key in shapes}
         for shard in map(TensorFile, files):
             for name in shard:
                 if name not in places:
                     continue
                 key, place = places[name]
-                if before := found[key].get(place, found[key].get(())):
-                    raise ValueError(f"{before[1]} is in {before[0].path} and again in {shard.path}.")
+                before = [one for had, (one, part) in found[key].items() if had == name or not part or not place]
+                if before:
+                    raise ValueError(f"{key} is in {before[0].path} and again in {shard.path}.")
                 _check(shard, name, _part_shape(shapes[key], place))
-                found[key][place] = (shard, name)
-        wanted = {key: set((parts or {}).get(key, {key: ()}).values()) for key in shapes}
-        missing = sorted(key for key in shapes if () not in found[key] and found[key].keys() != wanted[key])
+                found[key][name] = (shard, place)
+        missing = sorted(
+            key
+            for key, had in found.items()
+            if all(place for _, place in had.values()) and had.keys() != (parts or {}).get(key, {key: ()}).keys()
+        )
         if missing:
             listed = ", ".join(str(file) for file in files)
             raise ValueError(f"{listed} lacks {missing[:5]}, which config.json implies.")
@@ -169,13 +175,12 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         self._places, self._shapes = found, shapes
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        places = self._places[key]
-        if () in places:
-            shard, name = places[()]
-            return shard[name]
-        tensors = {place: shard[name] for place, (shard, name) in places.items()}
-        whole = next(iter(tensors.values())).new_empty(self._shapes[key])
-        for place, tensor in tensors.items():
+        tensors = [(shard[name], place) for name, (shard, place) in self._places[key].items()]
+        first, place = tensors[0]
+        if not place:
+            return first
+        whole = first.new_empty(self._shapes[key])
+        for tensor, place in tensors:
             whole[place] = tensor
         return whole
 

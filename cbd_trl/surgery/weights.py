@@ -178,8 +178,8 @@ def from_input_matrix(matrix: torch.Tensor, like: torch.Tensor, axes: Axes, axis
 
 
 def readers_of(architecture: Architecture) -> dict[str, Site]:
-    """Map {module whose weight reads a site: the site}; a tied head reads with the embedding table."""
-    return {_module_of(reader, architecture): site for site in architecture.sites for reader in site.readers}
+    """Map {module whose weight reads a measured site: the site}; a tied head reads with the embedding table."""
+    return {_module_of(reader, architecture): site for site in architecture.measured_sites for reader in site.readers}
 
 
 def site_norms(architecture: Architecture) -> dict[str, Site]:
