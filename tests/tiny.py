@@ -20,6 +20,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
@@ -112,7 +113,7 @@ class Row:
         gguf: what `gguf.MODEL_ARCH` calls it; None where llama.cpp does not have it.
         whole_heads: whether transformers wants a width that is a multiple of the number of heads.
         writers: in a layer, what computes the neurons and what the values of the attention.
-        smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
+        smooth: config fields without dead or clamped neurons, which statistics cannot tell apart (as under a ReLU).
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
         row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
@@ -176,6 +177,30 @@ ROWS: dict[str, Row] = {
         ({"norm_topk_prob": False},),
         gguf="QWEN3MOE",
         writers=("mlp.experts.up_proj", "self_attn.v_proj"),
+    ),
+    "gpt_oss": Row(
+        GptOssConfig,
+        {
+            "head_dim": 8,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "swiglu_limit": 0.5,
+            "attention_bias": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        _BIASES,
+        gguf="GPT_OSS",
+        writers=("mlp.experts.up_proj", "self_attn.v_proj"),
+        smooth={"swiglu_limit": 1000.0},
+        sdpa=False,
+        like="qwen3_moe",
     ),
     "phi": Row(
         PhiConfig,

@@ -17,6 +17,7 @@ from cbd_trl.architectures.exaone4 import EXAONE4, EXAONE4_WINDOWED
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
+from cbd_trl.architectures.gpt_oss import GPT_OSS
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.helium import HELIUM
 from cbd_trl.architectures.hunyuan import HUNYUAN
@@ -56,6 +57,7 @@ FAMILIES = (
     PHI3_LONGROPE,
     PHI3,
     QWEN3_MOE,
+    GPT_OSS,
     STABLELM_PARALLEL,
     STABLELM,
     STARCODER2,

@@ -25,8 +25,8 @@ def check_experts(architecture: Architecture, target: Architecture) -> None:
     if new > old and ROUTER_BIAS not in architecture.tensors.values():
         raise ValueError(
             f"Cannot grow {old} experts to {new}: the router of {architecture.config.model_type} has no bias, and "
-            "what it would give a new expert depends on the token, so some tokens would be sent there. Keep the number "
-            "of experts, or cut the model above (operator='nested' or 'slice')."
+            "what it would give a new expert depends on the token, so some would be sent there. Keep the number of "
+            "experts, or cut the model above (operator='nested' or 'slice')."
         )
 
 

@@ -96,7 +96,7 @@ def test_a_huge_channel_comes_first(family, how):
 @pytest.mark.parametrize(("dim", "index"), [("ffn", 31), ("group", 1)])
 @pytest.mark.parametrize("how", ["active", "read strongly"])
 def test_a_huge_neuron_or_group_comes_first_in_its_layer_alone(family, dim, index, how):
-    model = full_model(family, True)
+    model = full_model(family, True, **ROWS[family].smooth)
     weights, architecture = described(model)
     before = importance(weights, architecture, moments(model, architecture))
     if how == "read strongly":
