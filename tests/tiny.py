@@ -172,7 +172,13 @@ ROWS: dict[str, Row] = {
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
     "qwen3_moe": Row(
         Qwen3MoeConfig,
-        {"head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        {
+            "head_dim": 8,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.0,
+        },
         _BIASES,
         ({"norm_topk_prob": False},),
         gguf="QWEN3MOE",
@@ -183,6 +189,7 @@ ROWS: dict[str, Row] = {
         {
             "head_dim": 8,
             "num_local_experts": 6,
+            "router_aux_loss_coef": 0.0,
             "num_experts_per_tok": 2,
             "sliding_window": 6,
             "swiglu_limit": 0.5,

@@ -95,6 +95,8 @@ class _Run:
     def model(self, config: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
         """A model without data, in the dtype of the weights unless another is given."""
         config = copy.deepcopy(config)
+        # The default: what an expert gets without a kernel for all of them depends on values.
+        config._experts_implementation = None
         options = self.args.model_init_kwargs
         eager = isinstance(options, dict) and options.get("attn_implementation") == "eager"
         cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

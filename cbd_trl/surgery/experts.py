@@ -47,14 +47,20 @@ def routed_rows(module: Any, inputs: Routed) -> Iterator[tuple[int, torch.Tensor
     for expert in range(module.num_experts):
         tokens, place = (chosen == expert).nonzero(as_tuple=True)
         if len(tokens):
-            yield expert, tokens, _neurons(module, stream[tokens], expert) * shares[tokens, place, None]
+            yield expert, tokens, neurons(module, stream[tokens], expert) * shares[tokens, place, None]
 
 
-def _neurons(module: Any, rows: torch.Tensor, expert: int) -> torch.Tensor:
-    """Compute the activations of one expert, (n, F)."""
+def neurons(module: Any, rows: torch.Tensor, expert: int) -> torch.Tensor:
+    """Compute the activations of one expert, (n, F).
+
+    Args:
+        module: of all experts.
+        rows: of the stream, (n, D).
+        expert: which.
+    """
     weight = module.gate_up_proj[expert]
     inner = rows @ (weight if module.is_transposed else weight.T)
     if module.has_bias:
         inner = inner + module.gate_up_proj_bias[expert]
-    neurons: torch.Tensor = module._apply_gate(inner)
-    return neurons
+    activations: torch.Tensor = module._apply_gate(inner)
+    return activations

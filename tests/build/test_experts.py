@@ -32,7 +32,7 @@ def chain_of(tmp_path_factory):
             [own_names(family, num_hidden_layers=3), {**narrow, "num_experts": 4}],
             dataset=chain_rows(),
             output_dir=tmp_path_factory.mktemp(family) / "chain",
-            args=chain_config(max_steps=2, save_strategy="no", router_aux_loss_coef=0.0),
+            args=chain_config(max_steps=2, save_strategy="no"),
             processing_class=tiny_tokenizer(),
             calibration_tokens=256,
         )

@@ -35,6 +35,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "olmo3": {"layer_types": ["full_attention"] * 12},
     "cohere2": {"sliding_window_pattern": 3},
     "exaone4": {"sliding_window_pattern": 2},
+    "gpt_oss": {"num_local_experts": 8, "layer_types": ["full_attention"] * 12},
 }
 
 
