@@ -333,13 +333,14 @@ def _widths_and_heads(grid: Grid) -> Iterator[dict[str, int]]:
 
 
 def _experts_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
-    """List numbers of experts for a width, as `heads_for_width` does; nothing where the FFN is one."""
+    """List numbers of experts for a width: on the line, rounded up, unless they are fixed or no width but theirs is
+    free; nothing to choose where the FFN is one."""
     if "expert" not in grid.upper.sizes:
         return [{}]
     low, high, along = grid.low["expert"], grid.upper.sizes["expert"], grid.fraction("width", width)
     if "expert" in grid.fixed:
         return [{"expert": grid.fixed["expert"]}]
-    if along is None:
+    if along is None or "ffn" in grid.fixed or grid.fraction("ffn", 0) is None:
         return [{"expert": number} for number in range(low, high + 1)]
     return [{"expert": math.ceil(low + along * (high - low) - 1e-9)}]
 

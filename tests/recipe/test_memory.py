@@ -67,7 +67,7 @@ def test_experts_are_counted_by_the_tokens_that_they_see(family: str) -> None:
         [step] = plan_chain(upper, [anchor], _args(swap_probability=1.0), None)
         return {phase.name: phase.device for phase in anchor_phases(upper, step, 64, GPU)}
 
-    for anchor in ({"num_hidden_layers": 2}, {"hidden_size": 24, "num_experts": 4}):
+    for anchor in ({"num_hidden_layers": 3}, {"hidden_size": 24, "num_experts": 4}):
         few, many = (phases(anchor, used) for used in (2, 4))
         assert few.keys() == many.keys() >= {"refit", "train", "statistics"}
         assert few["train"] < many["train"] and few["refit"] < many["refit"]
