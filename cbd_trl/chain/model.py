@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from cbd_trl.architectures import Architecture
+from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.base import Place
 from cbd_trl.chain.manifest import DTYPES
 from cbd_trl.surgery.weights import Weights, to_state
@@ -56,8 +56,9 @@ def stock_model(
     with quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
         model = cls.from_pretrained(None, config=config, state_dict=_parameters(state, dtype), dtype=dtype)
-    # What it was loaded from had the model's own names; saved, it is to have those of files.
-    del model._weight_conversions
+    if describe(config).family.experts is not None:
+        # transformers would save the experts as it got them: in one piece, and not as files have them.
+        del model._weight_conversions
     model.config._name_or_path = model.name_or_path = name_or_path
     return model.eval()
 
