@@ -30,7 +30,7 @@ from tests.chain.helpers import (
     widths_of,
 )
 from tests.surgery.helpers import TOLERANCE, full_model, logits
-from tests.tiny import FAMILIES, by_kind, own_names
+from tests.tiny import FAMILIES, MIXTURES, by_kind, own_names
 from tests.tokenizer import tiny_tokenizer
 
 
@@ -266,7 +266,8 @@ def qwen2_tokenizer():
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", by_kind([family for family in FAMILIES if family != "llama"]))
+# Mixtures of experts have tests of their own: test_experts.py.
+@pytest.mark.parametrize("family", by_kind([family for family in FAMILIES if family not in ("llama", *MIXTURES)]))
 def test_other_families(family, tied, tmp_path):
     source = full_model(family, tied, **depth_of(family, 6)).float()
     width = widths_of(family, CHAIN_ANCHORS[1])
