@@ -20,6 +20,7 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
@@ -36,6 +37,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
@@ -111,7 +113,7 @@ class Row:
         gguf: what `gguf.MODEL_ARCH` calls it; None where llama.cpp does not have it.
         whole_heads: whether transformers wants a width that is a multiple of the number of heads.
         writers: in a layer, what computes the neurons and what the values of the attention.
-        smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
+        smooth: config fields without dead or clamped neurons, which statistics cannot tell apart (as under a ReLU).
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
         row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
@@ -168,6 +170,45 @@ ROWS: dict[str, Row] = {
     ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
+    "qwen3_moe": Row(
+        Qwen3MoeConfig,
+        {
+            "head_dim": 8,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.0,
+        },
+        _BIASES,
+        ({"norm_topk_prob": False},),
+        gguf="QWEN3MOE",
+        writers=("mlp.experts.up_proj", "self_attn.v_proj"),
+    ),
+    "gpt_oss": Row(
+        GptOssConfig,
+        {
+            "head_dim": 8,
+            "num_local_experts": 6,
+            "router_aux_loss_coef": 0.0,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "swiglu_limit": 0.5,
+            "attention_bias": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        _BIASES,
+        gguf="GPT_OSS",
+        writers=("mlp.experts.up_proj", "self_attn.v_proj"),
+        smooth={"swiglu_limit": 1000.0},
+        sdpa=False,
+        like="qwen3_moe",
+    ),
     "phi": Row(
         PhiConfig,
         options=({"num_key_value_heads": 2}, {"partial_rotary_factor": 0.25}),
@@ -369,6 +410,8 @@ SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
 # Those whose norms are LayerNorms, and those whose width is heads x head size.
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")
 WIDTH_OF_HEADS = tuple(family for family in FAMILIES if _ties_width(family_of(family)))
+# Those with mixtures of experts.
+MIXTURES = tuple(family for family in FAMILIES if family_of(family).experts is not None)
 
 
 def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
@@ -431,7 +474,9 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     untied = {} if row.ties else {"tie_word_embeddings": False}
     config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides, **untied})
     how = attn_implementation if row.sdpa else "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=how)
+    # The kernel that experts have by default computes nothing in float64.
+    experts = {} if family_of(family).experts is None else {"experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=how, **experts)
     randomize(model, seed)
     return model.eval()
 

@@ -18,11 +18,12 @@ from cbd_trl.surgery.blocks import fitting_layers, spaced_layers
 from cbd_trl.surgery.weights import Weights
 
 # Dimensions in which a target may lie between its anchors.
-_FREE = ("width", "ffn", "group", "query")
+_FREE = ("width", "ffn", "expert", "group", "query")
 _WORDS = {
     "layer": "layers",
     "width": "channels",
     "ffn": "FFN neurons",
+    "expert": "experts",
     "group": "key/value heads",
     "query": "query heads per key/value head",
     "dim": "head size",

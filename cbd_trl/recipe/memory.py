@@ -95,6 +95,8 @@ class _Run:
     def model(self, config: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
         """A model without data, in the dtype of the weights unless another is given."""
         config = copy.deepcopy(config)
+        # The default: what an expert gets without a kernel for all of them depends on values.
+        config._experts_implementation = None
         options = self.args.model_init_kwargs
         eager = isinstance(options, dict) and options.get("attn_implementation") == "eager"
         cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -326,7 +328,7 @@ class _NoMoments:
     ridge: float = RIDGE
 
     def _length(self, site: str) -> int:
-        places: list[Any] = [*self.architecture.sites, *self.architecture.output_norms]
+        places: list[Any] = [*self.architecture.measured_sites, *self.architecture.output_norms]
         axis = next(place.axis for place in places if place.name == site)
         return axis_length(axis, self.architecture.sizes)
 
@@ -592,7 +594,7 @@ def _refit(upper: Architecture, lower: Architecture, run: _Run, calibration_toke
 def _statistics(name: str, architecture: Architecture, run: _Run, calibration_tokens: int) -> Phase:
     """What the statistics take where they are collected a site at a time; where there is more room, they take more."""
     length = calibration_length(architecture.config)
-    largest = 4 * max(axis_length(site.axis, architecture.sizes) for site in architecture.sites) ** 2
+    largest = 4 * max(axis_length(site.axis, architecture.sizes) for site in architecture.measured_sites) ** 2
     few = architecture.with_layers(range(min(2, architecture.depth)))
     with traced(run.device) as count:
         model = run.model(few.config).eval()

@@ -142,6 +142,7 @@ def list_sizes(
         "width": widths(grid),
         "ffn": list(range(low["ffn"], high["ffn"] + 1, grid.multiple("ffn"))),
         "group": list(range(low["group"], high["group"] + 1)),
+        **{dim: list(range(low[dim], high[dim] + 1)) for dim in ("expert",) if dim in high},
     }
     groups_and_queries = [
         (group, query) for group in values["group"] for query in range(low["query"], high["query"] + 1)
@@ -321,12 +322,27 @@ def widths(grid: Grid) -> list[int]:
 
 
 def _widths_and_heads(grid: Grid) -> Iterator[dict[str, int]]:
-    """Yield the sizes for every width with every choice of heads that goes with it; the FFN as in the upper corner."""
+    """Yield the sizes for every width with every choice of heads and experts that goes with it; the FFN as in the
+    upper corner."""
     divides = needs_width_multiple_of_heads(grid.upper)
     for width in widths(grid):
         for heads in heads_for_width(grid, width):
             if not divides or width % _num_heads(heads) == 0:
-                yield {**grid.upper.sizes, **heads, "width": width}
+                for experts in _experts_for_width(grid, width):
+                    yield {**grid.upper.sizes, **heads, **experts, "width": width}
+
+
+def _experts_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
+    """List numbers of experts for a width: on the line, rounded up, unless they are fixed or no width but theirs is
+    free; nothing to choose where the FFN is one."""
+    if "expert" not in grid.upper.sizes:
+        return [{}]
+    low, high, along = grid.low["expert"], grid.upper.sizes["expert"], grid.fraction("width", width)
+    if "expert" in grid.fixed:
+        return [{"expert": grid.fixed["expert"]}]
+    if along is None or "ffn" in grid.fixed or grid.fraction("ffn", 0) is None:
+        return [{"expert": number} for number in range(low, high + 1)]
+    return [{"expert": math.ceil(low + along * (high - low) - 1e-9)}]
 
 
 def _num_heads(heads: Mapping[str, int]) -> int:
@@ -362,10 +378,10 @@ def heads_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
 
 
 def _ffn_on_line(grid: Grid, depth: int, sizes: Mapping[str, int]) -> float:
-    """Compute the FFN width at the mean fraction of depth and width, or of the heads where nothing else varies."""
+    """Compute the FFN width at the mean fraction of depth and width, or of heads and experts where neither varies."""
     known = [grid.fraction("layer", depth), grid.fraction("width", sizes["width"])]
     if known == [None, None]:
-        known = [grid.fraction("group", sizes["group"])]
+        known = [grid.fraction(dim, sizes[dim]) for dim in ("group", "expert") if dim in sizes]
     fractions = [fraction for fraction in known if fraction is not None]
     along = sum(fractions) / len(fractions) if fractions else 1.0
     return grid.low["ffn"] + along * (grid.upper.sizes["ffn"] - grid.low["ffn"])
@@ -396,6 +412,8 @@ def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
         grid.fraction("width", sizes["width"]),
         grid.fraction("ffn", sizes["ffn"]),
     ]
+    if "expert" in sizes:
+        fractions.append(grid.fraction("expert", sizes["expert"]))
     if grid.low["width"] == grid.upper.sizes["width"] or grid.fixed.keys() & {"group", "heads"}:
         fractions += [grid.fraction("group", sizes["group"]), grid.fraction("query", sizes["query"])]
     known = [fraction for fraction in fractions if fraction is not None]
@@ -432,13 +450,13 @@ def _fields(upper: Architecture, option: Candidate) -> dict[str, int]:
 
 def _check_pair(upper: Architecture, lower: Architecture) -> None:
     kinds = upper.config.model_type, lower.config.model_type
-    shared = {dim for dim in upper.sizes if dim not in ("width", "ffn", "group", "query")}
+    shared = {dim for dim in upper.sizes if dim not in ("width", "ffn", "expert", "group", "query")}
     different = sorted(dim for dim in shared if upper.sizes[dim] != lower.sizes.get(dim))
     if kinds[0] != kinds[1] or different or upper.tied != lower.tied:
         raise ValueError(
             f"The anchors do not belong to one chain: model types {kinds}, tied heads {(upper.tied, lower.tied)}, "
-            f"different sizes of {different or 'nothing else'}. Only depth, width, FFN width and the number of heads "
-            "may differ."
+            f"different sizes of {different or 'nothing else'}. Only depth, width, FFN width and the numbers of heads "
+            "and experts may differ."
         )
 
 

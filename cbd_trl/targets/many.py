@@ -110,6 +110,7 @@ class TargetSummary:
     Args:
         requested: number of parameters, None where only config fields were requested.
         num_parameters: a tied table counted once.
+        active_parameters: those that a token is computed with: all, but of a mixture of experts.
         embedding_parameters: those of the token table, of an untied head and of learned positions.
         shape: config fields of the family.
         operator: what makes its weights; "anchor" where it is one.
@@ -128,6 +129,7 @@ class TargetSummary:
 
     requested: float | None
     num_parameters: int
+    active_parameters: int
     embedding_parameters: int
     shape: dict[str, int]
     operator: str
@@ -185,10 +187,10 @@ def describe_targets(
 
 
 def multiplied_weights(architecture: Architecture) -> int:
-    """Count the weights of all matrices that a hidden state is multiplied with, a tied table among them."""
+    """Count the weights of all matrices that a hidden state is multiplied with, a tied table among them; of experts
+    those that a token is sent to."""
     readers = {reader for site in architecture.sites for reader in site.readers}
-    keys = [reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers]
-    return sum(math.prod(tensor_shape(architecture.tensors[key], architecture.sizes)) for key in keys)
+    return architecture.active(reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers)
 
 
 def _directories(folder: Path, sizes: Sequence[float]) -> Iterator[tuple[float, Path]]:
@@ -268,6 +270,7 @@ def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) ->
     return TargetSummary(
         requested=request.num_parameters,
         num_parameters=architecture.num_parameters,
+        active_parameters=architecture.num_active_parameters,
         embedding_parameters=_embedding_parameters(architecture),
         shape=architecture.shape,
         operator=target.operator,

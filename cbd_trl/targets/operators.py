@@ -17,7 +17,7 @@ from cbd_trl.architectures.axes import Axes, Sizes, dims_of, from_dims, prefix_i
 from cbd_trl.shapes.depths import blocks_for_depth
 from cbd_trl.shapes.solve import DepthRule
 from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, swap_blocks
-from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
+from cbd_trl.surgery.grow import check_experts, grow_depth, grow_width, zero_pad
 from cbd_trl.surgery.least_squares import (
     Fit,
     cut_fits,
@@ -213,6 +213,7 @@ def _patch_architecture(pair: Pair, target: Architecture) -> Architecture:
 
 
 def _grown_architecture(pair: Pair, target: Architecture) -> Architecture:
+    check_experts(pair.lower_architecture, target)
     return grow_depth({}, pair.lower_architecture.resized(**target.sizes), target.depth)[1]
 
 

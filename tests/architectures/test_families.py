@@ -51,8 +51,10 @@ def test_description_has_every_tensor_of_the_model(family, options, tied):
         del shapes["lm_head.weight"]
     described: dict[str, tuple[int, ...]] = {}
     for key, (name, _) in architecture.stored.items():
-        rows, *rest = tensor_shape(architecture.tensors[key], architecture.sizes)
-        described[name] = (rows + (described[name][0] if name in described else 0), *rest)
+        shape, fused = list(tensor_shape(architecture.tensors[key], architecture.sizes)), architecture.fused(name)
+        if fused is not None and name in described:
+            shape[fused.axis] += described[name][fused.axis]
+        described[name] = tuple(shape)
     constants = {key: value.item() for key, value in model.state_dict().items() if value.dim() == 0}
     assert constants == pytest.approx(architecture.constants)
     assert described | dict.fromkeys(constants, ()) == shapes
@@ -72,7 +74,9 @@ def test_sites_are_modules_and_their_readers_read_that_axis(family):
             assert site.axis in architecture.tensors[f"{reader}.weight"]
             read.add(reader)
     tables = {architecture.family.embedding, "transformer.wpe", "model.decoder.embed_positions"}
-    matrices = {key[: -len(".weight")] for key, axes in architecture.tensors.items() if len(axes) == 2}
+    matrices = {
+        key[: -len(".weight")] for key, axes in architecture.tensors.items() if len(axes) > 1 and ".weight" in key
+    }
     assert matrices - tables == read
     assert architecture.sites[-1] == architecture.family.final_site
 

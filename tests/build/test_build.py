@@ -30,7 +30,7 @@ from tests.chain.helpers import (
     widths_of,
 )
 from tests.surgery.helpers import TOLERANCE, full_model, logits
-from tests.tiny import HEADS, KINDS, own_names, published
+from tests.tiny import HEADS, KINDS, MIXTURES, own_names, published
 from tests.tokenizer import tiny_tokenizer
 
 
@@ -265,6 +265,7 @@ def qwen2_tokenizer():
     return Qwen2Tokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[])
 
 
+# Mixtures of experts have tests of their own: test_experts.py.
 # A family of each kind, with the head that it is published with: a tied and an untied Llama are built above.
 _OTHERS = [
     pytest.param(
@@ -274,7 +275,7 @@ _OTHERS = [
         marks=() if family in KINDS and published(family, tied) else pytest.mark.slow,
     )
     for family, tied in HEADS
-    if family != "llama"
+    if family not in ("llama", *MIXTURES)
 ]
 
 

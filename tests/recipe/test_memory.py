@@ -17,7 +17,7 @@ from cbd_trl.recipe.schema import parse_recipe
 from cbd_trl.recipe.trace import traced
 from tests.recipe.helpers import ARGS, raw_recipe
 from tests.surgery.helpers import described
-from tests.tiny import tiny_model
+from tests.tiny import MIXTURES, tiny_model
 
 GPU = torch.device("cuda")
 SPEED = Speed(products=4e9, device="cpu", training=2e9, forward=2e9)
@@ -58,6 +58,19 @@ def test_a_training_takes_less_with_what_saves_memory() -> None:
     assert _train(loss_chunk_size=8) < whole
     assert _train(swap_probability=1.0) > whole
     assert _train(packing=True) < whole
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_counted_by_the_tokens_that_they_see(family: str) -> None:
+    def phases(anchor: dict[str, int], used: int) -> dict[str, int]:
+        upper = described(tiny_model(family, num_experts_per_tok=used))[1]
+        [step] = plan_chain(upper, [anchor], _args(swap_probability=1.0), None)
+        return {phase.name: phase.device for phase in anchor_phases(upper, step, 64, GPU)}
+
+    for anchor in ({"num_hidden_layers": 3}, {"hidden_size": 24, "num_experts": 4}):
+        few, many = (phases(anchor, used) for used in (2, 4))
+        assert few.keys() == many.keys() >= {"refit", "train", "statistics"}
+        assert few["train"] < many["train"] and few["refit"] < many["refit"]
 
 
 def test_the_optimizer_is_counted_by_its_states() -> None:

@@ -65,7 +65,8 @@ def not_stored(architecture: Architecture) -> set[str]:
 def reading_module(model: PreTrainedModel, architecture: Architecture, reader: str) -> tuple[Any, slice]:
     """The module that a reader is in the model, and which of its outputs are the reader's."""
     key = f"{reader}.weight"
-    name, rows = architecture.stored.get(key, (key, slice(None)))
+    name, place = architecture.stored.get(key, (key, ()))
+    rows = place[0] if place else slice(None)
     return model.get_submodule(name.removesuffix(".weight")), rows
 
 
@@ -120,10 +121,11 @@ def scaled(weights: Weights, architecture: Architecture, key: str, dim: str, ind
 
 
 def doubled(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
-    """The model with every channel, neuron and key/value group twice: what reads two copies gives half to each."""
-    wide = ("width", "ffn", "group")
+    """The model with every channel, neuron (but those of experts) and key/value group twice: what reads two copies
+    gives half to each."""
+    wide = ("width", "group") if "expert" in architecture.sizes else ("width", "ffn", "group")
     index = {dim: torch.arange(2 * architecture.sizes[dim]) % architecture.sizes[dim] for dim in wide}
-    readers = {f"{reader}.weight" for site in architecture.sites for reader in site.readers}
+    readers = {f"{reader}.weight" for site in architecture.sites if site.axis[0] in wide for reader in site.readers}
     copies = {
         key: select(weights[key], axes, architecture.sizes, index) / (2 if key in readers else 1)
         for key, axes in architecture.tensors.items()
@@ -140,11 +142,13 @@ def random_order(architecture: Architecture, seed: int = 0) -> Order:
         return torch.rand(*shape, size, generator=generator).argsort(-1)
 
     layers, groups = architecture.depth, sizes["group"]
+    experts = [sizes["expert"]] if "expert" in sizes else []
     signs = 2.0 * torch.randint(0, 2, (sizes["width"],), generator=generator) - 1
     return Order(
         orders(sizes["width"]),
-        orders(sizes["ffn"], layers),
+        orders(sizes["ffn"], layers, *experts),
         orders(groups, layers),
         orders(sizes["query"], layers, groups),
         signs if architecture.family.norm_type == "rms" else None,
+        orders(*experts, layers) if experts else None,
     )

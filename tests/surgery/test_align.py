@@ -22,15 +22,17 @@ from tests.surgery.helpers import (
     build,
     described,
     difference,
-    every_case,
-    every_family,
     full_model,
     moments,
     random_order,
     scaled,
     tokens,
 )
-from tests.tiny import ROWS, WIDTH_OF_HEADS
+from tests.tiny import FAMILIES, HEADS, MIXTURES, ROWS, WIDTH_OF_HEADS
+
+# Experts are not matched.
+every_case = pytest.mark.parametrize(("family", "tied"), [case for case in HEADS if case[0] not in MIXTURES])
+every_family = pytest.mark.parametrize("family", [family for family in FAMILIES if family not in MIXTURES])
 
 # The text of `moments`, in two batches.
 BATCHES = [{"input_ids": batch} for batch in tokens(16, seed=1).split(8)]

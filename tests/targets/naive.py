@@ -42,6 +42,9 @@ def _region(small: torch.Tensor) -> tuple[slice, ...]:
 def _input_axis(key: str, target: Architecture) -> int | None:
     """Which axis of the split tensor is read along: PyTorch's linear layers the last, GPT-2's Conv1D the first."""
     outside = target.split_name(key)[0] is None
+    if ".experts." in key:
+        # Of each expert a matrix, which gpt-oss stores as Conv1D does.
+        return None if key.endswith("bias") else 1 if target.config.model_type == "gpt_oss" else 2
     if outside and target.tied and ("norm." in key or "ln_f." in key):
         return 0
     if len(target.tensors[key]) == 1 or (outside and key != "lm_head.weight"):

@@ -128,7 +128,8 @@ def test_what_cannot_be_made_cannot_be_described(chain, arguments, message):
 
 def test_the_table_tells_everything():
     summary = TargetSummary(
-        requested=100e6, num_parameters=99_106_112, embedding_parameters=28_311_552, operator="nested", alpha=0.25,
+        requested=100e6, num_parameters=99_106_112, active_parameters=99_106_112, embedding_parameters=28_311_552,
+        operator="nested", alpha=0.25,
         shape={"num_hidden_layers": 20, "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3},
         anchors=("135M", "85M"), dtype="bfloat16", weight_bytes=198_212_224, cache_bytes=15_360, flops=198_190_080,
         attention_flops=46_080,
