@@ -10,7 +10,6 @@ thousand times as large as others. A model takes minutes on two cores, and up to
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,22 @@ def logits(model: Any, tokenizer: Any) -> Tensor:
     return model(input_ids=ids, logits_to_keep=16).logits[0]
 
 
+def difference(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).abs().max() / expected.std()).item()
+
+
 def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    difference = ((found - expected).abs().max() / expected.std()).item()
-    assert difference <= tolerance, difference
+    assert difference(found, expected) <= tolerance
+
+
+@torch.no_grad()
+def rounding(model: Any, tokenizer: Any) -> float:
+    """The difference in the logits that the last bit of each weight makes, which a cut of a trained model amplifies."""
+    before = logits(model, tokenizer)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter *= 1 + 2**-24 * torch.randn_like(parameter)
+    return difference(logits(model, tokenizer), before)
 
 
 def bits(model: Any, tokenizer: Any, rows: list[str], blocks: int = 4) -> float:
@@ -95,12 +107,13 @@ def narrower(config: Any, share: float) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def chain(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+def chain(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """Two thirds of the layers, then three quarters of the width."""
     source, tokenizer = load(place)
     depth = source.config.num_hidden_layers * 2 // 3
     folder = tmp_path_factory.mktemp(place.name)
-    yield build_chain(
+    # Fewer tokens than channels would leave the cut in width undetermined.
+    return build_chain(
         source,
         [{"num_hidden_layers": depth}, narrower(source.config, 0.75)],
         dataset=Dataset.from_dict({"text": TRAINED}),
@@ -108,7 +121,7 @@ def chain(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cha
         args=make_config(**TRAINING, output_dir=str(folder / "training")),
         processing_class=tokenizer,
         eval_dataset=Dataset.from_dict({"text": HELD_OUT[:4]}),
-        calibration_tokens=512,
+        calibration_tokens=2048,
     )
 
 
@@ -129,9 +142,10 @@ def test_the_source_of_the_chain_is_the_source(place: Path, chain: Chain) -> Non
 
 @pytest.mark.parametrize("pair", [0, 1], ids=["depth", "width"])
 def test_an_expanded_anchor_is_the_anchor(chain: Chain, pair: int) -> None:
-    tokenizer = chain.tokenizer()
+    tokenizer, anchor = chain.tokenizer(), chain.anchors[pair + 1].load_model()
     expanded = from_chain(chain, config=between(chain)[pair], operator="expand")
-    assert_same(logits(expanded, tokenizer), logits(chain.anchors[pair + 1].load_model(), tokenizer))
+    expected = logits(anchor, tokenizer)
+    assert_same(logits(expanded, tokenizer), expected, max(1e-5, 4 * rounding(anchor, tokenizer)))
 
 
 def test_anchors_and_targets_know_the_language(chain: Chain) -> None:
