@@ -77,7 +77,7 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> Non
 
 @torch.no_grad()
 def rounding(model: Any, tokenizer: Any) -> float:
-    """The difference in the logits that the last bit of each weight makes, which a cut of a trained model amplifies."""
+    """What the last bit of each weight changes in the logits: a cut of a trained model amplifies it."""
     before = logits(model, tokenizer)
     torch.manual_seed(0)
     for parameter in model.parameters():
