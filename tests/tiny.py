@@ -35,6 +35,7 @@ from transformers import (
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     SeedOssConfig,
     SmolLM3Config,
@@ -115,6 +116,7 @@ class Row:
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
         row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
+        packs: whether packed rows can be kept apart without packages that are not installed for the tests.
         ties: whether its head can be tied; what asks for a tied one gets an untied one where it cannot.
     """
 
@@ -129,6 +131,7 @@ class Row:
     like: str | None = None
     sdpa: bool = True
     row_bounds: bool = True
+    packs: bool = True
     ties: bool = True
 
 
@@ -168,6 +171,22 @@ ROWS: dict[str, Row] = {
     ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
+    "qwen3_5_text": Row(
+        Qwen3_5TextConfig,
+        {
+            "head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        },
+        _BIASES,
+        ({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, {"linear_num_value_heads": 2}),
+        gguf="QWEN35",
+        packs=False,
+    ),
     "phi": Row(
         PhiConfig,
         options=({"num_key_value_heads": 2}, {"partial_rotary_factor": 0.25}),
@@ -365,6 +384,7 @@ def _ties_width(family: Family) -> bool:
 # A family of each kind. It stands for the others where a test goes from end to end; theirs are in `make test-slow`.
 # Tests of single operations run in every family.
 KINDS = tuple(family for family, row in ROWS.items() if row.like is None)
+PACKING_FAMILIES = [family for family in FAMILIES if ROWS[family].packs]
 SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
 # Those whose norms are LayerNorms, and those whose width is heads x head size.
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")

@@ -26,6 +26,7 @@ from cbd_trl.architectures.olmo import OLMO
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi import PHI
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
+from cbd_trl.architectures.qwen3_5 import QWEN3_5
 from cbd_trl.architectures.seed_oss import SEED_OSS
 from cbd_trl.architectures.stablelm import STABLELM, STABLELM_PARALLEL
 from cbd_trl.architectures.starcoder2 import STARCODER2
@@ -54,6 +55,7 @@ FAMILIES = (
     PHI,
     PHI3_LONGROPE,
     PHI3,
+    QWEN3_5,
     STABLELM_PARALLEL,
     STABLELM,
     STARCODER2,

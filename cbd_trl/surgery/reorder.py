@@ -28,6 +28,9 @@ class Order:
         group: (L, G) int64, key/value groups of each layer.
         query: (L, G, Q) int64, query heads inside each group, the groups in their new order; None: they stay.
         signs: (D,) of 1 and -1, by which the channels in their new order are multiplied; None: by 1.
+        conv: (L, C) int64, channels of each layer's convolution; None in a model without.
+
+    Rows of layers that have no such coordinates mean nothing.
     """
 
     width: torch.Tensor
@@ -35,12 +38,14 @@ class Order:
     group: torch.Tensor
     query: torch.Tensor | None = None
     signs: torch.Tensor | None = None
+    conv: torch.Tensor | None = None
 
     def index(self, layer: int | None) -> dict[str, torch.Tensor]:
         """List positions by atomic dimension, for the tensors of one layer or (None) those outside the layers."""
         if layer is None:
             return {"width": self.width}
-        return {"width": self.width, "ffn": self.ffn[layer], "group": self.group[layer]}
+        conv = {} if self.conv is None else {"conv": self.conv[layer]}
+        return {"width": self.width, "ffn": self.ffn[layer], "group": self.group[layer], **conv}
 
 
 @dataclass(frozen=True)
@@ -51,11 +56,13 @@ class Importance:
         width: (D,) residual channels.
         ffn: (L, F) FFN neurons of each layer.
         group: (L, G) key/value groups of each layer.
+        conv: (L, C) channels of each layer's convolution; None in a model without.
     """
 
     width: torch.Tensor
     ffn: torch.Tensor
     group: torch.Tensor
+    conv: torch.Tensor | None = None
 
 
 def importance(weights: Weights, architecture: Architecture, statistics: SiteStatistics) -> Importance:
@@ -66,7 +73,11 @@ def importance(weights: Weights, architecture: Architecture, statistics: SiteSta
     2407.14679, section 2.2, which uses mean |x|.
     """
     width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
-    inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": []}
+    inner = {
+        dim: width.new_zeros(architecture.depth, architecture.sizes[dim])
+        for dim in ("ffn", "group", "conv")
+        if dim in architecture.sizes
+    }
     for site in Progress("Ranking the coordinates", architecture.sites):
         rms = statistics.variances(site.name).clamp(min=0).sqrt()
         if site.axis == ("width",):
@@ -75,16 +86,18 @@ def importance(weights: Weights, architecture: Architecture, statistics: SiteSta
             tied_final = architecture.tied and site is architecture.sites[-1]
             width += rms * gain * (architecture.embedding_scale if tied_final else 1.0)
             continue
+        outermost, layer = site.axis[0], architecture.split_name(site.name)[0]
+        if outermost not in inner:
+            continue
         key, _ = reader_keys(site.readers[0], weights, architecture)
         score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0)
-        outermost = site.axis[0]
-        inner[outermost].append(score.reshape(architecture.sizes[outermost], -1).sum(-1))
-    return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]))
+        inner[outermost][layer] = score.reshape(architecture.sizes[outermost], -1).sum(-1)
+    return Importance(width, **inner)
 
 
 def importance_order(scores: Importance) -> Order:
     """Order the coordinates by descending importance."""
-    return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
+    return Order(**{name: score.argsort(descending=True) for name, score in vars(scores).items() if score is not None})
 
 
 def sort_weights(weights: Weights, architecture: Architecture, scores: Importance) -> tuple[Weights, Change]:

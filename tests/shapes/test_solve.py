@@ -8,6 +8,7 @@ from transformers import LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from cbd_trl.architectures import describe
 from cbd_trl.shapes.cut import cut_architecture
+from cbd_trl.shapes.depths import blocks_for_depth
 from cbd_trl.shapes.solve import list_sizes, solve_anchor, solve_target
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from tests.tiny import FAMILIES, ROWS, WIDTH_OF_HEADS, own_names
@@ -35,6 +36,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "olmo3": {"layer_types": ["full_attention"] * 12},
     "cohere2": {"sliding_window_pattern": 3},
     "exaone4": {"sliding_window_pattern": 2},
+    "qwen3_5_text": {**ROWS["qwen3_5_text"].fields, "head_dim": 32},
 }
 
 
@@ -64,6 +66,16 @@ def anchors(family, what):
     return upper, lower, SAME_DEPTH if what == "width" else BLOCKS
 
 
+def target_of(upper, fields, blocks, depth_rule="blocks"):
+    """The target of a shape: of whole blocks, each lower layer of the type of the last layer of its block."""
+    target = cut_architecture(upper, fields)
+    if depth_rule != "blocks":
+        return target
+    swapped = blocks_for_depth(blocks, target.depth)
+    stack = [n for i, block in enumerate(blocks) for n in (block if i in swapped else block[-1:])]
+    return upper.with_layers(stack).resized(**target.sizes)
+
+
 def sizes_between(upper, lower, count=13):
     step = (upper.num_parameters - lower.num_parameters) / (count - 1)
     return [lower.num_parameters + i * step for i in range(count)]
@@ -75,7 +87,7 @@ def test_every_size_between_is_met_within_range_and_loadable(family, what, tmp_p
     upper, lower, blocks = anchors(family, what)
     for wanted in sizes_between(upper, lower):
         fields = solve_target(upper, lower, blocks, wanted)
-        target = cut_architecture(upper, fields)
+        target = target_of(upper, fields, blocks)
         assert abs(target.num_parameters - wanted) <= 0.03 * wanted
         assert all(lower.shape[name] <= value <= upper.shape[name] for name, value in fields.items())
         target.config.validate()
@@ -101,7 +113,7 @@ def test_depth_width_and_heads_never_shrink_as_the_size_grows(family, what, dept
     found = [
         solve_target(upper, lower, blocks, wanted, depth_rule=depth_rule) for wanted in sizes_between(upper, lower, 80)
     ]
-    sizes = [cut_architecture(upper, fields).num_parameters for fields in found]
+    sizes = [target_of(upper, fields, blocks, depth_rule).num_parameters for fields in found]
     assert sizes == sorted(sizes) and len(set(sizes)) > 40
     for field, dim in upper.family.shape_fields.items():
         values = [fields[field] for fields in found]

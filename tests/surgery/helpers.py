@@ -124,7 +124,8 @@ def doubled(weights: Weights, architecture: Architecture) -> tuple[Weights, Arch
     """The model with every channel, neuron and key/value group twice: what reads two copies gives half to each."""
     wide = ("width", "ffn", "group")
     index = {dim: torch.arange(2 * architecture.sizes[dim]) % architecture.sizes[dim] for dim in wide}
-    readers = {f"{reader}.weight" for site in architecture.sites for reader in site.readers}
+    read = [site for site in architecture.sites if set(wide) & set(site.axis)]
+    readers = {f"{reader}.weight" for site in read for reader in site.readers}
     copies = {
         key: select(weights[key], axes, architecture.sizes, index) / (2 if key in readers else 1)
         for key, axes in architecture.tensors.items()

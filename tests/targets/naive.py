@@ -13,7 +13,7 @@ from tests.surgery.helpers import keeps_bias, tokens
 
 # Which upper layer stands at each place of a target, and which lower layer is mixed in (None: a swapped block).
 _NESTED_LAYERS = {"width": [(i, i) for i in range(6)], "both": [(0, 0), (2, 1), (3, None), (4, None), (5, None)]}
-_HEAD_READERS = ("o_proj.", "attn.c_proj.", ".dense.", "out_proj.")
+_HEAD_READERS = ("o_proj.", "attn.c_proj.", ".dense.", "self_attn.out_proj.")
 _LINEAR_LAYERS = {
     "depth": ([0, 1, 2, 4, 5], [0, 1, 2, 2, 3]),
     "width": (list(range(6)), list(range(6))),
@@ -54,6 +54,12 @@ def _at(architecture: Architecture, key: str, layer: int) -> str:
     return architecture.layer_name(layer, architecture.split_name(key)[1])
 
 
+def _nearest(architecture: Architecture, layer: int, kind: str | None) -> int:
+    """The nearest layer of a kind, where there are several."""
+    others = [i for i in range(architecture.depth) if kind in (None, architecture.config.layer_types[i])]
+    return min(others, key=lambda other: abs(other - layer))
+
+
 @torch.no_grad()
 def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str, float]:
     """Of the first coordinates, as many as each norm of `narrow` has, over that of all, for what the norms of a model
@@ -63,15 +69,15 @@ def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str
         if not name.endswith(("norm", "ln_1", "ln_2", "ln_f")):
             continue
         layer, inside = narrow.split_name(f"{name}.weight")
-        key = f"{name}.weight" if layer is None else narrow.layer_name(0, inside)
-        if key not in narrow.tensors:
+        places = [f"{name}.weight"] if layer is None else [narrow.layer_name(i, inside) for i in range(narrow.depth)]
+        key = next((place for place in places if place in narrow.tensors), None)
+        if key is None or key.rsplit(".", 1)[0] not in narrow.norms:
             continue
         seen: list[torch.Tensor] = []
         handle = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
         model(tokens(16, seed=1))
         handle.remove()
-        offset = 1 if "Gemma" in type(model).__name__ else 0
-        gain = offset + norm.weight if hasattr(norm, "weight") else torch.ones(())
+        gain = narrow.family.gain_offset + norm.weight if hasattr(norm, "weight") else torch.ones(())
         # The last call: nanochat's final norm normalizes the embeddings first.
         stream = (seen[-1] - getattr(norm, "bias", torch.zeros(()))) / gain
         kept = stream[..., : tensor_shape(narrow.tensors[key], narrow.sizes)[0]]
@@ -154,8 +160,12 @@ def linear_twin(pair: Pair, target: Architecture, alpha: float) -> Weights:
     twin = {}
     for key, axes in target.tensors.items():
         layer = target.split_name(key)[0]
-        large = pair.upper[key if layer is None else _at(target, key, large_layers[layer])]
-        small = pair.lower[key if layer is None else _at(target, key, small_layers[layer])]
+        names = [key, key]
+        if layer is not None:
+            kind, sides = target.kind(layer), (pair.upper_architecture, pair.lower_architecture)
+            wanted = (large_layers[layer], small_layers[layer])
+            names = [_at(target, key, _nearest(*each, kind)) for each in zip(sides, wanted, strict=True)]
+        large, small = pair.upper[names[0]], pair.lower[names[1]]
         empty = _split(key, torch.zeros(tensor_shape(axes, target.sizes), dtype=torch.float64))
         padded, cut = empty.clone(), _split(key, large)[_region(empty)]
         padded[_region(_split(key, small))] = _split(key, small)
