@@ -23,6 +23,7 @@ from transformers import (
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -186,6 +187,19 @@ ROWS: dict[str, Row] = {
         ({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, {"linear_num_value_heads": 2}),
         gguf="QWEN35",
         packs=False,
+    ),
+    "lfm2": Row(
+        Lfm2Config,
+        # Every second layer, whatever the depth.
+        {"full_attn_idxs": list(range(1, 24, 2)), "block_auto_adjust_ff_dim": False, "head_dim": 8},
+        {"conv_bias": True},
+        (
+            {"block_auto_adjust_ff_dim": True, "block_multiple_of": 20, "block_ffn_dim_multiplier": 1.1},
+            {"layer_types": ["conv", "conv", "full_attention", "conv"], "conv_L_cache": 4},
+        ),
+        gguf="LFM2",
+        packs=False,
+        writers=("feed_forward.w3", "self_attn.v_proj"),
     ),
     "phi": Row(
         PhiConfig,

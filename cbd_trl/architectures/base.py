@@ -79,6 +79,7 @@ class Family:
         gain_offset: added to every stored norm weight to give the gain (Gemma: 1).
         embedding_scale: config -> what the model multiplies its input embeddings by.
         per_layer_fields: config lists with one entry a layer.
+        index_fields: config fields that name layers by index beside such a list, emptied where layers move.
         engine_patterns: {model type: {per-layer field: its period, from the first layer on}} where engines other than
             transformers (llama.cpp) have these entries built in by position and read no list.
         when: which configs of its model types it describes.
@@ -112,6 +113,7 @@ class Family:
     gain_offset: float = 0.0
     embedding_scale: Callable[[Any], float] = lambda config: 1.0
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    index_fields: tuple[str, ...] = ()
     engine_patterns: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(default_factory=dict)
     when: Callable[[Any], bool] = lambda config: True
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -343,6 +345,8 @@ class Architecture:
             entries = getattr(config, name, None)
             if entries is not None:
                 setattr(config, name, [entries[layer] for layer in layers])
+        for name in self.family.index_fields:
+            setattr(config, name, None)
         return Architecture(self.family, config)
 
     @cached_property

@@ -20,6 +20,7 @@ from cbd_trl.architectures.gpt_neox import GPT_NEOX
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.helium import HELIUM
 from cbd_trl.architectures.hunyuan import HUNYUAN
+from cbd_trl.architectures.lfm2 import LFM2
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.nanochat import NANOCHAT
 from cbd_trl.architectures.olmo import OLMO
@@ -56,6 +57,7 @@ FAMILIES = (
     PHI3_LONGROPE,
     PHI3,
     QWEN3_5,
+    LFM2,
     STABLELM_PARALLEL,
     STABLELM,
     STARCODER2,

@@ -17,7 +17,7 @@ def cut_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architec
 
     Raises:
         ValueError: a field is not a shape field, its value is not a positive integer or is larger than in `upper`, or
-            transformers does not take the shape.
+            transformers, or the surgery of the family, does not take the shape.
     """
     depth, sizes = upper.resolve_sizes(fields)
     _check_not_larger(upper, depth, sizes, fields)
@@ -25,6 +25,7 @@ def cut_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architec
     error = _config_error(target)
     if error is not None:
         raise ValueError(_width_error(target, error))
+    target.family.check(target.config)
     return target
 
 

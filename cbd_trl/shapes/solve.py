@@ -356,9 +356,11 @@ def _widths_and_heads(grid: Grid) -> Iterator[dict[str, int]]:
     """Yield the sizes for every width with every choice of heads that goes with it; the FFN as in the upper corner."""
     divides = needs_width_multiple_of_heads(grid.upper)
     for width in widths(grid):
+        # A convolution has as many channels as the stream.
+        conv = {"conv": width} if "conv" in grid.upper.sizes else {}
         for heads in heads_for_width(grid, width):
             if not divides or width % _num_heads(heads) == 0:
-                yield {**grid.upper.sizes, **heads, "width": width}
+                yield {**grid.upper.sizes, **heads, **conv, "width": width}
 
 
 def _num_heads(heads: Mapping[str, int]) -> int:

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
+from transformers import Lfm2Config, LlamaConfig, Phi3Config, PretrainedConfig, Qwen3Config
 
 from cbd_trl.architectures import describe
 from cbd_trl.shapes.cut import cut_architecture
@@ -249,6 +249,24 @@ def test_config_that_leaves_the_size_out_of_reach():
 def test_what_cannot_be_asked_for(arguments, message):
     with pytest.raises(ValueError, match=message):
         solve_target(*anchors("llama", "both"), **arguments)
+
+
+@pytest.mark.parametrize("costly", [0, 1])
+def test_a_size_counts_the_layers_that_costs_choose(costly):
+    """Layers with a convolution and with attention have different numbers of parameters."""
+    kinds = ["conv"] * 3 + ["full_attention"] * 3
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = Lfm2Config(
+        vocab_size=64, num_hidden_layers=6, layer_types=kinds, head_dim=16, block_auto_adjust_ff_dim=False, **shape
+    )
+    upper = describe(config)
+    lower, blocks = upper.with_layers([2, 5]).resized(ffn=64), [[0, 1, 2], [3, 4, 5]]
+    wanted = (upper.num_parameters + lower.num_parameters) / 2
+    costs = [float(block == costly) for block in range(2)]
+    fields = solve_target(upper, lower, blocks, wanted, {"num_hidden_layers": 4}, costs=costs, tolerance=0.4)
+    stack = [0, 1, 2, 5] if costly == 0 else [2, 3, 4, 5]
+    sizes = {ffn: upper.with_layers(stack).resized(ffn=ffn).num_parameters for ffn in range(64, 136, 8)}
+    assert fields["intermediate_size"] == min(sizes, key=lambda ffn: abs(sizes[ffn] - wanted))
 
 
 def test_heads_that_no_anchor_pair_can_make():

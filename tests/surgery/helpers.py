@@ -122,7 +122,7 @@ def scaled(weights: Weights, architecture: Architecture, key: str, dim: str, ind
 
 def doubled(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
     """The model with every channel, neuron and key/value group twice: what reads two copies gives half to each."""
-    wide = ("width", "ffn", "group")
+    wide = tuple(dim for dim in ("width", "ffn", "group", "conv") if dim in architecture.sizes)
     index = {dim: torch.arange(2 * architecture.sizes[dim]) % architecture.sizes[dim] for dim in wide}
     read = [site for site in architecture.sites if set(wide) & set(site.axis)]
     readers = {f"{reader}.weight" for site in read for reader in site.readers}
@@ -149,4 +149,5 @@ def random_order(architecture: Architecture, seed: int = 0) -> Order:
         orders(groups, layers),
         orders(sizes["query"], layers, groups),
         signs if architecture.family.norm_type == "rms" else None,
+        orders(sizes["conv"], layers) if "conv" in sizes else None,
     )

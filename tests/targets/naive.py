@@ -30,8 +30,11 @@ def _kind(pair: Pair) -> str:
 def _split(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """A prefix of every axis is then what two anchors share: GPT-2's q, k and v get an axis of their own.
 
-    (GPT-NeoX keeps q, k and v of a head together, so fewer heads are a prefix there.)
+    (GPT-NeoX keeps q, k and v of a head together, so fewer heads are a prefix there.) LFM2's convolution likewise has
+    three parts, in its rows.
     """
+    if ".conv.in_proj." in key:
+        return tensor.reshape(3, -1, *tensor.shape[1:])
     return tensor.reshape(*tensor.shape[:-1], 3, -1) if ".c_attn." in key else tensor
 
 
@@ -46,6 +49,8 @@ def _input_axis(key: str, target: Architecture) -> int | None:
         return 0
     if len(target.tensors[key]) == 1 or (outside and key != "lm_head.weight"):
         return None
+    if ".conv.in_proj." in key:
+        return 2
     return 0 if target.config.model_type == "gpt2" and key != "lm_head.weight" else 1
 
 
