@@ -68,14 +68,6 @@ def _resolve(sizes: Mapping[str, int], given: Mapping[str, int]) -> dict[str, in
     return {**resolved, "conv": resolved["width"]}
 
 
-def _check(config: Any) -> None:
-    if "full_attention" not in config.layer_types:
-        raise ValueError(
-            f"An lfm2 model of {config.num_hidden_layers} layers would have convolutions alone, and transformers "
-            "cannot generate with a cache in which no layer has attention. Keep more layers."
-        )
-
-
 LFM2 = replace(
     LLAMA,
     model_types=("lfm2",),
@@ -102,7 +94,6 @@ LFM2 = replace(
     assign=_assign,
     resolve=_resolve,
     eps_field="norm_eps",
-    check=_check,
     output_norms=lambda config: {
         "self_attn.q_proj": "self_attn.q_layernorm",
         "self_attn.k_proj": "self_attn.k_layernorm",

@@ -469,8 +469,3 @@ def test_the_ffn_width_of_lfm2_is_that_which_is_built():
 def test_layers_that_move_leave_no_index_of_lfm2_behind():
     config = describe(tiny_config("lfm2")).with_layers([1, 2, 3]).config
     assert config.full_attn_idxs is None and config.layer_types == ["full_attention", "conv", "full_attention"]
-
-
-def test_an_lfm2_without_attention_is_refused():
-    with pytest.raises(ValueError, match=r"2 layers would have convolutions alone.*Keep more layers"):
-        describe(tiny_config("lfm2", num_hidden_layers=2, layer_types=["conv", "conv"]))

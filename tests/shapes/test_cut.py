@@ -101,3 +101,10 @@ def test_which_families_tie_width_to_heads():
     assert needs == {family: ROWS[family].whole_heads for family in FAMILIES}
     follows = {family for family in FAMILIES if width_follows_heads(describe(tiny_model(family).config))}
     assert follows == set(WIDTH_OF_HEADS)
+
+
+def test_a_depth_without_attention_is_refused():
+    upper = describe(tiny_model("lfm2", layer_types=["conv", "full_attention", "full_attention", "conv"]).config)
+    assert cut_architecture(upper, {"num_hidden_layers": 3}).depth == 3
+    with pytest.raises(ValueError, match=r"None of the 2 layers of this lfm2 would have attention.*Keep more layers"):
+        cut_architecture(upper, {"num_hidden_layers": 2})
