@@ -22,15 +22,12 @@ WHY_NOT = {
     "experts and routers of kinds that are not described": """
         afmoe aria_text axk1 axk2 beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1
         dots3_note dots3_note_text ernie4_5_moe exaone_moe flex_olmo flint glm4_moe glm4_moe_lite glm_moe_dsa
-        gpt_oss
         granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 jetmoe kolibri1 laguna llama4 llama4_text
         lfm2_moe longcat_flash mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text mixtral olmoe phimoe qwen2_moe
-        qwen3_moe
         solar_open zaya
         """,
     "layers of linear attention of kinds that are not described": """
         bailing_hybrid kimi_linear minimax olmo_hybrid
-        qwen3_5 qwen3_5_text
         qwen3_5_moe qwen3_5_moe_text qwen3_next qwen4_exp qwen4_exp_text
         """,
     "state-space or recurrent layers: groups, states and inner width are tied to each other": """
@@ -38,7 +35,6 @@ WHY_NOT = {
         zamba2
         """,
     "layers of short convolutions of kinds that are not described": """
-        lfm2
         inkling2_text inkling_text lfm3
         """,
     "keys and values are compressed (latent attention), with a norm inside": "minicpm3 youtu",
@@ -66,7 +62,7 @@ WHY_NOT = {
         """,
     "images or audio: of a model whose language model is a supported family that one is used": """
         emu3 fuyu gemma3 git got_ocr2 mllama moshi moss_transcribe_diarize musicgen musicgen_melody phi4_multimodal
-        trocr whisper
+        qwen3_5 trocr whisper
         """,
 }
 

@@ -24,6 +24,7 @@ from transformers import (
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -36,6 +37,7 @@ from transformers import (
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     SeedOssConfig,
@@ -117,6 +119,7 @@ class Row:
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
         row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
+        packs: whether packed rows can be kept apart without packages that are not installed for the tests.
         ties: whether its head can be tied; what asks for a tied one gets an untied one where it cannot.
     """
 
@@ -131,6 +134,7 @@ class Row:
     like: str | None = None
     sdpa: bool = True
     row_bounds: bool = True
+    packs: bool = True
     ties: bool = True
 
 
@@ -208,6 +212,35 @@ ROWS: dict[str, Row] = {
         smooth={"swiglu_limit": 1000.0},
         sdpa=False,
         like="qwen3_moe",
+    ),
+    "qwen3_5_text": Row(
+        Qwen3_5TextConfig,
+        {
+            "head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        },
+        _BIASES,
+        ({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, {"linear_num_value_heads": 2}),
+        gguf="QWEN35",
+        packs=False,
+    ),
+    "lfm2": Row(
+        Lfm2Config,
+        # Every second layer, whatever the depth.
+        {"full_attn_idxs": list(range(1, 24, 2)), "block_auto_adjust_ff_dim": False, "head_dim": 8},
+        {"conv_bias": True},
+        (
+            {"block_auto_adjust_ff_dim": True, "block_multiple_of": 20, "block_ffn_dim_multiplier": 1.1},
+            {"layer_types": ["conv", "conv", "full_attention", "conv"], "conv_L_cache": 4},
+        ),
+        gguf="LFM2",
+        packs=False,
+        writers=("feed_forward.w3", "self_attn.v_proj"),
     ),
     "phi": Row(
         PhiConfig,
@@ -406,6 +439,7 @@ def _ties_width(family: Family) -> bool:
 # A family of each kind. It stands for the others where a test goes from end to end; theirs are in `make test-slow`.
 # Tests of single operations run in every family.
 KINDS = tuple(family for family, row in ROWS.items() if row.like is None)
+PACKING_FAMILIES = [family for family in FAMILIES if ROWS[family].packs]
 SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
 # Those whose norms are LayerNorms, and those whose width is heads x head size.
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")

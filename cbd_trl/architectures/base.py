@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cbd_trl.architectures.axes import Axes, axis_length, parse_axes, tensor_shape
 
+# Dimensions that a cut or growth changes; models of one chain have the others in common.
+FREE = ("width", "ffn", "expert", "group", "query", "conv")
 # What torch gives a LayerNorm that is made without one.
 TORCH_LAYER_NORM_EPS = 1e-5
 # An index into a tensor; empty for the whole.
@@ -133,6 +135,7 @@ class Family:
         gain_offset: added to every stored norm weight to give the gain (Gemma: 1).
         embedding_scale: config -> what the model multiplies its input embeddings by.
         per_layer_fields: config lists with one entry a layer.
+        index_fields: config fields that name layers by index beside such a list, emptied where layers move.
         engine_patterns: {model type: {per-layer field: its period, from the first layer on}} where engines other than
             transformers (llama.cpp) have these entries built in by position and read no list.
         when: which configs of its model types it describes.
@@ -142,6 +145,9 @@ class Family:
             Surgery works with gains all the same: of 1, and put into their readers where the weights are stored.
         file_names: {name in a safetensors file: name in the model} where transformers renames what it reads.
         experts: of every layer; None where the FFN is one.
+        own_modules: {module of a layer: the one of `layer_types` whose layers have it} where layers differ in that.
+        kept_fields: {config field that is like a shape field and is none: the reason, as a clause}.
+        fixed_eps: whether growth in width has to leave the norms' epsilon as it is (see `Architecture.fixed_eps`).
     """
 
     model_types: tuple[str, ...]
@@ -164,6 +170,7 @@ class Family:
     gain_offset: float = 0.0
     embedding_scale: Callable[[Any], float] = lambda config: 1.0
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    index_fields: tuple[str, ...] = ()
     engine_patterns: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(default_factory=dict)
     when: Callable[[Any], bool] = lambda config: True
     fused: Mapping[str, Fused] = dataclasses.field(default_factory=dict)
@@ -171,6 +178,9 @@ class Family:
     layer_constants: Callable[[Any], dict[str, float]] = lambda config: {}
     file_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     experts: Experts | None = None
+    own_modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kept_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed_eps: bool = False
 
 
 class Architecture:
@@ -212,15 +222,47 @@ class Architecture:
         """
         for field, value in fields.items():
             if field not in self.family.shape_fields:
+                reason = self.family.kept_fields.get(field)
                 raise ValueError(
-                    f"{field!r} is not a shape field of {self.config.model_type}. Shape fields: "
-                    f"{', '.join(self.family.shape_fields)}."
+                    f"{field!r} is not a shape field of {self.config.model_type}{f': {reason}' if reason else ''}. "
+                    f"Shape fields: {', '.join(self.family.shape_fields)}."
                 )
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} must be a positive integer, got {value!r}.")
         given = {self.family.shape_fields[field]: value for field, value in fields.items()}
         depth = given.pop("layer", self.depth)
         return depth, self.family.resolve(self.sizes, given)
+
+    def kind(self, layer: int) -> str | None:
+        """Name the kind of a layer, one of `layer_types`; None where the tensors of all layers are the same."""
+        return self.entry("layer_types", layer) if self.family.own_modules else None
+
+    def of_kinds(self, layers: Iterable[int], model: "Architecture") -> list[int]:
+        """Find the layers here that are nearest to those given and of the kinds that another model's layers have.
+
+        Args:
+            layers: one for each layer of `model`.
+            model: of the same family.
+
+        Raises:
+            ValueError: there is no layer of a kind.
+        """
+        found = []
+        for position, wanted in enumerate(layers):
+            kind = model.kind(position)
+            same = [layer for layer in range(self.depth) if self.kind(layer) == kind]
+            if not same:
+                raise ValueError(
+                    f"Layer {position} is to be of the type {kind}, and the {self.depth} layers that it is to be made "
+                    "of have none such. Choose an operator that takes it from the other anchor, or another depth."
+                )
+            found.append(min(same, key=lambda layer: abs(layer - wanted)))
+        return found
+
+    def _has(self, layer: int, name: str) -> bool:
+        """Whether a layer has a module, or a tensor, of its family."""
+        own = self.family.own_modules.items()
+        return all(self.kind(layer) == kind for module, kind in own if f"{name}.".startswith(f"{module}."))
 
     def layer_name(self, layer: int, name: str) -> str:
         """Name a tensor of a layer as a key of the state dict."""
@@ -248,7 +290,12 @@ class Architecture:
             outer.pop(f"{family.head}.weight", None)
         inner = self._gains(family.sites)
         inner |= {key: parse_axes(text) for key, text in family.layer_tensors(config).items()}
-        layers = {self.layer_name(i, key): axes for i in range(self.depth) for key, axes in inner.items()}
+        layers = {
+            self.layer_name(i, key): axes
+            for i in range(self.depth)
+            for key, axes in inner.items()
+            if self._has(i, key)
+        }
         return {**outer, **layers}
 
     def _gains(self, sites: Iterable[Site]) -> dict[str, Axes]:
@@ -319,10 +366,15 @@ class Architecture:
         """Every site of the model, the final one last."""
 
         def placed(site: Site, layer: int) -> Site:
-            readers = tuple(self.layer_name(layer, reader) for reader in site.readers)
+            readers = tuple(self.layer_name(layer, reader) for reader in site.readers if self._has(layer, reader))
             return dataclasses.replace(site, name=self.layer_name(layer, site.name), readers=readers)
 
-        inside = tuple(placed(site, layer) for layer in range(self.depth) for site in self.family.sites)
+        inside = tuple(
+            placed(site, layer)
+            for layer in range(self.depth)
+            for site in self.family.sites
+            if self._has(layer, site.name)
+        )
         return (*inside, self.family.final_site)
 
     @cached_property
@@ -343,6 +395,7 @@ class Architecture:
             (self.layer_name(layer, norm), self.layer_name(layer, projection))
             for layer in range(self.depth)
             for projection, norm in names.items()
+            if self._has(layer, norm)
         ]
         return tuple(OutputNorm(norm, self.tensors[f"{norm}.weight"][0], projection) for norm, projection in placed)
 
@@ -396,6 +449,8 @@ class Architecture:
             entries = getattr(config, name, None)
             if entries is not None:
                 setattr(config, name, [entries[layer] for layer in layers])
+        for name in self.family.index_fields:
+            setattr(config, name, None)
         return Architecture(self.family, config)
 
     @cached_property
@@ -470,9 +525,10 @@ class Architecture:
 
     @property
     def fixed_eps(self) -> bool:
-        """Whether growth in width has to leave the epsilon of the norms as it is: there is no field for it, or a norm
-        of the embeddings makes what the others then normalize."""
-        return self.family.eps_field is None or self.family.bare_norms
+        """Whether growth in width has to leave the epsilon of the norms as it is: there is no field for it, a norm of
+        the embeddings makes what the others then normalize, or a norm has it behind an activation, where nothing that
+        it normalizes can be scaled."""
+        return self.family.fixed_eps or self.family.eps_field is None or self.family.bare_norms
 
     def with_eps(self, eps: float) -> "Architecture":
         """The same architecture with another norm epsilon.

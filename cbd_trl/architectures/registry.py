@@ -21,12 +21,14 @@ from cbd_trl.architectures.gpt_oss import GPT_OSS
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.helium import HELIUM
 from cbd_trl.architectures.hunyuan import HUNYUAN
+from cbd_trl.architectures.lfm2 import LFM2
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.nanochat import NANOCHAT
 from cbd_trl.architectures.olmo import OLMO
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi import PHI
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
+from cbd_trl.architectures.qwen3_5 import QWEN3_5
 from cbd_trl.architectures.qwen3_moe import QWEN3_MOE
 from cbd_trl.architectures.seed_oss import SEED_OSS
 from cbd_trl.architectures.stablelm import STABLELM, STABLELM_PARALLEL
@@ -56,6 +58,8 @@ FAMILIES = (
     PHI,
     PHI3_LONGROPE,
     PHI3,
+    QWEN3_5,
+    LFM2,
     QWEN3_MOE,
     GPT_OSS,
     STABLELM_PARALLEL,

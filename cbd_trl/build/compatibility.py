@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures import FREE, Architecture, describe
 from cbd_trl.architectures.axes import dims_of, select
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.blocks import fitting_layers, spaced_layers
 from cbd_trl.surgery.weights import Weights
 
-# Dimensions in which a target may lie between its anchors.
-_FREE = ("width", "ffn", "expert", "group", "query")
 _WORDS = {
     "layer": "layers",
     "width": "channels",
@@ -26,6 +24,7 @@ _WORDS = {
     "expert": "experts",
     "group": "key/value heads",
     "query": "query heads per key/value head",
+    "conv": "channels of the convolution",
     "dim": "head size",
     "position": "number of learned positions",
 }
@@ -129,14 +128,14 @@ def paired_layers(names: tuple[str, str], upper: Architecture, lower: Architectu
         )
     sizes = {**lower.sizes, "layer": lower.depth}
     for dim, size in {**upper.sizes, "layer": upper.depth}.items():
-        if dim in (*_FREE, "layer") and sizes[dim] > size:
+        if dim in (*FREE, "layer") and sizes[dim] > size:
             what = _WORDS.get(dim, dim)
             raise ValueError(
                 f"{names[1]} has more {what} ({sizes[dim]}) than {names[0]} above it ({size}), and a lower anchor "
                 "lies within the upper one in every dimension. Leave one of the two out, or distill the lower one "
                 "with build_chain."
             )
-        if dim not in (*_FREE, "layer") and sizes[dim] != size:
+        if dim not in (*FREE, "layer") and sizes[dim] != size:
             what, why = _WORDS.get(dim, dim), _REASONS.get(dim, "")
             raise ValueError(
                 f"{names[0]} and {names[1]} differ in their {what}: {size} and {sizes[dim]}. {why}Leave one of the "

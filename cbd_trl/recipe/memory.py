@@ -295,7 +295,8 @@ def _width_peaks(student: Architecture, upper: Architecture, run: _Run) -> dict[
     def trace(block_map: list[list[int]], depth: int) -> dict[str, int]:
         above = upper.with_layers(range(block_map[-1][-1] + 1))
         shape = above.resized(**target.sizes).with_layers(range(depth))
-        return _trace(student.with_layers(range(len(block_map))), above.config, block_map, run, shape)
+        below = above.with_layers([block[-1] for block in block_map]).resized(**student.sizes)
+        return _trace(below, above.config, block_map, run, shape)
 
     if upper.depth == student.depth:
         base, other = trace([[0], [1]], 2), trace([[0], [1], [2]], 3)

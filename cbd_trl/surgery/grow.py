@@ -82,8 +82,9 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     """Insert evenly spaced layers that add nothing; logits stay equal.
 
     Output projections and biases of a new layer are zero, or the gains of the norms that follow them; the rest of it
-    is a copy of the layer after it. Where engines tell layers apart by position (`Architecture.fits`), they are put
-    where the old layers keep their places in the pattern, if that can be.
+    is a copy of the layer after it, or, where layers are of several kinds, of the nearest of its kind. Where engines
+    tell layers apart by position (`Architecture.fits`), they are put where the old layers keep their places in the
+    pattern, if that can be.
 
     Raises:
         ValueError: `depth` is smaller than the model's.
@@ -95,10 +96,11 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
         )
     old = spaced_layers(depth, architecture.depth, lambda layer, position: architecture.fits(position, layer))
     following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
-    repeated, deeper = select_layers(weights, architecture, following)
-    if all(architecture.fits(layer, position) for layer, position in enumerate(old)):
-        # What adds nothing may be a layer of any kind.
-        deeper = deeper if architecture.off_pattern else deeper.on_pattern()
+    deeper = architecture.with_layers(following)
+    if not architecture.off_pattern and all(architecture.fits(layer, position) for layer, position in enumerate(old)):
+        # What adds nothing may be a layer of any type.
+        deeper = deeper.on_pattern()
+    repeated, _ = select_layers(weights, architecture, architecture.of_kinds(following, deeper))
     last = _last_modules(architecture)
     silent = {deeper.layer_name(layer, module) for layer in set(range(depth)) - set(old) for module in last}
 

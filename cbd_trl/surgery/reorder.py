@@ -29,6 +29,9 @@ class Order:
         query: (L, G, Q) int64, query heads inside each group, the groups in their new order; None: they stay.
         signs: (D,) of 1 and -1, by which the channels in their new order are multiplied; None: by 1.
         expert: (L, E) int64, experts of each layer; None where the FFN is one.
+        conv: (L, C) int64, channels of each layer's convolution; None in a model without.
+
+    Rows of layers that have no such coordinates mean nothing.
     """
 
     width: torch.Tensor
@@ -37,13 +40,15 @@ class Order:
     query: torch.Tensor | None = None
     signs: torch.Tensor | None = None
     expert: torch.Tensor | None = None
+    conv: torch.Tensor | None = None
 
     def index(self, layer: int | None) -> dict[str, torch.Tensor]:
         """List positions by atomic dimension, for the tensors of one layer or (None) those outside the layers."""
         if layer is None:
             return {"width": self.width}
         ffn = {"ffn": self.ffn} if self.expert is None else {"expert": self.expert}
-        return {"width": self.width, **{dim: order[layer] for dim, order in {**ffn, "group": self.group}.items()}}
+        orders = {**ffn, "group": self.group, "conv": self.conv}
+        return {"width": self.width, **{dim: order[layer] for dim, order in orders.items() if order is not None}}
 
     def inside(self, layer: int | None) -> dict[tuple[str, str], torch.Tensor]:
         """List positions inside each entry of another dimension, {(other, dimension): (entries, positions)}."""
@@ -60,12 +65,14 @@ class Importance:
         ffn: (L, F) FFN neurons of each layer, or (L, E, F) those of each expert.
         group: (L, G) key/value groups of each layer.
         expert: (L, E) experts of each layer; None where the FFN is one.
+        conv: (L, C) channels of each layer's convolution; None in a model without.
     """
 
     width: torch.Tensor
     ffn: torch.Tensor
     group: torch.Tensor
     expert: torch.Tensor | None = None
+    conv: torch.Tensor | None = None
 
 
 def importance(weights: Weights, architecture: Architecture, statistics: Statistics) -> Importance:
@@ -77,14 +84,18 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
     router gives it, and its neurons by their activations times these.
     """
     width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
-    inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": [], "expert": []}
+    sizes, depth = architecture.sizes, architecture.depth
+    inner = {dim: width.new_zeros(depth, sizes[dim]) for dim in ("ffn", "group", "expert", "conv") if dim in sizes}
+    if "expert" in sizes:
+        inner["ffn"] = width.new_zeros(depth, sizes["expert"], sizes["ffn"])
     for site in Progress("Ranking the coordinates", architecture.sites):
+        outermost, layer = site.axis[0], architecture.split_name(site.name)[0]
         if site.routed:
             key, _ = reader_keys(site.readers[0], weights, architecture)
             axes = architecture.tensors[key]
-            written = to_dims(weights[key], axes, architecture.sizes).double().norm(dim=dims_of(axes).index("width"))
-            inner["ffn"].append(statistics.neurons[site.name].double().sqrt() * written)
-            inner["expert"].append(statistics.mass[site.name].double())
+            written = to_dims(weights[key], axes, sizes).double().norm(dim=dims_of(axes).index("width"))
+            inner["ffn"][layer] = statistics.neurons[site.name].double().sqrt() * written
+            inner["expert"][layer] = statistics.mass[site.name].double()
             continue
         rms = statistics.variances(site.name).clamp(min=0).sqrt()
         if site.axis == ("width",):
@@ -93,21 +104,20 @@ def importance(weights: Weights, architecture: Architecture, statistics: Statist
             tied_final = architecture.tied and site is architecture.sites[-1]
             width += rms * gain * (architecture.embedding_scale if tied_final else 1.0)
             continue
+        if outermost not in inner:
+            continue
         key, _ = reader_keys(site.readers[0], weights, architecture)
         score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0)
-        outermost = site.axis[0]
-        inner[outermost].append(score.reshape(architecture.sizes[outermost], -1).sum(-1))
-    expert = torch.stack(inner["expert"]) if inner["expert"] else None
-    return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]), expert)
+        inner[outermost][layer] = score.reshape(sizes[outermost], -1).sum(-1)
+    return Importance(width, **inner)
 
 
 def importance_order(scores: Importance) -> Order:
     """Order the coordinates by descending importance."""
-    width, ffn, group = (score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group))
-    if scores.expert is None:
-        return Order(width, ffn, group)
-    expert = scores.expert.argsort(descending=True)
-    return Order(width, ffn.take_along_dim(expert[..., None], 1), group, expert=expert)
+    orders = {name: score.argsort(descending=True) for name, score in vars(scores).items() if score is not None}
+    if "expert" in orders:
+        orders["ffn"] = orders["ffn"].take_along_dim(orders["expert"][..., None], 1)
+    return Order(**orders)
 
 
 def sort_weights(weights: Weights, architecture: Architecture, scores: Importance) -> tuple[Weights, Change]:

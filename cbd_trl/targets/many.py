@@ -119,11 +119,12 @@ class TargetSummary:
         dtype: of the weights and of the cache, such as "bfloat16".
         weight_bytes: of the weights in memory and, but for headers of some kB, on disk.
         cache_bytes: of the key/value cache for each token of context and row; where attention slides over a window,
-            for each token until that is full.
+            for each token until that is full; states of a layer that do not grow with the context not.
         flops: of a forward pass for each token, attention to the context aside: two for every weight of a matrix that
-            is multiplied with, the head included whether tied or not, looking up embeddings not.
+            is multiplied with, the head included whether tied or not, looking up embeddings not. Short convolutions
+            and the recurrence of linear attention count nothing.
         attention_flops: more of them for every token of context that a token attends to: four for every channel of a
-            query head in every layer. Norms, activations, biases and softmax count nothing.
+            query head in every layer with attention. Norms, activations, biases and softmax count nothing.
         engine_limit: what runs differently outside of transformers (`Architecture.engine_limit`), or None.
     """
 
@@ -266,7 +267,8 @@ def _made_before(directory: Path, record: Mapping[str, Any]) -> dict[str, Any] |
 def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) -> TargetSummary:
     target = find_target(chain, request)
     architecture, kind = target.architecture, target_dtype(dtype, target.anchors[0])
-    sizes, depth = architecture.sizes, architecture.depth
+    sizes = architecture.sizes
+    attending = sum(site.axis[0] == "group" for site in architecture.sites)
     return TargetSummary(
         requested=request.num_parameters,
         num_parameters=architecture.num_parameters,
@@ -278,9 +280,9 @@ def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) ->
         anchors=tuple(anchor.name for anchor in target.anchors),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=architecture.num_parameters * kind.itemsize,
-        cache_bytes=2 * depth * sizes["group"] * sizes["dim"] * kind.itemsize,
+        cache_bytes=2 * attending * sizes["group"] * sizes["dim"] * kind.itemsize,
         flops=2 * multiplied_weights(architecture),
-        attention_flops=4 * depth * sizes["group"] * sizes["query"] * sizes["dim"],
+        attention_flops=4 * attending * sizes["group"] * sizes["query"] * sizes["dim"],
         engine_limit=architecture.engine_limit(),
     )
 

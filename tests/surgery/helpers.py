@@ -123,9 +123,11 @@ def scaled(weights: Weights, architecture: Architecture, key: str, dim: str, ind
 def doubled(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
     """The model with every channel, neuron (but those of experts) and key/value group twice: what reads two copies
     gives half to each."""
-    wide = ("width", "group") if "expert" in architecture.sizes else ("width", "ffn", "group")
+    own = () if "expert" in architecture.sizes else ("ffn",)
+    wide = tuple(dim for dim in ("width", *own, "group", "conv") if dim in architecture.sizes)
     index = {dim: torch.arange(2 * architecture.sizes[dim]) % architecture.sizes[dim] for dim in wide}
-    readers = {f"{reader}.weight" for site in architecture.sites if site.axis[0] in wide for reader in site.readers}
+    read = [site for site in architecture.sites if set(wide) & set(site.axis)]
+    readers = {f"{reader}.weight" for site in read for reader in site.readers}
     copies = {
         key: select(weights[key], axes, architecture.sizes, index) / (2 if key in readers else 1)
         for key, axes in architecture.tensors.items()
@@ -151,4 +153,5 @@ def random_order(architecture: Architecture, seed: int = 0) -> Order:
         orders(sizes["query"], layers, groups),
         signs if architecture.family.norm_type == "rms" else None,
         orders(*experts, layers) if experts else None,
+        orders(sizes["conv"], layers) if "conv" in sizes else None,
     )

@@ -85,7 +85,9 @@ def _expected_changes(architecture, name: str) -> set[str]:
     for site in architecture.sites:
         # The output projection reads "group.query.dim", and some families lose heads with their width.
         heads = name in ("group", "query") or (name == "width" and architecture.config.model_type in WIDTH_OF_HEADS)
-        if site.routed or not {"width": name == "width", "ffn": name == "ffn", "group": heads}[site.axis[0]]:
+        # A convolution loses channels with the width.
+        cut = {"width": name == "width", "ffn": name == "ffn", "group": heads, "conv": name == "width"}
+        if site.routed or not cut.get(site.axis[0], False):
             continue
         final = site is architecture.sites[-1]
         readers = site.readers

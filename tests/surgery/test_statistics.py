@@ -38,7 +38,7 @@ def _naive_streams(model, architecture, batch):
         model(**batch)
     for handle in handles:
         handle.remove()
-    offset = 1 if "Gemma" in type(model).__name__ else 0
+    offset = architecture.family.gain_offset
     for name in [site.name for site in architecture.measured_sites if site.norm] + over_outputs:
         norm = model.get_submodule(name)
         bias = getattr(norm, "bias", None)

@@ -80,12 +80,13 @@ def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, t
     shape = between(pair).shape
     names = [name for name in OPERATORS if name != "patch" or what == "depth"]
     streamed = {name: from_chain(chain, config=shape, operator=name).state_dict() for name in names}
+    cut_to = cut_architecture(pair.upper_architecture, shape)
+    plans = {name: Plan(OPERATORS[name].architecture(pair, cut_to)) for name in names}
     for module in _LAZY:
         monkeypatch.setattr(module, "LazyWeights", lambda keys, tensor: {key: tensor(key) for key in keys})
     in_memory = whole(chain, dtype)
-    plan = Plan(cut_architecture(in_memory.upper_architecture, shape))
     for name in names:
-        made, architecture = OPERATORS[name].make(in_memory, plan)
+        made, architecture = OPERATORS[name].make(in_memory, plans[name])
         assert isinstance(made, dict)
         expected = build_model(architecture, made, dtype).state_dict()
         assert {tensor.dtype for tensor in expected.values()} == {dtype}
