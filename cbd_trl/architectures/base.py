@@ -2,8 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,8 +15,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from cbd_trl.architectures.axes import Axes, axis_length, parse_axes, tensor_shape
 
+# Dimensions that a cut or growth changes; models of one chain have the others in common.
+FREE = ("width", "ffn", "expert", "group", "query", "conv")
 # What torch gives a LayerNorm that is made without one.
 TORCH_LAYER_NORM_EPS = 1e-5
+# An index into a tensor; empty for the whole.
+Place = tuple[int | slice, ...]
 
 
 @dataclass(frozen=True)
@@ -28,12 +33,15 @@ class Site:
         axis: the readers' input axis, for example `"width"`, `"ffn"` or `"group.query.dim"`.
         readers: modules whose weight reads the stream.
         norm: whether `name` is a norm.
+        routed: whether `name` is a module of experts, and what is read the neurons of each, by the tokens that a
+            router sends there. No second moments are taken: nothing is fitted to what a cut leaves of them.
     """
 
     name: str
     axis: tuple[str, ...]
     readers: tuple[str, ...]
     norm: bool
+    routed: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,56 @@ class OutputNorm:
     name: str
     axis: tuple[str, ...]
     projection: str
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A tensor that a layer stores and that is several to us, or one by another name.
+
+    Args:
+        parts: the tensors of `layer_tensors` in it.
+        axis: the stored axis along which they lie.
+        interleaved: whether they take turns there (gpt-oss); else one follows the other.
+    """
+
+    parts: tuple[str, ...]
+    axis: int = 0
+    interleaved: bool = False
+
+    def places(self, lengths: Sequence[int]) -> list[slice]:
+        """Find where the parts lie along the axis.
+
+        Args:
+            lengths: of the parts along the axis.
+        """
+        if self.interleaved:
+            return [slice(i, None, len(lengths)) for i in range(len(lengths))]
+        ends = list(itertools.accumulate(lengths, initial=0))
+        return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Make the stored tensor of its parts."""
+        if len(parts) == 1:
+            return parts[0]
+        if self.interleaved:
+            return torch.stack(list(parts), self.axis + 1).flatten(self.axis, self.axis + 1)
+        return torch.cat(list(parts), self.axis)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts of a layer: a router sends each token to a few of them.
+
+    Args:
+        module: of all experts, which is called with the stream (N, D), the experts of each token (N, K) and their
+            weights (N, K).
+        used: config field of K.
+        files: whether safetensors files hold each expert's matrices by themselves, as `<module>.<i>.<name>`.
+    """
+
+    module: str
+    used: str
+    files: bool
 
 
 @dataclass(frozen=True)
@@ -77,14 +135,19 @@ class Family:
         gain_offset: added to every stored norm weight to give the gain (Gemma: 1).
         embedding_scale: config -> what the model multiplies its input embeddings by.
         per_layer_fields: config lists with one entry a layer.
+        index_fields: config fields that name layers by index beside such a list, emptied where layers move.
         engine_patterns: {model type: {per-layer field: its period, from the first layer on}} where engines other than
             transformers (llama.cpp) have these entries built in by position and read no list.
         when: which configs of its model types it describes.
-        fused: {stored tensor of a layer: the tensors of `layer_tensors` that its rows hold, one after the other}.
+        fused: {stored tensor of a layer: the tensors of `layer_tensors` in it}.
         layer_constants: config -> {name: value} of the numbers that a layer stores beside its parameters.
         bare_norms: whether the norms have no gain, and the final one normalizes the input embeddings too (nanochat).
             Surgery works with gains all the same: of 1, and put into their readers where the weights are stored.
-        file_names: {name in a safetensors file: name in the model} where transformers renames between the two.
+        file_names: {name in a safetensors file: name in the model} where transformers renames what it reads.
+        experts: of every layer; None where the FFN is one.
+        own_modules: {module of a layer: the one of `layer_types` whose layers have it} where layers differ in that.
+        kept_fields: {config field that is like a shape field and is none: the reason, as a clause}.
+        fixed_eps: whether growth in width has to leave the norms' epsilon as it is (see `Architecture.fixed_eps`).
     """
 
     model_types: tuple[str, ...]
@@ -107,12 +170,17 @@ class Family:
     gain_offset: float = 0.0
     embedding_scale: Callable[[Any], float] = lambda config: 1.0
     per_layer_fields: tuple[str, ...] = ("layer_types",)
+    index_fields: tuple[str, ...] = ()
     engine_patterns: Mapping[str, Mapping[str, tuple[Any, ...]]] = dataclasses.field(default_factory=dict)
     when: Callable[[Any], bool] = lambda config: True
-    fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    fused: Mapping[str, Fused] = dataclasses.field(default_factory=dict)
     bare_norms: bool = False
     layer_constants: Callable[[Any], dict[str, float]] = lambda config: {}
     file_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    experts: Experts | None = None
+    own_modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kept_fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed_eps: bool = False
 
 
 class Architecture:
@@ -154,15 +222,47 @@ class Architecture:
         """
         for field, value in fields.items():
             if field not in self.family.shape_fields:
+                reason = self.family.kept_fields.get(field)
                 raise ValueError(
-                    f"{field!r} is not a shape field of {self.config.model_type}. Shape fields: "
-                    f"{', '.join(self.family.shape_fields)}."
+                    f"{field!r} is not a shape field of {self.config.model_type}{f': {reason}' if reason else ''}. "
+                    f"Shape fields: {', '.join(self.family.shape_fields)}."
                 )
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{field} must be a positive integer, got {value!r}.")
         given = {self.family.shape_fields[field]: value for field, value in fields.items()}
         depth = given.pop("layer", self.depth)
         return depth, self.family.resolve(self.sizes, given)
+
+    def kind(self, layer: int) -> str | None:
+        """Name the kind of a layer, one of `layer_types`; None where the tensors of all layers are the same."""
+        return self.entry("layer_types", layer) if self.family.own_modules else None
+
+    def of_kinds(self, layers: Iterable[int], model: "Architecture") -> list[int]:
+        """Find the layers here that are nearest to those given and of the kinds that another model's layers have.
+
+        Args:
+            layers: one for each layer of `model`.
+            model: of the same family.
+
+        Raises:
+            ValueError: there is no layer of a kind.
+        """
+        found = []
+        for position, wanted in enumerate(layers):
+            kind = model.kind(position)
+            same = [layer for layer in range(self.depth) if self.kind(layer) == kind]
+            if not same:
+                raise ValueError(
+                    f"Layer {position} is to be of the type {kind}, and the {self.depth} layers that it is to be made "
+                    "of have none such. Choose an operator that takes it from the other anchor, or another depth."
+                )
+            found.append(min(same, key=lambda layer: abs(layer - wanted)))
+        return found
+
+    def _has(self, layer: int, name: str) -> bool:
+        """Whether a layer has a module, or a tensor, of its family."""
+        own = self.family.own_modules.items()
+        return all(self.kind(layer) == kind for module, kind in own if f"{name}.".startswith(f"{module}."))
 
     def layer_name(self, layer: int, name: str) -> str:
         """Name a tensor of a layer as a key of the state dict."""
@@ -190,7 +290,12 @@ class Architecture:
             outer.pop(f"{family.head}.weight", None)
         inner = self._gains(family.sites)
         inner |= {key: parse_axes(text) for key, text in family.layer_tensors(config).items()}
-        layers = {self.layer_name(i, key): axes for i in range(self.depth) for key, axes in inner.items()}
+        layers = {
+            self.layer_name(i, key): axes
+            for i in range(self.depth)
+            for key, axes in inner.items()
+            if self._has(i, key)
+        }
         return {**outer, **layers}
 
     def _gains(self, sites: Iterable[Site]) -> dict[str, Axes]:
@@ -198,29 +303,55 @@ class Architecture:
         return {f"{site.name}.weight": (site.axis,) for site in sites if site.norm and self.family.bare_norms}
 
     @cached_property
-    def stored(self) -> dict[str, tuple[str, slice]]:
-        """Where the model keeps each tensor that it has: `{key: (state dict key, rows)}`, in the order of the rows."""
+    def stored(self) -> dict[str, tuple[str, Place]]:
+        """Where the model keeps each tensor that it has: `{key: (state dict key, place in that tensor)}`, the parts of
+        a tensor in their order."""
         gains = self._gains(self.sites)
-        places = {key: (key, slice(None)) for key in self.tensors if key not in gains}
+        places: dict[str, tuple[str, Place]] = {key: (key, ()) for key in self.tensors if key not in gains}
         for layer in range(self.depth):
-            for name, parts in self.family.fused.items():
-                start = 0
-                for part in parts:
-                    key = self.layer_name(layer, part)
-                    stop = start + axis_length(self.tensors[key][0], self.sizes)
-                    places[key] = (self.layer_name(layer, name), slice(start, stop))
-                    start = stop
+            for name, fused in self.family.fused.items():
+                keys = [self.layer_name(layer, part) for part in fused.parts]
+                found = fused.places([axis_length(self.tensors[key][fused.axis], self.sizes) for key in keys])
+                for key, place in zip(keys, found, strict=True):
+                    before = (slice(None),) * fused.axis
+                    places[key] = (self.layer_name(layer, name), (*before, place) if len(keys) > 1 else ())
         return places
+
+    def fused(self, name: str) -> Fused | None:
+        """How a tensor of the state dict is made of several; None where it is stored as it is."""
+        return self.family.fused.get(self.split_name(name)[1])
 
     @cached_property
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the model's state dict, a tied head left out: `{state dict key: shape}`."""
-        shapes = {}
-        for key, (name, rows) in self.stored.items():
-            shape = tensor_shape(self.tensors[key], self.sizes)
-            # The parts of a fused tensor come in the order of their rows: the last one ends where they end.
-            shapes[name] = shape if rows.stop is None else (rows.stop, *shape[1:])
+        shapes: dict[str, tuple[int, ...]] = {}
+        for key, (name, _) in self.stored.items():
+            shape, fused = tensor_shape(self.tensors[key], self.sizes), self.fused(name)
+            if fused is not None and name in shapes:
+                length = shapes[name][fused.axis] + shape[fused.axis]
+                shape = (*shape[: fused.axis], length, *shape[fused.axis + 1 :])
+            shapes[name] = shape
         return shapes | dict.fromkeys(self.constants, ())
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, Place]]:
+        """What safetensors files hold of each tensor of the state dict: `{state dict key: {name in a file: place}}`.
+
+        As transformers writes them: of one that holds experts, every matrix of every expert by itself.
+        """
+        found: dict[str, dict[str, Place]] = {name: {name: ()} for name in self.state_shapes}
+        experts = self.family.experts
+        if experts is None or not experts.files:
+            return found
+        for key, (name, place) in self.stored.items():
+            layer, own = self.split_name(key)
+            if layer is None or not own.startswith(f"{experts.module}."):
+                continue
+            prefix, rest = self.layer_name(layer, experts.module), own.removeprefix(f"{experts.module}.")
+            if found[name].keys() == {name}:
+                found[name] = {}
+            found[name] |= {f"{prefix}.{i}.{rest}": (i, *place[1:]) for i in range(self.sizes["expert"])}
+        return found
 
     @cached_property
     def constants(self) -> dict[str, float]:
@@ -235,11 +366,21 @@ class Architecture:
         """Every site of the model, the final one last."""
 
         def placed(site: Site, layer: int) -> Site:
-            readers = tuple(self.layer_name(layer, reader) for reader in site.readers)
-            return Site(self.layer_name(layer, site.name), site.axis, readers, site.norm)
+            readers = tuple(self.layer_name(layer, reader) for reader in site.readers if self._has(layer, reader))
+            return dataclasses.replace(site, name=self.layer_name(layer, site.name), readers=readers)
 
-        inside = tuple(placed(site, layer) for layer in range(self.depth) for site in self.family.sites)
+        inside = tuple(
+            placed(site, layer)
+            for layer in range(self.depth)
+            for site in self.family.sites
+            if self._has(layer, site.name)
+        )
         return (*inside, self.family.final_site)
+
+    @cached_property
+    def measured_sites(self) -> tuple[Site, ...]:
+        """Those of them whose second moments are taken, and whose readers a cut fits anew."""
+        return tuple(site for site in self.sites if not site.routed)
 
     @cached_property
     def writers(self) -> frozenset[str]:
@@ -254,6 +395,7 @@ class Architecture:
             (self.layer_name(layer, norm), self.layer_name(layer, projection))
             for layer in range(self.depth)
             for projection, norm in names.items()
+            if self._has(layer, norm)
         ]
         return tuple(OutputNorm(norm, self.tensors[f"{norm}.weight"][0], projection) for norm, projection in placed)
 
@@ -277,6 +419,21 @@ class Architecture:
         """Number of parameters, a tied table counted once."""
         return sum(math.prod(tensor_shape(self.tensors[key], self.sizes)) for key in self.stored)
 
+    @property
+    def num_active_parameters(self) -> int:
+        """Number of those that a token is computed with: of a mixture of experts, the experts that it is sent to."""
+        return self.active(self.stored)
+
+    def active(self, keys: Iterable[str]) -> int:
+        """Count the parameters among these tensors that a token is computed with."""
+        experts, total = self.family.experts, 0
+        for key in keys:
+            count, (layer, name) = math.prod(tensor_shape(self.tensors[key], self.sizes)), self.split_name(key)
+            if experts is not None and layer is not None and name.startswith(f"{experts.module}."):
+                count = count * int(getattr(self.config, experts.used)) // self.sizes["expert"]
+            total += count
+        return total
+
     def resized(self, **sizes: int) -> "Architecture":
         """The same architecture with other widths (atomic sizes) and norm epsilon untouched; depth stays."""
         config = copy.deepcopy(self.config)
@@ -292,6 +449,8 @@ class Architecture:
             entries = getattr(config, name, None)
             if entries is not None:
                 setattr(config, name, [entries[layer] for layer in layers])
+        for name in self.family.index_fields:
+            setattr(config, name, None)
         return Architecture(self.family, config)
 
     @cached_property
@@ -366,9 +525,10 @@ class Architecture:
 
     @property
     def fixed_eps(self) -> bool:
-        """Whether growth in width has to leave the epsilon of the norms as it is: there is no field for it, or a norm
-        of the embeddings makes what the others then normalize."""
-        return self.family.eps_field is None or self.family.bare_norms
+        """Whether growth in width has to leave the epsilon of the norms as it is: there is no field for it, a norm of
+        the embeddings makes what the others then normalize, or a norm has it behind an activation, where nothing that
+        it normalizes can be scaled."""
+        return self.family.fixed_eps or self.family.eps_field is None or self.family.bare_norms
 
     def with_eps(self, eps: float) -> "Architecture":
         """The same architecture with another norm epsilon.

@@ -6,6 +6,7 @@ Described as the Llama it is; the fused tensors are split when weights are read 
 import dataclasses
 from typing import Any
 
+from cbd_trl.architectures.base import Fused
 from cbd_trl.architectures.llama import LLAMA, with_width_of_heads
 
 
@@ -17,8 +18,8 @@ PHI3 = dataclasses.replace(
     LLAMA,
     model_types=("phi3",),
     fused={
-        "self_attn.qkv_proj.weight": tuple(f"self_attn.{name}_proj.weight" for name in "qkv"),
-        "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        "self_attn.qkv_proj.weight": Fused(tuple(f"self_attn.{name}_proj.weight" for name in "qkv")),
+        "mlp.gate_up_proj.weight": Fused(("mlp.gate_proj.weight", "mlp.up_proj.weight")),
     },
 )
 

@@ -17,15 +17,19 @@ from cbd_trl.architectures.exaone4 import EXAONE4, EXAONE4_WINDOWED
 from cbd_trl.architectures.gemma import GEMMA
 from cbd_trl.architectures.gpt2 import GPT2
 from cbd_trl.architectures.gpt_neox import GPT_NEOX
+from cbd_trl.architectures.gpt_oss import GPT_OSS
 from cbd_trl.architectures.granite import GRANITE
 from cbd_trl.architectures.helium import HELIUM
 from cbd_trl.architectures.hunyuan import HUNYUAN
+from cbd_trl.architectures.lfm2 import LFM2
 from cbd_trl.architectures.llama import LLAMA
 from cbd_trl.architectures.nanochat import NANOCHAT
 from cbd_trl.architectures.olmo import OLMO
 from cbd_trl.architectures.opt import OPT
 from cbd_trl.architectures.phi import PHI
 from cbd_trl.architectures.phi3 import PHI3, PHI3_LONGROPE
+from cbd_trl.architectures.qwen3_5 import QWEN3_5
+from cbd_trl.architectures.qwen3_moe import QWEN3_MOE
 from cbd_trl.architectures.seed_oss import SEED_OSS
 from cbd_trl.architectures.stablelm import STABLELM, STABLELM_PARALLEL
 from cbd_trl.architectures.starcoder2 import STARCODER2
@@ -54,6 +58,10 @@ FAMILIES = (
     PHI,
     PHI3_LONGROPE,
     PHI3,
+    QWEN3_5,
+    LFM2,
+    QWEN3_MOE,
+    GPT_OSS,
     STABLELM_PARALLEL,
     STABLELM,
     STARCODER2,
@@ -142,7 +150,7 @@ def is_tied(model: Any, one_tensor: bool = False) -> bool:
 
 
 # What a dimension is called in a description of a shape, in the order of the words.
-_LABELS = {"layer": "layers", "width": "wide", "heads": "heads", "ffn": "ffn", "group": "kv"}
+_LABELS = {"layer": "layers", "width": "wide", "heads": "heads", "ffn": "ffn", "expert": "experts", "group": "kv"}
 _LABEL_OF_FIELD = {field: _LABELS[dim] for family in FAMILIES for field, dim in family.shape_fields.items()}
 
 

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures import FREE, Architecture, describe
 from cbd_trl.architectures.axes import axis_length, dims_of, select
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.blocks import Block, Fits, fitting_layers, similar_blocks, spaced_layers
 from cbd_trl.surgery.weights import Weights
 
-# Dimensions in which a target may lie between its anchors.
-_FREE = ("width", "ffn", "group", "query")
 _WORDS = {
     "layer": "layers",
     "width": "channels",
     "ffn": "FFN neurons",
+    "expert": "experts",
     "group": "key/value heads",
     "query": "query heads per key/value head",
+    "conv": "channels of the convolution",
     "dim": "head size",
     "position": "number of learned positions",
 }
@@ -147,7 +147,7 @@ def shape_difference(names: tuple[str, str], upper: Architecture, lower: Archite
         upper, lower: what their tensors mean.
     """
     above, below = ({**one.sizes, "layer": one.depth} for one in (upper, lower))
-    free = (*_FREE, "layer")
+    free = (*FREE, "layer")
     # With heads of another size there are other numbers of them: the size is the reason.
     for dim in sorted(above, key=lambda dim: dim in free):
         what = _WORDS.get(dim, dim)

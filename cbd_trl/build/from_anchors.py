@@ -267,8 +267,8 @@ def chain_from_anchors(
         token: for anchors on the Hub.
 
     Raises:
-        ValueError: before anything is written, for anchors that are not compatible (the message gives the reason) or a
-            folder that holds another chain.
+        ValueError: before anything is written, for anchors that are not compatible (the message gives the reason),
+            mixtures of experts that are to be aligned, or a folder that holds another chain.
     """
     output_dir, dataset = Path(output_dir), sft_dataset(dataset, "dataset")
     sources = [Source(place, token=token, role="anchor") for place in anchors]
@@ -276,6 +276,12 @@ def chain_from_anchors(
         raise ValueError(f"A chain needs two anchors or more, got {len(sources)}. Give models, paths or Hub ids.")
     tokenizer = sources[0].tokenizer_or(processing_class)
     members = plan_members(sources, tokenizer)
+    if align and members[0].architecture.family.experts is not None:
+        raise ValueError(
+            f"Anchors of {members[0].architecture.config.model_type} cannot be matched: which expert of one is which "
+            "of the other is not known. Set align=False for anchors that share their coordinates, or distill the "
+            "lower ones with build_chain."
+        )
     for source in sources:
         source.check_weights()
     length = min(calibration_length(member.architecture.config) for member in members)

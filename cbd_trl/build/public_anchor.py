@@ -157,6 +157,8 @@ def _obstacle(names: tuple[str, str], upper: Architecture, lower: Architecture) 
     """Explain why the weights of a model cannot be matched with the anchor above; None where they can."""
     if lower.config.model_type != upper.config.model_type:
         return f"{names[1]} is of the model type {lower.config.model_type}, {names[0]} of {upper.config.model_type}."
+    if upper.family.experts is not None:
+        return f"Which expert of {names[1]} is which of {names[0]} is not known."
     if upper.tied and not lower.tied:
         return f"{names[1]} has an output head of its own, and {names[0]} has none."
     if lower.sizes["vocab"] < upper.sizes["vocab"]:

@@ -96,7 +96,7 @@ class Anchor(AnchorRecord):
         """
         architecture = self.architecture()
         stored = StoredStatistics(self.statistics_file)
-        sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.sites}
+        sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.measured_sites}
         norms = {norm.name: axis_length(norm.axis, architecture.sizes) for norm in architecture.cut_output_norms}
         stored.check(sizes, norms)
         return stored
@@ -112,7 +112,8 @@ class Anchor(AnchorRecord):
         architecture = self.architecture()
         files = [self.path / name for name in weight_files(self.files)]
         try:
-            return StoredWeights(files, architecture.state_shapes, architecture.family.file_names)
+            family = architecture.family
+            return StoredWeights(files, architecture.state_shapes, family.file_names, architecture.files)
         except ValueError as error:
             raise ValueError(f"{error} {RESTORE}") from error
 

@@ -19,7 +19,7 @@ from cbd_trl.chain.manifest import weight_files
 from cbd_trl.chain.measurements import MEASURED, measurements_table, table_units
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
-from cbd_trl.utils.formatting import markdown_table
+from cbd_trl.utils.formatting import markdown_table, with_active
 
 logger = logging.get_logger(__name__)
 
@@ -222,7 +222,7 @@ def _anchors_table(anchors: Sequence[Anchor]) -> str:
         hashes = ", ".join(code(digest[:16]) for digest in weight_hashes(anchor).values())
         shape = plain(describe_shape(anchor.shape))
         made = [_provenance(anchor), f"{anchor.tokens_seen:,}"]
-        rows.append([anchor.name, f"{anchor.num_parameters:,}", shape, *made, *losses, hashes])
+        rows.append([anchor.name, _parameters(anchor), shape, *made, *losses, hashes])
     note = (
         "Cross-entropies are of the training text, nats per token, at its end; sha256 is how that of the weights "
         "begins."
@@ -247,6 +247,12 @@ def _escaped(value: Any) -> Any:
     return plain(value) if isinstance(value, str) else value
 
 
+def _parameters(anchor: Anchor) -> str:
+    """The number of parameters, and of a mixture of experts of those that a token is computed with."""
+    total, active = anchor.num_parameters, anchor.architecture().num_active_parameters
+    return with_active(f"{total:,}", total, active)
+
+
 def _provenance(anchor: Anchor) -> str:
     """What an anchor was made from and how, in a few words."""
     training = anchor.training
@@ -265,7 +271,7 @@ def _provenance(anchor: Anchor) -> str:
 
 
 def _anchor_facts(anchor: Anchor) -> Iterator[tuple[str, str]]:
-    yield "parameters", f"{anchor.num_parameters:,} ({anchor.dtype})"
+    yield "parameters", f"{_parameters(anchor)} ({anchor.dtype})"
     yield "shape", plain(describe_shape(anchor.shape))
     yield "made by", _provenance(anchor)
     if anchor.parent is not None:

@@ -1,8 +1,9 @@
 """From weights to a stock transformers model and back to disk."""
 
 import copy
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from cbd_trl.architectures import Architecture
+from cbd_trl.architectures import Architecture, describe
+from cbd_trl.architectures.base import Place
 from cbd_trl.chain.manifest import DTYPES
 from cbd_trl.surgery.weights import Weights, to_state
 from cbd_trl.utils.files import write_text
@@ -54,6 +56,9 @@ def stock_model(
     with quiet():
         # The concrete class: AutoModel refuses to build from a state dict alone.
         model = cls.from_pretrained(None, config=config, state_dict=_parameters(state, dtype), dtype=dtype)
+    if describe(config).family.experts is not None:
+        # transformers would save the experts as it got them: in one piece, and not as files have them.
+        del model._weight_conversions
     model.config._name_or_path = model.name_or_path = name_or_path
     return model.eval()
 
@@ -83,11 +88,21 @@ def save_stock_model(
     config.architectures = [cls.__name__]
     config.save_pretrained(folder)
     generation_config.save_pretrained(folder)
-    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in architecture.state_shapes.items()}
+    places = {part: (key, place) for key, parts in architecture.files.items() for part, place in parts.items()}
+    whole = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in architecture.state_shapes.items()}
+    empty = {name: whole[key][place] if place else whole[key] for name, (key, place) in places.items()}
     split = split_torch_state_dict_into_shards(empty, max_shard_size=max_shard_size)
+
+    def tensors(names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        # Those that are parts of one follow each other, so that it is made once.
+        ordered = Progress("Writing the weights", [name for name in places if name in names])
+        for key, parts in itertools.groupby(ordered, lambda name: places[name][0]):
+            tensor = state[key].detach().to(dtype)
+            yield from ((name, tensor[place] if (place := places[name][1]) else tensor) for name in parts)
+
     for file, names in split.filename_to_tensors.items():
-        tensors = ((name, state[name].detach().to(dtype)) for name in Progress("Writing the weights", names))
-        write_tensors(folder / file, {name: (dtype, empty[name].shape) for name in names}, tensors, {"format": "pt"})
+        entries = {name: (dtype, tuple(empty[name].shape)) for name in names}
+        write_tensors(folder / file, entries, tensors(set(names)), {"format": "pt"})
     if split.is_sharded:
         index = {
             "metadata": {"total_parameters": architecture.num_parameters, **split.metadata},
@@ -121,6 +136,7 @@ class StoredWeights(Mapping[str, torch.Tensor]):
         files: the shards.
         shapes: {key: shape} of the tensors wanted; others in the files are left alone.
         names: {name in the files: key} where the two differ.
+        parts: {key: {name in the files: place}} of what the files may hold in parts (see `Architecture.files`).
 
     Raises:
         ValueError: a file is not a safetensors file, or a tensor is missing, there twice, or of another shape or
@@ -128,28 +144,46 @@ class StoredWeights(Mapping[str, torch.Tensor]):
     """
 
     def __init__(
-        self, files: Sequence[Path], shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str] | None = None
+        self,
+        files: Sequence[Path],
+        shapes: Mapping[str, tuple[int, ...]],
+        names: Mapping[str, str] | None = None,
+        parts: Mapping[str, Mapping[str, Place]] | None = None,
     ) -> None:
-        found: dict[str, tuple[TensorFile, str]] = {}
+        places: dict[str, tuple[str, Place]] = {key: (key, ()) for key in shapes}
+        places |= {name: (key, ()) for name, key in (names or {}).items() if key in shapes}
+        places |= {name: (key, place) for key in shapes for name, place in (parts or {}).get(key, {}).items()}
+        found: dict[str, dict[str, tuple[TensorFile, Place]]] = {key: {} for key in shapes}
         for shard in map(TensorFile, files):
             for name in shard:
-                key = (names or {}).get(name, name)
-                if key not in shapes:
+                if name not in places:
                     continue
-                if key in found:
-                    raise ValueError(f"{key} is in {found[key][0].path} and again in {shard.path}.")
-                _check(shard, name, shapes[key])
-                found[key] = (shard, name)
-        missing = sorted(shapes.keys() - found.keys())
+                key, place = places[name]
+                before = [one for had, (one, part) in found[key].items() if had == name or not part or not place]
+                if before:
+                    raise ValueError(f"{key} is in {before[0].path} and again in {shard.path}.")
+                _check(shard, name, _part_shape(shapes[key], place))
+                found[key][name] = (shard, place)
+        missing = sorted(
+            key
+            for key, had in found.items()
+            if all(place for _, place in had.values()) and had.keys() != (parts or {}).get(key, {key: ()}).keys()
+        )
         if missing:
-            places = ", ".join(str(file) for file in files)
-            raise ValueError(f"{places} lacks {missing[:5]}, which config.json implies.")
+            listed = ", ".join(str(file) for file in files)
+            raise ValueError(f"{listed} lacks {missing[:5]}, which config.json implies.")
         # In the order of the model, whatever that of the files is.
-        self._places = {key: found[key] for key in shapes}
+        self._places, self._shapes = found, shapes
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        shard, name = self._places[key]
-        return shard[name]
+        tensors = [(shard[name], place) for name, (shard, place) in self._places[key].items()]
+        first, place = tensors[0]
+        if not place:
+            return first
+        whole = first.new_empty(self._shapes[key])
+        for tensor, place in tensors:
+            whole[place] = tensor
+        return whole
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -159,6 +193,11 @@ class StoredWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def _part_shape(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """Shape of the part of a tensor at a place."""
+    return tuple(torch.empty(shape, device="meta")[place].shape) if place else shape
 
 
 def _check(shard: TensorFile, name: str, shape: tuple[int, ...]) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cbd_trl.cli.parsing import Command, UsageError, parse_shape, parse_sizes, require
-from cbd_trl.utils.formatting import format_count, parse_count
+from cbd_trl.utils.formatting import format_count, parse_count, with_active
 from cbd_trl.utils.lazy import NamesOf
 
 
@@ -181,7 +181,9 @@ def _sentence(made: dict[str, Any]) -> str:
     """Describe a target from its `model.config.cbd_trl`, in a sentence or two."""
     from cbd_trl.architectures.registry import describe_shape
 
-    text = f"{made['num_parameters']:,} parameters, {describe_shape(made['shape'])}: "
+    total = made["num_parameters"]
+    count = with_active(f"{total:,}", total, made.get("active_parameters", total))
+    text = f"{count} parameters, {describe_shape(made['shape'])}: "
     text += f"operator {made['operator']} of {' and '.join(made['anchors'])}"
     if made["alpha"] is not None:
         text += f", alpha {made['alpha']:.3g}"

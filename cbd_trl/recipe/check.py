@@ -44,7 +44,14 @@ from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
 from cbd_trl.utils.files import write_text
-from cbd_trl.utils.formatting import anchor_name, did_you_mean, format_bytes, format_count, format_seconds
+from cbd_trl.utils.formatting import (
+    anchor_name,
+    did_you_mean,
+    format_bytes,
+    format_count,
+    format_seconds,
+    with_active,
+)
 from cbd_trl.utils.modeling import check_checkpoint
 from cbd_trl.utils.progress import Progress
 
@@ -525,7 +532,8 @@ def _speed(speed: Speed) -> str:
 
 
 def _cells(cost: Cost, finished: bool) -> list[str]:
-    cells = [cost.name, format_count(cost.architecture.num_parameters), describe_shape(cost.architecture.shape)]
+    total, active = cost.architecture.num_parameters, cost.architecture.num_active_parameters
+    cells = [cost.name, with_active(format_count(total), total, active), describe_shape(cost.architecture.shape)]
     if finished:
         return [*cells, *["finished", "", "", ""]]
     return [

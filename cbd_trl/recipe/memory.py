@@ -99,6 +99,8 @@ class _Run:
     def model(self, config: PretrainedConfig, dtype: torch.dtype | None = None) -> Any:
         """A model without data, in the dtype of the weights unless another is given."""
         config = copy.deepcopy(config)
+        # The default: what an expert gets without a kernel for all of them depends on values.
+        config._experts_implementation = None
         options = self.args.model_init_kwargs
         eager = isinstance(options, dict) and options.get("attn_implementation") == "eager"
         cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -305,7 +307,8 @@ def _width_peaks(student: Architecture, upper: Architecture, run: _Run) -> dict[
     def trace(block_map: list[list[int]], depth: int) -> dict[str, int]:
         above = upper.with_layers(range(block_map[-1][-1] + 1))
         shape = above.resized(**target.sizes).with_layers(range(depth))
-        return _trace(student.with_layers(range(len(block_map))), above.config, block_map, run, shape)
+        below = above.with_layers([block[-1] for block in block_map]).resized(**student.sizes)
+        return _trace(below, above.config, block_map, run, shape)
 
     if upper.depth == student.depth:
         base, other = trace([[0], [1]], 2), trace([[0], [1], [2]], 3)
@@ -338,7 +341,7 @@ class _NoMoments:
     ridge: float = RIDGE
 
     def _length(self, site: str) -> int:
-        places: list[Any] = [*self.architecture.sites, *self.architecture.output_norms]
+        places: list[Any] = [*self.architecture.measured_sites, *self.architecture.output_norms]
         axis = next(place.axis for place in places if place.name == site)
         return axis_length(axis, self.architecture.sizes)
 
@@ -624,7 +627,7 @@ def _refit(upper: Architecture, lower: Architecture, run: _Run, calibration_toke
 def _statistics(name: str, architecture: Architecture, run: _Run, calibration_tokens: int) -> Phase:
     """What the statistics take where they are collected a site at a time; where there is more room, they take more."""
     length = calibration_length(architecture.config)
-    largest = 4 * max(axis_length(site.axis, architecture.sizes) for site in architecture.sites) ** 2
+    largest = 4 * max(axis_length(site.axis, architecture.sizes) for site in architecture.measured_sites) ** 2
     few = architecture.with_layers(range(min(2, architecture.depth)))
     with traced(run.device) as count:
         model = run.model(few.config).eval()

@@ -16,12 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations import moe
 from transformers.masking_utils import sdpa_mask
 
 from cbd_trl.architectures import Site
 from cbd_trl.architectures.axes import axis_length
 from cbd_trl.build import width_hybrid
 from cbd_trl.losses import fused
+from cbd_trl.surgery import experts, refit, statistics
 from cbd_trl.surgery.least_squares import Fit, cut_fits
 from cbd_trl.targets.operators import Pair, Plan
 from cbd_trl.trainers import hidden_states
@@ -103,6 +105,11 @@ def traced(device: torch.device, half: torch.dtype | None = None) -> Iterator[By
         (width_hybrid, "init_empty_weights", lambda include_buffers: torch.device("meta")),
         # Which coordinates a fit leaves out depends on values.
         (width_hybrid, "upper_fits", _empty_fits),
+        # So does how many tokens an expert gets.
+        (refit, "routed_rows", _evenly_routed),
+        (statistics, "routed_rows", _evenly_routed),
+        # torch has it without data for bfloat16 alone.
+        (moe, "_grouped_mm", lambda rows, weight, offs: _Grouped.apply(rows, weight, offs)),
     ]
     if device.type != "cpu":
         changes += [(fused, "_BLOCK_ELEMENTS", {})]
@@ -141,6 +148,30 @@ def _empty_fits(pair: Pair, plan: Plan) -> dict[tuple[Site, bool], Fit]:
         matrix, constant = torch.empty(full - kept, kept), torch.empty(full - kept) if intercept else None
         fits[site, intercept] = Fit(slice(0, kept), slice(kept, full), matrix, constant)
     return fits
+
+
+def _evenly_routed(module: Any, inputs: experts.Routed) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Every expert gets as many tokens as the others."""
+    stream, chosen, shares = inputs
+    tokens = torch.empty(-(-chosen.numel() // module.num_experts), dtype=torch.long)
+    for expert in range(module.num_experts):
+        yield expert, tokens, experts.neurons(module, stream[tokens], expert) * shares[tokens, :1]
+
+
+class _Grouped(torch.autograd.Function):
+    """The product of the rows of each expert, (S, D), with its matrix, (E, D, F), in one kernel: (S, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        rows = rows.to(weight.dtype)
+        ctx.save_for_backward(rows, weight)
+        return rows.new_empty(len(rows), weight.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        rows, weight = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        return torch.empty_like(rows) if needed[0] else None, torch.empty_like(weight) if needed[1] else None, None
 
 
 @contextmanager

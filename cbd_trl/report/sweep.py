@@ -1,6 +1,7 @@
 """Sweep a chain: build, time and measure every operator at every size between the anchors, on the same tokens."""
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cbd_trl.architectures import describe
+from cbd_trl.surgery.grow import check_experts
 from cbd_trl.targets.from_chain import from_chain
 from cbd_trl.targets.operators import OPERATORS
 from cbd_trl.utils.files import Results
@@ -184,6 +186,7 @@ def sweep(
         for target in targets
         for name in names
         if name in (operators[0], RANDOM) or target.operators is None or name in target.operators
+        if name != "expand" or _grows(chain)
     ]
     anchors: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -199,6 +202,17 @@ def sweep(
             rows.append({**asdict(measured), "loss": {}, "seconds_by_operator": {}, "probes": {}})
         _enter(rows[-1], operator, measured)
     return {"anchors": anchors, "targets": rows}
+
+
+def _grows(chain: Any) -> bool:
+    """Whether every anchor can grow to the one above: not every router lets one have more experts."""
+    architectures = [anchor.architecture() for anchor in chain.anchors]
+    try:
+        for upper, lower in itertools.pairwise(architectures):
+            check_experts(lower, upper)
+    except ValueError:
+        return False
+    return True
 
 
 def _enter(row: dict[str, Any], operator: str, measured: Measurement) -> None:
@@ -249,7 +263,10 @@ class _Sweep:
         return self._measure_once(
             [shape, operator, self.seed],
             # Only its config counts, and growing the lower anchor is the quickest way to one.
-            lambda: random_model(self.build(self.chain, config=shape, operator="expand"), self.seed),
+            lambda: random_model(
+                self.build(self.chain, config=shape, operator="expand" if _grows(self.chain) else "linear"),
+                self.seed,
+            ),
         )
 
     def _measure_once(self, what: list[Any], make: Callable[[], PreTrainedModel]) -> Measurement:

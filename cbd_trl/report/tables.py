@@ -11,7 +11,7 @@ from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.chain.measurements import table_rows, table_units
 from cbd_trl.targets.many import TargetSummary
 from cbd_trl.targets.request import ANCHOR
-from cbd_trl.utils.formatting import format_bytes, format_count
+from cbd_trl.utils.formatting import format_bytes, format_count, with_active
 
 _CAPTION = (
     "Parameters: in the token table, an untied head and learned positions + in all else; a tied table counts once. "
@@ -44,7 +44,7 @@ def _cells(summary: TargetSummary) -> list[str]:
     mixed = "" if summary.alpha is None else f", alpha {summary.alpha:.2f}"
     return [
         "" if summary.requested is None else format_count(summary.requested),
-        format_count(summary.num_parameters),
+        with_active(format_count(summary.num_parameters), summary.num_parameters, summary.active_parameters),
         " + ".join(map(format_count, parts)),
         describe_shape(summary.shape, short=True),
         "the anchor itself" if summary.operator == ANCHOR else summary.operator + mixed,

@@ -17,7 +17,7 @@ def cut_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architec
 
     Raises:
         ValueError: a field is not a shape field, its value is not a positive integer or is larger than in `upper`, or
-            transformers does not take the shape.
+            transformers does not take the shape, or no layer with attention is kept.
     """
     depth, sizes = upper.resolve_sizes(fields)
     _check_not_larger(upper, depth, sizes, fields)
@@ -25,6 +25,11 @@ def cut_architecture(upper: Architecture, fields: Mapping[str, Any]) -> Architec
     error = _config_error(target)
     if error is not None:
         raise ValueError(_width_error(target, error))
+    if not any(site.axis[0] == "group" for site in target.sites):
+        raise ValueError(
+            f"None of the {target.depth} layers of this {target.config.model_type} would have attention, and "
+            "transformers cannot run a cache without such a layer. Keep more layers."
+        )
     return target
 
 

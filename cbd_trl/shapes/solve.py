@@ -2,16 +2,17 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-from cbd_trl.architectures import Architecture
-from cbd_trl.architectures.axes import axis_length, parse_axes
+from cbd_trl.architectures import FREE, Architecture
+from cbd_trl.architectures.axes import Axes, axis_length, parse_axes
 from cbd_trl.shapes.cut import cut_architecture, needs_width_multiple_of_heads, width_follows_heads
-from cbd_trl.shapes.depths import Blocks, reachable_depths
+from cbd_trl.shapes.depths import Blocks, blocks_for_depth, reachable_depths
 from cbd_trl.surgery.blocks import Fits, anywhere, check_blocks, fitting_layers, spaced_layers
 
 # Widths and FFN widths that kernels like; 64 candidates each are enough to hit any size with the FFN as the fine dial.
@@ -55,13 +56,16 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
     depths = [depth for depth in range(half, upper.depth) if _keeps_pattern(depth, upper.depth, upper.fits)]
     # Of a model in whose pattern no depth fits, only the width is changed.
     half = min(depths, default=upper.depth)
-    shallower = Grid(upper, upper.sizes, upper.depth, depths, {})
+    stacks = {depth: spaced_layers(upper.depth, depth, upper.fits) for depth in (*depths, half)}
+    shallower = Grid(upper, upper.sizes, upper.depth, {depth: stacks[depth] for depth in depths}, {})
     by_depth = list(candidates(shallower, wanted))
     if by_depth and min(option.num_parameters for option in by_depth) <= wanted:
         return _fields(upper, min(by_depth, key=lambda option: abs(option.num_parameters - wanted)))
     narrow = {**upper.sizes, "width": 0, "ffn": 0, "group": 0}
     options = by_depth + [
-        o for o in candidates(Grid(upper, narrow, upper.depth, [half], {}), wanted) if o.num_parameters < total
+        option
+        for option in candidates(Grid(upper, narrow, upper.depth, {half: stacks[half]}, {}), wanted)
+        if option.num_parameters < total
     ]
     best = _nearest(options, wanted, _ANCHOR_TOLERANCE) if options else None
     if best is None or abs(best.num_parameters - wanted) > _ANCHOR_TOLERANCE * wanted:
@@ -108,6 +112,7 @@ def solve_target(
     tolerance: float = 0.03,
     depth_rule: DepthRule = "blocks",
     kept: Sequence[int] | None = None,
+    costs: Sequence[float] | None = None,
 ) -> dict[str, int]:
     """Solve for the shape of a target between two anchors: the fields given exactly, the others near the line.
 
@@ -121,6 +126,7 @@ def solve_target(
             Where engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere
             are made only if `config` has them, but for "any", which leaves the pattern to the caller.
         kept: for each lower layer the upper layer it was cut from; None: the last of its block.
+        costs: as in `blocks_for_depth`; which layers a target has matters to its size where their tensors differ.
 
     Returns:
         All shape fields of the family.
@@ -140,7 +146,7 @@ def solve_target(
     _check_range(upper, lower, fields)
     if num_parameters is not None:
         _check_size_range(upper, lower, num_parameters, tolerance)
-    grid = _grid(upper, lower, block_map, kept, fields, depth_rule)
+    grid = _grid(upper, lower, block_map, kept, fields, depth_rule, costs)
     options = list(candidates(grid, num_parameters))
     if not options:
         raise ValueError(_impossible(grid, fields))
@@ -168,6 +174,7 @@ def list_sizes(
         "width": widths(grid),
         "ffn": list(range(low["ffn"], high["ffn"] + 1, grid.multiple("ffn"))),
         "group": list(range(low["group"], high["group"] + 1)),
+        **{dim: list(range(low[dim], high[dim] + 1)) for dim in ("expert",) if dim in high},
     }
     groups_and_queries = [
         (group, query) for group in values["group"] for query in range(low["query"], high["query"] + 1)
@@ -199,7 +206,7 @@ class Candidate:
 
 
 class ParameterCount:
-    """Closed form of `Architecture.num_parameters` for other sizes: `outer(sizes) + depth * layer(sizes)`."""
+    """Closed form of `Architecture.num_parameters` for other layers and sizes."""
 
     def __init__(self, architecture: Architecture) -> None:
         family, config = architecture.family, architecture.config
@@ -207,19 +214,30 @@ class ParameterCount:
         if architecture.tied:
             tensors.pop(f"{family.head}.weight", None)
         self._outer = [parse_axes(text) for text in tensors.values()]
-        self._layer = [parse_axes(text) for text in family.layer_tensors(config).values()]
+        self._kinds = [architecture.kind(layer) for layer in range(architecture.depth)]
+        first = {kind: self._kinds.index(kind) for kind in set(self._kinds)}
+        self._layer: dict[str | None, list[Axes]] = {kind: [] for kind in first}
+        for key in architecture.stored:
+            for kind, layer in first.items():
+                if architecture.split_name(key)[0] == layer:
+                    self._layer[kind].append(architecture.tensors[key])
 
     def outer(self, sizes: Mapping[str, int]) -> int:
         """Count the parameters outside the layers."""
-        return sum(math.prod(axis_length(axis, sizes) for axis in axes) for axes in self._outer)
+        return _count(self._outer, sizes)
 
-    def layer(self, sizes: Mapping[str, int]) -> int:
-        """Count the parameters of one layer."""
-        return sum(math.prod(axis_length(axis, sizes) for axis in axes) for axes in self._layer)
+    def stack(self, sizes: Mapping[str, int], layers: Iterable[int]) -> int:
+        """Count the parameters of these layers."""
+        kinds = Counter(self._kinds[layer] for layer in layers)
+        return sum(number * _count(self._layer[kind], sizes) for kind, number in kinds.items())
 
-    def __call__(self, depth: int, sizes: Mapping[str, int]) -> int:
-        """Count the parameters of a model of that depth."""
-        return self.outer(sizes) + depth * self.layer(sizes)
+    def __call__(self, layers: Iterable[int], sizes: Mapping[str, int]) -> int:
+        """Count the parameters of a model of these layers."""
+        return self.outer(sizes) + self.stack(sizes, layers)
+
+
+def _count(tensors: Iterable[Axes], sizes: Mapping[str, int]) -> int:
+    return sum(math.prod(axis_length(axis, sizes) for axis in axes) for axes in tensors)
 
 
 @dataclass(frozen=True)
@@ -230,14 +248,14 @@ class Grid:
         upper: architecture of the large corner.
         low: atomic sizes of the small corner (0 for a corner at the origin).
         low_depth: its number of layers.
-        depths: depths on offer.
+        depths: depths on offer, each with the upper layers that it is made of.
         fixed: dimensions whose value is fixed by the request; "heads" is group x query.
     """
 
     upper: Architecture
     low: Mapping[str, int]
     low_depth: int
-    depths: Sequence[int]
+    depths: Mapping[int, Sequence[int]]
     fixed: Mapping[str, int]
 
     def fraction(self, dim: str, value: float) -> float | None:
@@ -257,6 +275,7 @@ def _grid(
     kept: Sequence[int] | None,
     fields: Mapping[str, int],
     depth_rule: DepthRule,
+    costs: Sequence[float] | None = None,
 ) -> Grid:
     check_blocks(block_map, lower.depth, upper.depth)
     fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
@@ -276,7 +295,20 @@ def _grid(
                 f"{', '.join(str(depth) for depth in depths)}. Choose one of these, or operator='slice' or 'expand'."
             )
         depths = [fixed["layer"]]
-    return Grid(upper, lower.sizes, lower.depth, list(depths), fixed)
+    if depth_rule == "blocks":
+        stacks = {depth: _stack(block_map, depth, costs, kept, fits) for depth in depths}
+    else:
+        stacks = {depth: spaced_layers(upper.depth, depth, upper.fits) for depth in depths}
+    return Grid(upper, lower.sizes, lower.depth, stacks, fixed)
+
+
+def _stack(
+    block_map: Blocks, depth: int, costs: Sequence[float] | None, kept: Sequence[int] | None, fits: Fits
+) -> list[int]:
+    """List the upper layers of a target of whole blocks."""
+    swapped = blocks_for_depth(block_map, depth, costs, kept, fits)
+    own = [block[-1] for block in block_map] if kept is None else kept
+    return [layer for i, block in enumerate(block_map) for layer in (block if i in swapped else [own[i]])]
 
 
 def _keeps_pattern(kept: int, total: int, fits: Fits) -> bool:
@@ -291,22 +323,23 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
     stairs = _stairs(grid, sorted({sizes["width"] for sizes in choices}))
     for sizes in choices:
         empty = {**sizes, "ffn": 0}
-        outer, layer = count.outer(empty), count.layer(empty)
-        neuron = count.layer({**sizes, "ffn": 1}) - layer
-        for depth in grid.depths:
+        outer = count.outer(empty)
+        for depth, layers in grid.depths.items():
+            stack = count.stack(empty, layers)
+            neurons = count.stack({**sizes, "ffn": 1}, layers) - stack
             if num_parameters is None:
                 wanted = _ffn_on_line(grid, depth, sizes)
             else:
-                wanted = ((num_parameters - outer) / depth - layer) / neuron
+                wanted = (num_parameters - outer - stack) / neurons
             # Measured before rounding to an FFN width on offer, or neighboring stairs would take turns.
             dial = _ffn_in_range(grid, wanted)
             strain = _strain(grid, depth, {**sizes, "ffn": dial})
             if num_parameters is not None:
-                missed = outer + depth * (layer + dial * neuron) - num_parameters
+                missed = outer + stack + dial * neurons - num_parameters
                 strain += _STRAIN_OF_SIZE * abs(missed) / num_parameters
             for ffn in _ffn_near(grid, dial):
                 shape = {**sizes, "ffn": ffn}
-                total = outer + depth * (layer + ffn * neuron)
+                total = outer + stack + ffn * neurons
                 yield Candidate(depth, shape, total, strain, (depth, sizes["width"]) in stairs)
 
 
@@ -316,7 +349,7 @@ def _stairs(grid: Grid, widths: Sequence[int]) -> set[tuple[int, int]]:
     if len(grid.depths) == 1 or len(widths) <= 1 or "ffn" in grid.fixed or grid.fraction("ffn", 0) is None:
         return {(depth, width) for depth in grid.depths for width in widths}
 
-    def nearest(values: Sequence[int], dim: str, fraction: float | None) -> int:
+    def nearest(values: Iterable[int], dim: str, fraction: float | None) -> int:
         return min(values, key=lambda value: abs((grid.fraction(dim, value) or 0.0) - (fraction or 0.0)))
 
     stairs = {(depth, nearest(widths, "width", grid.fraction("layer", depth))) for depth in grid.depths}
@@ -347,12 +380,29 @@ def widths(grid: Grid) -> list[int]:
 
 
 def _widths_and_heads(grid: Grid) -> Iterator[dict[str, int]]:
-    """Yield the sizes for every width with every choice of heads that goes with it; the FFN as in the upper corner."""
+    """Yield the sizes for every width with every choice of heads and experts that goes with it; the FFN as in the
+    upper corner."""
     divides = needs_width_multiple_of_heads(grid.upper)
     for width in widths(grid):
+        # A convolution has as many channels as the stream.
+        conv = {"conv": width} if "conv" in grid.upper.sizes else {}
         for heads in heads_for_width(grid, width):
             if not divides or width % _num_heads(heads) == 0:
-                yield {**grid.upper.sizes, **heads, "width": width}
+                for experts in _experts_for_width(grid, width):
+                    yield {**grid.upper.sizes, **heads, **experts, **conv, "width": width}
+
+
+def _experts_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
+    """List numbers of experts for a width: on the line, rounded up, unless they are fixed or no width but theirs is
+    free; nothing to choose where the FFN is one."""
+    if "expert" not in grid.upper.sizes:
+        return [{}]
+    low, high, along = grid.low["expert"], grid.upper.sizes["expert"], grid.fraction("width", width)
+    if "expert" in grid.fixed:
+        return [{"expert": grid.fixed["expert"]}]
+    if along is None or "ffn" in grid.fixed or grid.fraction("ffn", 0) is None:
+        return [{"expert": number} for number in range(low, high + 1)]
+    return [{"expert": math.ceil(low + along * (high - low) - 1e-9)}]
 
 
 def _num_heads(heads: Mapping[str, int]) -> int:
@@ -388,10 +438,10 @@ def heads_for_width(grid: Grid, width: int) -> list[dict[str, int]]:
 
 
 def _ffn_on_line(grid: Grid, depth: int, sizes: Mapping[str, int]) -> float:
-    """Compute the FFN width at the mean fraction of depth and width, or of the heads where nothing else varies."""
+    """Compute the FFN width at the mean fraction of depth and width, or of heads and experts where neither varies."""
     known = [grid.fraction("layer", depth), grid.fraction("width", sizes["width"])]
     if known == [None, None]:
-        known = [grid.fraction("group", sizes["group"])]
+        known = [grid.fraction(dim, sizes[dim]) for dim in ("group", "expert") if dim in sizes]
     fractions = [fraction for fraction in known if fraction is not None]
     along = sum(fractions) / len(fractions) if fractions else 1.0
     return grid.low["ffn"] + along * (grid.upper.sizes["ffn"] - grid.low["ffn"])
@@ -422,6 +472,8 @@ def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
         grid.fraction("width", sizes["width"]),
         grid.fraction("ffn", sizes["ffn"]),
     ]
+    if "expert" in sizes:
+        fractions.append(grid.fraction("expert", sizes["expert"]))
     if grid.low["width"] == grid.upper.sizes["width"] or grid.fixed.keys() & {"group", "heads"}:
         fractions += [grid.fraction("group", sizes["group"]), grid.fraction("query", sizes["query"])]
     known = [fraction for fraction in fractions if fraction is not None]
@@ -458,13 +510,13 @@ def _fields(upper: Architecture, option: Candidate) -> dict[str, int]:
 
 def _check_pair(upper: Architecture, lower: Architecture) -> None:
     kinds = upper.config.model_type, lower.config.model_type
-    shared = {dim for dim in upper.sizes if dim not in ("width", "ffn", "group", "query")}
+    shared = upper.sizes.keys() - set(FREE)
     different = sorted(dim for dim in shared if upper.sizes[dim] != lower.sizes.get(dim))
     if kinds[0] != kinds[1] or different or upper.tied != lower.tied:
         raise ValueError(
             f"The anchors do not belong to one chain: model types {kinds}, tied heads {(upper.tied, lower.tied)}, "
-            f"different sizes of {different or 'nothing else'}. Only depth, width, FFN width and the number of heads "
-            "may differ."
+            f"different sizes of {different or 'nothing else'}. Only depth, width, FFN width and the numbers of heads "
+            "and experts may differ."
         )
 
 

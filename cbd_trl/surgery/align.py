@@ -1,7 +1,7 @@
 """Match the coordinates of two models that were trained apart, by their activations on the same text.
 
-Shapes: L layers of the upper model, with D channels, F neurons and G key/value groups of Q query heads in a layer; l,
-d, f, g and q of the lower one.
+Shapes: L layers of the upper model, with D channels, F neurons, G key/value groups of Q query heads and C channels of
+a convolution in a layer; l, d, f, g, q and c of the lower one. Rows of layers without such coordinates mean nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +50,8 @@ class Match:
         ffn: (l, f) int64, neurons of the upper layer beside each lower one.
         group: (l, g) int64, key/value groups.
         query: (l, g, q) int64, query heads inside the matched group.
-        quality: "width", "ffn" and "heads".
+        quality: "width", "ffn", "heads" and, where there are any, "conv".
+        conv: (l, c) int64, channels of a layer's convolution; None in models without.
     """
 
     width: torch.Tensor
@@ -59,6 +60,7 @@ class Match:
     group: torch.Tensor
     query: torch.Tensor
     quality: dict[str, Quality]
+    conv: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -150,26 +152,28 @@ def match_models(
     mirrors = upper.architecture.family.norm_type == "rms"
     width = assignment(streams.abs() if mirrors else streams)
     signs = torch.where(mirrors & (_picked(streams, width) < 0), -1.0, 1.0)
-    found: dict[str, list[torch.Tensor]] = {"ffn": [], "group": [], "query": []}
-    qualities: dict[str, list[Quality]] = {"width": [_quality(streams, width)], "ffn": [], "heads": []}
+    sizes = lower.architecture.sizes
+    shapes: dict[str, tuple[int, ...]] = {dim: (sizes[dim],) for dim in ("ffn", "group", "conv") if dim in sizes}
+    shapes["query"] = (sizes["group"], sizes["query"])
+    found = {dim: torch.arange(shape[-1]).expand(len(kept), *shape).clone() for dim, shape in shapes.items()}
+    qualities = {"width": [_quality(streams, width)]}
     for above, below in Progress("Matching coordinates", pairs):
-        if below.axis == ("ffn",):
+        layer, dim = lower.architecture.split_name(below.name)[0], below.axis[0]
+        if dim in ("ffn", "conv"):
             activations = within(correlation(above, below))
-            found["ffn"].append(assignment(activations))
-            qualities["ffn"].append(_quality(activations, found["ffn"][-1]))
-        elif below.axis != ("width",):
+            found[dim][layer] = assignment(activations)
+            qualities.setdefault(dim, []).append(_quality(activations, found[dim][layer]))
+        elif dim == "group":
             heads = _head_correlation(upper, lower, cross[below.name], above, below, width, signs)
-            sizes = [(one.architecture.sizes["group"], one.architecture.sizes["query"]) for one in (upper, lower)]
-            each = heads.view(*sizes[0], *sizes[1])
+            each = heads.view(*(one.architecture.sizes[dim] for one in (upper, lower) for dim in ("group", "query")))
             if prefix:
-                each = each[: sizes[1][0], : sizes[1][1]]
+                each = each[: sizes["group"], : sizes["query"]]
             group, query = _match_groups(each)
-            found["group"].append(group)
-            found["query"].append(query)
+            found["group"][layer], found["query"][layer] = group, query
             flat = group[:, None] * each.shape[1] + query
-            qualities["heads"].append(_quality(each.flatten(0, 1).flatten(1), flat.flatten()))
+            qualities.setdefault("heads", []).append(_quality(each.flatten(0, 1).flatten(1), flat.flatten()))
     mean = {kind: _mean_quality(each) for kind, each in qualities.items()}
-    return Match(width, signs, **{kind: torch.stack(each) for kind, each in found.items()}, quality=mean)
+    return Match(width, signs, **found, quality=mean)
 
 
 def order_above(match: Match, lower: Order, upper: Architecture, scores: Importance, kept: Sequence[int]) -> Order:
@@ -188,16 +192,19 @@ def order_above(match: Match, lower: Order, upper: Architecture, scores: Importa
     width = _then_rest(match.width[lower.width], scores.width)
     signs = torch.ones(len(width))
     signs[: len(match.signs)] = match.signs[lower.width] * (1 if lower.signs is None else lower.signs)
-    ffn, group = (score.argsort(descending=True) for score in (scores.ffn, scores.group))
+    ranks = {dim: score for dim in ("ffn", "group", "conv") if (score := getattr(scores, dim)) is not None}
+    orders = {dim: score.argsort(descending=True) for dim, score in ranks.items()}
+    group = orders["group"]
     query = torch.arange(upper.sizes["query"]).expand(*group.shape, -1).clone()
     for below, above in enumerate(kept):
-        ffn[above] = _then_rest(match.ffn[below][lower.ffn[below]], scores.ffn[above])
-        group[above] = _then_rest(match.group[below][lower.group[below]], scores.group[above])
+        for dim, score in ranks.items():
+            first = getattr(match, dim)[below][getattr(lower, dim)[below]]
+            orders[dim][above] = _then_rest(first, score[above])
         for place, served in enumerate(lower.group[below]):
             inside = match.query[below][served]
             inside = inside if lower.query is None else inside[lower.query[below][place]]
             query[above][place] = _then_rest(inside, torch.zeros(query.shape[-1]))
-    return Order(width, ffn, group, query, signs)
+    return Order(width, query=query, signs=signs, **orders)
 
 
 def order_below(match: Match) -> Order:
@@ -206,9 +213,10 @@ def order_below(match: Match) -> Order:
     Args:
         match: made with `prefix`.
     """
-    width, ffn, group = match.width.argsort(), match.ffn.argsort(), match.group.argsort()
+    width, group = match.width.argsort(), match.group.argsort()
     query = match.query.argsort().gather(1, group[..., None].expand_as(match.query))
-    return Order(width, ffn, group, query, match.signs[width])
+    conv = None if match.conv is None else match.conv.argsort()
+    return Order(width, match.ffn.argsort(), group, query, match.signs[width], conv=conv)
 
 
 def stream_axes(

@@ -20,7 +20,7 @@ from cbd_trl.architectures import Architecture, decoder_layers
 from cbd_trl.architectures.backbone import Head, last_hidden, output_head
 from cbd_trl.losses.fused import default_chunk
 from cbd_trl.surgery.blocks import Block, Fits, anywhere, spaced_blocks
-from cbd_trl.surgery.refit import OutputProjection, layer_inputs, refit_layer
+from cbd_trl.surgery.refit import layer_inputs, output_projection, refit_layer
 from cbd_trl.utils.progress import Progress
 
 # Positions, evenly spaced, on which candidates are compared first; the best are measured on all.
@@ -198,7 +198,7 @@ class _Measure:
     def bound(self, candidate: _Candidate) -> None:
         """Replace the block by the layer that stays, refitted, and bound what it costs."""
         (first, last), kept = candidate.block, candidate.kept
-        ffn = OutputProjection(self._layers[kept], kept, self._architecture)
+        ffn = output_projection(self._layers[kept], kept, self._architecture)
         with _unchanged(ffn.layer), self._in_place_of(last, kept):
             streams = [into[first] for into, _ in self._recorded]
             calls = [calls[kept] for _, calls in self._recorded]

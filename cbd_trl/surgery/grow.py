@@ -10,6 +10,25 @@ from cbd_trl.architectures.axes import Axes, dims_of, from_dims, to_dims
 from cbd_trl.surgery.blocks import select_layers, spaced_layers
 from cbd_trl.surgery.weights import LazyWeights, Weights, working
 
+# What only a router's bias has, and what is taken from that of a new expert: more than logits differ by.
+ROUTER_BIAS: Axes = (("expert",),)
+_NEVER = 1e4
+
+
+def check_experts(architecture: Architecture, target: Architecture) -> None:
+    """Check that the number of experts can grow to a target's without changing what is computed.
+
+    Raises:
+        ValueError: it cannot: only a router with a bias can be kept from choosing a new expert.
+    """
+    old, new = (one.sizes.get("expert", 0) for one in (architecture, target))
+    if new > old and ROUTER_BIAS not in architecture.tensors.values():
+        raise ValueError(
+            f"Cannot grow {old} experts to {new}: the router of {architecture.config.model_type} has no bias, and "
+            "what it would give a new expert depends on the token, so some would be sent there. Keep the number of "
+            "experts, or cut the model above (operator='nested' or 'slice')."
+        )
+
 
 def grow_width(weights: Weights, architecture: Architecture, target: Architecture) -> tuple[Weights, Architecture]:
     """Grow every width to `target`'s; logits stay equal.
@@ -21,11 +40,15 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
     square what it was. New heads and neurons get zero output projections. What reads a new coordinate, and the inner
     weights of new heads and neurons, repeat old ones, so that training can move away from zero; where a norm goes over
     all heads (OLMo 2), m copies of a head share its square: each has 1 / sqrt(m) of its weights and sqrt(m) times its
-    gain.
+    gain. New experts are copies that their router's bias keeps from being chosen.
 
     Returns:
         Weights, and the architecture with its new epsilon.
+
+    Raises:
+        ValueError: there are to be more experts, and the router has no bias.
     """
+    check_experts(architecture, target)
     fixed_eps = architecture.fixed_eps
     eps_ratio = 1.0 if fixed_eps else architecture.sizes["width"] / target.sizes["width"]
     scales = _Scales(architecture, target, eps_ratio)
@@ -41,6 +64,9 @@ def grow_width(weights: Weights, architecture: Architecture, target: Architectur
             else:
                 fill = _fill(dim, axes, readers.get(module), centered)
             array = _extend(array, axes, dim, target.sizes[dim], fill)
+        if axes == ROUTER_BIAS:
+            array = array.clone()
+            array[architecture.sizes["expert"] :] -= _NEVER
         scale = scales.of(key, axes)
         # Most tensors stay what they are, bit for bit and without a pass over them.
         if (scale != 1).any():
@@ -56,8 +82,9 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
     """Insert evenly spaced layers that add nothing; logits stay equal.
 
     Output projections and biases of a new layer are zero, or the gains of the norms that follow them; the rest of it
-    is a copy of the layer after it. Where engines tell layers apart by position (`Architecture.fits`), they are put
-    where the old layers keep their places in the pattern, if that can be.
+    is a copy of the layer after it, or, where layers are of several kinds, of the nearest of its kind. Where engines
+    tell layers apart by position (`Architecture.fits`), they are put where the old layers keep their places in the
+    pattern, if that can be.
 
     Raises:
         ValueError: `depth` is smaller than the model's.
@@ -69,10 +96,11 @@ def grow_depth(weights: Weights, architecture: Architecture, depth: int) -> tupl
         )
     old = spaced_layers(depth, architecture.depth, lambda layer, position: architecture.fits(position, layer))
     following = [next(i for i, position in enumerate(old) if position >= layer) for layer in range(depth)]
-    repeated, deeper = select_layers(weights, architecture, following)
-    if all(architecture.fits(layer, position) for layer, position in enumerate(old)):
-        # What adds nothing may be a layer of any kind.
-        deeper = deeper if architecture.off_pattern else deeper.on_pattern()
+    deeper = architecture.with_layers(following)
+    if not architecture.off_pattern and all(architecture.fits(layer, position) for layer, position in enumerate(old)):
+        # What adds nothing may be a layer of any type.
+        deeper = deeper.on_pattern()
+    repeated, _ = select_layers(weights, architecture, architecture.of_kinds(following, deeper))
     last = _last_modules(architecture)
     silent = {deeper.layer_name(layer, module) for layer in set(range(depth)) - set(old) for module in last}
 

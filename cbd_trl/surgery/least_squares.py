@@ -58,7 +58,8 @@ def least_squares_cut(
     fitted without a bias). Norm gains are multiplied by the ratio of the kept coordinates' root mean square to the
     full one; a LayerNorm's features are centered over the kept coordinates, so y also holds the kept coordinates'
     mean. Dropped heads and neurons go the same way through the output and down projections. Norms over an output
-    (after attention and FFN, over all heads' queries or keys) have their gains multiplied by the same factor.
+    (after attention and FFN, over all heads' queries or keys) have their gains multiplied by the same factor. Dropped
+    experts, and neurons of experts, are gone: the others stay as they are.
 
     An approximation (the ratio varies from token to token); exact as ridge -> 0 with an untied head where the dropped
     coordinates are copies of kept ones, each copied equally often.
@@ -79,7 +80,7 @@ def least_squares_cut(
     _check_narrower(architecture, target)
     if tied_head_share is None:
         tied_head_share = TIED_HEAD_SHARE if architecture.embedding_scale == 1.0 else SCALED_TIED_HEAD_SHARE
-    places: list[Site | OutputNorm] = [*architecture.sites, *architecture.output_norms]
+    places: list[Site | OutputNorm] = [*architecture.measured_sites, *architecture.output_norms]
     cut = _cut_axes(architecture, target)
     readers, narrower = readers_of(architecture), {place.name: place for place in places if place.axis in cut}
     written = _cut_outputs(weights, architecture, target, stream_ratio(architecture, statistics, target))
@@ -200,12 +201,12 @@ class Fit:
         return made
 
     def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Refit the reader's bias, (outputs,)."""
+        """Refit the reader's bias, (outputs,) or, of experts, (E, outputs of each)."""
         if self.constant is None:
             return bias
         constant = self.constant.to(working(matrix[:0]).dtype)
         parts = [working(piece[:, self.rows]) @ constant for piece in matrix.split(_ROWS)]
-        return bias + torch.cat(parts).to(bias.dtype)
+        return bias + torch.cat(parts).to(bias.dtype).view_as(bias)
 
 
 def regress(
@@ -304,7 +305,7 @@ def cut_fits(architecture: Architecture, target: Architecture) -> list[tuple[Sit
 
 
 def _cut_axes(architecture: Architecture, target: Architecture) -> set[tuple[str, ...]]:
-    axes = {site.axis for site in architecture.sites} | {norm.axis for norm in architecture.output_norms}
+    axes = {site.axis for site in architecture.measured_sites} | {norm.axis for norm in architecture.output_norms}
     return {axis for axis in axes if axis_length(axis, target.sizes) < axis_length(axis, architecture.sizes)}
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cbd_trl.architectures import Architecture, decoder_layers
+from cbd_trl.surgery.experts import routed_rows
 from cbd_trl.surgery.statistics import cholesky, normalize_stream
 from cbd_trl.surgery.weights import as_stored, as_used, from_input_matrix, input_matrix
 from cbd_trl.utils.progress import Progress
@@ -33,7 +34,8 @@ def refit_layers(
     (whose layers below are refitted already) and t the teacher's stream at the end of the block on the channels they
     share, W moves by E[(t - s) h^T] (E[h h^T] + ridge)^-1 and its bias, where it has one, by the mean that is left.
     Tokens are weighted by 1 / |t|. Where a norm with gain g follows W, W is fitted for what the norm divides by now,
-    h / rms(W h) and (t - s) / g standing for h and t - s; then the gain is fitted to what the norm gives.
+    h / rms(W h) and (t - s) / g standing for h and t - s; then the gain is fitted to what the norm gives. Of a mixture
+    of experts one matrix after another is fitted, to what those before it leave of t - s for its tokens.
 
     Args:
         student: a model cut from the teacher, in depth, width or both; changed in place.
@@ -60,7 +62,7 @@ def refit_layers(
     for i, layer in enumerate(Progress("Refitting layers", ours)):
         layer_calls = [call[i] for call in calls]
         goals = [target[i] for target in targets]
-        streams = refit_layer(OutputProjection(layer, i, architecture), streams, layer_calls, goals, ridge)
+        streams = refit_layer(output_projection(layer, i, architecture), streams, layer_calls, goals, ridge)
 
 
 def refit_layer(
@@ -85,15 +87,15 @@ def refit_layer(
     for stream, (args, kwargs) in zip(streams, calls, strict=True):
         with recorded_calls(ffn.module) as recorded:
             outputs.append(tensor_of(ffn.layer(stream, *args, **kwargs)).flatten(0, -2))
-        rows, result = recorded[0]
-        inner.append(rows.flatten(0, -2))
+        inputs, result = recorded[0]
+        inner.append(inputs)
         projected.append(result.flatten(0, -2))
     flat = [goal.flatten(0, -2).float() for goal in goals]
     before = [ffn.added(rows) for rows in projected]
     gaps = [goal - output.float() for goal, output in zip(flat, outputs, strict=True)]
     weights = [_token_weights(goal) for goal in flat]
     ffn.fit(inner, projected, gaps, weights, ridge)
-    projected = [ffn.module(rows) for rows in inner]
+    projected = [ffn.module(*inputs).flatten(0, -2) for inputs in inner]
     if ffn.norm is not None:
         ffn.fit_gain(projected, [gap + old.float() for gap, old in zip(gaps, before, strict=True)], weights)
     return [
@@ -114,7 +116,8 @@ class OutputProjection:
         self._site = next(site for site in architecture.family.sites if site.axis == ("ffn",))
         name = self._site.readers[0]
         self._key = architecture.layer_name(index, f"{name}.weight")
-        self.module: Any = layer.get_submodule(name)
+        # Experts have one module for all their projections.
+        self.module: Any = layer.get_submodule(self._site.name if self._site.routed else name)
         norm = architecture.family.output_norms(architecture.config).get(name)
         self._norm_key = architecture.layer_name(index, f"{norm}.weight")
         self.norm: Any = None if norm is None else layer.get_submodule(norm)
@@ -125,7 +128,7 @@ class OutputProjection:
 
     def fit(
         self,
-        inner: Sequence[torch.Tensor],
+        inner: Sequence[tuple[torch.Tensor, ...]],
         projected: Sequence[torch.Tensor],
         gaps: Sequence[torch.Tensor],
         weights: Sequence[torch.Tensor],
@@ -133,7 +136,8 @@ class OutputProjection:
     ) -> None:
         """Move the projection so that what is added changes by the gaps, in weighted least squares."""
         sums: dict[str, torch.Tensor] = {}
-        for rows, result, gap, weight in zip(inner, projected, gaps, weights, strict=True):
+        for inputs, result, gap, weight in zip(inner, projected, gaps, weights, strict=True):
+            rows = inputs[0].flatten(0, -2)
             if self.norm is not None:
                 rms = (result.float().pow(2).mean(-1, keepdim=True) + self._architecture.eps).sqrt()
                 gain = as_used(self._norm_key, self.norm.weight, self._architecture).float()
@@ -158,6 +162,54 @@ class OutputProjection:
             below = below + (weight * stream.square()).sum(0)
         gain = above / below.clamp(min=1e-12)
         self.norm.weight.copy_(as_stored(self._norm_key, gain, self._architecture))
+
+
+class ExpertProjections(OutputProjection):
+    """The output projections of the experts of one layer.
+
+    Together they are one linear map of all experts' neurons, which are 0 for the tokens that an expert does not see,
+    and are fitted one by one, as there are too many to solve for at once.
+    """
+
+    def fit(
+        self,
+        inner: Sequence[tuple[torch.Tensor, ...]],
+        projected: Sequence[torch.Tensor],
+        gaps: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        ridge: float,
+    ) -> None:
+        """Move the projections so that what is added changes by the gaps, in weighted least squares."""
+        total = sum(weight.sum() for weight in weights)
+        parts: dict[int, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+        for batch, inputs in enumerate(inner):
+            for expert, tokens, rows in routed_rows(self.module, (inputs[0], inputs[1], inputs[2])):
+                parts.setdefault(expert, []).append((batch, tokens, rows.float()))
+        left = [gap.clone() for gap in gaps]
+        axes, weight = self._architecture.tensors[self._key], self.module.down_proj
+        inside = tuple(axis for axis in axes if axis != ("expert",))
+        for expert, own in sorted(parts.items()):
+            sums: dict[str, torch.Tensor] = {}
+            for batch, tokens, rows in own:
+                _add_moments(sums, rows, left[batch][tokens], weights[batch][tokens])
+            # As if the others' tokens counted too: an expert must not be fitted to a few tokens alone.
+            change, _ = _solve(sums, ridge * float(total / sums["n"]), intercept=False)
+            matrix = input_matrix(weight[expert], inside, self._site.axis) + change.to(weight.dtype)
+            weight[expert] = from_input_matrix(matrix, weight[expert], inside, self._site.axis)
+            for batch, tokens, rows in own:
+                left[batch][tokens] -= rows @ change.T
+
+
+def output_projection(layer: nn.Module, index: int, architecture: Architecture) -> OutputProjection:
+    """Find the FFN output projection of a layer of a model, or those of its experts.
+
+    Args:
+        layer: of the model.
+        index: which.
+        architecture: of the model.
+    """
+    kind = OutputProjection if architecture.family.experts is None else ExpertProjections
+    return kind(layer, index, architecture)
 
 
 def layer_inputs(
@@ -200,10 +252,10 @@ def block_ends(
 
 
 @contextmanager
-def recorded_calls(module: nn.Module) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Record the first input and the output of a module, call by call."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = module.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
+def recorded_calls(module: nn.Module) -> Iterator[list[tuple[tuple[torch.Tensor, ...], torch.Tensor]]]:
+    """Record the inputs and the output of a module, call by call."""
+    calls: list[tuple[tuple[torch.Tensor, ...], torch.Tensor]] = []
+    handle = module.register_forward_hook(lambda module, args, output: calls.append((args, output)))
     try:
         yield calls
     finally:

@@ -8,7 +8,7 @@ import torch
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import Axes, Sizes, axis_length, dims_of, from_dims, select, to_dims
 from cbd_trl.surgery.norms import balance_norms, fold_norms, folds
-from cbd_trl.surgery.statistics import Change, SiteStatistics
+from cbd_trl.surgery.statistics import Change, Statistics
 from cbd_trl.surgery.weights import LazyWeights, Weights, from_input_matrix, input_matrix, reader_keys
 from cbd_trl.utils.progress import Progress
 
@@ -24,10 +24,14 @@ class Order:
 
     Args:
         width: (D,) int64, residual channels.
-        ffn: (L, F) int64, FFN neurons of each layer.
+        ffn: (L, F) int64, FFN neurons of each layer; (L, E, F), those of each expert, the experts in their new order.
         group: (L, G) int64, key/value groups of each layer.
         query: (L, G, Q) int64, query heads inside each group, the groups in their new order; None: they stay.
         signs: (D,) of 1 and -1, by which the channels in their new order are multiplied; None: by 1.
+        expert: (L, E) int64, experts of each layer; None where the FFN is one.
+        conv: (L, C) int64, channels of each layer's convolution; None in a model without.
+
+    Rows of layers that have no such coordinates mean nothing.
     """
 
     width: torch.Tensor
@@ -35,12 +39,21 @@ class Order:
     group: torch.Tensor
     query: torch.Tensor | None = None
     signs: torch.Tensor | None = None
+    expert: torch.Tensor | None = None
+    conv: torch.Tensor | None = None
 
     def index(self, layer: int | None) -> dict[str, torch.Tensor]:
         """List positions by atomic dimension, for the tensors of one layer or (None) those outside the layers."""
         if layer is None:
             return {"width": self.width}
-        return {"width": self.width, "ffn": self.ffn[layer], "group": self.group[layer]}
+        ffn = {"ffn": self.ffn} if self.expert is None else {"expert": self.expert}
+        orders = {**ffn, "group": self.group, "conv": self.conv}
+        return {"width": self.width, **{dim: order[layer] for dim, order in orders.items() if order is not None}}
+
+    def inside(self, layer: int | None) -> dict[tuple[str, str], torch.Tensor]:
+        """List positions inside each entry of another dimension, {(other, dimension): (entries, positions)}."""
+        orders = {("group", "query"): self.query, ("expert", "ffn"): None if self.expert is None else self.ffn}
+        return {dims: order[layer] for dims, order in orders.items() if order is not None and layer is not None}
 
 
 @dataclass(frozen=True)
@@ -49,25 +62,41 @@ class Importance:
 
     Args:
         width: (D,) residual channels.
-        ffn: (L, F) FFN neurons of each layer.
+        ffn: (L, F) FFN neurons of each layer, or (L, E, F) those of each expert.
         group: (L, G) key/value groups of each layer.
+        expert: (L, E) experts of each layer; None where the FFN is one.
+        conv: (L, C) channels of each layer's convolution; None in a model without.
     """
 
     width: torch.Tensor
     ffn: torch.Tensor
     group: torch.Tensor
+    expert: torch.Tensor | None = None
+    conv: torch.Tensor | None = None
 
 
-def importance(weights: Weights, architecture: Architecture, statistics: SiteStatistics) -> Importance:
+def importance(weights: Weights, architecture: Architecture, statistics: Statistics) -> Importance:
     """Score coordinates: root mean square activation times the size of what reads it.
 
     Channels are summed over all streams that layers read, each divided by its root mean square over all channels
     where no norm does it; neurons and heads are weighted by the norm of their output column. After Minitron, arXiv
-    2407.14679, section 2.2, which uses mean |x|.
+    2407.14679, section 2.2, which uses mean |x|. An expert matters by its routed mass, the sum of the weights that its
+    router gives it, and its neurons by their activations times these.
     """
     width = torch.zeros(architecture.sizes["width"], dtype=torch.float64)
-    inner: dict[str, list[torch.Tensor]] = {"ffn": [], "group": []}
+    sizes, depth = architecture.sizes, architecture.depth
+    inner = {dim: width.new_zeros(depth, sizes[dim]) for dim in ("ffn", "group", "expert", "conv") if dim in sizes}
+    if "expert" in sizes:
+        inner["ffn"] = width.new_zeros(depth, sizes["expert"], sizes["ffn"])
     for site in Progress("Ranking the coordinates", architecture.sites):
+        outermost, layer = site.axis[0], architecture.split_name(site.name)[0]
+        if site.routed:
+            key, _ = reader_keys(site.readers[0], weights, architecture)
+            axes = architecture.tensors[key]
+            written = to_dims(weights[key], axes, sizes).double().norm(dim=dims_of(axes).index("width"))
+            inner["ffn"][layer] = statistics.neurons[site.name].double().sqrt() * written
+            inner["expert"][layer] = statistics.mass[site.name].double()
+            continue
         rms = statistics.variances(site.name).clamp(min=0).sqrt()
         if site.axis == ("width",):
             gain = weights[f"{site.name}.weight"].double().abs() if site.norm else 1 / rms.square().mean().sqrt()
@@ -75,20 +104,24 @@ def importance(weights: Weights, architecture: Architecture, statistics: SiteSta
             tied_final = architecture.tied and site is architecture.sites[-1]
             width += rms * gain * (architecture.embedding_scale if tied_final else 1.0)
             continue
+        if outermost not in inner:
+            continue
         key, _ = reader_keys(site.readers[0], weights, architecture)
         score = rms * input_matrix(weights[key], architecture.tensors[key], site.axis).double().norm(dim=0)
-        outermost = site.axis[0]
-        inner[outermost].append(score.reshape(architecture.sizes[outermost], -1).sum(-1))
-    return Importance(width, torch.stack(inner["ffn"]), torch.stack(inner["group"]))
+        inner[outermost][layer] = score.reshape(sizes[outermost], -1).sum(-1)
+    return Importance(width, **inner)
 
 
 def importance_order(scores: Importance) -> Order:
     """Order the coordinates by descending importance."""
-    return Order(*(score.argsort(descending=True) for score in (scores.width, scores.ffn, scores.group)))
+    orders = {name: score.argsort(descending=True) for name, score in vars(scores).items() if score is not None}
+    if "expert" in orders:
+        orders["ffn"] = orders["ffn"].take_along_dim(orders["expert"][..., None], 1)
+    return Order(**orders)
 
 
 def sort_weights(weights: Weights, architecture: Architecture, scores: Importance) -> tuple[Weights, Change]:
-    """Permute channels, neurons and key/value groups into descending importance; the logits stay equal.
+    """Permute channels, neurons, experts and key/value groups into descending importance; the logits stay equal.
 
     Returns:
         The permuted weights and the change of what their readers read.
@@ -122,8 +155,9 @@ def permute(weights: Weights, architecture: Architecture, order: Order) -> Weigh
     def tensor(key: str) -> torch.Tensor:
         axes, layer = architecture.tensors[key], architecture.split_name(key)[0]
         permuted = select(weights[key], axes, architecture.sizes, order.index(layer))
-        if order.query is not None and layer is not None and "query" in dims_of(axes):
-            permuted = _reorder_queries(permuted, axes, architecture.sizes, order.query[layer])
+        for dims, positions in order.inside(layer).items():
+            if set(dims) <= set(dims_of(axes)):
+                permuted = _reorder_inside(permuted, axes, architecture.sizes, dims, positions)
         # A norm's gain is the same for a channel and its mirror image.
         if signs is not None and not (axes == (("width",),) and key.endswith(".weight")):
             permuted = _mirrored(permuted, axes, architecture.sizes, signs)
@@ -231,12 +265,13 @@ def _site_order(axis: tuple[str, ...], sizes: Sizes, orders: dict[str, torch.Ten
     return select(torch.arange(axis_length(axis, sizes)), (axis,), sizes, orders)
 
 
-def _reorder_queries(tensor: torch.Tensor, axes: Axes, sizes: Sizes, query: torch.Tensor) -> torch.Tensor:
-    dims = dims_of(axes)
-    positions = (dims.index("group"), dims.index("query"))
+def _reorder_inside(
+    tensor: torch.Tensor, axes: Axes, sizes: Sizes, dims: tuple[str, str], order: torch.Tensor
+) -> torch.Tensor:
+    positions = tuple(dims_of(axes).index(dim) for dim in dims)
     array = to_dims(tensor, axes, sizes).movedim(positions, (0, 1))
-    query = query.to(array.device)
-    array = array[torch.arange(len(query), device=array.device)[:, None], query]
+    order = order.to(array.device)
+    array = array[torch.arange(len(order), device=array.device)[:, None], order]
     return from_dims(array.movedim((0, 1), positions), axes)
 
 

@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import psutil
@@ -14,6 +14,7 @@ from transformers.utils import logging
 from cbd_trl.architectures import Architecture, OutputNorm, Site
 from cbd_trl.architectures.axes import axis_length
 from cbd_trl.architectures.backbone import own_forward
+from cbd_trl.surgery.experts import Routed, routed_rows, routing
 from cbd_trl.utils.formatting import format_bytes
 from cbd_trl.utils.modeling import in_eval_mode, is_spread, portable_attention
 from cbd_trl.utils.progress import Progress
@@ -64,6 +65,9 @@ class Statistics:
         seconds: {site: E[x x^T], (D, D) float32, where it was summed}.
         tokens: number of tokens averaged over, padding left out.
         ridge: of `factor`, times each coordinate's own variance.
+        neurons: {module of experts: E[(w x_i)^2], (E, F) float32}; x the neurons of each of E experts and w the
+            weight that the router gives it, 0 for the tokens that it does not see.
+        mass: {module of experts: E[w], (E,) float32}.
     """
 
     means: Mapping[str, torch.Tensor]
@@ -71,6 +75,8 @@ class Statistics:
     seconds: Mapping[str, torch.Tensor]
     tokens: int
     ridge: float = RIDGE
+    neurons: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mass: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def mean(self, site: str) -> torch.Tensor:
         """Return E[x], (D,) float64."""
@@ -145,7 +151,7 @@ def site_groups(architecture: Architecture, budget: int) -> list[list[str]]:
     Returns:
         the names of each group; a single site that does not fit is a group of its own.
     """
-    sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.sites}
+    sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.measured_sites}
     groups: list[list[str]] = []
     used = largest = 0
     for name, size in sizes.items():
@@ -182,7 +188,7 @@ def collect_statistics(
         model: the causal LM described by `architecture`; put into eval mode for the run, which goes no further than
             the last of these sites.
         batches: model inputs (`input_ids` (B, T), and `attention_mask` where there is padding); `labels` are ignored.
-        sites: names of sites and output norms; None for all.
+        sites: names of sites and output norms; None for all, with what a router sends to its experts.
         seconds: {site: key of `Statistics.seconds` that its second moments are added to}; None for each its own.
         change: coordinates that the moments are wanted in; None for the model's own.
 
@@ -190,7 +196,7 @@ def collect_statistics(
         ValueError: the batches hold no token.
     """
     over_outputs = {norm.name for norm in architecture.cut_output_norms}
-    places: list[Site | OutputNorm] = [*architecture.sites, *architecture.cut_output_norms]
+    places: list[Site | OutputNorm] = [*architecture.measured_sites, *architecture.cut_output_norms]
     if sites is not None:
         places = [place for place in places if place.name in sites]
     if seconds is None:
@@ -201,6 +207,7 @@ def collect_statistics(
         in_eval_mode(model),
         portable_attention(model),
         watched(model, architecture, places, sums.add, stop=not is_spread(model)),
+        routing(model, architecture, sums.add_routed) if sites is None else nullcontext(),
     ):
         for batch in batches:
             sums.begin(batch)
@@ -222,6 +229,7 @@ class _Sums:
     def __init__(self, over_outputs: Collection[str], seconds: Mapping[str, str], change: Change | None) -> None:
         self._over_outputs, self._key_of, self._change = over_outputs, seconds, change
         self._means, self._squares, self._seconds = (dict[str, torch.Tensor]() for _ in range(3))
+        self._neurons, self._mass = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         self._tokens = 0
         self._unpadded: torch.Tensor | None = None
 
@@ -243,6 +251,18 @@ class _Sums:
         elif key is not None:
             self._seconds[key] = rows.T @ rows
 
+    def add_routed(self, name: str, module: Any, inputs: Routed) -> None:
+        """Add what a router sends to the experts of a layer."""
+        if self._unpadded is not None:
+            stream, chosen, shares = (each.index_select(0, self._unpadded.to(each.device)) for each in inputs)
+            inputs = stream, chosen, shares
+        stream, chosen, shares = inputs
+        _add(self._mass, name, shares.new_zeros(module.num_experts).index_add(0, chosen.flatten(), shares.flatten()))
+        for expert, _, rows in routed_rows(module, inputs):
+            if name not in self._neurons:
+                self._neurons[name] = rows.new_zeros(module.num_experts, rows.shape[-1], dtype=torch.float32)
+            self._neurons[name][expert] += rows.float().square().sum(0)
+
     def average(self) -> Statistics:
         """Divide by the number of tokens; the second moments in place."""
         if self._tokens == 0:
@@ -251,11 +271,11 @@ class _Sums:
             )
         for second in self._seconds.values():
             second.div_(self._tokens)
-        means, squares = (
+        means, squares, neurons, mass = (
             {name: (total / self._tokens).cpu() for name, total in sums.items()}
-            for sums in (self._means, self._squares)
+            for sums in (self._means, self._squares, self._neurons, self._mass)
         )
-        return Statistics(means, squares, self._seconds, self._tokens)
+        return Statistics(means, squares, self._seconds, self._tokens, neurons=neurons, mass=mass)
 
 
 def _add(sums: dict[str, torch.Tensor], name: str, part: torch.Tensor) -> None:

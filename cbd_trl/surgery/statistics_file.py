@@ -42,7 +42,7 @@ def save_statistics(parts: Iterable[Statistics], architecture: Architecture, pat
         architecture: of their model.
         path: of the file.
     """
-    sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.sites}
+    sizes = {site.name: axis_length(site.axis, architecture.sizes) for site in architecture.measured_sites}
     entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for site, size in sizes.items():
         entries[f"{site}.codes"] = torch.uint8, (packed_bytes(size),)

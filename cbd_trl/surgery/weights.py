@@ -96,8 +96,8 @@ def to_weights(state: Weights, architecture: Architecture) -> Weights:
     def tensor(key: str) -> torch.Tensor:
         if key not in architecture.stored:
             return no_gain()
-        name, rows = architecture.stored[key]
-        return as_used(key, state[name][rows], architecture)
+        name, place = architecture.stored[key]
+        return as_used(key, state[name][place] if place else state[name], architecture)
 
     return LazyWeights(architecture.tensors, tensor)
 
@@ -127,7 +127,8 @@ def to_state(weights: Weights, architecture: Architecture) -> Weights:
         if name in architecture.constants:
             return torch.tensor(architecture.constants[name])
         tensors = [as_stored(key, with_gain(key), architecture) for key in parts[name]]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        fused = architecture.fused(name)
+        return tensors[0] if fused is None else fused.joined(tensors)
 
     return LazyWeights([*parts, *architecture.constants], tensor)
 
@@ -177,8 +178,8 @@ def from_input_matrix(matrix: torch.Tensor, like: torch.Tensor, axes: Axes, axis
 
 
 def readers_of(architecture: Architecture) -> dict[str, Site]:
-    """Map {module whose weight reads a site: the site}; a tied head reads with the embedding table."""
-    return {_module_of(reader, architecture): site for site in architecture.sites for reader in site.readers}
+    """Map {module whose weight reads a measured site: the site}; a tied head reads with the embedding table."""
+    return {_module_of(reader, architecture): site for site in architecture.measured_sites for reader in site.readers}
 
 
 def site_norms(architecture: Architecture) -> dict[str, Site]:

@@ -113,6 +113,8 @@ def make_model(
         "shape": target.architecture.shape,
         "num_parameters": target.architecture.num_parameters,
     }
+    if target.architecture.family.experts is not None:
+        provenance["active_parameters"] = target.architecture.num_active_parameters
     if target.operator == ANCHOR:
         model = upper.load_model(dtype=found_dtype)
     else:

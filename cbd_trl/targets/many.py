@@ -110,6 +110,7 @@ class TargetSummary:
     Args:
         requested: number of parameters, None where only config fields were requested.
         num_parameters: a tied table counted once.
+        active_parameters: those that a token is computed with: all, but of a mixture of experts.
         embedding_parameters: those of the token table, of an untied head and of learned positions.
         shape: config fields of the family.
         operator: what makes its weights; "anchor" where it is one.
@@ -118,16 +119,18 @@ class TargetSummary:
         dtype: of the weights and of the cache, such as "bfloat16".
         weight_bytes: of the weights in memory and, but for headers of some kB, on disk.
         cache_bytes: of the key/value cache for each token of context and row; where attention slides over a window,
-            for each token until that is full.
+            for each token until that is full; states of a layer that do not grow with the context not.
         flops: of a forward pass for each token, attention to the context aside: two for every weight of a matrix that
-            is multiplied with, the head included whether tied or not, looking up embeddings not.
+            is multiplied with, the head included whether tied or not, looking up embeddings not. Short convolutions
+            and the recurrence of linear attention count nothing.
         attention_flops: more of them for every token of context that a token attends to: four for every channel of a
-            query head in every layer. Norms, activations, biases and softmax count nothing.
+            query head in every layer with attention. Norms, activations, biases and softmax count nothing.
         engine_limit: what runs differently outside of transformers (`Architecture.engine_limit`), or None.
     """
 
     requested: float | None
     num_parameters: int
+    active_parameters: int
     embedding_parameters: int
     shape: dict[str, int]
     operator: str
@@ -185,10 +188,10 @@ def describe_targets(
 
 
 def multiplied_weights(architecture: Architecture) -> int:
-    """Count the weights of all matrices that a hidden state is multiplied with, a tied table among them."""
+    """Count the weights of all matrices that a hidden state is multiplied with, a tied table among them; of experts
+    those that a token is sent to."""
     readers = {reader for site in architecture.sites for reader in site.readers}
-    keys = [reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers]
-    return sum(math.prod(tensor_shape(architecture.tensors[key], architecture.sizes)) for key in keys)
+    return architecture.active(reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers)
 
 
 def _directories(folder: Path, sizes: Sequence[float]) -> Iterator[tuple[float, Path]]:
@@ -264,10 +267,12 @@ def _made_before(directory: Path, record: Mapping[str, Any]) -> dict[str, Any] |
 def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) -> TargetSummary:
     target = find_target(chain, request)
     architecture, kind = target.architecture, target_dtype(dtype, target.anchors[0])
-    sizes, depth = architecture.sizes, architecture.depth
+    sizes = architecture.sizes
+    attending = sum(site.axis[0] == "group" for site in architecture.sites)
     return TargetSummary(
         requested=request.num_parameters,
         num_parameters=architecture.num_parameters,
+        active_parameters=architecture.num_active_parameters,
         embedding_parameters=_embedding_parameters(architecture),
         shape=architecture.shape,
         operator=target.operator,
@@ -275,9 +280,9 @@ def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) ->
         anchors=tuple(anchor.name for anchor in target.anchors),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=architecture.num_parameters * kind.itemsize,
-        cache_bytes=2 * depth * sizes["group"] * sizes["dim"] * kind.itemsize,
+        cache_bytes=2 * attending * sizes["group"] * sizes["dim"] * kind.itemsize,
         flops=2 * multiplied_weights(architecture),
-        attention_flops=4 * depth * sizes["group"] * sizes["query"] * sizes["dim"],
+        attention_flops=4 * attending * sizes["group"] * sizes["query"] * sizes["dim"],
         engine_limit=architecture.engine_limit(),
     )
 

@@ -17,7 +17,7 @@ from cbd_trl.architectures.axes import Axes, Sizes, dims_of, from_dims, prefix_i
 from cbd_trl.shapes.depths import blocks_for_depth
 from cbd_trl.shapes.solve import DepthRule
 from cbd_trl.surgery.blocks import check_blocks, select_layers, spaced_layers, swap_blocks
-from cbd_trl.surgery.grow import grow_depth, grow_width, zero_pad
+from cbd_trl.surgery.grow import check_experts, grow_depth, grow_width, zero_pad
 from cbd_trl.surgery.least_squares import (
     Fit,
     cut_fits,
@@ -166,20 +166,25 @@ def linear(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
     """Average the anchors: theta = alpha * Trans(theta_small) + (1 - alpha) * Trans(theta_large) (arXiv 2605.07783).
 
     Trans is a plain cut or zero padding, and takes layers at equal relative depth. Layer types are those of the anchor
-    of the greater weight or, if engines tell layers apart by position (`Architecture.fits`), as these have it.
+    of the greater weight or, if engines tell layers apart by position (`Architecture.fits`), as these have it; where
+    layers of different types have different tensors, the nearest layers of the type are averaged.
     """
     alpha = pair.fraction(plan.target) if plan.alpha is None else plan.alpha
     depth = plan.target.depth
 
-    def at_relative_depth(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
-        layers = [round(i * (architecture.depth - 1) / max(depth - 1, 1)) for i in range(depth)]
-        return select_layers(weights, architecture, layers)
+    def at_relative_depth(architecture: Architecture) -> list[int]:
+        return [round(i * (architecture.depth - 1) / max(depth - 1, 1)) for i in range(depth)]
 
-    large, architecture = at_relative_depth(pair.upper, pair.upper_architecture)
-    small, small_architecture = at_relative_depth(pair.lower, pair.lower_architecture)
-    target = (architecture if alpha < 0.5 else small_architecture).resized(**plan.target.sizes)
+    greater = pair.upper_architecture if alpha < 0.5 else pair.lower_architecture
+    target = greater.with_layers(at_relative_depth(greater)).resized(**plan.target.sizes)
     if not pair.upper_architecture.off_pattern and not pair.lower_architecture.off_pattern:
         target = target.on_pattern()
+
+    def like_target(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
+        return select_layers(weights, architecture, architecture.of_kinds(at_relative_depth(architecture), target))
+
+    large, architecture = like_target(pair.upper, pair.upper_architecture)
+    small, small_architecture = like_target(pair.lower, pair.lower_architecture)
     large = plain_cut(large, architecture, target)
     small = zero_pad(small, small_architecture, target)
     return LazyWeights(large, lambda key: torch.lerp(large[key].float(), small[key].float(), alpha)), target
@@ -213,6 +218,7 @@ def _patch_architecture(pair: Pair, target: Architecture) -> Architecture:
 
 
 def _grown_architecture(pair: Pair, target: Architecture) -> Architecture:
+    check_experts(pair.lower_architecture, target)
     return grow_depth({}, pair.lower_architecture.resized(**target.sizes), target.depth)[1]
 
 
@@ -302,9 +308,9 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
         (weights of `cut_upper`, weights of the lower anchor) -> the target's weights, float32 where they are mixed.
         Gradients flow to both.
     """
-    alpha = pair.fraction(plan.target) ** NESTED_ALPHA_POWER if plan.alpha is None else plan.alpha
     stack, below = layer_stack(pair, plan), pair.lower_architecture
     target = pair.upper_architecture.resized(**plan.target.sizes).with_layers([layer for _, layer in stack])
+    alpha = pair.fraction(target) ** NESTED_ALPHA_POWER if plan.alpha is None else plan.alpha
     scale, inputs = _lower_scale(pair, target), _input_dims(target)
     outputs = {reader for site in target.sites if "dim" in site.axis for reader in site.readers}
 

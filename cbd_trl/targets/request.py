@@ -112,7 +112,7 @@ def find_target(chain: Chain, request: Request) -> Target:
     blocks, operator = lower.block_map or [], OPERATORS[request.operator]
     above, below = upper.architecture(), lower.architecture()
     wanted = (request.num_parameters, request.config, request.tolerance, operator.depths)
-    fields = solve_target(above, below, blocks, *wanted, lower.kept_layers)
+    fields = solve_target(above, below, blocks, *wanted, lower.kept_layers, lower.block_costs)
     for anchor in own:
         if anchor.shape == fields:
             return Target((anchor,), anchor.architecture(), ANCHOR)

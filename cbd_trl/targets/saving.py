@@ -17,7 +17,7 @@ from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.chain.cards import AnyChain, chain_name, chain_origins, copy_picture, hub_id, weight_hashes
 from cbd_trl.chain.chain import Chain
 from cbd_trl.targets.operators import OPERATORS
-from cbd_trl.utils.formatting import anchor_name, format_count
+from cbd_trl.utils.formatting import anchor_name, format_count, with_active
 
 
 def check_replaceable(directory: Path) -> None:
@@ -110,10 +110,12 @@ def target_card(chain: AnyChain, made: Mapping[str, Any], name: str) -> str:
         before=[] if before is None else [before],
     )
     size = format_count(made["num_parameters"])
+    total = made["num_parameters"]
+    count = with_active(f"{total:,}", total, made.get("active_parameters", total))
     return render_card(
         data,
         title=f"{plain(name)}: {size} from {chain_name(chain)}",
-        summary=f"A stock transformers model of {made['num_parameters']:,} parameters that "
+        summary=f"A stock transformers model of {count} parameters that "
         "[cbd_trl](https://arxiv.org/abs/2605.07783) made from the weights of a chain, without a teacher and without "
         "training.",
         facts=dict(_facts(chain, made)),

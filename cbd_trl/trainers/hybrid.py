@@ -19,7 +19,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from cbd_trl.architectures import decoder_layers
 
-_KNOWN = {"full_attention", "sliding_attention"}
+# Types whose masks follow from the batch, whatever type the layer is that they stand in for.
+_KNOWN = {"full_attention", "sliding_attention", "linear_attention", "conv"}
 
 
 def layer_types_of(model: Any) -> list[str]:
@@ -40,8 +41,8 @@ def check_layer_types(student_config: Any, teacher_config: Any, block_map: Seque
         block_map: for each student layer the consecutive teacher layers it stands for.
 
     Raises:
-        ValueError: naming a block with layers of other types than its student layer, where these are not just full
-            and sliding attention.
+        ValueError: naming a block with layers of other types than its student layer, where not all of these go
+            together.
     """
     ours, theirs = _layer_types(student_config), _layer_types(teacher_config)
     for i, block in enumerate(block_map):
@@ -49,7 +50,7 @@ def check_layer_types(student_config: Any, teacher_config: Any, block_map: Seque
         if types != {ours[i]} and not types | {ours[i]} <= _KNOWN:
             raise ValueError(
                 f"swap_probability: student layer {i} uses {ours[i]}, the teacher's layers {list(block)} that it "
-                f"stands for use {sorted(types)}, and only full and sliding attention go together in one block. Set "
+                f"stands for use {sorted(types)}, and only {', '.join(sorted(_KNOWN))} go together in one block. Set "
                 "swap_probability=0, or choose blocks of one layer type."
             )
 

@@ -15,6 +15,17 @@ def format_count(count: float) -> str:
     return _with_unit(count, _COUNT_UNITS, 4, "")
 
 
+def with_active(text: str, total: int, active: int) -> str:
+    """Add to a count of parameters how many of them a token is computed with, where these are not all: `30.5B (3.34B
+    active)`.
+
+    Args:
+        text: the count, as it is written.
+        total, active: the two.
+    """
+    return text if active == total else f"{text} ({format_count(active)} active)"
+
+
 def format_bytes(count: float) -> str:
     """Write a number of bytes in short, in powers of 1000: 3.21 GB, 12 MB."""
     return _with_unit(count, _BYTE_UNITS, 3, " B")

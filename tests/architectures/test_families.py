@@ -14,6 +14,7 @@ from transformers import (
     Cohere2Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Lfm2Config,
     LlamaConfig,
     Olmo2Config,
     PhiConfig,
@@ -51,8 +52,10 @@ def test_description_has_every_tensor_of_the_model(family, options, tied):
         del shapes["lm_head.weight"]
     described: dict[str, tuple[int, ...]] = {}
     for key, (name, _) in architecture.stored.items():
-        rows, *rest = tensor_shape(architecture.tensors[key], architecture.sizes)
-        described[name] = (rows + (described[name][0] if name in described else 0), *rest)
+        shape, fused = list(tensor_shape(architecture.tensors[key], architecture.sizes)), architecture.fused(name)
+        if fused is not None and name in described:
+            shape[fused.axis] += described[name][fused.axis]
+        described[name] = tuple(shape)
     constants = {key: value.item() for key, value in model.state_dict().items() if value.dim() == 0}
     assert constants == pytest.approx(architecture.constants)
     assert described | dict.fromkeys(constants, ()) == shapes
@@ -72,7 +75,9 @@ def test_sites_are_modules_and_their_readers_read_that_axis(family):
             assert site.axis in architecture.tensors[f"{reader}.weight"]
             read.add(reader)
     tables = {architecture.family.embedding, "transformer.wpe", "model.decoder.embed_positions"}
-    matrices = {key[: -len(".weight")] for key, axes in architecture.tensors.items() if len(axes) == 2}
+    matrices = {
+        key[: -len(".weight")] for key, axes in architecture.tensors.items() if len(axes) > 1 and ".weight" in key
+    }
     assert matrices - tables == read
     assert architecture.sites[-1] == architecture.family.final_site
 
@@ -398,9 +403,18 @@ def test_parts_of_a_fused_tensor_are_runs_of_its_rows():
             ),
             1_644_515_328,
         ),
+        (
+            Lfm2Config(
+                hidden_size=1024, intermediate_size=6656, num_hidden_layers=16, num_attention_heads=16,
+                num_key_value_heads=8, full_attn_idxs=[2, 5, 8, 10, 12, 14],
+            ),
+            354_483_968,
+        ),
         (PhiConfig(hidden_size=2560, intermediate_size=10240, num_hidden_layers=32), 2_779_683_840),
     ],
-    ids=["gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "command-r7b", "stablelm-2-1_6b", "phi-2"],
+    ids=[
+        "gemma-2-2b", "gemma-3-1b", "OLMo-2-1B", "SmolLM3-3B", "command-r7b", "stablelm-2-1_6b", "LFM2-350M", "phi-2",
+    ],
 )  # fmt: skip
 def test_parameter_counts_of_published_models(config, published):
     assert describe(config).num_parameters == published
@@ -415,3 +429,47 @@ def test_parameter_count_of_a_known_model():
     assert describe(config).num_parameters == 134_515_008
     untied = LlamaConfig(**{**config.to_dict(), "tie_word_embeddings": False})
     assert describe(untied).num_parameters == 134_515_008 + math.prod((49152, 576))
+
+
+def test_layers_have_the_tensors_of_their_type_alone():
+    architecture = describe(tiny_config("qwen3_5_text"))
+    kinds = [architecture.kind(layer) for layer in range(4)]
+    assert kinds == ["linear_attention", "full_attention"] * 2
+    for layer, kind in enumerate(kinds):
+        modules = {key.split(".")[3] for key in architecture.tensors if architecture.split_name(key)[0] == layer}
+        assert modules & {"self_attn", "linear_attn"} == {"self_attn" if kind == "full_attention" else "linear_attn"}
+    assert describe(tiny_config("gemma3_text")).kind(0) is None
+
+
+def test_layers_of_a_kind_are_the_nearest_and_a_missing_kind_is_named():
+    architecture = describe(tiny_config("qwen3_5_text"))
+    like = architecture.with_layers([1, 0, 2, 3])
+    assert architecture.of_kinds([0, 1, 2, 3], like) == [1, 0, 2, 3]
+    with pytest.raises(ValueError, match=r"Layer 0.*type full_attention.*2 layers"):
+        architecture.with_layers([0, 2]).of_kinds([0, 1, 1, 1], like)
+
+
+def test_heads_of_linear_layers_are_kept_for_a_reason():
+    with pytest.raises(
+        ValueError, match=r"'linear_num_value_heads'.*keeps the heads of the linear layers.*fields: num_"
+    ):
+        describe(tiny_config("qwen3_5_text")).resolve_sizes({"linear_num_value_heads": 2})
+
+
+def test_the_ffn_width_of_lfm2_is_that_which_is_built():
+    adjusted = {"block_auto_adjust_ff_dim": True, "block_multiple_of": 20, "block_ffn_dim_multiplier": 1.1}
+    architecture = describe(tiny_config("lfm2", intermediate_size=48, **adjusted))
+    assert architecture.sizes["ffn"] == 40
+    narrow = architecture.resized(width=24)
+    assert (narrow.config.block_auto_adjust_ff_dim, narrow.config.intermediate_size) == (True, 48)
+    assert narrow.sizes["ffn"] == 40 and narrow.sizes["conv"] == 24
+    cut = architecture.resized(ffn=32)
+    assert (cut.config.block_auto_adjust_ff_dim, cut.config.intermediate_size) == (False, 32)
+    for one in (narrow, cut):
+        built = AutoModelForCausalLM.from_config(one.config)
+        assert sum(parameter.numel() for parameter in built.parameters()) == one.num_parameters
+
+
+def test_layers_that_move_leave_no_index_of_lfm2_behind():
+    config = describe(tiny_config("lfm2")).with_layers([1, 2, 3]).config
+    assert config.full_attn_idxs is None and config.layer_types == ["full_attention", "conv", "full_attention"]

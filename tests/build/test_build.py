@@ -30,7 +30,7 @@ from tests.chain.helpers import (
     widths_of,
 )
 from tests.surgery.helpers import TOLERANCE, full_model, logits
-from tests.tiny import FAMILIES, by_kind, own_names
+from tests.tiny import HEADS, KINDS, MIXTURES, own_names, published
 from tests.tokenizer import tiny_tokenizer
 
 
@@ -265,8 +265,21 @@ def qwen2_tokenizer():
     return Qwen2Tokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[])
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", by_kind([family for family in FAMILIES if family != "llama"]))
+# Mixtures of experts have tests of their own: test_experts.py.
+# A family of each kind, with the head that it is published with: a tied and an untied Llama are built above.
+_OTHERS = [
+    pytest.param(
+        family,
+        tied,
+        id=f"{family}-{'tied' if tied else 'untied'}",
+        marks=() if family in KINDS and published(family, tied) else pytest.mark.slow,
+    )
+    for family, tied in HEADS
+    if family not in ("llama", *MIXTURES)
+]
+
+
+@pytest.mark.parametrize(("family", "tied"), _OTHERS)
 def test_other_families(family, tied, tmp_path):
     source = full_model(family, tied, **depth_of(family, 6)).float()
     width = widths_of(family, CHAIN_ANCHORS[1])

@@ -58,7 +58,8 @@ def losses_between(chain, operator, text):
     return excess
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+# What is matched is proved family by family in tests/surgery/test_align.py; here it is worth it.
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_aligned_is_clearly_better(family, tmp_path):
     rows = Dataset.from_dict({"input_ids": markov_text(64, 24, seed=1).tolist()})
     options = {"dataset": rows, "processing_class": tiny_tokenizer()}

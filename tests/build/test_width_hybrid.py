@@ -295,6 +295,7 @@ def test_a_hybrid_that_would_not_be_trained_is_refused():
         make_trainer(student=tiny_model("llama", hidden_size=16), teacher=teacher, swap_probability=0.5)
 
 
+@pytest.mark.slow
 def test_models_between_two_widths_are_better_for_it(tmp_path):
     """All of them, others than those trained among them, and the anchor is not worse."""
     source = trained("llama", {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}, seed=1)

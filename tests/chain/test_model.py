@@ -16,11 +16,18 @@ from tests.tiny import FAMILIES, tiny_model
 
 
 def saved(folder, family="llama", shard="5GB"):
-    """A model on disk; its weight files, the shapes of its tensors, and their names where the files have others."""
+    """A model on disk; its weight files, the shapes of its tensors, and what the files have them under."""
     model = tiny_model(family)
     model.save_pretrained(folder, max_shard_size=shard)
     architecture = describe(model.config)
-    return sorted(folder.glob("*.safetensors")), dict(architecture.state_shapes), architecture.family.file_names
+    return (
+        sorted(folder.glob("*.safetensors")),
+        dict(architecture.state_shapes),
+        (
+            architecture.family.file_names,
+            architecture.files,
+        ),
+    )
 
 
 @pytest.mark.parametrize("shard", ["5GB", "20KB"], ids=["one file", "shards"])
@@ -29,7 +36,7 @@ def test_it_holds_what_the_files_hold(family, shard, tmp_path):
     """As transformers reads it."""
     files, shapes, names = saved(tmp_path, family, shard)
     assert (len(files) > 2) == (shard == "20KB")
-    weights, expected = StoredWeights(files, shapes, names), tiny_model(family).state_dict()
+    weights, expected = StoredWeights(files, shapes, *names), tiny_model(family).state_dict()
     assert list(weights) == list(shapes) and len(weights) == len(expected)
     kept = dict(weights)
     for key, tensor in expected.items():

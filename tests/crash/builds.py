@@ -1,5 +1,6 @@
 """Builds in processes of their own, forked from one that has imported everything, and killed wherever a test says."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -128,7 +129,6 @@ def build(folder: Path, anchors: int = 2, **args: Any) -> Chain:
 
 def build_and_die(folder: Path, kill: Kill | None = None, anchors: int = 2) -> None:
     """Build, in a process that is there for nothing else."""
-    torch.set_num_threads(1)
 
     class Trainer(DistillTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -143,7 +143,6 @@ def build_and_die(folder: Path, kill: Kill | None = None, anchors: int = 2) -> N
 
 def count_calls(folder: Path, phases: list[str]) -> None:
     """Build, and write how many calls each phase is: a file `<phase>.calls` each beside the folder."""
-    torch.set_num_threads(1)
     calls = _Calls(phases, None)
     build(folder)
     for phase in phases:
@@ -164,6 +163,13 @@ def take_journal(folder: Path) -> dict[str, dict[str, list[int]]]:
     return told
 
 
+def _settled(function: Callable[..., None], *args: Any) -> None:
+    # All that it is forked with is imported, and none of it garbage.
+    gc.freeze()
+    torch.set_num_threads(1)
+    function(*args)
+
+
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])
 
@@ -174,7 +180,7 @@ def forked(function: Callable[..., None], *args: Any, seconds: float = 300) -> i
     Returns:
         its exit code: 0, 1 where it raised, or below 0 where a signal killed it.
     """
-    process = _FORKS.Process(target=function, args=args)
+    process = _FORKS.Process(target=_settled, args=(function, *args))
     process.start()
     process.join(seconds)
     if process.is_alive():

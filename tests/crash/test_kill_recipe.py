@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.cli.main import main
@@ -31,7 +30,6 @@ def run(recipe: Path, die_in: str | None = None, call: int = 1, counted: Path | 
         call: from 1.
         counted: where a line is written for every measurement.
     """
-    torch.set_num_threads(1)
     os.chdir(recipe.parent)
     calls = 0
 

@@ -4,6 +4,7 @@ Installing it cannot be undone and changes what every later test of the process 
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -38,8 +39,9 @@ def available() -> bool:
     return hasattr(backend_registration, "_setup_privateuseone_for_python_backend")
 
 
+@functools.cache
 def install() -> None:
-    """Make the strict device this process's accelerator."""
+    """Make the strict device this process's accelerator, once."""
     from torch.utils import backend_registration
 
     backend_registration._setup_privateuseone_for_python_backend(NAME)

@@ -1,9 +1,11 @@
 """Builds on the strict device whose bytes are counted phase by phase, and what the dry run predicts of them.
 
-`python -m tests.device.memory [tuning | held-out | fast]` prints both for those cases, in a process of its own.
+`test_strict_device.py` runs what is a test here, and `python -m tests.device.memory [tuning | held-out | fast]` prints
+both for those cases: each in a process of its own.
 """
 
 import functools
+import gc
 import sys
 import tempfile
 import warnings
@@ -13,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Qwen3Config
@@ -202,6 +205,8 @@ def counted(peaks: dict[str, int]) -> Iterator[None]:
 def measure(case: Case) -> dict[str, int]:
     """Build the step on the strict device: the most bytes alive there in each phase."""
     peaks: dict[str, int] = {}
+    gc.collect()
+    others = USAGE.bytes_now
     with tempfile.TemporaryDirectory() as folder, StrictMode(), counted(peaks), torch.random.fork_rng():
         torch.manual_seed(0)
         config, anchor = upper_and_anchor(case)
@@ -219,8 +224,7 @@ def measure(case: Case) -> dict[str, int]:
             )
             USAGE.clear()
             trainer.train()
-            peaks["train"] = USAGE.bytes_peak
-            return peaks
+            return {"train": USAGE.bytes_peak - others}
         build_chain(
             model,
             [anchor],
@@ -230,7 +234,7 @@ def measure(case: Case) -> dict[str, int]:
             processing_class=tiny_tokenizer(),
             calibration_tokens=CALIBRATION_TOKENS,
         )
-    return peaks
+    return {phase: peak - others for phase, peak in peaks.items()}
 
 
 def predict(case: Case) -> list[Phase]:
@@ -249,6 +253,16 @@ def compare(case: Case) -> dict[str, tuple[int, int]]:
     """Phase -> bytes on the device, counted and predicted."""
     peaks = measure(case)
     return {phase.name: (peaks[phase.name], phase.device) for phase in predict(case) if phase.name in peaks}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=() if case.group == "fast" else pytest.mark.slow) for case in CASES],
+)
+def test_the_memory_of_a_training_is_told_within_15_percent(case: Case) -> None:
+    install()
+    counted_bytes, predicted = compare(case)["train"]
+    assert 0.85 <= predicted / counted_bytes <= 1.15
 
 
 def main(groups: list[str]) -> None:

@@ -1,6 +1,6 @@
 """What `test_strict_device.py` runs in a process where the strict device is the accelerator.
 
-By hand: `python -m pytest -n 0 tests/device/runs.py`, and never together with other tests.
+By hand: `python -m pytest -n 0 tests/device/runs.py`, and never together with tests of other folders.
 """
 
 import gc
@@ -35,8 +35,6 @@ from tests.trainers.bridge_runs import make_bridge
 from tests.trainers.bridge_runs import teacher as bridge_teacher
 from tests.training import make_trainer, text_rows
 
-install()
-
 ON_DEVICE: dict[str, Any] = {"use_cpu": False, "dataloader_pin_memory": False, "optim": "adamw_torch"}
 CPU = torch.device("cpu")
 # Two steps, with an evaluation after the last.
@@ -45,8 +43,13 @@ STEPS = {**ON_DEVICE, "max_steps": 2, "per_device_train_batch_size": 2, "max_gra
 EVALUATED: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": text_rows()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def installed() -> None:
+    install()
+
+
 @pytest.fixture(autouse=True)
-def strict_device() -> Iterator[None]:
+def strict_device(installed: None) -> Iterator[None]:
     """Whatever runs on it makes no float64 there."""
     with StrictMode():
         USAGE.clear()
@@ -55,7 +58,7 @@ def strict_device() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def strict_chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def strict_chain(installed: None, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """The tiny chain, built on the device."""
     with StrictMode():
         folder = tmp_path_factory.mktemp("strict") / "chain"
@@ -121,10 +124,15 @@ def test_bridge_trainer(objective: str) -> None:
     [
         pytest.param("llama", True, "width", torch.float32, {}, id="llama"),
         pytest.param("qwen3", False, "both", torch.bfloat16, {"gradient_checkpointing": True}, id="qwen3-deep"),
-        pytest.param("gemma2", True, "width", torch.float32, {"bf16": True}, id="gemma2-autocast"),
-        pytest.param("qwen3", False, "width", torch.bfloat16, {"gradient_accumulation_steps": 2}, id="qwen3-twice"),
+        pytest.param(
+            "gemma2", True, "width", torch.float32, {"bf16": True}, id="gemma2-autocast", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "qwen3", False, "width", torch.bfloat16, {"gradient_accumulation_steps": 2}, id="qwen3-twice",
+            marks=pytest.mark.slow,
+        ),
     ],
-)
+)  # fmt: skip
 def test_memory_of_a_width_step(family: str, tied: bool, what: str, dtype: torch.dtype, how: dict[str, Any]) -> None:
     """At most half as much again as teacher, student, its gradient and its optimizer take; and no wait of its own."""
     student, teacher, pair = heavy_pair(family, tied, what, dtype)
@@ -155,6 +163,7 @@ def test_from_chain(strict_chain: Chain, operator: str) -> None:
     assert model(torch.zeros(1, 4, dtype=torch.long, device=NAME)).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path: Path) -> None:
     """What a GPU user is asked to run: all of it works on a device, and counts the bytes there."""
     file = tmp_path / "table.md"

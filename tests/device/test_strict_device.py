@@ -12,19 +12,15 @@ from tests.device.backend import available
 ROOT = Path(__file__).parents[2]
 
 
+# Caches are written on the CPU before there is a second device: by waits.py, which is the first.
+FILES = [f"tests/device/{name}.py" for name in ("waits", "memory", "runs")]
+
+
 @pytest.mark.skipif(not available(), reason="this torch takes no backend written in Python")
-@pytest.mark.parametrize(
-    ("file", "which"),
-    [
-        pytest.param("runs.py", "slow or not slow", id="everything runs"),
-        pytest.param("waits.py", "not slow", id="a step hardly waits"),
-        pytest.param("waits.py", "slow", id="no step waits", marks=pytest.mark.slow),
-    ],
-)
-def test_on_the_strict_device(file: str, which: str) -> None:
-    """The device cannot be taken out of a process again, so each file has one to itself."""
-    options = ["-n", "0", "-q", "-p", "no:cacheprovider", "-m", which]
-    command = [sys.executable, "-m", "pytest", *options, f"tests/device/{file}"]
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_on_the_strict_device(which: str) -> None:
+    """The device cannot be taken out of a process again, so these files have one to themselves."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-m", which, *FILES]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,8 @@ from huggingface_hub import CommitInfo, constants
 from transformers import TrainingArguments
 
 from cbd_trl import Chain
+from cbd_trl.recipe import estimate
+from cbd_trl.recipe.memory import Phase
 from cbd_trl.report import measure as chain_report
 from tests.chain.hub_server import Hub, serving
 from tests.docs.programs import Reader
@@ -44,6 +46,9 @@ def quick_training():
         patch.setattr(TrainingArguments, "__post_init__", quick)
         # A report reads 64 blocks, here of a few tokens.
         patch.setattr(chain_report, "_BLOCK_LENGTH", 8)
+        # A dry run traces every phase of every anchor for this machine and for GPUs: tests/recipe has that.
+        for phases in ("source_phases", "anchor_phases", "bridge_phases"):
+            patch.setattr(estimate, phases, lambda *_: [Phase("train", 1)])
         # The benchmarks compare with a trainer of trl.experimental, whose import warns.
         patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
         yield

@@ -1,4 +1,4 @@
-"""Memory as a dry run tells it. `tests/device/test_memory.py` compares it with what a build holds."""
+"""Memory as a dry run tells it. `tests/device/memory.py` compares it with what a build holds."""
 
 import dataclasses
 import io
@@ -18,7 +18,7 @@ from cbd_trl.recipe.trace import traced
 from cbd_trl.targets.many import multiplied_weights
 from tests.recipe.helpers import ARGS, raw_recipe
 from tests.surgery.helpers import described
-from tests.tiny import tiny_model
+from tests.tiny import MIXTURES, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 GPU = torch.device("cuda")
@@ -97,6 +97,19 @@ def test_a_matched_model_is_compared_and_neither_cut_nor_refitted(above: dict[st
     held = 4 * (upper.num_parameters() + copies * model.num_parameters())
     # Gram matrices of 1,024 tokens, twice of four layers.
     assert held + 4 * 2 * 4 * 1024**2 < phases[0].device < held + 2 * 4 * 2 * 4 * 1024**2
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_are_counted_by_the_tokens_that_they_see(family: str) -> None:
+    def phases(anchor: dict[str, int], used: int) -> dict[str, int]:
+        upper = described(tiny_model(family, num_experts_per_tok=used))[1]
+        [step] = plan_chain(upper, [anchor], _args(swap_probability=1.0), None)
+        return {phase.name: phase.device for phase in anchor_phases(upper, step, 64, GPU)}
+
+    for anchor in ({"num_hidden_layers": 3}, {"hidden_size": 24, "num_experts": 4}):
+        few, many = (phases(anchor, used) for used in (2, 4))
+        assert few.keys() == many.keys() >= {"refit", "train", "statistics"}
+        assert few["train"] < many["train"] and few["refit"] < many["refit"]
 
 
 def test_the_optimizer_is_counted_by_its_states() -> None:

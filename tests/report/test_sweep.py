@@ -27,8 +27,12 @@ class Builds:
 @pytest.fixture
 def chain():
     def anchor(name, depth):
+        model = tiny_model("llama", num_hidden_layers=depth)
         return SimpleNamespace(
-            name=name, files={"model": name}, load_model=lambda: tiny_model("llama", num_hidden_layers=depth)
+            name=name,
+            files={"model": name},
+            load_model=lambda: tiny_model("llama", num_hidden_layers=depth),
+            architecture=lambda: describe(model.config),
         )
 
     return SimpleNamespace(anchors=[anchor("large", 4), anchor("small", 2)])

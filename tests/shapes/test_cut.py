@@ -5,6 +5,7 @@ import pytest
 from cbd_trl.architectures import describe
 from cbd_trl.shapes.cut import cut_architecture, needs_width_multiple_of_heads, width_follows_heads
 from cbd_trl.shapes.solve import ParameterCount
+from cbd_trl.surgery.blocks import spaced_layers
 from tests.tiny import FAMILIES, LONGROPE, ROWS, WIDTH_OF_HEADS, own_names, tiny_model
 
 OPTIONS = [
@@ -26,8 +27,9 @@ def test_parameter_count_is_that_of_the_built_model(family, options):
     upper = describe(tiny_model(family, **options).config)
     target = cut_architecture(upper, smaller(family))
     built = type(tiny_model(family, **options))(target.config)
+    kept = spaced_layers(upper.depth, target.depth, upper.fits)
     count = sum(parameter.numel() for parameter in built.parameters())
-    assert target.num_parameters == ParameterCount(upper)(target.depth, target.sizes) == count
+    assert target.num_parameters == ParameterCount(upper)(kept, target.sizes) == count
     assert {key: value for key, value in target.shape.items() if key in smaller(family)} == smaller(family)
 
 
@@ -99,3 +101,10 @@ def test_which_families_tie_width_to_heads():
     assert needs == {family: ROWS[family].whole_heads for family in FAMILIES}
     follows = {family for family in FAMILIES if width_follows_heads(describe(tiny_model(family).config))}
     assert follows == set(WIDTH_OF_HEADS)
+
+
+def test_a_depth_without_attention_is_refused():
+    upper = describe(tiny_model("lfm2", layer_types=["conv", "full_attention", "full_attention", "conv"]).config)
+    assert cut_architecture(upper, {"num_hidden_layers": 3}).depth == 3
+    with pytest.raises(ValueError, match=r"None of the 2 layers of this lfm2 would have attention.*Keep more layers"):
+        cut_architecture(upper, {"num_hidden_layers": 2})

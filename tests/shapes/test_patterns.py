@@ -24,6 +24,7 @@ RULES = {
     "olmo3": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention"),
     "cohere2": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention"),
     "exaone4": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 4 == 0 else "sliding_attention"),
+    "qwen3_5_text": ("layer_types", lambda layer: "full_attention" if (layer + 1) % 4 == 0 else "linear_attention"),
 }
 # The families' own intervals; those of `tiny_model` are shorter.
 STOCK = {
@@ -31,6 +32,7 @@ STOCK = {
     "gemma3_text": {"sliding_window_pattern": 6},
     "cohere2": {"sliding_window_pattern": 4},
     "exaone4": {"sliding_window_pattern": 4},
+    "qwen3_5_text": {"full_attention_interval": 4},
 }
 
 

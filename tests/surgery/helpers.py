@@ -14,13 +14,12 @@ from cbd_trl.architectures.registry import family_of
 from cbd_trl.surgery.reorder import Order
 from cbd_trl.surgery.statistics import Change, Statistics, collect_statistics
 from cbd_trl.surgery.weights import Weights, to_state, weights_of
-from tests.tiny import FAMILIES, HEADS, ROWS, tiny_model
+from tests.tiny import FAMILIES, ROWS, by_head, tiny_model
 
 # Style rule 7: the largest difference of logits, in units of their standard deviation.
 TOLERANCE = 1e-5
 
-CASES = [pytest.param(f, t, id=f"{f}-{'tied' if t else 'untied'}") for f, t in HEADS]
-every_case = pytest.mark.parametrize(("family", "tied"), CASES)
+every_case = pytest.mark.parametrize(("family", "tied"), by_head())
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -66,7 +65,8 @@ def not_stored(architecture: Architecture) -> set[str]:
 def reading_module(model: PreTrainedModel, architecture: Architecture, reader: str) -> tuple[Any, slice]:
     """The module that a reader is in the model, and which of its outputs are the reader's."""
     key = f"{reader}.weight"
-    name, rows = architecture.stored.get(key, (key, slice(None)))
+    name, place = architecture.stored.get(key, (key, ()))
+    rows = place[0] if place else slice(None)
     return model.get_submodule(name.removesuffix(".weight")), rows
 
 
@@ -121,10 +121,13 @@ def scaled(weights: Weights, architecture: Architecture, key: str, dim: str, ind
 
 
 def doubled(weights: Weights, architecture: Architecture) -> tuple[Weights, Architecture]:
-    """The model with every channel, neuron and key/value group twice: what reads two copies gives half to each."""
-    wide = ("width", "ffn", "group")
+    """The model with every channel, neuron (but those of experts) and key/value group twice: what reads two copies
+    gives half to each."""
+    own = () if "expert" in architecture.sizes else ("ffn",)
+    wide = tuple(dim for dim in ("width", *own, "group", "conv") if dim in architecture.sizes)
     index = {dim: torch.arange(2 * architecture.sizes[dim]) % architecture.sizes[dim] for dim in wide}
-    readers = {f"{reader}.weight" for site in architecture.sites for reader in site.readers}
+    read = [site for site in architecture.sites if set(wide) & set(site.axis)]
+    readers = {f"{reader}.weight" for site in read for reader in site.readers}
     copies = {
         key: select(weights[key], axes, architecture.sizes, index) / (2 if key in readers else 1)
         for key, axes in architecture.tensors.items()
@@ -141,11 +144,14 @@ def random_order(architecture: Architecture, seed: int = 0) -> Order:
         return torch.rand(*shape, size, generator=generator).argsort(-1)
 
     layers, groups = architecture.depth, sizes["group"]
+    experts = [sizes["expert"]] if "expert" in sizes else []
     signs = 2.0 * torch.randint(0, 2, (sizes["width"],), generator=generator) - 1
     return Order(
         orders(sizes["width"]),
-        orders(sizes["ffn"], layers),
+        orders(sizes["ffn"], layers, *experts),
         orders(groups, layers),
         orders(sizes["query"], layers, groups),
         signs if architecture.family.norm_type == "rms" else None,
+        orders(*experts, layers) if experts else None,
+        orders(sizes["conv"], layers) if "conv" in sizes else None,
     )

@@ -12,7 +12,7 @@ from cbd_trl.losses import fused
 from cbd_trl.surgery import block_search
 from cbd_trl.surgery.block_search import _Candidate, _Measure, _shortest_path, cheapest_blocks, measured_blocks
 from cbd_trl.surgery.blocks import Block, anywhere, check_blocks
-from cbd_trl.surgery.refit import OutputProjection, layer_inputs, refit_layer
+from cbd_trl.surgery.refit import layer_inputs, output_projection, refit_layer
 from tests.largest_tensor import LargestTensor
 from tests.surgery.helpers import described, every_family, full_model, tokens
 from tests.tiny import own_names
@@ -59,7 +59,7 @@ def test_a_cost_is_the_divergence_of_the_model_with_one_layer_for_the_block(fami
         layers = decoder_layers(changed)
         recorded = [layer_inputs(model, decoder_layers(model), batch) for batch in FIT]
         streams, calls, goals = zip(*((into[1], calls[kept], into[3]) for into, calls in recorded), strict=True)
-        refit_layer(OutputProjection(layers[kept], kept, architecture), streams, calls, goals)
+        refit_layer(output_projection(layers[kept], kept, architecture), streams, calls, goals)
         layers[3 - kept] = PassOn()
         logits = changed(**HELD_OUT, use_cache=False).logits.log_softmax(-1)
         expected = (reference.exp() * (reference - logits)).sum(-1).mean()

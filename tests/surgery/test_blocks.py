@@ -107,7 +107,7 @@ def _sorts(model):
     return getattr(model.config, "layer_types", None) or ["full_attention"] * model.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("layers", [[0, 3], [2], [0, 1, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("layers", [[0, 3], [3], [0, 1, 1, 2, 3]], ids=str)
 @every_case
 def test_selected_layers_compute_what_those_layers_compute(family, tied, layers):
     model = full_model(family, tied)

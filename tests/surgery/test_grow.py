@@ -16,7 +16,7 @@ from tests.surgery.helpers import (
     every_family,
     full_model,
 )
-from tests.tiny import HEADS, WIDTH_OF_HEADS
+from tests.tiny import HEADS, WIDTH_OF_HEADS, head_marks
 
 WIDER = [
     {"width": 44},
@@ -35,7 +35,13 @@ def wider(family):
 
 
 WIDTHS = [
-    pytest.param(family, tied, sizes, id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}")
+    pytest.param(
+        family,
+        tied,
+        sizes,
+        id=f"{family}-{'tied' if tied else 'untied'}-{'-'.join(sizes)}",
+        marks=head_marks(family, tied),
+    )
     for family, tied in HEADS
     for sizes in wider(family)
 ]
@@ -46,7 +52,8 @@ def test_growing_width_leaves_the_logits_equal(family, tied, sizes):
     model = full_model(family, tied)
     weights, architecture = described(model)
     grown, larger = grow_width(weights, architecture, architecture.resized(**sizes))
-    assert {**architecture.sizes, **sizes} == larger.sizes
+    conv = {"conv": larger.sizes["width"]} if "conv" in larger.sizes else {}
+    assert {**architecture.sizes, **sizes, **conv} == larger.sizes
     ratio = 1 if architecture.fixed_eps else architecture.sizes["width"] / larger.sizes["width"]
     assert larger.eps == pytest.approx(architecture.eps * ratio)
     assert difference(build(grown, larger), model) <= TOLERANCE
@@ -103,10 +110,19 @@ def test_new_layers_can_learn(family):
         layer, inside = deeper.split_name(name)
         if layer is not None:
             sizes.setdefault(inside, {})[layer] = float(parameter.grad.norm())
-    learning = [inside for inside, by_layer in sizes.items() if by_layer[new] > 0]
+    # Of what some old layer has, too.
+    learning = [inside for inside, by_layer in sizes.items() if by_layer.get(new, 0) > 0 and len(by_layer) > 1]
     assert len(learning) >= 2
     for inside in learning:
         assert sizes[inside].pop(new) < 10 * max(sizes[inside].values()), inside
+
+
+def test_new_layers_are_of_the_type_that_belongs_in_their_place():
+    """And copies of layers of that type, which have other tensors than the others."""
+    model = full_model("qwen3_5_text", True, full_attention_interval=4)
+    grown, deeper = grow_depth(*described(model), 8)
+    assert deeper.config.layer_types == (["linear_attention"] * 3 + ["full_attention"]) * 2
+    assert difference(build(grown, deeper), model) <= TOLERANCE
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -34,14 +34,21 @@ def still(architecture):
     """The order that moves nothing."""
     layers, sizes = architecture.depth, architecture.sizes
     width, ffn, group, query = (torch.arange(sizes[dim]) for dim in ("width", "ffn", "group", "query"))
-    return Order(width, ffn.expand(layers, -1), group.expand(layers, -1), query.expand(layers, sizes["group"], -1))
+    query = query.expand(layers, sizes["group"], -1)
+    if "expert" not in sizes:
+        return Order(width, ffn.expand(layers, -1), group.expand(layers, -1), query)
+    expert = torch.arange(sizes["expert"]).expand(layers, -1)
+    ffn = ffn.expand(layers, sizes["expert"], -1)
+    return Order(width, ffn, group.expand(layers, -1), query, expert=expert)
 
 
 @every_family
-@pytest.mark.parametrize("dim", ["width", "ffn", "group", "query", "signs"])
+@pytest.mark.parametrize("dim", ["width", "ffn", "group", "query", "signs", "expert"])
 def test_each_part_of_an_order_moves_what_it_names(family, dim):
     weights, architecture = described(full_model(family, False))
     order = still(architecture)
+    if dim not in ("signs", *architecture.sizes):
+        pytest.skip("its FFN is one")
     assert changed(permute(weights, architecture, order), weights) == set()
     if dim == "signs":
         if architecture.family.norm_type == "layer":
@@ -54,6 +61,17 @@ def test_each_part_of_an_order_moves_what_it_names(family, dim):
         several = architecture.sizes[dim] > 1
         expected = {key for key, axes in architecture.tensors.items() if several and dim in dims_of(axes)}
     assert changed(permute(weights, architecture, order), weights) == expected - not_stored(architecture)
+
+
+def test_neurons_move_inside_their_own_expert():
+    weights, architecture = described(full_model("qwen3_moe", True, num_experts=2))
+    ffn = torch.arange(48).expand(4, 2, -1).clone()
+    ffn[:, 0] = ffn[:, 0].flip(-1)
+    order = dataclasses.replace(still(architecture), ffn=ffn, expert=torch.tensor([[1, 0]] * 4))
+    moved = permute(weights, architecture, order)
+    key = "model.layers.2.mlp.experts.up_proj.weight"
+    assert torch.equal(moved[key], torch.stack([weights[key][1].flip(0), weights[key][0]]))
+    assert torch.equal(moved["model.layers.2.mlp.gate.weight"], weights["model.layers.2.mlp.gate.weight"].flip(0))
 
 
 def test_queries_move_inside_their_own_group():

@@ -27,7 +27,7 @@ def _naive_streams(model, architecture, batch):
     def keep(name, tensor):
         streams[name] = tensor.reshape(-1, tensor.shape[-1]).double()
 
-    for site in architecture.sites:
+    for site in architecture.measured_sites:
         reader, _ = reading_module(model, architecture, site.readers[0])
         handles.append(reader.register_forward_pre_hook(lambda _, inputs, name=site.name: keep(name, inputs[0])))
     over_outputs = [norm.name for norm in architecture.output_norms if norm.axis != ("dim",)]
@@ -38,8 +38,8 @@ def _naive_streams(model, architecture, batch):
         model(**batch)
     for handle in handles:
         handle.remove()
-    offset = 1 if "Gemma" in type(model).__name__ else 0
-    for name in [site.name for site in architecture.sites if site.norm] + over_outputs:
+    offset = architecture.family.gain_offset
+    for name in [site.name for site in architecture.measured_sites if site.norm] + over_outputs:
         norm = model.get_submodule(name)
         bias = getattr(norm, "bias", None)
         gain = offset + norm.weight.detach() if hasattr(norm, "weight") else 1
@@ -55,12 +55,12 @@ def test_moments_equal_a_naive_computation(family, tied):
     statistics = collect_statistics(model, architecture, [batch])
     streams = _naive_streams(model, architecture, batch)
     assert statistics.tokens == 30
-    assert set(statistics.means) == {site.name for site in architecture.sites}
+    assert set(statistics.means) == {site.name for site in architecture.measured_sites}
     assert statistics.squares.keys() == streams.keys()
     for name, square in statistics.squares.items():
         torch.testing.assert_close(square.double(), streams[name].square().mean(0), rtol=1e-4, atol=1e-5)
         assert square.dtype == torch.float32
-    for name, stream in ((site.name, streams[site.name]) for site in architecture.sites):
+    for name, stream in ((site.name, streams[site.name]) for site in architecture.measured_sites):
         second = sum(torch.outer(row, row) for row in stream) / 30
         torch.testing.assert_close(statistics.mean(name), stream.mean(0), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(statistics.second(name), second, rtol=1e-4, atol=1e-5)
@@ -122,9 +122,9 @@ def test_groups_have_the_moments_of_one_pass_to_the_bit(family, tied):
     batches = [{"input_ids": tokens(2, 12, seed)} for seed in range(3)]
     whole = collect_statistics(model, architecture, batches)
     largest = 4 * max(len(mean) for mean in whole.means.values()) ** 2
-    for budget, count in ((1, len(architecture.sites)), (int((FACTORIZING + 3) * largest), None), (2**40, 1)):
+    for budget, count in ((1, len(architecture.measured_sites)), (int((FACTORIZING + 3) * largest), None), (2**40, 1)):
         parts = list(collect_in_groups(model, architecture, batches, budget=budget))
-        assert len(parts) == count if count else 1 < len(parts) < len(architecture.sites)
+        assert len(parts) == count if count else 1 < len(parts) < len(architecture.measured_sites)
         for kind in ("means", "squares", "seconds"):
             found = {name: moments for part in parts for name, moments in getattr(part, kind).items()}
             expected = getattr(whole, kind)
@@ -137,10 +137,12 @@ def test_groups_have_the_moments_of_one_pass_to_the_bit(family, tied):
 @pytest.mark.parametrize("units", [1, 5, 9, 1000])
 def test_a_group_is_within_its_budget_or_a_single_site(units):
     _, architecture = described(full_model("llama", True))
-    largest = max(axis_length(site.axis, architecture.sizes) for site in architecture.sites)
+    largest = max(axis_length(site.axis, architecture.sizes) for site in architecture.measured_sites)
     budget = units * 4 * largest**2
     for group in site_groups(architecture, budget):
-        sizes = [axis_length(site.axis, architecture.sizes) for site in architecture.sites if site.name in group]
+        sizes = [
+            axis_length(site.axis, architecture.sizes) for site in architecture.measured_sites if site.name in group
+        ]
         used = sum(4 * size**2 for size in sizes) + FACTORIZING * 4 * max(sizes) ** 2
         assert used <= budget or len(sizes) == 1
 
@@ -152,7 +154,7 @@ def test_a_pass_ends_at_the_last_site_that_is_wanted():
     for number, layer in enumerate(decoder_layers(model)):
         layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
     model.lm_head.register_forward_pre_hook(lambda *_: ran.append("head"))
-    wanted = [site.name for site in architecture.sites if ".layers.1." in site.name]
+    wanted = [site.name for site in architecture.measured_sites if ".layers.1." in site.name]
     batches = [{"input_ids": tokens(1, 8, seed)} for seed in range(2)]
     found = collect_statistics(model, architecture, batches, sites=wanted)
     assert list(found.means) == wanted and ran == [0, 1, 0, 1]
@@ -166,7 +168,7 @@ def test_second_moments_of_several_sites_are_added_up():
     _, architecture = described(model)
     batches = [{"input_ids": tokens(2, 12)}]
     whole = collect_statistics(model, architecture, batches)
-    names = [site.name for site in architecture.sites if site.axis == ("width",)]
+    names = [site.name for site in architecture.measured_sites if site.axis == ("width",)]
     found = collect_statistics(model, architecture, batches, seconds=dict.fromkeys(names, "stream"))
     assert found.seconds.keys() == {"stream"} and found.means.keys() == whole.means.keys()
     torch.testing.assert_close(found.seconds["stream"], sum(whole.seconds[name] for name in names))

@@ -22,7 +22,7 @@ def test_statistics_survive_saving(family, tmp_path):
     statistics = moments(model, architecture)
     loaded = stored(statistics, architecture, tmp_path)
     assert loaded.tokens == statistics.tokens == 16 * 24 and loaded.ridge == statistics.ridge
-    assert loaded.sites == set(statistics.means) == {site.name for site in architecture.sites}
+    assert loaded.sites == set(statistics.means) == {site.name for site in architecture.measured_sites}
     for site in statistics.means:
         assert torch.equal(loaded.mean(site), statistics.means[site])
         assert torch.equal(loaded.variances(site), statistics.seconds[site].diagonal())

@@ -13,7 +13,7 @@ from tests.surgery.helpers import keeps_bias, tokens
 
 # Which upper layer stands at each place of a target, and which lower layer is mixed in (None: a swapped block).
 _NESTED_LAYERS = {"width": [(i, i) for i in range(6)], "both": [(0, 0), (2, 1), (3, None), (4, None), (5, None)]}
-_HEAD_READERS = ("o_proj.", "attn.c_proj.", ".dense.", "out_proj.")
+_HEAD_READERS = ("o_proj.", "attn.c_proj.", ".dense.", "self_attn.out_proj.")
 _LINEAR_LAYERS = {
     "depth": ([0, 1, 2, 4, 5], [0, 1, 2, 2, 3]),
     "width": (list(range(6)), list(range(6))),
@@ -30,8 +30,11 @@ def _kind(pair: Pair) -> str:
 def _split(key: str, tensor: torch.Tensor) -> torch.Tensor:
     """A prefix of every axis is then what two anchors share: GPT-2's q, k and v get an axis of their own.
 
-    (GPT-NeoX keeps q, k and v of a head together, so fewer heads are a prefix there.)
+    (GPT-NeoX keeps q, k and v of a head together, so fewer heads are a prefix there.) LFM2's convolution likewise has
+    three parts, in its rows.
     """
+    if ".conv.in_proj." in key:
+        return tensor.reshape(3, -1, *tensor.shape[1:])
     return tensor.reshape(*tensor.shape[:-1], 3, -1) if ".c_attn." in key else tensor
 
 
@@ -42,16 +45,27 @@ def _region(small: torch.Tensor) -> tuple[slice, ...]:
 def _input_axis(key: str, target: Architecture) -> int | None:
     """Which axis of the split tensor is read along: PyTorch's linear layers the last, GPT-2's Conv1D the first."""
     outside = target.split_name(key)[0] is None
+    if ".experts." in key:
+        # Of each expert a matrix, which gpt-oss stores as Conv1D does.
+        return None if key.endswith("bias") else 1 if target.config.model_type == "gpt_oss" else 2
     if outside and target.tied and ("norm." in key or "ln_f." in key):
         return 0
     if len(target.tensors[key]) == 1 or (outside and key != "lm_head.weight"):
         return None
+    if ".conv.in_proj." in key:
+        return 2
     return 0 if target.config.model_type == "gpt2" and key != "lm_head.weight" else 1
 
 
 def _at(architecture: Architecture, key: str, layer: int) -> str:
     """The same tensor in another layer."""
     return architecture.layer_name(layer, architecture.split_name(key)[1])
+
+
+def _nearest(architecture: Architecture, layer: int, kind: str | None) -> int:
+    """The nearest layer of a kind, where there are several."""
+    others = [i for i in range(architecture.depth) if kind in (None, architecture.config.layer_types[i])]
+    return min(others, key=lambda other: abs(other - layer))
 
 
 @torch.no_grad()
@@ -63,15 +77,15 @@ def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str
         if not name.endswith(("norm", "ln_1", "ln_2", "ln_f")):
             continue
         layer, inside = narrow.split_name(f"{name}.weight")
-        key = f"{name}.weight" if layer is None else narrow.layer_name(0, inside)
-        if key not in narrow.tensors:
+        places = [f"{name}.weight"] if layer is None else [narrow.layer_name(i, inside) for i in range(narrow.depth)]
+        key = next((place for place in places if place in narrow.tensors), None)
+        if key is None or key.rsplit(".", 1)[0] not in narrow.norms:
             continue
         seen: list[torch.Tensor] = []
         handle = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
         model(tokens(16, seed=1))
         handle.remove()
-        offset = 1 if "Gemma" in type(model).__name__ else 0
-        gain = offset + norm.weight if hasattr(norm, "weight") else torch.ones(())
+        gain = narrow.family.gain_offset + norm.weight if hasattr(norm, "weight") else torch.ones(())
         # The last call: nanochat's final norm normalizes the embeddings first.
         stream = (seen[-1] - getattr(norm, "bias", torch.zeros(()))) / gain
         kept = stream[..., : tensor_shape(narrow.tensors[key], narrow.sizes)[0]]
@@ -154,8 +168,12 @@ def linear_twin(pair: Pair, target: Architecture, alpha: float) -> Weights:
     twin = {}
     for key, axes in target.tensors.items():
         layer = target.split_name(key)[0]
-        large = pair.upper[key if layer is None else _at(target, key, large_layers[layer])]
-        small = pair.lower[key if layer is None else _at(target, key, small_layers[layer])]
+        names = [key, key]
+        if layer is not None:
+            kind, sides = target.kind(layer), (pair.upper_architecture, pair.lower_architecture)
+            wanted = (large_layers[layer], small_layers[layer])
+            names = [_at(target, key, _nearest(*each, kind)) for each in zip(sides, wanted, strict=True)]
+        large, small = pair.upper[names[0]], pair.lower[names[1]]
         empty = _split(key, torch.zeros(tensor_shape(axes, target.sizes), dtype=torch.float64))
         padded, cut = empty.clone(), _split(key, large)[_region(empty)]
         padded[_region(_split(key, small))] = _split(key, small)

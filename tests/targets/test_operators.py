@@ -170,7 +170,7 @@ def test_nested_in_width_tensor_by_tensor(family, tied, what, alpha):
     assert architecture.shape == target.shape
     weights = mixer(pair, plan)(cut, pair.lower)
     model = full_model(family, tied, seed=1, **depth_of(family, 6))
-    expected = nested_twin(pair, target, alpha, model)
+    expected = nested_twin(pair, architecture, alpha, model)
     assert weights.keys() == expected.keys()
     for key, tensor in weights.items():
         torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-4, atol=1e-4, msg=key)
@@ -187,7 +187,7 @@ def test_linear_is_the_papers_formula(family, tied, what):
     target = between(pair)
     weights, architecture = linear(pair, Plan(target, alpha=0.3))
     assert architecture.shape == target.shape
-    expected = linear_twin(pair, target, 0.3)
+    expected = linear_twin(pair, architecture, 0.3)
     assert weights.keys() == expected.keys()
     for key, tensor in weights.items():
         torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-6, atol=1e-6, msg=key)

@@ -21,7 +21,8 @@ from cbd_trl.targets import operators
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from tests.chain.helpers import between, random_pair, same_weights
 from tests.chain.test_model import resident
-from tests.surgery.helpers import build, every_case, moments
+from tests.surgery.helpers import build, moments
+from tests.tiny import HEADS, KINDS, head_marks
 
 _LAZY = (blocks, cut, grow, norms, weights, operators)
 
@@ -55,11 +56,23 @@ def whole(chain: Chain, dtype: torch.dtype) -> Pair:
     )
 
 
+# In depth and in width at once: the one that relatives of another family run by default.
+_WAYS = [("both", torch.float32), ("depth", torch.float32), ("width", torch.float32), ("both", torch.bfloat16)]
+
+
 @pytest.mark.parametrize(
-    ("what", "dtype"),
-    [("depth", torch.float32), ("width", torch.float32), ("both", torch.float32), ("both", torch.bfloat16)],
+    ("family", "tied", "what", "dtype"),
+    [
+        pytest.param(
+            family,
+            tied,
+            *way,
+            marks=head_marks(family, tied) if family in KINDS or way == _WAYS[0] else pytest.mark.slow,
+        )
+        for family, tied in HEADS
+        for way in _WAYS
+    ],
 )
-@every_case
 def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, tmp_path, monkeypatch):
     """Every operator; what is made at once, every mapping worked out before it is used, is equal bit by bit."""
     pair = random_pair(family, tied, what)
@@ -67,12 +80,13 @@ def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, t
     shape = between(pair).shape
     names = [name for name in OPERATORS if name != "patch" or what == "depth"]
     streamed = {name: from_chain(chain, config=shape, operator=name).state_dict() for name in names}
+    cut_to = cut_architecture(pair.upper_architecture, shape)
+    plans = {name: Plan(OPERATORS[name].architecture(pair, cut_to)) for name in names}
     for module in _LAZY:
         monkeypatch.setattr(module, "LazyWeights", lambda keys, tensor: {key: tensor(key) for key in keys})
     in_memory = whole(chain, dtype)
-    plan = Plan(cut_architecture(in_memory.upper_architecture, shape))
     for name in names:
-        made, architecture = OPERATORS[name].make(in_memory, plan)
+        made, architecture = OPERATORS[name].make(in_memory, plans[name])
         assert isinstance(made, dict)
         expected = build_model(architecture, made, dtype).state_dict()
         assert {tensor.dtype for tensor in expected.values()} == {dtype}

@@ -145,18 +145,26 @@ def assert_rows_apart(family: str, lengths: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (11,)], ids=str)
-@pytest.mark.parametrize("family", SDPA_FAMILIES)
+@pytest.mark.parametrize("family", [family for family in SDPA_FAMILIES if ROWS[family].packs])
 def test_rows_by_themselves_are_the_packed_rows(family: str, lengths: tuple[int, ...], attended: list[int]) -> None:
     assert_rows_apart(family, lengths)
     assert attended == (list(lengths) if ROWS[family].row_bounds else [sum(lengths)]) * 4
 
 
-@pytest.mark.parametrize("family", [family for family in SDPA_FAMILIES if ROWS[family].row_bounds])
+@pytest.mark.parametrize(
+    "family", [family for family in SDPA_FAMILIES if ROWS[family].row_bounds and ROWS[family].packs]
+)
 def test_varlen_attention_is_that_of_the_packed_rows(family: str, varlen: Varlen, attended: list[int]) -> None:
     assert_rows_apart(family, LENGTHS)
     assert varlen.lengths == list(LENGTHS) * 4 and not attended
     window = getattr(tiny_model(family).config, "sliding_window", None)
     assert {(-1, 0)} <= set(varlen.windows) | {(-1, 0)} and set(varlen.windows) <= {(-1, 0), ((window or 0) - 1, 0)}
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not ROWS[family].packs])
+def test_packing_is_refused_where_a_layer_reads_across_rows(family: str) -> None:
+    with pytest.raises(ValueError, match=r"can't keep packed sequences apart without|Packed rows see each other"):
+        make_trainer(family, packing=True, max_length=20)
 
 
 def test_layers_with_windows_tell_varlen_attention(varlen: Varlen) -> None:
