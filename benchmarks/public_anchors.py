@@ -36,7 +36,6 @@ from cbd_trl.build.public_anchor import plan_public_model
 from cbd_trl.chain.source import Source
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
-from cbd_trl.targets import operators
 from cbd_trl.utils.files import Results
 
 WAYS = ("untrained", "cut", "matched", "taught", "both")
@@ -139,12 +138,9 @@ def main() -> None:
     parser.add_argument("--held-out-blocks", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--alpha-power", type=float, help="of the share of the lower anchor; the default is nested's")
     parser.add_argument("--label", default="", help="of a variant of the arguments")
     options = parser.parse_args()
 
-    if options.alpha_power is not None:
-        operators.NESTED_ALPHA_POWER = options.alpha_power
     tokenizer = AutoTokenizer.from_pretrained(options.upper)
     train, held_out = read_rows(options.text)
     random.Random(options.seed).shuffle(train)

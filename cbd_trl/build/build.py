@@ -240,6 +240,7 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
         "name": step.name,
         "parent": upper.name,
         "blocks": blocks,
+        "apart": step.public is not None and step.public.matched,
         "text_start": list(text.start),
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,

@@ -394,6 +394,7 @@ def _write(
         "name": member.name,
         "parent": members[number - 1].name if number else None,
         "blocks": above if number else None,
+        "apart": number > 0 and order is not None,
         "text_start": list(text.start),
         "tokens_seen": 0,
         "losses": {},

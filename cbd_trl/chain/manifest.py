@@ -121,6 +121,7 @@ class AnchorRecord(Untrusted):
         dtype: of the weights, such as "float32".
         tokenizer_sha256: of what the tokenizer does (`utils.tokenizers.tokenizer_hash`); None where none is stored.
         blocks: for each layer the layers of the parent that it stands for; None for the source.
+        apart: whether it was not cut from its parent but trained apart, and matched with it.
         text_start: token ids in front of each block of calibration text; empty where the tokenizer begins a text with
             nothing.
         tokens_seen: tokens it was distilled on.
@@ -141,6 +142,7 @@ class AnchorRecord(Untrusted):
     dtype: Literal["float32", "bfloat16", "float16"]
     tokenizer_sha256: _Sha256 | None
     blocks: Annotated[list[BlockRecord], Field(max_length=_MOST_ENTRIES)] | None = None
+    apart: bool = False
     text_start: Annotated[
         list[Annotated[int, Field(ge=0, lt=_LARGEST_VOCABULARY)]],
         Field(max_length=_MOST_ENTRIES),

@@ -153,6 +153,7 @@ def load_pair(upper: Anchor, lower: Anchor) -> Pair:
         lower.block_map,
         lower.kept_layers,
         lower.block_costs,
+        lower.apart,
     )
 
 

@@ -50,6 +50,8 @@ class Pair:
         blocks: for each lower layer the upper layers it stands for.
         kept: the one of them that it was cut from.
         costs: what it costs, in nats per token, that it stands for them; None = unknown.
+        apart: whether the lower one was not cut from the upper but trained apart, and matched with it. Halfway between
+            the two is then worse than either, and `nested` takes all that the lower one has at full strength.
     """
 
     upper: Weights
@@ -60,6 +62,7 @@ class Pair:
     blocks: Sequence[Sequence[int]]
     kept: Sequence[int]
     costs: Sequence[float] | None = None
+    apart: bool = False
 
     @property
     def equal_widths(self) -> bool:
@@ -143,8 +146,11 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def nested_alpha(pair: Pair, target: Architecture) -> float | None:
-    """Compute the weight of the lower anchor in a target: None where only depth differs, and blocks are swapped."""
-    return None if pair.equal_widths else pair.fraction(target) ** NESTED_ALPHA_POWER
+    """Compute the weight of the lower anchor in a target: None where only depth differs, and blocks are swapped; 1
+    where the two were trained apart (docs/results/trained_apart.md)."""
+    if pair.equal_widths:
+        return None
+    return 1.0 if pair.apart else pair.fraction(target) ** NESTED_ALPHA_POWER
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:

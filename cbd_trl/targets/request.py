@@ -117,7 +117,7 @@ def find_target(chain: Chain, request: Request) -> Target:
         if anchor.shape == fields:
             return Target((anchor,), anchor.architecture(), ANCHOR)
     # Operators plan a shape without reading weights.
-    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs)
+    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs, lower.apart)
     architecture = operator.architecture(pair, cut_architecture(above, fields))
     alpha = operator.default_alpha(pair, architecture)
     if alpha is not None and request.alpha is not None:
