@@ -23,8 +23,9 @@ from cbd_trl.build.store import finished_chain, store_anchor
 from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
 from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
-from cbd_trl.chain.cards import DATASETS, ORIGINS, PUBLIC_MODEL
+from cbd_trl.chain.cards import DATASETS, ORIGINS
 from cbd_trl.chain.chain import Anchor, Chain
+from cbd_trl.chain.manifest import PUBLIC_MODEL
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import Block, block_costs
 from cbd_trl.trainers.checkpointing import last_checkpoint
@@ -240,7 +241,6 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
         "name": step.name,
         "parent": upper.name,
         "blocks": blocks,
-        "apart": step.public is not None and step.public.matched,
         "text_start": list(text.start),
         "tokens_seen": trained.tokens_seen,
         "losses": trained.losses,

@@ -26,7 +26,7 @@ from cbd_trl.build.store import calibration_batches, finished_chain, store_ancho
 from cbd_trl.chain.cards import ORIGINS
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.folders import ONE_TOKENIZER, check_place
-from cbd_trl.chain.manifest import MANIFEST
+from cbd_trl.chain.manifest import ALIGNED, MANIFEST
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.align import Match, MeasuredModel, collect_cross_moments, match_models, order_above
@@ -329,7 +329,7 @@ def _settings(members: Sequence[Member], align: bool, blocks: torch.Tensor) -> l
     """Settings that decide each anchor: all anchors, since the order of one depends on those below it."""
     text = hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
     sources = [member.source.record() for member in members]
-    return [{**own, "sources": sources, "aligned": align, "text_sha256": text} for own in sources]
+    return [{**own, "sources": sources, ALIGNED: align, "text_sha256": text} for own in sources]
 
 
 def _finished(output_dir: Path, members: Sequence[Member], settings: Sequence[Mapping[str, Any]]) -> int:
@@ -394,7 +394,6 @@ def _write(
         "name": member.name,
         "parent": members[number - 1].name if number else None,
         "blocks": above if number else None,
-        "apart": number > 0 and order is not None,
         "text_start": list(text.start),
         "tokens_seen": 0,
         "losses": {},

@@ -24,6 +24,7 @@ from cbd_trl.architectures import Architecture, architecture_of, describe
 from cbd_trl.build.compatibility import CommonForm, function_difference, same_type, shape_difference
 from cbd_trl.build.store import calibration_batches
 from cbd_trl.chain.folders import ONE_TOKENIZER
+from cbd_trl.chain.manifest import OBSTACLE
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.align import (
@@ -92,7 +93,7 @@ class PublicModel:
             "weights_sha256": known["weights_sha256"],
             "revision": self.source.revision,
             "requested_revision": self.requested_revision,
-            "obstacle": self.obstacle,
+            OBSTACLE: self.obstacle,
         }
 
     def teacher(self, dtype: torch.dtype) -> PreTrainedModel:

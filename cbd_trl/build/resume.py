@@ -9,10 +9,10 @@ from cbd_trl.build.plan import Step
 from cbd_trl.build.public_anchor import PublicModel
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor
 from cbd_trl.build.training import ARGUMENTS, begun_trainings
-from cbd_trl.chain.cards import PUBLIC_MODEL, VALUES
+from cbd_trl.chain.cards import VALUES
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
-from cbd_trl.chain.manifest import MANIFEST
+from cbd_trl.chain.manifest import MANIFEST, OBSTACLE, PUBLIC_MODEL
 from cbd_trl.utils.tokenizers import tokenizer_hash
 
 _SOURCE = ("source", "weights_sha256")
@@ -88,7 +88,7 @@ def _record(public: PublicModel | None) -> Mapping[str, Any] | None:
 def _model_values(record: Mapping[str, Any] | None) -> dict[str, Any]:
     """What of a model that is an anchor, or teaches it, may not change; None where there is none."""
     found = record or {}
-    way = None if record is None else "matched" if found.get("obstacle") is None else "a second teacher"
+    way = None if record is None else "matched" if found.get(OBSTACLE) is None else "a second teacher"
     return {**{name: found.get(name) for name in ("model", "revision", "weights_sha256")}, "way": way}
 
 

@@ -15,7 +15,7 @@ from cbd_trl.cards.card import PICTURE, code, evaluation_prefix, losses_table, p
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.origin import Origin, hub_ids, read_origins
 from cbd_trl.chain.anchor import Anchor
-from cbd_trl.chain.manifest import weight_files
+from cbd_trl.chain.manifest import ALIGNED, OBSTACLE, PUBLIC_MODEL, weight_files
 from cbd_trl.chain.measurements import MEASURED, measurements_table, table_units
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
@@ -23,11 +23,9 @@ from cbd_trl.utils.formatting import markdown_table, with_active
 
 logger = logging.get_logger(__name__)
 
-# Keys of an anchor's `training`: the models it was made from, and what it was trained on; the model that existed
-# already and that it was, or that taught it.
+# Keys of an anchor's `training`: the models it was made from, and what it was trained on.
 ORIGINS = "origins"
 DATASETS = "datasets"
-PUBLIC_MODEL = "public_model"
 # Keys of its "arguments": all values, names of those that were set, and the libraries whose defaults the rest are.
 VALUES, NON_DEFAULT, VERSIONS = "values", "non_default", "versions"
 
@@ -259,13 +257,13 @@ def _provenance(anchor: Anchor) -> str:
     if isinstance(record := training.get(PUBLIC_MODEL), Mapping):
         # Of a folder the name has the hash of its weights.
         model = code(str(record.get("model") or "").partition("@")[0] or "a model made in memory")
-        if record.get("obstacle") is None:
+        if record.get(OBSTACLE) is None:
             return f"{model}, put into the coordinates of {anchor.parent} and distilled from it"
         return f"cut from {anchor.parent}, refitted, taught by it and by {model}"
-    if anchor.parent is not None and "aligned" not in training:
+    if anchor.parent is not None and ALIGNED not in training:
         return f"cut from {anchor.parent}, refitted and distilled from it"
-    if "aligned" in training:
-        return "a model that existed already" + (", in coordinates of the chain" if training["aligned"] else "")
+    if ALIGNED in training:
+        return "a model that existed already" + (", in coordinates of the chain" if training[ALIGNED] else "")
     taught = "taught by the source across vocabularies" if "bridge" in training else "the source"
     return f"{taught}, its channels sorted or turned"
 

@@ -109,6 +109,11 @@ class BlockRecord(Untrusted):
         return self
 
 
+# Keys of `training`: whether existing models were matched, the model that became the anchor or taught it, and, in what
+# is recorded of that one, why its weights were not matched.
+ALIGNED, PUBLIC_MODEL, OBSTACLE = "aligned", "public_model", "obstacle"
+
+
 class AnchorRecord(Untrusted):
     """One model of a chain, as chain.json records it.
 
@@ -121,7 +126,6 @@ class AnchorRecord(Untrusted):
         dtype: of the weights, such as "float32".
         tokenizer_sha256: of what the tokenizer does (`utils.tokenizers.tokenizer_hash`); None where none is stored.
         blocks: for each layer the layers of the parent that it stands for; None for the source.
-        apart: whether it was not cut from its parent but trained apart, and matched with it.
         text_start: token ids in front of each block of calibration text; empty where the tokenizer begins a text with
             nothing.
         tokens_seen: tokens it was distilled on.
@@ -142,7 +146,6 @@ class AnchorRecord(Untrusted):
     dtype: Literal["float32", "bfloat16", "float16"]
     tokenizer_sha256: _Sha256 | None
     blocks: Annotated[list[BlockRecord], Field(max_length=_MOST_ENTRIES)] | None = None
-    apart: bool = False
     text_start: Annotated[
         list[Annotated[int, Field(ge=0, lt=_LARGEST_VOCABULARY)]],
         Field(max_length=_MOST_ENTRIES),
@@ -154,6 +157,12 @@ class AnchorRecord(Untrusted):
     files: Annotated[
         dict[Annotated[str, AfterValidator(_file_name)], _Sha256], Field(max_length=_MOST_ENTRIES, repr=False)
     ]
+
+    @property
+    def apart(self) -> bool:
+        """Whether it was not cut from its parent but trained apart, and matched with it."""
+        public = self.training.get(PUBLIC_MODEL)
+        return self.training.get(ALIGNED) is True or (isinstance(public, dict) and public.get(OBSTACLE) is None)
 
     @model_validator(mode="after")
     def _is_whole(self) -> "AnchorRecord":

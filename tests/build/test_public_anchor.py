@@ -9,7 +9,7 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import cbd_trl.build.build as build_module
 import cbd_trl.build.public_anchor as public_module
-from cbd_trl import build_chain
+from cbd_trl import build_chain, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build.plan import Given, plan_chain
 from cbd_trl.chain.source import Source
@@ -337,3 +337,22 @@ def test_a_branch_that_moves_is_not_followed(hub, tmp_path, interrupted):
     with pytest.raises(ValueError, match=r"changed arguments: \['revision'\]"):
         build(tmp_path / "chain", [{"model": "org/small", "revision": hub.head("org/small")}])
     build(tmp_path / "chain", [{"model": "org/small", "revision": "v1"}])
+
+
+def test_between_models_trained_apart_the_lower_one_counts_in_full(tmp_path):
+    """Half of each would be worse than either; between an anchor and its own cut it is better."""
+    narrow, between = {"hidden_size": 24, "intermediate_size": 32}, {"hidden_size": 28, "intermediate_size": 40}
+    for name, anchor in (("matched", tiny_model("llama", seed=2, **narrow)), ("cut", narrow)):
+        chain = build(tmp_path / name, [anchor])
+        assert chain.anchors[1].apart == (name == "matched") and not chain.anchors[0].apart
+        target = from_chain(chain, config=between)
+        alpha = target.config.cbd_trl["alpha"]
+        assert alpha == 1 if name == "matched" else 0 < alpha < 1
+        other = from_chain(chain, config=between, alpha=0.5)
+        assert float((logits(other) - logits(target)).abs().max()) > 0.01
+
+
+def test_blocks_are_swapped_in_the_order_of_what_each_gains(tmp_path):
+    chain = build(tmp_path / "chain", [tiny_model("llama", seed=2, num_hidden_layers=2)])
+    costs = chain.anchors[1].block_costs
+    assert costs is not None and all(cost != 0 for cost in costs)
