@@ -215,7 +215,9 @@ def test_caches_that_would_mislead_are_refused(tmp_path: Path) -> None:
         make_trainer(teacher_cache=str(tmp_path), temperature=2.0, **late)
     with pytest.raises(ValueError, match=r"temperature=2\.0, but the cache .* Set temperature=1\.0"):
         make_trainer(teacher_cache=str(tmp_path), temperature=2.0, kd_weight=0.0)
-    with pytest.raises(ValueError, match=r"block_map pairs .* a teacher_cache or what a teacher wrote has none to pair"):
+    with pytest.raises(
+        ValueError, match=r"block_map pairs .* a teacher_cache or what a teacher wrote has none to pair"
+    ):
         make_trainer(teacher_cache=str(tmp_path), block_map=[[0, 1], [2, 3]])
     with pytest.raises(ValueError, match=r"teacher_processing_class .* a teacher_cache knows its own"):
         DistillTrainer(
