@@ -115,7 +115,8 @@ def traced(device: torch.device, half: torch.dtype | None = None) -> Iterator[By
         changes += [(fused, "_BLOCK_ELEMENTS", {})]
         if half is not None:
             changes += [(module, name, _in_float32(getattr(module, name))) for module, name in _FLOAT32_ON_GPU]
-    with progress_shown(False), FakeTensorMode(), _changed(changes), Bytes() as count:
+    # torch makes a number that a module keeps (Gemma's scale of the table) on the meta device, and not without data.
+    with progress_shown(False), FakeTensorMode(allow_non_fake_inputs=True), _changed(changes), Bytes() as count:
         yield count
 
 

@@ -148,8 +148,10 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 def nested_alpha(pair: Pair, target: Architecture) -> float | None:
     """Compute the weight of the lower anchor in a target: None where only depth differs, and blocks are swapped; 1
     where the two were trained apart (docs/results/trained_apart.md)."""
-    if pair.equal_widths:
-        return None
+    return None if pair.equal_widths else _lower_share(pair, target)
+
+
+def _lower_share(pair: Pair, target: Architecture) -> float:
     return 1.0 if pair.apart else pair.fraction(target) ** NESTED_ALPHA_POWER
 
 
@@ -316,7 +318,7 @@ def mixer(pair: Pair, plan: Plan) -> Callable[[Weights, Weights], Weights]:
     """
     stack, below = layer_stack(pair, plan), pair.lower_architecture
     target = pair.upper_architecture.resized(**plan.target.sizes).with_layers([layer for _, layer in stack])
-    alpha = pair.fraction(target) ** NESTED_ALPHA_POWER if plan.alpha is None else plan.alpha
+    alpha = _lower_share(pair, target) if plan.alpha is None else plan.alpha
     scale, inputs = _lower_scale(pair, target), _input_dims(target)
     outputs = {reader for site in target.sites if "dim" in site.axis for reader in site.readers}
 

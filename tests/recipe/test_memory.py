@@ -112,6 +112,18 @@ def test_experts_are_counted_by_the_tokens_that_they_see(family: str) -> None:
         assert few["train"] < many["train"] and few["refit"] < many["refit"]
 
 
+def test_a_narrower_model_with_a_buffer_of_its_own_is_counted() -> None:
+    """Gemma's table holds its factor, which is made where its hybrid is, and no tensor without data."""
+    upper = described(tiny_model("gemma3_text", num_hidden_layers=4))[1]
+    narrow = [{"hidden_size": 16}]
+    alone, hybrid = (
+        anchor_phases(upper, plan_chain(upper, narrow, _args(swap_probability=share), None)[0], 64, GPU)
+        for share in (0.0, 1.0)
+    )
+    assert [phase.name for phase in alone] == ["refit", "train", "statistics"]
+    assert hybrid[1].device > alone[1].device
+
+
 def test_the_optimizer_is_counted_by_its_states() -> None:
     student = described(tiny_model("llama"))[1]
     count = student.num_parameters

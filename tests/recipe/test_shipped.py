@@ -127,7 +127,16 @@ def test_a_dry_run_of_every_recipe(name: str, tmp_path: Path) -> None:
 
 
 # GB of the smallest common GPU for each; None for none.
-GPU_OF = {"demo": 16, "smollm2-135m": 16, "pythia-1b": 24, "gpt2-xl": 40, "qwen3-4b": 80, "llama-3-8b": 80}
+GPU_OF = {
+    "demo": 16,
+    "smollm2-135m": 16,
+    "pythia-1b": 24,
+    "gpt2-xl": 40,
+    "qwen3-4b": 80,
+    "llama-3-8b": 80,
+    "pythia-410m-public": 16,
+    "smollm2-360m-public": 16,
+}
 
 
 @pytest.mark.slow
