@@ -260,7 +260,8 @@ def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
     cross, axes = compared(), None
     if can_rotate(own, lower):
         axes = stream_axes(cross, upper, lower, kept)
-        model = build_model(lower, rotate(own, lower, axes), model.dtype).to(teacher.device)
+        turned: Any = build_model(lower, rotate(own, lower, axes), model.dtype)
+        model = turned.to(teacher.device)
         cross = compared()
     above, below = _measured(teacher, upper, batches), _measured(model, lower, batches)
     match = match_models(above, below, cross, kept, prefix=True)
