@@ -64,7 +64,7 @@ def _at(architecture: Architecture, key: str, layer: int) -> str:
 
 def _nearest(architecture: Architecture, layer: int, kind: str | None) -> int:
     """The nearest layer of a kind, where there are several."""
-    others = [i for i in range(architecture.depth) if kind in (None, architecture.config.layer_types[i])]
+    others = [i for i in range(architecture.depth) if kind is None or architecture.config.layer_types[i] == kind]
     return min(others, key=lambda other: abs(other - layer))
 
 
