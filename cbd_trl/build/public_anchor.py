@@ -290,14 +290,15 @@ def _block_costs(
     dtype: torch.dtype,
 ) -> list[float]:
     """Measure for each layer what it costs, in nats per token, that it stands for its block: by how much the loss
-    falls when the block takes its place, which it may not; those that cost the most are swapped first."""
+    falls when the block takes its place; it may rise. Blocks that cost the most are swapped first."""
     layers, kept = [block.layers for block in blocks], [block.kept for block in blocks]
 
     def loss(swapped: list[int]) -> float:
         weights, architecture = swap_blocks(
             lower, lower_architecture, upper, upper_architecture, layers, swapped, kept
         )
-        model: Any = build_model(architecture, weights, dtype).to(rows.device)
+        model: Any = build_model(architecture, weights, dtype)
+        model.to(rows.device)
         return float(model(input_ids=rows, labels=rows, use_cache=False).loss)
 
     alone = loss([])
