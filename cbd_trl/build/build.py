@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
 from cbd_trl.build.plan import AnchorRequest, Given, Step, check_anchors, plan_chain
-from cbd_trl.build.public_anchor import adopt
+from cbd_trl.build.public_anchor import PLACEMENT, Placement, adopt
 from cbd_trl.build.resume import finished_anchors, pinned_commits
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
@@ -237,6 +237,8 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
     training: dict[str, Any] = {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)}
     if step.public is not None:
         training |= {ORIGINS: [step.public.source.origin().record()], PUBLIC_MODEL: step.public.record()}
+        if step.public.matched:
+            training["match"] = Placement.load(work / PLACEMENT).quality
     metadata = {
         "name": step.name,
         "parent": upper.name,
@@ -272,7 +274,7 @@ def _train_anchor(
     public, checkpoint = step.public, last_checkpoint(work)
     student: Any
     if public is not None and public.matched:
-        student, blocks = adopt(work / "placement.safetensors", teacher.to(args.device), public, tokens)
+        student, blocks = adopt(work / PLACEMENT, teacher.to(args.device), public, tokens)
     else:
         blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
         student = initial_student(upper, step, blocks)
@@ -286,8 +288,8 @@ def _train_anchor(
         teachers.append(public.teacher(teacher.dtype))
     # From here on: a kernel may not take what is run before, outside of the training's autocast.
     if attention := (args.model_init_kwargs or {}).get("attn_implementation", run.attention):  # type: ignore[union-attr]
-        teacher.set_attn_implementation(attention)
-        student.set_attn_implementation(attention)
+        for model in (*teachers, student):
+            model.set_attn_implementation(attention)
     trainer = DistillTrainer(
         model=student,
         teacher_model=teachers,

@@ -44,6 +44,8 @@ from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import save_tensors
 from cbd_trl.utils.tokenizers import tokenizer_difference
 
+# In an anchor's work folder: where the model went among the coordinates of the anchor above.
+PLACEMENT = "placement.safetensors"
 # Tokens whose streams are compared to pair layers: the memory is their square for every layer.
 PAIRING_TOKENS = 1024
 # Rows of calibration text that the costs of blocks are measured on.

@@ -356,3 +356,5 @@ def test_blocks_are_swapped_in_the_order_of_what_each_gains(tmp_path):
     chain = build(tmp_path / "chain", [tiny_model("llama", seed=2, num_hidden_layers=2)])
     costs = chain.anchors[1].block_costs
     assert costs is not None and all(cost != 0 for cost in costs)
+    match = chain.anchors[1].training["match"]
+    assert match.keys() == {"width", "ffn", "heads"} and all(0 < kind["matched"] <= 1 for kind in match.values())
