@@ -62,7 +62,7 @@ class PublicModel:
         form: the chain's vocabulary rows and head.
         architecture: of the model in that form.
         obstacle: why its weights cannot be matched with the anchor above; None where they can.
-        teaches: whether a model whose weights are matched teaches the anchor besides.
+        teaches: whether it teaches the anchor beside the one above, as it does unless ways are compared.
     """
 
     source: Source
@@ -70,7 +70,7 @@ class PublicModel:
     form: CommonForm
     architecture: Architecture
     obstacle: str | None
-    teaches: bool = False
+    teaches: bool = True
 
     @property
     def matched(self) -> bool:
@@ -81,7 +81,9 @@ class PublicModel:
     def summary(self) -> str:
         """Explain what it is used for."""
         if self.obstacle is None:
-            return f"{self.source.label} becomes this anchor, in the coordinates of the one above."
+            return (
+                f"{self.source.label} becomes this anchor, in the coordinates of the one above, and teaches it, too."
+            )
         return (
             f"{self.source.label} teaches this anchor beside the one above, from which it is cut: its own weights "
             f"cannot be matched. {self.obstacle}"

@@ -258,7 +258,7 @@ def _provenance(anchor: Anchor) -> str:
         # Of a folder the name has the hash of its weights.
         model = code(str(record.get("model") or "").partition("@")[0] or "a model made in memory")
         if record.get(OBSTACLE) is None:
-            return f"{model}, put into the coordinates of {anchor.parent} and distilled from it"
+            return f"{model}, put into the coordinates of {anchor.parent} and distilled from it and from what it was"
         return f"cut from {anchor.parent}, refitted, taught by it and by {model}"
     if anchor.parent is not None and ALIGNED not in training:
         return f"cut from {anchor.parent}, refitted and distilled from it"

@@ -184,7 +184,7 @@ def test_models_as_anchors(inputs: Path, tmp_path: Path) -> None:
     check = check_recipe(parse_recipe(raw, "some"))
     assert check.problems == []
     first, second = how_models_are_used(check).splitlines()
-    assert first.endswith("-small becomes this anchor, in the coordinates of the one above.")
+    assert first.endswith("-small becomes this anchor, in the coordinates of the one above, and teaches it, too.")
     assert "-other teaches this anchor beside the one above, from which it is cut" in second
     assert "differ in their head size: 8 and 4" in second
     (folders["other"] / "model.safetensors").unlink()
