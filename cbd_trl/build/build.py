@@ -117,7 +117,7 @@ def build_chain(
         run = _Run(output_dir, source_anchor.tokenizer, special, eval_dataset, calibration_tokens, attention)
         upper = done.get(0) or _make_source_anchor(run, source_anchor, len(steps) + 1)
         # The source is on disk now: free the memory of a model that was passed in.
-        del source, start, origin, bridge, source_anchor
+        del source, start, origin, bridge, source_anchor, given
         _make_anchors(run, upper, steps, done)
         return finished_chain(output_dir)
 

@@ -38,6 +38,7 @@ _SAME_LOGITS = 1e-5
 # Rows and FFN neurons of the small models that configs are compared by, the spread of their weights, and the tokens
 # that they read.
 _ROWS, _NEURONS, _SPREAD, _TOKENS = 64, 24, 0.2, 48
+_BEYOND_THE_TEXT = ("sliding_window", "rope_parameters")
 # Positions of each row where logits are compared.
 _POSITIONS = 32
 # Config fields that do not change what a model computes.
@@ -90,7 +91,7 @@ def common_form(architectures: Mapping[str, Architecture], tokenizer: PreTrained
     """
     shortest = min(architectures, key=lambda name: architectures[name].sizes["vocab"])
     rows = architectures[shortest].sizes["vocab"]
-    special = [index for one in architectures.values() for index in _special_tokens(one.config)]
+    special = [index for one in architectures.values() for index in special_tokens(one.config)]
     needed = max([*tokenizer.get_vocab().values(), *special]) + 1
     if rows < needed:
         raise ValueError(
@@ -101,7 +102,7 @@ def common_form(architectures: Mapping[str, Architecture], tokenizer: PreTrained
     return CommonForm(rows, all(one.tied for one in architectures.values()))
 
 
-def _special_tokens(config: PretrainedConfig) -> list[int]:
+def special_tokens(config: PretrainedConfig) -> list[int]:
     """Token ids in a config, such as the padding token's."""
     found: list[int] = []
     for name, value in config.to_dict().items():
@@ -186,8 +187,9 @@ def function_difference(names: tuple[str, str], upper: Architecture, lower: Arch
         _small(one)
         for one in (other.with_eps(lower.eps) if other.eps != lower.eps else other, lower.with_layers(one_each))
     ]
-    windows = [getattr(one.config, "sliding_window", None) for one in (upper, lower)]
-    same = small[0].tensors.keys() == small[1].tensors.keys() and windows[0] == windows[1]
+    # What a short text does not show: windows, and rotary embeddings that change with the length.
+    beyond = [[getattr(one.config, name, None) for name in _BEYOND_THE_TEXT] for one in (upper, lower)]
+    same = small[0].tensors.keys() == small[1].tensors.keys() and beyond[0] == beyond[1]
     if same:
         generator = torch.Generator().manual_seed(0)
         weights = {

@@ -8,6 +8,7 @@ Where they cannot, the anchor is cut from the one above as others are, and the m
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, architecture_of, describe
-from cbd_trl.build.compatibility import CommonForm, function_difference, same_type, shape_difference
+from cbd_trl.build.compatibility import CommonForm, function_difference, same_type, shape_difference, special_tokens
 from cbd_trl.build.store import calibration_batches
 from cbd_trl.chain.folders import ONE_TOKENIZER
 from cbd_trl.chain.manifest import OBSTACLE
@@ -39,6 +40,7 @@ from cbd_trl.surgery.blocks import Block, similar_blocks, swap_blocks
 from cbd_trl.surgery.reorder import Order, can_rotate, permute, rotate
 from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import Weights, weights_of
+from cbd_trl.utils.files import TEMPORARY
 from cbd_trl.utils.modeling import check_at_hand, in_eval_mode, portable_attention
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import save_tensors
@@ -168,6 +170,8 @@ def _obstacle(names: tuple[str, str], upper: Architecture, lower: Architecture) 
         return f"{names[1]} has an output head of its own, and {names[0]} has none."
     if lower.sizes["vocab"] < upper.sizes["vocab"]:
         return f"{names[1]} has {lower.sizes['vocab']} vocabulary rows, {names[0]} {upper.sizes['vocab']}."
+    if max(special_tokens(lower.config), default=0) >= upper.sizes["vocab"]:
+        return f"{names[1]} has a special token among the vocabulary rows that {names[0]} lacks."
     lower = CommonForm(upper.sizes["vocab"], upper.tied).architecture(lower)
     return shape_difference(names, upper, lower) or function_difference(names, upper, lower)
 
@@ -201,7 +205,10 @@ class Placement:
             tensors["axes"] = self.axes
         metadata = {"blocks": [dataclasses.asdict(block) for block in self.blocks], "quality": self.quality}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_tensors(contiguous, file, {name: json.dumps(value) for name, value in metadata.items()})
+        # Whole or not there: an interrupted run takes it as it is.
+        unfinished = file.with_name(f"{TEMPORARY}{file.name}")
+        save_tensors(contiguous, unfinished, {name: json.dumps(value) for name, value in metadata.items()})
+        unfinished.replace(file)
 
     @classmethod
     def load(cls, file: Path) -> "Placement":
@@ -278,7 +285,10 @@ def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
         placed = placement.placed(own, lower)
         rows = tokens[-COST_ROWS:].to(teacher.device)
         costs = _block_costs(weights_of(teacher, upper), upper, placed, lower, blocks, rows, teacher.dtype)
-        measured = [dataclasses.replace(block, cost=cost) for block, cost in zip(blocks, costs, strict=True)]
+        measured = [
+            dataclasses.replace(block, cost=cost if math.isfinite(cost) else None)
+            for block, cost in zip(blocks, costs, strict=True)
+        ]
         placement = dataclasses.replace(placement, blocks=measured)
     return placement
 
@@ -328,7 +338,7 @@ def _paired_blocks(teacher: Any, upper: Architecture, model: Any, lower: Archite
             found = one(input_ids=few, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
         rows = [stream.flatten(0, 1)[:PAIRING_TOKENS].float() for stream in found]
         # A few tokens of huge norm would decide alone.
-        streams.append([row / row.norm(dim=-1, keepdim=True) for row in rows[1:]])
+        streams.append([torch.nn.functional.normalize(row, dim=-1) for row in rows[1:]])
         written.append([after - before for before, after in pairwise(rows)])
     # What the last layers write is not known behind the final norm, and they stand for each other.
     by_what_is_written = layer_similarity(*written).cpu()

@@ -261,7 +261,8 @@ def layer_similarity(streams: Sequence[torch.Tensor], others: Sequence[torch.Ten
     def gram(stream: torch.Tensor) -> torch.Tensor:
         centered = stream.float() - stream.float().mean(0)
         product = (centered @ centered.T).flatten()
-        return product / product.norm()
+        # What writes nothing is like nothing.
+        return product / product.norm().clamp(min=torch.finfo(product.dtype).tiny)
 
     grams = torch.stack([gram(stream) for stream in streams])
     return torch.stack([grams @ gram(other) for other in others])

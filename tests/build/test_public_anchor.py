@@ -169,6 +169,14 @@ def planned(source, *anchors, **options):
         ("llama", {}, {"hidden_act": "gelu"}, r"they differ in \{'hidden_act': \('silu', 'gelu'\)"),
         ("llama", {}, {"attention_bias": True}, "attention_bias"),
         ("mistral", {}, {"sliding_window": 8}, "sliding_window"),
+        # What no text of the check is long enough for.
+        (
+            "llama",
+            {},
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e4}},
+            "rope_parameters",
+        ),
+        ("llama", {}, {"vocab_size": 72, "pad_token_id": 70}, "has a special token among the vocabulary rows"),
         (
             "gemma3_text",
             {"layer_types": ["sliding_attention"] * 4},

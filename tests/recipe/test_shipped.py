@@ -134,7 +134,7 @@ GPU_OF = {
     "gpt2-xl": 40,
     "qwen3-4b": 80,
     "llama-3-8b": 80,
-    "gemma-3-1b-public": 16,
+    "gemma-3-1b-public": 24,
     "gpt2-xl-public": 40,
     "pythia-410m-public": 16,
     "qwen3-1.7b-public": 40,

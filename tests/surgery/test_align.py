@@ -127,6 +127,8 @@ def test_similarity_sees_no_rotation_and_no_scale():
     expected = (one.T @ other).square().sum() / ((one.T @ one).norm() * (other.T @ other).norm())
     torch.testing.assert_close(found[0, 1], expected)
     torch.testing.assert_close(found[1, 0], expected)
+    # A layer that writes nothing is like no other.
+    assert torch.equal(layer_similarity([torch.zeros(50, 6), streams[0]], streams)[:, 0], torch.zeros(2))
 
 
 GROWN, GROWN_WITH_HEADS = {"width": 40, "group": 3, "query": 3, "ffn": 64}, {"width": 48, "group": 6, "ffn": 160}
