@@ -22,8 +22,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture, architecture_of, describe
-from cbd_trl.build.compatibility import CommonForm, function_difference, same_type, shape_difference, special_tokens
+from cbd_trl.build.compatibility import (
+    CommonForm,
+    blocks_by_type,
+    function_difference,
+    same_type,
+    shape_difference,
+    special_tokens,
+)
 from cbd_trl.build.store import calibration_batches
+from cbd_trl.build.width_hybrid import targets_between
 from cbd_trl.chain.folders import ONE_TOKENIZER
 from cbd_trl.chain.manifest import OBSTACLE
 from cbd_trl.chain.model import build_model
@@ -344,5 +352,8 @@ def _paired_blocks(teacher: Any, upper: Architecture, model: Any, lower: Archite
     by_what_is_written = layer_similarity(*written).cpu()
     by_what_is_written[-1, -1] = 1.0
     blocks = similar_blocks(by_what_is_written, layer_similarity(*streams).cpu(), same_type(upper, lower))
+    if upper.sizes != lower.sizes and blocks and not targets_between(upper, lower, [one.layers for one in blocks]):
+        # Nothing would lie between the two.
+        blocks = blocks_by_type(upper, lower)
     assert blocks is not None
     return blocks

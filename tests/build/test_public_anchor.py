@@ -366,3 +366,14 @@ def test_blocks_are_swapped_in_the_order_of_what_each_gains(tmp_path):
     assert costs is not None and all(cost != 0 for cost in costs)
     match = chain.anchors[1].training["match"]
     assert match.keys() == {"width", "ffn", "heads"} and all(0 < kind["matched"] <= 1 for kind in match.values())
+
+
+def test_layers_are_paired_so_that_sizes_lie_between(tmp_path):
+    """By what its layers write, this model would stand beside blocks between which nothing lies."""
+    above = upper(num_hidden_layers=8, intermediate_size=48)
+    model = tiny_model("llama", seed=7, num_hidden_layers=4, intermediate_size=47)
+    chain = build(tmp_path / "chain", [model], source=above)
+    [between] = chain.sizes()
+    assert between["num_parameters"][0] < between["num_parameters"][1]
+    target = from_chain(chain, config={"num_hidden_layers": 6, "intermediate_size": 48})
+    assert target.config.num_hidden_layers == 6
