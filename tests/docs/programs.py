@@ -120,8 +120,8 @@ def _cbd_trl(words: Sequence[str]) -> None:
 
 
 def _python(words: Sequence[str]) -> None:
-    """A benchmark, or what executes the notebooks, reads its flags and goes no further; an example is there, and has a
-    test of its own; what is written in another project is not looked at."""
+    """A benchmark, or what executes the notebooks, reads its flags and goes no further; an example, or what writes a
+    page, is there, and has a test of its own; what is written in another project is not looked at."""
     if words[0].startswith(OTHER_PROJECTS):
         return
     if words[:2] == ["-m", "cbd_trl.cli"]:
@@ -129,7 +129,7 @@ def _python(words: Sequence[str]) -> None:
         return
     module, flags = (words[1], words[2:]) if words[0] == "-m" else (words[0].replace("/", "."), words[1:])
     module = module.removesuffix(".py")
-    if module.startswith("examples."):
+    if module.startswith(("examples.", "docs.")):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"there is no {module}"
         return
     if module == "pytest":

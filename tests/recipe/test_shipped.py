@@ -1,8 +1,10 @@
 """The recipes that come with the package: each is parsed, and planned for the published dimensions of its source."""
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,14 +205,17 @@ def test_a_shipped_name_is_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_dry_run_of_public_anchors_reads_their_configs(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every model is in a folder with its published config, and nothing else than its weights is missing."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**13))
     changes = [*_in_folders(name, tmp_path), f"output_dir={tmp_path / 'chain'}"]
     changes += ["data={name: demo, split: train}", "evaluation.data={name: demo, split: held_out}"]
     assert main(["build", name, "--dry-run", *(word for change in changes for word in ("--set", change))]) == 1
     shown, anchors = capsys.readouterr(), len(MILLIONS[name]) - 1
-    assert shown.out.count(" becomes this anchor, in the coordinates of the one above.") == anchors
+    assert (
+        shown.out.count(" becomes this anchor, in the coordinates of the one above, and teaches it, too.") == anchors
+    )
     assert shown.err.count("has no model.safetensors") == shown.err.count("\n  - ") == 1 + anchors
     assert not (tmp_path / "chain").exists()
 

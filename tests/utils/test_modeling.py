@@ -80,7 +80,9 @@ def test_every_familys_checkpoints_load_under_new_and_old_keys(tmp_path, family,
     with torch.no_grad():
         wanted = model(IDS).logits
     base = f"{model.base_model_prefix}."
-    attention = next(name for name, _ in model.named_modules() if re.search(r"\.0\.(self_attn|attn|attention)$", name))
+    attention = next(
+        name for name, _ in model.named_modules() if re.search(r"\.\d\.(self_attn|attn|attention)$", name)
+    )
 
     def old(state):
         # Without the name of the base model, as GPT-2 is on the Hub, and with the buffers of older releases.
