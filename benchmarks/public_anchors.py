@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 
 from cbd_trl import Chain, DistillConfig, build_chain, chain_from_anchors, from_chain
 from cbd_trl.architectures import describe
-from cbd_trl.build import plan
+from cbd_trl.build import build, plan
 from cbd_trl.build.public_anchor import plan_public_model
 from cbd_trl.chain.source import Source
 from cbd_trl.losses.held_out import held_out_loss
@@ -58,11 +58,17 @@ def forced(way: str) -> Iterator[None]:
 
     def planned(*args: Any) -> Any:
         found = plan_public_model(*args)
-        if way == "taught":
-            return dataclasses.replace(found, obstacle=found.obstacle or "the benchmark compares the ways")
-        return dataclasses.replace(found, teaches=way == "both")
+        obstacle = "the benchmark compares the ways" if way == "taught" else None
+        return dataclasses.replace(found, obstacle=found.obstacle or obstacle)
 
-    with patch.object(plan, "plan_public_model", planned):
+    def steps(*args: Any) -> Any:
+        found = plan.plan_chain(*args)
+        for step in found:
+            if way == "matched":
+                step.args.teacher_weights = None
+        return found
+
+    with patch.object(plan, "plan_public_model", planned), patch.object(build, "plan_chain", steps):
         yield
 
 

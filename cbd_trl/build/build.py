@@ -197,9 +197,9 @@ def _check_inputs(
             step.public.source.check_weights()
         _check_text(step.dataset, step.args, source_anchor.tokenizer)
         check_best_metric(step.args, eval_dataset, None)
-        check_before_preparing(
-            step.dataset, eval_dataset, step.args, source_anchor.tokenizer, source_anchor.architecture.config
-        )
+        for reader in (source_anchor.architecture, step.second_teacher):
+            if reader is not None:
+                check_before_preparing(step.dataset, eval_dataset, step.args, source_anchor.tokenizer, reader.config)
 
 
 def _check_text(dataset: Dataset | IterableDataset, args: DistillConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -237,7 +237,7 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
     training: dict[str, Any] = {ARGUMENTS: record, DATASETS: hub_datasets(step.dataset)}
     if step.public is not None:
         training |= {ORIGINS: [step.public.source.origin().record()], PUBLIC_MODEL: step.public.record()}
-        if step.public.matched:
+        if step.matched is not None:
             training["match"] = Placement.load(work / PLACEMENT).quality
     metadata = {
         "name": step.name,
@@ -271,21 +271,21 @@ def _train_anchor(
     teacher: Any = upper.load_model()
     text = _calibration_blocks(teacher.config, step.dataset, args, run.tokenizer, run.calibration_tokens)
     tokens = text.input_ids
-    public, checkpoint = step.public, last_checkpoint(work)
+    checkpoint = last_checkpoint(work)
     student: Any
-    if public is not None and public.matched:
-        student, blocks = adopt(work / PLACEMENT, teacher.to(args.device), public, tokens)
+    if step.matched is not None:
+        student, blocks = adopt(work / PLACEMENT, teacher.to(args.device), step.matched, tokens)
     else:
         blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
         student = initial_student(upper, step, blocks)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     run.special.follow(student, run.tokenizer)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
-    if checkpoint is None and (public is None or not public.matched):
+    if checkpoint is None and step.matched is None:
         refit_student(student.to(args.device), teacher, blocks, tokens)
     teachers = [teacher]
-    if args.teacher_weights is not None and public is not None:
-        teachers.append(public.teacher(teacher.dtype))
+    if step.public is not None and step.second_teacher is not None:
+        teachers.append(step.public.teacher(teacher.dtype))
     # From here on: a kernel may not take what is run before, outside of the training's autocast.
     if attention := (args.model_init_kwargs or {}).get("attn_implementation", run.attention):  # type: ignore[union-attr]
         for model in (*teachers, student):

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import FREE, Architecture, describe
+from cbd_trl.architectures import FREE, Architecture, architecture_of, describe
 from cbd_trl.architectures.axes import axis_length, dims_of, select
+from cbd_trl.chain.folders import ONE_TOKENIZER
 from cbd_trl.chain.model import build_model
+from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import Block, Fits, fitting_layers, similar_blocks, spaced_layers
-from cbd_trl.surgery.weights import Weights
+from cbd_trl.surgery.weights import Weights, weights_of
+from cbd_trl.utils.modeling import check_at_hand
+from cbd_trl.utils.tokenizers import tokenizer_difference
 
 _WORDS = {
     "layer": "layers",
@@ -76,6 +80,24 @@ class CommonForm:
             cut[f"{family.head}.weight"] = cut[f"{family.embedding}.weight"].clone()
         return cut
 
+    def load(self, source: Source, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+        """Load a model in this form, in its own coordinates.
+
+        Args:
+            source: the model.
+            dtype: of its weights; "auto" for their own.
+
+        Raises:
+            ValueError: its weights are offloaded.
+        """
+        model = source.model({"dtype": dtype})
+        check_at_hand(model, source.role)
+        own = architecture_of(model)
+        kind = model.dtype if isinstance(dtype, str) else dtype
+        loaded = build_model(self.architecture(own), self.weights(weights_of(model, own), own), kind)
+        loaded.generation_config = copy.deepcopy(model.generation_config)
+        return loaded
+
 
 def common_form(architectures: Mapping[str, Architecture], tokenizer: PreTrainedTokenizerBase) -> CommonForm:
     """Find the common form: the vocabulary rows that all anchors have; untied where any anchor is.
@@ -111,6 +133,40 @@ def special_tokens(config: PretrainedConfig) -> list[int]:
     return found
 
 
+def check_tokenizer(name: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that a model's own tokenizer, where one is found, has the chain's tokens.
+
+    Args:
+        name: of the model, in messages.
+        source: the model.
+        tokenizer: the chain's.
+
+    Raises:
+        ValueError: it has not.
+    """
+    own = source.own_tokenizer()
+    reason = None if own is None else tokenizer_difference(tokenizer, own, names=("the chain's", "its"))
+    if reason is not None:
+        raise ValueError(f"{name} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")
+
+
+def check_smaller(names: tuple[str, str], upper: Architecture, lower: Architecture) -> None:
+    """Check that a lower anchor has fewer parameters than the one above.
+
+    Args:
+        names: of the upper and the lower one.
+        upper, lower: what their tensors mean.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if lower.num_parameters >= upper.num_parameters:
+        raise ValueError(
+            f"{names[1]} has {lower.num_parameters:,} parameters, no fewer than the {upper.num_parameters:,} of "
+            f"{names[0]} above it. List anchors from large to small."
+        )
+
+
 def paired_layers(names: tuple[str, str], upper: Architecture, lower: Architecture) -> list[int]:
     """Pair the layers of two anchors in their common form.
 
@@ -125,11 +181,7 @@ def paired_layers(names: tuple[str, str], upper: Architecture, lower: Architectu
         ValueError: the lower one is larger in some dimension or altogether, a size that no target can lie between
             differs, such as the head size, or its layer types do not occur in the upper one in that order.
     """
-    if lower.num_parameters >= upper.num_parameters:
-        raise ValueError(
-            f"{names[1]} has {lower.num_parameters:,} parameters, no fewer than the {upper.num_parameters:,} of "
-            f"{names[0]} above it. List anchors from large to small."
-        )
+    check_smaller(names, upper, lower)
     if (reason := shape_difference(names, upper, lower)) is not None:
         raise ValueError(f"{reason} Leave one of the two out, or distill the lower one with build_chain.")
     above, below = layer_types(upper), layer_types(lower)

@@ -1,6 +1,5 @@
 """Make a chain of existing models, such as the sizes of a public family, which were trained separately."""
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -19,28 +18,25 @@ from safetensors import safe_open
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from cbd_trl.architectures import Architecture, architecture_of
-from cbd_trl.build.compatibility import CommonForm, check_same_function, common_form, paired_layers
+from cbd_trl.architectures import Architecture
+from cbd_trl.build.compatibility import CommonForm, check_same_function, check_tokenizer, common_form, paired_layers
 from cbd_trl.build.special_tokens import SpecialTokens, listed
 from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.cards import ORIGINS
 from cbd_trl.chain.chain import Chain
-from cbd_trl.chain.folders import ONE_TOKENIZER, check_place
+from cbd_trl.chain.folders import check_place
 from cbd_trl.chain.manifest import ALIGNED, MANIFEST
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
-from cbd_trl.surgery.align import Match, MeasuredModel, collect_cross_moments, match_models, order_above
+from cbd_trl.surgery.align import MeasuredModel, collect_cross_moments, match_models, measured_model, order_above
 from cbd_trl.surgery.blocks import Block, blocks_of
 from cbd_trl.surgery.reorder import Importance, Order, importance, importance_order, permute
-from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.formatting import anchor_name
-from cbd_trl.utils.modeling import check_at_hand
 from cbd_trl.utils.progress import Progress, progress_shown
 from cbd_trl.utils.tensor_files import save_tensors
-from cbd_trl.utils.tokenizers import tokenizer_difference
 
 logger = logging.get_logger(__name__)
 
@@ -67,13 +63,7 @@ class Member:
 
     def load(self) -> PreTrainedModel:
         """Load the model in the common form, in its own dtype and coordinates."""
-        model = self.source.model({"dtype": "auto"})
-        check_at_hand(model, "anchor")
-        own = architecture_of(model)
-        weights = self.form.weights(weights_of(model, own), own)
-        loaded = build_model(self.architecture, weights, model.dtype)
-        loaded.generation_config = copy.deepcopy(model.generation_config)
-        return loaded
+        return self.form.load(self.source)
 
 
 def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) -> list[Member]:
@@ -95,7 +85,7 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
             "of one type. Distill across families with build_chain instead."
         )
     for label, source in zip(labels, sources, strict=True):
-        _check_tokenizer(label, source, tokenizer)
+        check_tokenizer(label, source, tokenizer)
     form = common_form(own, tokenizer)
     members: list[Member] = []
     for label, source in zip(labels, sources, strict=True):
@@ -112,14 +102,6 @@ def plan_members(sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase) 
         name = anchor_name(architecture.num_parameters, [member.name for member in members])
         members.append(Member(source, label, name, form, architecture, kept))
     return members
-
-
-def _check_tokenizer(label: str, source: Source, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that an anchor's own tokenizer, where one is found, has the chain's tokens."""
-    own = source.own_tokenizer()
-    reason = None if own is None else tokenizer_difference(tokenizer, own, names=("the chain's", "its"))
-    if reason is not None:
-        raise ValueError(f"{label} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")
 
 
 def check_functions(members: Sequence[Member], tokens: torch.Tensor) -> None:
@@ -180,7 +162,7 @@ class Coordinates:
         # From the smallest up: an anchor's order decides that of the one above it.
         for above, member, match, score in reversed(list(zip(members, members[1:], matches, scores, strict=False))):
             orders.insert(0, order_above(match, orders[0], above.architecture, score, member.kept))
-        return cls(orders, [{}, *(_rounded(match) for match in matches)])
+        return cls(orders, [{}, *(match.record() for match in matches)])
 
     def save(self, file: Path, settings: Sequence[Mapping[str, Any]]) -> None:
         """Save them, so that an interrupted run resumes in the same coordinates."""
@@ -212,25 +194,12 @@ class Coordinates:
 
 def _with_statistics(member: Member, blocks: torch.Tensor) -> tuple[PreTrainedModel, MeasuredModel]:
     model: Any = member.load()
-    weights = weights_of(model, member.architecture)
     model.to(PartialState().device)
-    batches = Progress("Collecting statistics", calibration_batches(blocks))
-    # Matching needs no other second moments.
-    heads = {site.name: site.name for site in member.architecture.sites if site.axis[0] == "group"}
-    statistics = collect_statistics(model, member.architecture, batches, seconds=heads)
-    return model, MeasuredModel(weights, member.architecture, statistics)
+    return model, measured_model(model, member.architecture, calibration_batches(blocks))
 
 
 def _importance(side: MeasuredModel) -> Importance:
     return importance(side.weights, side.architecture, side.statistics)
-
-
-def _rounded(match: Match) -> dict[str, dict[str, float]]:
-    """The quality of a match, rounded for chain.json."""
-    return {
-        kind: {name: round(value, 4) for name, value in dataclasses.asdict(quality).items()}
-        for kind, quality in match.quality.items()
-    }
 
 
 def chain_from_anchors(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.build.arguments import check_chain_arguments
+from cbd_trl.build.compatibility import check_smaller
 from cbd_trl.build.public_anchor import PublicModel, plan_public_model
 from cbd_trl.build.width_hybrid import targets_between
 from cbd_trl.chain.source import Source
@@ -86,6 +87,11 @@ class Step:
     public: PublicModel | None = None
 
     @property
+    def matched(self) -> PublicModel | None:
+        """The model that becomes this anchor; None for one that is cut."""
+        return self.public if self.public is not None and self.public.matched else None
+
+    @property
     def second_teacher(self) -> Architecture | None:
         """Of the model that teaches this anchor beside the one above; None where there is one teacher."""
         return None if self.public is None or self.args.teacher_weights is None else self.public.architecture
@@ -98,7 +104,12 @@ def check_anchors(anchors: Any) -> None:
         TypeError: it is a single anchor.
         ValueError: it is empty.
     """
-    if isinstance(anchors, int | float | str | Path | Mapping | PreTrainedModel):
+    if isinstance(anchors, PreTrainedModel):
+        raise TypeError(
+            f"anchors is a {type(anchors).__name__}, but must be a list with an entry for each lower anchor: "
+            "anchors=[model]."
+        )
+    if isinstance(anchors, int | float | str | Path | Mapping):
         raise TypeError(
             f"anchors is {anchors!r}, but must be a list with an entry for each lower anchor: anchors=[{anchors!r}]."
         )
@@ -162,6 +173,7 @@ def plan_step(
             defaults.
     """
     options = dict(anchor) if isinstance(anchor, Mapping) else {}
+    above = taken[-1] if position else f"the source ({taken[0]})"
     own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
     public = None
     if (requested := _requested_model(anchor, position, given)) is not None:
@@ -169,7 +181,6 @@ def plan_step(
         begun = given.commits.get((requested.name, requested.revision))
         source = requested.pinned() if begun is None else replace(requested, revision=begun)
         _check_new(source, position, given)
-        above = taken[-1] if position else f"the source ({taken[0]})"
         names = above, f"anchors[{position}] ({source.label})"
         public = plan_public_model(source, requested.revision, upper, given.tokenizer, names)
         target = public.architecture if public.matched else nearest_architecture(upper, public.architecture)
@@ -177,13 +188,9 @@ def plan_step(
         target = cut_architecture(
             upper, options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
         )
-    if target.num_parameters >= upper.num_parameters:
-        raise ValueError(
-            f"anchors[{position}] has {target.num_parameters:,} parameters, no fewer than the anchor above it "
-            f"({upper.num_parameters:,}). List anchors from large to small."
-        )
+    check_smaller((above, f"anchors[{position}]"), upper, target)
     args = _with_chain_defaults(own.get("args", args), upper, target)
-    if public is not None and public.teaches:
+    if public is not None:
         args.teacher_weights = [1 - PUBLIC_WEIGHT, PUBLIC_WEIGHT]
     if "dataset" in own:
         dataset = sft_dataset(own["dataset"], f"anchors[{position}]['dataset']", args)
@@ -199,6 +206,11 @@ def _requested_model(anchor: Any, position: int, given: Given | None) -> Source 
     revision = None
     if isinstance(anchor, Mapping):
         if "model" not in anchor:
+            if "revision" in anchor:
+                raise ValueError(
+                    f"anchors[{position}] has a revision, and no model that it could be of. Add 'model', the Hub id, "
+                    "or leave it out."
+                )
             return None
         if further := [key for key in anchor if key not in _MODEL_OPTIONS]:
             raise ValueError(
@@ -207,6 +219,10 @@ def _requested_model(anchor: Any, position: int, given: Given | None) -> Source 
                 f"{', '.join(_MODEL_OPTIONS[1:])}), or leave out the model and have the anchor cut from the one above."
             )
         anchor, revision = anchor["model"], anchor.get("revision")
+        if not isinstance(anchor, str | Path | PreTrainedModel):
+            raise TypeError(
+                f"The model of anchors[{position}] is {anchor!r}. Give a model, the path of a folder, or a Hub id."
+            )
     if not isinstance(anchor, str | Path | PreTrainedModel):
         return None
     size = _SIZE.fullmatch(anchor) if isinstance(anchor, str) and not Path(anchor).exists() else None
@@ -239,8 +255,8 @@ def _size(anchor: Any, position: int) -> float:
     is_number = isinstance(anchor, int | float) and not isinstance(anchor, bool)
     if not is_number or not math.isfinite(anchor) or anchor <= 0:
         raise ValueError(
-            f"anchors[{position}] is {anchor!r}. Give a dict of config fields, a parameter count above 1, or a ratio "
-            "to the anchor above."
+            f"anchors[{position}] is {anchor!r}. Give a dict of config fields, a parameter count above 1, a ratio to "
+            "the anchor above, or a model."
         )
     return float(anchor)
 

@@ -21,38 +21,38 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_trl.architectures import Architecture, architecture_of, describe
+from cbd_trl.architectures import Architecture, describe
 from cbd_trl.build.compatibility import (
     CommonForm,
     blocks_by_type,
+    check_smaller,
+    check_tokenizer,
     function_difference,
     same_type,
     shape_difference,
     special_tokens,
 )
-from cbd_trl.build.store import calibration_batches
+from cbd_trl.build.store import calibration_batches, check_finite
 from cbd_trl.build.width_hybrid import targets_between
 from cbd_trl.chain.folders import ONE_TOKENIZER
 from cbd_trl.chain.manifest import OBSTACLE
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.align import (
-    MeasuredModel,
     collect_cross_moments,
     layer_similarity,
     match_models,
+    measured_model,
     order_below,
     stream_axes,
 )
 from cbd_trl.surgery.blocks import Block, similar_blocks, swap_blocks
 from cbd_trl.surgery.reorder import Order, can_rotate, permute, rotate
-from cbd_trl.surgery.statistics import collect_statistics
 from cbd_trl.surgery.weights import Weights, weights_of
 from cbd_trl.utils.files import TEMPORARY
-from cbd_trl.utils.modeling import check_at_hand, in_eval_mode, portable_attention
+from cbd_trl.utils.modeling import in_eval_mode, portable_attention
 from cbd_trl.utils.progress import Progress
 from cbd_trl.utils.tensor_files import save_tensors
-from cbd_trl.utils.tokenizers import tokenizer_difference
 
 # In an anchor's work folder: where the model went among the coordinates of the anchor above.
 PLACEMENT = "placement.safetensors"
@@ -72,7 +72,6 @@ class PublicModel:
         form: the chain's vocabulary rows and head.
         architecture: of the model in that form.
         obstacle: why its weights cannot be matched with the anchor above; None where they can.
-        teaches: whether it teaches the anchor beside the one above, as it does unless ways are compared.
     """
 
     source: Source
@@ -80,7 +79,6 @@ class PublicModel:
     form: CommonForm
     architecture: Architecture
     obstacle: str | None
-    teaches: bool = True
 
     @property
     def matched(self) -> bool:
@@ -115,15 +113,6 @@ class PublicModel:
         model = self.source.model({"dtype": dtype})
         return copy.deepcopy(model) if isinstance(self.source.place, PreTrainedModel) else model
 
-    def load(self, dtype: torch.dtype) -> PreTrainedModel:
-        """Load the model in the chain's form, in its own coordinates."""
-        model = self.source.model({"dtype": dtype})
-        check_at_hand(model, self.source.role)
-        own = architecture_of(model)
-        loaded = build_model(self.architecture, self.form.weights(weights_of(model, own), own), dtype)
-        loaded.generation_config = copy.deepcopy(model.generation_config)
-        return loaded
-
 
 def plan_public_model(
     source: Source,
@@ -151,17 +140,14 @@ def plan_public_model(
             "quantized."
         )
     own = source.architecture()
-    if own.num_parameters >= upper.num_parameters:
+    check_smaller(names, upper, own)
+    check_tokenizer(names[1], source, tokenizer)
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if own.sizes["vocab"] < tokens:
         raise ValueError(
-            f"{names[1]} has {own.num_parameters:,} parameters, no fewer than the anchor above it "
-            f"({upper.num_parameters:,}). List anchors from large to small."
+            f"{names[1]} has {own.sizes['vocab']} vocabulary rows, and the chain's tokenizer {tokens} tokens. "
+            f"{ONE_TOKENIZER}"
         )
-    theirs, tokens = source.own_tokenizer(), max(tokenizer.get_vocab().values()) + 1
-    reason = None if theirs is None else tokenizer_difference(tokenizer, theirs, names=("the chain's", "its"))
-    if reason is None and own.sizes["vocab"] < tokens:
-        reason = f"it has {own.sizes['vocab']} vocabulary rows, and the tokenizer {tokens} tokens"
-    if reason is not None:
-        raise ValueError(f"{names[1]} reads other tokens than the chain's tokenizer: {reason}. {ONE_TOKENIZER}")
     form = CommonForm(upper.sizes["vocab"], upper.tied)
     obstacle = _obstacle(names, upper, own)
     architecture = form.architecture(own) if obstacle is None else own
@@ -243,10 +229,12 @@ def adopt(
     Returns:
         the model, on the teacher's device, and the blocks that its layers stand for.
     """
-    model: Any = public.load(teacher.dtype)
+    # Moved in float32, and rounded once.
+    model: Any = public.form.load(public.source, torch.float32)
+    check_finite(public.source.label, model)
     placement = find_placement(file, teacher, model.to(teacher.device), tokens)
     weights = placement.placed(weights_of(model.cpu(), public.architecture), public.architecture)
-    placed: Any = build_model(public.architecture, weights, model.dtype)
+    placed: Any = build_model(public.architecture, weights, teacher.dtype)
     return placed.to(teacher.device), list(placement.blocks)
 
 
@@ -282,13 +270,9 @@ def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
         turned: Any = build_model(lower, rotate(own, lower, axes), model.dtype)
         model = turned.to(teacher.device)
         cross = compared()
-    above, below = _measured(teacher, upper, batches), _measured(model, lower, batches)
+    above, below = measured_model(teacher, upper, batches), measured_model(model, lower, batches)
     match = match_models(above, below, cross, kept, prefix=True)
-    quality = {
-        kind: {name: round(value, 4) for name, value in dataclasses.asdict(found).items()}
-        for kind, found in match.quality.items()
-    }
-    placement = Placement(blocks, axes, order_below(match), quality)
+    placement = Placement(blocks, axes, order_below(match), match.record())
     if upper.sizes == lower.sizes and upper.depth > lower.depth:
         placed = placement.placed(own, lower)
         rows = tokens[-COST_ROWS:].to(teacher.device)
@@ -325,13 +309,6 @@ def _block_costs(
 
     alone = loss([])
     return [alone - loss([i]) for i in Progress("Swapping blocks", range(len(blocks)))]
-
-
-def _measured(model: Any, architecture: Architecture, batches: Sequence[Any]) -> MeasuredModel:
-    # Matching needs no other second moments.
-    heads = {site.name: site.name for site in architecture.sites if site.axis[0] == "group"}
-    statistics = collect_statistics(model, architecture, Progress("Collecting statistics", batches), seconds=heads)
-    return MeasuredModel(weights_of(model, architecture), architecture, statistics)
 
 
 @torch.no_grad()

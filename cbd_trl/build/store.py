@@ -65,7 +65,7 @@ def store_anchor(
         OSError: the disk is full, or the folder cannot be written to.
     """
     architecture = architecture_of(model)
-    _check_finite(record["name"], model)
+    check_finite(record["name"], model)
     if changed is None:
         changed = Changed(weights_of(model, architecture), None, model)
 
@@ -100,8 +100,16 @@ def finished_chain(output_dir: Path) -> Chain:
     return chain
 
 
-def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Check the weights once here, not in each target made from the anchor, which may not read them all."""
+def check_finite(name: str, model: PreTrainedModel) -> None:
+    """Check the weights once, not in each target made from the anchor, which may not read them all.
+
+    Args:
+        name: of the anchor.
+        model: that it is, or is made from.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
     for key, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise ValueError(

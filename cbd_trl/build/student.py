@@ -92,6 +92,6 @@ def width_hybrid(
         [block.layers for block in blocks],
         [block.kept for block in blocks],
         block_costs(blocks),
-        apart=step.public is not None and step.public.matched,
+        apart=step.matched is not None,
     )
     return WidthHybrid(pair, step.args.swap_probability, step.args.seed)

@@ -273,7 +273,10 @@ def _anchor_facts(anchor: Anchor) -> Iterator[tuple[str, str]]:
     yield "shape", plain(describe_shape(anchor.shape))
     yield "made by", _provenance(anchor)
     if anchor.parent is not None:
-        yield "layers of the parent that were kept", code(anchor.kept_layers)
+        yield (
+            f"layers of the parent that {'its own are paired with' if anchor.apart else 'were kept'}",
+            code(anchor.kept_layers),
+        )
     if limit := anchor.architecture().engine_limit():
         yield "outside of transformers", plain(limit)
     yield "tokens seen here", f"{anchor.tokens_seen:,}"

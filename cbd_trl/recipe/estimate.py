@@ -283,7 +283,7 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
     cost = _trained_cost(step.name, lower, args, weights, calibration_tokens, speed, predict)
     if cost.seconds is None:
         return cost
-    if step.public is not None and step.public.matched:
+    if step.matched is not None:
         # The statistics of both, and passes that compare their streams: another one where one is rotated first.
         both, passes = (upper, lower), 1 if lower.tied else 2
         compared = sum(_calibration_seconds(one, calibration_tokens, speed) for one in both)

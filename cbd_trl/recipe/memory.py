@@ -170,14 +170,14 @@ def anchor_phases(
         calibration_tokens: behind its statistics.
         device: None for that of the step's arguments.
     """
-    lower, public = step.architecture, step.public
+    lower = step.architecture
     run = replace(_run(step.args, device, upper.config), second=step.second_teacher)
     above, below = run.weights(upper.num_parameters), run.weights(lower.num_parameters)
     phases = []
-    if public is not None and public.matched:
+    if step.matched is not None:
         moments, passing = _matching(upper, lower, run)
-        # Where the stream is rotated first, there is a second copy of the model.
-        copies = below if lower.tied else 2 * below
+        # In float32; where the stream is rotated first, there is a second copy of the model.
+        copies = 4 * lower.num_parameters * (1 if lower.tied else 2)
         phases.append(run.phase("match", above + copies + max(moments, passing), below + moments))
     else:
         if measured_blocks(upper, lower.depth):
@@ -431,11 +431,7 @@ def _trace(
     args, bridged = _with_hybrid(run.args), isinstance(run.args, BridgeDistillConfig)
     with traced(run.device, run.half) as count:
         theirs = run.model(teacher, run.teacher_dtype).eval().requires_grad_(False)
-        teaches: Any = LocalTeacher(theirs)
-        if run.second is not None:
-            # A pass without gradients takes what its largest layer does.
-            beside_it = run.model(_shallow(run.second.config, 1), run.teacher_dtype).eval().requires_grad_(False)
-            teaches = EnsembleTeacher([teaches, LocalTeacher(beside_it)], args.teacher_weights or [])
+        teaches = _teachers(run, theirs)
         ours = _trained(run, student.config)
         hybrid_in_width = None if between is None else _width_hybrid(ours, theirs, block_map, between)
         pairs = LayerPairs(ours, theirs, block_map, None, args, hybrid_in_width)
@@ -481,6 +477,15 @@ def _trace(
         (loss if beside is None else loss + beside).backward()
         line.mark("backward")
         return line.peaks
+
+
+def _teachers(run: _Run, first: Any) -> Any:
+    """The teacher of a run, alone or with the one beside it."""
+    if run.second is None:
+        return LocalTeacher(first)
+    # A pass without gradients takes what its largest layer does.
+    second = run.model(_shallow(run.second.config, 1), run.teacher_dtype).eval().requires_grad_(False)
+    return EnsembleTeacher([LocalTeacher(first), LocalTeacher(second)], run.args.teacher_weights or [])
 
 
 def _trained(run: _Run, config: PretrainedConfig) -> Any:

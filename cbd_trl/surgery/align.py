@@ -4,6 +4,7 @@ Shapes: L layers of the upper model, with D channels, F neurons, G key/value gro
 a convolution in a layer; l, d, f, g, q and c of the lower one. Rows of layers without such coordinates mean nothing.
 """
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,8 +14,8 @@ from torch import nn
 
 from cbd_trl.architectures import Architecture, Site
 from cbd_trl.surgery.reorder import WIDTH, Importance, Order
-from cbd_trl.surgery.statistics import Statistics, watched
-from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys
+from cbd_trl.surgery.statistics import Statistics, collect_statistics, watched
+from cbd_trl.surgery.weights import Weights, input_matrix, reader_keys, weights_of
 from cbd_trl.utils.progress import Progress
 
 
@@ -61,6 +62,28 @@ class Match:
     query: torch.Tensor
     quality: dict[str, Quality]
     conv: torch.Tensor | None = None
+
+    def record(self) -> dict[str, dict[str, float]]:
+        """The quality, rounded for chain.json."""
+        return {
+            kind: {name: round(value, 4) for name, value in dataclasses.asdict(quality).items()}
+            for kind, quality in self.quality.items()
+        }
+
+
+def measured_model(
+    model: nn.Module, architecture: Architecture, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> MeasuredModel:
+    """Collect the moments that matching needs.
+
+    Args:
+        model: a causal LM, on any device.
+        architecture: of it.
+        batches: `input_ids` (B, T) without padding.
+    """
+    heads = {site.name: site.name for site in architecture.sites if site.axis[0] == "group"}
+    statistics = collect_statistics(model, architecture, Progress("Collecting statistics", batches), seconds=heads)
+    return MeasuredModel(weights_of(model, architecture), architecture, statistics)
 
 
 @torch.no_grad()

@@ -70,17 +70,34 @@ def fitting_layers(wanted: Sequence[int], total: int, fits: Fits) -> list[int] |
     Returns:
         as many, ascending, ending with the last layer; None where there are none.
     """
-    # Entry j: the least sum of squared distances of a choice that ends with layer j, and that choice.
-    best: dict[int, tuple[int, list[int]]] = {-1: (0, [])}
-    for position, layer in enumerate(wanted):
-        found: dict[int, tuple[int, list[int]]] = {}
-        for candidate in range(position, total):
-            before = [(cost, chosen) for end, (cost, chosen) in best.items() if end < candidate]
-            if before and fits(candidate, position):
-                cost, chosen = min(before)
-                found[candidate] = (cost + (candidate - layer) ** 2, [*chosen, candidate])
-        best = found
+    best = _cheapest_layers(lambda position, layer: (layer - wanted[position]) ** 2, len(wanted), total, fits)
     return best[total - 1][1] if total - 1 in best else None
+
+
+def _cheapest_layers(
+    cost: Callable[[int, int], float], count: int, total: int, fits: Fits
+) -> dict[int, tuple[float, list[int]]]:
+    """Find the cheapest choices of ascending layers.
+
+    Args:
+        cost: (position, layer) -> what it costs to put the layer there.
+        count: number of layers to choose.
+        total: number of layers to choose from.
+        fits: which layer may stand at which position.
+
+    Returns:
+        {last layer: (least sum, choice)}; empty where no choice fits.
+    """
+    best: dict[int, tuple[float, list[int]]] = {-1: (0, [])}
+    for position in range(count):
+        found: dict[int, tuple[float, list[int]]] = {}
+        for layer in range(position, total):
+            before = [option for end, option in best.items() if end < layer]
+            if before and fits(layer, position):
+                least, chosen = min(before)
+                found[layer] = (least + cost(position, layer), [*chosen, layer])
+        best = found
+    return best
 
 
 def blocks_of(kept_layers: Sequence[int]) -> list[list[int]]:
@@ -111,19 +128,11 @@ def similar_blocks(written: torch.Tensor, streams: torch.Tensor, fits: Fits = an
         l blocks; None where no choice fits.
     """
     below, total = written.shape
-    # Entry j: the largest sum of a choice that keeps layer j last, and that choice.
-    best: dict[int, tuple[float, list[int]]] = {-1: (0.0, [])}
-    for position in range(below):
-        found: dict[int, tuple[float, list[int]]] = {}
-        for candidate in range(position, total):
-            before = [(score, chosen) for end, (score, chosen) in best.items() if end < candidate]
-            if before and fits(candidate, position):
-                score, chosen = max(before)
-                found[candidate] = (score + float(written[position, candidate]), [*chosen, candidate])
-        best = found
+    gains = written.tolist()
+    best = _cheapest_layers(lambda position, layer: -gains[position][layer], below, total, fits)
     if not best:
         return None
-    kept = max(best.values())[1]
+    kept = min(best.values())[1]
     ends = [
         first + int(row[first:following].argmax())
         for row, (first, following) in zip(streams, pairwise(kept), strict=False)

@@ -174,7 +174,10 @@ def test_another_folder_is_another_source(tmp_path, interrupted):
         ({"anchors": [{"num_hidden_layers": 7}]}, r"num_hidden_layers=7 is larger than the 6"),
         ({"anchors": [{"layers": 4}]}, r"'layers' is not a shape field of llama. Shape fields: num_hidden_layers"),
         ({"anchors": [{"num_hidden_layers": 4.0}]}, r"num_hidden_layers must be a positive integer, got 4.0"),
-        ({"anchors": [0]}, r"anchors\[0\] is 0. Give a dict of config fields, a parameter count above 1, or a ratio"),
+        (
+            {"anchors": [0]},
+            r"anchors\[0\] is 0\. Give a dict of config fields, a parameter count above 1, a ratio .* or a model",
+        ),
         ({"anchors": [0.5, -2]}, r"anchors\[1\] is -2"),
         ({"anchors": [True]}, r"anchors\[0\] is True"),
         (

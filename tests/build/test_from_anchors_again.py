@@ -129,7 +129,7 @@ def never(*args, **kwargs):
 def test_a_finished_chain_is_not_touched(tmp_path, monkeypatch):
     make(tmp_path / "chain", sizes())
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "chain").rglob("*")}
-    monkeypatch.setattr(coordinates_module, "collect_statistics", never)
+    monkeypatch.setattr(coordinates_module, "measured_model", never)
     monkeypatch.setattr(from_anchors_module, "store_anchor", never)
     assert len(make(tmp_path / "chain", sizes()).anchors) == 2
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "chain").rglob("*")} == files

@@ -1,5 +1,6 @@
 """A model that exists already as an anchor: what is refused, what it is used for, and that it stays what it is."""
 
+import copy
 import json
 import re
 import shutil
@@ -99,10 +100,10 @@ def _chain_like(folder):
             r"anchors\[0\] \(.*other\) reads other tokens than the chain's tokenizer: 54 of the chain's 60",
         ),
         (_more_words, r"reads other tokens .*54 of the chain's 60 tokens have another id in its vocabulary of 66"),
-        (_few_rows, r"anchors\[0\] .*reads other tokens .*has 50 vocabulary rows, and the tokenizer 60 tokens"),
+        (_few_rows, r"anchors\[0\] .*has 50 vocabulary rows, and the chain's tokenizer 60 tokens"),
         (
             lambda folder: upper(num_hidden_layers=5),
-            r"anchors\[0\] \(a model made in memory\) has .* no fewer than the anch",
+            r"anchors\[0\] \(a model made in memory\) has .* no fewer than the .* of the source",
         ),
         (_adapter, r"The model of anchors\[0\] 'lora' is a PEFT adapter, not a plain model. Merge it first"),
         (_quantized, r"small-4bit\) is quantized, and an anchor is trained .* Give the model that was not quantized"),
@@ -208,7 +209,7 @@ def test_a_model_of_the_coordinates_of_a_cut_anchor(tmp_path):
     small = saved(public(num_hidden_layers=2), tmp_path / "small")
     steps = planned(saved(upper(), tmp_path / "big"), {"num_hidden_layers": 3}, {"model": str(small)})
     assert [step.public is None for step in steps] == [True, False] and steps[1].public.matched
-    with pytest.raises(ValueError, match=r"anchors\[1\] .* no fewer than the anchor above it .*large to small"):
+    with pytest.raises(ValueError, match=r"anchors\[1\] .* no fewer than the .* above it\. .*large to small"):
         planned(tmp_path / "big", 0.3, small)
 
 
@@ -377,3 +378,50 @@ def test_layers_are_paired_so_that_sizes_lie_between(tmp_path):
     assert between["num_parameters"][0] < between["num_parameters"][1]
     target = from_chain(chain, config={"num_hidden_layers": 6, "intermediate_size": 48})
     assert target.config.num_hidden_layers == 6
+
+
+@pytest.mark.parametrize(
+    ("anchor", "error", "message"),
+    [
+        (
+            {"model": 0.5},
+            TypeError,
+            r"The model of anchors\[0\] is 0\.5\. Give a model, the path of a folder, or a Hub id",
+        ),
+        ({"revision": "v2", "num_hidden_layers": 2}, ValueError, r"anchors\[0\] has a revision, and no model"),
+    ],
+)
+def test_a_dict_that_names_no_model_is_refused(tmp_path, no_work, anchor, error, message):
+    with pytest.raises(error, match=message):
+        build(tmp_path / "chain", [anchor])
+
+
+def test_a_list_of_anchors_is_a_list(tmp_path, no_work):
+    with pytest.raises(TypeError, match=r"anchors is a LlamaForCausalLM, but must be a list .* anchors=\[model\]\.$"):
+        build(tmp_path / "chain", public())
+
+
+def test_a_damaged_model_is_named(tmp_path):
+    broken = public()
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"model made in memory has a weight that is not finite .*up_proj"):
+        build(tmp_path / "chain", [broken])
+
+
+def test_a_second_teacher_of_few_positions_is_refused_before_any_work(tmp_path, no_work):
+    few = tiny_model("gpt2", seed=2, n_layer=1, n_positions=8)
+    with pytest.raises(ValueError, match="8"):
+        build(tmp_path / "chain", [few], args=chain_config(max_length=32))
+
+
+def test_a_public_model_is_rounded_once(tmp_path):
+    """In a chain of bfloat16 it is moved in float32 first."""
+    model = public(intermediate_size=48, hidden_size=32, tie_word_embeddings=False)
+    chain = build(tmp_path / "chain", [model], source=upper().bfloat16(), args=chain_config(learning_rate=0.0))
+    assert chain.anchors[1].dtype == "bfloat16"
+    rounded = copy.deepcopy(model).bfloat16().float()
+    errors = [
+        float((logits(one.float()) - logits(model)).square().mean())
+        for one in (chain.anchors[1].load_model(), rounded)
+    ]
+    assert errors[0] < 1.3 * errors[1]

@@ -150,6 +150,24 @@ def test_memory_of_a_width_step(family: str, tied: bool, what: str, dtype: torch
     assert not [place for _, place in USAGE.waits if any(name in place for name in made)]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_public_anchors(tied: bool, tmp_path: Path) -> None:
+    """One of fewer layers, whose blocks are measured, and one narrower; an untied one is rotated first."""
+    shared: dict[str, Any] = {"tie_word_embeddings": tied, "num_hidden_layers": 2}
+    lower = [tiny_model("llama", seed=2, **shared), tiny_model("llama", seed=3, hidden_size=24, **shared)]
+    chain = build_chain(
+        tiny_model("llama", tie_word_embeddings=tied),
+        lower,
+        dataset=chain_rows(),
+        output_dir=tmp_path / "chain",
+        args=chain_config(**ON_DEVICE, max_steps=1, save_strategy="no"),
+        processing_class=tiny_tokenizer(),
+        calibration_tokens=128,
+    )
+    assert [anchor.apart for anchor in chain.anchors] == [False, True, True]
+    assert chain.anchors[1].block_costs is not None
+
+
 def test_build_chain(strict_chain: Chain) -> None:
     reopened = Chain.from_pretrained(strict_chain.path)
     assert len(reopened.anchors) == 1 + len(CHAIN_ANCHORS)
