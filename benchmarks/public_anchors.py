@@ -8,7 +8,8 @@ The two models were trained apart. Every way is trained on as many tokens of the
 - `cut`: an anchor of the lower model's shape, cut from the upper one; the lower model is not used;
 - `matched`: the lower model's weights in the coordinates of the upper one, distilled from it beside hybrids;
 - `taught`: the cut, taught by both models;
-- `both`: `matched`, taught by both.
+- `both`: `matched`, taught by both;
+- `refitted`: `both`, its layers fitted to the upper model's stream in closed form before training.
 
 Reported are the losses of the upper model, of the lower one as it is published and of the anchor made of it, those of
 sizes between, and eta (see `benchmarks.merit`), on held-out rows: the last of each text. Interrupted, it goes on where
@@ -32,13 +33,14 @@ from transformers import AutoTokenizer
 from cbd_trl import Chain, DistillConfig, build_chain, chain_from_anchors, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build import build, plan
-from cbd_trl.build.public_anchor import plan_public_model
+from cbd_trl.build.public_anchor import adopt, plan_public_model
+from cbd_trl.build.student import refit_student
 from cbd_trl.chain.source import Source
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.utils.files import Results
 
-WAYS = ("untrained", "cut", "matched", "taught", "both")
+WAYS = ("untrained", "cut", "matched", "taught", "both", "refitted")
 SHARES = (0.25, 0.5, 0.75)
 
 
@@ -68,7 +70,17 @@ def forced(way: str) -> Iterator[None]:
                 step.args.teacher_weights = None
         return found
 
-    with patch.object(plan, "plan_public_model", planned), patch.object(build, "plan_chain", steps):
+    def adopted(file: Path, teacher: Any, public: Any, tokens: Any) -> tuple[Any, list[Any]]:
+        model, blocks = adopt(file, teacher, public, tokens)
+        if way == "refitted":
+            refit_student(model, teacher, blocks, tokens)
+        return model, blocks
+
+    with (
+        patch.object(plan, "plan_public_model", planned),
+        patch.object(build, "plan_chain", steps),
+        patch.object(build, "adopt", adopted),
+    ):
         yield
 
 

@@ -14,9 +14,9 @@ from cbd_trl.architectures.backbone import Head, product_dtype
 from cbd_trl.losses.objective import METRICS, LogitObjective, TermWeights, combine
 from cbd_trl.losses.teacher_outputs import AnyTeacherOutputs, ReusedRows
 
-# Logits of one model that are held at a time: on a CPU 64 MB, some hundred rows for the matrix products; on a GPU what
-# fills it.
-_CHUNK_ELEMENTS = {"cpu": 2**24}
+# Logits of one model that are held at a time: on a CPU 128 MB, some hundred rows for the matrix products, each of
+# which passes over the head's gradient; on a GPU what fills it.
+_CHUNK_ELEMENTS = {"cpu": 2**25}
 _CHUNK_ELEMENTS_GPU = 2**26
 # Of them, what is compared at a time: on a CPU about what its caches are good for, on a GPU all.
 _BLOCK_ELEMENTS = {"cpu": 2**19}
@@ -118,7 +118,7 @@ class _FusedTerms(torch.autograd.Function):
         # of the C allocator's heap add up to gigabytes.
         terms = {name: hidden_Nd.new_empty(len(hidden_Nd), dtype=torch.float32) for name in _LOGIT_TERMS}
         metrics = {name: torch.empty_like(terms["ce"]) for name in METRICS}
-        room = ReusedRows()
+        room, products = ReusedRows(), ReusedRows()
         for part in _parts(slice(0, len(inputs_Nd)), size, starts):
             projected_nV = head.project(inputs_Nd[part], room.like(inputs_Nd[part], head.rows))
             prediction, targets_n = teacher.at(part), targets_N[part]
@@ -136,7 +136,7 @@ class _FusedTerms(torch.autograd.Function):
                 for name, term_N in terms.items():
                     term_N[part][rows] = found[name].detach()
             if any(needs) and (weights.kd or weights.ce):
-                _add_gradients(gradients, projected_nV, inputs_Nd[part], head.weight_VD, part)
+                _add_gradients(gradients, projected_nV, inputs_Nd[part], head.weight_VD, part, products)
         ctx.gradients = gradients
         ctx.dtypes = [t.dtype if t is not None else None for t in (hidden_Nd, weight_Vd, bias_V)]
         returned = (*terms.values(), *metrics.values())
@@ -188,7 +188,12 @@ def _blocks(projected_nV: Tensor, part: slice, starts: Sequence[int] | None) -> 
 
 
 def _add_gradients(
-    gradients: list[Tensor | None], slope_nV: Tensor, inputs_nd: Tensor, weight_Vd: Tensor, part: slice
+    gradients: list[Tensor | None],
+    slope_nV: Tensor,
+    inputs_nd: Tensor,
+    weight_Vd: Tensor,
+    part: slice,
+    products: ReusedRows,
 ) -> None:
     hidden_Nd, head_Vd, bias_V = gradients
     if hidden_Nd is not None:
@@ -197,6 +202,6 @@ def _add_gradients(
         if slope_nV.dtype == head_Vd.dtype:
             head_Vd.addmm_(slope_nV.T, inputs_nd)
         else:
-            head_Vd += slope_nV.T @ inputs_nd
+            head_Vd += torch.mm(slope_nV.T, inputs_nd, out=products.like(slope_nV.T, inputs_nd.shape[1]))
     if bias_V is not None:
         bias_V += slope_nV.sum(0, dtype=torch.float32)
