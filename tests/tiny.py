@@ -475,6 +475,23 @@ def by_head() -> list[Any]:
     ]
 
 
+def by_head_in(*ways: Any) -> list[Any]:
+    """Parameters (family, tied, way), a way that is a tuple being several, with `head_marks`.
+
+    Relatives run the last way, in which all that their tensors can do is done at once, and the others in `slow`.
+    """
+    return [
+        pytest.param(
+            family,
+            tied,
+            *(way if isinstance(way, tuple) else (way,)),
+            marks=head_marks(family, tied) if family in KINDS or way == ways[-1] else pytest.mark.slow,
+        )
+        for family, tied in HEADS
+        for way in ways
+    ]
+
+
 def own_names(family: str, **fields: Any) -> dict[str, Any]:
     """Config fields by the names that the family has for them; those it does not have are left out.
 

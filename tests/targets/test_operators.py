@@ -22,12 +22,14 @@ from cbd_trl.targets.operators import (
     slice_upper,
 )
 from tests.chain.helpers import BLOCKS, between, depth_of, random_pair, same_weights
-from tests.surgery.helpers import TOLERANCE, build, changed, difference, every_case, every_family, full_model
+from tests.surgery.helpers import TOLERANCE, build, changed, difference, every_case, full_model
 from tests.targets.naive import linear_twin, nested_twin
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, by_head_in
 
+_CASE = ("family", "tied", "what")
 every_kind = pytest.mark.parametrize("what", ["depth", "width", "both"])
-WIDTH_KINDS = pytest.mark.parametrize("what", ["width", "both"])
+every_pair = pytest.mark.parametrize(_CASE, by_head_in("depth", "width", "both"))
+every_pair_in_width = pytest.mark.parametrize(_CASE, by_head_in("width", "both"))
 # Mixing operators return float32.
 SINGLE = 1e-4
 
@@ -52,8 +54,7 @@ def test_random_pairs_are_of_two_different_functions():
         assert difference(lower_model(pair), upper_model(pair)) > 1
 
 
-@every_kind
-@every_case
+@every_pair
 def test_expand_computes_what_the_lower_anchor_computes(family, tied, what):
     pair = random_pair(family, tied, what)
     for target in (between(pair), pair.upper_architecture, pair.lower_architecture):
@@ -80,8 +81,7 @@ def test_expand_keeps_each_layer_sort(what):
     assert difference(build(weights, architecture), lower_model(pair)) <= TOLERANCE
 
 
-@every_kind
-@every_case
+@every_pair
 def test_slice_is_the_upper_anchor_cut(family, tied, what):
     pair = random_pair(family, tied, what)
     weights, architecture = slice_upper(pair, Plan(pair.upper_architecture))
@@ -134,8 +134,7 @@ def test_chosen_blocks_are_swapped():
     assert same_weights(weights, expected)
 
 
-@WIDTH_KINDS
-@every_case
+@every_pair_in_width
 def test_nested_in_width_at_its_ends(family, tied, what):
     pair = random_pair(family, tied, what)
     lower_end = nested(pair, Plan(pair.lower_architecture, alpha=1.0))
@@ -146,8 +145,7 @@ def test_nested_in_width_at_its_ends(family, tied, what):
     assert difference(made(upper_end), upper_model(pair)) <= SINGLE
 
 
-@WIDTH_KINDS
-@every_case
+@every_pair_in_width
 def test_nested_without_the_lower_anchor_is_the_cut(family, tied, what):
     pair = random_pair(family, tied, what)
     target = between(pair)
@@ -159,9 +157,7 @@ def test_nested_without_the_lower_anchor_is_the_cut(family, tied, what):
     assert difference(made(nested(pair, Plan(target, alpha=0.0))), expected) <= SINGLE
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
-@WIDTH_KINDS
-@every_case
+@pytest.mark.parametrize((*_CASE, "alpha"), by_head_in(("width", 0.3), ("width", 1.0), ("both", 1.0), ("both", 0.3)))
 def test_nested_in_width_tensor_by_tensor(family, tied, what, alpha):
     pair = random_pair(family, tied, what)
     target = between(pair)
@@ -180,8 +176,7 @@ def test_nested_in_width_tensor_by_tensor(family, tied, what, alpha):
     assert bool(changed(balanced[0], weights)) == any(site.norm for site in architecture.sites[:-1])
 
 
-@every_kind
-@every_case
+@every_pair
 def test_linear_is_the_papers_formula(family, tied, what):
     pair = random_pair(family, tied, what)
     target = between(pair)
@@ -193,10 +188,9 @@ def test_linear_is_the_papers_formula(family, tied, what):
         torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-6, atol=1e-6, msg=key)
 
 
-@every_kind
-@every_family
-def test_linear_at_its_ends(family, what):
-    pair = random_pair(family, False, what)
+@every_pair
+def test_linear_at_its_ends(family, tied, what):
+    pair = random_pair(family, tied, what)
     upper_end = linear(pair, Plan(pair.upper_architecture, alpha=0.0))
     assert difference(made(upper_end), upper_model(pair)) <= SINGLE
     lower_end = linear(pair, Plan(pair.lower_architecture, alpha=1.0))
@@ -237,7 +231,7 @@ def test_a_row_describes_what_its_function_makes(name):
             assert not same_weights(weights, row.make(pair, Plan(target, alpha=alpha / 2))[0])
 
 
-@WIDTH_KINDS
+@pytest.mark.parametrize("what", ["width", "both"])
 def test_patch_refuses_unequal_widths(what):
     pair = random_pair("llama", True, what)
     with pytest.raises(ValueError, match=r"operator='patch'.*operator='nested'"):

@@ -22,7 +22,7 @@ from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from tests.chain.helpers import between, random_pair, same_weights
 from tests.chain.test_model import resident
 from tests.surgery.helpers import build, moments
-from tests.tiny import HEADS, KINDS, head_marks
+from tests.tiny import by_head_in
 
 _LAZY = (blocks, cut, grow, norms, weights, operators)
 
@@ -56,23 +56,11 @@ def whole(chain: Chain, dtype: torch.dtype) -> Pair:
     )
 
 
-# In depth and in width at once: the one that relatives of another family run by default.
-_WAYS = [("both", torch.float32), ("depth", torch.float32), ("width", torch.float32), ("both", torch.bfloat16)]
+# Depth and width, in one dtype and in both.
+_WAYS = [("depth", torch.float32), ("width", torch.float32), ("both", torch.bfloat16), ("both", torch.float32)]
 
 
-@pytest.mark.parametrize(
-    ("family", "tied", "what", "dtype"),
-    [
-        pytest.param(
-            family,
-            tied,
-            *way,
-            marks=head_marks(family, tied) if family in KINDS or way == _WAYS[0] else pytest.mark.slow,
-        )
-        for family, tied in HEADS
-        for way in _WAYS
-    ],
-)
+@pytest.mark.parametrize(("family", "tied", "what", "dtype"), by_head_in(*_WAYS))
 def test_streamed_targets_are_those_of_whole_models(family, tied, what, dtype, tmp_path, monkeypatch):
     """Every operator; what is made at once, every mapping worked out before it is used, is equal bit by bit."""
     pair = random_pair(family, tied, what)
