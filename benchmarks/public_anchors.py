@@ -70,11 +70,11 @@ def forced(way: str) -> Iterator[None]:
                 step.args.teacher_weights = None
         return found
 
-    def adopted(file: Path, teacher: Any, public: Any, tokens: Any) -> tuple[Any, list[Any]]:
-        model, blocks = adopt(file, teacher, public, tokens)
+    def adopted(file: Path, upper: Any, teacher: Any, public: Any, tokens: Any) -> tuple[Any, Any]:
+        model, placement = adopt(file, upper, teacher, public, tokens)
         if way == "refitted":
-            refit_student(model, teacher, blocks, tokens)
-        return model, blocks
+            refit_student(model, teacher, list(placement.blocks), tokens)
+        return model, placement
 
     with (
         patch.object(plan, "plan_public_model", planned),

@@ -25,9 +25,10 @@ from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS, ORIGINS
 from cbd_trl.chain.chain import Anchor, Chain
-from cbd_trl.chain.manifest import PUBLIC_MODEL
+from cbd_trl.chain.manifest import ALPHA_POWER, PUBLIC_MODEL
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import Block, block_costs
+from cbd_trl.targets.operators import NESTED_ALPHA_POWER
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.trainers.checks import check_best_metric, warn_of_rounding
 from cbd_trl.trainers.data import check_before_preparing
@@ -238,7 +239,8 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
     if step.public is not None:
         training |= {ORIGINS: [step.public.source.origin().record()], PUBLIC_MODEL: step.public.record()}
         if step.matched is not None:
-            training["match"] = Placement.load(work / PLACEMENT).quality
+            placement = Placement.load(work / PLACEMENT)
+            training |= {"match": placement.quality, ALPHA_POWER: placement.alpha_power}
     metadata = {
         "name": step.name,
         "parent": upper.name,
@@ -274,10 +276,11 @@ def _train_anchor(
     checkpoint = last_checkpoint(work)
     student: Any
     if step.matched is not None:
-        student, blocks = adopt(work / PLACEMENT, teacher.to(args.device), step.matched, tokens)
+        student, placement = adopt(work / PLACEMENT, upper, teacher.to(args.device), step.matched, tokens)
+        blocks, power = list(placement.blocks), placement.alpha_power
     else:
         blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
-        student = initial_student(upper, step, blocks)
+        student, power = initial_student(upper, step, blocks), NESTED_ALPHA_POWER
     student.generation_config = copy.deepcopy(teacher.generation_config)
     run.special.follow(student, run.tokenizer)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
@@ -299,6 +302,6 @@ def _train_anchor(
         processing_class=run.tokenizer,
         block_map=block_map,
         block_costs=costs,
-        hybrid=width_hybrid(upper, teacher, step, student, blocks),
+        hybrid=width_hybrid(upper, teacher, step, student, blocks, power),
     )
     return text, blocks, train(trainer, student, checkpoint, label)

@@ -20,18 +20,20 @@ from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.build.compatibility import CommonForm, check_same_function, check_tokenizer, common_form, paired_layers
+from cbd_trl.build.public_anchor import measured_power
 from cbd_trl.build.special_tokens import SpecialTokens, listed
 from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
 from cbd_trl.chain.cards import ORIGINS
-from cbd_trl.chain.chain import Chain
+from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
-from cbd_trl.chain.manifest import ALIGNED, MANIFEST
+from cbd_trl.chain.manifest import ALIGNED, ALPHA_POWER, MANIFEST
 from cbd_trl.chain.model import build_model
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.align import MeasuredModel, collect_cross_moments, match_models, measured_model, order_above
 from cbd_trl.surgery.blocks import Block, blocks_of
 from cbd_trl.surgery.reorder import Importance, Order, importance, importance_order, permute
-from cbd_trl.surgery.weights import weights_of
+from cbd_trl.surgery.weights import Weights, weights_of
+from cbd_trl.targets.operators import Pair
 from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
 from cbd_trl.utils.formatting import anchor_name
@@ -351,14 +353,20 @@ def _write(
     """Reorder one anchor, collect its statistics, and write it."""
     member, order = members[number], coordinates.orders[number]
     model: Any = member.load()
+    power = None
     if order is not None:
         weights = permute(weights_of(model, member.architecture), member.architecture, order)
         permuted = build_model(member.architecture, weights, model.dtype)
         permuted.generation_config = model.generation_config
         model = permuted
+        if number:
+            power = _alpha_power(Chain.from_pretrained(output_dir).anchors[number - 1], weights, member, text)
     SpecialTokens().follow(model, tokenizer, ends)
     model.to(PartialState().device)
     above = [Block(tuple(layers), kept) for layers, kept in zip(blocks_of(member.kept), member.kept, strict=True)]
+    training = {**settings, "match": coordinates.matches[number], ORIGINS: [member.source.origin().record()]}
+    if power is not None:
+        training[ALPHA_POWER] = power
     record = {
         "name": member.name,
         "parent": members[number - 1].name if number else None,
@@ -366,6 +374,16 @@ def _write(
         "text_start": list(text.start),
         "tokens_seen": 0,
         "losses": {},
-        "training": {**settings, "match": coordinates.matches[number], ORIGINS: [member.source.origin().record()]},
+        "training": training,
     }
     store_anchor(output_dir, record, model, tokenizer, text.input_ids)
+
+
+def _alpha_power(upper: Anchor, lower: Weights, member: Member, text: TokenBlocks) -> float | None:
+    """Measure it (see `measured_power`); None where only depth differs."""
+    above = upper.architecture()
+    if above.sizes == member.architecture.sizes:
+        return None
+    weights, moments = upper.load_weights(), upper.load_statistics()
+    pair = Pair(weights, above, lower, member.architecture, moments, blocks_of(member.kept), member.kept)
+    return measured_power(pair, text.input_ids, getattr(torch, upper.dtype))

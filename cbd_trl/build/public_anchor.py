@@ -34,6 +34,7 @@ from cbd_trl.build.compatibility import (
 )
 from cbd_trl.build.store import calibration_batches, check_finite
 from cbd_trl.build.width_hybrid import targets_between
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.folders import ONE_TOKENIZER
 from cbd_trl.chain.manifest import OBSTACLE
 from cbd_trl.chain.model import build_model
@@ -49,6 +50,7 @@ from cbd_trl.surgery.align import (
 from cbd_trl.surgery.blocks import Block, similar_blocks, swap_blocks
 from cbd_trl.surgery.reorder import Order, can_rotate, permute, rotate
 from cbd_trl.surgery.weights import Weights, weights_of
+from cbd_trl.targets.operators import NESTED_ALPHA_POWER, Pair, Plan, nested
 from cbd_trl.utils.files import TEMPORARY
 from cbd_trl.utils.modeling import in_eval_mode, portable_attention
 from cbd_trl.utils.progress import Progress
@@ -179,12 +181,14 @@ class Placement:
         axes: by which its stream is rotated before (see `rotate`); None where it is not.
         order: its new coordinates.
         quality: of the match, {kind: {"matched", "random"}} (see `Quality`).
+        alpha_power: `Pair.alpha_power` of the two, as measured; it says nothing where only depth differs.
     """
 
     blocks: Sequence[Block]
     axes: Tensor | None
     order: Order
     quality: Mapping[str, Mapping[str, float]]
+    alpha_power: float = NESTED_ALPHA_POWER
 
     def placed(self, weights: Weights, architecture: Architecture) -> Weights:
         """Move a model's weights there; the logits stay equal."""
@@ -197,7 +201,11 @@ class Placement:
         tensors = {name: tensor for name, tensor in vars(self.order).items() if tensor is not None}
         if self.axes is not None:
             tensors["axes"] = self.axes
-        metadata = {"blocks": [dataclasses.asdict(block) for block in self.blocks], "quality": self.quality}
+        metadata = {
+            "blocks": [dataclasses.asdict(block) for block in self.blocks],
+            "quality": self.quality,
+            "alpha_power": self.alpha_power,
+        }
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         # Whole or not there: an interrupted run takes it as it is.
         unfinished = file.with_name(f"{TEMPORARY}{file.name}")
@@ -212,49 +220,53 @@ class Placement:
             found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (safe_open is no mapping)
         axes = found.pop("axes", None)
         blocks = [Block(tuple(block["layers"]), block["kept"], block["cost"]) for block in metadata["blocks"]]
-        return cls(blocks, axes, Order(**found), metadata["quality"])
+        return cls(blocks, axes, Order(**found), metadata["quality"], metadata["alpha_power"])
 
 
 def adopt(
-    file: Path, teacher: PreTrainedModel, public: PublicModel, tokens: Tensor
-) -> tuple[PreTrainedModel, list[Block]]:
+    file: Path, upper: Anchor, teacher: PreTrainedModel, public: PublicModel, tokens: Tensor
+) -> tuple[PreTrainedModel, Placement]:
     """Load a model in the coordinates of the anchor above; its logits are its own.
 
     Args:
         file: where its place among them is kept (see `find_placement`).
-        teacher: the anchor above.
+        upper: the anchor above.
+        teacher: its model.
         public: the model, whose weights can be matched.
         tokens: (N, T) calibration text.
 
     Returns:
-        the model, on the teacher's device, and the blocks that its layers stand for.
+        the model, on the teacher's device, and its place.
     """
     # Moved in float32, and rounded once.
     model: Any = public.form.load(public.source, torch.float32)
     check_finite(public.source.label, model)
-    placement = find_placement(file, teacher, model.to(teacher.device), tokens)
+    placement = find_placement(file, upper, teacher, model.to(teacher.device), tokens)
     weights = placement.placed(weights_of(model.cpu(), public.architecture), public.architecture)
     placed: Any = build_model(public.architecture, weights, teacher.dtype)
-    return placed.to(teacher.device), list(placement.blocks)
+    return placed.to(teacher.device), placement
 
 
-def find_placement(file: Path, teacher: PreTrainedModel, model: PreTrainedModel, tokens: Tensor) -> Placement:
+def find_placement(
+    file: Path, upper: Anchor, teacher: PreTrainedModel, model: PreTrainedModel, tokens: Tensor
+) -> Placement:
     """Pair and match a model with the anchor above, once among all processes and runs.
 
     Args:
         file: where the result is kept.
-        teacher: the anchor above.
+        upper: the anchor above.
+        teacher: its model.
         model: the lower model, in the chain's form; on the same device.
         tokens: (N, T) calibration text.
     """
     state = PartialState()
     if state.is_main_process and not file.exists():
-        _find_placement(teacher, model, tokens).save(file)
+        _find_placement(upper, teacher, model, tokens).save(file)
     state.wait_for_everyone()
     return Placement.load(file)
 
 
-def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
+def _find_placement(anchor: Anchor, teacher: Any, model: Any, tokens: Tensor) -> Placement:
     upper, lower = describe(teacher.config), describe(model.config)
     own = weights_of(model, lower)
     blocks = _paired_blocks(teacher, upper, model, lower, tokens)
@@ -282,7 +294,41 @@ def _find_placement(teacher: Any, model: Any, tokens: Tensor) -> Placement:
             for block, cost in zip(blocks, costs, strict=True)
         ]
         placement = dataclasses.replace(placement, blocks=measured)
+    elif upper.sizes != lower.sizes:
+        layers = [block.layers for block in blocks]
+        pair = Pair(above.weights, upper, placement.placed(own, lower), lower, anchor.load_statistics(), layers, kept)
+        placement = dataclasses.replace(placement, alpha_power=measured_power(pair, tokens, model.dtype))
     return placement
+
+
+@torch.no_grad()
+def measured_power(pair: Pair, tokens: Tensor, dtype: torch.dtype) -> float:
+    """Measure whether the lower of two models that were trained apart counts in full in what is between them, or by
+    size as an anchor that is cut from the other does: which makes the better target in the middle, untrained.
+
+    The more two models have in common, the more of the upper one is worth having. On a sibling of SmolLM2-135M, whose
+    weights come from the same model, size decides; of small models of two seeds the lower one counts in full
+    (docs/results/trained_apart.md).
+
+    Args:
+        pair: the two, in the same coordinates; of unequal widths.
+        tokens: (N, T) calibration text, whose last rows are measured.
+        dtype: to run the target in.
+
+    Returns:
+        `Pair.alpha_power`; 0 where no shape lies between the two.
+    """
+    between = targets_between(pair.upper_architecture, pair.lower_architecture, pair.blocks)
+    if not between:
+        return 0.0
+    rows = tokens[-COST_ROWS:].to(PartialState().device)
+
+    def loss(power: float) -> float:
+        weights, architecture = nested(dataclasses.replace(pair, alpha_power=power), Plan(between[len(between) // 2]))
+        model: Any = build_model(architecture, weights, dtype)
+        return float(model.to(rows.device)(input_ids=rows, labels=rows, use_cache=False).loss)
+
+    return min((0.0, NESTED_ALPHA_POWER), key=loss)
 
 
 @torch.no_grad()

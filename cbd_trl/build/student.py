@@ -73,9 +73,17 @@ def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], t
 
 
 def width_hybrid(
-    upper: Anchor, teacher: PreTrainedModel, step: Step, student: PreTrainedModel, blocks: list[Block]
+    upper: Anchor, teacher: PreTrainedModel, step: Step, student: PreTrainedModel, blocks: list[Block], power: float
 ) -> WidthHybrid | None:
     """Make the hybrid for a student narrower than the anchor above, whose model teaches it.
+
+    Args:
+        upper: the anchor above.
+        teacher: its model.
+        step: to the student.
+        student: as it starts.
+        blocks: that its layers stand for.
+        power: `Pair.alpha_power` of the two.
 
     Returns:
         None without hybrid steps, or where only depth differs: the trainer makes those hybrids itself.
@@ -92,6 +100,6 @@ def width_hybrid(
         [block.layers for block in blocks],
         [block.kept for block in blocks],
         block_costs(blocks),
-        apart=step.matched is not None,
+        power,
     )
     return WidthHybrid(pair, step.args.swap_probability, step.args.seed)

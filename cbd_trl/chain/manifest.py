@@ -6,6 +6,7 @@ later version of cbd-trl reads this one: see `tests/chain/stored`.
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -109,9 +110,9 @@ class BlockRecord(Untrusted):
         return self
 
 
-# Keys of `training`: whether existing models were matched, the model that became the anchor or taught it, and, in what
-# is recorded of that one, why its weights were not matched.
-ALIGNED, PUBLIC_MODEL, OBSTACLE = "aligned", "public_model", "obstacle"
+# Keys of `training`: whether existing models were matched, the model that became the anchor or taught it, in what is
+# recorded of that one why its weights were not matched, and how much one that was counts in a target.
+ALIGNED, PUBLIC_MODEL, OBSTACLE, ALPHA_POWER = "aligned", "public_model", "obstacle", "alpha_power"
 
 
 class AnchorRecord(Untrusted):
@@ -164,6 +165,13 @@ class AnchorRecord(Untrusted):
         public = self.training.get(PUBLIC_MODEL)
         return self.training.get(ALIGNED) is True or (isinstance(public, dict) and public.get(OBSTACLE) is None)
 
+    @property
+    def alpha_power(self) -> float | None:
+        """Power of the way down from the parent that its weight in a target is; None for that of every anchor that was
+        cut from its parent. Of one that was trained apart it is measured; where it was not, it counts in full."""
+        power = self.training.get(ALPHA_POWER)
+        return 0.0 if power is None and self.apart else power
+
     @model_validator(mode="after")
     def _is_whole(self) -> "AnchorRecord":
         if "config.json" not in self.files or not weight_files(self.files):
@@ -171,6 +179,9 @@ class AnchorRecord(Untrusted):
         costs = [block.cost is None for block in self.blocks or []]
         if any(costs) and not all(costs):
             raise ValueError("blocks must have a cost each, or none")
+        power = self.training.get(ALPHA_POWER, 0.0)
+        if isinstance(power, bool) or not isinstance(power, int | float) or not 0 <= power < math.inf:
+            raise ValueError(f"training.{ALPHA_POWER} must be a number of 0 or more, got {shown(power)}")
         for name in ("bridge", "arguments"):
             if not isinstance(record := self.training.get(name, {}), dict):
                 raise ValueError(f"training.{name} must be an object, got {shown(record)}")

@@ -17,7 +17,7 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.calibrate import calibration_tokens, choose_plan
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan
-from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, target_dtype
+from cbd_trl.targets.request import ANCHOR, Request, Target, alpha_power, find_target, target_dtype
 from cbd_trl.targets.saving import check_replaceable, name_unsaved, save_model
 from cbd_trl.utils.blocks import TokenBlocks
 
@@ -153,7 +153,7 @@ def load_pair(upper: Anchor, lower: Anchor) -> Pair:
         lower.block_map,
         lower.kept_layers,
         lower.block_costs,
-        lower.apart,
+        alpha_power(lower),
     )
 
 

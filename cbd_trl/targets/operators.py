@@ -50,8 +50,8 @@ class Pair:
         blocks: for each lower layer the upper layers it stands for.
         kept: the one of them that it was cut from.
         costs: what it costs, in nats per token, that it stands for them; None = unknown.
-        apart: whether the lower one was not cut from the upper but trained apart, and matched with it. Halfway between
-            the two is then worse than either, and `nested` takes all that the lower one has at full strength.
+        alpha_power: power of the way down that the weight of the lower one is in `nested`. With 0 it counts in full
+            everywhere: halfway between models that were trained apart may be worse than either.
     """
 
     upper: Weights
@@ -62,7 +62,7 @@ class Pair:
     blocks: Sequence[Sequence[int]]
     kept: Sequence[int]
     costs: Sequence[float] | None = None
-    apart: bool = False
+    alpha_power: float = NESTED_ALPHA_POWER
 
     @property
     def equal_widths(self) -> bool:
@@ -146,13 +146,12 @@ def nested(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:
 
 
 def nested_alpha(pair: Pair, target: Architecture) -> float | None:
-    """Compute the weight of the lower anchor in a target: None where only depth differs, and blocks are swapped; 1
-    where the two were trained apart (docs/results/trained_apart.md)."""
+    """Compute the weight of the lower anchor in a target: None where only depth differs, and blocks are swapped."""
     return None if pair.equal_widths else _lower_share(pair, target)
 
 
 def _lower_share(pair: Pair, target: Architecture) -> float:
-    return 1.0 if pair.apart else pair.fraction(target) ** NESTED_ALPHA_POWER
+    return pair.fraction(target) ** pair.alpha_power
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:

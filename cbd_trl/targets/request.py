@@ -13,7 +13,7 @@ from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
-from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS, Pair
+from cbd_trl.targets.operators import DEFAULT_OPERATOR, NESTED_ALPHA_POWER, OPERATORS, Pair
 
 # The operator of a target that is an anchor as it is.
 ANCHOR = "anchor"
@@ -117,12 +117,17 @@ def find_target(chain: Chain, request: Request) -> Target:
         if anchor.shape == fields:
             return Target((anchor,), anchor.architecture(), ANCHOR)
     # Operators plan a shape without reading weights.
-    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs, lower.apart)
+    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs, alpha_power(lower))
     architecture = operator.architecture(pair, cut_architecture(above, fields))
     alpha = operator.default_alpha(pair, architecture)
     if alpha is not None and request.alpha is not None:
         alpha = request.alpha
     return Target((upper, lower), architecture, request.operator, alpha)
+
+
+def alpha_power(lower: Anchor) -> float:
+    """Find `Pair.alpha_power` of an anchor and the one above it."""
+    return NESTED_ALPHA_POWER if lower.alpha_power is None else lower.alpha_power
 
 
 def _keeps(chain: Chain, anchor: Anchor, operator: str) -> bool:

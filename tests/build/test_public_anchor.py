@@ -10,10 +10,14 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import cbd_trl.build.build as build_module
 import cbd_trl.build.public_anchor as public_module
+import cbd_trl.build.student as student_module
 from cbd_trl import build_chain, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build.plan import Given, plan_chain
+from cbd_trl.build.width_hybrid import WidthHybrid
 from cbd_trl.chain.source import Source
+from cbd_trl.targets.from_chain import load_pair
+from cbd_trl.targets.operators import nested
 from tests.chain.helpers import chain_config, chain_rows, same_weights
 from tests.public_configs import CONFIGS, save_config
 from tests.surgery.helpers import TOLERANCE, logits
@@ -348,17 +352,32 @@ def test_a_branch_that_moves_is_not_followed(hub, tmp_path, interrupted):
     build(tmp_path / "chain", [{"model": "org/small", "revision": "v1"}])
 
 
-def test_between_models_trained_apart_the_lower_one_counts_in_full(tmp_path):
-    """Half of each would be worse than either; between an anchor and its own cut it is better."""
+@pytest.mark.parametrize("power", [0.0, 0.75])
+def test_the_weight_of_a_model_trained_apart_is_measured(tmp_path, monkeypatch, power):
+    """Once, before the training: with it hybrids and targets are made."""
     narrow, between = {"hidden_size": 24, "intermediate_size": 32}, {"hidden_size": 28, "intermediate_size": 40}
-    for name, anchor in (("matched", tiny_model("llama", seed=2, **narrow)), ("cut", narrow)):
-        chain = build(tmp_path / name, [anchor])
-        assert chain.anchors[1].apart == (name == "matched") and not chain.anchors[0].apart
-        target = from_chain(chain, config=between)
-        alpha = target.config.cbd_trl["alpha"]
-        assert alpha == 1 if name == "matched" else 0 < alpha < 1
-        other = from_chain(chain, config=between, alpha=0.5)
-        assert float((logits(other) - logits(target)).abs().max()) > 0.01
+    tried, hybrids = [], []
+
+    def mixed(pair, plan):
+        tried.append(pair.alpha_power)
+        weights, architecture = nested(pair, plan)
+        # Sure of itself without reason.
+        worse = {"model.norm.weight": weights["model.norm.weight"] * 1000}
+        return dict(weights) | ({} if pair.alpha_power == power else worse), architecture
+
+    monkeypatch.setattr(public_module, "nested", mixed)
+    monkeypatch.setattr(
+        student_module, "WidthHybrid", lambda pair, *args: hybrids.append(pair) or WidthHybrid(pair, *args)
+    )
+    chain = build(tmp_path / "chain", [tiny_model("llama", seed=2, **narrow)])
+    assert tried == [0.0, 0.75] and [pair.alpha_power for pair in hybrids] == [power]
+    lower = chain.anchors[1]
+    assert lower.apart and lower.alpha_power == power
+    target = from_chain(chain, config=between)
+    fraction = load_pair(*chain.anchors).fraction(describe(target.config))
+    assert target.config.cbd_trl["alpha"] == pytest.approx(fraction**power)
+    other = from_chain(chain, config=between, alpha=0.3)
+    assert float((logits(other) - logits(target)).abs().max()) > 0.01
 
 
 def test_blocks_are_swapped_in_the_order_of_what_each_gains(tmp_path):

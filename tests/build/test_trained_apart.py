@@ -8,7 +8,9 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
 from cbd_trl import chain_from_anchors, from_chain
+from cbd_trl.architectures import describe
 from cbd_trl.losses.held_out import held_out_loss
+from cbd_trl.targets.operators import NESTED_ALPHA_POWER
 from tests.markov import VOCABULARY, markov_text
 from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
@@ -74,3 +76,10 @@ def test_aligned_is_clearly_better(family, tmp_path):
         assert sum(better) < 0.7 * sum(worse)
     for kind, quality in aligned.anchors[1].training["match"].items():
         assert quality["matched"] > 1.3 * quality["random"], kind
+
+    # Of one that has little in common with the upper anchor half is worth less than the whole; of the upper anchor's
+    # own cut it is worth more. Nothing is measured of anchors that share their coordinates.
+    large, small = anchors(family)
+    own_cut = from_chain(aligned, config=describe(small.config).shape, operator="slice")
+    related = chain_from_anchors((large, own_cut), output_dir=tmp_path / "related", **options)
+    assert [chain.anchors[1].alpha_power for chain in (aligned, related, apart)] == [0, NESTED_ALPHA_POWER, None]
