@@ -179,7 +179,8 @@ def test_the_report_measures_every_size(chain: Chain, tmp_path: Path, capsys: py
     code = main(["report", str(chain.path), "--data", str(file), "--output", str(tmp_path / "out"), *flags])
     assert code == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())["chains"][0]
-    assert len(report["anchors"]) == 3 and len(report["targets"]) >= 4
+    # Between depths whose layers llama.cpp cannot place (Gemma's) no sizes are listed.
+    assert len(report["anchors"]) == 3 and len(report["targets"]) >= 3
     for entry in report["targets"]:
         assert 0 < entry["bits_per_byte"]["nested"] < 5
 
@@ -204,8 +205,9 @@ def bridged(
         student,
         teacher,
         BridgeDistillConfig(
-            **TRAINING, output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-            disable_tqdm=True, logging_steps=1, lr_scheduler_type="constant",
+            # Gemma goes past its goal with more.
+            **TRAINING | {"learning_rate": 2e-5}, output_dir=str(folder), use_cpu=True, bf16=False, report_to="none",
+            save_strategy="no", disable_tqdm=True, logging_steps=1, lr_scheduler_type="constant",
         ),
         train_dataset=Dataset.from_dict({"text": rows}),
         processing_class=tokenizer,
