@@ -85,6 +85,21 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(chain_folder, chain, sizes,
     assert code == 0 and shown.count("float32") == 1 and "may turn out otherwise" in shown
 
 
+def test_a_search_of_shapes(chain_folder, sizes, tmp_path, capsys):
+    flags = [chain_folder, "--num-parameters", sizes[0], "--tolerance", "0.1", "--shape-search", "4"]
+    code, shown, _ = run(capsys, *flags, "--dry-run")
+    lines = [line for line in shown.splitlines() if "float32" in line]
+    assert code == 0 and len(lines) > 1
+    # The best is first and marked.
+    assert ["★" in line for line in lines] == [True] + [False] * (len(lines) - 1)
+    scores = [float(line.split()[-1]) for line in lines]
+    assert scores == sorted(scores)
+    code, shown, _ = run(capsys, *flags, "--output", tmp_path / "made")
+    assert code == 0 and "the best of up to 4 shapes" in shown
+    code, _, err = run(capsys, *flags, "--dry-run", "--shape", json.dumps(WIDE))
+    assert code == 1 and "config=" in err and "gives the shape" in err
+
+
 def test_a_dry_run_names_the_sizes_that_fail(chain_folder, sizes, capsys):
     code, shown, err = run(capsys, chain_folder, "--sizes", "9B", sizes[0], "--tolerance", "0.1", "--dry-run")
     assert code == 1 and shown.count("float32") == 1

@@ -6,43 +6,21 @@ import pytest
 import torch
 
 from cbd_trl import Chain, from_chain, make_targets
-from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix_index
-from cbd_trl.chain.folders import write_anchor
 from cbd_trl.losses.held_out import HeldOutDivergence
-from cbd_trl.surgery.statistics_file import save_statistics
 from cbd_trl.targets.many import describe_shapes
 from cbd_trl.targets.operators import Plan, layer_stack
 from cbd_trl.targets.request import Request, find_targets
 from cbd_trl.targets.shape_search import LostEnergy
 from cbd_trl.utils.blocks import TokenBlocks
-from tests.chain.helpers import BLOCKS, between, chain_rows, random_pair
-from tests.surgery.helpers import moments, tokens
+from tests.chain.helpers import BLOCKS, between, chain_rows, random_chain, random_pair
+from tests.surgery.helpers import tokens
 from tests.tiny import randomize, tiny_model
-from tests.tokenizer import tiny_tokenizer
-
-LARGE = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 160}
-SMALL = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 64}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
 
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> Chain:
-    """Two anchors that differ in depth and width, neither trained."""
-    folder = tmp_path_factory.mktemp("both")
-    records = [("large", None, LARGE, None), ("small", "large", SMALL, BLOCKS)]
-    for seed, (name, parent, shape, blocks) in enumerate(records):
-        model = tiny_model("llama", seed=seed, tie_word_embeddings=True, **shape, **HEADS)
-        randomize(model, seed=seed)
-
-        def fill(folder, model=model):
-            model.save_pretrained(folder)
-            tiny_tokenizer().save_pretrained(folder)
-            architecture = describe(model.config)
-            save_statistics([moments(model, architecture)], architecture, folder / "statistics.safetensors")
-
-        write_anchor(folder, {"name": name, "parent": parent, "blocks": blocks}, fill)
-    return Chain.from_pretrained(folder)
+    return random_chain(tmp_path_factory.mktemp("both"))
 
 
 def budgets(chain: Chain, count: int) -> list[float]:
