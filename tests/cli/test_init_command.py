@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbd_trl.cli.main import main
 from cbd_trl.cli.parsing import parse_sizes
 from cbd_trl.utils.datasets import load_rows
-from tests.chain.helpers import WIDE, chain_rows
+from tests.chain.helpers import WIDE, chain_rows, random_chain
 
 
 @pytest.fixture
@@ -85,8 +85,10 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(chain_folder, chain, sizes,
     assert code == 0 and shown.count("float32") == 1 and "may turn out otherwise" in shown
 
 
-def test_a_search_of_shapes(chain_folder, sizes, tmp_path, capsys):
-    flags = [chain_folder, "--num-parameters", sizes[0], "--tolerance", "0.1", "--shape-search", "4"]
+def test_a_search_of_shapes(tmp_path, capsys):
+    made = random_chain(tmp_path / "chain")
+    middle = sum(anchor.num_parameters for anchor in made.anchors) // 2
+    flags = [made.path, "--num-parameters", middle, "--shape-search", "4"]
     code, shown, _ = run(capsys, *flags, "--dry-run")
     lines = [line for line in shown.splitlines() if "float32" in line]
     assert code == 0 and len(lines) > 1
