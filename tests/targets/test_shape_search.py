@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from cbd_trl import Chain, from_chain, make_targets
+from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix_index
 from cbd_trl.losses.held_out import HeldOutDivergence
+from cbd_trl.targets.from_chain import choose_shape, load_pair
 from cbd_trl.targets.many import describe_shapes
 from cbd_trl.targets.operators import Plan, layer_stack
 from cbd_trl.targets.request import Request, find_targets
@@ -123,18 +125,24 @@ def test_the_best_shape_is_made(both, tmp_path):
     assert not make_targets(both, [size], tmp_path)[0].kept
 
 
-def test_text_chooses_the_shape(both, monkeypatch):
+def test_text_chooses_the_shape(both, text, monkeypatch):
     """With a score that calls one shape the best, that one comes out, and only those of the search are tried."""
     (size,) = budgets(both, 1)
-    shapes = [target.architecture for target in find_targets(both, Request(size, shape_search=5))]
-    for wanted in shapes:
+    request = Request(size, shape_search=4)
+    targets = find_targets(both, request)
+    pair = load_pair(*targets[0].anchors)
+    for target in targets:
+        wanted = target.architecture
 
         def score(self, model, wanted=wanted):
-            return 0.0 if model.config.hidden_size == wanted.sizes["width"] else 5.0
+            return 0.0 if describe(model.config).shape == wanted.shape else 5.0
 
         monkeypatch.setattr(HeldOutDivergence, "__call__", score)
-        model = from_chain(both, size, shape_search=5, calibration_dataset=chain_rows(6))
-        assert model.config.hidden_size == wanted.sizes["width"]
+        assert choose_shape(targets, request, text, pair).architecture.shape == wanted.shape
+    # The last one, no longer the first on the line, is what is made.
+    model = from_chain(both, size, shape_search=4, calibration_dataset=chain_rows(1))
+    assert model.config.cbd_trl["shape"] == wanted.shape != targets[0].architecture.shape
+    assert model.config.cbd_trl["calibration_tokens"] > 0
 
 
 @pytest.mark.parametrize(
