@@ -23,7 +23,8 @@ class InitArguments:
         alpha: weight of the lower anchor in a mix.
         dtype: of the model.
         tolerance: largest relative distance from `num_parameters`.
-        calibration_data: text that decides how much is mixed.
+        shape_search: number of shapes compared.
+        calibration_data: text that decides how much is mixed, and the shape where several are compared.
         revision: of a chain on the Hub.
     """
 
@@ -76,6 +77,14 @@ class InitArguments:
     tolerance: float = field(
         default=0.03, metadata={"help": "Largest distance from --num-parameters, as a share of it."}
     )
+    shape_search: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of shapes of a size to compare, such as 16: the best on --calibration-data is made, or "
+            "without it the one that loses least by the chain's statistics. Not set: the shape on the line between "
+            "the anchors."
+        },
+    )
     calibration_data: str | None = field(
         default=None,
         metadata={
@@ -111,12 +120,12 @@ def init(flags: list[str]) -> None:
         raise UsageError("--sizes and --num-parameters both name sizes. Give one of them.")
     sizes = None if arguments.sizes is None else parse_sizes(arguments.sizes)
     options = {
-        "config": parse_shape(arguments.shape),
         "operator": arguments.operator,
         "alpha": arguments.alpha,
         "dtype": arguments.dtype,
         "tolerance": arguments.tolerance,
     }
+    options |= {"config": parse_shape(arguments.shape), "shape_search": arguments.shape_search}
     size = None if arguments.num_parameters is None else parse_count(arguments.num_parameters)
     if arguments.dry_run:
         _describe(places.chain, [size] if sizes is None else sizes, arguments, options)
@@ -155,21 +164,30 @@ def _make_many(chain: str, sizes: list[float], arguments: InitArguments, options
 def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArguments, options: dict[str, Any]) -> None:
     from cbd_trl.chain.chain import Chain
     from cbd_trl.report.tables import target_table
-    from cbd_trl.targets.many import describe_targets
+    from cbd_trl.targets.many import describe_shapes, describe_targets
+    from cbd_trl.targets.request import Request
     from cbd_trl.utils.progress import make_console
 
     opened = Chain.from_pretrained(chain, revision=arguments.revision, verify=False)
+    config, search = options.pop("config"), options.pop("shape_search")
     summaries, failed = [], []
     for size in sizes:
         try:
-            summaries += describe_targets(opened, None if size is None else [size], **options)
+            if search is None:
+                summaries += describe_targets(opened, None if size is None else [size], config=config, **options)
+            else:
+                # The reason why a shape cannot be searched for where it is given.
+                checked = Request(size, config, shape_search=search)
+                assert checked.num_parameters is not None
+                summaries += describe_shapes(opened, checked.num_parameters, search, **options)
         except ValueError as error:
             if len(sizes) == 1:
                 raise
             failed.append((format_count(size or 0), str(error)))
     make_console().print(target_table(summaries, f"What {opened.name_or_path} would give"))
     if arguments.calibration_data is not None:
-        print("With --calibration-data the operator and alpha may turn out otherwise, by measured loss.")
+        changed = "shape, operator" if search else "operator"
+        print(f"With --calibration-data the {changed} and alpha may turn out otherwise, by what is measured on it.")
     for summary in summaries:
         if summary.engine_limit:
             print(f"{format_count(summary.num_parameters)}: {summary.engine_limit}")
@@ -189,6 +207,8 @@ def _sentence(made: dict[str, Any]) -> str:
         text += f", alpha {made['alpha']:.3g}"
     if made.get("swapped_blocks"):
         text += f", blocks {made['swapped_blocks']} from the upper one"
+    if "shape_search" in made:
+        text += f", the best of up to {made['shape_search']['shapes']} shapes"
     if "calibration_tokens" in made:
         text += f"; chosen by the loss on {made['calibration_tokens']:,} tokens of calibration text"
     return text + "." + (f" {made['engine_limit']}" if "engine_limit" in made else "")

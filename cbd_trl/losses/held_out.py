@@ -3,10 +3,12 @@
 Shapes: N blocks, T tokens in each, P scored positions of a few blocks, D width.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from cbd_trl.architectures.backbone import Head, check_head, last_hidden, output_head
@@ -56,6 +58,47 @@ def held_out_loss(model: PreTrainedModel, blocks: Tensor | TokenBlocks, batch_si
             with output_head(causal) as head:
                 total += _cross_entropy_sum(hidden_PD, head, scored.select_next(wanted))
     return total / tokens
+
+
+class HeldOutDivergence:
+    """KL(reference || model) of next-token predictions on the same text for every model.
+
+    Args:
+        reference: a causal language model; it is kept, for its head.
+        blocks: text, of which the scored positions are compared.
+        batch_size: blocks in one forward pass.
+    """
+
+    def __init__(self, reference: PreTrainedModel, blocks: TokenBlocks, batch_size: int = 4) -> None:
+        self._reference, self._blocks, self._batch_size = reference, blocks, batch_size
+        self._hidden = list(self._last_hidden(reference))
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel) -> float:
+        """Compute the mean divergence, in nats per scored token.
+
+        Args:
+            model: of the reference's vocabulary; its train or eval mode is as it was afterwards.
+        """
+        total = 0.0
+        for hidden_PD, reference_PD in zip(self._last_hidden(model), self._hidden, strict=True):
+            with output_head(model) as head, output_head(self._reference) as reference_head:
+                pairs = zip(
+                    logits_in_blocks(hidden_PD, head), logits_in_blocks(reference_PD, reference_head), strict=True
+                )
+                for (_, logits_nV), (_, reference_nV) in pairs:
+                    log_nV, wanted_nV = logits_nV.log_softmax(-1), reference_nV.log_softmax(-1)
+                    total += float(kl_div(log_nV, wanted_nV, log_target=True, reduction="sum"))
+        return total / self._blocks.scored
+
+    @torch.no_grad()
+    def _last_hidden(self, model: Any) -> Iterator[Tensor]:
+        """Yield what the head reads at the scored positions, batch by batch, (P, D)."""
+        texts = (self._blocks.input_ids.split(self._batch_size), self._blocks.labels.split(self._batch_size))
+        with in_eval_mode(model), portable_attention(model):
+            check_head(model)
+            for ids, labels in zip(*texts, strict=True):
+                yield Scored.of(labels).select(last_hidden(model, input_ids=ids.to(model.device)))
 
 
 def _cross_entropy_sum(hidden_PD: Tensor, head: Head, targets_P: Tensor) -> float:

@@ -19,6 +19,11 @@ _CAPTION = (
     "token, two for every weight of a matrix multiplied with, the head included; T: tokens attended to."
 )
 
+_SCORE_CAPTION = (
+    "Score: the share of what the lower anchor loses of the upper one, less is better, at equal parameters; "
+    "★ what is made without calibration text."
+)
+
 
 def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
     """Make a table of targets, one line each, in the order given.
@@ -34,8 +39,18 @@ def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
         table.add_column(name, justify="left" if name in ("shape", "made by", "between") else "right")
     for name in ("KV cache", "FLOPs"):
         table.add_column(name, justify="right")
+    searched = any(summary.score is not None for summary in summaries)
+    if searched:
+        table.add_column("score", justify="right")
+        table.caption = f"{_CAPTION} {_SCORE_CAPTION}"
+    best: dict[float | None, float] = {}
     for summary in summaries:
-        table.add_row(*_cells(summary))
+        if summary.score is not None:
+            best[summary.requested] = min(summary.score, best.get(summary.requested, summary.score))
+    for summary in summaries:
+        chosen = summary.score is not None and summary.score == best[summary.requested]
+        score = "" if summary.score is None else f"{'★ ' if chosen else ''}{summary.score:.3f}"
+        table.add_row(*_cells(summary), *([score] if searched else []), style="bold" if chosen else None)
     return table
 
 

@@ -158,6 +158,53 @@ def solve_target(
     return _fields(upper, best)
 
 
+def spread_targets(
+    upper: Architecture,
+    lower: Architecture,
+    block_map: Blocks,
+    num_parameters: float,
+    count: int,
+    tolerance: float = 0.03,
+    depth_rule: DepthRule = "blocks",
+    kept: Sequence[int] | None = None,
+    costs: Sequence[float] | None = None,
+) -> list[dict[str, int]]:
+    """List shapes of one size between two anchors: that of `solve_target`, then others, each as far as can be from
+    those before it.
+
+    Of every depth and width (and heads and experts that go with it) the FFN width is taken that comes nearest to the
+    size; far is meant in fractions of the way from the lower to the upper anchor.
+
+    Args:
+        upper, lower, block_map, num_parameters, tolerance, depth_rule, kept, costs: as of `solve_target`.
+        count: the most shapes to list.
+
+    Returns:
+        All shape fields of the family, for 1 to `count` shapes.
+
+    Raises:
+        ValueError: as `solve_target`.
+    """
+    fields = solve_target(upper, lower, block_map, num_parameters, None, tolerance, depth_rule, kept, costs)
+    grid = _grid(upper, lower, block_map, kept, {}, depth_rule, costs)
+    nearest: dict[tuple[int, ...], Candidate] = {}
+    for option in candidates(grid, num_parameters):
+        place = (option.depth, *(size for dim, size in option.sizes.items() if dim != "ffn"))
+        best = nearest.get(place, option)
+        nearest[place] = min(best, option, key=lambda one: abs(one.num_parameters - num_parameters))
+    allowed = tolerance * num_parameters
+    options = [option for option in nearest.values() if abs(option.num_parameters - num_parameters) <= allowed]
+    found, start = [fields], _place(grid, *upper.resolve_sizes(fields))
+    places = [_place(grid, option.depth, option.sizes) for option in options]
+    distances = [math.dist(start, one) for one in places]
+    while len(found) < count and max(distances, default=0.0) > 0:
+        furthest = distances.index(max(distances))
+        if (shape := _fields(upper, options[furthest])) != fields:
+            found.append(shape)
+        distances = [min(had, math.dist(places[furthest], one)) for had, one in zip(distances, places, strict=True)]
+    return found
+
+
 def list_sizes(
     upper: Architecture, lower: Architecture, block_map: Blocks, kept: Sequence[int] | None = None
 ) -> dict[str, Any]:
@@ -483,6 +530,12 @@ def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
     strain = math.sqrt(sum((fraction - mean) ** 2 for fraction in known) / len(known))
     odd = "width" not in grid.fixed and sizes["width"] % grid.multiple("width") != 0
     return strain + (_ODD_WIDTH_STRAIN if odd else 0.0)
+
+
+def _place(grid: Grid, depth: int, sizes: Mapping[str, int]) -> list[float]:
+    """Compute how far along the way every dimension is; 0 where the anchors agree."""
+    values = {**{dim: size for dim, size in sizes.items() if dim in FREE}, "layer": depth}
+    return [grid.fraction(dim, value) or 0.0 for dim, value in values.items()]
 
 
 def _is_positive(value: object) -> bool:

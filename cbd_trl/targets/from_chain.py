@@ -1,6 +1,6 @@
 """Make a model of any size between two anchors, without a teacher or a forward pass."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,8 +17,9 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.calibrate import calibration_tokens, choose_plan
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan
-from cbd_trl.targets.request import ANCHOR, Request, Target, alpha_power, find_target, target_dtype
+from cbd_trl.targets.request import ANCHOR, Request, Target, alpha_power, find_targets, target_dtype
 from cbd_trl.targets.saving import check_replaceable, name_unsaved, save_model
+from cbd_trl.targets.shape_search import score_by_statistics, score_on_text
 from cbd_trl.utils.blocks import TokenBlocks
 
 
@@ -32,6 +33,7 @@ def from_chain(
     calibration_dataset: Dataset | None = None,
     dtype: torch.dtype | str | None = None,
     tolerance: float = 0.03,
+    shape_search: int | None = None,
     save_directory: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -53,6 +55,9 @@ def from_chain(
             good. None: no data and no forward pass.
         dtype: of the result; None: that of the anchors.
         tolerance: largest relative distance from `num_parameters`.
+        shape_search: number of shapes of the size to compare; the best is made. By KL to the anchor above on
+            `calibration_dataset`, where that is given; else without data, by the energy that the chain's statistics
+            say is lost (docs/guides/from_chain.md). None: the shape on the line.
         save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it
             the model is nowhere to be loaded from: trainers find its tokenizer, but an adapter trained on it has no
             base that can be loaded, and trainers that reload a reference model by name (GRPO with beta > 0, DPO)
@@ -62,12 +67,12 @@ def from_chain(
 
     Returns:
         The model in eval mode; `model.config.cbd_trl` records what it was made from. At an anchor's own shape it is
-        that anchor (see `find_target`).
+        that anchor (see `find_targets`).
 
     Raises:
         ValueError: a size, shape, operator or alpha that is out of reach; the message names what is not.
     """
-    request = Request(num_parameters, config, operator, alpha, tolerance)
+    request = Request(num_parameters, config, operator, alpha, tolerance, shape_search)
     directory = None if save_directory is None else Path(save_directory).expanduser().resolve()
     if directory is not None:
         check_replaceable(directory)
@@ -75,9 +80,10 @@ def from_chain(
     if not isinstance(chain, Chain):
         # The files in use are verified below; the other anchors are not read at all.
         chain = Chain.from_pretrained(chain, revision=revision, token=token, verify=False)
-    target = find_target(chain, request)
-    with nullcontext() if opened is chain else _verified(chain, target):
-        tokens = None if calibration_dataset is None else calibration_tokens(target, calibration_dataset)
+    targets = find_targets(chain, request)
+    with nullcontext() if opened is chain else _verified(chain, targets[0]):
+        tokens = None if calibration_dataset is None else calibration_tokens(targets[0], calibration_dataset)
+        target = choose_shape(targets, request, tokens)
         model = make_model(chain, request, target, tokens, dtype)
         if directory is None and target.operator != ANCHOR:
             name_unsaved(model, chain)
@@ -85,6 +91,22 @@ def from_chain(
         save_model(model, chain, directory)
         model.config._name_or_path = model.name_or_path = str(save_directory)
     return model
+
+
+def choose_shape(
+    targets: Sequence[Target], request: Request, tokens: TokenBlocks | None, pair: Pair | None = None
+) -> Target:
+    """Choose the target of the best score, where a search was requested and there is more than an anchor to choose.
+
+    Args:
+        tokens: calibration text, or None.
+        pair: the targets' anchors where they are loaded already.
+    """
+    if request.shape_search is None or targets[0].operator == ANCHOR:
+        return targets[0]
+    if tokens is None:
+        return score_by_statistics(targets, request)[0]
+    return score_on_text(targets, request, tokens, pair or load_pair(*targets[0].anchors))[0]
 
 
 def make_model(
@@ -113,6 +135,8 @@ def make_model(
         "shape": target.architecture.shape,
         "num_parameters": target.architecture.num_parameters,
     }
+    if target.score is not None:
+        provenance["shape_search"] = {"shapes": request.shape_search, "score": target.score}
     if target.architecture.family.experts is not None:
         provenance["active_parameters"] = target.architecture.num_active_parameters
     if target.operator == ANCHOR:

@@ -17,10 +17,11 @@ from cbd_trl.architectures.axes import dims_of, tensor_shape
 from cbd_trl.chain.chain import Chain
 from cbd_trl.surgery.weights import reader_keys
 from cbd_trl.targets.calibrate import calibration_tokens
-from cbd_trl.targets.from_chain import load_pair, make_model
+from cbd_trl.targets.from_chain import choose_shape, load_pair, make_model
 from cbd_trl.targets.operators import Pair
-from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, target_dtype
+from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, find_targets, target_dtype
 from cbd_trl.targets.saving import check_replaceable, save_model
+from cbd_trl.targets.shape_search import score_by_statistics
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.formatting import anchor_name
 from cbd_trl.utils.progress import Progress
@@ -56,6 +57,7 @@ def make_targets(
     calibration_dataset: Dataset | None = None,
     dtype: torch.dtype | str | None = None,
     tolerance: float = 0.03,
+    shape_search: int | None = None,
     revision: str | None = None,
     token: str | None = None,
 ) -> list[MadeTarget]:
@@ -74,6 +76,7 @@ def make_targets(
         calibration_dataset: text on which blocks and alpha are chosen, as in `from_chain`.
         dtype: of the result, as in `from_chain`.
         tolerance: largest relative distance from a size, as in `from_chain`.
+        shape_search: number of shapes to compare at each size, as in `from_chain`.
         revision: of a chain on the Hub.
         token: for a chain on the Hub that is private or gated.
 
@@ -85,7 +88,7 @@ def make_targets(
     """
     if isinstance(sizes, int | float | str):
         raise TypeError(f"sizes is {sizes!r}, but must be a list of numbers of parameters: sizes=[{sizes!r}].")
-    requests = {size: Request(size, config, operator, alpha, tolerance) for size in sizes}
+    requests = {size: Request(size, config, operator, alpha, tolerance, shape_search) for size in sizes}
     if not requests or len(requests) < len(sizes):
         raise ValueError(f"sizes must name different numbers of parameters, at least one, got {list(sizes)}.")
     if not isinstance(chain, Chain):
@@ -126,6 +129,7 @@ class TargetSummary:
         attention_flops: more of them for every token of context that a token attends to: four for every channel of a
             query head in every layer with attention. Norms, activations, biases and softmax count nothing.
         engine_limit: what runs differently outside of transformers (`Architecture.engine_limit`), or None.
+        score: with a search of shapes the share of what the lower anchor loses (`LostEnergy`), or None.
     """
 
     requested: float | None
@@ -142,6 +146,7 @@ class TargetSummary:
     flops: int
     attention_flops: int
     engine_limit: str | None = None
+    score: float | None = None
 
     @property
     def other_parameters(self) -> int:
@@ -184,7 +189,46 @@ def describe_targets(
     requests = [Request(size, config, operator, alpha, tolerance) for size in ([None] if sizes is None else sizes)]
     if not isinstance(chain, Chain):
         chain = Chain.from_pretrained(chain, revision=revision, token=token, verify=False)
-    return [_summary(chain, request, dtype) for request in requests]
+    return [_summary(request, find_target(chain, request), dtype) for request in requests]
+
+
+def describe_shapes(
+    chain: str | Path | Chain,
+    num_parameters: float,
+    shape_search: int,
+    *,
+    operator: str = "nested",
+    alpha: float | None = None,
+    dtype: torch.dtype | str | None = None,
+    tolerance: float = 0.03,
+    revision: str | None = None,
+    token: str | None = None,
+) -> list[TargetSummary]:
+    """Describe the shapes of one size that `from_chain(..., shape_search=...)` compares without data: a dry run.
+
+    Args:
+        chain: a chain, its folder, or its Hub id; of the latter the statistics of an anchor are fetched, too.
+        num_parameters: size wanted.
+        shape_search: number of shapes to compare.
+        operator: the rule that makes the weights, as in `from_chain`.
+        alpha: weight of the lower anchor where the operator mixes, as in `from_chain`.
+        dtype: of the result, as in `from_chain`.
+        tolerance: largest relative distance from the size, as in `from_chain`.
+        revision: of a chain on the Hub.
+        token: for a chain on the Hub that is private or gated.
+
+    Returns:
+        A summary a shape, the best first: the one that is made without calibration text. At an anchor's size that
+        anchor alone.
+
+    Raises:
+        ValueError: a size, operator or alpha that is out of reach, or a number of shapes below 2.
+    """
+    request = Request(num_parameters, None, operator, alpha, tolerance, shape_search)
+    if not isinstance(chain, Chain):
+        chain = Chain.from_pretrained(chain, revision=revision, token=token, verify=False)
+    scored = score_by_statistics(find_targets(chain, request), request)
+    return [_summary(request, target, dtype) for target in scored]
 
 
 def multiplied_weights(architecture: Architecture) -> int:
@@ -213,13 +257,15 @@ class _Maker:
     def make(self, request: Request, directory: Path) -> MadeTarget:
         assert request.num_parameters is not None
         check_replaceable(directory)
-        target = find_target(self._chain, request)
-        tokens = self._calibration(target)
-        record = self._record(request, target, tokens)
+        targets = find_targets(self._chain, request)
+        tokens = self._calibration(targets[0])
+        record = self._record(request, targets[0], tokens)
         provenance = _made_before(directory, record)
         if provenance is not None:
             return MadeTarget(request.num_parameters, directory, provenance, kept=True)
-        model = make_model(self._chain, request, target, tokens, self._dtype, self._loaded(target))
+        pair = self._loaded(targets[0])
+        target = choose_shape(targets, request, tokens, pair)
+        model = make_model(self._chain, request, target, tokens, self._dtype, pair)
         model.config.cbd_trl["request"] = record
         save_model(model, self._chain, directory)
         return MadeTarget(request.num_parameters, directory, model.config.cbd_trl)
@@ -250,6 +296,7 @@ class _Maker:
             "operator": request.operator,
             "alpha": request.alpha,
             "tolerance": request.tolerance,
+            "shape_search": request.shape_search,
             "dtype": str(target_dtype(self._dtype, target.anchors[0])),
             "calibration": text,
         }
@@ -264,8 +311,7 @@ def _made_before(directory: Path, record: Mapping[str, Any]) -> dict[str, Any] |
     return provenance if provenance.get("request") == record else None
 
 
-def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) -> TargetSummary:
-    target = find_target(chain, request)
+def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) -> TargetSummary:
     architecture, kind = target.architecture, target_dtype(dtype, target.anchors[0])
     sizes = architecture.sizes
     attending = sum(site.axis[0] == "group" for site in architecture.sites)
@@ -284,6 +330,7 @@ def _summary(chain: Chain, request: Request, dtype: torch.dtype | str | None) ->
         flops=2 * multiplied_weights(architecture),
         attention_flops=4 * attending * sizes["group"] * sizes["query"] * sizes["dim"],
         engine_limit=architecture.engine_limit(),
+        score=target.score,
     )
 
 

@@ -12,7 +12,7 @@ from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
 from cbd_trl.shapes.cut import cut_architecture
-from cbd_trl.shapes.solve import solve_target
+from cbd_trl.shapes.solve import solve_target, spread_targets
 from cbd_trl.targets.operators import DEFAULT_OPERATOR, NESTED_ALPHA_POWER, OPERATORS, Pair
 
 # The operator of a target that is an anchor as it is.
@@ -32,6 +32,7 @@ class Request:
     operator: str = DEFAULT_OPERATOR
     alpha: float | None = None
     tolerance: float = 0.03
+    shape_search: int | None = None
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
@@ -55,11 +56,30 @@ class Request:
             raise ValueError(
                 f"num_parameters={size!r} must be a positive number of parameters, for example 138e6 or 138_000_000."
             )
+        if self.shape_search is not None:
+            self._check_shape_search(self.shape_search)
         for field, value in (self.config or {}).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(
                     f"config: {field} must be a positive integer, got {value!r}. `Chain.sizes()` lists values."
                 )
+
+    def _check_shape_search(self, count: object) -> None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+            raise ValueError(
+                f"shape_search={count!r} must be a number of shapes to compare, at least 2, such as 16. None takes "
+                "the shape on the line between the anchors."
+            )
+        if self.config or self.num_parameters is None:
+            raise ValueError(
+                f"shape_search={count} compares shapes of one number of parameters, and config="
+                f"{dict(self.config or {})} gives the shape. Give num_parameters alone, or leave shape_search out."
+            )
+        if OPERATORS[self.operator].depths != "blocks":
+            raise ValueError(
+                f"shape_search={count} scores what whole blocks make, and operator={self.operator!r} takes layers in "
+                f"another way. Leave one of them out; {DEFAULT_OPERATOR!r} is the operator without it."
+            )
 
 
 @dataclass(frozen=True)
@@ -71,12 +91,14 @@ class Target:
         architecture: the shape, in a config cut from the upper anchor's.
         operator: the requested one, `ANCHOR` where the target is one.
         alpha: share of the lower anchor where something is mixed, by the size unless it was requested.
+        score: what a search of shapes chose it by, less is better (`shape_search.score_targets`); None without one.
     """
 
     anchors: tuple[Anchor, ...]
     architecture: Architecture
     operator: str
     alpha: float | None = None
+    score: float | None = None
 
     @property
     def files(self) -> dict[str, list[str]]:
@@ -93,8 +115,9 @@ class Target:
         return used
 
 
-def find_target(chain: Chain, request: Request) -> Target:
-    """Find the pair of anchors, the shape and the mix for a request.
+def find_targets(chain: Chain, request: Request) -> list[Target]:
+    """Find the pair of anchors, the shapes and the mixes for a request: one, or with `shape_search` as many as that.
+    The first has the shape on the line between the anchors.
 
     An anchor's own shape, however it is requested (by its size, one near it, some of its fields), is that anchor, as
     it is for every operator and without alpha at its end of a pair: sizes are continuous across the anchors of a
@@ -107,22 +130,35 @@ def find_target(chain: Chain, request: Request) -> Target:
     own = [anchor for anchor in chain.anchors if request.alpha is None and _keeps(chain, anchor, request.operator)]
     for anchor in own:
         if _names(request, anchor):
-            return Target((anchor,), anchor.architecture(), ANCHOR)
+            return [Target((anchor,), anchor.architecture(), ANCHOR)]
     upper, lower = chain.pair_for(request.num_parameters, request.config, request.tolerance)
     blocks, operator = lower.block_map or [], OPERATORS[request.operator]
     above, below = upper.architecture(), lower.architecture()
-    wanted = (request.num_parameters, request.config, request.tolerance, operator.depths)
-    fields = solve_target(above, below, blocks, *wanted, lower.kept_layers, lower.block_costs)
+    rule = (request.tolerance, operator.depths, lower.kept_layers, lower.block_costs)
+    if request.shape_search is None or request.num_parameters is None:
+        shapes = [solve_target(above, below, blocks, request.num_parameters, request.config, *rule)]
+    else:
+        shapes = spread_targets(above, below, blocks, request.num_parameters, request.shape_search, *rule)
     for anchor in own:
-        if anchor.shape == fields:
-            return Target((anchor,), anchor.architecture(), ANCHOR)
+        if anchor.shape == shapes[0]:
+            return [Target((anchor,), anchor.architecture(), ANCHOR)]
     # Operators plan a shape without reading weights.
     pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs, alpha_power(lower))
-    architecture = operator.architecture(pair, cut_architecture(above, fields))
-    alpha = operator.default_alpha(pair, architecture)
-    if alpha is not None and request.alpha is not None:
-        alpha = request.alpha
-    return Target((upper, lower), architecture, request.operator, alpha)
+    found = []
+    for fields in shapes:
+        # An anchor that a search meets is no shape between the two.
+        if fields not in (upper.shape, lower.shape) or fields is shapes[0]:
+            architecture = operator.architecture(pair, cut_architecture(above, fields))
+            alpha = operator.default_alpha(pair, architecture)
+            if alpha is not None and request.alpha is not None:
+                alpha = request.alpha
+            found.append(Target((upper, lower), architecture, request.operator, alpha))
+    return found
+
+
+def find_target(chain: Chain, request: Request) -> Target:
+    """Find the target on the line between two anchors (see `find_targets`)."""
+    return find_targets(chain, request)[0]
 
 
 def alpha_power(lower: Anchor) -> float:

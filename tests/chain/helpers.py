@@ -11,12 +11,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from cbd_trl import Chain, DistillConfig, build_chain
-from cbd_trl.architectures import Architecture
+from cbd_trl.architectures import Architecture, describe
 from cbd_trl.chain.anchor import Anchor
+from cbd_trl.chain.folders import write_anchor
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
 from cbd_trl.surgery.statistics import collect_statistics
-from cbd_trl.surgery.statistics_file import StoredStatistics
+from cbd_trl.surgery.statistics_file import StoredStatistics, save_statistics
 from cbd_trl.surgery.weights import weights_of
 from cbd_trl.targets.operators import OPERATORS, Pair
 from tests.surgery.helpers import described, full_model, moments
@@ -71,6 +72,25 @@ def random_pair(family: str, tied: bool, what: str, **options: Any) -> Pair:
     statistics = None if what == "depth" else moments(upper, upper_architecture)
     lower_weights = weights_of(lower, lower_architecture)
     return Pair(upper_weights, upper_architecture, lower_weights, lower_architecture, statistics, blocks, kept)
+
+
+def random_chain(folder: Path) -> Chain:
+    """Two Llama anchors that differ in depth and in width, with random weights of their own, in an empty folder."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "tie_word_embeddings": True}
+    large = {"num_hidden_layers": UPPER_DEPTH, "hidden_size": 64, "intermediate_size": 160}
+    small = {"num_hidden_layers": LOWER_DEPTH, "hidden_size": 32, "intermediate_size": 64}
+    for seed, (name, parent, shape) in enumerate([("large", None, large), ("small", "large", small)]):
+        model = tiny_model("llama", seed=seed, **shape, **heads)
+        randomize(model, seed=seed)
+
+        def fill(place: Path, model: PreTrainedModel = model) -> None:
+            architecture = describe(model.config)
+            model.save_pretrained(place)
+            tiny_tokenizer().save_pretrained(place)
+            save_statistics([moments(model, architecture)], architecture, place / "statistics.safetensors")
+
+        write_anchor(folder, {"name": name, "parent": parent, "blocks": BLOCKS if parent else None}, fill)
+    return Chain.from_pretrained(folder)
 
 
 def between(pair: Pair, depth: int | None = None) -> Architecture:

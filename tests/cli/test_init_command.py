@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cbd_trl.cli.main import main
 from cbd_trl.cli.parsing import parse_sizes
 from cbd_trl.utils.datasets import load_rows
-from tests.chain.helpers import WIDE, chain_rows
+from tests.chain.helpers import WIDE, chain_rows, random_chain
 
 
 @pytest.fixture
@@ -82,7 +82,24 @@ def test_a_dry_run_prints_a_table_and_writes_nothing(chain_folder, chain, sizes,
     assert len(lines) == 3 and "nested, alpha" in lines[0] and "the anchor itself" in lines[2]
     assert sorted(path for path in tmp_path.rglob("*")) == before
     code, shown, _ = run(capsys, chain_folder, "--shape", json.dumps(WIDE), "--dry-run", "--calibration-data", "x")
-    assert code == 0 and shown.count("float32") == 1 and "may turn out otherwise, by measured loss" in shown
+    assert code == 0 and shown.count("float32") == 1 and "may turn out otherwise" in shown
+
+
+def test_a_search_of_shapes(tmp_path, capsys):
+    made = random_chain(tmp_path / "chain")
+    middle = sum(anchor.num_parameters for anchor in made.anchors) // 2
+    flags = [made.path, "--num-parameters", middle, "--shape-search", "4"]
+    code, shown, _ = run(capsys, *flags, "--dry-run")
+    lines = [line for line in shown.splitlines() if "float32" in line]
+    assert code == 0 and len(lines) > 1
+    # The best is first and marked.
+    assert ["★" in line for line in lines] == [True] + [False] * (len(lines) - 1)
+    scores = [float(line.split()[-1]) for line in lines]
+    assert scores == sorted(scores)
+    code, shown, _ = run(capsys, *flags, "--output", tmp_path / "made")
+    assert code == 0 and "the best of up to 4 shapes" in shown
+    code, _, err = run(capsys, *flags, "--dry-run", "--shape", json.dumps(WIDE))
+    assert code == 1 and "config=" in err and "gives the shape" in err
 
 
 def test_a_dry_run_names_the_sizes_that_fail(chain_folder, sizes, capsys):
