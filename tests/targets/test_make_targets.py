@@ -178,5 +178,5 @@ def test_provenance_says_what_was_asked(chain, tmp_path):
     provenance = json.loads((target.directory / "config.json").read_text())["cbd_trl"]
     assert provenance["request"] == {
         "chain": chain.checksum, "num_parameters": size, "config": None, "operator": "nested", "alpha": None,
-        "tolerance": 0.1, "dtype": "torch.bfloat16", "calibration": None,
+        "tolerance": 0.1, "shape_search": None, "dtype": "torch.bfloat16", "calibration": None,
     }  # fmt: skip
