@@ -50,7 +50,7 @@ from cbd_trl.surgery.align import (
 from cbd_trl.surgery.blocks import Block, similar_blocks, swap_blocks
 from cbd_trl.surgery.reorder import Order, can_rotate, permute, rotate
 from cbd_trl.surgery.weights import Weights, weights_of
-from cbd_trl.targets.operators import NESTED_ALPHA_POWER, Pair, Plan, nested
+from cbd_trl.targets.operators import NESTED_ALPHA_POWER, Pair, Plan, cut_upper, mixer
 from cbd_trl.utils.files import TEMPORARY
 from cbd_trl.utils.modeling import in_eval_mode, portable_attention
 from cbd_trl.utils.progress import Progress
@@ -62,6 +62,8 @@ PLACEMENT = "placement.safetensors"
 PAIRING_TOKENS = 1024
 # Rows of calibration text that the costs of blocks are measured on.
 COST_ROWS = 2
+# Of the way down, that the weight of a model is which was trained apart; the last one is that of a cut.
+ALPHA_POWERS = (0.0, 0.1, 0.2, 0.35, 0.5, NESTED_ALPHA_POWER)
 
 
 @dataclass(frozen=True)
@@ -303,11 +305,11 @@ def _find_placement(anchor: Anchor, teacher: Any, model: Any, tokens: Tensor) ->
 
 @torch.no_grad()
 def measured_power(pair: Pair, tokens: Tensor, dtype: torch.dtype) -> float:
-    """Measure whether the lower of two models that were trained apart counts in full in what is between them, or by
-    size as an anchor that is cut from the other does: which makes the better target in the middle, untrained.
+    """Measure how much the lower of two models that were trained apart counts in what is between them: what makes the
+    best target in the middle, untrained.
 
-    The more two models have in common, the more of the upper one is worth having. On a sibling of SmolLM2-135M, whose
-    weights come from the same model, size decides; of small models of two seeds the lower one counts in full
+    The more two models have in common, the more of the upper one is worth having: of two seeds the lower one counts in
+    full, of a sibling of SmolLM2-135M whose weights come from the same model, 0.8 in the middle
     (docs/results/trained_apart.md).
 
     Args:
@@ -316,19 +318,22 @@ def measured_power(pair: Pair, tokens: Tensor, dtype: torch.dtype) -> float:
         dtype: to run the target in.
 
     Returns:
-        `Pair.alpha_power`; 0 where no shape lies between the two.
+        `Pair.alpha_power`, one of `ALPHA_POWERS`; 0 where no shape lies between the two.
     """
     between = targets_between(pair.upper_architecture, pair.lower_architecture, pair.blocks)
     if not between:
         return 0.0
-    rows = tokens[-COST_ROWS:].to(PartialState().device)
+    rows, plan = tokens[-COST_ROWS:].to(PartialState().device), Plan(between[len(between) // 2])
+    lazy, architecture = cut_upper(pair, plan)
+    cut = dict(lazy)
 
     def loss(power: float) -> float:
-        weights, architecture = nested(dataclasses.replace(pair, alpha_power=power), Plan(between[len(between) // 2]))
+        # Without the balance of the norms that `nested` adds, which changes no logit.
+        weights = mixer(dataclasses.replace(pair, alpha_power=power), plan)(cut, pair.lower)
         model: Any = build_model(architecture, weights, dtype)
         return float(model.to(rows.device)(input_ids=rows, labels=rows, use_cache=False).loss)
 
-    return min((0.0, NESTED_ALPHA_POWER), key=loss)
+    return min(Progress("Measuring how much it counts", ALPHA_POWERS), key=loss)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from cbd_trl.build.plan import Given, plan_chain
 from cbd_trl.build.width_hybrid import WidthHybrid
 from cbd_trl.chain.source import Source
 from cbd_trl.targets.from_chain import load_pair
-from cbd_trl.targets.operators import nested
+from cbd_trl.targets.operators import mixer
 from tests.chain.helpers import chain_config, chain_rows, same_weights
 from tests.public_configs import CONFIGS, save_config
 from tests.surgery.helpers import TOLERANCE, logits
@@ -352,25 +352,25 @@ def test_a_branch_that_moves_is_not_followed(hub, tmp_path, interrupted):
     build(tmp_path / "chain", [{"model": "org/small", "revision": "v1"}])
 
 
-@pytest.mark.parametrize("power", [0.0, 0.75])
+@pytest.mark.parametrize("power", [0.0, 0.35])
 def test_the_weight_of_a_model_trained_apart_is_measured(tmp_path, monkeypatch, power):
     """Once, before the training: with it hybrids and targets are made."""
     narrow, between = {"hidden_size": 24, "intermediate_size": 32}, {"hidden_size": 28, "intermediate_size": 40}
     tried, hybrids = [], []
 
-    def mixed(pair, plan):
+    def mixing(pair, plan):
         tried.append(pair.alpha_power)
-        weights, architecture = nested(pair, plan)
+        mix = mixer(pair, plan)
         # Sure of itself without reason.
-        worse = {"model.norm.weight": weights["model.norm.weight"] * 1000}
-        return dict(weights) | ({} if pair.alpha_power == power else worse), architecture
+        factor = 1 if pair.alpha_power == power else 1000
+        return lambda cut, lower: {key: tensor * factor for key, tensor in mix(cut, lower).items()}
 
-    monkeypatch.setattr(public_module, "nested", mixed)
+    monkeypatch.setattr(public_module, "mixer", mixing)
     monkeypatch.setattr(
         student_module, "WidthHybrid", lambda pair, *args: hybrids.append(pair) or WidthHybrid(pair, *args)
     )
     chain = build(tmp_path / "chain", [tiny_model("llama", seed=2, **narrow)])
-    assert tried == [0.0, 0.75] and [pair.alpha_power for pair in hybrids] == [power]
+    assert tried == list(public_module.ALPHA_POWERS) and [pair.alpha_power for pair in hybrids] == [power]
     lower = chain.anchors[1]
     assert lower.apart and lower.alpha_power == power
     target = from_chain(chain, config=between)
