@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from scipy.stats import spearmanr
 
 from benchmarks.tables import machine, markdown
 from cbd_trl import Chain
@@ -37,20 +38,6 @@ from cbd_trl.utils.files import Results, write_text
 from cbd_trl.utils.formatting import format_count
 
 SCORES = {"energy": "without data", "kl": "KL on text"}
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Compute Spearman's rank correlation; equal values share their mean rank.
-
-    Args:
-        first, second: values of the same things, at least two different ones each.
-    """
-    ranks = []
-    for values in (first, second):
-        value = torch.tensor(values, dtype=torch.float64)
-        below = (value[:, None] > value).sum(1) + 0.5 * (value[:, None] == value).sum(1)
-        ranks.append(below - below.mean())
-    return float(torch.nn.functional.cosine_similarity(ranks[0], ranks[1], dim=0))
 
 
 class Shapes:
@@ -128,7 +115,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     for score in SCORES:
         values = [row[score] for row in rows]
         chosen = rows[values.index(min(values))]
-        found[score] = {"correlation": rank_correlation(values, losses), "gained": losses[0] - chosen["mean"]}
+        found[score] = {
+            "correlation": float(spearmanr(values, losses).statistic),
+            "gained": losses[0] - chosen["mean"],
+        }
     return found
 
 

@@ -28,7 +28,6 @@ from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.manifest import ALPHA_POWER, PUBLIC_MODEL
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import Block, block_costs
-from cbd_trl.targets.operators import NESTED_ALPHA_POWER
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.trainers.checks import check_best_metric, warn_of_rounding
 from cbd_trl.trainers.data import check_before_preparing
@@ -240,7 +239,9 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
         training |= {ORIGINS: [step.public.source.origin().record()], PUBLIC_MODEL: step.public.record()}
         if step.matched is not None:
             placement = Placement.load(work / PLACEMENT)
-            training |= {"match": placement.quality, ALPHA_POWER: placement.alpha_power}
+            training["match"] = placement.quality
+            if placement.alpha_power is not None:
+                training[ALPHA_POWER] = placement.alpha_power
     metadata = {
         "name": step.name,
         "parent": upper.name,
@@ -280,7 +281,7 @@ def _train_anchor(
         blocks, power = list(placement.blocks), placement.alpha_power
     else:
         blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
-        student, power = initial_student(upper, step, blocks), NESTED_ALPHA_POWER
+        student, power = initial_student(upper, step, blocks), None
     student.generation_config = copy.deepcopy(teacher.generation_config)
     run.special.follow(student, run.tokenizer)
     block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)

@@ -187,14 +187,14 @@ class Placement:
         axes: by which its stream is rotated before (see `rotate`); None where it is not.
         order: its new coordinates.
         quality: of the match, {kind: {"matched", "random"}} (see `Quality`).
-        alpha_power: `Pair.alpha_power` of the two, as measured; it says nothing where only depth differs.
+        alpha_power: `Pair.alpha_power` of the two, as measured; None where only depth differs.
     """
 
     blocks: Sequence[Block]
     axes: Tensor | None
     order: Order
     quality: Mapping[str, Mapping[str, float]]
-    alpha_power: float = NESTED_ALPHA_POWER
+    alpha_power: float | None = None
 
     def placed(self, weights: Weights, architecture: Architecture) -> Weights:
         """Move a model's weights there; the logits stay equal."""

@@ -73,7 +73,12 @@ def refit_student(student: Any, teacher: PreTrainedModel, blocks: list[Block], t
 
 
 def width_hybrid(
-    upper: Anchor, teacher: PreTrainedModel, step: Step, student: PreTrainedModel, blocks: list[Block], power: float
+    upper: Anchor,
+    teacher: PreTrainedModel,
+    step: Step,
+    student: PreTrainedModel,
+    blocks: list[Block],
+    power: float | None,
 ) -> WidthHybrid | None:
     """Make the hybrid for a student narrower than the anchor above, whose model teaches it.
 

@@ -178,7 +178,9 @@ def anchor_phases(
         moments, passing = _matching(upper, lower, run)
         # In float32; where the stream is rotated first, there is a second copy of the model.
         copies = 4 * lower.num_parameters * (1 if lower.tied else 2)
-        phases.append(run.phase("match", above + copies + max(moments, passing), below + moments))
+        # How much it counts is measured on a target in the middle, beside the cut that is mixed into it.
+        mixed = 0 if upper.sizes == lower.sizes else 4 * (upper.num_parameters + lower.num_parameters)
+        phases.append(run.phase("match", above + copies + max(moments, passing, moments + mixed), below + moments))
     else:
         if measured_blocks(upper, lower.depth):
             phases.append(run.phase("choose layers", above + _block_search(upper, lower.depth, run), above))

@@ -11,7 +11,7 @@ from datasets import Dataset
 from cbd_trl.chain.model import build_model
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.shapes.depths import blocks_for_depth
-from cbd_trl.targets.operators import OPERATORS, Pair, Plan
+from cbd_trl.targets.operators import OPERATORS, Pair, Plan, layer_stack, swapped_blocks
 from cbd_trl.targets.request import ANCHOR, Target
 from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.datasets import sft_dataset
@@ -61,11 +61,14 @@ def _candidates(pair: Pair, plan: Plan, operator: str) -> Iterator[Plan]:
 
 
 def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | None]:
-    """List sets of blocks to swap: the default, the last, the first, and every other one if that gives the depth."""
+    """List sets of blocks to swap: the default, the last, the first, and every other one if that gives the depth.
+
+    Where the default leaves every layer where engines take it for what it is, so do all.
+    """
     if OPERATORS[operator].depths != "blocks":
         yield None
         return
-    usual = frozenset(blocks_for_depth(pair.blocks, plan.target.depth, pair.costs))
+    usual = frozenset(swapped_blocks(pair, plan))
     last = frozenset(blocks_for_depth(pair.blocks, plan.target.depth))
     mirrored = [list(block) for block in reversed(pair.blocks)]
     count = len(pair.blocks)
@@ -80,7 +83,15 @@ def _swaps(pair: Pair, plan: Plan, operator: str) -> Iterator[frozenset[int] | N
         spread = frozenset(long[round(j * (len(long) - 1) / max(len(chosen) - 1, 1))] for j in range(len(chosen)))
         if sum(len(pair.blocks[i]) - 1 for i in spread) == sum(len(pair.blocks[i]) - 1 for i in chosen):
             orders.add(spread)
+    if _fit(pair, plan, usual):
+        orders = {order for order in orders if _fit(pair, plan, order)}
     yield from sorted(orders, key=sorted)
+
+
+def _fit(pair: Pair, plan: Plan, swapped: frozenset[int]) -> bool:
+    """Check whether engines that tell layers apart by position take those of a target for what they are."""
+    stack = layer_stack(pair, dataclasses.replace(plan, swapped=swapped))
+    return all(pair.upper_architecture.fits(layer, position) for position, (_, layer) in enumerate(stack))
 
 
 def _renumbered(blocks: list[list[int]]) -> list[list[int]]:

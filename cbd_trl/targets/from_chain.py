@@ -1,5 +1,6 @@
 """Make a model of any size between two anchors, without a teacher or a forward pass."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -17,7 +18,7 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.calibrate import calibration_tokens, choose_plan
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan
-from cbd_trl.targets.request import ANCHOR, Request, Target, alpha_power, find_targets, target_dtype
+from cbd_trl.targets.request import ANCHOR, Request, Target, find_targets, open_pair, target_dtype
 from cbd_trl.targets.saving import check_replaceable, name_unsaved, save_model
 from cbd_trl.targets.shape_search import score_by_statistics, score_on_text
 from cbd_trl.utils.blocks import TokenBlocks
@@ -165,20 +166,9 @@ def make_model(
 
 def load_pair(upper: Anchor, lower: Anchor) -> Pair:
     """Open two neighboring anchors, and the upper one's statistics where a width differs; no tensor is read yet."""
-    upper_architecture, lower_architecture = upper.architecture(), lower.architecture()
-    assert lower.block_map is not None and lower.kept_layers is not None
-    differs = upper_architecture.sizes != lower_architecture.sizes
-    return Pair(
-        upper.load_weights(),
-        upper_architecture,
-        lower.load_weights(),
-        lower_architecture,
-        upper.load_statistics() if differs else None,
-        lower.block_map,
-        lower.kept_layers,
-        lower.block_costs,
-        alpha_power(lower),
-    )
+    pair = open_pair(upper, lower)
+    statistics = None if pair.equal_widths else upper.load_statistics()
+    return dataclasses.replace(pair, upper=upper.load_weights(), lower=lower.load_weights(), statistics=statistics)
 
 
 @contextmanager

@@ -50,8 +50,9 @@ class Pair:
         blocks: for each lower layer the upper layers it stands for.
         kept: the one of them that it was cut from.
         costs: what it costs, in nats per token, that it stands for them; None = unknown.
-        alpha_power: power of the way down that the weight of the lower one is in `nested`. With 0 it counts in full
-            everywhere: halfway between models that were trained apart may be worse than either.
+        alpha_power: power of the way down that the weight of the lower one is in `nested`; None for that of an anchor
+            that was cut from the upper one. With 0 it counts in full everywhere: halfway between models that were
+            trained apart may be worse than either.
     """
 
     upper: Weights
@@ -62,7 +63,7 @@ class Pair:
     blocks: Sequence[Sequence[int]]
     kept: Sequence[int]
     costs: Sequence[float] | None = None
-    alpha_power: float = NESTED_ALPHA_POWER
+    alpha_power: float | None = None
 
     @property
     def equal_widths(self) -> bool:
@@ -151,7 +152,7 @@ def nested_alpha(pair: Pair, target: Architecture) -> float | None:
 
 
 def _lower_share(pair: Pair, target: Architecture) -> float:
-    return pair.fraction(target) ** pair.alpha_power
+    return pair.fraction(target) ** (NESTED_ALPHA_POWER if pair.alpha_power is None else pair.alpha_power)
 
 
 def patch(pair: Pair, plan: Plan) -> tuple[Weights, Architecture]:

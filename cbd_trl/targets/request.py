@@ -13,7 +13,7 @@ from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target, spread_targets
-from cbd_trl.targets.operators import DEFAULT_OPERATOR, NESTED_ALPHA_POWER, OPERATORS, Pair
+from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS, Pair
 
 # The operator of a target that is an anchor as it is.
 ANCHOR = "anchor"
@@ -91,7 +91,7 @@ class Target:
         architecture: the shape, in a config cut from the upper anchor's.
         operator: the requested one, `ANCHOR` where the target is one.
         alpha: share of the lower anchor where something is mixed, by the size unless it was requested.
-        score: what a search of shapes chose it by, less is better (`shape_search.score_targets`); None without one.
+        score: what a search of shapes compares, less is better (see `shape_search`); None without one.
     """
 
     anchors: tuple[Anchor, ...]
@@ -143,7 +143,7 @@ def find_targets(chain: Chain, request: Request) -> list[Target]:
         if anchor.shape == shapes[0]:
             return [Target((anchor,), anchor.architecture(), ANCHOR)]
     # Operators plan a shape without reading weights.
-    pair = Pair({}, above, {}, below, None, blocks, lower.kept_layers or [], lower.block_costs, alpha_power(lower))
+    pair = open_pair(upper, lower)
     found = []
     for fields in shapes:
         # An anchor that a search meets is no shape between the two.
@@ -161,9 +161,20 @@ def find_target(chain: Chain, request: Request) -> Target:
     return find_targets(chain, request)[0]
 
 
-def alpha_power(lower: Anchor) -> float:
-    """Find `Pair.alpha_power` of an anchor and the one above it."""
-    return NESTED_ALPHA_POWER if lower.alpha_power is None else lower.alpha_power
+def open_pair(upper: Anchor, lower: Anchor) -> Pair:
+    """Open two neighboring anchors without their weights and statistics."""
+    assert lower.block_map is not None and lower.kept_layers is not None
+    return Pair(
+        {},
+        upper.architecture(),
+        {},
+        lower.architecture(),
+        None,
+        lower.block_map,
+        lower.kept_layers,
+        lower.block_costs,
+        lower.alpha_power,
+    )
 
 
 def _keeps(chain: Chain, anchor: Anchor, operator: str) -> bool:

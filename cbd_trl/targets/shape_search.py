@@ -14,11 +14,10 @@ from accelerate import PartialState
 
 from cbd_trl.architectures import Architecture, Site
 from cbd_trl.architectures.axes import Sizes, axis_length, prefix_index
-from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.losses.held_out import HeldOutDivergence
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan, layer_stack
-from cbd_trl.targets.request import ANCHOR, Request, Target, alpha_power
+from cbd_trl.targets.request import ANCHOR, Request, Target, open_pair
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.progress import Progress
 
@@ -102,16 +101,6 @@ def _worth_of_layers(pair: Pair) -> dict[int | None, float]:
     return {layer: worth.get(layer, mean) for layer in (*range(pair.upper_architecture.depth), None)}
 
 
-def open_pair(upper: Anchor, lower: Anchor) -> Pair:
-    """Open what `LostEnergy` reads of two neighboring anchors: no weights, the statistics where a width differs."""
-    above, below = upper.architecture(), lower.architecture()
-    statistics = upper.load_statistics() if above.sizes != below.sizes else None
-    assert lower.block_map is not None and lower.kept_layers is not None
-    return Pair(
-        {}, above, {}, below, statistics, lower.block_map, lower.kept_layers, lower.block_costs, alpha_power(lower)
-    )
-
-
 def score_by_statistics(targets: Sequence[Target], request: Request) -> list[Target]:
     """Score targets of one size without data, best first.
 
@@ -124,7 +113,8 @@ def score_by_statistics(targets: Sequence[Target], request: Request) -> list[Tar
     """
     if targets[0].operator == ANCHOR:
         return list(targets)
-    lost = LostEnergy(open_pair(*targets[0].anchors))
+    pair, upper = open_pair(*targets[0].anchors), targets[0].anchors[0]
+    lost = LostEnergy(pair if pair.equal_widths else replace(pair, statistics=upper.load_statistics()))
     return _sorted(targets, request, [lost(target.architecture) for target in targets], 1.0)
 
 

@@ -5,17 +5,8 @@ import json
 import pytest
 
 from benchmarks import shapes
-from benchmarks.shapes import main, rank_correlation, summary
+from benchmarks.shapes import main, summary
 from tests.chain.helpers import chain_rows, random_chain
-
-
-def test_rank_correlation_by_hand() -> None:
-    assert rank_correlation([1.0, 2.0, 9.0], [0.1, 0.2, 0.3]) == pytest.approx(1.0)
-    assert rank_correlation([1.0, 2.0, 9.0], [3.0, 2.0, 1.0]) == pytest.approx(-1.0)
-    # Ranks 0 1 2 3 and 1 0 3 2: 1 - 6 * 4 / (4 * 15).
-    assert rank_correlation([1.0, 2.0, 3.0, 4.0], [5.0, 4.0, 8.0, 7.0]) == pytest.approx(0.6)
-    # Equal values share a rank: 0.5 0.5 2 and 0 1 2.
-    assert rank_correlation([1.0, 1.0, 3.0], [1.0, 2.0, 3.0]) == pytest.approx(3**0.5 / 2)
 
 
 def test_what_a_score_gains_over_the_line() -> None:

@@ -75,6 +75,7 @@ def mix(pair, shape, lower):
 def test_a_hybrid_is_the_target_between_the_teacher_and_the_student_as_it_is(family, tied, what):
     student, _, pair = width_pair(family, tied, what)
     hybrid = WidthHybrid(pair, 1.0, seed=0)
+    torch.manual_seed(0)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

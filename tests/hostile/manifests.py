@@ -135,6 +135,8 @@ MANIFESTS = [
     Case("losses-text", anchor(losses={"ce": "2.5"}), "losses.ce: .*got '2.5'"),
     Case("tokenizer-path", anchor(tokenizer_sha256="../x"), "tokenizer_sha256: .*got '../x'"),
     Case("tokenizer-other", anchor(tokenizer_sha256="0" * 64), "different tokenizers|another tokenizer"),
+    Case("power-text", anchor(training={"alpha_power": "x"}), "training.alpha_power must be a number .*, got 'x'"),
+    Case("power-negative", anchor(training={"alpha_power": -1}), "training.alpha_power must be a number .*, got -1"),
     Case("bridge-text", anchor(training={"bridge": "x"}), "training.bridge must be an object, got 'x'"),
     # Blocks that are not there.
     Case("block-map-null", anchor(blocks=None), "has a parent but no blocks"),

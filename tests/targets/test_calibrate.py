@@ -4,13 +4,17 @@ import pytest
 import torch
 
 from cbd_trl import from_chain
+from cbd_trl.architectures import describe
 from cbd_trl.shapes.cut import cut_architecture
+from cbd_trl.shapes.depths import blocks_for_depth
+from cbd_trl.surgery.blocks import blocks_of
 from cbd_trl.targets.calibrate import CALIBRATION_TOKENS, choose_plan, mean_loss
 from cbd_trl.targets.from_chain import load_pair
-from cbd_trl.targets.operators import Plan
+from cbd_trl.targets.operators import Pair, Plan, layer_stack, swapped_blocks
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from tests.chain.helpers import DEEP, SHAPES, WIDE, between, chain_rows, random_pair
 from tests.surgery.helpers import tokens
+from tests.tiny import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -90,3 +94,26 @@ def test_every_candidate_is_of_the_shape_asked_for(what, monkeypatch):
     assert {sum(len(block) if i in chosen else 1 for i, block in enumerate(pair.blocks)) for chosen in swaps} == {
         wanted
     }
+
+
+def test_calibration_keeps_the_pattern_of_layers(monkeypatch):
+    """The choice without text is always a candidate, and none leaves a layer where engines take it for another."""
+    upper = describe(tiny_model("gemma3_text", num_hidden_layers=24, sliding_window_pattern=6).config)
+    kept, depth = [2, 4, 6, 8, 10, 11, 14, 16, 18, 19, 22, 23], 18
+    lower, blocks, target = upper.with_layers(kept), blocks_of(kept), upper.with_layers(range(depth))
+    differing = 0
+    for seed in range(20):
+        costs = torch.rand(len(kept), generator=torch.Generator().manual_seed(seed)).tolist()
+        pair, tried = Pair({}, upper, {}, lower, None, blocks, kept, costs), []
+        monkeypatch.setattr(
+            "cbd_trl.targets.calibrate.mean_loss",
+            lambda pair, plan, operator, text, tried=tried: tried.append(plan.swapped) or 0.0,
+        )
+        choose_plan(pair, Plan(target), "nested", TokenBlocks(tokens(), tokens()))
+        assert frozenset(swapped_blocks(pair, Plan(target))) in tried
+        for swapped in filter(None, tried):
+            stack = layer_stack(pair, Plan(target, swapped=swapped))
+            assert all(upper.fits(layer, position) for position, (_, layer) in enumerate(stack))
+        differing += blocks_for_depth(blocks, depth, costs) not in tried
+    # By their costs alone, others would be among them.
+    assert differing
