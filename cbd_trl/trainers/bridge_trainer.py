@@ -138,7 +138,7 @@ class BridgeDistillTrainer(DistillTrainer):
         if (column := teacher_column(dataset)) is not None:
             raise ValueError(
                 f"The {dataset_name} dataset has {column!r}, a prompt for the teacher alone, and a teacher with "
-                "tokens of its own reads the texts of the student. Use DistillTrainer, whose models share a tokenizer, or "
+                "tokens of its own reads the student's texts. Use DistillTrainer, whose models share a tokenizer, or "
                 "remove the column."
             )
         prepare = super()._prepare_dataset
