@@ -15,7 +15,6 @@ the calibrated method calibrates on. Interrupted, it goes on where it stopped; i
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -27,8 +26,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from benchmarks.held_out import MEAN, HeldOut, eta_on, loss_on
-from benchmarks.real_text_chain import BLOCK_LENGTH, PLANS, RESULTS, RealChain, held_out_texts
+from benchmarks.held_out import MEAN, HeldOut, divided, eta_on, loss_on
+from benchmarks.real_text_chain import BLOCK_LENGTH, PLANS, RESULTS, RealChain, held_out_texts, real_texts
 from benchmarks.tables import machine, markdown
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.model import build_model
@@ -145,13 +144,10 @@ def main() -> None:
         parser.error(f"{CALIBRATED!r} calibrates on the blocks that --skip-blocks skips: skip some, or leave it out.")
     chain = Chain.from_pretrained(options.chain)
     skipped = options.skip_blocks
-    blocks = held_out_texts(options, chain.tokenizer(), skipped + options.held_out_blocks)
-    texts = {
-        name: dataclasses.replace(found, input_ids=found.input_ids[skipped:], labels=found.labels[skipped:])
-        for name, found in blocks.items()
-    }
+    blocks = held_out_texts(real_texts(options), chain.tokenizer(), skipped + options.held_out_blocks)
+    first, texts = divided(blocks, skipped)
     # As much of each text in every part of it. On text that the anchors learned from, the smaller one looks too good.
-    mixed = torch.stack([found.input_ids[:skipped] for found in blocks.values()], 1).flatten(0, 1)
+    mixed = torch.stack([found.input_ids for found in first.values()], 1).flatten(0, 1)
     calibration = Dataset.from_dict({"input_ids": mixed.tolist()})
     held_out, plan = HeldOut(texts, Results(options.output / RESULTS), not options.fp32), PLANS[options.plan]
     reports = {
