@@ -19,7 +19,6 @@ from cbd_trl.build.plan import AnchorRequest, Given, ShapeSearch, Step, check_an
 from cbd_trl.build.public_anchor import PLACEMENT, Placement, adopt
 from cbd_trl.build.resume import chosen_shapes, finished_anchors, pinned_commits
 from cbd_trl.build.shape_search import (
-    SCORED_TOKENS,
     SearchText,
     best_shape,
     chosen_step,
@@ -235,7 +234,9 @@ def _with_best_shape(
         upper.architecture(), number - 1, step.search["size"], search, lambda found: plan(found, above)
     )
     state.print(f"[{number + 1}/{len(steps) + 1}] comparing {len(plans)} shapes for the anchor below {upper.name}")
-    text = _search_text(upper.config(), step, run.tokenizer, run.calibration_tokens)
+    text = SearchText.read(
+        upper.config(), step.dataset, _without_template(step.args), run.tokenizer, run.calibration_tokens
+    )
     scores = score_shapes(
         run.output_dir / WORK / search_name(number),
         upper,
@@ -249,15 +250,6 @@ def _with_best_shape(
     best = plans[best_shape(scores)]
     best[number - 1] = chosen_step(best[number - 1], scores)
     return best
-
-
-def _search_text(config: Any, step: Step, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int) -> SearchText:
-    """Read the text of a search: what the anchor is refitted on, and the rows behind it."""
-    args = _without_template(step.args)
-    fit = _calibration_blocks(config, step.dataset, args, tokenizer, calibration_tokens)
-    length = fit.input_ids.shape[1]
-    wanted = (len(fit) + max(1, SCORED_TOKENS // length)) * length
-    return SearchText.of(token_blocks(step.dataset, tokenizer, wanted, length, args), len(fit))
 
 
 def _short_training(
@@ -302,9 +294,8 @@ def _check_inputs(
             step.public.source.check_weights()
         _check_text(step.dataset, step.args, source_anchor.tokenizer)
         if step.search is not None:
-            made_with = source_anchor.record[MADE_WITH]
-            config = source_anchor.architecture.config
-            _search_text(config, step, source_anchor.tokenizer, made_with["calibration_tokens"])
+            count, config = source_anchor.record[MADE_WITH]["calibration_tokens"], source_anchor.architecture.config
+            SearchText.read(config, step.dataset, _without_template(step.args), source_anchor.tokenizer, count)
         check_best_metric(step.args, eval_dataset, None)
         for reader in (source_anchor.architecture, step.second_teacher):
             if reader is not None:

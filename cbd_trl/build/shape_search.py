@@ -15,7 +15,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.registry import describe_shape
@@ -25,7 +25,7 @@ from cbd_trl.chain.chain import Anchor
 from cbd_trl.losses.held_out import HeldOutDivergence
 from cbd_trl.shapes.spread import spread_anchors
 from cbd_trl.surgery.blocks import Block
-from cbd_trl.utils.blocks import TokenBlocks
+from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.files import Results
 from cbd_trl.utils.formatting import format_count
 from cbd_trl.utils.progress import Progress
@@ -46,6 +46,26 @@ class SearchText:
 
     fit: TokenBlocks
     scored: TokenBlocks
+
+    @classmethod
+    def read(
+        cls, config: Any, dataset: Any, args: Any, tokenizer: PreTrainedTokenizerBase, calibration_tokens: int
+    ) -> "SearchText":
+        """Read the beginning of a training text: what an anchor is refitted on, and `SCORED_TOKENS` behind it.
+
+        Args:
+            config: of the anchor above.
+            dataset, args: of the training, without a chat template of its own.
+            tokenizer: of the chain.
+            calibration_tokens: as of `build_chain`.
+
+        Raises:
+            ValueError: it is not even two rows.
+        """
+        fit = token_blocks(dataset, tokenizer, calibration_tokens, calibration_length(config), args)
+        length = fit.input_ids.shape[1]
+        wanted = (len(fit) + max(1, SCORED_TOKENS // length)) * length
+        return cls.of(token_blocks(dataset, tokenizer, wanted, length, args), len(fit))
 
     @classmethod
     def of(cls, blocks: TokenBlocks, fit: int) -> "SearchText":
