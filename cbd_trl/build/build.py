@@ -21,17 +21,18 @@ from cbd_trl.build.resume import chosen_shapes, finished_anchors, pinned_commits
 from cbd_trl.build.shape_search import (
     SearchText,
     best_shape,
+    blocks_file,
     chosen_step,
     score_shapes,
     score_table,
-    search_name,
+    search_folder,
     searched_steps,
 )
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.build.store import finished_chain, store_anchor
 from cbd_trl.build.student import choose_blocks, initial_student, refit_student, width_hybrid
-from cbd_trl.build.training import ARGUMENTS, WORK, Trained, remove_work_folder, train, work_folder
+from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train, work_folder
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS, ORIGINS
 from cbd_trl.chain.chain import Anchor, Chain
@@ -136,7 +137,8 @@ def build_chain(
             check_writable(output_dir)
         for number, anchor in done.items():
             # A run may have been killed while removing it.
-            remove_work_folder(output_dir, search_name(number))
+            if number + 1 in done:
+                remove_work_folder(output_dir, search_folder(output_dir, anchor.name).name)
             remove_work_folder(output_dir, anchor.name)
         # That no model is requested twice was checked.
         known = dataclasses.replace(given, models=[])
@@ -219,8 +221,9 @@ def _make_anchors(
             state.print(limit)
         label = f"{step.name} {place}"
         with _progress_of(step.args):
-            upper = _distil_anchor(run, upper, step, label)
-        remove_work_folder(run.output_dir, search_name(number))
+            made = _distil_anchor(run, upper, step, label)
+        remove_work_folder(run.output_dir, search_folder(run.output_dir, upper.name).name)
+        upper = made
 
 
 def _with_best_shape(
@@ -238,7 +241,7 @@ def _with_best_shape(
         upper.config(), step.dataset, _without_template(step.args), run.tokenizer, run.calibration_tokens
     )
     scores = score_shapes(
-        run.output_dir / WORK / search_name(number),
+        search_folder(run.output_dir, upper.name),
         upper,
         [planned[number - 1] for planned in plans],
         search,
@@ -380,7 +383,10 @@ def _train_anchor(
         student, placement = adopt(work / PLACEMENT, upper, teacher.to(args.device), step.matched, tokens)
         blocks, power = list(placement.blocks), placement.alpha_power
     else:
-        blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
+        # A search has chosen its blocks already.
+        searched = blocks_file(search_folder(run.output_dir, upper.name), step.architecture.depth)
+        file = work / "blocks.json" if step.search is None else searched
+        blocks = choose_blocks(file, teacher.to(args.device), step, tokens)
         student, power = initial_student(upper, step, blocks), None
     student.generation_config = copy.deepcopy(teacher.generation_config)
     run.special.follow(student, run.tokenizer)

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.plan import ShapeSearch, Step
-from cbd_trl.build.student import choose_blocks, initial_student, refit_student
+from cbd_trl.build.student import block_search, choose_blocks, initial_student, refit_student
+from cbd_trl.build.training import WORK
 from cbd_trl.chain.chain import Anchor
 from cbd_trl.losses.held_out import HeldOutDivergence
 from cbd_trl.shapes.spread import spread_anchors
+from cbd_trl.surgery.block_search import BlockSearch
 from cbd_trl.surgery.blocks import Block
 from cbd_trl.utils.blocks import TokenBlocks, calibration_length, token_blocks
 from cbd_trl.utils.files import Results
@@ -95,9 +97,14 @@ class SearchText:
         return " ".join(hashlib.sha256(part).hexdigest() for part in parts)
 
 
-def search_name(number: int) -> str:
-    """Name the work folder of what is measured for a lower anchor (1 is the first), until that is finished."""
-    return f"shapes-{number}"
+def search_folder(output_dir: Path, upper: str) -> Path:
+    """Name the folder of what is measured for the anchor below another one, until it is finished."""
+    return output_dir / WORK / f"below-{upper}"
+
+
+def blocks_file(folder: Path, depth: int) -> Path:
+    """Name the file of the blocks that a search chose for a depth."""
+    return folder / f"blocks-{depth}.json"
 
 
 def searched_steps(
@@ -209,6 +216,7 @@ class _Measure:
         self._results = Results(folder / _SCORES) if self._main else Results()
         self._key = f"{sorted(upper.files.items())} {text.digest()}"
         self._teacher: Any = None
+        self._blocks: BlockSearch | None = None
         self._divergence: HeldOutDivergence | None = None
 
     def untrained(self, step: Step) -> float:
@@ -234,7 +242,7 @@ class _Measure:
 
     def close(self) -> None:
         """Free the anchor above."""
-        self._teacher = self._divergence = None
+        self._teacher = self._blocks = self._divergence = None
         clear_device_cache(garbage_collection=True)
 
     def _known(self, step: Step, what: str, measured: Callable[[], float | None]) -> float:
@@ -254,8 +262,9 @@ class _Measure:
         if self._teacher is None:
             self._teacher = self._upper.load_model()
             self._teacher.to(self._device)
-        tokens, depth = self._text.fit.input_ids, step.architecture.depth
-        blocks = choose_blocks(self._folder / f"blocks-{depth}.json", self._teacher, step, tokens)
+            self._blocks = block_search(self._teacher, self._text.fit.input_ids)
+        tokens, file = self._text.fit.input_ids, blocks_file(self._folder, step.architecture.depth)
+        blocks = choose_blocks(file, self._teacher, step, tokens, self._blocks)
         if not (self._main or everywhere):
             return None, blocks
         student: Any = initial_student(self._upper, step, blocks)

@@ -296,8 +296,9 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
     before = _forward_seconds(upper, chosen, speed) + _calibration_seconds(upper, calibration_tokens, speed)
     searched = 0.0
     if step.search is not None:
-        # Every shape takes as long as the anchor does before its training, and those trained a part of that, too.
-        searched = step.search["shapes"] * (before + _forward_seconds(lower, SCORED_TOKENS, speed))
+        # What layers cost is measured once for all shapes; each is refitted and compared, the best are trained.
+        each = _calibration_seconds(upper, calibration_tokens, speed) + _forward_seconds(lower, SCORED_TOKENS, speed)
+        searched = step.search["shapes"] * each
         searched += step.search["trainings"] * step.search["training_steps"] / args.max_steps * cost.seconds
     return replace(cost, seconds=cost.seconds + before + searched)
 

@@ -113,7 +113,7 @@ def test_an_interrupted_build_goes_on_with_the_same_shape(searched, tmp_path, in
     interrupted(1)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path / "chain")
-    assert (tmp_path / "chain/.work/shapes-1/scores.json").exists()
+    assert (tmp_path / "chain/.work/below-152K/scores.json").exists()
     steps = interrupted(None)
     monkeypatch.setattr(HeldOutDivergence, "__call__", never)
     chain = build(tmp_path / "chain")
