@@ -31,7 +31,7 @@ from cbd_trl.cache.format import (
 from cbd_trl.cache.shards import KEY_BYTES, CachedRow, check_shard, row_key, stored_bytes, write_shard
 from cbd_trl.losses.divergences import tempered_log_probs
 from cbd_trl.losses.teacher_outputs import draw, teacher_top_k
-from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset
+from cbd_trl.utils.datasets import cut_rows, prepared_rows, sft_dataset, without_limits
 from cbd_trl.utils.files import TEMPORARY, write_bytes
 from cbd_trl.utils.formatting import format_bytes, readable_name
 from cbd_trl.utils.modeling import (
@@ -43,6 +43,7 @@ from cbd_trl.utils.modeling import (
     portable_attention,
 )
 from cbd_trl.utils.progress import Progress, progress_shown
+from cbd_trl.utils.teacher_rows import teacher_column, teacher_rows
 from cbd_trl.utils.tensor_files import tensor_bytes
 from cbd_trl.utils.tokenizers import find_tokenizer, teacher_fingerprint, text_tokenizer, tokenizer_hash
 
@@ -345,7 +346,8 @@ def write_cache(
 
     Args:
         teacher: a causal LM, or the path or Hub id of one.
-        dataset: of any format `trl.SFTTrainer` takes, or already tokenized (`input_ids`); may be a stream.
+        dataset: of any format `trl.SFTTrainer` takes, or already tokenized (`input_ids`); may be a stream. Of rows
+            with a `teacher_prompt` or `teacher_messages` what the teacher reads, whole.
         output_dir: folder of the cache.
         processing_class: tokenizer of the training; None for the teacher's.
         args: of the training: they decide how rows are made and truncated, and the device. None for TRL's defaults.
@@ -379,7 +381,11 @@ def write_cache(
         check_checkpoint(teacher, role="teacher", adapters=True, **(model_init_kwargs or {}))
     else:
         check_writes(teacher, "teacher")
-    rows = prepared_rows(dataset, tokenizer, args)
+    own_prompts = teacher_column(dataset) is not None
+    rows = (teacher_rows if own_prompts else prepared_rows)(dataset, tokenizer, args)
+    if own_prompts:
+        # Only what the student reads is cut.
+        args = without_limits(args)
     model = _load(teacher, model_init_kwargs, args)
     with in_eval_mode(model), portable_attention(model):
         predictor = Predictor(model)

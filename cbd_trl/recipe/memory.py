@@ -456,6 +456,7 @@ def _trace(
                     student=through.model,
                     labels_BT=batch.labels_BT,
                     scored=batch.scored,
+                    teacher_scored=batch.scored,
                     teacher=predicted,
                     objective=_objective(args, rows),
                     weights=weights,

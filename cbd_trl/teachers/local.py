@@ -32,7 +32,7 @@ class Batch:
         labels_BT: token ids, -100 where the token is not scored.
         scored: its scored positions.
         row_lengths_R: tokens of each dataset row of a padding-free batch, or None.
-        teacher: what the collator read of a teacher (cached, or with tokens of its own); empty without one.
+        teacher: what the collator read of a teacher (cached, or with prompts or tokens of its own); else empty.
     """
 
     inputs: dict[str, Any]
@@ -55,6 +55,15 @@ class Batch:
         teacher = {name: inputs.pop(name) for name in list(inputs) if name.startswith(TEACHER_PREFIX)}
         # A cache would only cost memory.
         return cls({**inputs, "use_cache": False}, labels_BT, scored, row_lengths_R, teacher)
+
+    @property
+    def for_teacher(self) -> "Batch":
+        """What the teacher reads: the same, or rows with prompts of its own, which the collator has made."""
+        if "teacher_scored" not in self.teacher:
+            return self
+        ids_RU, mask_RU, scored = (self.teacher[f"teacher_{name}"] for name in ("ids", "mask", "scored"))
+        inputs = {"input_ids": ids_RU, "attention_mask": mask_RU, "use_cache": False}
+        return Batch(inputs, ids_RU, scored, None, {})
 
     def count_tokens(self) -> Tensor:
         """Count the tokens that are not padding, scalar int64."""
@@ -321,6 +330,7 @@ def read_hidden(placed: nn.Module, model: Any, batch: Batch) -> HiddenOutputs:
     Returns:
         hidden states (N, D) and head, both on the device of the labels and in the dtype in which they are multiplied.
     """
+    batch = batch.for_teacher
     return placed(**batch.inputs, inside=_ReadHidden(model, batch.scored))
 
 

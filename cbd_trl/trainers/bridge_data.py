@@ -8,14 +8,13 @@ Shapes: B batch rows, T tokens of the student, R texts, U tokens of the teacher.
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import is_conversational, pack_dataset
+from trl import is_conversational
 from trl.data_utils import get_dataset_column_names, is_conversational_from_value
 
 from cbd_trl.bridge.bridge import Bridge, StudentRows, TeacherRows
@@ -23,6 +22,7 @@ from cbd_trl.bridge.chats import Chat, read_chats
 from cbd_trl.bridge.objectives.inputs import Places, Vectors
 from cbd_trl.bridge.objectives.prefix import PrefixPlan, PrefixTable
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
+from cbd_trl.utils.teacher_rows import prepare_beside
 from cbd_trl.utils.tokenizers import tokenizer_name
 
 CHAT = "teacher_chat"
@@ -57,18 +57,8 @@ def prepare_chats(
     Returns:
         its rows, with the column of chats.
     """
-    whole_args = copy(args)
-    whole_args.max_length, whole_args.shuffle_dataset = None, False
     options: dict[str, Any] = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
-    whole = prepare(dataset, whole_args, False).map(_keep_chat, **options)
-    if not packing or args.max_length is None:
-        return prepare(whole, args, packing)
-    # TRL packs no columns but its own.
-    rows = whole.select_columns(["input_ids", "labels", CHAT])
-    if args.shuffle_dataset:
-        rows = rows.shuffle(seed=args.seed)
-    rows = pack_dataset(rows, args.max_length, args.packing_strategy, options)
-    return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+    return prepare_beside(dataset, args, packing, prepare, lambda whole: whole.map(_keep_chat, **options), [CHAT])
 
 
 @dataclass(frozen=True)

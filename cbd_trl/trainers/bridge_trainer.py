@@ -26,6 +26,7 @@ from cbd_trl.trainers.distill_trainer import DistillTrainer
 from cbd_trl.trainers.hidden_states import LayerPairs, Projectors
 from cbd_trl.trainers.model_setup import TeacherModel, TeacherSetup
 from cbd_trl.trainers.step_loss import SequenceLevelLoss, StepLoss
+from cbd_trl.utils.teacher_rows import teacher_column
 
 
 class BridgeProjectors(Projectors):
@@ -134,6 +135,12 @@ class BridgeDistillTrainer(DistillTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
+        if (column := teacher_column(dataset)) is not None:
+            raise ValueError(
+                f"The {dataset_name} dataset has {column!r}, a prompt for the teacher alone, and a teacher with "
+                "tokens of its own reads the student's texts. Use DistillTrainer, whose models share a tokenizer, or "
+                "remove the column."
+            )
         prepare = super()._prepare_dataset
         if args.black_box or not holds_chats(dataset):
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)

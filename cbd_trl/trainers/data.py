@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
@@ -20,6 +21,7 @@ from cbd_trl.cache.reader import CachedTeacher, TeacherCache
 from cbd_trl.losses.reduction import Scored
 from cbd_trl.utils.blocks import IGNORE_INDEX
 from cbd_trl.utils.datasets import as_stream, example_rows, is_prepared, prepare, template_reads
+from cbd_trl.utils.teacher_rows import PLACES, READ, read_teacher_row
 
 # Rows whose lengths are read at a time.
 _ROWS = 10_000
@@ -191,6 +193,52 @@ class ScoredCollator:
         return {**batch, "scored": Scored.of(batch["labels"])}
 
 
+class TeacherRowsCollator:
+    """A collator that adds what the teacher reads, where that is another prompt than the student's.
+
+    Args:
+        inner: makes the student's batch, padded, padding-free or packed.
+    """
+
+    def __init__(self, inner: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.inner = inner
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate.
+
+        Args:
+            examples: rows of the dataset, or packs of rows.
+
+        Returns:
+            the inner batch; for rows with `READ` and `PLACES` also `teacher_ids` and `teacher_mask` (R, U) int64, one
+            row for each of the student's, and `teacher_scored`, a `Scored` of the teacher's positions before the
+            tokens that the student is scored on, in their order.
+
+        Raises:
+            ValueError: if a row does not lie in the batch where it should.
+        """
+        batch = self.inner(examples)
+        if not any(READ in example for example in examples):
+            return batch
+        rows = [read for _, _, read in _rows_beside(examples, batch, self.inner)]
+        ids_RU = torch.zeros(len(rows), max(len(ids) for ids, _ in rows), dtype=torch.long)
+        mask_RU, before = torch.zeros_like(ids_RU), []
+        for number, (ids, places_T) in enumerate(rows):
+            ids_RU[number, : len(ids)], mask_RU[number, : len(ids)] = torch.from_numpy(ids), 1
+            before.append(number * ids_RU.shape[1] + places_T[places_T >= 0] - 1)
+        scored = Scored(torch.from_numpy(np.concatenate(before)))
+        targets_N = Scored.of(batch["labels"]).select_next(batch["input_ids"])
+        if not torch.equal(scored.select_next(ids_RU), targets_N):
+            raise ValueError(_OTHER_TOKENS.format(collator=type(self.inner).__name__))
+        return {**batch, "teacher_ids": ids_RU, "teacher_mask": mask_RU, "teacher_scored": scored}
+
+
+_OTHER_TOKENS = (
+    "{collator} scores other tokens than the dataset's labels do: the teacher, which reads prompts of its own, has no "
+    "place for them. Use TRL's collator."
+)
+
+
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:
     """Make a collator that adds a cached teacher's output to each batch, after checking that the cache has every row.
 
@@ -208,8 +256,9 @@ def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[An
     """
     for dataset in datasets:
         if isinstance(dataset, Dataset) and "input_ids" in dataset.column_names:
-            columns = [name for name in ("input_ids", "seq_lengths") if name in dataset.column_names]
-            teacher.cache.check_rows(row for one in dataset.select_columns(columns) for row in example_rows(one))
+            columns = [name for name in ("input_ids", "seq_lengths", READ, PLACES) if name in dataset.column_names]
+            examples = dataset.select_columns(columns)
+            teacher.cache.check_rows(read for one in examples for _, read, _ in _read_rows(one))
     return CachedTeacherCollator(collator, teacher.cache)
 
 
@@ -217,7 +266,8 @@ class CachedTeacherCollator:
     """A collator that looks every row of its batch up in a teacher cache.
 
     In padded, padding-free and packed batches alike the teacher's output stands at the position of the student's for
-    the same token, and the tokens are compared once more.
+    the same token, and the tokens are compared once more. Of rows whose teacher reads a prompt of its own, the row
+    that it reads is looked up.
 
     Args:
         inner: makes the batch, such as TRL's `DataCollatorForLanguageModeling`.
@@ -248,26 +298,51 @@ class CachedTeacherCollator:
         return batch
 
     def _teacher(self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        ids_BT = batch["input_ids"]
-        flat = "attention_mask" not in batch
-        tensors = _empty(self.cache, *ids_BT.shape)
-        start = 0
-        for number, example in enumerate(examples):
-            line = 0 if flat else number
-            start = start if flat else 0
-            for row in example_rows(example if "input_ids" in example else _collated(batch, number)):
-                place = ids_BT[line, start : start + len(row)]
-                if not torch.equal(place, torch.from_numpy(row).to(place.dtype)):
-                    raise ValueError(
-                        f"{type(self.inner).__name__} did not put a row of {len(row)} tokens at token {start} of "
-                        f"batch row {line}: the teacher's predictions would stand at other tokens. Use TRL's "
-                        "collator, which pads on the right."
-                    )
-                found = self.cache.lookup(row)
-                for name, tensor in tensors.items():
-                    tensor[line, start : start + len(row) - 1] = getattr(found, name.removeprefix("teacher_"))
-                start += len(row)
+        tensors = _empty(self.cache, *batch["input_ids"].shape)
+        for line, start, (ids, places_T) in _rows_beside(examples, batch, self.inner):
+            found = self.cache.lookup(ids)
+            scored = np.flatnonzero(places_T >= 1)
+            for name, tensor in tensors.items():
+                tensor[line, start + scored - 1] = getattr(found, name.removeprefix("teacher_"))[places_T[scored] - 1]
         return tensors
+
+
+def _read_rows(example: Mapping[str, Any]) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each row of an example its tokens, those that the teacher reads, and where each of the former stands in them
+    (-1 for those that it does not predict)."""
+    start = 0
+    for row in example_rows(example):
+        if READ not in example:
+            yield row, row, np.arange(len(row))
+        elif len(row):
+            yield row, *read_teacher_row(example, start, len(row))
+        start += len(row)
+
+
+def _rows_beside(
+    examples: Sequence[Mapping[str, Any]], batch: Mapping[str, Any], collator: Any
+) -> Iterator[tuple[int, int, tuple[np.ndarray, np.ndarray]]]:
+    """For each row its line and first token in the batch, and what the teacher reads of it: ids and places.
+
+    Raises:
+        ValueError: if it does not lie there.
+    """
+    ids_BT = batch["input_ids"]
+    flat = "attention_mask" not in batch
+    start = 0
+    for number, example in enumerate(examples):
+        line = 0 if flat else number
+        start = start if flat else 0
+        for row, *read in _read_rows(example if "input_ids" in example else _collated(batch, number)):
+            place = ids_BT[line, start : start + len(row)]
+            if not torch.equal(place, torch.from_numpy(row).to(place.dtype)):
+                raise ValueError(
+                    f"{type(collator).__name__} did not put a row of {len(row)} tokens at token {start} of batch row "
+                    f"{line}: the teacher's predictions would stand at other tokens. Use TRL's collator, which pads "
+                    "on the right."
+                )
+            yield line, start, (read[0], read[1])
+            start += len(row)
 
 
 def _check_each(rows: Iterator[Mapping[str, Any]], positions: int, args: Any, family: str, name: str) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import SFTTrainer
 
-from cbd_trl.architectures.base import learned_positions
+from cbd_trl.architectures.base import check_positions, learned_positions
 from cbd_trl.cache.reader import CachedTeacher
 from cbd_trl.cards.card import save_card
 from cbd_trl.cards.origin import Origin, origin_of
@@ -36,6 +36,7 @@ from cbd_trl.trainers.checkpointing import (
 from cbd_trl.trainers.checks import check_argument_types, check_best_metric, check_hybrid, check_run
 from cbd_trl.trainers.data import (
     ScoredCollator,
+    TeacherRowsCollator,
     check_end_token,
     check_ids,
     check_lengths,
@@ -70,6 +71,14 @@ from cbd_trl.trainers.packing import (
 from cbd_trl.trainers.step_loss import StepLoss
 from cbd_trl.utils.datasets import sft_datasets, template_reads
 from cbd_trl.utils.files import flush
+from cbd_trl.utils.teacher_rows import (
+    PLACES,
+    READ,
+    check_teacher_column,
+    longest_teacher_row,
+    prepare_for_both,
+    teacher_column,
+)
 from cbd_trl.utils.tokenizers import text_tokenizer, vocabulary_rows
 
 
@@ -206,9 +215,9 @@ class DistillTrainer(SFTTrainer):
 
     def _make_collator(self, setup: TeacherSetup, datasets: list[Any]) -> Any:
         """Make the collator, around the one of SFT."""
-        if not isinstance(setup.teacher, CachedTeacher):
-            return self.data_collator
-        return read_from_cache(setup.teacher, self.data_collator, datasets)
+        if isinstance(setup.teacher, CachedTeacher):
+            return read_from_cache(setup.teacher, self.data_collator, datasets)
+        return TeacherRowsCollator(self.data_collator)
 
     def _loss_class(self) -> type[StepLoss]:
         """Choose the loss that runs inside the student's forward."""
@@ -224,19 +233,35 @@ class DistillTrainer(SFTTrainer):
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
         check_end_token(dataset, processing_class, args, dataset_name)
-        own = formatting_func is not None
-        with nullcontext() if own else template_reads(dataset, processing_class, args, f"the {dataset_name} dataset"):
-            prepared = super()._prepare_dataset(
-                dataset, processing_class, args, packing, formatting_func, dataset_name
-            )
+        own, name = formatting_func is not None, f"the {dataset_name} dataset"
+
+        def prepare(rows: Any, args: Any, packing: bool) -> Any:
+            return with_trl(rows, processing_class, args, packing, formatting_func, dataset_name)
+
+        with_trl = super()._prepare_dataset
+        with nullcontext() if own else template_reads(dataset, processing_class, args, name):
+            if teacher_column(dataset) is None:
+                prepared = prepare(dataset, args, packing)
+            else:
+                check_teacher_column(dataset, args, name, formatted=own)
+                prepared = prepare_for_both(dataset, args, packing, prepare, processing_class, name)
         check_scored(prepared, args, dataset_name)
         return prepared
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        columns += [name for name in (READ, PLACES) if name not in columns]
 
     def _check_rows(self, dataset: Any, name: str) -> None:
         check_ids(dataset, vocabulary_rows(self._student), f"the student ({type(self._student).__name__})", name)
         for role, model in [("student", self._student), *(("teacher", one) for one in self._teacher.models)]:
             described = f"the {role} ({type(model).__name__})"
             check_lengths(dataset, learned_positions(model), self.args, self.padding_free, described, name)
+            if role == "teacher":
+                row = f"What the teacher reads of a row of the {name} dataset"
+                way_out = "Shorten its prompts."
+                check_positions(longest_teacher_row(dataset), learned_positions(model), row, described, way_out)
 
     def _prepare_packing(self) -> None:
         self.data_collator = PackingCollator(**vars(self.data_collator), with_bounds=not self.args.torch_compile)
@@ -369,6 +394,7 @@ class DistillTrainer(SFTTrainer):
                     student=through.model,
                     labels_BT=batch.labels_BT,
                     scored=batch.scored,
+                    teacher_scored=batch.for_teacher.scored,
                     teacher=predicted,
                     objective=self._objective,
                     weights=self._weights,

@@ -25,6 +25,7 @@ class StepLoss:
         student: the causal LM itself, not wrapped.
         labels_BT: token ids, -100 where the token is not scored.
         scored: its scored positions.
+        teacher_scored: where the teacher predicts the same tokens: other places if it reads prompts of its own.
         teacher: its output: of the same tokens a `cbd_trl.losses.teacher_outputs.TeacherOutputs`.
         objective: the terms on logits: of the same tokens a `cbd_trl.losses.objective.DistillObjective`.
         weights: of all terms at this step.
@@ -38,6 +39,7 @@ class StepLoss:
     student: Any
     labels_BT: Tensor
     scored: Scored
+    teacher_scored: Scored
     teacher: Any
     objective: Any
     weights: TermWeights
@@ -85,8 +87,8 @@ class StepLoss:
         return self.scored.select(hidden_BTd), self.scored.select_next(self.labels_BT.to(hidden_BTd.device))
 
     def _hidden(self) -> Tensor | None:
-        select = self.scored.select
-        return self.pairs.distance(self.student_states, self.teacher_states, select, select)
+        ours, theirs = self.scored.select, self.teacher_scored.select
+        return self.pairs.distance(self.student_states, self.teacher_states, ours, theirs)
 
     def _check_gradient(self, hidden_N: Tensor, total: Tensor) -> None:
         # A hybrid may well have no trained layer on one of its steps.

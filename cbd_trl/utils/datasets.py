@@ -220,9 +220,8 @@ def prepared_rows(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, args:
             f"The dataset has the columns {sorted(first)} and has to be tokenized, but there is no tokenizer. Pass "
             "`processing_class`."
         )
-    options: Any = _defaults() if args is None else copy.copy(args)
     # What is cut off, and what is left of a row, is decided by `cut_rows`.
-    options.max_length = None
+    options: Any = without_limits(_defaults() if args is None else args)
     with template_reads(dataset, tokenizer, options, "the dataset"):
         return prepare(dataset, tokenizer, options).select_columns(["input_ids"])
 
@@ -257,6 +256,13 @@ def prepare(dataset: Any, tokenizer: PreTrainedTokenizerBase, args: Any) -> Any:
     )
     with_trl: Any = SFTTrainer._prepare_dataset
     return with_trl(trainer, dataset, tokenizer, args, False, None, "the")
+
+
+def without_limits(args: Any) -> Any:
+    """The arguments of a training, copied, by which rows are neither cut nor shuffled."""
+    args = copy.copy(args)
+    args.max_length, args.shuffle_dataset = None, False
+    return args
 
 
 def token_rows(
@@ -381,9 +387,9 @@ def template_reads(
     except Exception as error:
         if tokenizer is None or not is_of_template(error):
             raise
-        options: Any = _defaults() if args is None else copy.copy(args)
         # Cutting reads ahead.
-        options.max_length, number = None, 0
+        options: Any = without_limits(_defaults() if args is None else args)
+        number = 0
         with suppress(Exception):
             for _ in prepare(as_stream(dataset), tokenizer, options):
                 number += 1

@@ -1,5 +1,7 @@
 """Naive twins of the mixing operators: plain loops over tensors, root mean squares taken from the streams."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -72,7 +74,8 @@ def _nearest(architecture: Architecture, layer: int, kind: str | None) -> int:
 def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str, float]:
     """Of the first coordinates, as many as each norm of `narrow` has, over that of all, for what the norms of a model
     of its depth or more put out before gain and bias."""
-    ratios = {}
+    ratios: dict[str, float] = {}
+    handles = []
     for name, norm in model.named_modules():
         if not name.endswith(("norm", "ln_1", "ln_2", "ln_f")):
             continue
@@ -81,17 +84,21 @@ def _root_mean_squares(model: PreTrainedModel, narrow: Architecture) -> dict[str
         key = next((place for place in places if place in narrow.tensors), None)
         if key is None or key.rsplit(".", 1)[0] not in narrow.norms:
             continue
-        seen: list[torch.Tensor] = []
-        handle = norm.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output))
-        model(tokens(16, seed=1))
+        width = tensor_shape(narrow.tensors[key], narrow.sizes)[0]
+
+        # The last call counts: nanochat's final norm normalizes the embeddings first.
+        def measure(norm: Any, _: Any, output: torch.Tensor, name: str = name, width: int = width) -> None:
+            gain = narrow.family.gain_offset + norm.weight if hasattr(norm, "weight") else torch.ones(())
+            stream = (output - getattr(norm, "bias", torch.zeros(()))) / gain
+            kept = stream[..., :width]
+            if narrow.family.norm_type == "layer":
+                kept = kept - kept.mean(-1, keepdim=True)
+            ratios[name] = float((kept.pow(2).mean() / stream.pow(2).mean()).sqrt())
+
+        handles.append(norm.register_forward_hook(measure))
+    model(tokens(16, seed=1))
+    for handle in handles:
         handle.remove()
-        gain = narrow.family.gain_offset + norm.weight if hasattr(norm, "weight") else torch.ones(())
-        # The last call: nanochat's final norm normalizes the embeddings first.
-        stream = (seen[-1] - getattr(norm, "bias", torch.zeros(()))) / gain
-        kept = stream[..., : tensor_shape(narrow.tensors[key], narrow.sizes)[0]]
-        if narrow.family.norm_type == "layer":
-            kept = kept - kept.mean(-1, keepdim=True)
-        ratios[name] = float((kept.pow(2).mean() / stream.pow(2).mean()).sqrt())
     return ratios
 
 
