@@ -6,7 +6,8 @@
 Every shape that `from_chain(..., shape_search=...)` would compare at a size is made and measured on held-out text,
 with both scores beside it: the share of the energy lost by the chain's statistics, and KL to the upper anchor on
 calibration text. For each score: Spearman's rank correlation with the loss (1: the same order), and by how much the
-shape that it chooses is better than the one on the line between the anchors. Interrupted, it goes on where it stopped.
+shape that it chooses is better than the one on the line between the anchors. With `--flops` the same is done once more
+for shapes of as many FLOPs a token as the one on the line has. Interrupted, it goes on where it stopped.
 """
 
 import argparse
@@ -28,9 +29,9 @@ from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.cli.parsing import parse_sizes
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
+from cbd_trl.shapes.budget import Budget, FlopCount, ParameterCount
 from cbd_trl.targets.calibrate import calibration_tokens
 from cbd_trl.targets.from_chain import load_pair, make_model
-from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.targets.operators import Pair
 from cbd_trl.targets.request import ANCHOR, Request, Target, find_targets
 from cbd_trl.targets.shape_search import score_by_statistics, score_on_text
@@ -54,18 +55,19 @@ class Shapes:
     def __init__(self, chain: Chain, held_out: HeldOut, calibration: Dataset, key: str) -> None:
         self.chain, self.held_out, self.calibration, self.key = chain, held_out, calibration, key
 
-    def size(self, size: float, count: int) -> list[dict[str, Any]]:
+    def size(self, size: float, count: int, budget: type[Budget] = ParameterCount) -> list[dict[str, Any]]:
         """Measure the shapes of a size, that on the line first; empty where the size is an anchor's.
 
         Args:
-            size: number of parameters.
+            size: in the unit of the budget.
             count: the most shapes.
+            budget: what the shapes have as much of.
         """
-        request = Request(size, shape_search=count)
+        request = Request(size, shape_search=count, budget=budget)
         targets = find_targets(self.chain, request)
         if targets[0].operator == ANCHOR:
             return []
-        pair, name = load_pair(*targets[0].anchors), f"{self.key}/{size:.0f}/{count}"
+        pair, name = load_pair(*targets[0].anchors), f"{self.key}/{budget.name}/{size:.0f}/{count}"
         scores: Mapping[str, Mapping[str, float]] | None = self.held_out.results.get(f"{name}/scores")
         if scores is None:
             tokens = calibration_tokens(targets[0], self.calibration)
@@ -84,7 +86,7 @@ class Shapes:
         return {
             "shape": architecture.shape,
             "parameters": architecture.num_parameters,
-            "flops": 2 * multiplied_weights(architecture),
+            "flops": FlopCount.of(architecture),
             **{name: values[shape] for name, values in scores.items()},
             "losses": measured["loss"],
             "mean": mean_loss(measured),
@@ -117,15 +119,15 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def table(size: float, rows: Sequence[Mapping[str, Any]]) -> str:
+def table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Make one size a Markdown table, the lowest loss first.
 
     Args:
-        size: number of parameters.
+        title: what the shapes have in common.
         rows: of `Shapes.size`.
     """
     texts = list(rows[0]["losses"])
-    header = [format_count(size), "parameters", "FLOPs a token", *SCORES.values(), *texts, "mean loss"]
+    header = [title, "parameters", "FLOPs a token", *SCORES.values(), *texts, "mean loss"]
     lines = [
         [
             describe_shape(row["shape"], short=True) + (" (line)" if row is rows[0] else ""),
@@ -152,6 +154,7 @@ def main(flags: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration", type=Path, required=True, help="text for the score by KL, other than --text")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--shapes", type=int, default=12, help="of each size")
+    parser.add_argument("--flops", action="store_true", help="also shapes of equal FLOPs a token")
     parser.add_argument("--blocks", type=int, default=40, help="of each held-out text")
     parser.add_argument("--block-length", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
@@ -167,8 +170,15 @@ def main(flags: Sequence[str] | None = None) -> None:
     key = fingerprint(files, options.calibration.read_bytes())
     held_out = HeldOut(texts, Results(options.output / "results.json"))
     shapes = Shapes(chain, held_out, calibration, key)
-    rows = {size: shapes.size(size, options.shapes) for size in parse_sizes(options.sizes)}
-    found = "\n".join(table(size, measured) for size, measured in rows.items() if len(measured) > 1)
+    tables = []
+    for size in parse_sizes(options.sizes):
+        rows = shapes.size(size, options.shapes)
+        tables += [table(format_count(size), rows)] if len(rows) > 1 else []
+        if options.flops and rows:
+            flops = rows[0]["flops"]
+            rows = shapes.size(flops, options.shapes, FlopCount)
+            tables += [table(f"{format_count(flops)} FLOPs a token", rows)] if len(rows) > 1 else []
+    found = "\n".join(tables)
     report = f"{found}\n{machine(options.threads)}"
     write_text(options.output / "report.md", report)
     print(report)

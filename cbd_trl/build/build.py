@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,23 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
-from cbd_trl.build.plan import AnchorRequest, Given, Step, check_anchors, plan_chain
+from cbd_trl.build.plan import AnchorRequest, Given, ShapeSearch, Step, check_anchors, check_search, plan_chain
 from cbd_trl.build.public_anchor import PLACEMENT, Placement, adopt
-from cbd_trl.build.resume import finished_anchors, pinned_commits
+from cbd_trl.build.resume import chosen_shapes, finished_anchors, pinned_commits
+from cbd_trl.build.shape_search import (
+    SearchText,
+    best_shape,
+    blocks_file,
+    chosen_step,
+    score_shapes,
+    score_table,
+    search_folder,
+    searched_steps,
+)
 from cbd_trl.build.source_anchor import MADE_WITH, SourceAnchor, plan_source_anchor, store_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.build.store import finished_chain, store_anchor
@@ -25,7 +36,7 @@ from cbd_trl.build.training import ARGUMENTS, Trained, remove_work_folder, train
 from cbd_trl.cards.origin import hub_datasets
 from cbd_trl.chain.cards import DATASETS, ORIGINS
 from cbd_trl.chain.chain import Anchor, Chain
-from cbd_trl.chain.manifest import ALPHA_POWER, PUBLIC_MODEL
+from cbd_trl.chain.manifest import ALPHA_POWER, PUBLIC_MODEL, SHAPE_SEARCH
 from cbd_trl.chain.source import Source
 from cbd_trl.surgery.blocks import Block, block_costs
 from cbd_trl.trainers.checkpointing import last_checkpoint
@@ -51,6 +62,9 @@ def build_chain(
     bridge: BridgeStep | None = None,
     eval_dataset: Dataset | None = None,
     calibration_tokens: int = 8192,
+    shape_search: int | None = None,
+    shape_trainings: int = 0,
+    shape_training_steps: int = 50,
     revision: str | None = None,
     token: str | None = None,
 ) -> Chain:
@@ -64,9 +78,10 @@ def build_chain(
             any architecture.
         anchors: the others, largest first. Each a dict of config fields (`{"num_hidden_layers": 16}`), what is left
             out staying as in the anchor above; or a number: above 1 a parameter count, else a ratio to the anchor
-            above (depth first down to half the layers, then width); or a model that exists already (a model, a path, a
-            Hub id, or a dict with `model` and `revision`), which becomes the anchor where its weights can be matched
-            with the one above, and else its second teacher. A dict may hold `args` and `dataset` of its own.
+            above (depth first down to half the layers, then width; see `shape_search`), or a dict with such a `size`;
+            or a model that exists already (a model, a path, a Hub id, or a dict with `model` and `revision`), which
+            becomes the anchor where its weights can be matched with the one above, and else its second teacher. A dict
+            may hold `args` and `dataset` of its own.
         dataset: training text in any format of SFTTrainer; its first tokens also calibrate.
         output_dir: where the chain is written.
         args: training arguments for every anchor. `hidden_weight` (2.0; 0 where a width differs) and
@@ -79,6 +94,10 @@ def build_chain(
             vocabularies. That model becomes the largest anchor, and its tokenizer the chain's.
         eval_dataset: evaluated once for every anchor after training, when given.
         calibration_tokens: tokens of text behind the statistics.
+        shape_search: how many shapes are compared for each anchor that is requested by its size. Of every shape the
+            untrained cut is made, and the one is distilled that is nearest to the anchor above on training text (KL).
+        shape_trainings: how many of the best shapes are trained shortly, and compared again.
+        shape_training_steps: of each of these trainings.
         revision: of a source on the Hub: branch, tag or commit.
         token: for models on the Hub that are private or gated.
 
@@ -87,6 +106,10 @@ def build_chain(
     """
     check_anchors(anchors)
     output_dir = Path(output_dir)
+    search = None
+    if shape_search is not None:
+        chosen = chosen_shapes(output_dir)
+        check_search(anchors, search := ShapeSearch(shape_search, shape_trainings, shape_training_steps, chosen))
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
     dataset = sft_dataset(dataset, "dataset", args)
     eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
@@ -102,7 +125,8 @@ def build_chain(
         )
     source_anchor = _with_calibration(source_anchor, calibration_tokens)
     given = Given(source_anchor.tokenizer, token, list(source_anchor.sources), pinned_commits(output_dir))
-    steps = plan_chain(source_anchor.architecture, anchors, args, dataset, given)
+    architecture = source_anchor.architecture
+    steps = plan_chain(architecture, anchors, args, dataset, given, search)
     # All anchors have its dtype. What is loaded as it was saved ("auto") the trainer warns of.
     loaded: Any = source_anchor.args.model_init_kwargs or {}
     warn_of_rounding([getattr(start, "dtype", loaded.get("dtype"))])
@@ -111,14 +135,23 @@ def build_chain(
         _check_inputs(source_anchor, steps, done, eval_dataset)
         if len(done) <= len(steps):
             check_writable(output_dir)
-        for anchor in done.values():
+        for number, anchor in done.items():
             # A run may have been killed while removing it.
+            if number + 1 in done:
+                remove_work_folder(output_dir, search_folder(output_dir, anchor.name).name)
             remove_work_folder(output_dir, anchor.name)
+        # That no model is requested twice was checked.
+        known = dataclasses.replace(given, models=[])
+
+        def plan(search: ShapeSearch, above: Sequence[Step]) -> list[Step]:
+            again = dataclasses.replace(known, models=[])
+            return plan_chain(architecture, anchors, args, dataset, again, search, above)
+
         run = _Run(output_dir, source_anchor.tokenizer, special, eval_dataset, calibration_tokens, attention)
         upper = done.get(0) or _make_source_anchor(run, source_anchor, len(steps) + 1)
         # The source is on disk now: free the memory of a model that was passed in.
         del source, start, origin, bridge, source_anchor, given
-        _make_anchors(run, upper, steps, done)
+        _make_anchors(run, upper, steps, done, search, plan)
         return finished_chain(output_dir)
 
 
@@ -158,13 +191,28 @@ class _Run:
     attention: str | None
 
 
-def _make_anchors(run: _Run, upper: Anchor, steps: Sequence[Step], done: Mapping[int, Anchor]) -> None:
+# The steps of a whole chain, from a search that found shapes, and the first of the steps.
+_Plan = Callable[[ShapeSearch, Sequence[Step]], list[Step]]
+
+
+def _make_anchors(
+    run: _Run,
+    upper: Anchor,
+    steps: Sequence[Step],
+    done: Mapping[int, Anchor],
+    search: ShapeSearch | None,
+    plan: _Plan,
+) -> None:
     """Distill the lower anchors that an earlier run did not finish."""
     state = PartialState()
-    for number, step in enumerate(steps, start=1):
+    for number in range(1, len(steps) + 1):
         if number in done:
             upper = done[number]
             continue
+        if search is not None and steps[number - 1].search is not None:
+            with _progress_of(steps[number - 1].args):
+                steps = _with_best_shape(run, upper, steps, number, search, plan)
+        step = steps[number - 1]
         place = f"{number + 1}/{len(steps) + 1}"
         state.print(f"[{place}] distilling {step.name} from {upper.name}: {step.architecture.shape}")
         if step.public is not None:
@@ -173,11 +221,63 @@ def _make_anchors(run: _Run, upper: Anchor, steps: Sequence[Step], done: Mapping
             state.print(limit)
         label = f"{step.name} {place}"
         with _progress_of(step.args):
-            upper = _distil_anchor(run, upper, step, label)
+            made = _distil_anchor(run, upper, step, label)
+        remove_work_folder(run.output_dir, search_folder(run.output_dir, upper.name).name)
+        upper = made
+
+
+def _with_best_shape(
+    run: _Run, upper: Anchor, steps: Sequence[Step], number: int, search: ShapeSearch, plan: _Plan
+) -> list[Step]:
+    """Find the shape of the next anchor, and plan those below it anew."""
+    step, above = steps[number - 1], list(steps[: number - 1])
+    assert step.search is not None
+    state = PartialState()
+    plans = searched_steps(
+        upper.architecture(), number - 1, step.search["size"], search, lambda found: plan(found, above)
+    )
+    state.print(f"[{number + 1}/{len(steps) + 1}] comparing {len(plans)} shapes for the anchor below {upper.name}")
+    text = SearchText.read(
+        upper.config(), step.dataset, _without_template(step.args), run.tokenizer, run.calibration_tokens
+    )
+    scores = score_shapes(
+        search_folder(run.output_dir, upper.name),
+        upper,
+        [planned[number - 1] for planned in plans],
+        search,
+        text,
+        step.args.device,
+        lambda *cut: _short_training(run, upper, search.training_steps, *cut),
+    )
+    state.print(score_table(scores))
+    best = plans[best_shape(scores)]
+    best[number - 1] = chosen_step(best[number - 1], scores)
+    return best
+
+
+def _short_training(
+    run: _Run, upper: Anchor, max_steps: int, step: Step, student: Any, blocks: list[Block], folder: Path
+) -> PreTrainedModel:
+    """Train an untrained cut for some steps, without checkpoints and logs."""
+    args = _without_template(step.args)
+    args.output_dir, args.max_steps, args.report_to = str(folder), max_steps, []
+    args.save_strategy, args.eval_strategy, args.load_best_model_at_end = SaveStrategy.NO, IntervalStrategy.NO, False
+    teachers, power = _teachers(upper.load_model(), step), None
+    run.special.follow(student, run.tokenizer)
+    short = dataclasses.replace(run, eval_dataset=None)
+    trainer = _trainer(short, upper, step, args, teachers, student, blocks, power)
+    return train(trainer, student, None, f"{step.architecture.shape}").model
 
 
 def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:
     return progress_shown(PartialState().is_local_main_process and not args.disable_tqdm)
+
+
+def _without_template(args: DistillConfig) -> DistillConfig:
+    """Copy training arguments for the chain's tokenizer, which has the template already."""
+    args = copy.deepcopy(args)
+    args.chat_template_path = None
+    return args
 
 
 def _check_inputs(
@@ -196,6 +296,9 @@ def _check_inputs(
         if step.public is not None:
             step.public.source.check_weights()
         _check_text(step.dataset, step.args, source_anchor.tokenizer)
+        if step.search is not None:
+            count, config = source_anchor.record[MADE_WITH]["calibration_tokens"], source_anchor.architecture.config
+            SearchText.read(config, step.dataset, _without_template(step.args), source_anchor.tokenizer, count)
         check_best_metric(step.args, eval_dataset, None)
         for reader in (source_anchor.architecture, step.second_teacher):
             if reader is not None:
@@ -242,6 +345,8 @@ def _distil_anchor(run: _Run, upper: Anchor, step: Step, label: str) -> Anchor:
             training["match"] = placement.quality
             if placement.alpha_power is not None:
                 training[ALPHA_POWER] = placement.alpha_power
+    if step.search is not None:
+        training[SHAPE_SEARCH] = dict(step.search)
     metadata = {
         "name": step.name,
         "parent": upper.name,
@@ -267,10 +372,8 @@ def _train_anchor(
     Returns:
         the calibration text, the blocks that its layers stand for, and the model.
     """
-    args = copy.deepcopy(step.args)
+    args = _without_template(step.args)
     args.output_dir = str(work)
-    # The chain's tokenizer has the template already.
-    args.chat_template_path = None
     teacher: Any = upper.load_model()
     text = _calibration_blocks(teacher.config, step.dataset, args, run.tokenizer, run.calibration_tokens)
     tokens = text.input_ids
@@ -280,29 +383,49 @@ def _train_anchor(
         student, placement = adopt(work / PLACEMENT, upper, teacher.to(args.device), step.matched, tokens)
         blocks, power = list(placement.blocks), placement.alpha_power
     else:
-        blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, tokens)
+        # A search has chosen its blocks already.
+        searched = blocks_file(search_folder(run.output_dir, upper.name), step.architecture.depth)
+        file = work / "blocks.json" if step.search is None else searched
+        blocks = choose_blocks(file, teacher.to(args.device), step, tokens)
         student, power = initial_student(upper, step, blocks), None
     student.generation_config = copy.deepcopy(teacher.generation_config)
     run.special.follow(student, run.tokenizer)
-    block_map, costs = [list(block.layers) for block in blocks], block_costs(blocks)
     if checkpoint is None and step.matched is None:
         refit_student(student.to(args.device), teacher, blocks, tokens)
-    teachers = [teacher]
-    if step.public is not None and step.second_teacher is not None:
-        teachers.append(step.public.teacher(teacher.dtype))
+    trainer = _trainer(run, upper, step, args, _teachers(teacher, step), student, blocks, power)
+    return text, blocks, train(trainer, student, checkpoint, label)
+
+
+def _teachers(above: Any, step: Step) -> list[Any]:
+    """The anchor above, and the model that teaches beside it."""
+    if step.public is None or step.second_teacher is None:
+        return [above]
+    return [above, step.public.teacher(above.dtype)]
+
+
+def _trainer(
+    run: _Run,
+    upper: Anchor,
+    step: Step,
+    args: DistillConfig,
+    teachers: list[Any],
+    student: Any,
+    blocks: list[Block],
+    power: float | None,
+) -> DistillTrainer:
+    """Make the trainer of a student and the hybrids beside it."""
     # From here on: a kernel may not take what is run before, outside of the training's autocast.
     if attention := (args.model_init_kwargs or {}).get("attn_implementation", run.attention):  # type: ignore[union-attr]
         for model in (*teachers, student):
             model.set_attn_implementation(attention)
-    trainer = DistillTrainer(
+    return DistillTrainer(
         model=student,
         teacher_model=teachers,
         args=args,
         train_dataset=step.dataset,
         eval_dataset=run.eval_dataset,
         processing_class=run.tokenizer,
-        block_map=block_map,
-        block_costs=costs,
-        hybrid=width_hybrid(upper, teacher, step, student, blocks, power),
+        block_map=[list(block.layers) for block in blocks],
+        block_costs=block_costs(blocks),
+        hybrid=width_hybrid(upper, teachers[0], step, student, blocks, power),
     )
-    return text, blocks, train(trainer, student, checkpoint, label)

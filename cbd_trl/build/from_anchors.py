@@ -23,6 +23,7 @@ from cbd_trl.build.compatibility import CommonForm, check_same_function, check_t
 from cbd_trl.build.public_anchor import measured_power
 from cbd_trl.build.special_tokens import SpecialTokens, listed
 from cbd_trl.build.store import calibration_batches, finished_chain, store_anchor
+from cbd_trl.build.training import WORK
 from cbd_trl.chain.cards import ORIGINS
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
@@ -270,7 +271,7 @@ def _make(
     align: bool,
 ) -> None:
     """Write the anchors that an earlier run did not finish."""
-    state, work, blocks = PartialState(), output_dir / ".work", text.input_ids
+    state, work, blocks = PartialState(), output_dir / WORK, text.input_ids
     settings = _settings(members, align, blocks)
     finished = _finished(output_dir, members, settings)
     if finished == len(members):

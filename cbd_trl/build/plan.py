@@ -16,6 +16,7 @@ from cbd_trl.build.compatibility import check_smaller
 from cbd_trl.build.public_anchor import PublicModel, plan_public_model
 from cbd_trl.build.width_hybrid import targets_between
 from cbd_trl.chain.source import Source
+from cbd_trl.shapes.budget import Budget, ParameterCount
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import nearest_architecture, solve_anchor
 from cbd_trl.surgery.blocks import spaced_blocks
@@ -40,6 +41,7 @@ WIDTH_SWAP_PROBABILITY = 1.0
 # sizes between are better by 0.006 to 0.018 nats (docs/results/trained_apart.md).
 PUBLIC_WEIGHT = 0.5
 _OWN_OPTIONS = ("args", "dataset")
+_SIZE_OPTION = "size"
 _MODEL_OPTIONS = ("model", "revision", *_OWN_OPTIONS)
 # A number, with a unit or without, as people write sizes, which is no name of a model.
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:[eE]\d+)?)\s*([kKmMbB]?)\s*")
@@ -68,6 +70,52 @@ class Given:
 
 
 @dataclass(frozen=True)
+class ShapeSearch:
+    """How the shapes of anchors that are requested by their size are found: by measuring several.
+
+    Args:
+        shapes: to compare for each such anchor, at most.
+        trainings: how many of the best are trained for a few steps before the choice.
+        training_steps: of each.
+        chosen: config fields of the anchors that a shape was found for already, by their position among those
+            requested. Of the others the first shape that will be compared is planned.
+        budget: what shapes of one size have in common.
+
+    Raises:
+        ValueError: a number that is out of range.
+    """
+
+    shapes: int
+    trainings: int = 0
+    training_steps: int = 50
+    chosen: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    budget: type[Budget] = ParameterCount
+
+    def __post_init__(self) -> None:
+        for name, value, least, usual in (
+            ("shape_search", self.shapes, 2, 16),
+            ("shape_trainings", self.trainings, 0, 3),
+            ("shape_training_steps", self.training_steps, 1, 50),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number, at least {least}, such as {usual}.")
+        if self.trainings == 1 or self.trainings > self.shapes:
+            raise ValueError(
+                f"shape_trainings={self.trainings} must be 0, or from 2 to the {self.shapes} of shape_search: the "
+                "best of these shapes are trained, and compared again."
+            )
+
+    def with_chosen(self, position: int, fields: Mapping[str, int]) -> "ShapeSearch":
+        """The same search, with the shape of another anchor."""
+        return replace(self, chosen={**self.chosen, position: fields})
+
+    def record(self, size: float) -> dict[str, Any]:
+        """Describe what decides the shape of an anchor, for chain.json."""
+        steps = self.training_steps if self.trainings else 0
+        return {"size": size, "shapes": self.shapes, "trainings": self.trainings, "training_steps": steps}
+
+
+@dataclass(frozen=True)
 class Step:
     """One lower anchor to be distilled.
 
@@ -78,6 +126,8 @@ class Step:
         args: training arguments, chain defaults filled in.
         dataset: text to distill on.
         public: the model that becomes this anchor, or teaches it; None for one that is cut and has one teacher.
+        search: the record of the search that finds its shape (`ShapeSearch.record`), once it did with the scores;
+            None for a shape that is solved for, or requested.
     """
 
     name: str
@@ -85,6 +135,7 @@ class Step:
     args: DistillConfig
     dataset: Any
     public: PublicModel | None = None
+    search: Mapping[str, Any] | None = None
 
     @property
     def matched(self) -> PublicModel | None:
@@ -126,6 +177,8 @@ def plan_chain(
     args: DistillConfig,
     dataset: Any,
     given: Given | None = None,
+    search: ShapeSearch | None = None,
+    above: Sequence[Step] = (),
 ) -> list[Step]:
     """Resolve every requested anchor, from the source down.
 
@@ -135,16 +188,18 @@ def plan_chain(
         args: of the chain.
         dataset: of the chain.
         given: what is needed to look at models that are requested as anchors.
+        search: how shapes of anchors are found that are requested by their size; None to solve for them.
+        above: the first of the steps, where they are planned already.
 
     Raises:
         ValueError: an anchor that cannot be cut from the one above it, or arguments that name a teacher or
             contradict the chain's defaults.
     """
-    steps: list[Step] = []
-    upper, names = source, [anchor_name(source.num_parameters)]
-    for position, anchor in enumerate(anchors):
-        steps.append(plan_step(upper, anchor, position, args, dataset, names, given))
-        upper, names = steps[-1].architecture, [*names, steps[-1].name]
+    steps = list(above)
+    for position in range(len(steps), len(anchors)):
+        upper = steps[-1].architecture if steps else source
+        names = [anchor_name(source.num_parameters), *(step.name for step in steps)]
+        steps.append(plan_step(upper, anchors[position], position, args, dataset, names, given, search))
     return steps
 
 
@@ -156,17 +211,19 @@ def plan_step(
     dataset: Any,
     taken: Sequence[str],
     given: Given | None = None,
+    search: ShapeSearch | None = None,
 ) -> Step:
     """Resolve one anchor.
 
     Args:
         upper: the anchor above it.
-        anchor: as requested: a dict of config fields, a parameter count, a ratio, or a model.
+        anchor: as requested: a dict of config fields or with a size, a parameter count, a ratio, or a model.
         position: among those requested.
         args: of the chain.
         dataset: of the chain.
         taken: names of the anchors above it.
         given: what is needed to look at models that are requested as anchors.
+        search: how the shape of one that is requested by its size is found; None to solve for it.
 
     Raises:
         ValueError: it cannot be cut from the one above it, or its arguments name a teacher or contradict the chain's
@@ -175,7 +232,7 @@ def plan_step(
     options = dict(anchor) if isinstance(anchor, Mapping) else {}
     above = taken[-1] if position else f"the source ({taken[0]})"
     own = {key: options.pop(key) for key in _OWN_OPTIONS if key in options}
-    public = None
+    public, record = None, None
     if (requested := _requested_model(anchor, position, given)) is not None:
         assert given is not None
         begun = given.commits.get((requested.name, requested.revision))
@@ -184,17 +241,19 @@ def plan_step(
         names = above, f"anchors[{position}] ({source.label})"
         public = plan_public_model(source, requested.revision, upper, given.tokenizer, names)
         target = public.architecture if public.matched else nearest_architecture(upper, public.architecture)
+    elif (size := requested_size(anchor, position)) is not None:
+        record = None if search is None else search.record(size)
+        found = None if search is None else search.chosen.get(position)
+        target = cut_architecture(upper, solve_anchor(upper, size) if found is None else found)
     else:
-        target = cut_architecture(
-            upper, options if isinstance(anchor, Mapping) else solve_anchor(upper, _size(anchor, position))
-        )
+        target = cut_architecture(upper, options)
     check_smaller((above, f"anchors[{position}]"), upper, target)
     args = _with_chain_defaults(own.get("args", args), upper, target)
     if public is not None:
         args.teacher_weights = [1 - PUBLIC_WEIGHT, PUBLIC_WEIGHT]
     if "dataset" in own:
         dataset = sft_dataset(own["dataset"], f"anchors[{position}]['dataset']", args)
-    return Step(anchor_name(target.num_parameters, taken), target, args, dataset, public)
+    return Step(anchor_name(target.num_parameters, taken), target, args, dataset, public, record)
 
 
 def _requested_model(anchor: Any, position: int, given: Given | None) -> Source | None:
@@ -249,6 +308,44 @@ def _check_new(source: Source, position: int, given: Given) -> None:
                 "Between two anchors lie models of other sizes: give another model, or leave it out."
             )
     given.models.append(source)
+
+
+def requested_size(anchor: AnchorRequest, position: int) -> float | None:
+    """Find the size that an anchor is requested by; None where a shape or a model is.
+
+    Args:
+        anchor: as `build_chain` takes it.
+        position: among those requested.
+
+    Raises:
+        ValueError: it is not a positive number, or there are fields of a shape beside it.
+    """
+    if isinstance(anchor, str | Path | PreTrainedModel):
+        return None
+    if not isinstance(anchor, Mapping):
+        return _size(anchor, position)
+    if _SIZE_OPTION not in anchor:
+        return None
+    if further := [key for key in anchor if key not in (_SIZE_OPTION, *_OWN_OPTIONS)]:
+        raise ValueError(
+            f"anchors[{position}] has a size and {', '.join(further)}: the shape is found for the size. Leave out the "
+            f"one or the other (beside {_SIZE_OPTION!r} there may be {', '.join(_OWN_OPTIONS)})."
+        )
+    return _size(anchor[_SIZE_OPTION], position)
+
+
+def check_search(anchors: Sequence[AnchorRequest], search: ShapeSearch) -> None:
+    """Check that there is an anchor whose shape may be searched.
+
+    Raises:
+        ValueError: none is requested by its size.
+    """
+    if all(requested_size(anchor, position) is None for position, anchor in enumerate(anchors)):
+        raise ValueError(
+            f"shape_search={search.shapes} compares shapes of anchors that are requested by their size, and all of "
+            "these have a shape or are models. Give a number of parameters or a ratio, such as anchors=[138e6], or "
+            "leave shape_search out."
+        )
 
 
 def _size(anchor: Any, position: int) -> float:

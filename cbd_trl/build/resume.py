@@ -12,7 +12,7 @@ from cbd_trl.build.training import ARGUMENTS, begun_trainings
 from cbd_trl.chain.cards import VALUES
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.folders import check_place
-from cbd_trl.chain.manifest import MANIFEST, OBSTACLE, PUBLIC_MODEL
+from cbd_trl.chain.manifest import MANIFEST, OBSTACLE, PUBLIC_MODEL, SHAPE_SEARCH
 from cbd_trl.utils.tokenizers import tokenizer_hash
 
 _SOURCE = ("source", "weights_sha256")
@@ -42,18 +42,35 @@ def finished_anchors(output_dir: Path, source_anchor: SourceAnchor, steps: Seque
         raise ValueError(f"{output_dir} already holds a chain of more anchors ({there}) than requested now. {way_out}")
     for anchor, step in zip(anchors[1:], steps, strict=False):
         recorded, now = anchor.training.get(ARGUMENTS) or {}, training_record(step.args)
-        models = _model_values(anchor.training.get(PUBLIC_MODEL)), _model_values(_record(step.public))
-        changed = [name for name, value in models[1].items() if models[0][name] != value]
+        was = _model_values(anchor.training.get(PUBLIC_MODEL))
+        was |= _search_values(step.search, anchor.training.get(SHAPE_SEARCH))
+        wanted = {**_model_values(_record(step.public)), **_search_values(step.search, step.search)}
+        changed = [name for name, value in wanted.items() if was[name] != value]
         changed += changed_arguments(recorded, now)
         if anchor.shape != step.architecture.shape or changed:
             raise ValueError(
                 f"{output_dir} already holds the anchor {anchor.name} {anchor.shape}, built with other settings than "
                 f"requested now: {step.architecture.shape}; changed arguments: {changed or 'none'}"
-                f"{then_and_now(changed, {**recorded.get(VALUES, {}), **models[0]}, {**now[VALUES], **models[1]})}. "
+                f"{then_and_now(changed, {**recorded.get(VALUES, {}), **was}, {**now[VALUES], **wanted})}. "
                 f"{way_out}"
             )
     check_place(output_dir, names[len(anchors) :])
     return dict(enumerate(anchors))
+
+
+def chosen_shapes(output_dir: Path) -> dict[int, dict[str, int]]:
+    """Find the shapes of finished anchors that a search found, by their position among those requested.
+
+    Args:
+        output_dir: the chain's folder.
+
+    Raises:
+        ValueError: there is a chain, and it is damaged.
+    """
+    if not (output_dir / MANIFEST).exists():
+        return {}
+    lower = Chain.from_pretrained(output_dir, verify=False).anchors[1:]
+    return {position: anchor.shape for position, anchor in enumerate(lower) if SHAPE_SEARCH in anchor.training}
 
 
 def pinned_commits(output_dir: Path) -> dict[tuple[str, str | None], str]:
@@ -90,6 +107,12 @@ def _model_values(record: Mapping[str, Any] | None) -> dict[str, Any]:
     found = record or {}
     way = None if record is None else "matched" if found.get(OBSTACLE) is None else "a second teacher"
     return {**{name: found.get(name) for name in ("model", "revision", "weights_sha256")}, "way": way}
+
+
+def _search_values(requested: Mapping[str, Any] | None, record: Any) -> dict[str, Any]:
+    """What a record has of a search that is requested now; without one any way to come to the shape is the same."""
+    found = record if isinstance(record, Mapping) else {}
+    return {f"{SHAPE_SEARCH}.{name}": found.get(name) for name in requested or {}}
 
 
 def _check_source_anchor(output_dir: Path, anchor: Anchor, source_anchor: SourceAnchor, way_out: str) -> None:

@@ -16,7 +16,7 @@ from cbd_trl.build.store import CALIBRATION_BATCH
 from cbd_trl.build.width_hybrid import WidthHybrid, weights_of_teacher
 from cbd_trl.chain.chain import Anchor
 from cbd_trl.chain.model import build_model
-from cbd_trl.surgery.block_search import cheapest_blocks
+from cbd_trl.surgery.block_search import BlockSearch
 from cbd_trl.surgery.blocks import Block, block_costs, select_layers
 from cbd_trl.surgery.least_squares import least_squares_cut
 from cbd_trl.surgery.norms import balance_norms
@@ -28,25 +28,33 @@ from cbd_trl.utils.files import write_text
 FIT_TOKENS = 2048
 
 
-def choose_blocks(file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor) -> list[Block]:
+def block_search(teacher: PreTrainedModel, tokens: torch.Tensor) -> BlockSearch:
+    """Prepare the choice of blocks.
+
+    Args:
+        teacher: the anchor above.
+        tokens: (N, T) calibration text. Its last row is for measuring, the first ones for refitting.
+    """
+    rows = tokens.to(teacher.device)
+    fit = (rows[:-1] if len(rows) > 1 else rows)[: -(-FIT_TOKENS // rows.shape[1])].split(CALIBRATION_BATCH)
+    inputs = [{"input_ids": batch} for batch in fit]
+    return BlockSearch(teacher, describe(teacher.config), inputs, {"input_ids": rows[-1:]})
+
+
+def choose_blocks(
+    file: Path, teacher: PreTrainedModel, step: Step, tokens: torch.Tensor, search: BlockSearch | None = None
+) -> list[Block]:
     """Choose the blocks of a step once, the same in every process; read them from the file if an earlier run chose.
 
     Args:
         file: where they are kept, as JSON.
         teacher: the anchor above.
-        tokens: (N, T) calibration text. Its last row is for measuring, the first ones for refitting.
+        tokens: (N, T) calibration text, as of `block_search`.
+        search: of that teacher and text, which knows what it measured for other depths; None for a new one.
     """
     state = PartialState()
     if state.is_main_process and not file.exists():
-        rows = tokens.to(teacher.device)
-        fit = (rows[:-1] if len(rows) > 1 else rows)[: -(-FIT_TOKENS // rows.shape[1])].split(CALIBRATION_BATCH)
-        blocks = cheapest_blocks(
-            teacher,
-            describe(teacher.config),
-            step.architecture.depth,
-            [{"input_ids": batch} for batch in fit],
-            {"input_ids": rows[-1:]},
-        )
+        blocks = (search or block_search(teacher, tokens)).cheapest(step.architecture.depth)
         write_text(file, json.dumps([asdict(block) for block in blocks]))
     found = [json.loads(file.read_text()) if state.is_main_process else None]
     broadcast_object_list(found)

@@ -22,6 +22,8 @@ from cbd_trl.trainers.callbacks import show_progress
 from cbd_trl.trainers.checkpointing import last_checkpoint
 from cbd_trl.utils.files import TEMPORARY, write_text, writing
 
+# Folder of what is not finished, in the chain's.
+WORK = ".work"
 # Key of the training arguments among the settings of a training.
 ARGUMENTS = "arguments"
 # Version of a work folder's settings.
@@ -57,7 +59,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
     Raises:
         ValueError: there are checkpoints of other settings, which may be days of work.
     """
-    work = output_dir / ".work" / name
+    work = output_dir / WORK / name
     state, file, settings = PartialState(), work / "settings.json", {"format": _FORMAT, **settings}
     there = _read_settings(file)
     # Through JSON and back: tuples are lists there.
@@ -82,7 +84,7 @@ def work_folder(output_dir: Path, name: str, settings: Mapping[str, Any]) -> Pat
 
 def begun_trainings(output_dir: Path) -> list[dict[str, Any]]:
     """Read the settings of the trainings in a chain's folder that are not finished."""
-    found = [_read_settings(file) for file in sorted((output_dir / ".work").glob("*/settings.json"))]
+    found = [_read_settings(file) for file in sorted((output_dir / WORK).glob("*/settings.json"))]
     return [settings for settings in found if settings is not None]
 
 
@@ -112,7 +114,7 @@ def _changed_settings(there: Any, now: Any) -> list[str]:
 
 def remove_work_folder(output_dir: Path, name: str) -> None:
     """Remove an anchor's work folder, if there is one, once the anchor is stored."""
-    work = output_dir / ".work" / name
+    work = output_dir / WORK / name
     if PartialState().is_main_process:
         _remove(work)
         with suppress(OSError):

@@ -13,6 +13,7 @@ from cbd_trl.architectures import Architecture, describe
 from cbd_trl.architectures.axes import axis_length
 from cbd_trl.chain.manifest import MANIFEST, RESTORE, STATISTICS_FILE, AnchorRecord, weight_files
 from cbd_trl.chain.model import StoredWeights, stock_model
+from cbd_trl.shapes.budget import Budget, ParameterCount
 from cbd_trl.surgery.statistics_file import StoredStatistics
 from cbd_trl.surgery.weights import Weights, to_weights
 from cbd_trl.utils.model_folders import check_no_code, load_config, load_generation_config, load_tokenizer
@@ -62,6 +63,10 @@ class Anchor(AnchorRecord):
     def architecture(self) -> Architecture:
         """Describe what the model's tensors mean."""
         return self._architecture
+
+    def size(self, budget: type[Budget]) -> int:
+        """Compute what it costs in a budget; its parameters are known without its config."""
+        return self.num_parameters if budget is ParameterCount else budget.of(self.architecture())
 
     @cached_property
     def _architecture(self) -> Architecture:

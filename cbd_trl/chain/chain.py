@@ -28,6 +28,7 @@ from cbd_trl.chain.hub import open_on_hub, place_anchors
 from cbd_trl.chain.manifest import MANIFEST, STATISTICS_FILE, AnchorRecord, Manifest, read_manifest, write_manifest
 from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.chain.push import Push
+from cbd_trl.shapes.budget import Budget, ParameterCount
 from cbd_trl.shapes.solve import list_sizes
 
 __all__ = ["STATISTICS_FILE", "Anchor", "Chain", "write_anchor"]
@@ -151,14 +152,19 @@ class Chain:
         return self.source.load_tokenizer()
 
     def pair_for(
-        self, num_parameters: float | None = None, config: Mapping[str, Any] | None = None, tolerance: float = 0.03
+        self,
+        num_parameters: float | None = None,
+        config: Mapping[str, Any] | None = None,
+        tolerance: float = 0.03,
+        budget: type[Budget] = ParameterCount,
     ) -> tuple[Anchor, Anchor]:
         """Find the two neighboring anchors that a target lies between.
 
         Args:
-            num_parameters: its size.
+            num_parameters: its size; of what, the budget says.
             config: config fields it has.
             tolerance: how far outside the chain, as a share, a size may lie and still count as the chain's end.
+            budget: what the size counts.
 
         Raises:
             ValueError: fewer than two anchors, or no pair around it; the message has the sizes there are.
@@ -168,16 +174,21 @@ class Chain:
             raise ValueError(
                 f"The chain in {self.path} has one anchor, nothing lies between. Add a smaller one with build_chain."
             )
-        by_size = [pair for pair in pairs if num_parameters is None or _holds(pair, num_parameters)]
+        sizes = [anchor.size(budget) for anchor in self.anchors]
+        by_size = [
+            pair
+            for pair, high, low in zip(pairs, sizes, sizes[1:], strict=False)
+            if num_parameters is None or low <= num_parameters <= high
+        ]
         if num_parameters is not None and not by_size:
             # A size just past an end means that end.
-            ends = (pairs[0], self.anchors[0].num_parameters), (pairs[-1], self.anchors[-1].num_parameters)
+            ends = (pairs[0], sizes[0]), (pairs[-1], sizes[-1])
             by_size = [pair for pair, end in ends if abs(num_parameters - end) <= tolerance * end]
             if not by_size:
                 raise ValueError(
-                    f"num_parameters={num_parameters:,.0f} lies outside the chain in {self.path}, whose models have "
-                    f"{self.anchors[-1].num_parameters:,} to {self.anchors[0].num_parameters:,} parameters. Request a "
-                    "size between the two, or build a chain that reaches it."
+                    f"{budget.name}={num_parameters:,.0f} lies outside the chain in {self.path}, whose models have "
+                    f"{sizes[-1]:,} to {sizes[0]:,} {budget.unit}. Request a size "
+                    "between the two, or build a chain that reaches it."
                 )
         for pair in by_size:
             if all(
@@ -190,7 +201,7 @@ class Chain:
             + ", ".join(f"{name} {lower.shape[name]} to {value}" for name, value in upper.shape.items())
             for upper, lower in pairs
         )
-        size = [f"num_parameters={num_parameters:,.0f}"] if num_parameters is not None else []
+        size = [f"{budget.name}={num_parameters:,.0f}"] if num_parameters is not None else []
         requested = ", ".join(size + [f"{name}={value}" for name, value in (config or {}).items()])
         raise ValueError(
             f"No two neighboring anchors of the chain in {self.path} lie around {requested}. What lies between them: "
@@ -270,10 +281,6 @@ class Chain:
             ConnectionError: the upload was cut off.
         """
         return Push(private, token, revision, commit_message, own_repos).send(self, repo_id)
-
-
-def _holds(pair: tuple[Anchor, Anchor], num_parameters: float) -> bool:
-    return pair[1].num_parameters <= num_parameters <= pair[0].num_parameters
 
 
 def _local_folder(path_or_hub_id: str | Path) -> Path | None:

@@ -25,7 +25,7 @@ def build(flags: list[str]) -> None:
     """
     parser = _Parser(
         prog="cbd-trl build",
-        usage="cbd-trl build RECIPE [--dry-run] [--set KEY=VALUE ...]",
+        usage="cbd-trl build RECIPE [--dry-run] [--shape-search N] [--set KEY=VALUE ...]",
         description="Distill a chain of anchors from a source model, as a recipe describes it. Run again, the command "
         "goes on where it was interrupted.",
         epilog=f"A recipe is a YAML file such as {_SKETCH}; docs/guides/recipes.md lists its keys, and the training "
@@ -45,6 +45,12 @@ def build(flags: list[str]) -> None:
         metavar="KEY=VALUE",
         help="Another value for a key of the recipe: --set source=DIR, --set args.max_steps=20. Can be repeated.",
     )
+    parser.add_argument(
+        "--shape-search",
+        metavar="N",
+        help="Compare N shapes for each anchor given by its size, and build the one that loses least untrained; the "
+        "same as --set shape_search=N. A dry run lists the shapes.",
+    )
     parser.add_argument("--list-recipes", action="store_true", help="List the recipes that come with cbd-trl.")
     arguments, unknown = parser.parse_known_args(flags)
     if unknown:
@@ -57,7 +63,8 @@ def build(flags: list[str]) -> None:
     elif arguments.recipe is None:
         parser.error(f"A recipe is missing: name a file, or one of {', '.join(shipped_recipes())}")
     else:
-        _run(arguments.recipe, arguments.set, arguments.dry_run)
+        searched = [] if arguments.shape_search is None else [f"shape_search={arguments.shape_search}"]
+        _run(arguments.recipe, [*arguments.set, *searched], arguments.dry_run)
 
 
 def _run(name: str, changes: list[str], dry_run: bool) -> None:
@@ -70,6 +77,7 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
         how_models_are_used,
         memory_table,
         recipe_table,
+        shapes_table,
     )
     from cbd_trl.recipe.run import build_checked
     from cbd_trl.recipe.schema import RecipeError, read_recipe
@@ -85,6 +93,8 @@ def _run(name: str, changes: list[str], dry_run: bool) -> None:
             print(models)
         # It takes seconds: of a recipe that is to be corrected first it would be counted in vain.
         if dry_run and not check.problems:
+            if (shapes := shapes_table(check)) is not None:
+                console.print(shapes)
             console.print(memory_table(check))
             print(how_it_fits(check))
         print(how_estimated(check))

@@ -178,8 +178,8 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
             else:
                 # The reason why a shape cannot be searched for where it is given.
                 checked = Request(size, config, shape_search=search)
-                assert checked.num_parameters is not None
-                summaries += describe_shapes(opened, checked.num_parameters, search, **options)
+                assert checked.size is not None
+                summaries += describe_shapes(opened, checked.size, search, **options)
         except ValueError as error:
             if len(sizes) == 1:
                 raise

@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
-from cbd_trl.build.plan import Given, Step, plan_step
-from cbd_trl.build.resume import finished_anchors, pinned_commits
+from cbd_trl.build.plan import Given, ShapeSearch, Step, check_search, plan_step
+from cbd_trl.build.resume import chosen_shapes, finished_anchors, pinned_commits
 from cbd_trl.build.source_anchor import SourceAnchor, plan_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
 from cbd_trl.chain.manifest import MANIFEST
@@ -40,6 +40,9 @@ from cbd_trl.recipe.estimate import (
 from cbd_trl.recipe.memory import weight_dtype
 from cbd_trl.recipe.schema import Recipe
 from cbd_trl.report.sweep import RANDOM, REPORTED
+from cbd_trl.shapes.budget import FlopCount
+from cbd_trl.shapes.cut import cut_architecture
+from cbd_trl.shapes.spread import spread_anchors
 from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.trainers.bridge_config import BridgeDistillConfig
 from cbd_trl.trainers.distill_config import DistillConfig
@@ -239,6 +242,7 @@ def plan_costs(
         teacher: config of the source, where there is a bridge.
     """
     recipe, args = check.recipe, check.args or default_args(check.recipe)
+    search = check.attempt("shape_search", lambda: _shape_search(recipe))
     speed = check.speed = measure_speed(args, source.sizes["width"])
     names, upper = [anchor_name(source.num_parameters)], source
     if check.bridge is not None and teacher is not None:
@@ -257,13 +261,23 @@ def plan_costs(
         if anchor.model is not None:
             check.attempt(f"{place}.model", partial(_check_weights, anchor.model))
             _check_revision(check, place, anchor.model, anchor.revision)
-        planned = partial(plan_step, upper, anchor.target, position, own, None, names, given)
+        planned = partial(plan_step, upper, anchor.target, position, own, None, names, given, search)
         step = check.attempt(place, planned)
         if step is None:
             continue
         check.steps.append(step)
         check.costs.append(anchor_cost(upper, step, recipe.calibration_tokens, speed))
         names, upper = [*names, step.name], step.architecture
+
+
+def _shape_search(recipe: Recipe) -> ShapeSearch | None:
+    """How shapes are found, with those that an earlier run found; None where all are solved for."""
+    if recipe.shape_search is None:
+        return None
+    chosen = chosen_shapes(Path(recipe.output_dir))
+    search = ShapeSearch(recipe.shape_search, recipe.shape_trainings, recipe.shape_training_steps, chosen)
+    check_search([anchor.target for anchor in recipe.anchors], search)
+    return search
 
 
 def _source_anchor(check: Check, args: DistillConfig) -> SourceAnchor | None:
@@ -435,6 +449,28 @@ def recipe_table(check: Check) -> Table:
         _time(None if None in seconds else sum(second or 0 for second in seconds)),
     )
     return table
+
+
+def shapes_table(check: Check) -> Table | None:
+    """Make a table of the shapes that are compared for anchors given by a size; None where none are.
+
+    Below an anchor whose shape is yet to be found they are those for the first of its shapes.
+
+    Args:
+        check: of a recipe without problems.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="Shapes to compare, the one without a search first")
+    for name in ("anchor", "shape", "parameters", "FLOPs a token"):
+        table.add_column(name, justify="left" if name in ("anchor", "shape") else "right")
+    for number, step in enumerate(check.steps):
+        if step.search is None or number + 1 < check.finished:
+            continue
+        upper = check.costs[number].architecture
+        for fields in spread_anchors(upper, step.search["size"], step.search["shapes"]):
+            one = cut_architecture(upper, fields)
+            counts = map(format_count, (one.num_parameters, FlopCount.of(one)))
+            table.add_row(step.name, describe_shape(one.shape, short=True), *counts)
+    return table if table.row_count else None
 
 
 def memory_table(check: Check) -> Table:

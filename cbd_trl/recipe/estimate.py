@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.build.plan import Step
+from cbd_trl.build.shape_search import SCORED_TOKENS
 from cbd_trl.recipe.memory import (
     Phase,
     anchor_phases,
@@ -293,7 +294,13 @@ def anchor_cost(upper: Architecture, step: Step, calibration_tokens: int, speed:
     # half a forward pass on average. Measured, SmolLM2-135M to 16 layers: 15,000 tokens for 28 blocks.
     chosen = len(measured_blocks(upper, lower.depth)) * calibration_length(upper.config)
     before = _forward_seconds(upper, chosen, speed) + _calibration_seconds(upper, calibration_tokens, speed)
-    return replace(cost, seconds=cost.seconds + before)
+    searched = 0.0
+    if step.search is not None:
+        # What layers cost is measured once for all shapes; each is refitted and compared, the best are trained.
+        each = _calibration_seconds(upper, calibration_tokens, speed) + _forward_seconds(lower, SCORED_TOKENS, speed)
+        searched = step.search["shapes"] * each
+        searched += step.search["trainings"] * step.search["training_steps"] / args.max_steps * cost.seconds
+    return replace(cost, seconds=cost.seconds + before + searched)
 
 
 def bridge_cost(

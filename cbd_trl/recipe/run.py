@@ -10,7 +10,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_trl.build.bridge_step import BridgeStep
 from cbd_trl.build.build import build_chain
-from cbd_trl.build.plan import Step
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.measurements import MEASURED
 from cbd_trl.chain.source import Source
@@ -137,12 +136,15 @@ def build_checked(check: Check, on_stage: Callable[[str], None] = lambda stage: 
     on_stage("anchors")
     chain = build_chain(
         recipe.source.name,
-        [_anchor(recipe, step, number, tokenizer) for number, step in enumerate(check.steps)],
+        [_anchor(recipe, number, tokenizer) for number in range(len(recipe.anchors))],
         dataset=dataset,
         output_dir=recipe.output_dir,
         args=args,
         bridge=_bridge(check, tokenizer),
         calibration_tokens=recipe.calibration_tokens,
+        shape_search=recipe.shape_search,
+        shape_trainings=recipe.shape_trainings,
+        shape_training_steps=recipe.shape_training_steps,
         revision=recipe.source.revision,
     )
     if recipe.evaluation is not None and blocks is not None and state.is_main_process:
@@ -153,12 +155,11 @@ def build_checked(check: Check, on_stage: Callable[[str], None] = lambda stage: 
     return chain
 
 
-def _anchor(recipe: Recipe, step: Step, number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """An anchor as `build_chain` takes it: a model, or a shape, so that one given by its size may have own args."""
+def _anchor(recipe: Recipe, number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """An anchor as `build_chain` takes it, with arguments and text of its own."""
     anchor = recipe.anchors[number]
-    args = anchor_args(recipe, anchor.args)
-    model = {"model": anchor.model, "revision": anchor.revision}
-    own: dict[str, Any] = {**(step.architecture.shape if anchor.model is None else model), "args": args}
+    args, target = anchor_args(recipe, anchor.args), anchor.target
+    own: dict[str, Any] = {**(target if isinstance(target, Mapping) else {"size": target}), "args": args}
     if anchor.data:
         own["dataset"] = load_data(anchor.data, tokenizer, args.seed, f"anchors[{number}].data")
     return own

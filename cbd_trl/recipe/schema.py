@@ -269,6 +269,9 @@ class RecipeKeys(_Part):
     evaluation: EvaluationPart | None = None
     output_dir: Text = "chain"
     calibration_tokens: Annotated[int, Field(ge=2)] = 8192
+    shape_search: Annotated[int, Field(ge=2)] | None = None
+    shape_trainings: Annotated[int, Field(ge=0)] = 0
+    shape_training_steps: Annotated[int, Field(ge=1)] = 50
     args: Arguments = {}
 
 
@@ -283,6 +286,8 @@ class Recipe(RecipeKeys):
         evaluation: None for no measurement.
         output_dir: the chain's folder.
         calibration_tokens: tokens behind the statistics.
+        shape_search, shape_trainings, shape_training_steps: how shapes of anchors given by a size or a ratio are
+            found, as of `build_chain`.
         args: fields of `DistillConfig`, for every anchor.
         name: of the file.
         problems: what is wrong with the file itself, each with its place; what is wrong is left out of the other

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from numbers import Real
 from typing import Any, Literal
 
 from cbd_trl.architectures import FREE, Architecture
-from cbd_trl.architectures.axes import Axes, axis_length, parse_axes
+from cbd_trl.shapes.budget import Budget, ParameterCount
 from cbd_trl.shapes.cut import cut_architecture, needs_width_multiple_of_heads, width_follows_heads
 from cbd_trl.shapes.depths import Blocks, blocks_for_depth, reachable_depths
 from cbd_trl.surgery.blocks import Fits, anywhere, check_blocks, fitting_layers, spaced_layers
@@ -29,7 +28,7 @@ DepthRule = Literal["blocks", "cut", "grown", "any"]
 _ANCHOR_TOLERANCE = 0.25
 
 
-def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
+def solve_anchor(upper: Architecture, size: float, budget: type[Budget] = ParameterCount) -> dict[str, int]:
     """Solve for the shape of an anchor of a given size: fewer layers down to half of those of `upper`, then narrower.
 
     Depths that leave the pattern of layers that engines have built in (`Architecture.fits`) are not on offer.
@@ -37,6 +36,7 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
     Args:
         upper: architecture of the anchor above (or the source).
         size: above 1 a number of parameters, below 1 a ratio to that of `upper`.
+        budget: what else the size is a number of.
 
     Returns:
         Config fields of the family.
@@ -45,37 +45,37 @@ def solve_anchor(upper: Architecture, size: float) -> dict[str, int]:
         ValueError: the size is not a positive number, not smaller than `upper`, or smaller than anything that can be
             cut from it.
     """
-    total = upper.num_parameters
+    total = budget.of(upper)
     if not _is_positive(size) or size >= total or size == 1:
         raise ValueError(
-            f"An anchor's size must be a number of parameters below the {total:,} of the anchor above, or a ratio "
+            f"An anchor's size must be a number of {budget.unit} below the {total:,} of the anchor above, or a ratio "
             f"between 0 and 1, got {size!r}. List anchors from large to small."
         )
     wanted = size if size > 1 else size * total
     half = -(-upper.depth // 2)
-    depths = [depth for depth in range(half, upper.depth) if _keeps_pattern(depth, upper.depth, upper.fits)]
+    depths = [depth for depth in range(half, upper.depth) if keeps_pattern(depth, upper.depth, upper.fits)]
     # Of a model in whose pattern no depth fits, only the width is changed.
     half = min(depths, default=upper.depth)
     stacks = {depth: spaced_layers(upper.depth, depth, upper.fits) for depth in (*depths, half)}
     shallower = Grid(upper, upper.sizes, upper.depth, {depth: stacks[depth] for depth in depths}, {})
-    by_depth = list(candidates(shallower, wanted))
-    if by_depth and min(option.num_parameters for option in by_depth) <= wanted:
-        return _fields(upper, min(by_depth, key=lambda option: abs(option.num_parameters - wanted)))
+    by_depth = list(candidates(shallower, wanted, budget))
+    if by_depth and min(option.size for option in by_depth) <= wanted:
+        return fields_of(upper, min(by_depth, key=lambda option: abs(option.size - wanted)))
     narrow = {**upper.sizes, "width": 0, "ffn": 0, "group": 0}
     options = by_depth + [
         option
-        for option in candidates(Grid(upper, narrow, upper.depth, {half: stacks[half]}, {}), wanted)
-        if option.num_parameters < total
+        for option in candidates(Grid(upper, narrow, upper.depth, {half: stacks[half]}, {}), wanted, budget)
+        if option.size < total
     ]
-    best = _nearest(options, wanted, _ANCHOR_TOLERANCE) if options else None
-    if best is None or abs(best.num_parameters - wanted) > _ANCHOR_TOLERANCE * wanted:
-        smallest = min((option.num_parameters for option in options), default=total)
+    best = nearest_candidate(options, wanted, _ANCHOR_TOLERANCE) if options else None
+    if best is None or abs(best.size - wanted) > _ANCHOR_TOLERANCE * wanted:
+        smallest = min((option.size for option in options), default=total)
         raise ValueError(
-            f"No anchor of about {wanted:,.0f} parameters can be cut from one of {total:,} ({upper.shape}): the "
-            f"smallest has {smallest:,}{f', the nearest {best.num_parameters:,}' if best else ''}. Choose one of "
+            f"No anchor of about {wanted:,.0f} {budget.unit} can be cut from one of {total:,} ({upper.shape}): the "
+            f"smallest has {smallest:,}{f', the nearest {best.size:,}' if best else ''}. Choose one of "
             "these, or give the anchor's config fields."
         )
-    return _fields(upper, best)
+    return fields_of(upper, best)
 
 
 def nearest_architecture(upper: Architecture, wanted: Architecture) -> Architecture:
@@ -107,26 +107,29 @@ def solve_target(
     upper: Architecture,
     lower: Architecture,
     block_map: Blocks,
-    num_parameters: float | None = None,
+    size: float | None = None,
     config: Mapping[str, Any] | None = None,
     tolerance: float = 0.03,
     depth_rule: DepthRule = "blocks",
     kept: Sequence[int] | None = None,
     costs: Sequence[float] | None = None,
+    budget: type[Budget] = ParameterCount,
 ) -> dict[str, int]:
     """Solve for the shape of a target between two anchors: the fields given exactly, the others near the line.
 
     Args:
         upper, lower: architectures of the two anchors.
         block_map: for each lower layer the upper layers it stands for.
-        num_parameters: size wanted; None: the fields that `config` leaves out go where those it gives are on the line.
+        size: size wanted, in the unit of `budget`; None: the fields that `config` leaves out go where those it gives
+            are on the line.
         config: config fields to fix.
-        tolerance: largest |size - num_parameters| / num_parameters.
+        tolerance: largest |size of the shape - size| / size.
         depth_rule: "blocks" for the depths that whole blocks give, "cut", "grown" or "any" for every depth between.
             Where engines tell layers apart by position (`Architecture.fits`), depths that would leave one elsewhere
             are made only if `config` has them, but for "any", which leaves the pattern to the caller.
         kept: for each lower layer the upper layer it was cut from; None: the last of its block.
         costs: as in `blocks_for_depth`; which layers a target has matters to its size where their tensors differ.
+        budget: what size is meant: parameters, or FLOPs a token.
 
     Returns:
         All shape fields of the family.
@@ -136,73 +139,26 @@ def solve_target(
             `tolerance`; the message holds what is possible.
     """
     fields = dict(config or {})
-    if num_parameters is None and not fields:
+    if size is None and not fields:
         raise ValueError(
-            "Nothing was requested: give num_parameters, or config with fields such as " + ", ".join(upper.shape) + "."
+            f"Nothing was requested: give {budget.name}, or config with fields such as " + ", ".join(upper.shape) + "."
         )
-    if num_parameters is not None and not _is_positive(num_parameters):
-        raise ValueError(f"num_parameters must be a positive number, got {num_parameters!r}.")
+    if size is not None and not _is_positive(size):
+        raise ValueError(f"{budget.name} must be a positive number, got {size!r}.")
     _check_pair(upper, lower)
     _check_range(upper, lower, fields)
-    if num_parameters is not None:
-        _check_size_range(upper, lower, num_parameters, tolerance)
-    grid = _grid(upper, lower, block_map, kept, fields, depth_rule, costs)
-    options = list(candidates(grid, num_parameters))
+    if size is not None:
+        _check_size_range(upper, lower, size, tolerance, budget)
+    grid = grid_between(upper, lower, block_map, kept, fields, depth_rule, costs)
+    options = list(candidates(grid, size, budget))
     if not options:
         raise ValueError(_impossible(grid, fields))
-    if num_parameters is None:
-        return _fields(upper, min(options, key=lambda option: option.strain))
-    best = _nearest(options, num_parameters, tolerance)
-    if abs(best.num_parameters - num_parameters) > tolerance * num_parameters:
-        raise ValueError(_too_far(upper, options, num_parameters, tolerance, fields))
-    return _fields(upper, best)
-
-
-def spread_targets(
-    upper: Architecture,
-    lower: Architecture,
-    block_map: Blocks,
-    num_parameters: float,
-    count: int,
-    tolerance: float = 0.03,
-    depth_rule: DepthRule = "blocks",
-    kept: Sequence[int] | None = None,
-    costs: Sequence[float] | None = None,
-) -> list[dict[str, int]]:
-    """List shapes of one size between two anchors: that of `solve_target`, then others, each as far as can be from
-    those before it.
-
-    Of every depth and width (and heads and experts that go with it) the FFN width is taken that comes nearest to the
-    size; far is meant in fractions of the way from the lower to the upper anchor.
-
-    Args:
-        upper, lower, block_map, num_parameters, tolerance, depth_rule, kept, costs: as of `solve_target`.
-        count: the most shapes to list.
-
-    Returns:
-        All shape fields of the family, for 1 to `count` shapes.
-
-    Raises:
-        ValueError: as `solve_target`.
-    """
-    fields = solve_target(upper, lower, block_map, num_parameters, None, tolerance, depth_rule, kept, costs)
-    grid = _grid(upper, lower, block_map, kept, {}, depth_rule, costs)
-    nearest: dict[tuple[int, ...], Candidate] = {}
-    for option in candidates(grid, num_parameters):
-        place = (option.depth, *(size for dim, size in option.sizes.items() if dim != "ffn"))
-        best = nearest.get(place, option)
-        nearest[place] = min(best, option, key=lambda one: abs(one.num_parameters - num_parameters))
-    allowed = tolerance * num_parameters
-    options = [option for option in nearest.values() if abs(option.num_parameters - num_parameters) <= allowed]
-    found, start = [fields], _place(grid, *upper.resolve_sizes(fields))
-    places = [_place(grid, option.depth, option.sizes) for option in options]
-    distances = [math.dist(start, one) for one in places]
-    while len(found) < count and max(distances, default=0.0) > 0:
-        furthest = distances.index(max(distances))
-        if (shape := _fields(upper, options[furthest])) != fields:
-            found.append(shape)
-        distances = [min(had, math.dist(places[furthest], one)) for had, one in zip(distances, places, strict=True)]
-    return found
+    if size is None:
+        return fields_of(upper, min(options, key=lambda option: option.strain))
+    best = nearest_candidate(options, size, tolerance)
+    if abs(best.size - size) > tolerance * size:
+        raise ValueError(_too_far(upper, options, size, tolerance, fields, budget))
+    return fields_of(upper, best)
 
 
 def list_sizes(
@@ -214,7 +170,7 @@ def list_sizes(
         `num_parameters`: [smallest, largest]; `shape`: for every config field the values on offer, ascending.
     """
     _check_pair(upper, lower)
-    grid = _grid(upper, lower, block_map, kept, {}, "blocks")
+    grid = grid_between(upper, lower, block_map, kept, {}, "blocks")
     low, high = lower.sizes, upper.sizes
     values = {
         "layer": list(grid.depths),
@@ -239,7 +195,7 @@ class Candidate:
 
     Args:
         depth, sizes: number of layers and every atomic size.
-        num_parameters: a tied table counted once.
+        size: in the unit of the budget.
         strain: root mean square distance of its dimensions' fractions from their mean (0: on the line), at the FFN
             width that would give the requested size exactly; for the part of the size that no FFN width gives, more.
         on_stair: whether depth and width are a stair of the staircase along the line.
@@ -247,44 +203,9 @@ class Candidate:
 
     depth: int
     sizes: dict[str, int]
-    num_parameters: int
+    size: int
     strain: float
     on_stair: bool
-
-
-class ParameterCount:
-    """Closed form of `Architecture.num_parameters` for other layers and sizes."""
-
-    def __init__(self, architecture: Architecture) -> None:
-        family, config = architecture.family, architecture.config
-        tensors = dict(family.tensors(config))
-        if architecture.tied:
-            tensors.pop(f"{family.head}.weight", None)
-        self._outer = [parse_axes(text) for text in tensors.values()]
-        self._kinds = [architecture.kind(layer) for layer in range(architecture.depth)]
-        first = {kind: self._kinds.index(kind) for kind in set(self._kinds)}
-        self._layer: dict[str | None, list[Axes]] = {kind: [] for kind in first}
-        for key in architecture.stored:
-            for kind, layer in first.items():
-                if architecture.split_name(key)[0] == layer:
-                    self._layer[kind].append(architecture.tensors[key])
-
-    def outer(self, sizes: Mapping[str, int]) -> int:
-        """Count the parameters outside the layers."""
-        return _count(self._outer, sizes)
-
-    def stack(self, sizes: Mapping[str, int], layers: Iterable[int]) -> int:
-        """Count the parameters of these layers."""
-        kinds = Counter(self._kinds[layer] for layer in layers)
-        return sum(number * _count(self._layer[kind], sizes) for kind, number in kinds.items())
-
-    def __call__(self, layers: Iterable[int], sizes: Mapping[str, int]) -> int:
-        """Count the parameters of a model of these layers."""
-        return self.outer(sizes) + self.stack(sizes, layers)
-
-
-def _count(tensors: Iterable[Axes], sizes: Mapping[str, int]) -> int:
-    return sum(math.prod(axis_length(axis, sizes) for axis in axes) for axes in tensors)
 
 
 @dataclass(frozen=True)
@@ -315,7 +236,7 @@ class Grid:
         return math.gcd(_MULTIPLE, self.low[dim], self.upper.sizes[dim])
 
 
-def _grid(
+def grid_between(
     upper: Architecture,
     lower: Architecture,
     block_map: Blocks,
@@ -324,6 +245,7 @@ def _grid(
     depth_rule: DepthRule,
     costs: Sequence[float] | None = None,
 ) -> Grid:
+    """Find what a target between two anchors may choose from; arguments as of `solve_target`."""
     check_blocks(block_map, lower.depth, upper.depth)
     fixed = {upper.family.shape_fields[field]: value for field, value in fields.items()}
     # A depth that is requested by name may leave the pattern that engines have built in.
@@ -332,9 +254,9 @@ def _grid(
     if depth_rule == "blocks":
         depths = reachable_depths(upper.depth, block_map, kept, fits)
     elif depth_rule == "cut":
-        depths = [depth for depth in depths if _keeps_pattern(depth, upper.depth, fits)]
+        depths = [depth for depth in depths if keeps_pattern(depth, upper.depth, fits)]
     elif depth_rule == "grown" and "layer" not in fixed:
-        depths = [depth for depth in depths if _keeps_pattern(lower.depth, depth, lambda i, j: lower.fits(j, i))]
+        depths = [depth for depth in depths if keeps_pattern(lower.depth, depth, lambda i, j: lower.fits(j, i))]
     if "layer" in fixed:
         if fixed["layer"] not in depths:
             raise ValueError(
@@ -358,14 +280,14 @@ def _stack(
     return [layer for i, block in enumerate(block_map) for layer in (block if i in swapped else [own[i]])]
 
 
-def _keeps_pattern(kept: int, total: int, fits: Fits) -> bool:
+def keeps_pattern(kept: int, total: int, fits: Fits) -> bool:
     """Check whether so many layers can be chosen that each comes to stand where it belongs."""
     return fitting_layers(spaced_layers(total, kept), total, fits) is not None
 
 
-def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
+def candidates(grid: Grid, size: float | None, budget: type[Budget]) -> Iterator[Candidate]:
     """Yield all shapes of the grid; where the FFN width is free, those nearest to the size (None: to the line)."""
-    count = ParameterCount(grid.upper)
+    count = budget(grid.upper)
     choices = list(_widths_and_heads(grid))
     stairs = _stairs(grid, sorted({sizes["width"] for sizes in choices}))
     for sizes in choices:
@@ -374,16 +296,16 @@ def candidates(grid: Grid, num_parameters: float | None) -> Iterator[Candidate]:
         for depth, layers in grid.depths.items():
             stack = count.stack(empty, layers)
             neurons = count.stack({**sizes, "ffn": 1}, layers) - stack
-            if num_parameters is None:
+            if size is None:
                 wanted = _ffn_on_line(grid, depth, sizes)
             else:
-                wanted = (num_parameters - outer - stack) / neurons
+                wanted = (size - outer - stack) / neurons
             # Measured before rounding to an FFN width on offer, or neighboring stairs would take turns.
             dial = _ffn_in_range(grid, wanted)
             strain = _strain(grid, depth, {**sizes, "ffn": dial})
-            if num_parameters is not None:
-                missed = outer + stack + dial * neurons - num_parameters
-                strain += _STRAIN_OF_SIZE * abs(missed) / num_parameters
+            if size is not None:
+                missed = outer + stack + dial * neurons - size
+                strain += _STRAIN_OF_SIZE * abs(missed) / size
             for ffn in _ffn_near(grid, dial):
                 shape = {**sizes, "ffn": ffn}
                 total = outer + stack + ffn * neurons
@@ -532,7 +454,7 @@ def _strain(grid: Grid, depth: int, sizes: Mapping[str, float]) -> float:
     return strain + (_ODD_WIDTH_STRAIN if odd else 0.0)
 
 
-def _place(grid: Grid, depth: int, sizes: Mapping[str, int]) -> list[float]:
+def place(grid: Grid, depth: int, sizes: Mapping[str, int]) -> list[float]:
     """Compute how far along the way every dimension is; 0 where the anchors agree."""
     values = {**{dim: size for dim, size in sizes.items() if dim in FREE}, "layer": depth}
     return [grid.fraction(dim, value) or 0.0 for dim, value in values.items()]
@@ -543,12 +465,12 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and float(value) > 0
 
 
-def _nearest(options: Sequence[Candidate], wanted: float, tolerance: float) -> Candidate:
+def nearest_candidate(options: Sequence[Candidate], wanted: float, tolerance: float) -> Candidate:
     """Choose the shape of least strain within the tolerance, on the staircase along the line if any is; else that of
     the nearest size."""
 
     def error(option: Candidate) -> float:
-        return abs(option.num_parameters - wanted) / wanted
+        return abs(option.size - wanted) / wanted
 
     within = [option for option in options if error(option) <= tolerance]
     if not within:
@@ -556,7 +478,8 @@ def _nearest(options: Sequence[Candidate], wanted: float, tolerance: float) -> C
     return min(within, key=lambda option: (not option.on_stair, option.strain, error(option)))
 
 
-def _fields(upper: Architecture, option: Candidate) -> dict[str, int]:
+def fields_of(upper: Architecture, option: Candidate) -> dict[str, int]:
+    """List the config fields of a shape on offer."""
     values = {**option.sizes, "layer": option.depth, "heads": option.sizes["group"] * option.sizes["query"]}
     return {field: values[dim] for field, dim in upper.family.shape_fields.items()}
 
@@ -586,12 +509,14 @@ def _check_range(upper: Architecture, lower: Architecture, fields: Mapping[str, 
             )
 
 
-def _check_size_range(upper: Architecture, lower: Architecture, wanted: float, tolerance: float) -> None:
-    low, high = lower.num_parameters, upper.num_parameters
+def _check_size_range(
+    upper: Architecture, lower: Architecture, wanted: float, tolerance: float, budget: type[Budget]
+) -> None:
+    low, high = budget.of(lower), budget.of(upper)
     if not low * (1 - tolerance) <= wanted <= high * (1 + tolerance):
         raise ValueError(
-            f"num_parameters={wanted:,.0f} is outside what lies between the two anchors, {low:,} to {high:,}. Choose "
-            "a size in that range (sizes above 1 are parameter counts: 138e6 is 138M)."
+            f"{budget.name}={wanted:,.0f} is outside what lies between the two anchors, {low:,} to {high:,}. Choose "
+            f"a size in that range (sizes above 1 are {budget.unit}: 138e6 is 138M)."
         )
 
 
@@ -614,11 +539,16 @@ def _impossible(grid: Grid, fields: Mapping[str, int]) -> str:
 
 
 def _too_far(
-    upper: Architecture, options: Sequence[Candidate], wanted: float, tolerance: float, fields: Mapping[str, int]
+    upper: Architecture,
+    options: Sequence[Candidate],
+    wanted: float,
+    tolerance: float,
+    fields: Mapping[str, int],
+    budget: type[Budget],
 ) -> str:
-    below = max((o for o in options if o.num_parameters <= wanted), key=lambda o: o.num_parameters, default=None)
-    above = min((o for o in options if o.num_parameters > wanted), key=lambda o: o.num_parameters, default=None)
-    sides = [f"{o.num_parameters:,} ({_fields(upper, o)})" for o in (below, above) if o is not None]
+    below = max((o for o in options if o.size <= wanted), key=lambda o: o.size, default=None)
+    above = min((o for o in options if o.size > wanted), key=lambda o: o.size, default=None)
+    sides = [f"{o.size:,} ({fields_of(upper, o)})" for o in (below, above) if o is not None]
     given = f" with {dict(fields)}" if fields else ""
     depth = next(field for field, dim in upper.family.shape_fields.items() if dim == "layer")
     others = ""
@@ -628,7 +558,7 @@ def _too_far(
             f"one ({{{depth!r}: ...}})."
         )
     return (
-        f"No reachable size{given} is within tolerance={tolerance:g} of num_parameters={wanted:,.0f}. Nearest: "
+        f"No reachable size{given} is within tolerance={tolerance:g} of {budget.name}={wanted:,.0f}. Nearest: "
         f"{' and '.join(sides)}. Choose one of these{',' if fields else ' or'} raise "
         f"tolerance{', or leave fields of config free' if fields else ''}.{others}"
     )

@@ -34,15 +34,8 @@ _BLOCK_ELEMENTS = 2**19
 _Costs = dict[tuple[int, int], dict[int, float]]
 
 
-@torch.no_grad()
-def cheapest_blocks(
-    model: nn.Module,
-    architecture: Architecture,
-    depth: int,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    held_out: Mapping[str, torch.Tensor],
-) -> list[Block]:
-    """Split the layers of a model into consecutive blocks, one for each layer of a shallower model.
+class BlockSearch:
+    """Splits the layers of a model into consecutive blocks, one for each layer of a shallower model.
 
     Every block considered is measured alone: its first or its last layer, refitted (`refit_layers`) to end where the
     block ends, takes the place of the block, and the cost is the divergence KL(model || changed model) on held-out
@@ -51,47 +44,81 @@ def cheapest_blocks(
     which writes what the head reads, is a block of its own.
 
     A sample of the positions bounds each cost from below. The best way by these bounds is measured on all positions,
-    again and again, until the best way is one that is measured whole: what cannot be a part of it is not.
+    again and again, until the best way is one that is measured whole: what cannot be a part of it is not. What was
+    measured for one depth is known for the next.
 
     Args:
         model: the model; the same after as before.
         architecture: of the model.
-        depth: number of blocks, 1 to the model's own depth.
         batches: model inputs of text to refit on, without padding.
         held_out: model inputs of other text to measure on.
-
-    Returns:
-        the blocks in order, with the layer that each keeps and what it costs, in nats per token.
-
-    Raises:
-        ValueError: the depth is out of range, or there is no text.
     """
-    total = architecture.depth
-    even = spaced_blocks(total, depth, architecture.fits)
-    if depth in (1, total):
-        return even
-    if not batches:
-        raise ValueError("There is no calibration text to choose the layers by. Give at least one batch.")
-    rule, blocks = _rule_and_blocks(architecture, depth)
-    candidates = {block: {kept: _Candidate(block, kept) for kept in block} for block in blocks}
-    # A step for each candidate's bound and, at most, for its whole cost.
-    with Progress("Choosing layers", total=4 * len(blocks)) as bar:
-        measure = _Measure(model, architecture, batches, held_out)
-        while True:
-            costs = _single(total)
-            costs |= {block: {kept: one.cost for kept, one in pair.items()} for block, pair in candidates.items()}
-            found = _shortest_path(costs, total, depth, *rule)
-            chosen = [candidates[b.layers[0], b.layers[-1]][b.kept] for b in found if len(b.layers) > 1]
-            unknown = [candidate for candidate in chosen if not candidate.whole]
-            if not unknown:
-                return found
-            unbounded = [candidate for candidate in unknown if candidate.hidden_ND is None]
-            for candidate in unbounded:
-                measure.bound(candidate)
-                bar.update()
-            if not unbounded:
-                measure.measure_whole(unknown)
-                bar.update(len(unknown))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        held_out: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._model, self._architecture, self._batches, self._held_out = model, architecture, batches, held_out
+        self._measure: _Measure | None = None
+        self._candidates: dict[tuple[int, int], dict[int, _Candidate]] = {}
+
+    @torch.no_grad()
+    def cheapest(self, depth: int) -> list[Block]:
+        """Find the cheapest way to split the layers.
+
+        Args:
+            depth: number of blocks, 1 to the model's own depth.
+
+        Returns:
+            the blocks in order, with the layer that each keeps and what it costs, in nats per token.
+
+        Raises:
+            ValueError: the depth is out of range, or there is no text.
+        """
+        total = self._architecture.depth
+        even = spaced_blocks(total, depth, self._architecture.fits)
+        if depth in (1, total):
+            return even
+        if not self._batches:
+            raise ValueError("There is no calibration text to choose the layers by. Give at least one batch.")
+        rule, blocks = _rule_and_blocks(self._architecture, depth)
+        candidates = {
+            block: self._candidates.setdefault(block, {kept: _Candidate(block, kept) for kept in block})
+            for block in blocks
+        }
+        # A step for each candidate's bound and, at most, for its whole cost.
+        with Progress("Choosing layers", total=4 * len(blocks)) as bar:
+            measure = self._measure or _Measure(self._model, self._architecture, self._batches, self._held_out)
+            self._measure = measure
+            while True:
+                costs = _single(total)
+                costs |= {block: {kept: one.cost for kept, one in pair.items()} for block, pair in candidates.items()}
+                found = _shortest_path(costs, total, depth, *rule)
+                chosen = [candidates[b.layers[0], b.layers[-1]][b.kept] for b in found if len(b.layers) > 1]
+                unknown = [candidate for candidate in chosen if not candidate.whole]
+                if not unknown:
+                    return found
+                unbounded = [candidate for candidate in unknown if candidate.hidden_ND is None]
+                for candidate in unbounded:
+                    measure.bound(candidate)
+                    bar.update()
+                if not unbounded:
+                    measure.measure_whole(unknown)
+                    bar.update(len(unknown))
+
+
+def cheapest_blocks(
+    model: nn.Module,
+    architecture: Architecture,
+    depth: int,
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    held_out: Mapping[str, torch.Tensor],
+) -> list[Block]:
+    """Split the layers of a model into so many blocks, once; see `BlockSearch`."""
+    return BlockSearch(model, architecture, batches, held_out).cheapest(depth)
 
 
 def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, int]]:

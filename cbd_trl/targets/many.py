@@ -15,7 +15,7 @@ from datasets import Dataset
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import dims_of, tensor_shape
 from cbd_trl.chain.chain import Chain
-from cbd_trl.surgery.weights import reader_keys
+from cbd_trl.shapes.budget import FlopCount
 from cbd_trl.targets.calibrate import calibration_tokens
 from cbd_trl.targets.from_chain import choose_shape, load_pair, make_model
 from cbd_trl.targets.operators import Pair
@@ -234,8 +234,7 @@ def describe_shapes(
 def multiplied_weights(architecture: Architecture) -> int:
     """Count the weights of all matrices that a hidden state is multiplied with, a tied table among them; of experts
     those that a token is sent to."""
-    readers = {reader for site in architecture.sites for reader in site.readers}
-    return architecture.active(reader_keys(reader, architecture.tensors, architecture)[0] for reader in readers)
+    return FlopCount.of(architecture) // FlopCount.price
 
 
 def _directories(folder: Path, sizes: Sequence[float]) -> Iterator[tuple[float, Path]]:
@@ -255,20 +254,20 @@ class _Maker:
         self._pair: Pair | None = None
 
     def make(self, request: Request, directory: Path) -> MadeTarget:
-        assert request.num_parameters is not None
+        assert request.size is not None
         check_replaceable(directory)
         targets = find_targets(self._chain, request)
         tokens = self._calibration(targets[0])
         record = self._record(request, targets[0], tokens)
         provenance = _made_before(directory, record)
         if provenance is not None:
-            return MadeTarget(request.num_parameters, directory, provenance, kept=True)
+            return MadeTarget(request.size, directory, provenance, kept=True)
         pair = self._loaded(targets[0])
         target = choose_shape(targets, request, tokens, pair)
         model = make_model(self._chain, request, target, tokens, self._dtype, pair)
         model.config.cbd_trl["request"] = record
         save_model(model, self._chain, directory)
-        return MadeTarget(request.num_parameters, directory, model.config.cbd_trl)
+        return MadeTarget(request.size, directory, model.config.cbd_trl)
 
     def _calibration(self, target: Target) -> TokenBlocks | None:
         if self._dataset is None or target.operator == ANCHOR:
@@ -287,11 +286,11 @@ class _Maker:
 
     def _record(self, request: Request, target: Target, tokens: TokenBlocks | None) -> dict[str, Any]:
         """Collect all that decides what is made, as JSON keeps it."""
-        assert request.num_parameters is not None
+        assert request.size is not None
         text = None if tokens is None else hashlib.sha256(tokens.input_ids.numpy().tobytes()).hexdigest()
         return {
             "chain": self._chain.checksum,
-            "num_parameters": float(request.num_parameters),
+            "num_parameters": float(request.size),
             "config": None if request.config is None else dict(request.config),
             "operator": request.operator,
             "alpha": request.alpha,
@@ -316,7 +315,7 @@ def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) 
     sizes = architecture.sizes
     attending = sum(site.axis[0] == "group" for site in architecture.sites)
     return TargetSummary(
-        requested=request.num_parameters,
+        requested=request.size,
         num_parameters=architecture.num_parameters,
         active_parameters=architecture.num_active_parameters,
         embedding_parameters=_embedding_parameters(architecture),
@@ -327,7 +326,7 @@ def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) 
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=architecture.num_parameters * kind.itemsize,
         cache_bytes=2 * attending * sizes["group"] * sizes["dim"] * kind.itemsize,
-        flops=2 * multiplied_weights(architecture),
+        flops=FlopCount.of(architecture),
         attention_flops=4 * attending * sizes["group"] * sizes["query"] * sizes["dim"],
         engine_limit=architecture.engine_limit(),
         score=target.score,

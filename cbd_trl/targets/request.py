@@ -11,8 +11,10 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
+from cbd_trl.shapes.budget import Budget, ParameterCount
 from cbd_trl.shapes.cut import cut_architecture
-from cbd_trl.shapes.solve import solve_target, spread_targets
+from cbd_trl.shapes.solve import solve_target
+from cbd_trl.shapes.spread import spread_targets
 from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS, Pair
 
 # The operator of a target that is an anchor as it is.
@@ -21,18 +23,19 @@ ANCHOR = "anchor"
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of `from_chain` that choose the target.
+    """The arguments of `from_chain` that choose the target; `size` is in the unit of `budget`.
 
     Raises:
         ValueError: one that is invalid whatever the chain.
     """
 
-    num_parameters: float | None = None
+    size: float | None = None
     config: Mapping[str, int] | None = None
     operator: str = DEFAULT_OPERATOR
     alpha: float | None = None
     tolerance: float = 0.03
     shape_search: int | None = None
+    budget: type[Budget] = ParameterCount
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
@@ -45,16 +48,17 @@ class Request:
             )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie between 0 (the upper anchor alone) and 1 (the lower one).")
-        if self.num_parameters is None and not self.config:
+        if self.size is None and not self.config:
             raise ValueError(
                 "No size or shape was requested. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or "
                 "both; `Chain.sizes()` lists what a chain can make."
             )
-        size = self.num_parameters
+        size = self.size
         is_number = isinstance(size, Real) and not isinstance(size, bool)
         if size is not None and not (is_number and 0 < size < math.inf):
             raise ValueError(
-                f"num_parameters={size!r} must be a positive number of parameters, for example 138e6 or 138_000_000."
+                f"{self.budget.name}={size!r} must be a positive number of {self.budget.unit}, for example 138e6 or "
+                "138_000_000."
             )
         if self.shape_search is not None:
             self._check_shape_search(self.shape_search)
@@ -70,10 +74,10 @@ class Request:
                 f"shape_search={count!r} must be a number of shapes to compare, at least 2, such as 16. None takes "
                 "the shape on the line between the anchors."
             )
-        if self.config or self.num_parameters is None:
+        if self.config or self.size is None:
             raise ValueError(
-                f"shape_search={count} compares shapes of one number of parameters, and config="
-                f"{dict(self.config or {})} gives the shape. Give num_parameters alone, or leave shape_search out."
+                f"shape_search={count} compares shapes of one size, and config={dict(self.config or {})} "
+                f"gives the shape. Give {self.budget.name} alone, or leave shape_search out."
             )
         if OPERATORS[self.operator].depths != "blocks":
             raise ValueError(
@@ -131,14 +135,14 @@ def find_targets(chain: Chain, request: Request) -> list[Target]:
     for anchor in own:
         if _names(request, anchor):
             return [Target((anchor,), anchor.architecture(), ANCHOR)]
-    upper, lower = chain.pair_for(request.num_parameters, request.config, request.tolerance)
+    upper, lower = chain.pair_for(request.size, request.config, request.tolerance, request.budget)
     blocks, operator = lower.block_map or [], OPERATORS[request.operator]
     above, below = upper.architecture(), lower.architecture()
-    rule = (request.tolerance, operator.depths, lower.kept_layers, lower.block_costs)
-    if request.shape_search is None or request.num_parameters is None:
-        shapes = [solve_target(above, below, blocks, request.num_parameters, request.config, *rule)]
+    rule = (request.tolerance, operator.depths, lower.kept_layers, lower.block_costs, request.budget)
+    if request.shape_search is None or request.size is None:
+        shapes = [solve_target(above, below, blocks, request.size, request.config, *rule)]
     else:
-        shapes = spread_targets(above, below, blocks, request.num_parameters, request.shape_search, *rule)
+        shapes = spread_targets(above, below, blocks, request.size, request.shape_search, *rule)
     for anchor in own:
         if anchor.shape == shapes[0]:
             return [Target((anchor,), anchor.architecture(), ANCHOR)]
@@ -188,9 +192,9 @@ def _names(request: Request, anchor: Anchor) -> bool:
     fields = request.config or {}
     if any(anchor.shape.get(field) != value for field, value in fields.items()):
         return False
-    if request.num_parameters is None:
+    if request.size is None:
         return set(fields) == set(anchor.shape)
-    return anchor.num_parameters == int(request.num_parameters)
+    return anchor.size(request.budget) == int(request.size)
 
 
 def target_dtype(dtype: torch.dtype | str | None, anchor: Anchor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Score shapes of one size: without data by the energy that the stored statistics say is lost, or on calibration text.
 
-Both compare shapes at equal parameters: a shape larger or smaller than requested is charged or credited what the line
-between the anchors gives for the difference.
+Both compare shapes at an equal size, in parameters or in what the request's budget counts: a shape larger or smaller
+than requested is charged or credited what the line between the anchors gives for the difference.
 """
 
 import functools
@@ -154,11 +154,12 @@ def _sorted(targets: Sequence[Target], request: Request, scores: Sequence[float]
     Args:
         lower: score of the lower anchor; that of the upper one is 0.
     """
-    above, below = (anchor.num_parameters for anchor in targets[0].anchors)
-    assert request.num_parameters is not None
-    slope, wanted = lower / (above - below), request.num_parameters
+    wanted, budget = request.size, request.budget
+    assert wanted is not None
+    above, below = (anchor.size(budget) for anchor in targets[0].anchors)
+    slope = lower / (above - below)
     scored = [
-        replace(target, score=score + slope * (target.architecture.num_parameters - wanted))
+        replace(target, score=score + slope * (budget.of(target.architecture) - wanted))
         for target, score in zip(targets, scores, strict=True)
     ]
     return sorted(scored, key=lambda target: target.score or 0.0)

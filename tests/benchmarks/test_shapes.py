@@ -1,6 +1,7 @@
 """The shapes of a size with their losses and scores."""
 
 import json
+import re
 
 import pytest
 
@@ -24,12 +25,14 @@ def test_a_run_and_its_resumption(tmp_path, capsys, monkeypatch) -> None:
     size = sum(anchor.num_parameters for anchor in chain.anchors) // 2
     flags = ["--chain", chain.path, "--sizes", size, chain.source.num_parameters, "--output", tmp_path / "out"]
     flags += ["--text", tmp_path / "held_out.jsonl", "--calibration", tmp_path / "calibration.jsonl"]
-    flags += ["--shapes", 3, "--blocks", 2, "--block-length", 16, "--threads", 1]
+    flags += ["--flops", "--shapes", 3, "--blocks", 2, "--block-length", 16, "--threads", 1]
     main([str(flag) for flag in flags])
     report = (tmp_path / "out" / "report.md").read_text()
     # An anchor has no other shapes.
-    assert report.count("(line)") == 1 and report.count("rank correlation") == 3
-    assert len([line for line in report.splitlines() if line.startswith("|")]) == 2 + 3
+    assert report.count("(line)") == 2 and report.count("rank correlation") == 2 * 3
+    assert len([line for line in report.splitlines() if line.startswith("|")]) == 2 * (2 + 3)
+    # Of equal FLOPs the second table.
+    assert re.search(r"^\| [\d.]+k FLOPs a token \|", report, re.MULTILINE)
 
     def nothing(*args, **options):
         raise AssertionError("measured already")

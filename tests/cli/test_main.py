@@ -137,7 +137,7 @@ def test_the_options_of_a_config_are_listed_without_a_copy():
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
-        ("build", ["--dry-run", "--set", "--list-recipes"]),
+        ("build", ["--dry-run", "--shape-search", "--set", "--list-recipes"]),
         ("cache", ["--model_name_or_path", "--dataset_name", "--k", "--learning_rate"]),
         ("distill", ["--divergence {forward_kl,", "--kd_schedule {constant,", "--use_peft", "--learning_rate"]),
         ("bridge", ["--objective", "--divergence {forward_kl,", "--dataset_name"]),

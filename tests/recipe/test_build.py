@@ -157,7 +157,9 @@ def test_another_recipe_over_the_same_folder_is_refused(
 
 
 def test_an_anchor_given_by_its_size_may_have_args_of_its_own(inputs: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(inputs, anchors=[{"ratio": 0.7, "args": {"max_steps": 1}}], evaluation=None)
+    """And a shape that is searched."""
+    searched = {"shape_search": 2, "shape_trainings": 2, "shape_training_steps": 1}
+    recipe = write_recipe(inputs, anchors=[{"ratio": 0.7, "args": {"max_steps": 1}}], evaluation=None, **searched)
     chain = build_recipe(read_recipe(recipe, [f"output_dir={tmp_path / 'chain'}"]))
     other = build_chain(
         inputs / "source",
@@ -168,8 +170,11 @@ def test_an_anchor_given_by_its_size_may_have_args_of_its_own(inputs: Path, tmp_
         output_dir=tmp_path / "other",
         args=DistillConfig(output_dir="unused", **{**ARGS, "max_steps": 1}),
         calibration_tokens=64,
+        **searched,
     )
     _assert_same(chain, other)
+    records = [made.anchors[1].training["shape_search"] for made in (chain, other)]
+    assert records[0] == records[1] and all("trained" in entry for entry in records[0]["scores"])
 
 
 def test_a_size_that_no_target_has_is_named_and_the_others_are_measured(

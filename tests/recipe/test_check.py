@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
+from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.cli.main import main
-from cbd_trl.recipe.check import check_recipe, how_models_are_used
+from cbd_trl.recipe.check import check_recipe, how_models_are_used, shapes_table
 from cbd_trl.recipe.run import build_recipe
 from cbd_trl.recipe.schema import parse_recipe
 from tests.bridge.tokenizers_of_kinds import make_tokenizer
@@ -18,6 +19,7 @@ from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 DEEP = {"num_hidden_layers": 4}
+DEEP_ANCHOR = {"shape": DEEP}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,9 @@ def test_a_recipe_that_is_right_has_no_problems(inputs: Path, tmp_path: Path) ->
         ({"anchors": ["nowhere/small"]}, "anchors[0]: The model of anchors[0] 'nowhere/small' is not a model folder"),
         ({"anchors": [{"size": 5e6}]}, "anchors[0]: "),
         ({"anchors": [{"ratio": 0.001}]}, "anchors[0]: "),
+        ({"shape_search": 4}, "shape_search=4 compares shapes of anchors that are requested by their size"),
+        ({"shape_search": 1}, "shape_search: 1 must be greater than or equal to 2"),
+        ({"shape_search": 4, "shape_trainings": 5, "anchors": [{"ratio": 0.5}]}, "shape_search: shape_trainings=5"),
         ({"args": {**ARGS, "divergence": "reverse-kl"}}, "args.divergence: Unknown divergence 'reverse-kl'"),
         (
             {"anchors": [{"shape": DEEP, "args": {"divergence": "klx"}}]},
@@ -200,6 +205,31 @@ def test_a_source_without_safetensors(inputs: Path, tmp_path: Path) -> None:
     shutil.copytree(inputs / "source", source, ignore=shutil.ignore_patterns("*.safetensors"))
     [problem] = _problems(inputs, tmp_path, source=str(source))
     assert "has no model.safetensors" in problem
+
+
+def test_a_dry_run_lists_the_shapes_of_a_search(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "chain")
+    raw = raw_recipe(inputs, anchors=[DEEP_ANCHOR, {"ratio": 0.5}], shape_search=4, evaluation=None, output_dir=output)
+    check = check_recipe(parse_recipe(raw, "some"))
+    assert check.problems == [] and [step.search is None for step in check.steps] == [True, False]
+    table = shapes_table(check)
+    assert table is not None and table.row_count == 4
+    shapes = list(table.columns[1].cells)
+    assert shapes[0] == describe_shape(check.steps[1].architecture.shape, short=True) and len(set(shapes)) == 4
+    assert shapes_table(check_recipe(parse_recipe({**raw, "shape_search": None}, "some"))) is None
+    # A flag is the key of the same name.
+    recipe = write_recipe(inputs, anchors=raw["anchors"], evaluation=None, output_dir=output)
+    assert main(["build", str(recipe), "--dry-run", "--shape-search", "1"]) == 1
+    assert "shape_search: 1 must be" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_shows_the_shapes(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = write_recipe(inputs, anchors=[0.5], evaluation=None, output_dir=str(tmp_path / "chain"))
+    assert main(["build", str(recipe), "--dry-run", "--shape-search", "3"]) == 0
+    assert "Shapes to compare" in capsys.readouterr().out
 
 
 def test_a_bridge(inputs: Path, teacher: Path, student: Path, tmp_path: Path) -> None:

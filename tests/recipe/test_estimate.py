@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from cbd_trl import DistillConfig
-from cbd_trl.build.plan import plan_chain
+from cbd_trl.build.plan import ShapeSearch, plan_chain
+from cbd_trl.build.shape_search import SCORED_TOKENS
 from cbd_trl.recipe.check import Check, check_recipe, how_estimated, recipe_table
 from cbd_trl.recipe.estimate import (
     Cost,
@@ -150,6 +151,25 @@ def test_time_counts_the_choosing_and_refitting_of_layers(depth: int, blocks: in
     calibration = 1.2 * 64 * (multiplied_weights(upper) + multiplied_weights(one.architecture))
     chosen = blocks * upper.config.max_position_embeddings * multiplied_weights(upper)
     assert untrained == pytest.approx(2 * (calibration + chosen) / SPEED.forward)
+
+
+def test_time_counts_the_shapes_of_a_search() -> None:
+    """Each takes as long as an anchor does before its training, and is compared; the best are trained for a while."""
+    upper, args = described(tiny_model("llama", num_hidden_layers=4))[1], _args(max_steps=8)
+
+    def seconds(search: ShapeSearch | None) -> float:
+        [step] = plan_chain(upper, [0.5], args, None, search=search)
+        return anchor_cost(upper, step, 64, SPEED).seconds or 0.0
+
+    plain, three, five, trained = map(
+        seconds, (None, ShapeSearch(3), ShapeSearch(5), ShapeSearch(5, trainings=2, training_steps=4))
+    )
+    lower = plan_chain(upper, [0.5], args, None)[0].architecture
+    assert three - plain >= 3 * 2 * multiplied_weights(lower) * SCORED_TOKENS / SPEED.forward
+    assert (five - plain) / (three - plain) == pytest.approx(5 / 3)
+    # Twice half of the training.
+    training = anchor_cost(upper, plan_chain(upper, [0.5], _args(max_steps=16), None)[0], 64, SPEED).seconds - plain
+    assert trained - five == pytest.approx(training, rel=0.3)
 
 
 def test_measuring_and_writing_follow_the_weights_and_the_tokens() -> None:

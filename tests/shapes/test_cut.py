@@ -3,8 +3,8 @@
 import pytest
 
 from cbd_trl.architectures import describe
+from cbd_trl.shapes.budget import ParameterCount
 from cbd_trl.shapes.cut import cut_architecture, needs_width_multiple_of_heads, width_follows_heads
-from cbd_trl.shapes.solve import ParameterCount
 from cbd_trl.surgery.blocks import spaced_layers
 from tests.tiny import FAMILIES, LONGROPE, ROWS, WIDTH_OF_HEADS, own_names, tiny_model
 

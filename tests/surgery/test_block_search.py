@@ -10,7 +10,14 @@ from torch import nn
 from cbd_trl.architectures import decoder_layers
 from cbd_trl.losses import fused
 from cbd_trl.surgery import block_search
-from cbd_trl.surgery.block_search import _Candidate, _Measure, _shortest_path, cheapest_blocks, measured_blocks
+from cbd_trl.surgery.block_search import (
+    BlockSearch,
+    _Candidate,
+    _Measure,
+    _shortest_path,
+    cheapest_blocks,
+    measured_blocks,
+)
 from cbd_trl.surgery.blocks import Block, anywhere, check_blocks
 from cbd_trl.surgery.refit import layer_inputs, output_projection, refit_layer
 from tests.largest_tensor import LargestTensor
@@ -157,3 +164,18 @@ def test_bad_input():
         cheapest_blocks(model, architecture, 7, FIT, HELD_OUT)
     with pytest.raises(ValueError, match="calibration"):
         cheapest_blocks(model, architecture, 4, [], HELD_OUT)
+
+
+def test_what_one_depth_measured_the_next_one_knows(monkeypatch):
+    model = deep_model()
+    architecture = described(model)[1]
+    wanted = [cheapest_blocks(model, architecture, depth, FIT, HELD_OUT) for depth in (4, 3)]
+    search, measured = BlockSearch(model, architecture, FIT, HELD_OUT), []
+    bound = _Measure.bound
+    monkeypatch.setattr(
+        _Measure, "bound", lambda self, one: (measured.append((one.block, one.kept)), bound(self, one))
+    )
+    assert [search.cheapest(depth) for depth in (4, 3)] == wanted
+    assert len(set(measured)) == len(measured)
+    count = len(measured)
+    assert search.cheapest(4) == wanted[0] and len(measured) == count
