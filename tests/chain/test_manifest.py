@@ -16,7 +16,7 @@ from cbd_trl.chain.chain import STATISTICS_FILE, Chain, write_anchor
 from cbd_trl.chain.manifest import AnchorRecord
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
-from tests.tiny import FAMILIES, MIXTURES, WIDTH_OF_HEADS, own_names, tiny_model
+from tests.tiny import MIXTURES, WIDTH_OF_HEADS, by_head, own_names, tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 BLOCKS = blocks_of(spaced_layers(4, 3))
@@ -77,9 +77,9 @@ def edit(folder, change, seal=True):
     file.write_text(json.dumps(body))
 
 
-@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_written_is_read(family, options, tmp_path):
+@pytest.mark.parametrize(("family", "tied"), by_head())
+def test_what_is_written_is_read(family, tied, tmp_path):
+    options = {"tie_word_embeddings": tied}
     chain = Chain.from_pretrained(write(tmp_path / "chain", family, **options))
     tokens = torch.arange(3, 12)[None]
     assert [anchor.name for anchor in chain.anchors] == NAMES
