@@ -143,6 +143,27 @@ def test_a_merged_adapter_says_what_the_adapter_says(run, chain, tmp_path):
     )
 
 
+def test_a_prompt_is_built_into_an_adapter(tmp_path, monkeypatch):
+    """Its base with the prompt is its teacher, on answers that it wrote."""
+    model, files = tiny_model("llama"), {name: tmp_path / f"{name}.json" for name in ("before", "rows")}
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    files["before"].write_text(json.dumps([{"role": "user", "content": "w1 w2"}]))
+    files["rows"].write_text("".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) + "\n" for i in range(8)))
+    where = ["--model", "model", "--before", "before.json", "--dataset", "rows.json", "--output_dir", "out"]
+    script = str(EXAMPLES / "system_prompt.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [script, *where, "--max_new_tokens", "6", *TRAINING.split()])
+    trainer = runpy.run_path(script, run_name="__main__")["trainer"]
+    [first, *_] = map(json.loads, (tmp_path / "out" / "answers.jsonl").read_text().splitlines())
+    assert [message["content"] for message in first["prompt"]] == ["w1 w2", "w0 w1"]
+    rows = tiny_tokenizer().batch_decode(trainer.train_dataset["input_ids"][:])
+    assert all(row.count("<user>") == 1 for row in rows)
+    assert trainer.state.log_history[0]["kd"] > 0
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    assert (logits(trained) - logits(model)).abs().max() > 1e-3
+
+
 def test_a_ternary_student_is_trained_and_loads_as_one(run, chain, tmp_path, monkeypatch):
     # What rounds would be compiled, which takes a minute and changes nothing.
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
