@@ -13,9 +13,10 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.arguments import training_record
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
-from cbd_trl.build.plan import AnchorRequest, Given, ShapeSearch, Step, check_anchors, check_search, plan_chain
+from cbd_trl.build.plan import AnchorRequest, Given, ShapeSearch, Step, check_anchors, plan_chain, plan_search
 from cbd_trl.build.public_anchor import PLACEMENT, Placement, adopt
 from cbd_trl.build.resume import chosen_shapes, finished_anchors, pinned_commits
 from cbd_trl.build.shape_search import (
@@ -106,10 +107,7 @@ def build_chain(
     """
     check_anchors(anchors)
     output_dir = Path(output_dir)
-    search = None
-    if shape_search is not None:
-        chosen = chosen_shapes(output_dir)
-        check_search(anchors, search := ShapeSearch(shape_search, shape_trainings, shape_training_steps, chosen))
+    search = plan_search(anchors, shape_search, shape_trainings, shape_training_steps, chosen_shapes(output_dir))
     args = args if args is not None else DistillConfig(output_dir=str(output_dir))
     dataset = sft_dataset(dataset, "dataset", args)
     eval_dataset = sft_datasets(eval_dataset, "eval_dataset", args)
@@ -262,11 +260,11 @@ def _short_training(
     args = _without_template(step.args)
     args.output_dir, args.max_steps, args.report_to = str(folder), max_steps, []
     args.save_strategy, args.eval_strategy, args.load_best_model_at_end = SaveStrategy.NO, IntervalStrategy.NO, False
-    teachers, power = _teachers(upper.load_model(), step), None
+    teachers = _teachers(upper.load_model(), step)
     run.special.follow(student, run.tokenizer)
     short = dataclasses.replace(run, eval_dataset=None)
-    trainer = _trainer(short, upper, step, args, teachers, student, blocks, power)
-    return train(trainer, student, None, f"{step.architecture.shape}").model
+    trainer = _trainer(short, upper, step, args, teachers, student, blocks, None)
+    return train(trainer, student, None, describe_shape(step.architecture.shape, short=True)).model
 
 
 def _progress_of(args: DistillConfig) -> AbstractContextManager[None]:

@@ -334,18 +334,38 @@ def requested_size(anchor: AnchorRequest, position: int) -> float | None:
     return _size(anchor[_SIZE_OPTION], position)
 
 
-def check_search(anchors: Sequence[AnchorRequest], search: ShapeSearch) -> None:
-    """Check that there is an anchor whose shape may be searched.
+def plan_search(
+    anchors: Sequence[AnchorRequest],
+    shapes: int | None,
+    trainings: int,
+    training_steps: int,
+    chosen: Mapping[int, Mapping[str, int]],
+) -> ShapeSearch | None:
+    """Plan how shapes are found.
+
+    Args:
+        anchors: as `build_chain` takes them.
+        shapes: to compare; None to solve for every shape.
+        trainings, training_steps, chosen: as of `ShapeSearch`.
 
     Raises:
-        ValueError: none is requested by its size.
+        ValueError: a number that is out of range, no anchor is requested by its size, or trainings without a search.
     """
+    if shapes is None:
+        if trainings:
+            raise ValueError(
+                f"shape_trainings={trainings} trains the best shapes of a search, and there is none. Give "
+                "shape_search, such as 16, or leave it out."
+            )
+        return None
+    search = ShapeSearch(shapes, trainings, training_steps, chosen)
     if all(requested_size(anchor, position) is None for position, anchor in enumerate(anchors)):
         raise ValueError(
             f"shape_search={search.shapes} compares shapes of anchors that are requested by their size, and all of "
             "these have a shape or are models. Give a number of parameters or a ratio, such as anchors=[138e6], or "
             "leave shape_search out."
         )
+    return search
 
 
 def _size(anchor: Any, position: int) -> float:

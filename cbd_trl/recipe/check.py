@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.build.bridge_step import BridgeStep, plan_bridged_anchor
-from cbd_trl.build.plan import Given, ShapeSearch, Step, check_search, plan_step
+from cbd_trl.build.plan import Given, Step, plan_search, plan_step
 from cbd_trl.build.resume import chosen_shapes, finished_anchors, pinned_commits
 from cbd_trl.build.source_anchor import SourceAnchor, plan_source_anchor
 from cbd_trl.build.special_tokens import SpecialTokens
@@ -242,7 +242,11 @@ def plan_costs(
         teacher: config of the source, where there is a bridge.
     """
     recipe, args = check.recipe, check.args or default_args(check.recipe)
-    search = check.attempt("shape_search", lambda: _shape_search(recipe))
+    targets = [anchor.target for anchor in recipe.anchors]
+    searched = (recipe.shape_search, recipe.shape_trainings, recipe.shape_training_steps)
+    search = check.attempt(
+        "shape_search", lambda: plan_search(targets, *searched, chosen_shapes(Path(recipe.output_dir)))
+    )
     speed = check.speed = measure_speed(args, source.sizes["width"])
     names, upper = [anchor_name(source.num_parameters)], source
     if check.bridge is not None and teacher is not None:
@@ -268,16 +272,6 @@ def plan_costs(
         check.steps.append(step)
         check.costs.append(anchor_cost(upper, step, recipe.calibration_tokens, speed))
         names, upper = [*names, step.name], step.architecture
-
-
-def _shape_search(recipe: Recipe) -> ShapeSearch | None:
-    """How shapes are found, with those that an earlier run found; None where all are solved for."""
-    if recipe.shape_search is None:
-        return None
-    chosen = chosen_shapes(Path(recipe.output_dir))
-    search = ShapeSearch(recipe.shape_search, recipe.shape_trainings, recipe.shape_training_steps, chosen)
-    check_search([anchor.target for anchor in recipe.anchors], search)
-    return search
 
 
 def _source_anchor(check: Check, args: DistillConfig) -> SourceAnchor | None:

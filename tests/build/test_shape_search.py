@@ -155,6 +155,7 @@ def test_what_is_requested_below_is_planned_for_every_shape():
         ({"shape_search": True}, "shape_search=True"),
         ({"shape_trainings": 9}, "shape_trainings=9 .*from 2 to the 5"),
         ({"shape_trainings": 2, "shape_training_steps": 0}, "shape_training_steps=0"),
+        ({"shape_search": None, "shape_trainings": 2}, "shape_trainings=2 .* there is none"),
         ({"dataset": chain_rows(2)}, "one row of calibration text"),
         ({"anchors": [{"size": 0.5, "num_hidden_layers": 4}]}, "has a size and num_hidden_layers"),
     ],

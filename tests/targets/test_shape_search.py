@@ -9,11 +9,12 @@ from cbd_trl import Chain, from_chain, make_targets
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix_index
 from cbd_trl.losses.held_out import HeldOutDivergence
+from cbd_trl.shapes.budget import FlopCount
 from cbd_trl.targets.from_chain import choose_shape, load_pair
 from cbd_trl.targets.many import describe_shapes
 from cbd_trl.targets.operators import Plan, layer_stack
 from cbd_trl.targets.request import Request, find_targets
-from cbd_trl.targets.shape_search import LostEnergy
+from cbd_trl.targets.shape_search import LostEnergy, score_by_statistics
 from cbd_trl.utils.blocks import TokenBlocks
 from tests.chain.helpers import BLOCKS, between, chain_rows, random_chain, random_pair
 from tests.surgery.helpers import tokens
@@ -63,6 +64,30 @@ def test_sizes_are_monotone_and_anchors_themselves(both):
         for anchor, sign, end in ((large, -1, 0.0), (small, 1, 1.0))
     ]
     assert ends == pytest.approx([0.0, 1.0], abs=0.05)
+
+
+def test_a_search_among_shapes_of_equal_flops(both):
+    """Monotone in the budget, that anchor at an anchor's FLOPs, and scores are charged for FLOPs."""
+    ends = [anchor.size(FlopCount) for anchor in both.anchors]
+    for anchor, flops in zip(both.anchors, ends, strict=True):
+        (target,) = find_targets(both, Request(flops, shape_search=8, budget=FlopCount))
+        assert (target.operator, target.anchors) == ("anchor", (anchor,))
+    made = []
+    for share in (0.05, 0.25, 0.5, 0.75, 0.95):
+        request = Request(ends[1] + share * (ends[0] - ends[1]), shape_search=8, budget=FlopCount)
+        targets = find_targets(both, request)
+        assert all(abs(FlopCount.of(target.architecture) / request.size - 1) <= 0.03 for target in targets)
+        made.append(score_by_statistics(targets, request)[0])
+    sizes = [ends[1], *(FlopCount.of(target.architecture) for target in made), ends[0]]
+    assert sizes == sorted(sizes)
+    scores = [target.score for target in made]
+    assert scores == sorted(scores, reverse=True) and 1.0 > scores[0] > scores[-1] > 0.0
+    # As much as the line between the anchors gives for the FLOPs that a shape has more.
+    pair = load_pair(*targets[0].anchors)
+    lost = LostEnergy(pair)
+    best = made[-1]
+    more = (FlopCount.of(best.architecture) - request.size) / (ends[0] - ends[1])
+    assert best.score == pytest.approx(lost(best.architecture) + more, abs=1e-6)
 
 
 @pytest.mark.parametrize("what", ["depth", "width", "both"])
