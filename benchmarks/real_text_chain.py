@@ -6,6 +6,7 @@ layers) -> 44M (384 wide), and those of `PLANS`.
 
 Builds the chain (resumes when run again), then measures every operator at every target on held-out text: the last
 tenth of each of the two texts, which no anchor and no calibration saw. `benchmarks.merit` measures eta of its pairs.
+`--hybrid-shapes wide` trains hybrids in width of more shapes, in a chain folder of its own.
 `--plan gemma-270m --batch-size 2 --depth-steps 400 --width-steps 400` sees 204,800 tokens an anchor, and `--plan
 qwen2.5-coder-0.5b --batch-size 2 --depth-steps 200 --optim adafactor` 102,400.
 """
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
@@ -29,6 +31,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.held_out import HeldOut
 from cbd_trl import Chain, DistillConfig, build_chain, from_chain
+from cbd_trl.build import student
+from cbd_trl.build.width_hybrid import many_targets_between, targets_between
 from cbd_trl.chain.measurements import measurements_table
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.plots import plot_sweep
@@ -38,6 +42,7 @@ from cbd_trl.utils.files import Results, write_text
 
 BLOCK_LENGTH = 256
 RESULTS = "results.json"
+HYBRID_SHAPES = {"line": targets_between, "wide": many_targets_between}
 Fields = dict[str, int]
 
 
@@ -246,6 +251,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4, help=f"rows of {BLOCK_LENGTH} tokens in a step")
     parser.add_argument("--optim", default="adamw_torch_fused", help="adafactor needs less memory")
     parser.add_argument("--plain", action="store_true", help="no hybrids, for comparison")
+    parser.add_argument(
+        "--hybrid-shapes",
+        choices=HYBRID_SHAPES,
+        default="line",
+        help="of the hybrids in width: three on the line between the anchors, or many",
+    )
     parser.add_argument("--one-step", action="store_true", help="the narrower anchor straight from the source")
     parser.add_argument("--held-out-blocks", type=int, default=20, help=f"of {BLOCK_LENGTH} tokens, of each text")
     parser.add_argument("--seed", type=int, default=0)
@@ -268,13 +279,15 @@ def main() -> None:
         for steps, rate in settings[-1 if options.one_step else 0 :][: len(anchors)]
     ]  # fmt: skip
     start = time.perf_counter()
-    chain = build_chain(
-        options.source,
-        [{**anchor, "args": one} for anchor, one in zip(anchors, args, strict=True)],
-        dataset=training_dataset(options, options.seed),
-        output_dir=options.output / "chain",
-        args=args[0],
-    )
+    with patch.object(student, "HYBRID_SHAPES", HYBRID_SHAPES[options.hybrid_shapes]):
+        chain = build_chain(
+            options.source,
+            [{**anchor, "args": one} for anchor, one in zip(anchors, args, strict=True)],
+            dataset=training_dataset(options, options.seed),
+            # chain.json does not record the shapes.
+            output_dir=options.output / ("chain" if options.hybrid_shapes == "line" else "chain-wide"),
+            args=args[0],
+        )
     print(f"chain built in {(time.perf_counter() - start) / 60:.1f} minutes")
 
     texts = held_out_texts(real_texts(options), chain.tokenizer(), options.held_out_blocks)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cbd_trl.architectures import describe
 from cbd_trl.build.plan import Step
 from cbd_trl.build.store import CALIBRATION_BATCH
-from cbd_trl.build.width_hybrid import WidthHybrid, weights_of_teacher
+from cbd_trl.build.width_hybrid import WidthHybrid, targets_between, weights_of_teacher
 from cbd_trl.chain.chain import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.block_search import BlockSearch
@@ -26,6 +26,8 @@ from cbd_trl.utils.files import write_text
 
 # Tokens to compare blocks on; refitting the chosen ones uses all calibration tokens.
 FIT_TOKENS = 2048
+# Which shapes a hybrid in width has: `targets_between` or, for comparison, `many_targets_between`.
+HYBRID_SHAPES = targets_between
 
 
 def block_search(teacher: PreTrainedModel, tokens: torch.Tensor) -> BlockSearch:
@@ -115,4 +117,5 @@ def width_hybrid(
         block_costs(blocks),
         power,
     )
-    return WidthHybrid(pair, step.args.swap_probability, step.args.seed)
+    shapes = HYBRID_SHAPES(above, architecture, pair.blocks)
+    return WidthHybrid(pair, step.args.swap_probability, step.args.seed, shapes)

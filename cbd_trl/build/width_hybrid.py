@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from cbd_trl.architectures import Architecture, Site, decoder_layers
 from cbd_trl.architectures.backbone import open_forward
 from cbd_trl.shapes.cut import cut_architecture
-from cbd_trl.shapes.solve import solve_target
+from cbd_trl.shapes.solve import solve_target, spread_targets
 from cbd_trl.surgery.least_squares import Fit
 from cbd_trl.surgery.weights import LazyWeights, Weights, to_state, to_weights
 from cbd_trl.targets.operators import Pair, Plan, cut_upper, layer_stack, mixer, upper_fits
@@ -32,6 +32,10 @@ from cbd_trl.trainers.hybrid import Pass, drawn
 FRACTIONS = (0.25, 0.5, 0.75)
 # How far from such a share a shape may lie: half the distance between two of them.
 _TOLERANCE = 0.125
+# The same of `many_targets_between`, and how many shapes it takes at each.
+_MANY_FRACTIONS = (0.1, 0.25, 0.5, 0.75)
+_NEAR = 0.05
+_SHAPES = 3
 
 
 def targets_between(
@@ -56,6 +60,30 @@ def targets_between(
             continue
         targets.append(cut_architecture(upper, fields))
     return targets
+
+
+def many_targets_between(
+    upper: Architecture, lower: Architecture, block_map: Sequence[Sequence[int]]
+) -> list[Architecture]:
+    """List more targets than `targets_between`: also near the lower anchor, and of shapes that are not on the line.
+
+    Args:
+        upper, lower, block_map: as there.
+
+    Returns:
+        Up to `_SHAPES` shapes for each of `_MANY_FRACTIONS`; none where no shape lies between the two.
+    """
+    small, span = lower.num_parameters, upper.num_parameters - lower.num_parameters
+    found: list[dict[str, int]] = []
+    for fraction in _MANY_FRACTIONS:
+        wanted = small + fraction * span
+        try:
+            found += spread_targets(upper, lower, block_map, wanted, _SHAPES, _NEAR * span / wanted)
+        except ValueError:  # no shape there
+            continue
+    ends = (upper.shape, lower.shape)
+    shapes = [fields for i, fields in enumerate(found) if fields not in ends and fields not in found[:i]]
+    return [cut_architecture(upper, fields) for fields in shapes]
 
 
 class WidthHybrid:

@@ -16,6 +16,7 @@ from cbd_trl.chain.cards import chain_label
 from cbd_trl.chain.chain import Anchor, Chain
 from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.weights import LazyWeights, Weights
+from cbd_trl.targets.block_choice import blocks_in_context
 from cbd_trl.targets.calibrate import calibration_tokens, choose_plan
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan
 from cbd_trl.targets.request import ANCHOR, Request, Target, find_targets, open_pair, target_dtype
@@ -52,8 +53,8 @@ def from_chain(
             lower anchor for width), or another row of `cbd_trl.targets.operators.OPERATORS` to compare it with.
         alpha: weight of the lower anchor where the operator mixes, 0 to 1; None: from the size.
         calibration_dataset: text in any SFT format on which blocks and alpha are chosen by measured loss, never worse
-            there than the better of `expand` and `slice`; not that of the anchors, on which the smaller one looks too
-            good. None: no data and no forward pass.
+            there than the better of `expand` and `slice`, then blocks by KL to the anchor above (`blocks_in_context`);
+            not that of the anchors, on which the smaller one looks too good. None: no data and no forward pass.
         dtype: of the result; None: that of the anchors.
         tolerance: largest relative distance from `num_parameters`.
         shape_search: number of shapes of the size to compare; the best is made. By KL to the anchor above on
@@ -147,6 +148,7 @@ def make_model(
         operator, plan = request.operator, Plan(target.architecture, request.alpha)
         if tokens is not None:
             operator, plan = choose_plan(pair, plan, operator, tokens)
+            plan = blocks_in_context(pair, plan, operator, tokens)
             alpha = OPERATORS[operator].default_alpha(pair, plan.target)
             provenance |= {"operator": operator, "alpha": alpha if plan.alpha is None or alpha is None else plan.alpha}
             provenance["calibration_tokens"] = tokens.input_ids.numel()

@@ -8,9 +8,10 @@ import torch
 from cbd_trl.architectures import describe
 from cbd_trl.build import student
 from cbd_trl.build.plan import plan_chain
-from cbd_trl.build.student import choose_blocks
+from cbd_trl.build.student import choose_blocks, initial_student, width_hybrid
 from cbd_trl.surgery.block_search import cheapest_blocks
-from tests.chain.helpers import chain_config, chain_rows, chain_source
+from cbd_trl.surgery.blocks import spaced_blocks
+from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 
 TOKENS = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
 
@@ -41,3 +42,14 @@ def test_what_an_earlier_run_chose_stays(asked, tmp_path, monkeypatch):
 
 def test_one_row_of_text_is_enough(asked, tmp_path):
     assert len(choose_blocks(tmp_path / "blocks.json", *asked, TOKENS[:1])) == 4
+
+
+def test_a_hybrid_has_the_shapes_of_the_setting(chain, monkeypatch):
+    upper, taken = chain.anchors[1], []
+    [step] = plan_chain(upper.architecture(), [CHAIN_ANCHORS[1]], chain_config(), chain_rows())
+    blocks = spaced_blocks(4, 4)
+    monkeypatch.setattr(student, "WidthHybrid", lambda pair, probability, seed, shapes: taken.append(shapes))
+    for shapes in (["one"], ["one", "another"]):
+        monkeypatch.setattr(student, "HYBRID_SHAPES", lambda upper, lower, blocks, shapes=shapes: shapes)
+        width_hybrid(upper, upper.load_model(), step, initial_student(upper, step, blocks), blocks, None)
+    assert taken == [["one"], ["one", "another"]]

@@ -11,7 +11,13 @@ from peft import LoraConfig
 
 from cbd_trl import build_chain
 from cbd_trl.architectures import describe
-from cbd_trl.build.width_hybrid import FRACTIONS, WidthHybrid, targets_between, weights_of_teacher
+from cbd_trl.build.width_hybrid import (
+    FRACTIONS,
+    WidthHybrid,
+    many_targets_between,
+    targets_between,
+    weights_of_teacher,
+)
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.hidden import mean_hidden_distance
 from cbd_trl.shapes.cut import cut_architecture
@@ -271,6 +277,26 @@ def test_targets_lie_at_a_quarter_a_half_and_three_quarters_of_the_way():
         span = upper.num_parameters - lower.num_parameters
         found = [(t.num_parameters - lower.num_parameters) / span for t in targets_between(upper, lower, pair.blocks)]
         assert found == pytest.approx(FRACTIONS, abs=0.125)
+
+
+def test_many_targets_are_near_the_lower_anchor_and_off_the_line_too():
+    upper = describe(tiny_model("llama", num_hidden_layers=12, hidden_size=64, intermediate_size=192).config)
+    lower = cut_architecture(upper, {"num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 96})
+    blocks = [[2 * i, 2 * i + 1] for i in range(6)]
+    usual, many = (find(upper, lower, blocks) for find in (targets_between, many_targets_between))
+    shapes = [target.shape for target in many]
+    assert all(target.shape in shapes for target in usual) and len(many) > 2 * len(usual)
+    assert all(shapes.count(shape) == 1 for shape in shapes)
+    span = upper.num_parameters - lower.num_parameters
+    shares = [(target.num_parameters - lower.num_parameters) / span for target in many]
+    assert 0.05 < min(shares) < 0.15 and max(shares) < 0.8
+    # At one size both deeper and shallower ones.
+    middle = [target.depth for target, share in zip(many, shares, strict=True) if 0.45 < share < 0.55]
+    assert len(set(middle)) > 1
+    assert (
+        many_targets_between(upper, cut_architecture(upper, {"intermediate_size": 191}), [[i] for i in range(12)])
+        == []
+    )
 
 
 def test_nothing_between_is_refused():

@@ -57,6 +57,7 @@ def test_calibration_chooses_by_its_text(chain, monkeypatch):
         return 0.0 if plan.swapped == frozenset({0, 1}) else 1.0
 
     monkeypatch.setattr("cbd_trl.targets.calibrate.mean_loss", first_blocks)
+    monkeypatch.setattr("cbd_trl.targets.from_chain.blocks_in_context", lambda pair, plan, *args: plan)
     provenance = from_chain(chain, config=DEEP, calibration_dataset=chain_rows(4)).config.cbd_trl
     assert provenance["swapped_blocks"] == [0, 1]
 
