@@ -156,15 +156,18 @@ class MixedModel:
     `nested` makes of the upper anchor and the lower one as they are, before its norms are balanced.
 
     Args:
-        pair: as in `WidthHybrid`; of equal widths too. Gradients flow to `pair.upper` where it has some.
+        pair: as in `WidthHybrid`; of equal widths too.
         plan: the shape.
+        upper: the weights of the upper anchor that gradients flow to, if it is trained too. Of `pair.upper` the gains
+            are read then, on which what the cut computes depends: it stays as it is, whenever it is computed.
     """
 
-    def __init__(self, pair: Pair, plan: Plan) -> None:
+    def __init__(self, pair: Pair, plan: Plan, upper: Weights | None = None) -> None:
         self._fits, self._placed = {} if pair.equal_widths else upper_fits(pair, plan), dict[tuple[Site, bool], Fit]()
         self._device, self._dtype = torch.device("cpu"), torch.float32
-        upper = LazyWeights(pair.upper, lambda key: pair.upper[key].to(self._device))
-        self._mix, self._architecture = self._mixing(dataclasses.replace(pair, upper=upper), plan)
+        read = pair.upper if upper is None else upper
+        placed = LazyWeights(read, lambda key: read[key].to(self._device))
+        self._mix, self._architecture = self._mixing(dataclasses.replace(pair, upper=placed), plan)
         self._student_architecture = pair.lower_architecture
         self._student: Any = None
         self.model: Any = _without_weights(self._architecture)

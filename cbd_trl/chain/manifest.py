@@ -113,6 +113,8 @@ class BlockRecord(Untrusted):
 # Keys of `training`: whether existing models were matched, the model that became the anchor or taught it, in what is
 # recorded of that one why its weights were not matched, and how much one that was counts in a target.
 ALIGNED, PUBLIC_MODEL, OBSTACLE, ALPHA_POWER = "aligned", "public_model", "obstacle", "alpha_power"
+# What all anchors were trained for together once the chain was there, a record a run.
+CONSOLIDATION = "consolidation"
 
 
 class AnchorRecord(Untrusted):

@@ -131,7 +131,7 @@ def test_both_anchors_are_trained_by_a_target(family, tied, what, monkeypatch):
         return {f"{role} {name}": grad for role, model in models.items() for name, grad in gradients(model).items()}
 
     models, live = anchors()
-    outputs = MixedModel(live, plan).mixed_with(models["lower"]).run(input_ids=tokens()).logits
+    outputs = MixedModel(pair, plan, live.upper).mixed_with(models["lower"]).run(input_ids=tokens()).logits
     weights, made = nested(pair, plan)
     reference = logits(build({key: tensor.float() for key, tensor in weights.items()}, made))
     assert (outputs - reference).abs().max() <= TOLERANCE * reference.std()
