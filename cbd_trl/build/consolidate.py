@@ -296,9 +296,8 @@ def _consolidate(
         if anchor is chain.source:
             _copy_source(output_dir, anchor)
             continue
-        datasets = dict.fromkeys([*anchor.training.get(DATASETS, []), *record[DATASETS]])
         runs = [*anchor.training.get(CONSOLIDATION, []), record]
-        training = {**anchor.training, DATASETS: [*datasets], CONSOLIDATION: runs}
+        training = {**anchor.training, CONSOLIDATION: runs}
         metadata = {**_metadata(anchor), "text_start": list(blocks.start), "losses": found, "training": training}
         with on_device(model, args.device):
             store_anchor(output_dir, metadata, model, tokenizer, blocks.input_ids)

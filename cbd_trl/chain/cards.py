@@ -193,7 +193,8 @@ def _recorded_origins(anchor: Anchor) -> tuple[Origin, ...]:
 
 def _datasets(*anchors: Anchor) -> tuple[str, ...]:
     """The Hub ids of what anchors were trained on, as far as they are known."""
-    recorded = [anchor.training.get(DATASETS) for anchor in anchors]
+    runs = [(anchor.training, *anchor.training.get(CONSOLIDATION, [])) for anchor in anchors]
+    recorded = [record.get(DATASETS) for records in runs for record in records]
     lists = [names for names in recorded if isinstance(names, list)]
     return hub_ids(name for names in lists for name in names if isinstance(name, str))
 
@@ -253,8 +254,7 @@ def _parameters(anchor: Anchor) -> str:
 
 def _provenance(anchor: Anchor) -> str:
     """What an anchor was made from and how, in a few words."""
-    runs = anchor.training.get(CONSOLIDATION)
-    together = ", then consolidated with the other anchors" if isinstance(runs, list) and runs else ""
+    together = ", then consolidated with the other anchors" if anchor.training.get(CONSOLIDATION) else ""
     return f"{_first_provenance(anchor)}{together}"
 
 
