@@ -10,7 +10,8 @@ of the third; its plans name the targets.
 eta = sum over targets of (loss_S - loss_t) / (loss_S - loss_L), divided by the sum of (N_t - N_S) / (N_L - N_S): 1 on
 the straight line in parameters from the smaller anchor S to the larger one L, 0 where all targets are as good as S.
 On held-out text, for each text and for the mean of their losses; the first blocks of it may be skipped, and are what
-the calibrated method calibrates on. Interrupted, it goes on where it stopped.
+the calibrated method calibrates on. Interrupted, it goes on where it stopped; in the folder of
+`benchmarks.real_text_chain` it takes what is known there, if as many blocks are held out.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +27,22 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from benchmarks.real_text_chain import BLOCK_LENGTH, PLANS, RealChain, gsm8k_rows, split, wikitext_rows
+from benchmarks.held_out import MEAN, HeldOut, eta_on, loss_on
+from benchmarks.real_text_chain import BLOCK_LENGTH, PLANS, RESULTS, RealChain, held_out_texts
 from benchmarks.tables import machine, markdown
 from cbd_trl import Chain, from_chain
 from cbd_trl.chain.model import build_model
-from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.report.measure import held_out_blocks
-from cbd_trl.report.sweep import fingerprint
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.targets.from_chain import load_pair
 from cbd_trl.targets.operators import OPERATORS, Plan
-from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text
 
-MEAN = "mean"
 FROM_LAST, FROM_FIRST, CALIBRATED = "blocks from the last", "blocks from the first", "nested, calibrated"
 METHODS = {
     "depth": ("nested", CALIBRATED, FROM_LAST, FROM_FIRST, "slice", "expand", "linear"),
     "width": ("nested", CALIBRATED, "slice", "expand", "linear"),
     "both": ("nested", CALIBRATED, "slice", "expand", "linear"),
 }
-
-
-def eta(smaller: float, larger: float, losses: Sequence[float], sizes: Sequence[float]) -> float:
-    """The measure of merit.
-
-    Args:
-        smaller, larger: loss of the two anchors, nats per token.
-        losses: of the targets.
-        sizes: (N_t - N_S) / (N_L - N_S) of the targets, in (0, 1).
-
-    Returns:
-        1 on the straight line between the anchors.
-
-    Raises:
-        ValueError: the larger anchor is not the better one, so there is no line to be on.
-    """
-    if not larger < smaller:
-        raise ValueError(
-            f"The larger anchor's loss is {larger:.3f} and the smaller one's {smaller:.3f}: eta compares with what "
-            "the larger one gains. Measure on text that it is better on."
-        )
-    return sum((smaller - loss) / (smaller - larger) for loss in losses) / sum(sizes)
 
 
 def pairs_of(chain: Chain) -> dict[str, Chain]:
@@ -103,85 +79,50 @@ def make(chain: Chain, fields: Mapping[str, int], method: str, calibration: Data
     return from_chain(chain, config=dict(fields), operator=method)
 
 
-class Merit:
-    """Losses of anchors and targets, each measured once.
+def measure_pair(
+    name: str, chain: Chain, held_out: HeldOut, plan: RealChain, methods: Sequence[str], calibration: Dataset
+) -> dict[str, Any]:
+    """Everything about one pair: anchors, targets by method, eta by method and text.
 
     Args:
-        texts: {name: held-out text}.
-        calibration: text for the calibrated method; no held-out row is in it.
-        results: what is known already.
-        key: of the chain and the texts.
+        name: what the anchors differ in, a key of `METHODS`.
+        chain: the pair, of `pairs_of`.
+        held_out: measures.
         plan: names the targets.
         methods: those of `METHODS` to measure.
-        bf16: whether forward passes run in bf16 mixed precision.
+        calibration: text for the calibrated method; no held-out row is in it.
     """
-
-    def __init__(
-        self,
-        texts: Mapping[str, TokenBlocks],
-        calibration: Dataset,
-        results: Results,
-        key: str,
-        plan: RealChain,
-        methods: Sequence[str],
-        bf16: bool,
-    ) -> None:
-        self.texts, self.calibration, self.results, self.key = texts, calibration, results, key
-        self.plan, self.methods, self.bf16 = plan, methods, bf16
-
-    def losses(self, name: str, build: Any) -> dict[str, Any]:
-        """{"size": parameters, text: nats per token, "mean": over the texts}."""
-        place = fingerprint(self.key, name)
-        if self.results.get(place) is None:
-            model = build()
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=self.bf16):
-                found = {text: held_out_loss(model, blocks) for text, blocks in self.texts.items()}
-            print(name, {text: round(loss, 3) for text, loss in found.items()}, flush=True)
-            found[MEAN] = sum(found.values()) / len(found)
-            self.results.put(place, {"size": model.num_parameters(), **found})
-        return self.results.get(place)
-
-    def pair(self, name: str, chain: Chain) -> dict[str, Any]:
-        """Everything about one pair: anchors, targets by method, eta by method and text."""
-        large, small = (self.losses(f"anchor {anchor.name}", anchor.load_model) for anchor in chain.anchors)
-        rows: dict[str, list[dict[str, Any]]] = {}
-        for method in (method for method in METHODS[name] if method in self.methods):
-            rows[method] = [
-                self.losses(
-                    f"{name} {fields} {method}", lambda f=fields, m=method: make(chain, f, m, self.calibration)
-                )
-                for fields in self.plan.targets[name]
-            ]
-        merits: dict[str, dict[str, float | None]] = {}
-        for method, found in rows.items():
-            sizes = [(row["size"] - small["size"]) / (large["size"] - small["size"]) for row in found]
-            merits[method] = {
-                text: eta(small[text], large[text], [row[text] for row in found], sizes)
-                if large[text] < small[text]
-                else None
-                for text in (*self.texts, MEAN)
-            }
-        return {"large": large, "small": small, "targets": rows, "eta": merits}
+    large, small = (held_out.anchor(anchor) for anchor in chain.anchors)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for method in (method for method in METHODS[name] if method in methods):
+        parts = [calibration["input_ids"][:]] if method == CALIBRATED else []
+        rows[method] = [
+            held_out.target(chain, fields, method, partial(make, chain, fields, method, calibration), *parts)
+            for fields in plan.targets[name]
+        ]
+    merits = {
+        method: {text: eta_on(text, small, large, found) for text in (*held_out.texts, MEAN)}
+        for method, found in rows.items()
+    }
+    return {"large": large, "small": small, "targets": rows, "eta": merits}
 
 
 def table(name: str, report: Mapping[str, Any], texts: Sequence[str]) -> str:
     """One pair as Markdown: losses text by text at every size, then eta."""
-    sizes = [f"{row['size'] / 1e6:.1f}M" for row in next(iter(report["targets"].values()))]
-    small, large = (report[end] for end in ("small", "large"))
-    ends = [f"{small['size'] / 1e6:.1f}M (anchor)", f"{large['size'] / 1e6:.1f}M (anchor)"]
+
+    def losses(measured: Mapping[str, Any]) -> str:
+        return " / ".join(f"{loss_on(measured, text):.3f}" for text in texts)
+
+    def merit(method: str, text: str) -> str:
+        return "-" if (value := report["eta"][method][text]) is None else f"{value:.2f}"
+
+    sizes = [f"{row['num_parameters'] / 1e6:.1f}M" for row in next(iter(report["targets"].values()))]
     lines = [
-        [
-            method,
-            *(" / ".join(f"{row[text]:.3f}" for text in texts) for row in rows),
-            " / ".join("-" if (merit := report["eta"][method][text]) is None else f"{merit:.2f}" for text in texts),
-            f"{report['eta'][method][MEAN]:.2f}" if report["eta"][method][MEAN] is not None else "-",
-        ]
+        [method, *map(losses, rows), " / ".join(merit(method, text) for text in texts), merit(method, MEAN)]
         for method, rows in report["targets"].items()
     ]
-    anchors = ", ".join(
-        f"{end}: {' / '.join(f'{of[text]:.3f}' for text in texts)}"
-        for end, of in zip(ends, (small, large), strict=True)
-    )
+    ends = [report[end] for end in ("small", "large")]
+    anchors = ", ".join(f"{end['num_parameters'] / 1e6:.1f}M (anchor): {losses(end)}" for end in ends)
     header = [f"{name}: {' / '.join(texts)}", *sizes, "eta", "eta of the mean"]
     return f"{markdown(header, lines)}\n{anchors}\n"
 
@@ -203,27 +144,23 @@ def main() -> None:
     if CALIBRATED in options.methods and not options.skip_blocks:
         parser.error(f"{CALIBRATED!r} calibrates on the blocks that --skip-blocks skips: skip some, or leave it out.")
     chain = Chain.from_pretrained(options.chain)
-    held_out = {
-        "GSM8K": split(gsm8k_rows(options.gsm8k))[1],
-        "WikiText-2": split(wikitext_rows(options.wikitext))[1],
-    }
-    skipped, count = options.skip_blocks, options.skip_blocks + options.held_out_blocks
-    blocks = {name: held_out_blocks(chain.tokenizer(), rows, BLOCK_LENGTH, count) for name, rows in held_out.items()}
+    skipped = options.skip_blocks
+    blocks = held_out_texts(options, chain.tokenizer(), skipped + options.held_out_blocks)
     texts = {
         name: dataclasses.replace(found, input_ids=found.input_ids[skipped:], labels=found.labels[skipped:])
         for name, found in blocks.items()
     }
-    files = [anchor.files for anchor in chain.anchors]
-    key = fingerprint(*(text.input_ids for text in texts.values()), files, options.fp32)
     # As much of each text in every part of it. On text that the anchors learned from, the smaller one looks too good.
     mixed = torch.stack([found.input_ids[:skipped] for found in blocks.values()], 1).flatten(0, 1)
     calibration = Dataset.from_dict({"input_ids": mixed.tolist()})
-    results = Results(options.output / "results.json")
-    merit = Merit(texts, calibration, results, key, PLANS[options.plan], options.methods, not options.fp32)
-    reports = {name: merit.pair(name, pair) for name, pair in pairs_of(chain).items()}
-    write_text(options.output / "report.json", json.dumps(reports, indent=1))
+    held_out, plan = HeldOut(texts, Results(options.output / RESULTS), not options.fp32), PLANS[options.plan]
+    reports = {
+        name: measure_pair(name, pair, held_out, plan, options.methods, calibration)
+        for name, pair in pairs_of(chain).items()
+    }
+    write_text(options.output / "merit.json", json.dumps(reports, indent=1))
     text = "\n".join(table(name, report, list(texts)) for name, report in reports.items())
-    write_text(options.output / "report.md", f"{text}\n{machine(options.threads)}")
+    write_text(options.output / "merit.md", f"{text}\n{machine(options.threads)}")
     print(text)
 
 

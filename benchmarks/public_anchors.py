@@ -22,6 +22,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,14 +31,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from benchmarks.held_out import MEAN, HeldOut, eta_on, loss_on
 from cbd_trl import Chain, DistillConfig, build_chain, chain_from_anchors, from_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build import build, plan
 from cbd_trl.build.public_anchor import adopt, plan_public_model
 from cbd_trl.build.student import refit_student
 from cbd_trl.chain.source import Source
-from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
+from cbd_trl.targets.request import Request, find_target
 from cbd_trl.utils.files import Results
 
 WAYS = ("untrained", "cut", "matched", "taught", "both", "refitted")
@@ -124,18 +126,20 @@ def make_chain(way: str, options: argparse.Namespace, dataset: Dataset, folder: 
         )
 
 
-def measure(chain: Chain, loss: Any) -> dict[str, Any]:
+def measure(chain: Chain, held_out: HeldOut) -> dict[str, Any]:
     """The anchors' losses, those of the sizes between, and eta."""
-    upper, lower = chain.anchors
-    large, small = upper.num_parameters, lower.num_parameters
-    ends = [loss(anchor.load_model()) for anchor in (upper, lower)]
-    targets = {}
+    large, small = (held_out.anchor(anchor) for anchor in chain.anchors)
+    low, high = small["num_parameters"], large["num_parameters"]
+    targets = []
     for share in SHARES:
-        model = from_chain(chain, small + share * (large - small), tolerance=0.15)
-        targets[model.num_parameters()] = loss(model)
-    sizes = [(size - small) / (large - small) for size in targets]
-    merit = sum((ends[1] - one) / (ends[1] - ends[0]) for one in targets.values()) / sum(sizes)
-    return {"ends": ends, "sizes": [large, small], "targets": targets, "eta": merit}
+        fields = find_target(chain, Request(low + share * (high - low), tolerance=0.15)).architecture.shape
+        targets.append(held_out.target(chain, fields, "nested", partial(from_chain, chain, config=fields)))
+    return {
+        "ends": [loss_on(end, MEAN) for end in (large, small)],
+        "sizes": [high, low],
+        "targets": {target["num_parameters"]: loss_on(target, MEAN) for target in targets},
+        "eta": eta_on(MEAN, small, large, targets),
+    }
 
 
 def main() -> None:
@@ -160,22 +164,18 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.upper)
-    train, held_out = read_rows(options.text)
+    train, held_out_rows = read_rows(options.text)
     random.Random(options.seed).shuffle(train)
-    random.Random(0).shuffle(held_out)
-    blocks = held_out_blocks(tokenizer, held_out, options.length, options.held_out_blocks)
-
-    def loss(model: Any) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.bf16):
-            return held_out_loss(model, blocks)
-
+    random.Random(0).shuffle(held_out_rows)
+    texts = {"held-out": held_out_blocks(tokenizer, held_out_rows, options.length, options.held_out_blocks)}
     results = Results(options.output / "results.json")
-    published = loss(Source(options.lower).model())
+    held_out = HeldOut(texts, results, options.bf16)
+    published = loss_on(held_out.once("published", [options.lower], Source(options.lower).model), MEAN)
     for way in options.ways:
         name = f"{way}{options.label}-{options.seed}"
         if results.get(name) is None:
             chain = make_chain(way, options, Dataset.from_dict({"text": train}), options.output / name)
-            results.put(name, {"published": published, **measure(chain, loss)})
+            results.put(name, {"published": published, **measure(chain, held_out)})
         found = results.get(name)
         print(name, json.dumps({key: value for key, value in found.items() if key != "sizes"}), flush=True)
 

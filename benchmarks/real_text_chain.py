@@ -16,7 +16,6 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,18 +23,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from benchmarks.held_out import HeldOut
 from cbd_trl import Chain, DistillConfig, build_chain, from_chain
 from cbd_trl.chain.measurements import measurements_table
-from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.plots import plot_sweep
-from cbd_trl.report.sweep import RANDOM, REPORTED, fingerprint, random_model
+from cbd_trl.report.sweep import RANDOM, REPORTED, random_model
 from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.files import Results, write_text
 
 BLOCK_LENGTH = 256
+RESULTS = "results.json"
 Fields = dict[str, int]
 
 
@@ -186,39 +186,38 @@ def make_target(chain: Chain, fields: dict[str, int], operator: str) -> PreTrain
     return from_chain(chain, config=fields, operator=operator)
 
 
-def measure(
-    chain: Chain, fields_of: list[dict[str, int]], texts: dict[str, TokenBlocks], results: Results, bf16: bool
-) -> dict[str, dict[str, Any]]:
+def held_out_texts(options: argparse.Namespace, tokenizer: Any, count: int) -> dict[str, TokenBlocks]:
+    """The first blocks of the held-out tenth of each text.
+
+    Args:
+        options: with the files `gsm8k` and `wikitext`.
+        tokenizer: of the chain.
+        count: of each text.
+    """
+    rows = {"GSM8K": gsm8k_rows(options.gsm8k), "WikiText-2": wikitext_rows(options.wikitext)}
+    return {
+        name: held_out_blocks(tokenizer, split(all_rows)[1], BLOCK_LENGTH, count) for name, all_rows in rows.items()
+    }
+
+
+def measure(chain: Chain, fields_of: list[dict[str, int]], held_out: HeldOut) -> dict[str, dict[str, Any]]:
     """Every anchor and every operator at every target, on every text: `{text: report}` as `plot_sweep` takes it."""
-    key = fingerprint(*(text.input_ids for text in texts.values()), [anchor.files for anchor in chain.anchors])
-    reports: dict[str, dict[str, Any]] = {name: {"anchors": [], "targets": []} for name in texts}
-
-    def once(what: list[Any], make: Callable[[], PreTrainedModel]) -> dict[str, Any]:
-        name = fingerprint(key, what)
-        if results.get(name) is None:
-            started = time.perf_counter()
-            model = make()
-            seconds = time.perf_counter() - started
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-                losses = {text: held_out_loss(model, blocks) for text, blocks in texts.items()}
-            print(what, {text: round(loss, 3) for text, loss in losses.items()}, f"{seconds:.1f} s", flush=True)
-            results.put(name, {"num_parameters": model.num_parameters(), "seconds": seconds, "loss": losses})
-        return results.get(name)
-
+    reports: dict[str, dict[str, Any]] = {name: {"anchors": [], "targets": []} for name in held_out.texts}
     for anchor in chain.anchors:
-        found = once(["anchor", anchor.name], anchor.load_model)
+        found = held_out.anchor(anchor)
+        entry = {"name": anchor.name, "shape": anchor.shape, "num_parameters": found["num_parameters"]}
         for text, report in reports.items():
-            entry = {"name": anchor.name, "shape": anchor.shape, "num_parameters": found["num_parameters"]}
             report["anchors"].append({**entry, "loss": found["loss"][text]})
     for fields in fields_of:
-        for operator in (*REPORTED, RANDOM):
-            found = once([fields, operator], partial(make_target, chain, fields, operator))
-            for report in reports.values():
-                if operator == REPORTED[0]:
-                    entry = {"num_parameters": found["num_parameters"], "shape": fields, "seconds": found["seconds"]}
-                    report["targets"].append({**entry, "loss": {}})
-            for text, report in reports.items():
-                report["targets"][-1]["loss"][operator] = found["loss"][text]
+        made = {
+            operator: held_out.target(chain, fields, operator, partial(make_target, chain, fields, operator))
+            for operator in (*REPORTED, RANDOM)
+        }
+        first = made[REPORTED[0]]
+        entry = {"num_parameters": first["num_parameters"], "shape": fields, "seconds": first["seconds"]}
+        for text, report in reports.items():
+            losses = {operator: found["loss"][text] for operator, found in made.items()}
+            report["targets"].append({**entry, "loss": losses})
     return reports
 
 
@@ -245,8 +244,7 @@ def main() -> None:
     if options.one_step and "both" not in plan.targets:
         parser.error(f"--one-step: the plan of {options.plan} has no targets that differ from the source in both.")
 
-    gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
-    wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
+    gsm8k, wikitext = split(gsm8k_rows(options.gsm8k))[0], split(wikitext_rows(options.wikitext))[0]
     anchors = [{**plan.anchors[0], **plan.anchors[1]}] if options.one_step else plan.anchors
     settings = [
         (options.depth_steps, options.depth_learning_rate),
@@ -269,15 +267,9 @@ def main() -> None:
     )
     print(f"chain built in {(time.perf_counter() - start) / 60:.1f} minutes")
 
-    tokenizer = AutoTokenizer.from_pretrained(options.source)
-    held_out = {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}
-    texts = {
-        name: held_out_blocks(tokenizer, rows, BLOCK_LENGTH, options.held_out_blocks)
-        for name, rows in held_out.items()
-    }
-    reports = measure(
-        chain, targets(plan, options.one_step), texts, Results(options.output / "results.json"), not options.fp32
-    )
+    texts = held_out_texts(options, chain.tokenizer(), options.held_out_blocks)
+    held_out = HeldOut(texts, Results(options.output / RESULTS), not options.fp32)
+    reports = measure(chain, targets(plan, options.one_step), held_out)
     write_text(options.output / "report.json", json.dumps(reports, indent=1))
     for name, report in reports.items():
         stem = options.output / name.lower().replace("-", "")

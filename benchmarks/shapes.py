@@ -12,6 +12,7 @@ shape that it chooses is better than the one on the line between the anchors. In
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ import torch
 from datasets import Dataset
 from scipy.stats import spearmanr
 
+from benchmarks.curves import mean_loss
+from benchmarks.held_out import HeldOut
 from benchmarks.tables import machine, markdown
 from cbd_trl import Chain
 from cbd_trl.architectures.registry import describe_shape
 from cbd_trl.cli.parsing import parse_sizes
-from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
 from cbd_trl.targets.calibrate import calibration_tokens
@@ -32,7 +34,6 @@ from cbd_trl.targets.many import multiplied_weights
 from cbd_trl.targets.operators import Pair
 from cbd_trl.targets.request import ANCHOR, Request, Target, find_targets
 from cbd_trl.targets.shape_search import score_by_statistics, score_on_text
-from cbd_trl.utils.blocks import TokenBlocks
 from cbd_trl.utils.datasets import load_rows
 from cbd_trl.utils.files import Results, write_text
 from cbd_trl.utils.formatting import format_count
@@ -45,16 +46,13 @@ class Shapes:
 
     Args:
         chain: the chain.
-        texts: held-out text by name.
+        held_out: measures, and keeps the scores too.
         calibration: text for the score by KL.
-        results: what was measured already.
-        key: of all that decides a number but shape and text's name.
+        key: of chain and calibration text, for the scores.
     """
 
-    def __init__(
-        self, chain: Chain, texts: Mapping[str, TokenBlocks], calibration: Dataset, results: Results, key: str
-    ) -> None:
-        self.chain, self.texts, self.calibration, self.results, self.key = chain, texts, calibration, results, key
+    def __init__(self, chain: Chain, held_out: HeldOut, calibration: Dataset, key: str) -> None:
+        self.chain, self.held_out, self.calibration, self.key = chain, held_out, calibration, key
 
     def size(self, size: float, count: int) -> list[dict[str, Any]]:
         """Measure the shapes of a size, that on the line first; empty where the size is an anchor's.
@@ -68,31 +66,28 @@ class Shapes:
         if targets[0].operator == ANCHOR:
             return []
         pair, name = load_pair(*targets[0].anchors), f"{self.key}/{size:.0f}/{count}"
-        scores: Mapping[str, Mapping[str, float]] | None = self.results.get(f"{name}/scores")
+        scores: Mapping[str, Mapping[str, float]] | None = self.held_out.results.get(f"{name}/scores")
         if scores is None:
             tokens = calibration_tokens(targets[0], self.calibration)
             assert tokens is not None
             by_text = score_on_text(targets, request, tokens, pair)
             scores = {"energy": _by_shape(score_by_statistics(targets, request)), "kl": _by_shape(by_text)}
-            self.results.put(f"{name}/scores", scores)
+            self.held_out.results.put(f"{name}/scores", scores)
         return [self._row(request, target, pair, scores) for target in targets]
 
     def _row(
         self, request: Request, target: Target, pair: Pair, scores: Mapping[str, Mapping[str, float]]
     ) -> dict[str, Any]:
         shape, architecture = json.dumps(target.architecture.shape), target.architecture
-        losses: dict[str, float] | None = self.results.get(f"{self.key}/{shape}")
-        if losses is None:
-            model: Any = make_model(self.chain, request, target, None, torch.float32, pair)
-            losses = {name: held_out_loss(model, text) for name, text in self.texts.items()}
-            self.results.put(f"{self.key}/{shape}", losses)
+        make: Any = partial(make_model, self.chain, request, target, None, torch.float32, pair)
+        measured = self.held_out.target(self.chain, architecture.shape, request.operator, make)
         return {
             "shape": architecture.shape,
             "parameters": architecture.num_parameters,
             "flops": 2 * multiplied_weights(architecture),
             **{name: values[shape] for name, values in scores.items()},
-            "losses": losses,
-            "mean": sum(losses.values()) / len(losses),
+            "losses": measured["loss"],
+            "mean": mean_loss(measured),
         }
 
 
@@ -169,9 +164,9 @@ def main(flags: Sequence[str] | None = None) -> None:
     }
     files = [anchor.files for anchor in chain.anchors]
     calibration = load_rows(str(options.calibration))
-    parts = [text.input_ids for text in texts.values()]
-    key = fingerprint(*parts, files, options.calibration.read_bytes())
-    shapes = Shapes(chain, texts, calibration, Results(options.output / "results.json"), key)
+    key = fingerprint(files, options.calibration.read_bytes())
+    held_out = HeldOut(texts, Results(options.output / "results.json"))
+    shapes = Shapes(chain, held_out, calibration, key)
     rows = {size: shapes.size(size, options.shapes) for size in parse_sizes(options.sizes)}
     found = "\n".join(table(size, measured) for size, measured in rows.items() if len(measured) > 1)
     report = f"{found}\n{machine(options.threads)}"

@@ -18,15 +18,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from benchmarks import flops
 from benchmarks.curves import Point, mean_loss, measured_curve
+from benchmarks.held_out import HeldOut
 from benchmarks.real_text_chain import (
     BLOCK_LENGTH,
     arguments,
     gsm8k_rows,
+    held_out_texts,
     split,
     training_dataset,
     wikitext_rows,
@@ -45,8 +46,6 @@ from benchmarks.starts import DIRECT, SCRATCH, STARTS, TARGET, direct_trainer, m
 from benchmarks.tables import machine
 from cbd_trl import Chain, DistillConfig
 from cbd_trl.architectures.registry import describe_shape
-from cbd_trl.losses.held_out import held_out_loss
-from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.report.sweep import fingerprint
 from cbd_trl.utils.blocks import token_blocks
 from cbd_trl.utils.files import Results, write_text
@@ -72,14 +71,11 @@ class Benchmark:
         self.options = options
         self.chain = Chain.from_pretrained(options.chain)
         self.tokenizer = self.chain.tokenizer()
-        gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
-        wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
+        gsm8k, wikitext = split(gsm8k_rows(options.gsm8k))[0], split(wikitext_rows(options.wikitext))[0]
         self.dataset: Dataset = training_dataset(gsm8k, wikitext, options.seed)
-        self.texts = {
-            name: held_out_blocks(self.tokenizer, rows, BLOCK_LENGTH, options.held_out_blocks)
-            for name, rows in {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}.items()
-        }
+        self.texts = held_out_texts(options, self.tokenizer, options.held_out_blocks)
         self.results = Results(options.output / "results.json")
+        self.measure = HeldOut(self.texts, self.results, not options.fp32)
 
     def steps(self, name: str) -> list[int]:
         return point_steps(self.options.long_tokens if name in LONG else self.options.tokens)
@@ -100,10 +96,6 @@ class Benchmark:
         args.lr_scheduler_type, args.lr_scheduler_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, {}
         args.save_strategy = SaveStrategy.NO
         return args
-
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=not self.options.fp32):
-            return {text: held_out_loss(model, blocks) for text, blocks in self.texts.items()}
 
     def run(self, name: str) -> None:
         """Make one start, train it, keep its curve."""

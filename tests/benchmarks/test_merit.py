@@ -1,11 +1,11 @@
-"""The measure of merit, and the pairs and rules it is taken on."""
+"""The pairs and rules that merit is taken on."""
 
 import itertools
 
 import pytest
 import torch
 
-from benchmarks.merit import boomerang, eta, pairs_of
+from benchmarks.merit import boomerang, pairs_of
 from cbd_trl import from_chain
 from cbd_trl.chain.chain import Chain, write_anchor
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
@@ -13,20 +13,6 @@ from tests.tiny import tiny_model
 from tests.tokenizer import tiny_tokenizer
 
 DEPTHS = (8, 4, 2)
-
-
-def test_eta_by_hand() -> None:
-    sizes = [0.25, 0.5, 0.75]
-    assert eta(4.0, 2.0, [3.5, 3.0, 2.5], sizes) == pytest.approx(1.0)
-    assert eta(4.0, 2.0, [4.0, 4.0, 4.0], sizes) == pytest.approx(0.0)
-    # 0.25 of the way where 0.5 was due.
-    assert eta(4.0, 2.0, [3.5], [0.5]) == pytest.approx(0.5)
-    assert eta(4.0, 2.0, [4.5], [0.5]) == pytest.approx(-0.5)
-
-
-def test_eta_needs_a_larger_anchor_that_is_better() -> None:
-    with pytest.raises(ValueError, match=r"larger anchor's loss is 3.000 and the smaller one's 2.500.*better on"):
-        eta(2.5, 3.0, [2.7], [0.5])
 
 
 def _write(folder, model, name, parent, blocks):

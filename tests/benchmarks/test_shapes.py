@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import shapes
+from benchmarks import held_out, shapes
 from benchmarks.shapes import main, summary
 from tests.chain.helpers import chain_rows, random_chain
 
@@ -34,7 +34,7 @@ def test_a_run_and_its_resumption(tmp_path, capsys, monkeypatch) -> None:
     def nothing(*args, **options):
         raise AssertionError("measured already")
 
-    monkeypatch.setattr(shapes, "held_out_loss", nothing)
+    monkeypatch.setattr(held_out, "held_out_loss", nothing)
     monkeypatch.setattr(shapes, "score_on_text", nothing)
     main([str(flag) for flag in flags])
     assert (tmp_path / "out" / "report.md").read_text() == report
