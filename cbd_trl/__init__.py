@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cbd_trl.build.bridge_step import BridgeStep
     from cbd_trl.build.build import build_chain
+    from cbd_trl.build.consolidate import consolidate_chain
     from cbd_trl.build.from_anchors import chain_from_anchors
     from cbd_trl.chain.chain import Chain
     from cbd_trl.targets.from_chain import from_chain
@@ -27,6 +28,7 @@ __all__ = [
     "DistillTrainer",
     "build_chain",
     "chain_from_anchors",
+    "consolidate_chain",
     "describe_targets",
     "from_chain",
     "make_targets",
@@ -43,6 +45,7 @@ _HOMES = {
     "DistillTrainer": "cbd_trl.trainers.distill_trainer",
     "build_chain": "cbd_trl.build.build",
     "chain_from_anchors": "cbd_trl.build.from_anchors",
+    "consolidate_chain": "cbd_trl.build.consolidate",
     "describe_targets": "cbd_trl.targets.many",
     "from_chain": "cbd_trl.targets.from_chain",
     "make_targets": "cbd_trl.targets.many",

@@ -18,8 +18,8 @@ import cbd_trl
 
 PUBLIC_NAMES = [
     *("BridgeDistillConfig", "BridgeDistillTrainer", "BridgeStep"),
-    *("Chain", "DistillConfig", "DistillTrainer", "build_chain", "chain_from_anchors", "describe_targets"),
-    *("from_chain", "make_targets"),
+    *("Chain", "DistillConfig", "DistillTrainer", "build_chain", "chain_from_anchors"),
+    *("consolidate_chain", "describe_targets", "from_chain", "make_targets"),
 ]
 ROOT = Path(__file__).parents[1]
 # Extras that the package uses through transformers and TRL, which import them.

@@ -29,7 +29,8 @@ ARGUMENTS = "arguments"
 # Version of a work folder's settings.
 _FORMAT = 3
 _LOGGED = ("loss", "kd", "ce", "hidden", "teacher_ce")
-_EVALUATED = ("loss", "_kd", "_ce", "_hidden")
+# Ends of the names of what an evaluation measures and chain.json records.
+EVALUATED = ("loss", "_kd", "_ce", "_hidden")
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
         losses = _last_losses(trainer.state.log_history)
         if trainer.eval_dataset is not None:
-            losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(_EVALUATED)}
+            losses |= {key: value for key, value in trainer.evaluate().items() if key.endswith(EVALUATED)}
     state = _whole_weights(trainer, architecture.state_shapes, dtype)
     model: Any = stock_model(architecture.config, state, dtype)
     model.generation_config = student.generation_config

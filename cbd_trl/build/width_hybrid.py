@@ -6,7 +6,7 @@ student learns to be one end of the models between the two.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,10 +22,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from cbd_trl.architectures import Architecture, Site, decoder_layers
 from cbd_trl.architectures.backbone import open_forward
 from cbd_trl.shapes.cut import cut_architecture
-from cbd_trl.shapes.solve import solve_target, spread_targets
+from cbd_trl.shapes.solve import solve_target
+from cbd_trl.shapes.spread import spread_targets
 from cbd_trl.surgery.least_squares import Fit
 from cbd_trl.surgery.weights import LazyWeights, Weights, to_state, to_weights
-from cbd_trl.targets.operators import Pair, Plan, cut_upper, layer_stack, mixer, upper_fits
+from cbd_trl.targets.operators import Pair, Plan, cut_upper, layer_stack, mixer, patch, upper_fits
 from cbd_trl.trainers.hybrid import Pass, drawn
 
 # Sizes of the hybrids: shares of the way from the lower to the upper anchor, in parameters.
@@ -111,7 +112,7 @@ class WidthHybrid:
     ) -> None:
         upper, lower = pair.upper_architecture, pair.lower_architecture
         shapes = targets_between(upper, lower, pair.blocks) if shapes is None else shapes
-        self._targets = [_Target(pair, Plan(shape)) for shape in shapes]
+        self._targets = [MixedModel(pair, Plan(shape)) for shape in shapes]
         if not self._targets:
             raise ValueError(
                 f"swap_probability={probability} trains models between {upper.shape} and {lower.shape}, and no shape "
@@ -152,7 +153,7 @@ def weights_of_teacher(teacher: Any, architecture: Architecture, stored: Weights
         architecture: of it.
         stored: the same weights, read instead where the teacher's parameters are not at hand: offloaded ones.
     """
-    held, table = _parameters_of(teacher, architecture), f"{architecture.family.embedding}.weight"
+    held, table = parameters_of(teacher, architecture), f"{architecture.family.embedding}.weight"
 
     def tensor(key: str) -> Tensor:
         # A gain that no model of the family stores is made where the table is.
@@ -163,7 +164,8 @@ def weights_of_teacher(teacher: Any, architecture: Architecture, stored: Weights
     return LazyWeights(architecture.tensors, tensor)
 
 
-def _parameters_of(model: Any, architecture: Architecture) -> Weights:
+def parameters_of(model: Any, architecture: Architecture) -> Weights:
+    """View the parameters of a model, not wrapped, as weights through which gradients flow to it."""
     return to_weights(LazyWeights(architecture.state_shapes, model.get_parameter), architecture)
 
 
@@ -178,20 +180,24 @@ class _Stock(nn.Module):
         return type(self.layer).forward(self.layer, *args, **kwargs)
 
 
-class _Target:
-    """One shape: a stock model without weights, and what lends it those between the upper anchor and a student.
+class MixedModel:
+    """A target between two anchors that is trained: a stock model without weights, and what lends it those that
+    `nested` makes of the upper anchor and the lower one as they are, before its norms are balanced.
 
     Args:
-        pair: as in `WidthHybrid`.
+        pair: as in `WidthHybrid`; of equal widths too.
         plan: the shape.
+        upper: the weights of the upper anchor that gradients flow to, if it is trained too. Of `pair.upper` the gains
+            are read then, on which what the cut computes depends: it stays as it is, whenever it is computed.
     """
 
-    def __init__(self, pair: Pair, plan: Plan) -> None:
-        self._fits, self._placed = upper_fits(pair, plan), dict[tuple[Site, bool], Fit]()
+    def __init__(self, pair: Pair, plan: Plan, upper: Weights | None = None) -> None:
+        self._fits, self._placed = {} if pair.equal_widths else upper_fits(pair, plan), dict[tuple[Site, bool], Fit]()
         self._device, self._dtype = torch.device("cpu"), torch.float32
-        upper = LazyWeights(pair.upper, lambda key: pair.upper[key].to(self._device))
-        self._cut, self._architecture = cut_upper(dataclasses.replace(pair, upper=upper), plan, self._fit)
-        self._mix, self._student_architecture = mixer(pair, plan), pair.lower_architecture
+        read = pair.upper if upper is None else upper
+        placed = LazyWeights(read, lambda key: read[key].to(self._device))
+        self._mix, self._architecture = self._mixing(dataclasses.replace(pair, upper=placed), plan)
+        self._student_architecture = pair.lower_architecture
         self._student: Any = None
         self.model: Any = _without_weights(self._architecture)
         open_forward(self.model)
@@ -211,6 +217,13 @@ class _Target:
                 own = {f"layer{name.removeprefix(prefix)}": name for name in names}
                 module.forward = partial(self._run_layer, _Stock(module), own)
 
+    def _mixing(self, pair: Pair, plan: Plan) -> tuple[Callable[[Weights], Weights], Architecture]:
+        """Build the function that makes the weights from those of the lower anchor."""
+        if pair.equal_widths:
+            return lambda lower: patch(dataclasses.replace(pair, lower=lower), plan)[0], patch(pair, plan)[1]
+        (cut, architecture), mix = cut_upper(pair, plan, self._fit), mixer(pair, plan)
+        return lambda lower: mix(cut, lower), architecture
+
     def mixed_with(self, student: Any) -> Pass:
         """Make the pass through this target interpolated with the student's parameters, to which gradients flow.
 
@@ -221,8 +234,8 @@ class _Target:
         """
         self._student = student
         self._checkpointed = getattr(decoder_layers(student)[0], "gradient_checkpointing", False)
-        lower = _parameters_of(student, self._student_architecture)
-        self._state = to_state(self._mix(self._cut, lower), self._architecture)
+        lower = parameters_of(student, self._student_architecture)
+        self._state = to_state(self._mix(lower), self._architecture)
         self._follow(student)
         return Pass(self.model, self._run)
 

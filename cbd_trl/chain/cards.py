@@ -15,7 +15,7 @@ from cbd_trl.cards.card import PICTURE, code, evaluation_prefix, losses_table, p
 from cbd_trl.cards.metadata import card_metadata, license_sentence
 from cbd_trl.cards.origin import Origin, hub_ids, read_origins
 from cbd_trl.chain.anchor import Anchor
-from cbd_trl.chain.manifest import ALIGNED, OBSTACLE, PUBLIC_MODEL, weight_files
+from cbd_trl.chain.manifest import ALIGNED, CONSOLIDATION, OBSTACLE, PUBLIC_MODEL, weight_files
 from cbd_trl.chain.measurements import MEASURED, measurements_table, table_units
 from cbd_trl.shapes.cut import cut_architecture
 from cbd_trl.shapes.solve import solve_target
@@ -193,7 +193,8 @@ def _recorded_origins(anchor: Anchor) -> tuple[Origin, ...]:
 
 def _datasets(*anchors: Anchor) -> tuple[str, ...]:
     """The Hub ids of what anchors were trained on, as far as they are known."""
-    recorded = [anchor.training.get(DATASETS) for anchor in anchors]
+    runs = [(anchor.training, *anchor.training.get(CONSOLIDATION, [])) for anchor in anchors]
+    recorded = [record.get(DATASETS) for records in runs for record in records]
     lists = [names for names in recorded if isinstance(names, list)]
     return hub_ids(name for names in lists for name in names if isinstance(name, str))
 
@@ -253,6 +254,11 @@ def _parameters(anchor: Anchor) -> str:
 
 def _provenance(anchor: Anchor) -> str:
     """What an anchor was made from and how, in a few words."""
+    together = ", then consolidated with the other anchors" if anchor.training.get(CONSOLIDATION) else ""
+    return f"{_first_provenance(anchor)}{together}"
+
+
+def _first_provenance(anchor: Anchor) -> str:
     training = anchor.training
     if isinstance(record := training.get(PUBLIC_MODEL), Mapping):
         # Of a folder the name has the hash of its weights.

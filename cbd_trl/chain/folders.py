@@ -307,12 +307,17 @@ def _block_record(block: Block | Sequence[int]) -> dict[str, Any]:
 
 def copy_anchor(anchor: Anchor, folder: Path) -> None:
     """Copy the files of an anchor's record into another chain's folder."""
-    anchor.need(*anchor.files)
     temporary = _fresh_folder(folder / f"{TEMPORARY}{anchor.name}")
-    for name in anchor.files:
-        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(anchor.path / name, temporary / name)
+    copy_files(anchor, temporary)
     for name in CARD_FILES:
         if (anchor.path / name).is_file():
             shutil.copyfile(anchor.path / name, temporary / name)
     _move_folder(temporary, folder / anchor.name)
+
+
+def copy_files(anchor: Anchor, folder: Path) -> None:
+    """Copy the files of an anchor's record into a folder that has none of them."""
+    anchor.need(*anchor.files)
+    for name in anchor.files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(anchor.path / name, folder / name)

@@ -115,6 +115,8 @@ class BlockRecord(Untrusted):
 ALIGNED, PUBLIC_MODEL, OBSTACLE, ALPHA_POWER = "aligned", "public_model", "obstacle", "alpha_power"
 # And what was measured to find the shape of one that was requested by its size.
 SHAPE_SEARCH = "shape_search"
+# What all anchors were trained for together once the chain was there, a record a run.
+CONSOLIDATION = "consolidation"
 
 
 class AnchorRecord(Untrusted):
@@ -184,6 +186,9 @@ class AnchorRecord(Untrusted):
         power = self.training.get(ALPHA_POWER, 0.0)
         if isinstance(power, bool) or not isinstance(power, int | float) or not 0 <= power < math.inf:
             raise ValueError(f"training.{ALPHA_POWER} must be a number of 0 or more, got {shown(power)}")
+        runs = self.training.get(CONSOLIDATION, [])
+        if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+            raise ValueError(f"training.{CONSOLIDATION} must be a list of objects, got {shown(runs)}")
         for name in ("bridge", "arguments"):
             if not isinstance(record := self.training.get(name, {}), dict):
                 raise ValueError(f"training.{name} must be an object, got {shown(record)}")

@@ -13,6 +13,7 @@ from cbd_trl.utils.formatting import did_you_mean
 COMMANDS = {
     "demo": "distill a real 135M model into a chain, make six other sizes from it, measure and draw them",
     "build": "distill a chain of anchors from a source model",
+    "consolidate": "train the anchors of a chain together for the sizes between them",
     "init": "make models of any size from a chain",
     "push": "upload a chain to the Hub",
     "report": "measure a chain and the sizes between its anchors: a page, a picture, a JSON file",
@@ -88,7 +89,7 @@ def _help() -> str:
         "Chain-based distillation: distill a language model once, make models of any size in seconds.",
         "",
     ]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:<13}{text}" for name, text in COMMANDS.items()]
     lines += [
         "",
         "A whole chain as one file: cbd-trl build recipe.yaml --dry-run. cbd-trl build --list-recipes names some.",

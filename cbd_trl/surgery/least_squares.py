@@ -6,6 +6,7 @@ The plain cut keeps prefixes; the least-squares cut also refits what reads them 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -182,23 +183,28 @@ class Fit:
         Returns:
             (outputs, P) in the working dtype.
         """
-        fit, dtype = self.matrix, working(matrix[:0]).dtype
-        half = fit.dtype.itemsize < 4
-        fit = fit if half else fit.to(dtype)
-        if gain is not None:
-            gain = gain.to(dtype)
-            fit = (fit * gain[self.rows, None]).to(fit.dtype)
+        made: torch.Tensor = _Refit.apply(matrix, gain, self, share)
+        return made
+
+    def _compute(self, matrix: torch.Tensor, gain: torch.Tensor | None, share: float) -> torch.Tensor:
+        dtype = working(matrix[:0]).dtype
+        fit = self._gained(gain, dtype)
         made = matrix.new_empty(len(matrix), fit.shape[1], dtype=dtype)
         # In pieces: the parts in the working dtype never exist as a whole.
         for out, piece in zip(made.split(_ROWS), matrix.split(_ROWS), strict=True):
             own, other = working(piece[:, self.kept]), piece[:, self.rows]
             if gain is not None:
-                own = torch.mul(own, gain[self.kept], out=out)
-            if half:
+                own = torch.mul(own, gain[self.kept].to(dtype), out=out)
+            if fit.dtype.itemsize < 4:
                 torch.add(own, other.to(fit.dtype) @ fit, alpha=share, out=out)
             else:
                 torch.addmm(own, working(other), fit, alpha=share, out=out)
         return made
+
+    def _gained(self, gain: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix in the dtype of its products, its rows multiplied by the gain."""
+        fit = self.matrix if self.matrix.dtype.itemsize < 4 else self.matrix.to(dtype)
+        return fit if gain is None else (fit * gain[self.rows, None].to(dtype)).to(fit.dtype)
 
     def shifted(self, matrix: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Refit the reader's bias, (outputs,) or, of experts, (E, outputs of each)."""
@@ -207,6 +213,36 @@ class Fit:
         constant = self.constant.to(working(matrix[:0]).dtype)
         parts = [working(piece[:, self.rows]) @ constant for piece in matrix.split(_ROWS)]
         return bias + torch.cat(parts).to(bias.dtype).view_as(bias)
+
+
+class _Refit(torch.autograd.Function):
+    """`Fit.refitted`. A function of autograd, because the parts that it is computed in never exist as a whole, and
+    autograd would keep them."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: torch.Tensor, gain: torch.Tensor | None, fit: Fit, share: float) -> torch.Tensor:
+        """Compute (outputs, P); see `Fit.refitted`."""
+        ctx.save_for_backward(matrix if gain is not None and gain.requires_grad else None, gain)
+        ctx.work = fit, share, matrix.shape, matrix.dtype
+        return fit._compute(matrix, gain, share)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Compute the gradients of the matrix and of the gain; the fit has none.
+
+        Args:
+            ctx: of the forward.
+            gradient: (outputs, P).
+        """
+        (matrix, gain), (fit, share, shape, dtype) = ctx.saved_tensors, ctx.work
+        # Of the matrix times the gain, all of whose columns are read: those that stay, and those that the fit reads.
+        whole = gradient.new_zeros(shape)
+        whole[:, fit.kept] = gradient
+        product = fit._gained(None, gradient.dtype)
+        whole[:, fit.rows] += share * (gradient.to(product.dtype) @ product.T).to(gradient.dtype)
+        to_matrix = (whole if gain is None else whole * gain.to(whole.dtype)).to(dtype)
+        to_gain = None if matrix is None else (whole * matrix.to(whole.dtype)).sum(0).to(gain.dtype)
+        return to_matrix, to_gain, None, None
 
 
 def regress(

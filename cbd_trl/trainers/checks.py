@@ -187,6 +187,12 @@ def warn_of_rounding(dtypes: Iterable[Any]) -> None:
         )
 
 
+def will_be_sharded(args: Any) -> bool:
+    """Whether FSDP or DeepSpeed will shard the student, by the arguments and the launcher."""
+    launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.fsdp or args.deepspeed) or any(parse_flag_from_env(name) for name in launcher)
+
+
 def check_hybrids_unsharded(args: Any, sharded: bool | None = None) -> None:
     """Check that hybrids are not of models that are sharded.
 
@@ -197,10 +203,7 @@ def check_hybrids_unsharded(args: Any, sharded: bool | None = None) -> None:
     Raises:
         ValueError: if there are any.
     """
-    if sharded is None:
-        launcher = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
-        sharded = bool(args.fsdp or args.deepspeed) or any(parse_flag_from_env(name) for name in launcher)
-    if args.swap_probability and sharded:
+    if args.swap_probability and (will_be_sharded(args) if sharded is None else sharded):
         raise ValueError(
             f"swap_probability={args.swap_probability} runs the teacher's layers inside the student, or mixes the "
             "weights of the two, which FSDP and DeepSpeed shard each on their own. Set swap_probability=0, or train "

@@ -1,7 +1,7 @@
 """Off-policy distillation on SFT-shaped data: wiring only, the formulas are in `cbd_trl.losses`.
 
 A subclass overrides the hooks, methods that return what `__init__` keeps: `_load_teacher`, `_settle_arguments`,
-`_make_projectors`, `_make_objective`, `_make_collator` and `_loss_class`.
+`_make_projectors`, `_make_objective`, `_make_collator`, `_loss_class`, `_student_pass` and `_models`.
 """
 
 import copy
@@ -223,6 +223,15 @@ class DistillTrainer(SFTTrainer):
         """Choose the loss that runs inside the student's forward."""
         return StepLoss
 
+    def _student_pass(self, model: nn.Module) -> Pass:
+        """Choose what a micro-batch runs through; `model` is the student as it is wrapped for training."""
+        return Pass(self._student, model)
+
+    @property
+    def _models(self) -> list[Any]:
+        """All models that read the rows, not wrapped."""
+        return [self._student, *self._teacher.models]
+
     # Rows
 
     def _datasets(self) -> dict[str, Any]:
@@ -265,20 +274,20 @@ class DistillTrainer(SFTTrainer):
 
     def _prepare_packing(self) -> None:
         self.data_collator = PackingCollator(**vars(self.data_collator), with_bounds=not self.args.torch_compile)
-        warn_of_dense_masks([self._student, *self._teacher.models], self.args.torch_compile)
+        warn_of_dense_masks(self._models, self.args.torch_compile)
         self._check_rows_apart()
 
     def _check_rows_apart(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return  # sharded models run within a training step alone
         with self._attention(), self.accelerator.autocast():
-            for model in (self._student, *self._teacher.models):
+            for model in self._models:
                 check_rows_apart(model)
 
     def _attention(self) -> AbstractContextManager:
         if not self.padding_free or self.args.torch_compile:  # a graph would be compiled for each pack's rows
             return nullcontext()
-        return attention_within_rows([self._student, *self._teacher.models])
+        return attention_within_rows(self._models)
 
     # Training
 
@@ -406,7 +415,7 @@ class DistillTrainer(SFTTrainer):
                 )
                 return through.run(**batch.inputs, inside=step_loss)
 
-        student = Pass(self._student, model)
+        student = self._student_pass(model)
         if not self.model.training or pairs.hybrid is None:
             return forward(student, with_logits)
         # The student itself comes last: DDP takes the parameters of the last pass for those that are used.

@@ -131,7 +131,7 @@ def save_projectors(projectors: Projectors, folder: str | Path) -> None:
     """
     file = Path(folder) / FILE
     with replacing(file) as temporary:
-        save_tensors({key: value.detach().contiguous() for key, value in projectors.state_dict().items()}, temporary)
+        save_tensors({key: value.contiguous() for key, value in _tensors(projectors).items()}, temporary)
 
 
 def load_projectors(projectors: Projectors, folder: str | Path) -> None:
@@ -151,13 +151,15 @@ def load_projectors(projectors: Projectors, folder: str | Path) -> None:
             "a run without them. Resume from a checkpoint of a run with the same arguments, or start anew."
         )
     tensors = load_file(file)
-    found, wanted = _shapes(tensors), _shapes(projectors.state_dict())
+    own = _tensors(projectors)
+    found, wanted = _shapes(tensors), _shapes(own)
     if found != wanted:
         raise ValueError(
             f"{file} holds projectors {found}, this run needs {wanted} (teacher width, student width): the "
             "checkpoint is of other models. Resume with those it was made with, or start anew."
         )
-    projectors.load_state_dict(tensors)
+    for key, tensor in own.items():
+        tensor.copy_(tensors[key])
 
 
 class LayerOutputs:
@@ -343,6 +345,11 @@ def _check_widths(student: int, teacher: int, block_map: list[list[int]] | None)
 def _is_projector(key: str) -> bool:
     # Behind whatever prefixes the wrappers put before the attribute's name.
     return f".{NAME}." in f".{key}"
+
+
+def _tensors(projectors: Projectors) -> dict[str, Tensor]:
+    """The parameters, each once: what is trained beside the student may have tied ones."""
+    return {key: parameter.detach() for key, parameter in projectors.named_parameters()}
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -13,21 +13,24 @@ from cbd_trl import build_chain
 from cbd_trl.architectures import describe
 from cbd_trl.build.width_hybrid import (
     FRACTIONS,
+    MixedModel,
     WidthHybrid,
     many_targets_between,
+    parameters_of,
     targets_between,
     weights_of_teacher,
 )
 from cbd_trl.losses.held_out import held_out_loss
 from cbd_trl.losses.hidden import mean_hidden_distance
 from cbd_trl.shapes.cut import cut_architecture
-from cbd_trl.surgery.weights import weights_of
+from cbd_trl.surgery.least_squares import Fit
+from cbd_trl.surgery.weights import to_state, weights_of
 from cbd_trl.targets.from_chain import from_chain, load_pair
-from cbd_trl.targets.operators import Plan, cut_upper, mixer, nested
+from cbd_trl.targets.operators import Plan, cut_upper, mixer, nested, patch, upper_fits
 from cbd_trl.trainers.hybrid import Pass
 from tests.build.test_trained_apart import trained
-from tests.build.width_pairs import width_pair, width_trainer
-from tests.chain.helpers import chain_source
+from tests.build.width_pairs import single, width_pair, width_trainer
+from tests.chain.helpers import between, chain_source, random_pair
 from tests.markov import markov_text
 from tests.surgery.helpers import TOLERANCE, build, logits, tokens
 from tests.tiny import tiny_model
@@ -93,6 +96,61 @@ def test_a_hybrid_is_the_target_between_the_teacher_and_the_student_as_it_is(fam
             ours = beside.run(input_ids=tokens()).logits
             assert (ours - reference).abs().max() <= TOLERANCE * reference.std()
             assert all(parameter.is_meta for parameter in beside.model.parameters())
+
+
+def dense_refit(fit, matrix, share, gain=None):
+    """What `Fit.refitted` computes, in one piece, differentiated by autograd."""
+    whole = matrix if gain is None else matrix * gain
+    return whole[:, fit.kept] + share * whole[:, fit.rows] @ fit.matrix.to(whole)
+
+
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "what"),
+    [
+        ("llama", True, "both"),
+        ("llama", False, "depth"),
+        ("gpt2", True, "width"),
+        *(slow("gemma2", tied, what) for tied in (True, False) for what in ("depth", "width", "both")),
+        *(slow(*case) for case in CASES if case[0] not in ("gemma2", "gpt2")),
+    ],
+)
+def test_both_anchors_are_trained_by_a_target(family, tied, what, monkeypatch):
+    """It computes what `nested` makes, and its gradient is that of a dense twin, the fits left as they are."""
+    pair = single(random_pair(family, tied, what))
+    plan = Plan(between(pair))
+
+    def anchors():
+        upper, lower = build(pair.upper, pair.upper_architecture), build(pair.lower, pair.lower_architecture)
+        views = parameters_of(upper, pair.upper_architecture), parameters_of(lower, pair.lower_architecture)
+        return {"upper": upper, "lower": lower}, dataclasses.replace(pair, upper=views[0], lower=views[1])
+
+    def found(models):
+        return {f"{role} {name}": grad for role, model in models.items() for name, grad in gradients(model).items()}
+
+    models, live = anchors()
+    outputs = MixedModel(pair, plan, live.upper).mixed_with(models["lower"]).run(input_ids=tokens()).logits
+    weights, made = nested(pair, plan)
+    reference = logits(build({key: tensor.float() for key, tensor in weights.items()}, made))
+    assert (outputs - reference).abs().max() <= TOLERANCE * reference.std()
+    outputs.logsumexp(-1).mean().backward()
+
+    twins, live = anchors()
+    if pair.equal_widths:
+        weights = patch(live, plan)[0]
+    else:
+        fits = upper_fits(pair, plan)
+        monkeypatch.setattr(Fit, "refitted", dense_refit)
+        weights = mixer(pair, plan)(cut_upper(live, plan, lambda *key: fits[key])[0], live.lower)
+    target = build({key: tensor.detach().float() for key, tensor in weights.items()}, made)
+    target(input_ids=tokens()).logits.logsumexp(-1).mean().backward()
+    state = to_state(weights, made)
+    sum((slope * state[name]).sum() for name, slope in gradients(target).items()).backward()
+    assert_same_gradient(found(models), found(twins), rtol=1e-4)
+    assert all(any(grad.any() for grad in gradients(model).values()) for model in models.values())
 
 
 def test_a_hybrid_is_what_from_chain_makes_of_the_stored_anchors(chain):

@@ -13,7 +13,7 @@ from trl import SFTConfig
 
 from cbd_trl import BridgeDistillConfig, Chain, DistillConfig
 from cbd_trl.cache import TeacherCache
-from cbd_trl.cli import cache, demo, generate, init, push, report, train
+from cbd_trl.cli import cache, consolidate, demo, generate, init, push, report, train
 from cbd_trl.cli.main import COMMANDS, main
 from cbd_trl.cli.parsing import parse_shape
 from cbd_trl.recipe.schema import parse_recipe
@@ -74,6 +74,7 @@ def test_help_lists_every_command(capsys):
 
 OWN = {
     "demo": demo.COMMAND,
+    "consolidate": consolidate.COMMAND,
     "init": init.COMMAND,
     "push": push.COMMAND,
     "report": report.COMMAND,
@@ -142,6 +143,7 @@ def test_the_options_of_a_config_are_listed_without_a_copy():
         ("distill", ["--divergence {forward_kl,", "--kd_schedule {constant,", "--use_peft", "--learning_rate"]),
         ("bridge", ["--objective", "--divergence {forward_kl,", "--dataset_name"]),
         ("init", ["--num-parameters", "--operator {nested,"]),
+        ("consolidate", ["--dataset_name", "--learning_rate", "--kd_weight"]),
     ],
 )
 def test_help_all_lists_every_flag(name, flags, capsys):
@@ -192,6 +194,18 @@ def test_init_by_size_with_calibration_text_and_yaml(chain, folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert abs(model.num_parameters() / size - 1) <= 0.3
     assert model.config.num_attention_heads == 4
+
+
+def test_consolidate_writes_a_new_chain(chain, folder, tmp_path, capsys):
+    flags = ["--dataset_name", str(folder / "rows.jsonl"), "--output_dir", str(tmp_path / "chain"), *TRAINING]
+    assert main(["consolidate", str(chain), *flags, "--calibration_tokens", "64"]) == 0
+    before, after = Chain.from_pretrained(chain), Chain.from_pretrained(tmp_path / "chain")
+    (run,) = after.anchors[2].training["consolidation"]
+    assert run["calibration_tokens"] == 64 and run["arguments"]["values"]["max_steps"] == 2
+    assert f"The consolidated chain is in {tmp_path / 'chain'}" in capsys.readouterr().out
+    assert [anchor.shape for anchor in after.anchors] == [anchor.shape for anchor in before.anchors]
+    assert main(["consolidate", *flags]) == 2
+    assert "The chain is missing: cbd-trl consolidate CHAIN" in capsys.readouterr().err
 
 
 def test_distill_trains_a_lora_student(folder, tmp_path):

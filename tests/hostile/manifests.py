@@ -137,6 +137,7 @@ MANIFESTS = [
     Case("tokenizer-other", anchor(tokenizer_sha256="0" * 64), "different tokenizers|another tokenizer"),
     Case("power-text", anchor(training={"alpha_power": "x"}), "training.alpha_power must be a number .*, got 'x'"),
     Case("power-negative", anchor(training={"alpha_power": -1}), "training.alpha_power must be a number .*, got -1"),
+    Case("runs-text", anchor(training={"consolidation": "x"}), "training.consolidation must be a list of .*, got 'x'"),
     Case("bridge-text", anchor(training={"bridge": "x"}), "training.bridge must be an object, got 'x'"),
     # Blocks that are not there.
     Case("block-map-null", anchor(blocks=None), "has a parent but no blocks"),

@@ -5,7 +5,7 @@ import torch
 
 from cbd_trl.architectures import describe
 from cbd_trl.architectures.axes import prefix_index
-from cbd_trl.surgery.least_squares import gain_ratio, least_squares_cut, plain_cut
+from cbd_trl.surgery.least_squares import Fit, gain_ratio, least_squares_cut, plain_cut
 from cbd_trl.surgery.statistics import Statistics
 from cbd_trl.surgery.weights import input_matrix, weights_of
 from tests.surgery.helpers import (
@@ -145,6 +145,21 @@ def test_low_precision_weights_are_refitted_in_float32(family, fold):
     expected = least_squares_cut(exact, architecture, statistics, target, fold=fold)
     for key, tensor in cut.items():
         torch.testing.assert_close(tensor.double(), expected[key], rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("kept", "rows"),
+    [(slice(0, 4), slice(4, 7)), (torch.tensor([0, 2, 3]), torch.arange(7))],
+    ids=["apart", "centered"],
+)
+def test_the_gradient_of_a_refit_is_that_of_its_differences(kept, rows):
+    generator = torch.Generator().manual_seed(0)
+    matrix, gain = (torch.randn(size, 7, generator=generator, dtype=torch.float64) for size in (5, 1))
+    index = torch.arange(7)
+    fit = Fit(kept, rows, torch.randn(len(index[rows]), len(index[kept]), generator=generator).double(), None)
+    inputs = matrix.requires_grad_(), gain[0].requires_grad_()
+    torch.autograd.gradcheck(lambda matrix, gain: fit.refitted(matrix, 0.5, gain), inputs)
+    torch.autograd.gradcheck(lambda matrix: fit.refitted(matrix, 0.5), inputs[:1])
 
 
 @pytest.mark.parametrize("dim", ["ffn", "group"])
