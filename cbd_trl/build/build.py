@@ -135,15 +135,15 @@ def build_chain(
             check_writable(output_dir)
         for number, anchor in done.items():
             # A run may have been killed while removing it.
-            if number + 1 in done:
+            if search is not None and number + 1 in done:
                 remove_work_folder(output_dir, search_folder(output_dir, anchor.name).name)
             remove_work_folder(output_dir, anchor.name)
-        # That no model is requested twice was checked.
-        known = dataclasses.replace(given, models=[])
+        tokenizer, commits = given.tokenizer, given.commits
 
         def plan(search: ShapeSearch, above: Sequence[Step]) -> list[Step]:
-            again = dataclasses.replace(known, models=[])
-            return plan_chain(architecture, anchors, args, dataset, again, search, above)
+            # That no model is requested twice was checked.
+            known = Given(tokenizer, token, [], commits)
+            return plan_chain(architecture, anchors, args, dataset, known, search, above)
 
         run = _Run(output_dir, source_anchor.tokenizer, special, eval_dataset, calibration_tokens, attention)
         upper = done.get(0) or _make_source_anchor(run, source_anchor, len(steps) + 1)
@@ -220,7 +220,8 @@ def _make_anchors(
         label = f"{step.name} {place}"
         with _progress_of(step.args):
             made = _distil_anchor(run, upper, step, label)
-        remove_work_folder(run.output_dir, search_folder(run.output_dir, upper.name).name)
+        if step.search is not None:
+            remove_work_folder(run.output_dir, search_folder(run.output_dir, upper.name).name)
         upper = made
 
 
