@@ -33,7 +33,7 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks.real_text_chain import BLOCK_LENGTH, gsm8k_rows, split, training_dataset, wikitext_rows
+from benchmarks.real_text_chain import BLOCK_LENGTH, real_texts, split, training_dataset
 from benchmarks.starts import WholeHead
 from benchmarks.tables import machine, markdown
 from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, DistillConfig, DistillTrainer
@@ -135,12 +135,10 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        gsm8k, gsm8k_held_out = split(gsm8k_rows(options.gsm8k))
-        wikitext, wikitext_held_out = split(wikitext_rows(options.wikitext))
-        self.training = (gsm8k, wikitext)
-        self.tokenizer = train_tokenizer([*gsm8k, *wikitext], VOCABULARY)
+        texts = {name: split(rows) for name, rows in real_texts(options).items()}
+        self.tokenizer = train_tokenizer([row for train, _ in texts.values() for row in train], VOCABULARY)
         self.teacher_tokenizer = AutoTokenizer.from_pretrained(options.teacher)
-        held_out, count = {"GSM8K": gsm8k_held_out, "WikiText-2": wikitext_held_out}, options.held_out_rows
+        held_out, count = {name: rows for name, (_, rows) in texts.items()}, options.held_out_rows
         self.texts = {name: [row[:600] for row in rows[:count]] for name, rows in held_out.items()}
         # No setting was chosen by these.
         self.untouched = {name: [row[:600] for row in rows[count : 2 * count]] for name, rows in held_out.items()}
@@ -179,7 +177,7 @@ class Benchmark:
 
     def dataset(self, name: str, seed: int) -> Dataset:
         if name != "seqkd":
-            return training_dataset(*self.training, seed)
+            return training_dataset(self.options, seed)
         rows = load_dataset("json", data_files=str(self.options.completions), split="train")
         texts = [row["prompt"] + row["completion"] for row in rows]
         return Dataset.from_dict({"text": texts}).shuffle(seed=seed)

@@ -25,16 +25,7 @@ from datasets import Dataset
 import cbd_trl.build.consolidate as consolidation
 from benchmarks.held_out import MEAN, HeldOut, Measurement, eta_on, loss_on
 from benchmarks.merit import targets_at
-from benchmarks.real_text_chain import (
-    BLOCK_LENGTH,
-    RESULTS,
-    arguments,
-    gsm8k_rows,
-    held_out_texts,
-    split,
-    training_dataset,
-    wikitext_rows,
-)
+from benchmarks.real_text_chain import BLOCK_LENGTH, RESULTS, arguments, held_out_texts, real_texts, training_dataset
 from benchmarks.tables import machine, markdown
 from cbd_trl import Chain, DistillConfig, consolidate_chain, from_chain
 from cbd_trl.utils.files import Results, write_text
@@ -112,10 +103,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chain = Chain.from_pretrained(options.chain)
-    texts = held_out_texts(options, chain.tokenizer(), options.held_out_blocks)
-    dataset = training_dataset(
-        split(gsm8k_rows(options.gsm8k))[0], split(wikitext_rows(options.wikitext))[0], options.seed
-    )
+    texts = held_out_texts(real_texts(options), chain.tokenizer(), options.held_out_blocks)
+    dataset = training_dataset(options, options.seed)
     args = arguments(
         options.steps, options.learning_rate, None, options.seed, not options.fp32, batch_size=options.batch_size
     )

@@ -7,6 +7,7 @@ A measurement is `{"num_parameters", "seconds" (to make the model), "loss": {tex
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -83,6 +84,18 @@ class HeldOut:
                 self.results.put(keys[text], found)
         entries = {text: self.results.get(key) for text, key in keys.items()}
         return {**next(iter(entries.values())), "loss": {text: entry["loss"] for text, entry in entries.items()}}
+
+
+def divided(blocks: Mapping[str, TokenBlocks], count: int) -> tuple[dict[str, TokenBlocks], dict[str, TokenBlocks]]:
+    """The first blocks of each text, on which a recipe is chosen, and the others, on which it is measured."""
+
+    def part(text: TokenBlocks, rows: slice) -> TokenBlocks:
+        return replace(text, input_ids=text.input_ids[rows], labels=text.labels[rows])
+
+    first, others = (
+        {name: part(text, rows) for name, text in blocks.items()} for rows in (slice(count), slice(count, None))
+    )
+    return first, others
 
 
 def loss_on(measured: Mapping[str, Any], text: str) -> float:

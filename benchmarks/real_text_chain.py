@@ -13,9 +13,11 @@ qwen2.5-coder-0.5b --batch-size 2 --depth-steps 200 --optim adafactor` 102,400.
 import argparse
 import itertools
 import json
+import lzma
 import random
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -131,10 +133,22 @@ def split(rows: list[str]) -> tuple[list[str], list[str]]:
     return rows[:cut], rows[cut:]
 
 
-def training_dataset(gsm8k: list[str], wikitext: list[str], seed: int) -> Dataset:
-    """As many characters of each text, in an order of its own for each seed."""
-    size = min(sum(map(len, rows)) for rows in (gsm8k, wikitext))
-    rows = [row for text in (gsm8k, wikitext) for row in _first_characters(text, size, seed)]
+def prose_rows(path: Path) -> list[str]:
+    """The texts of JSON lines, also compressed with xz."""
+    with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def real_texts(options: argparse.Namespace) -> dict[str, list[str]]:
+    """All rows of the two texts; `options` has their files."""
+    return {"GSM8K": gsm8k_rows(options.gsm8k), "WikiText-2": wikitext_rows(options.wikitext)}
+
+
+def training_dataset(options: argparse.Namespace, seed: int) -> Dataset:
+    """As many characters of each text, in an order of its own for each seed, without the held-out rows."""
+    texts = [split(rows)[0] for rows in real_texts(options).values()]
+    size = min(sum(map(len, rows)) for rows in texts)
+    rows = [row for text in texts for row in _first_characters(text, size, seed)]
     return Dataset.from_dict({"text": rows}).shuffle(seed=seed)
 
 
@@ -186,18 +200,15 @@ def make_target(chain: Chain, fields: dict[str, int], operator: str) -> PreTrain
     return from_chain(chain, config=fields, operator=operator)
 
 
-def held_out_texts(options: argparse.Namespace, tokenizer: Any, count: int) -> dict[str, TokenBlocks]:
+def held_out_texts(texts: Mapping[str, list[str]], tokenizer: Any, count: int) -> dict[str, TokenBlocks]:
     """The first blocks of the held-out tenth of each text.
 
     Args:
-        options: with the files `gsm8k` and `wikitext`.
+        texts: {name: all its rows}.
         tokenizer: of the chain.
         count: of each text.
     """
-    rows = {"GSM8K": gsm8k_rows(options.gsm8k), "WikiText-2": wikitext_rows(options.wikitext)}
-    return {
-        name: held_out_blocks(tokenizer, split(all_rows)[1], BLOCK_LENGTH, count) for name, all_rows in rows.items()
-    }
+    return {name: held_out_blocks(tokenizer, split(rows)[1], BLOCK_LENGTH, count) for name, rows in texts.items()}
 
 
 def measure(chain: Chain, fields_of: list[dict[str, int]], held_out: HeldOut) -> dict[str, dict[str, Any]]:
@@ -244,7 +255,6 @@ def main() -> None:
     if options.one_step and "both" not in plan.targets:
         parser.error(f"--one-step: the plan of {options.plan} has no targets that differ from the source in both.")
 
-    gsm8k, wikitext = split(gsm8k_rows(options.gsm8k))[0], split(wikitext_rows(options.wikitext))[0]
     anchors = [{**plan.anchors[0], **plan.anchors[1]}] if options.one_step else plan.anchors
     settings = [
         (options.depth_steps, options.depth_learning_rate),
@@ -261,13 +271,13 @@ def main() -> None:
     chain = build_chain(
         options.source,
         [{**anchor, "args": one} for anchor, one in zip(anchors, args, strict=True)],
-        dataset=training_dataset(gsm8k, wikitext, options.seed),
+        dataset=training_dataset(options, options.seed),
         output_dir=options.output / "chain",
         args=args[0],
     )
     print(f"chain built in {(time.perf_counter() - start) / 60:.1f} minutes")
 
-    texts = held_out_texts(options, chain.tokenizer(), options.held_out_blocks)
+    texts = held_out_texts(real_texts(options), chain.tokenizer(), options.held_out_blocks)
     held_out = HeldOut(texts, Results(options.output / RESULTS), not options.fp32)
     reports = measure(chain, targets(plan, options.one_step), held_out)
     write_text(options.output / "report.json", json.dumps(reports, indent=1))

@@ -26,11 +26,9 @@ from benchmarks.held_out import HeldOut
 from benchmarks.real_text_chain import (
     BLOCK_LENGTH,
     arguments,
-    gsm8k_rows,
     held_out_texts,
-    split,
+    real_texts,
     training_dataset,
-    wikitext_rows,
 )
 from benchmarks.start_report import (
     LABELS,
@@ -42,7 +40,7 @@ from benchmarks.start_report import (
     scratch_needs,
     scratch_table,
 )
-from benchmarks.starts import DIRECT, SCRATCH, STARTS, TARGET, direct_trainer, make_start, sft_trainer
+from benchmarks.starts import DIRECT, SCRATCH, STARTS, TARGET, make_start, own_trainer, sft_trainer
 from benchmarks.tables import machine
 from cbd_trl import Chain, DistillConfig
 from cbd_trl.architectures.registry import describe_shape
@@ -71,9 +69,8 @@ class Benchmark:
         self.options = options
         self.chain = Chain.from_pretrained(options.chain)
         self.tokenizer = self.chain.tokenizer()
-        gsm8k, wikitext = split(gsm8k_rows(options.gsm8k))[0], split(wikitext_rows(options.wikitext))[0]
-        self.dataset: Dataset = training_dataset(gsm8k, wikitext, options.seed)
-        self.texts = held_out_texts(options, self.tokenizer, options.held_out_blocks)
+        self.dataset: Dataset = training_dataset(options, options.seed)
+        self.texts = held_out_texts(real_texts(options), self.tokenizer, options.held_out_blocks)
         self.results = Results(options.output / "results.json")
         self.measure = HeldOut(self.texts, self.results, not options.fp32)
 
@@ -92,7 +89,7 @@ class Benchmark:
 
     def args(self, name: str) -> DistillConfig:
         args = arguments(self.steps(name)[-1], self.learning_rate(name), 0.0, self.options.seed, not self.options.fp32)
-        args.output_dir = str(self.options.output / "trainer")
+        args.output_dir = str(self.options.output / "trainer" / self.key(name))
         args.lr_scheduler_type, args.lr_scheduler_kwargs = SchedulerType.CONSTANT_WITH_WARMUP, {}
         args.save_strategy = SaveStrategy.NO
         return args
@@ -103,7 +100,7 @@ class Benchmark:
         trainer: Any
         if name == DIRECT:
             calibration = token_blocks(self.dataset, self.tokenizer, flops.CALIBRATION_TOKENS).input_ids
-            trainer = direct_trainer(self.chain, args, self.dataset, self.tokenizer, calibration)
+            trainer = own_trainer(self.chain.source, TARGET, args, self.dataset, self.tokenizer, calibration)
         else:
             model = make_start(name, self.chain, self.options.seed)
             trainer = sft_trainer(model, args, self.dataset, self.tokenizer)

@@ -1,8 +1,8 @@
 """The starts that are compared: models of one shape, made in every way there is."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,11 +15,13 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import axis_length
 from cbd_trl.build.plan import plan_chain
 from cbd_trl.build.student import choose_blocks, initial_student, refit_student
+from cbd_trl.chain.anchor import Anchor
 from cbd_trl.chain.model import build_model
 from cbd_trl.report.sweep import random_model
 from cbd_trl.surgery.blocks import select_layers
 from cbd_trl.surgery.least_squares import plain_cut
 from cbd_trl.surgery.weights import Weights, reader_keys
+from cbd_trl.trainers.checkpointing import last_checkpoint
 
 TARGET = {
     "num_hidden_layers": 16,
@@ -81,7 +83,7 @@ def subclone(weights: Weights, architecture: Architecture, fields: dict[str, int
 
 
 def make_start(name: str, chain: Chain, seed: int) -> PreTrainedModel:
-    """An untrained start in the target's shape (that of direct distillation: `direct_trainer`).
+    """An untrained start in the target's shape (that of direct distillation: `own_trainer`).
 
     Args:
         name: an operator, "subclone" or "scratch".
@@ -111,25 +113,32 @@ def sft_trainer(
     return WholeHead(model, args=args, train_dataset=dataset, processing_class=tokenizer)
 
 
-def direct_trainer(
-    chain: Chain, args: DistillConfig, dataset: Dataset, tokenizer: PreTrainedTokenizerBase, calibration: torch.Tensor
+def own_trainer(
+    upper: Anchor,
+    fields: Mapping[str, int],
+    args: DistillConfig,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: torch.Tensor,
 ) -> DistillTrainer:
-    """One-shot distillation: the target cut and refitted from the source itself, as build_chain starts an anchor, and
-    trained by the loss with which build_chain trains one.
+    """One-shot distillation: a model cut from an anchor and refitted to it, as build_chain starts the next anchor, and
+    trained by the loss with which build_chain trains that, without hybrids.
 
     Args:
-        chain: only its source is used.
-        args: training arguments; the chain's defaults are filled in.
+        upper: the anchor, its coordinates sorted; the teacher.
+        fields: config fields of the model.
+        args: training arguments; the chain's defaults are filled in. The blocks that were chosen, and checkpoints, are
+            kept in its `output_dir`.
         dataset: training text.
         tokenizer: of the chain.
         calibration: (N, T) int64 token blocks of the training text for the refit.
     """
-    [step] = plan_chain(chain.source.architecture(), [TARGET], args, dataset)
-    teacher: Any = chain.source.load_model()
-    with TemporaryDirectory() as folder:
-        blocks = choose_blocks(Path(folder) / "blocks.json", teacher.to(args.device), step, calibration)
-    student: Any = initial_student(chain.source, step, blocks).to(args.device)
-    refit_student(student, teacher, blocks, calibration)
+    [step] = plan_chain(upper.architecture(), [fields], args, dataset)
+    work, teacher = Path(args.output_dir), upper.load_model()
+    blocks = choose_blocks(work / "blocks.json", teacher.to(args.device), step, calibration)
+    student: Any = initial_student(upper, step, blocks).to(args.device)
+    if last_checkpoint(work) is None:
+        refit_student(student, teacher, blocks, calibration)
     block_map = [list(block.layers) for block in blocks]
     return DistillTrainer(
         student, teacher, step.args, train_dataset=dataset, processing_class=tokenizer, block_map=block_map

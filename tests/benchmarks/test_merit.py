@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from benchmarks.merit import boomerang, pairs_of
+from benchmarks.merit import boomerang, excesses, pairs_of, targets_at
 from cbd_trl import from_chain
 from cbd_trl.chain.chain import Chain, write_anchor
 from cbd_trl.surgery.blocks import blocks_of, spaced_layers
@@ -73,3 +73,17 @@ def test_blocks_from_either_end(chain: Chain) -> None:
     assert torch.equal(last.model.layers[0].get_parameter(q), lower.model.layers[0].get_parameter(q))
     assert torch.equal(last.model.layers[-1].get_parameter(q), upper.model.layers[-1].get_parameter(q))
     assert last.config.num_hidden_layers == from_chain(pair, config=fields).config.num_hidden_layers == depth
+
+
+def test_a_size_against_the_best_smaller_one() -> None:
+    def measured(loss: float) -> dict:
+        return {"loss": {"a": loss - 1, "b": loss + 1}}
+
+    assert excesses(measured(4.0), [measured(loss) for loss in (4.25, 3.0, 3.5)]) == [0.25, -1.0, 0.5]
+
+
+def test_targets_at_shares_are_shapes_between_each_once(chain: Chain) -> None:
+    chain.anchors = chain.anchors[:2]
+    pair = pairs_of(chain)["depth"]
+    # Between 4 and 8 layers there are 6; the anchor itself is none between.
+    assert [shape["num_hidden_layers"] for shape in targets_at(pair, [0.02, 0.45, 0.55])] == [6]
