@@ -16,6 +16,7 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import dims_of, tensor_shape
 from cbd_trl.chain.chain import Chain
 from cbd_trl.shapes.budget import FlopCount
+from cbd_trl.shapes.storage import attention_layers, cache_numbers
 from cbd_trl.targets.calibrate import calibration_tokens
 from cbd_trl.targets.from_chain import choose_shape, load_pair, make_model
 from cbd_trl.targets.operators import Pair
@@ -313,7 +314,7 @@ def _made_before(directory: Path, record: Mapping[str, Any]) -> dict[str, Any] |
 def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) -> TargetSummary:
     architecture, kind = target.architecture, target_dtype(dtype, target.anchors[0])
     sizes = architecture.sizes
-    attending = sum(site.axis[0] == "group" for site in architecture.sites)
+    attending = len(attention_layers(architecture))
     return TargetSummary(
         requested=request.size,
         num_parameters=architecture.num_parameters,
@@ -325,7 +326,7 @@ def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) 
         anchors=tuple(anchor.name for anchor in target.anchors),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=architecture.num_parameters * kind.itemsize,
-        cache_bytes=2 * attending * sizes["group"] * sizes["dim"] * kind.itemsize,
+        cache_bytes=attending * cache_numbers(sizes) * kind.itemsize,
         flops=FlopCount.of(architecture),
         attention_flops=4 * attending * sizes["group"] * sizes["query"] * sizes["dim"],
         engine_limit=architecture.engine_limit(),
