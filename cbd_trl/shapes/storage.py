@@ -5,10 +5,12 @@ GGUF types follow llama.cpp's rules for each tensor (src/llama-quant.cpp: `tenso
 attention where there are exactly 8 experts, headers, the tokenizer, and buffers that an engine computes in.
 """
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import DynamicCache
 
@@ -122,14 +124,18 @@ class Memory:
     def __init__(self, architecture: Architecture, storage: str, context_length: int) -> None:
         self._architecture, self._storage = architecture, STORAGES[storage]
         self._kinds = [architecture.kind(layer) for layer in range(architecture.depth)]
+        # One layer of each kind stands for all; None: what is outside the layers.
         first = {self._kinds.index(kind): kind for kind in set(self._kinds)}
-        self._outer: list[_Tensor] = []
-        self._layer: dict[str | None, list[_Tensor]] = {kind: [] for kind in first.values()}
+        self._tensors: dict[tuple[str | None] | None, list[_Tensor]] = {None: []}
+        self._tensors |= {(kind,): [] for kind in first.values()}
         for tensor in _tensors(architecture):
             if tensor.layer is None:
-                self._outer.append(tensor)
+                self._tensors[None].append(tensor)
             elif tensor.layer in first:
-                self._layer[first[tensor.layer]].append(tensor)
+                self._tensors[first[tensor.layer],].append(tensor)
+        # A search asks for many FFN widths of the same layers and sizes.
+        self._mixtures = functools.cache(self._mixture)
+        self._fixed: dict[tuple[Any, ...], int] = {}
         attending = attention_layers(architecture)
         # A window holds no more than its tokens.
         self._cached = [
@@ -149,18 +155,23 @@ class Memory:
 
     def weights(self, layers: Sequence[int], sizes: Sizes) -> int:
         """Compute the bytes of the weights."""
-        valued = [any(tensor.value for tensor in self._layer[self._kinds[layer]]) for layer in layers]
-        number, seen = sum(valued), 0
-        kinds: Counter[tuple[str | None, bool, bool]] = Counter()
-        for position, (layer, has_value) in enumerate(zip(layers, valued, strict=True)):
-            places = (seen, number), (position, len(layers))
-            more = [self._storage.more is not None and _more_bits(*place) for place in places]
-            kinds[self._kinds[layer], *more] += 1
-            seen += has_value
-        total = self._sum(self._outer, sizes, False, False)
+        total = self._sum(None, sizes, False, False)
         return total + sum(
-            count * self._sum(self._layer[kind], sizes, value, down) for (kind, value, down), count in kinds.items()
+            count * self._sum((kind,), sizes, value, down)
+            for (kind, value, down), count in self._mixtures(tuple(layers)).items()
         )
+
+    def _mixture(self, layers: tuple[int, ...]) -> Counter[tuple[str | None, bool, bool]]:
+        """Count the layers of each kind by whether their value and FFN matrices get more bits."""
+        mixed = self._storage.more is not None
+        valued = [any(tensor.value for tensor in self._tensors[self._kinds[layer],]) for layer in layers]
+        number, seen = sum(valued), 0
+        counts: Counter[tuple[str | None, bool, bool]] = Counter()
+        for position, (layer, has_value) in enumerate(zip(layers, valued, strict=True)):
+            value, down = _more_bits(seen, number), _more_bits(position, len(layers))
+            counts[self._kinds[layer], mixed and value, mixed and down] += 1
+            seen += has_value
+        return counts
 
     def cache(self, layers: Iterable[int], sizes: Sizes) -> int:
         """Compute the bytes of keys and values, and of the states of layers that have none."""
@@ -168,7 +179,7 @@ class Memory:
         total = sum(self._cached[layer] for layer in layers) * cache_numbers(sizes) * _CACHE_BYTES
         kinds = Counter(self._kinds[layer] for layer in layers)
         for kind, count in kinds.items():
-            for tensor in self._layer[kind]:
+            for tensor in self._tensors[kind,]:
                 dims = dims_of(tensor.axes)
                 if "kernel" in dims:
                     total += count * math.prod(sizes[dim] for dim in dims) * _STATE_BYTES
@@ -177,7 +188,15 @@ class Memory:
                         total += count * heads * _STATE_BYTES
         return total
 
-    def _sum(self, tensors: Iterable["_Tensor"], sizes: Sizes, value: bool, down: bool) -> int:
+    def _sum(self, kind: tuple[str | None] | None, sizes: Sizes, value: bool, down: bool) -> int:
+        key = (kind, value, down, *(length for dim, length in sizes.items() if dim != "ffn"))
+        if key not in self._fixed:
+            fixed = [tensor for tensor in self._tensors[kind] if not tensor.ffn]
+            self._fixed[key] = self._bytes(fixed, sizes, value, down)
+        free = [tensor for tensor in self._tensors[kind] if tensor.ffn]
+        return self._fixed[key] + self._bytes(free, sizes, value, down)
+
+    def _bytes(self, tensors: Iterable["_Tensor"], sizes: Sizes, value: bool, down: bool) -> int:
         total = 0
         for tensor in tensors:
             count = math.prod(axis_length(axis, sizes) for axis in tensor.axes)
@@ -206,6 +225,11 @@ class _Tensor:
     value: bool = False
     down: bool = False
 
+    @functools.cached_property
+    def ffn(self) -> bool:
+        """Whether its size depends on the FFN width."""
+        return "ffn" in dims_of(self.axes)
+
 
 def _tensors(architecture: Architecture) -> list[_Tensor]:
     """List the tensors that are stored, with the axis of their rows and their role in a `Storage`."""
@@ -220,11 +244,11 @@ def _tensors(architecture: Architecture) -> list[_Tensor]:
     for key, (stored, _) in architecture.stored.items():
         axes, (layer, name) = architecture.tensors[key], architecture.split_name(key)
         site = sites.get(key)
-        if key == table or key == head:
+        if key in (table, head):
             role = "head" if key == head or architecture.tied else "table"
             found.append(_Tensor(layer, axes, ("width",), role))
         # Routers stay as they are.
-        elif site is None or ("expert",) in axes and len(axes) == 2:
+        elif site is None or (("expert",) in axes and len(axes) == 2):
             found.append(_Tensor(layer, axes, axes[-1] if axes else (), "rest"))
         else:
             routed = family.experts is not None and name.startswith(f"{family.experts.module}.")
