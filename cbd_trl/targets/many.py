@@ -113,7 +113,7 @@ class TargetSummary:
     """A target and what it costs to keep and to run.
 
     Args:
-        requested: number of parameters, None where only config fields were requested.
+        requested: number of parameters, None where config fields or limits alone were requested.
         num_parameters: a tied table counted once.
         active_parameters: those that a token is computed with: all, but of a mixture of experts.
         embedding_parameters: those of the token table, of an untied head and of learned positions.
@@ -365,7 +365,7 @@ def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) 
     sizes = architecture.sizes
     attending = len(attention_layers(architecture))
     return TargetSummary(
-        requested=request.size,
+        requested=request.size if request.limits is None else None,
         num_parameters=architecture.num_parameters,
         active_parameters=architecture.num_active_parameters,
         embedding_parameters=_embedding_parameters(architecture),
