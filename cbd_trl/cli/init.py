@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cbd_trl.cli.parsing import Command, UsageError, parse_shape, parse_sizes, require
-from cbd_trl.utils.formatting import format_count, parse_count, with_active
+from cbd_trl.utils.formatting import format_bytes, format_count, parse_count, with_active
 from cbd_trl.utils.lazy import NamesOf
+
+if TYPE_CHECKING:
+    from cbd_trl.targets.many import TargetSummary
 
 
 @dataclass
@@ -24,6 +27,10 @@ class InitArguments:
         dtype: of the model.
         tolerance: largest relative distance from `num_parameters`.
         shape_search: number of shapes compared.
+        memory_limit: memory that weights and cache are to fit.
+        context_length: tokens in that cache.
+        storage: how the weights will be kept there.
+        flops_limit: FLOPs that a token may take.
         calibration_data: text that decides how much is mixed, and the shape where several are compared.
         revision: of a chain on the Hub.
     """
@@ -85,6 +92,31 @@ class InitArguments:
             "the anchors."
         },
     )
+    memory_limit: str | None = field(
+        default=None,
+        metadata={
+            "help": "Make the largest model whose weights in --storage and key/value cache of --context-length tokens "
+            "fit: 250MB (10^6 bytes), 250MiB or 1.5GB. Instead of --num-parameters, --sizes and --shape."
+        },
+    )
+    context_length: int | None = field(
+        default=None, metadata={"help": "Tokens in the cache that --memory-limit counts, such as 4096."}
+    )
+    storage: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the weights will be kept, for --memory-limit: int8 and nf4 are those of bitsandbytes, f16 "
+            "and the rest types of GGUF. Not set: bf16.",
+            "choices": NamesOf("cbd_trl.shapes.storage", "STORAGES"),
+        },
+    )
+    flops_limit: float | None = field(
+        default=None,
+        metadata={
+            "help": "Make the largest model whose forward pass takes at most so many FLOPs a token, such as 2e8, "
+            "attention to the context aside. Alone or with --memory-limit."
+        },
+    )
     calibration_data: str | None = field(
         default=None,
         metadata={
@@ -127,6 +159,19 @@ def init(flags: list[str]) -> None:
     }
     options |= {"config": parse_shape(arguments.shape), "shape_search": arguments.shape_search}
     size = None if arguments.num_parameters is None else parse_count(arguments.num_parameters)
+    given = {
+        "memory_limit": arguments.memory_limit,
+        "context_length": arguments.context_length,
+        "storage": arguments.storage,
+        "flops_limit": arguments.flops_limit,
+    }
+    limits = {name: value for name, value in given.items() if value is not None}
+    if limits and sizes is not None:
+        raise UsageError(f"--{next(iter(limits)).replace('_', '-')} is for one model, and --sizes names several.")
+    if arguments.dry_run and limits:
+        _describe_within(places.chain, size, limits, arguments, options)
+        return
+    options |= limits
     if arguments.dry_run:
         _describe(places.chain, [size] if sizes is None else sizes, arguments, options)
         return
@@ -163,10 +208,8 @@ def _make_many(chain: str, sizes: list[float], arguments: InitArguments, options
 
 def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArguments, options: dict[str, Any]) -> None:
     from cbd_trl.chain.chain import Chain
-    from cbd_trl.report.tables import target_table
     from cbd_trl.targets.many import describe_shapes, describe_targets
     from cbd_trl.targets.request import Request
-    from cbd_trl.utils.progress import make_console
 
     opened = Chain.from_pretrained(chain, revision=arguments.revision, verify=False)
     config, search = options.pop("config"), options.pop("shape_search")
@@ -184,15 +227,37 @@ def _describe(chain: str, sizes: Sequence[float | None], arguments: InitArgument
             if len(sizes) == 1:
                 raise
             failed.append((format_count(size or 0), str(error)))
-    make_console().print(target_table(summaries, f"What {opened.name_or_path} would give"))
+    _print_summaries(summaries, opened.name_or_path, arguments)
+    _check_failed(failed, len(sizes))
+
+
+def _describe_within(
+    chain: str, size: float | None, limits: dict[str, Any], arguments: InitArguments, options: dict[str, Any]
+) -> None:
+    from cbd_trl.chain.chain import Chain
+    from cbd_trl.targets.limits import read_limits
+    from cbd_trl.targets.many import describe_within
+
+    names = ("memory_limit", "context_length", "storage", "flops_limit")
+    config, search = options.pop("config"), options.pop("shape_search")
+    read = read_limits(*(limits.get(name) for name in names), num_parameters=size, config=config)
+    assert read is not None
+    opened = Chain.from_pretrained(chain, revision=arguments.revision, verify=False)
+    _print_summaries(describe_within(opened, read, search, **options), opened.name_or_path, arguments)
+
+
+def _print_summaries(summaries: "Sequence[TargetSummary]", chain: str, arguments: InitArguments) -> None:
+    from cbd_trl.report.tables import target_table
+    from cbd_trl.utils.progress import make_console
+
+    make_console().print(target_table(summaries, f"What {chain} would give"))
     if arguments.calibration_data is not None:
-        changed = "shape, operator" if search else "operator"
+        changed = "shape, operator" if arguments.shape_search else "operator"
         print(f"With --calibration-data the {changed} and alpha may turn out otherwise, by what is measured on it.")
     for summary in summaries:
         if summary.engine_limit:
             print(f"{format_count(summary.num_parameters)}: {summary.engine_limit}")
     print("Nothing was built or written: this is a dry run.")
-    _check_failed(failed, len(sizes))
 
 
 def _sentence(made: dict[str, Any]) -> str:
@@ -207,11 +272,23 @@ def _sentence(made: dict[str, Any]) -> str:
         text += f", alpha {made['alpha']:.3g}"
     if made.get("swapped_blocks"):
         text += f", blocks {made['swapped_blocks']} from the upper one"
+    if made.get("limits"):
+        text += f", the largest within {_limits_of(made['limits'])}"
     if "shape_search" in made:
         text += f", the best of up to {made['shape_search']['shapes']} shapes"
     if "calibration_tokens" in made:
         text += f"; chosen by the loss on {made['calibration_tokens']:,} tokens of calibration text"
     return text + "." + (f" {made['engine_limit']}" if "engine_limit" in made else "")
+
+
+def _limits_of(limits: dict[str, Any]) -> str:
+    parts = []
+    if limits["memory_limit"] is not None:
+        size, tokens = format_bytes(limits["memory_limit"]), limits["context_length"]
+        parts.append(f"{size} in {limits['storage']} with a cache of {tokens:,} tokens")
+    if limits["flops_limit"] is not None:
+        parts.append(f"{format_count(limits['flops_limit'])} FLOPs a token")
+    return " and ".join(parts)
 
 
 def _check_failed(failed: list[tuple[str, str]], count: int) -> None:

@@ -19,9 +19,13 @@ _CAPTION = (
     "token, two for every weight of a matrix multiplied with, the head included; T: tokens attended to."
 )
 
+_LIMIT_CAPTION = (
+    "For a limit of memory: weights as they will be kept + the cache of one row of so many tokens, in 16 bits."
+)
+
 _SCORE_CAPTION = (
-    "Score: the share of what the lower anchor loses of the upper one, less is better, at equal parameters; "
-    "★ what is made without calibration text."
+    "Score: the share of what the lower anchor loses of the upper one, less is better, at the size or within "
+    "the limit; ★ what is made without calibration text."
 )
 
 
@@ -39,10 +43,14 @@ def target_table(summaries: Sequence[TargetSummary], title: str = "") -> Table:
         table.add_column(name, justify="left" if name in ("shape", "made by", "between") else "right")
     for name in ("KV cache", "FLOPs"):
         table.add_column(name, justify="right")
+    limited = [summary for summary in summaries if summary.storage is not None]
+    if limited:
+        table.add_column(f"{limited[0].storage} + {limited[0].context_length:,} tokens", justify="right")
+        table.caption = f"{_CAPTION} {_LIMIT_CAPTION}"
     searched = any(summary.score is not None for summary in summaries)
     if searched:
         table.add_column("score", justify="right")
-        table.caption = f"{_CAPTION} {_SCORE_CAPTION}"
+        table.caption = f"{table.caption} {_SCORE_CAPTION}"
     best: dict[float | None, float] = {}
     for summary in summaries:
         if summary.score is not None:
@@ -67,7 +75,13 @@ def _cells(summary: TargetSummary) -> list[str]:
         f"{format_bytes(summary.weight_bytes)} {summary.dtype}",
         format_bytes(summary.cache_bytes),
         f"{format_count(summary.flops)} + {format_count(summary.attention_flops)} × T",
+        *([] if summary.storage is None else [_memory(summary)]),
     ]
+
+
+def _memory(summary: TargetSummary) -> str:
+    parts = (summary.stored_bytes, summary.context_bytes)
+    return f"{' + '.join(map(format_bytes, parts))} = {format_bytes(sum(parts))}"
 
 
 def sweep_table(report: Mapping[str, Any], title: str = "") -> Table:

@@ -53,7 +53,7 @@ def spread_targets(
     line = solve_target(upper, lower, block_map, size, None, tolerance, depth_rule, kept, costs, budget)
     grid = grid_between(upper, lower, block_map, kept, {}, depth_rule, costs)
     options = _of_size(candidates(grid, size, budget), size, tolerance)
-    return _far_apart(grid, [line], options, count)
+    return far_apart(grid, [line], options, count)
 
 
 def spread_anchors(
@@ -103,7 +103,7 @@ def spread_anchors(
     if alike and (diagonal := fields_of(upper, nearest_candidate(alike, wanted, tolerance))) != first:
         firsts.append(diagonal)
     box = Grid(upper, low, low_depth, stacks, {})
-    return _far_apart(box, firsts, _of_size(found, wanted, tolerance), count)
+    return far_apart(box, firsts, _of_size(found, wanted, tolerance), count)
 
 
 def _of_size(options: Iterable[Candidate], size: float, tolerance: float) -> list[Candidate]:
@@ -116,7 +116,7 @@ def _of_size(options: Iterable[Candidate], size: float, tolerance: float) -> lis
     return [option for option in nearest.values() if abs(option.size - size) <= tolerance * size]
 
 
-def _far_apart(
+def far_apart(
     grid: Grid, first: Sequence[Mapping[str, int]], options: Sequence[Candidate], count: int
 ) -> list[dict[str, int]]:
     """Choose up to `count` shapes: the first ones, then the option that is furthest from all that are chosen.

@@ -18,8 +18,9 @@ from cbd_trl.chain.model import build_model
 from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.block_choice import blocks_in_context
 from cbd_trl.targets.calibrate import calibration_tokens, choose_plan
+from cbd_trl.targets.limits import read_limits
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan
-from cbd_trl.targets.request import ANCHOR, Request, Target, find_targets, open_pair, target_dtype
+from cbd_trl.targets.request import ANCHOR, Request, Target, find_targets, open_pair, target_dtype, within_limits
 from cbd_trl.targets.saving import check_replaceable, name_unsaved, save_model
 from cbd_trl.targets.shape_search import score_by_statistics, score_on_text
 from cbd_trl.utils.blocks import TokenBlocks
@@ -36,6 +37,10 @@ def from_chain(
     dtype: torch.dtype | str | None = None,
     tolerance: float = 0.03,
     shape_search: int | None = None,
+    memory_limit: float | str | None = None,
+    context_length: int | None = None,
+    storage: str | None = None,
+    flops_limit: float | None = None,
     save_directory: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -60,6 +65,13 @@ def from_chain(
         shape_search: number of shapes of the size to compare; the best is made. By KL to the anchor above on
             `calibration_dataset`, where that is given; else without data, by the energy that the chain's statistics
             say is lost (docs/guides/from_chain.md). None: the shape on the line.
+        memory_limit: bytes, or "250MB" (10^6), "250MiB": the largest size is made whose weights in `storage` fit
+            together with the cache of `context_length` tokens, instead of `num_parameters` or `config`. Where the
+            largest anchor fits, it is that. What an engine computes in comes on top.
+        context_length: tokens of one row that the cache holds, keys and values in 16 bits.
+        storage: how the weights will be kept: "float32", "bf16" (None), bitsandbytes' "int8" or "nf4", or a GGUF type
+            of llama.cpp ("q4_k_m"; `cbd_trl.shapes.storage.STORAGES`). The model itself is made in `dtype`.
+        flops_limit: of a forward pass for each token, attention to the context aside: as or with `memory_limit`.
         save_directory: where to save model, tokenizer, chat template, generation config and provenance. Without it
             the model is nowhere to be loaded from: trainers find its tokenizer, but an adapter trained on it has no
             base that can be loaded, and trainers that reload a reference model by name (GRPO with beta > 0, DPO)
@@ -72,9 +84,12 @@ def from_chain(
         that anchor (see `find_targets`).
 
     Raises:
-        ValueError: a size, shape, operator or alpha that is out of reach; the message names what is not.
+        ValueError: a size, shape, operator, alpha or limit that is out of reach; the message names what is not.
     """
-    request = Request(num_parameters, config, operator, alpha, tolerance, shape_search)
+    limits = read_limits(
+        memory_limit, context_length, storage, flops_limit, num_parameters=num_parameters, config=config
+    )
+    request = Request(num_parameters, config, operator, alpha, tolerance, shape_search, limits=limits)
     directory = None if save_directory is None else Path(save_directory).expanduser().resolve()
     if directory is not None:
         check_replaceable(directory)
@@ -82,6 +97,7 @@ def from_chain(
     if not isinstance(chain, Chain):
         # The files in use are verified below; the other anchors are not read at all.
         chain = Chain.from_pretrained(chain, revision=revision, token=token, verify=False)
+    request = within_limits(chain, request)
     targets = find_targets(chain, request)
     with nullcontext() if opened is chain else _verified(chain, targets[0]):
         tokens = None if calibration_dataset is None else calibration_tokens(targets[0], calibration_dataset)
@@ -139,6 +155,8 @@ def make_model(
     }
     if target.score is not None:
         provenance["shape_search"] = {"shapes": request.shape_search, "score": target.score}
+    if request.limits is not None:
+        provenance["limits"] = dataclasses.asdict(request.limits)
     if target.architecture.family.experts is not None:
         provenance["active_parameters"] = target.architecture.num_active_parameters
     if target.operator == ANCHOR:

@@ -16,10 +16,12 @@ from cbd_trl.architectures import Architecture
 from cbd_trl.architectures.axes import dims_of, tensor_shape
 from cbd_trl.chain.chain import Chain
 from cbd_trl.shapes.budget import FlopCount
+from cbd_trl.shapes.storage import Memory, attention_layers, cache_numbers
 from cbd_trl.targets.calibrate import calibration_tokens
 from cbd_trl.targets.from_chain import choose_shape, load_pair, make_model
+from cbd_trl.targets.limits import Limits
 from cbd_trl.targets.operators import Pair
-from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, find_targets, target_dtype
+from cbd_trl.targets.request import ANCHOR, Request, Target, find_target, find_targets, target_dtype, within_limits
 from cbd_trl.targets.saving import check_replaceable, save_model
 from cbd_trl.targets.shape_search import score_by_statistics
 from cbd_trl.utils.blocks import TokenBlocks
@@ -111,7 +113,7 @@ class TargetSummary:
     """A target and what it costs to keep and to run.
 
     Args:
-        requested: number of parameters, None where only config fields were requested.
+        requested: number of parameters, None where config fields or limits alone were requested.
         num_parameters: a tied table counted once.
         active_parameters: those that a token is computed with: all, but of a mixture of experts.
         embedding_parameters: those of the token table, of an untied head and of learned positions.
@@ -130,6 +132,10 @@ class TargetSummary:
             query head in every layer with attention. Norms, activations, biases and softmax count nothing.
         engine_limit: what runs differently outside of transformers (`Architecture.engine_limit`), or None.
         score: with a search of shapes the share of what the lower anchor loses (`LostEnergy`), or None.
+        storage: with a limit of memory, how the weights are kept; None without.
+        stored_bytes: of the weights in it.
+        context_length: tokens that the cache holds there.
+        context_bytes: of the cache of so many, keys and values in 16 bits, windows and states counted as they are.
     """
 
     requested: float | None
@@ -147,6 +153,10 @@ class TargetSummary:
     attention_flops: int
     engine_limit: str | None = None
     score: float | None = None
+    storage: str | None = None
+    stored_bytes: int = 0
+    context_length: int = 0
+    context_bytes: int = 0
 
     @property
     def other_parameters(self) -> int:
@@ -231,6 +241,46 @@ def describe_shapes(
     return [_summary(request, target, dtype) for target in scored]
 
 
+def describe_within(
+    chain: str | Path | Chain,
+    limits: Limits,
+    shape_search: int | None = None,
+    *,
+    operator: str = "nested",
+    alpha: float | None = None,
+    dtype: torch.dtype | str | None = None,
+    tolerance: float = 0.03,
+    revision: str | None = None,
+    token: str | None = None,
+) -> list[TargetSummary]:
+    """Describe what `from_chain(..., memory_limit=...)` would make: a dry run.
+
+    Args:
+        chain: a chain, its folder, or its Hub id.
+        limits: as `read_limits` reads them.
+        shape_search: number of shapes to compare, without data; None: that on the line alone.
+        operator: the rule that makes the weights, as in `from_chain`.
+        alpha: weight of the lower anchor where the operator mixes, as in `from_chain`.
+        dtype: of the result, as in `from_chain`.
+        tolerance: as in `from_chain`.
+        revision: of a chain on the Hub.
+        token: for a chain on the Hub that is private or gated.
+
+    Returns:
+        A summary a shape, the best first: the one that is made without calibration text.
+
+    Raises:
+        ValueError: no model of the chain keeps the limits, or an argument is invalid.
+    """
+    request = Request(None, None, operator, alpha, tolerance, shape_search, limits=limits)
+    if not isinstance(chain, Chain):
+        chain = Chain.from_pretrained(chain, revision=revision, token=token, verify=False)
+    request = within_limits(chain, request)
+    targets = find_targets(chain, request)
+    found = targets if shape_search is None else score_by_statistics(targets, request)
+    return [_summary(request, target, dtype) for target in found]
+
+
 def multiplied_weights(architecture: Architecture) -> int:
     """Count the weights of all matrices that a hidden state is multiplied with, a tied table among them; of experts
     those that a token is sent to."""
@@ -313,9 +363,9 @@ def _made_before(directory: Path, record: Mapping[str, Any]) -> dict[str, Any] |
 def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) -> TargetSummary:
     architecture, kind = target.architecture, target_dtype(dtype, target.anchors[0])
     sizes = architecture.sizes
-    attending = sum(site.axis[0] == "group" for site in architecture.sites)
+    attending = len(attention_layers(architecture))
     return TargetSummary(
-        requested=request.size,
+        requested=request.size if request.limits is None else None,
         num_parameters=architecture.num_parameters,
         active_parameters=architecture.num_active_parameters,
         embedding_parameters=_embedding_parameters(architecture),
@@ -325,12 +375,21 @@ def _summary(request: Request, target: Target, dtype: torch.dtype | str | None) 
         anchors=tuple(anchor.name for anchor in target.anchors),
         dtype=str(kind).removeprefix("torch."),
         weight_bytes=architecture.num_parameters * kind.itemsize,
-        cache_bytes=2 * attending * sizes["group"] * sizes["dim"] * kind.itemsize,
+        cache_bytes=attending * cache_numbers(sizes) * kind.itemsize,
         flops=FlopCount.of(architecture),
         attention_flops=4 * attending * sizes["group"] * sizes["query"] * sizes["dim"],
         engine_limit=architecture.engine_limit(),
         score=target.score,
+        **_kept(architecture, request.limits),
     )
+
+
+def _kept(architecture: Architecture, limits: Limits | None) -> dict[str, Any]:
+    if limits is None or limits.memory_limit is None:
+        return {}
+    weights, cache = Memory.of(architecture, limits.storage, limits.context_length)
+    found = {"storage": limits.storage, "context_length": limits.context_length}
+    return {**found, "stored_bytes": weights, "context_bytes": cache}
 
 
 def _embedding_parameters(architecture: Architecture) -> int:

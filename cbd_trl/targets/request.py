@@ -1,11 +1,13 @@
 """The request made of `from_chain`, and the target that it leads to. No weight is read here."""
 
+import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
+from transformers.utils import logging
 
 from cbd_trl.architectures import Architecture
 from cbd_trl.chain.anchor import Anchor
@@ -13,9 +15,14 @@ from cbd_trl.chain.chain import Chain
 from cbd_trl.chain.manifest import STATISTICS_FILE, weight_files
 from cbd_trl.shapes.budget import Budget, ParameterCount
 from cbd_trl.shapes.cut import cut_architecture
+from cbd_trl.shapes.largest import largest_shapes, spread_within
 from cbd_trl.shapes.solve import solve_target
 from cbd_trl.shapes.spread import spread_targets
+from cbd_trl.targets.limits import Limits
 from cbd_trl.targets.operators import DEFAULT_OPERATOR, OPERATORS, Pair
+from cbd_trl.utils.formatting import format_count
+
+logger = logging.get_logger(__name__)
 
 # The operator of a target that is an anchor as it is.
 ANCHOR = "anchor"
@@ -24,6 +31,8 @@ ANCHOR = "anchor"
 @dataclass(frozen=True)
 class Request:
     """The arguments of `from_chain` that choose the target; `size` is in the unit of `budget`.
+
+    With `limits` the size is what `within_limits` finds.
 
     Raises:
         ValueError: one that is invalid whatever the chain.
@@ -36,6 +45,7 @@ class Request:
     tolerance: float = 0.03
     shape_search: int | None = None
     budget: type[Budget] = ParameterCount
+    limits: Limits | None = None
 
     def __post_init__(self) -> None:
         if self.operator not in OPERATORS:
@@ -48,10 +58,10 @@ class Request:
             )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha} must lie between 0 (the upper anchor alone) and 1 (the lower one).")
-        if self.size is None and not self.config:
+        if self.size is None and not self.config and self.limits is None:
             raise ValueError(
                 "No size or shape was requested. Give num_parameters=138e6, or config={'num_hidden_layers': 20}, or "
-                "both; `Chain.sizes()` lists what a chain can make."
+                "both, or memory_limit='250MB'; `Chain.sizes()` lists what a chain can make."
             )
         size = self.size
         is_number = isinstance(size, Real) and not isinstance(size, bool)
@@ -74,7 +84,7 @@ class Request:
                 f"shape_search={count!r} must be a number of shapes to compare, at least 2, such as 16. None takes "
                 "the shape on the line between the anchors."
             )
-        if self.config or self.size is None:
+        if self.config or (self.size is None and self.limits is None):
             raise ValueError(
                 f"shape_search={count} compares shapes of one size, and config={dict(self.config or {})} "
                 f"gives the shape. Give {self.budget.name} alone, or leave shape_search out."
@@ -141,6 +151,11 @@ def find_targets(chain: Chain, request: Request) -> list[Target]:
     rule = (request.tolerance, operator.depths, lower.kept_layers, lower.block_costs, request.budget)
     if request.shape_search is None or request.size is None:
         shapes = [solve_target(above, below, blocks, request.size, request.config, *rule)]
+    elif request.limits is not None:
+        line = solve_target(above, below, blocks, request.size, None, *rule)
+        shapes = spread_within(
+            above, below, blocks, line, request.limits.share(above), request.shape_search, *rule[:-1]
+        )
     else:
         shapes = spread_targets(above, below, blocks, request.size, request.shape_search, *rule)
     for anchor in own:
@@ -158,6 +173,52 @@ def find_targets(chain: Chain, request: Request) -> list[Target]:
                 alpha = request.alpha
             found.append(Target((upper, lower), architecture, request.operator, alpha))
     return found
+
+
+def within_limits(chain: Chain, request: Request) -> Request:
+    """Give a request with limits the size of the largest target on the lines between the anchors that keeps them.
+
+    Raises:
+        ValueError: the smallest anchor does not keep them, or the context is longer than the models read.
+    """
+    limits = request.limits
+    if limits is None:
+        return request
+    limits.check_context(chain.source.architecture())
+    largest, smallest = chain.anchors[0], chain.anchors[-1]
+    if limits.keeps(largest.architecture()):
+        used = limits.explain(largest.architecture())
+        logger.warning(f"The largest anchor, {largest.name}, is all that this chain has for these limits: {used}.")
+        return replace(request, size=largest.num_parameters)
+    operator = OPERATORS[request.operator]
+    for upper, lower in itertools.pairwise(chain.anchors):
+        above, below = upper.architecture(), lower.architecture()
+        rule = (request.tolerance, operator.depths, lower.kept_layers, lower.block_costs)
+        first = None
+        for fields, on_line in largest_shapes(above, below, lower.block_map or [], limits.share(above), *rule):
+            first = first or fields
+            if not on_line:
+                continue
+            size = cut_architecture(above, fields).num_parameters
+            # As it is made: an operator may take other layers, and at an anchor's size it is that anchor.
+            target = find_target(chain, replace(request, size=size, shape_search=None, limits=None))
+            if target.architecture.shape == fields and limits.keeps(target.architecture):
+                _mention_larger(request, size, cut_architecture(above, first))
+                return replace(request, size=size)
+    raise ValueError(
+        f"The smallest anchor, {smallest.name}, takes {limits.explain(smallest.architecture())}. Raise the limit, "
+        "choose a smaller storage or a shorter context, or build a chain with a smaller anchor."
+    )
+
+
+def _mention_larger(request: Request, size: int, other: Architecture) -> None:
+    """Log that a shape off the line is larger, and keeps the limits, too."""
+    if request.shape_search is None and other.num_parameters > size * (1 + request.tolerance):
+        logger.warning(
+            f"The largest model on the line between the anchors that keeps the limits has {format_count(size)} "
+            f"parameters. Another shape of {format_count(other.num_parameters)} keeps them, too ({other.shape}): "
+            "shape_search=16 compares such shapes."
+        )
 
 
 def find_target(chain: Chain, request: Request) -> Target:

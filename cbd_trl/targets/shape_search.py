@@ -157,7 +157,8 @@ def _sorted(targets: Sequence[Target], request: Request, scores: Sequence[float]
     wanted, budget = request.size, request.budget
     assert wanted is not None
     above, below = (anchor.size(budget) for anchor in targets[0].anchors)
-    slope = lower / (above - below)
+    # All that keeps a limit may be compared as it is.
+    slope = lower / (above - below) if request.limits is None else 0.0
     scored = [
         replace(target, score=score + slope * (budget.of(target.architecture) - wanted))
         for target, score in zip(targets, scores, strict=True)

@@ -7,6 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 
 _COUNT_UNITS = {"k": 1e3, "M": 1e6, "B": 1e9}
 _BYTE_UNITS = {" kB": 1e3, " MB": 1e6, " GB": 1e9}
+# Powers of 1000 and of 1024, by the letters that people type.
+_BYTES = {"": 1, "b": 1}
+_BYTES |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
+_BYTES |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
+_SIZE = re.compile(r"([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmgt]?i?b|)", re.IGNORECASE)
 _COUNT = re.compile(r"([0-9]*\.?[0-9]+(?:e\+?[0-9]+)?)\s*([kmb]?)", re.IGNORECASE)
 
 
@@ -54,6 +59,22 @@ def parse_count(text: str | float) -> float:
         raise ValueError(f"{text!r} must be a number of parameters: write 138e6, 138M or 1.2B.")
     units = {unit.lower(): size for unit, size in _COUNT_UNITS.items()}
     return float(match[1]) * units.get(match[2].lower(), 1.0)
+
+
+def parse_bytes(size: str | float) -> int:
+    """Read a number of bytes as people write it: MB and GB are powers of 1000, MiB and GiB of 1024.
+
+    Args:
+        size: a number of bytes, or text such as `250MB`, `1.5 GiB`.
+
+    Raises:
+        ValueError: for anything else, or less than one byte.
+    """
+    match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size).strip().replace(",", "").replace("_", ""))
+    unit = None if match is None else _BYTES.get(match[2].lower())
+    if match is None or unit is None or float(match[1]) * unit < 1:
+        raise ValueError(f"{size!r} must be a positive number of bytes: write 250MB (10^6), 250MiB (2^20) or 2.5e8.")
+    return int(float(match[1]) * unit)
 
 
 def format_seconds(seconds: float) -> str:

@@ -102,6 +102,21 @@ def test_a_search_of_shapes(tmp_path, capsys):
     assert code == 1 and "config=" in err and "gives the shape" in err
 
 
+def test_a_limit_of_memory(tmp_path, capsys):
+    made = random_chain(tmp_path / "chain")
+    flags = [made.path, "--memory-limit", "150kB", "--context-length", 64, "--storage", "q8_0"]
+    code, shown, _ = run(capsys, *flags, "--dry-run")
+    (line,) = [line for line in shown.splitlines() if "float32" in line]
+    assert code == 0 and "q8_0 + 64 tokens" in shown and " kB = 1" in line
+    code, shown, _ = run(capsys, *flags, "--dry-run", "--shape-search", "4", "--flops-limit", "1e9")
+    assert code == 0 and shown.count("★") == 2
+    code, shown, _ = run(capsys, *flags, "--output", tmp_path / "made")
+    assert code == 0 and "the largest within 150 kB in q8_0 with a cache of 64 tokens" in shown
+    for other, wanted in (("--num-parameters", 1), ("--sizes", 2)):
+        code, _, err = run(capsys, *flags, "--dry-run", other, "100k")
+        assert code == wanted and other.strip("-").replace("-", "_") in err.replace("--", "")
+
+
 def test_a_dry_run_names_the_sizes_that_fail(chain_folder, sizes, capsys):
     code, shown, err = run(capsys, chain_folder, "--sizes", "9B", sizes[0], "--tolerance", "0.1", "--dry-run")
     assert code == 1 and shown.count("float32") == 1
