@@ -15,8 +15,9 @@ pair in depth, in width or in both (see `benchmarks.merit`). Of each pair the mi
 and, on the first chain that has such a pair, another one.
 
 On a text on which the upper anchor is not the better one (in parentheses) the number counts in the mean over the texts
-alone. What was trained is kept: a run that was interrupted goes on at its last checkpoint, and a later chain from the
-same upper anchor finds the models made on their own.
+alone. What was trained is kept: a run that was interrupted goes on at its last checkpoint, and a later chain finds the
+models that were made on their own, if it has the same upper anchor. Where it has not, `--own-from` names the chains
+whose anchors they are made from, so that every trial is compared with the same ones.
 """
 
 import argparse
@@ -117,6 +118,11 @@ def own_arguments(lower: Anchor, rate: float) -> DistillConfig:
     return args
 
 
+def _own_run(pair: Chain, shape: Fields, dataset: Dataset, rate: float) -> OwnRun:
+    upper, lower = pair.anchors
+    return OwnRun(upper, shape, own_arguments(lower, rate), dataset)
+
+
 class Regret:
     """Targets and models made on their own, each trained and measured once.
 
@@ -134,23 +140,25 @@ class Regret:
         self.rates: dict[str, float] = {}
 
     def pair(
-        self, kind: str, chain: Chain, sizes: Sequence[Fields], dataset: Dataset, of_anchor: bool
+        self, kind: str, chain: Chain, own: Chain, sizes: Sequence[Fields], dataset: Dataset, of_anchor: bool
     ) -> list[dict[str, Any]]:
         """Measure some sizes of a pair, the middle one first.
 
         Args:
             kind: what the anchors differ in.
             chain: the pair.
+            own: the pair that the models made on their own begin from: its upper anchor, as its lower one was trained.
             sizes: config fields of the targets.
             dataset: the text that the lower anchor was trained on.
             of_anchor: whether the lower anchor's shape is made on its own as well.
         """
+        shapes = [find_target(chain, Request(config=fields)).architecture.shape for fields in sizes]
         if kind not in self.rates:
-            self.rates[kind] = self._best_rate(f"{kind} {sizes[0]}", partial(self._run, chain, sizes[0], dataset))
-        rows = [self._row(kind, chain, self._run(chain, fields, dataset, self.rates[kind])) for fields in sizes]
+            self.rates[kind] = self._best_rate(f"{kind} {sizes[0]}", partial(_own_run, own, shapes[0], dataset))
+        runs = [_own_run(own, shape, dataset, self.rates[kind]) for shape in shapes]
         if of_anchor:
-            rows.append(self._row(kind, chain, self._run(chain, chain.anchors[-1].shape, dataset, 1.0)))
-        return rows
+            runs.append(_own_run(own, chain.anchors[-1].shape, dataset, 1.0))
+        return [self._row(kind, chain, run) for run in runs]
 
     def _row(self, kind: str, chain: Chain, run: OwnRun) -> dict[str, Any]:
         large, small = (self.held_out.anchor(anchor) for anchor in chain.anchors)
@@ -166,11 +174,6 @@ class Regret:
             own_model = partial(self._model, label, run)
             row["own recovered"] = self._recovered(f"{label} own recovered", own_model, run.parts, run)
         return row
-
-    def _run(self, chain: Chain, fields: Fields, dataset: Dataset, rate: float) -> OwnRun:
-        upper, lower = chain.anchors
-        shape = find_target(chain, Request(config=fields)).architecture.shape
-        return OwnRun(upper, shape, own_arguments(lower, rate), dataset)
 
     def _best_rate(self, label: str, run_at: Any) -> float:
         runs, losses = {rate: run_at(rate) for rate in RATES}, dict[float, float]()
@@ -310,7 +313,13 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def measure_chains(
-    regret: Regret, chains: Sequence[Chain], plan: RealChain, data: Any, kinds: Sequence[str], of_anchor: bool
+    regret: Regret,
+    chains: Sequence[Chain],
+    plan: RealChain,
+    data: Any,
+    kinds: Sequence[str],
+    of_anchor: bool,
+    own_from: Sequence[Chain] = (),
 ) -> list[dict[str, Any]]:
     """The rows of all pairs.
 
@@ -321,21 +330,30 @@ def measure_chains(
         data: seed -> training text.
         kinds: of pairs to measure.
         of_anchor: whether the lower anchors' shapes are made on their own as well.
+        own_from: chains whose pairs, of the same kind and seed, the models made on their own begin from; where there
+            is none, the chain itself.
     """
     rows: list[dict[str, Any]] = []
+    own = {(kind, _seed(pair)): pair for chain in own_from for kind, pair in pairs_of(chain).items()}
     for chain in chains:
         for kind, pair in pairs_of(chain).items():
             if kind not in kinds:
                 continue
             sizes = chosen_sizes(pair, plan.targets[kind], 1 if kind in regret.rates else 2)
-            dataset = data(pair.anchors[-1].arguments["seed"])
-            rows += regret.pair(kind, pair, sizes, dataset, of_anchor)
+            begins = own.get((kind, _seed(pair)), pair)
+            rows += regret.pair(kind, pair, begins, sizes, data(_seed(pair)), of_anchor)
     return rows
+
+
+def _seed(pair: Chain) -> int:
+    seed: int = pair.anchors[-1].arguments["seed"]
+    return seed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chain", type=Path, nargs="+", required=True, help="of benchmarks.real_text_chain")
+    parser.add_argument("--own-from", type=Path, nargs="+", default=[], help="chains to make models on their own from")
     parser.add_argument("--plan", choices=PLANS, default="smollm2-135m", help="of `benchmarks.real_text_chain`")
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--wikitext", type=Path, required=True)
@@ -351,7 +369,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    chains = [Chain.from_pretrained(folder) for folder in options.chain]
+    chains, own_from = ([Chain.from_pretrained(one) for one in some] for some in (options.chain, options.own_from))
     rows_of = real_texts(options)
     if options.text is not None:
         rows_of[options.text.name.partition(".")[0]] = prose_rows(options.text)
@@ -360,9 +378,8 @@ def main() -> None:
     results, bf16 = Results(options.output / RESULTS), not options.fp32
     held_out, choosing_on = HeldOut(texts, results, bf16), HeldOut(choosing, results, bf16)
     regret = Regret(held_out, choosing_on, options.output / "own", options.points, options.recovery_tokens)
-    rows = measure_chains(
-        regret, chains, PLANS[options.plan], partial(training_dataset, options), options.pairs, options.anchors
-    )
+    data = partial(training_dataset, options)
+    rows = measure_chains(regret, chains, PLANS[options.plan], data, options.pairs, options.anchors, own_from)
     write_text(options.output / "regret.json", json.dumps(rows, indent=1))
     report = f"{table(rows, list(texts))}\n{machine(options.threads)}"
     write_text(options.output / "regret.md", report)

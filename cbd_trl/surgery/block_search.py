@@ -6,8 +6,8 @@ wherever an even spacing happens to put it.
 Shapes: N positions of the held-out text, D width, V vocabulary rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -259,17 +259,9 @@ class _Measure:
         """Compute the last hidden states, (N, D), in the dtype that the head multiplies in."""
         return last_hidden(self._model, **self._held_out).flatten(0, 1).to(self._head.weight_VD.dtype)
 
-    @contextmanager
-    def _in_place_of(self, last: int, kept: int) -> Iterator[None]:
+    def _in_place_of(self, last: int, kept: int) -> AbstractContextManager[None]:
         """Skip all layers up to the block's last one but for the one kept."""
-        skipped = [layer for i, layer in enumerate(self._layers) if i <= last and i != kept]
-        for layer in skipped:
-            layer.forward = _pass_on  # of this object; the class's own comes back when it is deleted
-        try:
-            yield
-        finally:
-            for layer in skipped:
-                del layer.forward
+        return skipped(layer for i, layer in enumerate(self._layers) if i <= last and i != kept)
 
     @contextmanager
     def _starting_at(self, index: int, stream: torch.Tensor) -> Iterator[None]:
@@ -303,6 +295,19 @@ def _product_dtype(head: Head) -> torch.dtype:
 
 def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return hidden_states
+
+
+@contextmanager
+def skipped(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let these layers of a model pass on the stream as it is."""
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = _pass_on  # of this object; the class's own comes back when it is deleted
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from cbd_trl.architectures import decoder_layers
 from cbd_trl.chain.model import build_model
 from cbd_trl.losses.held_out import HeldOutDivergence, held_out_loss
 from cbd_trl.shapes.depths import blocks_for_depth
+from cbd_trl.surgery.block_search import skipped
 from cbd_trl.surgery.weights import LazyWeights, Weights
 from cbd_trl.targets.operators import OPERATORS, Pair, Plan, swapped_blocks
 from cbd_trl.utils.blocks import TokenBlocks
@@ -153,14 +154,5 @@ class Assembled:
         unused = [
             place for i, (upper, lower) in enumerate(self._places) for place in ([lower] if i in swapped else upper)
         ]
-        for place in unused:
-            self._layers[place].forward = _pass_on  # of this object; the class's own comes back when it is deleted
-        try:
+        with skipped(self._layers[place] for place in unused):
             yield self._model
-        finally:
-            for place in unused:
-                del self._layers[place].forward
-
-
-def _pass_on(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return hidden_states

@@ -10,7 +10,17 @@ from benchmarks import regret
 from benchmarks.held_out import MEAN, HeldOut
 from benchmarks.merit import pairs_of
 from benchmarks.real_text_chain import RealChain, arguments
-from benchmarks.regret import Regret, chosen_sizes, mean_regret, measure_chains, own_arguments, plot, regret_on, table
+from benchmarks.regret import (
+    Regret,
+    _own_run,
+    chosen_sizes,
+    mean_regret,
+    measure_chains,
+    own_arguments,
+    plot,
+    regret_on,
+    table,
+)
 from cbd_trl import Chain, build_chain
 from cbd_trl.report.measure import held_out_blocks
 from cbd_trl.utils.files import Results
@@ -46,7 +56,7 @@ def _regret(folder, recovery: int = 0) -> Regret:
 
 def test_an_own_run_of_the_anchors_shape_is_the_anchor(chain, tmp_path) -> None:
     lower, measures = chain.anchors[1], _regret(tmp_path)
-    run = measures._run(chain, lower.shape, DATA, 1.0)
+    run = _own_run(chain, lower.shape, DATA, 1.0)
     made = measures._model("", run).state_dict()
     expected = lower.load_model().state_dict()
     assert made.keys() == expected.keys()
@@ -58,7 +68,7 @@ def test_an_own_run_of_the_anchors_shape_is_the_anchor(chain, tmp_path) -> None:
 def test_a_run_goes_on_at_its_checkpoint(chain, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(regret, "arguments", lambda *args: _saving(arguments(*args)))
     whole, broken = _regret(tmp_path / "whole"), _regret(tmp_path / "broken")
-    run = whole._run(chain, PLAN.targets["both"][0], DATA, 2.0)
+    run = _own_run(chain, {**chain.anchors[0].shape, **PLAN.targets["both"][0]}, DATA, 2.0)
     expected = whole._model("", run).state_dict()
 
     class Killed(Exception):
@@ -108,6 +118,15 @@ def test_a_report_and_its_resumption(chain, tmp_path, monkeypatch) -> None:
     found = measure_chains(again, [chain, chain], PLAN, lambda seed: DATA, ["both"], of_anchor=False)
     assert table(found[:2], texts) == table(rows[:2], texts)
     assert len(found) == 3 and found[2]["target"] == middle["target"]
+
+    # A chain with another upper anchor is compared with the same models, if they are made from the first.
+    other = Chain.from_pretrained(chain.path)
+    files = {**other.anchors[0].files, "generation_config.json": "0" * 64}
+    other.anchors = [other.anchors[0].model_copy(update={"files": files}), other.anchors[1]]
+    found = measure_chains(again, [other], PLAN, lambda seed: DATA, ["both"], of_anchor=False, own_from=[chain])
+    assert found[0]["own"] == middle["own"]
+    with pytest.raises(TypeError):  # it would be trained
+        measure_chains(again, [other], PLAN, lambda seed: DATA, ["both"], of_anchor=False)
     shutil.rmtree(tmp_path / "own")
     assert len(measure_chains(again, chains, PLAN, lambda seed: DATA, ["both"], of_anchor=False)) == 1
 
