@@ -32,13 +32,16 @@ _SOURCE = {"hidden_size": 48, "intermediate_size": 68, "num_attention_heads": 6,
 
 
 def miniature(text: str) -> str:
-    """A step at the scale of the tiny models: a million parameters is a thousand; layers, widths, tokens are theirs.
+    """A step at the scale of the tiny models: a million parameters or bytes is a thousand; layers, widths, tokens are
+    theirs.
 
     Args:
         text: a command, Python or YAML of a guide. Names with a size in them (`my-60M`) stay.
     """
     text = re.sub(r"(?<![\w/-])(\d+(?:\.\d+)?)M\b(?![-\w])", r"\1K", text)
     text = re.sub(r"\b(\d+(?:\.\d+)?)e6\b", r"\1e3", text)
+    text = re.sub(r"\b(\d+)MB\b", r"\1kB", text)
+    text = re.sub(r"\b(context[_-]length[= ])4096\b", r"\g<1>64", text)
     text = re.sub(r"\bsize=8192\b", "size=300", text)
     for field, sizes in _FIELDS.items():
         pattern = re.compile(rf"\b({field}\"?: ?)(\d+)\b")
