@@ -1,4 +1,7 @@
-"""Two processes build the chain that one builds: anchor zero across vocabularies and the one below it; under FSDP."""
+"""Two processes build the chain that one builds: anchor zero across vocabularies and the one below it; under FSDP.
+
+They consolidate one as one process does, too.
+"""
 
 import itertools
 from pathlib import Path
@@ -35,6 +38,9 @@ def test_two_processes_build_the_anchors_of_one(kind: str, tmp_path: Path) -> No
     if kind == "bridged":
         before, after = logits(anchor_zero()), logits(two.source.load_model())
         assert (after - before).abs().max() > 0.1 * before.std()
+    elif kind == "consolidated":
+        for ours, theirs in zip(two.anchors[1:], Chain.from_pretrained(tmp_path / "source").anchors[1:], strict=True):
+            assert (logits(ours.load_model()) - logits(theirs.load_model())).abs().max() > 0.01
     else:
         tables = [anchor.load_state_dict()["model.embed_tokens.weight"] for anchor in two.anchors]
         assert all((one - other).abs().max() > 1e-2 for one, other in itertools.pairwise(tables))

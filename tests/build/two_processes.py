@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from cbd_trl import Chain, build_chain
+from cbd_trl import Chain, build_chain, consolidate_chain
 from tests.build.bridged import bridge_config, bridge_step, build_bridged
-from tests.chain.helpers import chain_config, chain_rows, chain_source
+from tests.chain.helpers import build_tiny_chain, chain_config, chain_rows, chain_source
 from tests.processes import settle
 from tests.tokenizer import tiny_tokenizer
 from tests.trainers.launched import SHARDING, shard_on_cpu
@@ -43,7 +43,17 @@ def _sharded(folder: Path, processes: int) -> Chain:
     )
 
 
-BUILDS = {"bridged": _bridged, "sharded": _sharded}
+def _consolidated(folder: Path, processes: int) -> Chain:
+    """Of the chain that a single process, the first to come, has built beside it."""
+    source = folder.parent / "source"
+    if not source.exists():
+        build_tiny_chain(source)
+    how: dict[str, Any] = {**_SGD, "per_device_train_batch_size": 4 // processes, "max_steps": 6}
+    options: dict[str, Any] = {"eval_dataset": chain_rows(4, seed=9), "calibration_tokens": 256}
+    return consolidate_chain(source, chain_rows(), output_dir=folder, args=chain_config(**how), **options)
+
+
+BUILDS = {"bridged": _bridged, "sharded": _sharded, "consolidated": _consolidated}
 
 
 def build(kind: str, folder: Path, processes: int) -> Chain:
