@@ -306,7 +306,7 @@ def test_cache_imports_log_probabilities(folder, tmp_path):
         (
             ["biuld"],
             2,
-            r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, consolidate, init, push, report, cache",
+            r"no command 'biuld'. Did you mean 'build'\? There are: demo, build, consolidate, init, push",
         ),
         (["init"], 2, "The chain is missing: cbd-trl init CHAIN"),
         (["init", "chain"], 2, "--output is missing"),
