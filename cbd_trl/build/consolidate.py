@@ -151,6 +151,12 @@ def _settled(args: Any) -> DistillConfig:
         for name in names:
             if value := getattr(args, name):
                 raise ValueError(f"args has {name}={value!r}, and in a consolidation {reason}. Leave it out.")
+    options: Any = args.model_init_kwargs or {}  # a string on the command line, a dict once parsed
+    if further := sorted(options.keys() - {"attn_implementation"}):
+        raise ValueError(
+            f"args has model_init_kwargs with {further}, and in a consolidation the anchors are loaded as the chain "
+            "has them: they would be ignored. Leave out all but attn_implementation."
+        )
     if will_be_sharded(args):
         raise ValueError(
             "A consolidation mixes the weights of two anchors, which FSDP and DeepSpeed shard each on their own. "

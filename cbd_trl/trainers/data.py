@@ -21,7 +21,7 @@ from cbd_trl.cache.reader import CachedTeacher, TeacherCache
 from cbd_trl.losses.reduction import Scored
 from cbd_trl.utils.blocks import IGNORE_INDEX
 from cbd_trl.utils.datasets import as_stream, example_rows, is_prepared, prepare, template_reads
-from cbd_trl.utils.teacher_rows import PLACES, READ, read_teacher_row
+from cbd_trl.utils.teacher_rows import PLACES, READ, check_teacher_column, read_teacher_row, teacher_column
 
 # Rows whose lengths are read at a time.
 _ROWS = 10_000
@@ -160,6 +160,8 @@ def check_before_preparing(
     for name, rows in {"training": dataset, **evaluated}.items():
         if rows is None:
             continue
+        if teacher_column(rows) is not None:
+            check_teacher_column(rows, args, f"the {name} dataset")
         check_end_token(rows, tokenizer, args, name)
         check_ids(rows, config.vocab_size, f"the anchor ({config.model_type})", name)
         with template_reads(rows, tokenizer, args, f"the {name} dataset"):

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl import SFTTrainer
+from trl.data_utils import get_dataset_column_names
 
 from cbd_trl.architectures.base import check_positions, learned_positions
 from cbd_trl.cache.reader import CachedTeacher
@@ -249,10 +250,12 @@ class DistillTrainer(SFTTrainer):
 
         with_trl = super()._prepare_dataset
         with nullcontext() if own else template_reads(dataset, processing_class, args, name):
-            if teacher_column(dataset) is None:
+            if READ in get_dataset_column_names(dataset):
+                prepared = dataset  # evaluated once more
+            elif teacher_column(dataset) is None:
                 prepared = prepare(dataset, args, packing)
             else:
-                check_teacher_column(dataset, args, name, formatted=own)
+                check_teacher_column(dataset, args, name, own, self.completion_only_loss)
                 prepared = prepare_for_both(dataset, args, packing, prepare, processing_class, name)
         check_scored(prepared, args, dataset_name)
         return prepared
@@ -263,6 +266,11 @@ class DistillTrainer(SFTTrainer):
         columns += [name for name in (READ, PLACES) if name not in columns]
 
     def _check_rows(self, dataset: Any, name: str) -> None:
+        if (column := teacher_column(dataset)) is not None and READ not in get_dataset_column_names(dataset):
+            raise ValueError(
+                f"The {name} dataset has {column!r} and is not prepared (skip_prepare_dataset): the teacher would not "
+                "read it. Leave skip_prepare_dataset out, or remove the column."
+            )
         check_ids(dataset, vocabulary_rows(self._student), f"the student ({type(self._student).__name__})", name)
         for role, model in [("student", self._student), *(("teacher", one) for one in self._teacher.models)]:
             described = f"the {role} ({type(model).__name__})"

@@ -35,6 +35,8 @@ logger = logging.get_logger(__name__)
 _TEXTS = ("prompt", "completion", "messages", "conversations", "chosen", "rejected")
 # What TRL hands to the chat template beside a chat.
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+# What a teacher reads in the place of `prompt` and of `messages` (see `teacher_rows`).
+TEACHER_COLUMNS = ("teacher_prompt", "teacher_messages")
 # What it reads beside the tokens of a row that has them.
 _BESIDE_TOKENS = ("labels", "completion_mask", "assistant_masks", "seq_lengths", "position_ids")
 _SCANNED_ROWS = 10_000
@@ -117,7 +119,8 @@ def sft_dataset(
     if isinstance(dataset, Dataset):
         kept = _rows_with_text(dataset, columns, name)
     else:
-        options = {"columns": columns, "chats": chats, "name": name}
+        beside = [column for column in TEACHER_COLUMNS if column in first]
+        options = {"columns": columns, "beside": beside, "chats": chats, "name": name}
         kept = dataset.filter(_has_text, with_indices=True, fn_kwargs=options)
     first = next(iter(kept), None)
     if first is None:
@@ -192,8 +195,8 @@ def read_columns(row: Mapping[str, Any], name: str) -> list[str]:
     columns = text_columns(row, name)
     if columns == ("input_ids",):
         columns += _BESIDE_TOKENS
-    elif not isinstance(row[columns[0]], str):
-        columns += TEMPLATE_COLUMNS
+    else:
+        columns += TEACHER_COLUMNS + (() if isinstance(row[columns[0]], str) else TEMPLATE_COLUMNS)
     return [column for column in row if column in columns]
 
 
@@ -487,7 +490,8 @@ def _by_row(dataset: Any) -> Any:
 
 def _rows_with_text(dataset: Dataset, columns: Sequence[str], name: str) -> Dataset:
     """Select the rows with text, column by column: no row is made for it."""
-    scanned = [column for column in (*columns, "chat_template_kwargs") if column in dataset.column_names]
+    known = (*columns, *TEACHER_COLUMNS, "chat_template_kwargs")
+    scanned = [column for column in known if column in dataset.column_names]
     number, empty = 0, []
     for batch in dataset.select_columns(scanned).with_format("arrow").iter(_SCANNED_ROWS):
         bare = np.zeros(len(batch), bool)
@@ -525,15 +529,22 @@ def _row_without_role(values: Any) -> int | None:
     return pc.list_parent_indices(values.combine_chunks())[pc.index(pc.is_null(roles), True).as_py()].as_py()
 
 
-def _has_text(row: Mapping[str, Any], number: int, columns: Sequence[str], chats: bool, name: str) -> bool:
+def _has_text(
+    row: Mapping[str, Any], number: int, columns: Sequence[str], beside: Sequence[str], chats: bool, name: str
+) -> bool:
     """Check whether a row of a stream has text; an empty chat has none."""
-    for column in columns:
+    if unknown := [column for column in TEACHER_COLUMNS if column in row and column not in beside]:
+        raise ValueError(
+            f"Row {number} of {name} has the column {unknown[0]!r}, which the first row has not: it would be left "
+            "out. Give all rows the same columns."
+        )
+    for column in (*columns, *beside):
         if column not in row:
             raise ValueError(
                 f"Row {number} of {name} has the columns {sorted(row)} and no {column!r}, which the first row has. "
                 "Give all rows the same columns."
             )
-    for column in (*columns, "chat_template_kwargs"):
+    for column in (*columns, *beside, "chat_template_kwargs"):
         if column in row and row[column] is None:
             raise ValueError(_missing(number, column, name))
     if any(row[column] == [] for column in columns if column in _TEXTS):

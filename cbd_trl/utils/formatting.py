@@ -70,7 +70,10 @@ def parse_bytes(size: str | float) -> int:
     Raises:
         ValueError: for anything else, or less than one byte.
     """
-    match = None if isinstance(size, bool) else _SIZE.fullmatch(str(size).strip().replace(",", "").replace("_", ""))
+    text = str(size).strip().replace("_", "")
+    if re.fullmatch(r"\d{1,3}(,\d{3})+\D.*|\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
+    match = None if isinstance(size, bool) else _SIZE.fullmatch(text)
     unit = None if match is None else _BYTES.get(match[2].lower())
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise ValueError(f"{size!r} must be a positive number of bytes: write 250MB (10^6), 250MiB (2^20) or 2.5e8.")

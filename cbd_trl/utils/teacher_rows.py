@@ -21,16 +21,22 @@ from trl import SFTConfig, pack_dataset
 from trl.data_utils import get_dataset_column_names
 
 from cbd_trl.utils.blocks import IGNORE_INDEX
-from cbd_trl.utils.datasets import prepare, template_reads, without_limits
+from cbd_trl.utils.datasets import TEACHER_COLUMNS, prepare, template_reads, without_limits
 
 READ, PLACES = "teacher_read", "teacher_places"
 NOWHERE = -1
 # What stands in the column's place for the student, the columns that must be beside it, and the argument that has only
 # the tokens that both share scored.
-_COLUMNS = {
-    "teacher_prompt": ("prompt", ("prompt", "completion"), "completion_only_loss"),
-    "teacher_messages": ("messages", ("messages",), "assistant_only_loss"),
-}
+_COLUMNS = dict(
+    zip(
+        TEACHER_COLUMNS,
+        [
+            ("prompt", ("prompt", "completion"), "completion_only_loss"),
+            ("messages", ("messages",), "assistant_only_loss"),
+        ],
+        strict=True,
+    )
+)
 _IDS, _LABELS, _OWN = "teacher_ids", "teacher_labels", "student_prompt"
 
 
@@ -44,7 +50,9 @@ def teacher_column(dataset: Any) -> str | None:
     return next((name for name in _COLUMNS if name in columns), None)
 
 
-def check_teacher_column(dataset: Any, args: SFTConfig, name: str, formatted: bool = False) -> None:
+def check_teacher_column(
+    dataset: Any, args: SFTConfig, name: str, formatted: bool = False, completion_only: bool | None = None
+) -> None:
     """Check that a dataset and the arguments leave every token that is scored to both models.
 
     Args:
@@ -52,6 +60,8 @@ def check_teacher_column(dataset: Any, args: SFTConfig, name: str, formatted: bo
         args: of the training.
         name: of the dataset, for messages.
         formatted: whether a function of the user's makes the text.
+        completion_only: `completion_only_loss` of the trainer, which has it from its training rows where the arguments
+            leave it open; None before there is one.
 
     Raises:
         ValueError: they do not.
@@ -72,7 +82,9 @@ def check_teacher_column(dataset: Any, args: SFTConfig, name: str, formatted: bo
             f"leave {column!r} out."
         )
     value = getattr(args, argument)
-    if not (value or (value is None and column == "teacher_prompt")):
+    if column == "teacher_prompt" and value is None:
+        value = completion_only is not False
+    if not value:
         raise ValueError(
             f"{argument}={value} scores tokens of {own!r} too, which the teacher, whose rows begin with {column!r}, "
             f"does not read. Set {argument}=True."
@@ -147,6 +159,9 @@ def prepare_for_both(
     assert column is not None
     own = _COLUMNS[column][0]
     workers = _workers(dataset, args)
+    if isinstance(dataset, Dataset):
+        # Rows in the format of another library would be tensors here.
+        dataset = dataset.with_format(None, columns=dataset.format["columns"])
     names = {"own": own, "column": column, "name": name}
     theirs = dataset.map(_exchanged, with_indices=True, fn_kwargs=names, **workers)
     with template_reads(theirs, tokenizer, args, f"{name} ({column})"):

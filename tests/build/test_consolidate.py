@@ -216,10 +216,11 @@ def test_the_shapes_between_lie_all_over_the_way(tmp_path):
         ),
         ({"args": chain_config(hidden_weight=1.0)}, ValueError, "hidden_weight=1.0.*no counterparts"),
         ({"args": chain_config(swap_probability=0.5)}, ValueError, "swap_probability=0.5"),
+        ({"args": chain_config(model_init_kwargs={"dtype": "bfloat16"})}, ValueError, r"model_init_kwargs.*dtype"),
         ({"args": chain_config(teacher_model_name_or_path="x")}, ValueError, "teacher_model_name_or_path"),
         ({"args": chain_config(eos_token="w1")}, ValueError, "eos_token='w1'.*tokenizer"),
     ],
-    ids=["no rows", "a bridge's", "hidden term", "hybrids", "teacher", "eos"],
+    ids=["no rows", "a bridge's", "hidden term", "hybrids", "loading", "teacher", "eos"],
 )
 def test_what_cannot_be_is_refused_first(options, error, message, chain, tmp_path):
     with pytest.raises(error, match=message):

@@ -44,6 +44,13 @@ def test_a_column_of_any_name_is_text(tmp_path: Path) -> None:
     assert load_data(parts, None, 0).column_names == ["text"]
 
 
+def test_what_the_teacher_alone_reads_is_kept(tmp_path: Path) -> None:
+    row = {"prompt": "w1", "teacher_prompt": "w2 w1", "completion": " w3"}
+    part = DataPart(name=_file(tmp_path, "a.jsonl", [{**row, "id": 3}]))
+    assert set(check_data(part, tiny_tokenizer())) == row.keys()
+    assert load_data([part], tiny_tokenizer(), 0).to_list() == [row]
+
+
 def test_a_slice_is_that_part_of_the_rows(tmp_path: Path) -> None:
     name = _file(tmp_path, "a.jsonl", [{"text": f"w{n}"} for n in range(10)])
     assert load_data([DataPart(name=name, split="train[80%:]")], None, 0)["text"] == ["w8", "w9"]

@@ -117,6 +117,7 @@ def test_shapes_of_a_limit_are_compared(both):
         ({"memory_limit": "1GB"}, "context_length=None must be a number of tokens"),
         ({"memory_limit": "1GB", "context_length": 10**6}, "context_length=1,000,000 is more than the "),
         ({"memory_limit": "1 qB", "context_length": 8}, "'1 qB' must be a positive number of bytes"),
+        ({"memory_limit": "1,2GB", "context_length": 8}, "'1,2GB' must be a positive number of bytes"),
         ({"memory_limit": "1GB", "context_length": 8, "storage": "q4_km"}, "Did you mean 'q4_k_m'"),
         ({"memory_limit": "9kB", "context_length": 8}, r"The smallest anchor, small, takes .* kB \(.* kB of weights"),
         ({"flops_limit": -1}, "flops_limit=-1 must be a positive number"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset, IterableDataset
 from torch import Tensor
 
-from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer
+from cbd_trl import BridgeDistillConfig, BridgeDistillTrainer, build_chain
 from cbd_trl.cache import write_cache
 from cbd_trl.utils.teacher_rows import PLACES, READ
 from tests.tiny import tiny_model
@@ -204,6 +204,47 @@ def test_a_cached_teacher_read_it_too(how: dict[str, Any], tmp_path: Path) -> No
     assert_same_gradient(ours, theirs)
 
 
+def test_rows_are_evaluated_again_and_in_any_format() -> None:
+    trainer = trainer_of("text", eval_dataset=rows_of("text"))
+    expected = trainer.evaluate()["eval_kd"]
+    assert trainer.evaluate({"again": rows_of("text")})["eval_again_kd"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(rows_of("text").with_format("torch"))["eval_kd"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.evaluate(trainer.eval_dataset)["eval_kd"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_rows_are_not_read_by_halves() -> None:
+    plain, first = {"prompt": "w1", "completion": " w3"}, {**_TEXT}
+    for rows, named in (
+        ([plain, first], r"Row 1 .* 'teacher_prompt'"),
+        ([first, plain], r"Row 1 .* 'teacher_prompt'"),
+    ):
+        stream: Any = IterableDataset.from_generator(lambda rows=rows: iter(rows))
+        with pytest.raises(ValueError, match=named):
+            one_step(trainer_of("text", train_dataset=stream, per_device_train_batch_size=2))
+    # Scored as the training rows are, of which all is.
+    with pytest.raises(ValueError, match="completion_only_loss"):
+        make_trainer(eval_dataset=rows_of("text"))
+    ready = {"input_ids": [7, 8], "labels": [7, 8], "teacher_prompt": "w1"}
+    with pytest.raises(ValueError, match="skip_prepare_dataset"):
+        make_trainer(train_dataset=Dataset.from_list([ready]), dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_a_chain_is_not_begun_with_rows_that_its_training_refuses(tmp_path: Path) -> None:
+    rows = Dataset.from_list([_CHAT] * 4)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = _MARKED
+    with pytest.raises(ValueError, match="assistant_only_loss"):
+        build_chain(
+            tiny_model("llama"),
+            [{"num_hidden_layers": 2}],
+            dataset=rows,
+            output_dir=tmp_path / "chain",
+            args=make_config(),
+            processing_class=tokenizer,
+        )
+    assert not (tmp_path / "chain").exists()
+
+
 def test_a_stream_is_read_as_its_rows() -> None:
     rows = rows_of("text")
     stream: Any = IterableDataset.from_generator(lambda: iter(rows))
@@ -231,7 +272,7 @@ _CHAT = {"messages": [user("w1"), assistant("w2")], "teacher_messages": [user("w
     ("row", "how", "named"),
     [
         ({**_TEXT, "teacher_prompt": ""}, {}, r"Row 0 .* empty 'teacher_prompt'"),
-        ({**_TEXT, "teacher_prompt": None}, {}, r"Row 0 .* NoneType"),
+        ({**_TEXT, "teacher_prompt": None}, {}, r"Row 0 .* None in the column 'teacher_prompt'"),
         ({**_TEXT, "teacher_prompt": [user("w2")]}, {}, r"Row 0 .* list .* str"),
         (_TEXT, {"completion_only_loss": False}, "completion_only_loss"),
         (_TEXT, {"truncation_mode": "keep_end"}, "keep_start"),
