@@ -284,14 +284,19 @@ def _requested_model(anchor: Any, position: int, given: Given | None) -> Source 
             )
     if not isinstance(anchor, str | Path | PreTrainedModel):
         return None
+    _check_no_size(anchor, position)
+    assert given is not None
+    return Source(anchor, revision, given.token, role=f"model of anchors[{position}]")
+
+
+def _check_no_size(anchor: Any, position: int) -> None:
+    """Check that a text is no size, as people write it."""
     size = _SIZE.fullmatch(anchor) if isinstance(anchor, str) and not Path(anchor).exists() else None
     if size is not None:
         raise ValueError(
             f"anchors[{position}] is the text {anchor!r}, which would be the name of a model. A size is a number: "
             f"{size[1]}{_UNITS[size[2].lower()]}."
         )
-    assert given is not None
-    return Source(anchor, revision, given.token, role=f"model of anchors[{position}]")
 
 
 def _check_new(source: Source, position: int, given: Given) -> None:
@@ -320,6 +325,7 @@ def requested_size(anchor: AnchorRequest, position: int) -> float | None:
     Raises:
         ValueError: it is not a positive number, or there are fields of a shape beside it.
     """
+    _check_no_size(anchor, position)
     if isinstance(anchor, str | Path | PreTrainedModel):
         return None
     if not isinstance(anchor, Mapping):

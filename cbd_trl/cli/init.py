@@ -110,10 +110,10 @@ class InitArguments:
             "choices": NamesOf("cbd_trl.shapes.storage", "STORAGES"),
         },
     )
-    flops_limit: float | None = field(
+    flops_limit: str | None = field(
         default=None,
         metadata={
-            "help": "Make the largest model whose forward pass takes at most so many FLOPs a token, such as 2e8, "
+            "help": "Make the largest model whose forward pass takes at most so many FLOPs a token, 2e8 or 200M, "
             "attention to the context aside. Alone or with --memory-limit."
         },
     )
@@ -163,13 +163,13 @@ def init(flags: list[str]) -> None:
         "memory_limit": arguments.memory_limit,
         "context_length": arguments.context_length,
         "storage": arguments.storage,
-        "flops_limit": arguments.flops_limit,
+        "flops_limit": None if arguments.flops_limit is None else parse_count(arguments.flops_limit),
     }
     limits = {name: value for name, value in given.items() if value is not None}
     if limits and sizes is not None:
         raise UsageError(f"--{next(iter(limits)).replace('_', '-')} is for one model, and --sizes names several.")
     if arguments.dry_run and limits:
-        _describe_within(places.chain, size, limits, arguments, options)
+        _describe_within(places.chain, size, given, arguments, options)
         return
     options |= limits
     if arguments.dry_run:
@@ -238,9 +238,8 @@ def _describe_within(
     from cbd_trl.targets.limits import read_limits
     from cbd_trl.targets.many import describe_within
 
-    names = ("memory_limit", "context_length", "storage", "flops_limit")
     config, search = options.pop("config"), options.pop("shape_search")
-    read = read_limits(*(limits.get(name) for name in names), num_parameters=size, config=config)
+    read = read_limits(**limits, num_parameters=size, config=config)
     assert read is not None
     opened = Chain.from_pretrained(chain, revision=arguments.revision, verify=False)
     _print_summaries(describe_within(opened, read, search, **options), opened.name_or_path, arguments)

@@ -587,7 +587,7 @@ def _per_layer(depth: int, measure: Callable[[int], int]) -> int:
 
 
 def _block_search(upper: Architecture, depth: int, run: _Run) -> int:
-    """Bytes of `cheapest_blocks`: the streams before every layer, the last hidden states of every candidate, and
+    """Bytes of `BlockSearch`: the streams before every layer, the last hidden states of every candidate, and
     logits in float32: those of a sample of 64 positions, of a chunk by two models, and on a GPU their logarithms and
     the divergence beside them."""
     length, rows = calibration_length(upper.config), upper.sizes["vocab"]

@@ -110,19 +110,8 @@ class BlockSearch:
                     bar.update(len(unknown))
 
 
-def cheapest_blocks(
-    model: nn.Module,
-    architecture: Architecture,
-    depth: int,
-    batches: Sequence[Mapping[str, torch.Tensor]],
-    held_out: Mapping[str, torch.Tensor],
-) -> list[Block]:
-    """Split the layers of a model into so many blocks, once; see `BlockSearch`."""
-    return BlockSearch(model, architecture, batches, held_out).cheapest(depth)
-
-
 def measured_blocks(architecture: Architecture, depth: int) -> list[tuple[int, int]]:
-    """List the blocks of more than one layer that `cheapest_blocks` may measure, each of them twice.
+    """List the blocks of more than one layer that `BlockSearch` may measure, each of them twice.
 
     Args:
         architecture: of the model; its blocks are as long as it takes for a split that keeps the pattern of its layers

@@ -205,9 +205,10 @@ def within_limits(chain: Chain, request: Request) -> Request:
             if target.architecture.shape == fields and limits.keeps(target.architecture):
                 _mention_larger(request, size, cut_architecture(above, first))
                 return replace(request, size=size)
+    smaller = "" if limits.memory_limit is None else "choose a smaller storage or a shorter context, "
     raise ValueError(
         f"The smallest anchor, {smallest.name}, takes {limits.explain(smallest.architecture())}. Raise the limit, "
-        "choose a smaller storage or a shorter context, or build a chain with a smaller anchor."
+        f"{smaller}or build a chain with a smaller anchor."
     )
 
 

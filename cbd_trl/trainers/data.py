@@ -231,14 +231,11 @@ class TeacherRowsCollator:
         scored = Scored(torch.from_numpy(np.concatenate(before)))
         targets_N = Scored.of(batch["labels"]).select_next(batch["input_ids"])
         if not torch.equal(scored.select_next(ids_RU), targets_N):
-            raise ValueError(_OTHER_TOKENS.format(collator=type(self.inner).__name__))
+            raise ValueError(
+                f"{type(self.inner).__name__} scores other tokens than the dataset's labels do: the teacher, which "
+                "reads prompts of its own, has no place for them. Use TRL's collator."
+            )
         return {**batch, "teacher_ids": ids_RU, "teacher_mask": mask_RU, "teacher_scored": scored}
-
-
-_OTHER_TOKENS = (
-    "{collator} scores other tokens than the dataset's labels do: the teacher, which reads prompts of its own, has no "
-    "place for them. Use TRL's collator."
-)
 
 
 def read_from_cache(teacher: CachedTeacher, collator: Any, datasets: Iterable[Any]) -> Any:

@@ -266,19 +266,22 @@ class DistillTrainer(SFTTrainer):
         columns += [name for name in (READ, PLACES) if name not in columns]
 
     def _check_rows(self, dataset: Any, name: str) -> None:
-        if (column := teacher_column(dataset)) is not None and READ not in get_dataset_column_names(dataset):
+        own_prompts = dataset is not None and READ in get_dataset_column_names(dataset)
+        if (column := teacher_column(dataset)) is not None and not own_prompts:
             raise ValueError(
                 f"The {name} dataset has {column!r} and is not prepared (skip_prepare_dataset): the teacher would not "
                 "read it. Leave skip_prepare_dataset out, or remove the column."
             )
         check_ids(dataset, vocabulary_rows(self._student), f"the student ({type(self._student).__name__})", name)
-        for role, model in [("student", self._student), *(("teacher", one) for one in self._teacher.models)]:
-            described = f"the {role} ({type(model).__name__})"
-            check_lengths(dataset, learned_positions(model), self.args, self.padding_free, described, name)
-            if role == "teacher":
+        # A student that teaches itself is no model beside it.
+        teachers = self._teacher.models or [one for one in (self._setup.model,) if own_prompts and one is not None]
+        for role, model in [("student", self._student), *(("teacher", one) for one in teachers)]:
+            described, positions = f"the {role} ({type(model).__name__})", learned_positions(model)
+            if role == "student" or not own_prompts:
+                check_lengths(dataset, positions, self.args, self.padding_free, described, name)
+            elif positions is not None:
                 row = f"What the teacher reads of a row of the {name} dataset"
-                way_out = "Shorten its prompts."
-                check_positions(longest_teacher_row(dataset), learned_positions(model), row, described, way_out)
+                check_positions(longest_teacher_row(dataset), positions, row, described, "Shorten its prompts.")
 
     def _prepare_packing(self) -> None:
         self.data_collator = PackingCollator(**vars(self.data_collator), with_bounds=not self.args.torch_compile)

@@ -54,7 +54,7 @@ def parse_count(text: str | float) -> float:
     """
     if isinstance(text, int | float) and not isinstance(text, bool):
         return float(text)
-    match = _COUNT.fullmatch(str(text).strip().replace(",", "").replace("_", ""))
+    match = _COUNT.fullmatch(_without_separators(str(text)))
     if match is None:
         raise ValueError(f"{text!r} must be a number of parameters: write 138e6, 138M or 1.2B.")
     units = {unit.lower(): size for unit, size in _COUNT_UNITS.items()}
@@ -70,14 +70,16 @@ def parse_bytes(size: str | float) -> int:
     Raises:
         ValueError: for anything else, or less than one byte.
     """
-    text = str(size).strip().replace("_", "")
-    if re.fullmatch(r"\d{1,3}(,\d{3})+\D.*|\d{1,3}(,\d{3})+", text):
-        text = text.replace(",", "")
-    match = None if isinstance(size, bool) else _SIZE.fullmatch(text)
+    match = None if isinstance(size, bool) else _SIZE.fullmatch(_without_separators(str(size)))
     unit = None if match is None else _BYTES.get(match[2].lower())
     if match is None or unit is None or float(match[1]) * unit < 1:
         raise ValueError(f"{size!r} must be a positive number of bytes: write 250MB (10^6), 250MiB (2^20) or 2.5e8.")
     return int(float(match[1]) * unit)
+
+
+def _without_separators(number: str) -> str:
+    """Leave out what separates thousands. A comma elsewhere stays: it may be meant for a point, as in 1,2."""
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", number.strip().replace("_", ""))
 
 
 def format_seconds(seconds: float) -> str:

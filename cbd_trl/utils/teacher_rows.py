@@ -3,7 +3,7 @@
 A dataset says what the teacher reads in a column of its own: `teacher_prompt` beside `prompt` and `completion`, or
 `teacher_messages` beside `messages`. Both models predict the same tokens, the student without what only the teacher
 is given: a system prompt, examples, retrieved text, a rationale (Snell et al., arXiv 2209.15189; Askell et al., arXiv
-2112.00861, section 2.2).
+2112.00861).
 
 TRL cuts and packs columns that have an entry for every token. So what the teacher reads is kept in two of them: `READ`
 holds its token ids as JSON at the first token of a row, "" at all others; `PLACES`, for every scored token of the
@@ -27,16 +27,11 @@ READ, PLACES = "teacher_read", "teacher_places"
 NOWHERE = -1
 # What stands in the column's place for the student, the columns that must be beside it, and the argument that has only
 # the tokens that both share scored.
-_COLUMNS = dict(
-    zip(
-        TEACHER_COLUMNS,
-        [
-            ("prompt", ("prompt", "completion"), "completion_only_loss"),
-            ("messages", ("messages",), "assistant_only_loss"),
-        ],
-        strict=True,
-    )
-)
+_PROMPT, _MESSAGES = TEACHER_COLUMNS
+_COLUMNS = {
+    _PROMPT: ("prompt", ("prompt", "completion"), "completion_only_loss"),
+    _MESSAGES: ("messages", ("messages",), "assistant_only_loss"),
+}
 _IDS, _LABELS, _OWN = "teacher_ids", "teacher_labels", "student_prompt"
 
 
@@ -82,7 +77,7 @@ def check_teacher_column(
             f"leave {column!r} out."
         )
     value = getattr(args, argument)
-    if column == "teacher_prompt" and value is None:
+    if column == _PROMPT and value is None:
         value = completion_only is not False
     if not value:
         raise ValueError(
@@ -222,12 +217,12 @@ def read_teacher_row(example: Mapping[str, Any], start: int, length: int) -> tup
 
 
 def longest_teacher_row(dataset: Any) -> int:
-    """Count the tokens of the longest row that a teacher reads, 0 where it reads the student's or in a stream.
+    """Count the tokens of the longest row that a teacher reads; 0 of a stream.
 
     Args:
-        dataset: prepared, or None.
+        dataset: prepared, with `READ`.
     """
-    if not isinstance(dataset, Dataset) or READ not in dataset.column_names:
+    if not isinstance(dataset, Dataset):
         return 0
     texts = (text for example in dataset.select_columns(READ) for text in example[READ])
     return max((len(json.loads(text)) for text in texts if text), default=0)
@@ -244,6 +239,8 @@ def _exchanged(row: Mapping[str, Any], number: int, own: str, column: str, name:
             f"Row {number} (from 0) of {name} has a {kinds[0]} as {column!r} and a {kinds[1]} as {own!r}: both must "
             "be texts, or both lists of messages."
         )
+    if row[column] == []:
+        raise ValueError(_empty(column, number, name))
     return {own: row[column], _OWN: row[own]}
 
 
@@ -255,7 +252,7 @@ def _side_by_side(row: Mapping[str, Any], number: int, column: str, name: str) -
     """The columns of ours; of a completion, which both rows end with, the teacher reads the student's tokens."""
     ids, labels, theirs, their_labels = (row[key] for key in ("input_ids", "labels", _IDS, _LABELS))
     ours, others = _scored(labels), _scored(their_labels)
-    if column == "teacher_prompt" and ours and others:
+    if column == _PROMPT and ours and others:
         # Where the two prompts end in other tokens those of the completion may be cut otherwise: the student's count.
         theirs = theirs[: others[0]] + ids[ours[0] :]
         others = [others[0] + place - ours[0] for place in ours]
@@ -268,13 +265,17 @@ def _side_by_side(row: Mapping[str, Any], number: int, column: str, name: str) -
     places = [NOWHERE] * len(ids)
     for ours_at, theirs_at in zip(ours, others, strict=True):
         if ours_at and not theirs_at:
-            raise ValueError(
-                f"Row {number} (from 0) of {name} has an empty {column!r}: the teacher has nothing to predict the "
-                "first token from. Fill it in, or leave the row out."
-            )
+            raise ValueError(_empty(column, number, name))
         # The first token of a row is not predicted.
         places[ours_at] = theirs_at if ours_at else NOWHERE
     return {READ: [json.dumps(theirs), *[""] * (len(ids) - 1)][: len(ids)], PLACES: places}
+
+
+def _empty(column: str, number: int, name: str) -> str:
+    return (
+        f"Row {number} (from 0) of {name} has an empty {column!r}: the teacher has nothing to predict the first token "
+        "from. Fill it in, or leave the row out."
+    )
 
 
 def _scored(labels: list[int]) -> list[int]:

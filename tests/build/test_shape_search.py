@@ -11,7 +11,7 @@ from cbd_trl.build.plan import ShapeSearch, plan_chain
 from cbd_trl.build.shape_search import SCORED_TOKENS, SearchText, best_shape, searched_steps
 from cbd_trl.losses.held_out import HeldOutDivergence
 from cbd_trl.shapes.solve import solve_anchor
-from cbd_trl.surgery.block_search import cheapest_blocks
+from cbd_trl.surgery.block_search import BlockSearch
 from cbd_trl.surgery.refit import refit_layers
 from cbd_trl.utils.blocks import TokenBlocks, token_blocks
 from tests.chain.helpers import chain_config, chain_rows
@@ -76,7 +76,9 @@ def test_a_score_is_that_of_the_untrained_cut_at_the_requested_size(searched):
     text = token_blocks(chain_rows(), tiny_tokenizer(), 10**4, 64)
     fit, rest = text.input_ids[:2], text.input_ids[2 : 2 + SCORED_TOKENS // 64]
     teacher = upper.load_model()
-    blocks = cheapest_blocks(teacher, upper.architecture(), depth, [{"input_ids": fit[:1]}], {"input_ids": fit[1:]})
+    blocks = BlockSearch(teacher, upper.architecture(), [{"input_ids": fit[:1]}], {"input_ids": fit[1:]}).cheapest(
+        depth
+    )
     student = upper.load_model()
     student.model.layers = torch.nn.ModuleList(student.model.layers[block.kept] for block in blocks)
     for position, layer in enumerate(student.model.layers):
@@ -158,6 +160,7 @@ def test_what_is_requested_below_is_planned_for_every_shape():
         ({"shape_search": None, "shape_trainings": 2}, "shape_trainings=2 .* there is none"),
         ({"dataset": chain_rows(2)}, "one row of calibration text"),
         ({"anchors": [{"size": 0.5, "num_hidden_layers": 4}]}, "has a size and num_hidden_layers"),
+        ({"anchors": ["0.5"], "shape_search": 4}, r"anchors\[0\] is the text '0.5'.*A size is a number: 0.5"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_refused_before_any_work(options, reason, tmp_path):

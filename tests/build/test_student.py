@@ -9,7 +9,7 @@ from cbd_trl.architectures import describe
 from cbd_trl.build import student
 from cbd_trl.build.plan import plan_chain
 from cbd_trl.build.student import choose_blocks, initial_student, width_hybrid
-from cbd_trl.surgery.block_search import cheapest_blocks
+from cbd_trl.surgery.block_search import BlockSearch
 from cbd_trl.surgery.blocks import spaced_blocks
 from tests.chain.helpers import CHAIN_ANCHORS, chain_config, chain_rows, chain_source
 
@@ -27,7 +27,7 @@ def test_blocks_are_measured_on_text_they_were_not_fitted_on(asked, tmp_path):
     model, step = asked
     blocks = choose_blocks(tmp_path / "blocks.json", model, step, TOKENS)
     fit, held_out = [{"input_ids": TOKENS[:2]}], {"input_ids": TOKENS[2:]}
-    assert blocks == cheapest_blocks(model, describe(model.config), 4, fit, held_out)
+    assert blocks == BlockSearch(model, describe(model.config), fit, held_out).cheapest(4)
     stored = json.loads((tmp_path / "blocks.json").read_text())
     assert [(block["layers"], block["kept"], block["cost"]) for block in stored] == [
         (list(block.layers), block.kept, block.cost) for block in blocks

@@ -451,10 +451,24 @@ def test_a_config_file_that_is_no_yaml_is_named(tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("138e6", 138e6), ("138M", 138e6), ("1.2b", 1.2e9), ("85_000", 85000), ("0.6", 0.6), (7, 7.0)]
+    ("text", "count"),
+    [
+        ("138e6", 138e6),
+        ("138M", 138e6),
+        ("1.2b", 1.2e9),
+        ("85_000", 85000),
+        ("0.6", 0.6),
+        (7, 7.0),
+        ("1,200,000", 1.2e6),
+    ],
 )
 def test_parse_count(text, count):
     assert parse_count(text) == pytest.approx(count)
+
+
+def test_a_comma_for_a_point_is_no_number():
+    with pytest.raises(ValueError, match=r"'1,2B' must be a number of parameters"):
+        parse_count("1,2B")
 
 
 def test_parse_shape():

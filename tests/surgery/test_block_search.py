@@ -15,7 +15,6 @@ from cbd_trl.surgery.block_search import (
     _Candidate,
     _Measure,
     _shortest_path,
-    cheapest_blocks,
     measured_blocks,
 )
 from cbd_trl.surgery.blocks import Block, anywhere, check_blocks
@@ -45,12 +44,12 @@ def silenced(model, silent):
 @torch.no_grad()
 def test_a_layer_that_does_nothing_goes_and_its_neighbour_stays():
     model = silenced(deep_model(), [1, 3])
-    blocks = cheapest_blocks(model, described(model)[1], 4, FIT, HELD_OUT)
+    blocks = BlockSearch(model, described(model)[1], FIT, HELD_OUT).cheapest(4)
     check_blocks([block.layers for block in blocks], 4, 6)
     assert {block.kept for block in blocks} == {0, 2, 4, 5}
     assert sum(block.cost for block in blocks) < 1e-6
     # Where layers that do something must go, it costs.
-    assert sum(block.cost for block in cheapest_blocks(model, described(model)[1], 3, FIT, HELD_OUT)) > 1e-3
+    assert sum(block.cost for block in BlockSearch(model, described(model)[1], FIT, HELD_OUT).cheapest(3)) > 1e-3
 
 
 @every_family
@@ -89,14 +88,14 @@ class PassOn(nn.Module):
 def test_a_sample_of_the_positions_leads_to_the_same_blocks(family, depth, monkeypatch):
     model = deep_model(family)
     architecture, held_out = described(model)[1], {"input_ids": torch.randint(0, 64, (2, 48))}
-    wanted = cheapest_blocks(model, architecture, depth, FIT, held_out)
+    wanted = BlockSearch(model, architecture, FIT, held_out).cheapest(depth)
     whole = []
     original = _Measure.measure_whole
     monkeypatch.setattr(_Measure, "measure_whole", lambda self, found: whole.extend(found) or original(self, found))
     monkeypatch.setattr(block_search, "_SAMPLE", 24)
     monkeypatch.setattr(fused, "_CHUNK_ELEMENTS", {"cpu": 10 * 64})
     monkeypatch.setattr(block_search, "_BLOCK_ELEMENTS", 3 * 64)
-    found = cheapest_blocks(model, architecture, depth, FIT, held_out)
+    found = BlockSearch(model, architecture, FIT, held_out).cheapest(depth)
     assert [(block.layers, block.kept) for block in found] == [(block.layers, block.kept) for block in wanted]
     assert [block.cost for block in found] == pytest.approx([block.cost for block in wanted], rel=1e-3)
     # Fewer than all: the sample alone rules the others out.
@@ -110,7 +109,7 @@ def test_memory_does_not_grow_with_the_logits(monkeypatch):
     model = full_model("llama", tied=False, num_hidden_layers=4, vocab_size=4096)
     held_out = {"input_ids": torch.randint(0, 4096, (2, 32))}
     with LargestTensor() as largest:
-        cheapest_blocks(model, described(model)[1], 3, FIT, held_out)
+        BlockSearch(model, described(model)[1], FIT, held_out).cheapest(3)
     # The head itself has 32 x 4,096.
     assert largest.elements <= 32 * 4096
 
@@ -144,7 +143,7 @@ def test_no_candidate_is_measured_that_is_not_named_before(depth, monkeypatch):
 
     monkeypatch.setattr(_Measure, "bound", bound)
     model = deep_model()
-    cheapest_blocks(model, described(model)[1], depth, FIT, HELD_OUT)
+    BlockSearch(model, described(model)[1], FIT, HELD_OUT).cheapest(depth)
     named = {(*block, kept) for block in measured_blocks(described(model)[1], depth) for kept in block}
     assert len(measured) == len(set(measured)) and set(measured) <= named
     assert bool(measured) == (depth not in (1, 6))
@@ -153,23 +152,23 @@ def test_no_candidate_is_measured_that_is_not_named_before(depth, monkeypatch):
 def test_what_needs_no_measuring():
     model = deep_model()
     architecture = described(model)[1]
-    assert cheapest_blocks(model, architecture, 6, [], {}) == [Block((i,), i) for i in range(6)]
-    assert cheapest_blocks(model, architecture, 1, [], {}) == [Block(tuple(range(6)), 5)]
+    assert BlockSearch(model, architecture, [], {}).cheapest(6) == [Block((i,), i) for i in range(6)]
+    assert BlockSearch(model, architecture, [], {}).cheapest(1) == [Block(tuple(range(6)), 5)]
 
 
 def test_bad_input():
     model = deep_model()
     architecture = described(model)[1]
     with pytest.raises(ValueError, match=r"\b7\b.*\b6\b"):
-        cheapest_blocks(model, architecture, 7, FIT, HELD_OUT)
+        BlockSearch(model, architecture, FIT, HELD_OUT).cheapest(7)
     with pytest.raises(ValueError, match="calibration"):
-        cheapest_blocks(model, architecture, 4, [], HELD_OUT)
+        BlockSearch(model, architecture, [], HELD_OUT).cheapest(4)
 
 
 def test_what_one_depth_measured_the_next_one_knows(monkeypatch):
     model = deep_model()
     architecture = described(model)[1]
-    wanted = [cheapest_blocks(model, architecture, depth, FIT, HELD_OUT) for depth in (4, 3)]
+    wanted = [BlockSearch(model, architecture, FIT, HELD_OUT).cheapest(depth) for depth in (4, 3)]
     search, measured = BlockSearch(model, architecture, FIT, HELD_OUT), []
     bound = _Measure.bound
     monkeypatch.setattr(

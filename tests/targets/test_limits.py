@@ -120,6 +120,7 @@ def test_shapes_of_a_limit_are_compared(both):
         ({"memory_limit": "1,2GB", "context_length": 8}, "'1,2GB' must be a positive number of bytes"),
         ({"memory_limit": "1GB", "context_length": 8, "storage": "q4_km"}, "Did you mean 'q4_k_m'"),
         ({"memory_limit": "9kB", "context_length": 8}, r"The smallest anchor, small, takes .* kB \(.* kB of weights"),
+        ({"flops_limit": 9.0}, r"FLOPs a token of flops_limit=9\. Raise the limit, or build a chain"),
         ({"flops_limit": -1}, "flops_limit=-1 must be a positive number"),
     ],
 )
@@ -129,7 +130,8 @@ def test_limits_that_cannot_be_kept(both, arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("250MB", 250e6), ("1.5 GiB", 1.5 * 2**30), (1024, 1024), ("2e6", 2e6), ("3 mib", 3 * 2**20)]
+    ("text", "count"),
+    [("250MB", 250e6), ("1.5 GiB", 1.5 * 2**30), (1024, 1024), ("2e6", 2e6), ("1,200kB", 1.2e6), ("3 mib", 3 * 2**20)],
 )
 def test_bytes_as_people_write_them(text, count):
     limits = read_limits(text, 8, None, None)

@@ -272,6 +272,11 @@ _CHAT = {"messages": [user("w1"), assistant("w2")], "teacher_messages": [user("w
     ("row", "how", "named"),
     [
         ({**_TEXT, "teacher_prompt": ""}, {}, r"Row 0 .* empty 'teacher_prompt'"),
+        (
+            {**_TEXT, "prompt": [user("w1")], "teacher_prompt": [], "completion": [assistant("w3")]},
+            {},
+            "Row 0 .* empty",
+        ),
         ({**_TEXT, "teacher_prompt": None}, {}, r"Row 0 .* None in the column 'teacher_prompt'"),
         ({**_TEXT, "teacher_prompt": [user("w2")]}, {}, r"Row 0 .* list .* str"),
         (_TEXT, {"completion_only_loss": False}, "completion_only_loss"),
@@ -295,11 +300,26 @@ def test_what_is_refused(row: dict[str, Any], how: dict[str, Any], named: str) -
         make_trainer(train_dataset=Dataset.from_list([row]), processing_class=tokenizer, **how)
 
 
-def test_a_teacher_with_too_few_positions_is_refused() -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["another", "itself"])
+def test_a_teacher_with_too_few_positions_is_refused(own: bool) -> None:
+    adapter = lora(target_modules=["c_attn"], fan_in_fan_out=True)
+    how: dict[str, Any] = {"self_distillation": True, "peft_config": adapter} if own else {}
     rows = Dataset.from_list([{**_TEXT, "teacher_prompt": words(40, 0)}])
     student, teacher = (tiny_model("gpt2", seed=seed, n_positions=32) for seed in (1, 2))
     with pytest.raises(ValueError, match=r"teacher reads .* 32"):
-        make_trainer("gpt2", student=student, teacher=teacher, train_dataset=rows)
+        make_trainer("gpt2", student=student, teacher=None if how else teacher, train_dataset=rows, **how)
+
+
+def test_a_student_may_read_more_positions_than_its_teacher() -> None:
+    """Rows that only the student reads are not measured by the teacher's."""
+    row = {"prompt": words(40, 0), "teacher_prompt": "w1", "completion": " w3"}
+    student, teacher = (tiny_model("gpt2", seed=1, n_positions=size) for size in (64, 32))
+    log, _ = one_step(
+        make_trainer(
+            "gpt2", student=student, teacher=teacher, train_dataset=Dataset.from_list([row] * 4), max_length=64
+        )
+    )
+    assert log["kd"] > 0
 
 
 def test_the_bridge_refuses_it() -> None:
